@@ -1,0 +1,89 @@
+"""Choose a model's default learning rate for each task, on selection queries that no evaluation ever sees.
+
+Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at every learning rate of a grid, and
+keeps the one with the best accuracy on the selection split; ties go to the lower cross-entropy of the gold label.
+The whole grid goes to figures/lr_selection/, the choice to analyses/data/default_lr.json, which reproduce.py reads.
+Measured rows are kept, so a stopped run goes on where it was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+import icl_dual as icl
+
+DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
+GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
+
+
+def measure(model: icl.Model, prompts: icl.Prompts, lr: float) -> dict[str, float]:
+    try:
+        delta = icl.finetune(model, prompts, lr=lr)
+    except icl.DivergedError:
+        return {"accuracy": float("nan"), "cross_entropy": float("nan")}
+    with delta.applied(model):
+        tuned = icl.capture(model, prompts.zero_shot(), fields=())
+    of_gold = tuned.label_log_probs.log_softmax(-1)[range(len(tuned.gold)), tuned.gold]
+    return {"accuracy": tuned.accuracy, "cross_entropy": -of_gold.mean().item()}
+
+
+def choose(rows: pd.DataFrame) -> dict[str, float]:
+    ranked = rows.dropna().sort_values(["accuracy", "cross_entropy"], ascending=[False, True])
+    return {str(task): float(group["lr"].iloc[0]) for task, group in ranked.groupby("task", sort=False)}
+
+
+def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for task, group in rows.sort_values("lr").groupby("task", sort=False):
+        (line,) = ax.plot(group["lr"], group["accuracy"], marker=".", label=task)
+        best = group[group["lr"] == chosen[str(task)]]
+        ax.plot(best["lr"], best["accuracy"], marker="o", markersize=9, fillstyle="none", color=line.get_color())
+    ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
+    ax.set_title(f"{rows['model'].iloc[0]}: {rows['n'].iloc[0]} selection queries a task, chosen rates ringed")
+    ax.legend(frameon=False, ncols=2)
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
+    parser.add_argument("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=GRID, help="the grid of learning rates")
+    parser.add_argument("--out", type=Path, default=Path("figures/lr_selection"))
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = args.out / f"{Path(args.model).name}.csv"
+    rows = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=["model", "task", "k", "lr", "n"])
+    done = {(task, lr) for task, lr in zip(rows["task"], rows["lr"], strict=True)}
+    model = None
+    for name in args.tasks:
+        todo = [lr for lr in args.lrs if (name, lr) not in done]
+        if not todo:
+            continue
+        model = model or icl.load_model(args.model)
+        task, k = icl.load_task(name), icl.PAPER_K[name]
+        queries = task.queries(args.queries, split="selection")
+        prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=0), queries)
+        for lr in todo:
+            row = {"model": args.model, "task": name, "k": k, "lr": lr, "n": len(queries)}
+            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, lr)])], ignore_index=True)
+            rows.to_csv(table, index=False)
+            print(rows.iloc[-1].to_dict(), flush=True)
+
+    chosen = choose(rows)
+    draw(rows, chosen, table.with_suffix(".png"))
+    known = json.loads(DEFAULT_LR.read_text()) if DEFAULT_LR.exists() else {}
+    DEFAULT_LR.write_text(json.dumps(known | {args.model: known.get(args.model, {}) | chosen}, indent=1) + "\n")
+    print(f"{args.model}: {chosen} → {DEFAULT_LR}")
+
+
+if __name__ == "__main__":
+    main()

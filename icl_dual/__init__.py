@@ -1,0 +1,40 @@
+"""In-context learning held against finetuning, layer by layer, on any decoder model."""
+
+from icl_dual import plots
+from icl_dual.assets import AssetError
+from icl_dual.capture import Capture, capture
+from icl_dual.finetune import DivergedError, WeightDelta, finetune
+from icl_dual.metrics import Comparison, compare
+from icl_dual.models import Model, UnsupportedModelError, load_model
+from icl_dual.prompts import PromptError, Prompts, build_prompts
+from icl_dual.study import Cell, CellResult, StudyError, load_cell, run_cell, run_study
+from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
+
+__all__ = [
+    "PAPER_K",
+    "TASKS",
+    "AssetError",
+    "Capture",
+    "Cell",
+    "CellResult",
+    "Comparison",
+    "DivergedError",
+    "Model",
+    "PromptError",
+    "Prompts",
+    "StudyError",
+    "Task",
+    "TaskError",
+    "UnsupportedModelError",
+    "WeightDelta",
+    "build_prompts",
+    "capture",
+    "compare",
+    "finetune",
+    "load_cell",
+    "load_model",
+    "load_task",
+    "plots",
+    "run_cell",
+    "run_study",
+]

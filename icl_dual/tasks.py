@@ -1,0 +1,328 @@
+"""The paper's six classification tasks, a user's own, and the drawing of demonstrations and queries.
+
+A task keeps three pools that share no text, not even across duplicate rows: demonstrations, a selection pool (to
+choose learning rates on) and evaluation queries. Pools and draws are ordered by SHA-256 of seed and text, so they
+are the same on every platform and with every version of every library.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from icl_dual import assets
+
+Split = Literal["selection", "evaluation"]
+Rows = Iterable[Mapping[str, Any]] | str | PathLike[str]
+
+
+class TaskError(ValueError):
+    """A task, its rows, or what was asked of it do not fit together."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task: the texts its template asks for, and the index of its label word."""
+
+    fields: tuple[tuple[str, str], ...]
+    label: int
+
+    @property
+    def identity(self) -> str:
+        """What makes two rows the same text: case and white space do not."""
+        return "\x1f".join(" ".join(text.split()).casefold() for _, text in self.fields)
+
+    @property
+    def key(self) -> str:
+        """A short, stable name of the text, for records of what was drawn."""
+        return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+
+
+class Task:
+    """A classification task: a template, a word for each label, and rows.
+
+    Args:
+        name: what to call it in tables.
+        template: text with named fields, e.g. `"Sentence: {text} Label:"`; the label word follows after a space.
+        label_words: the word that stands for each label, by label index.
+        rows: dictionaries with the template's fields and a `label` (an index, or a label word); or the path of a
+            JSONL or CSV file of such rows.
+        query_rows: rows to draw queries from. Without them, half of `rows` serve as demonstrations, a tenth for
+            selection, and the rest as queries.
+
+    Raises:
+        TaskError: a row lacks a field, has empty text or an unknown label (with the row's number); fewer than two
+            classes; no rows.
+    """
+
+    def __init__(
+        self, name: str, template: str, label_words: Sequence[str], rows: Rows, query_rows: Rows | None = None
+    ) -> None:
+        self.name = name
+        self.template = template
+        self.label_words = tuple(label_words)
+        self.field_names = tuple(_field_names(template))
+        if not self.field_names:
+            raise TaskError(f"expected a template with named fields like '{{text}}', got {template!r}")
+        if len(self.label_words) < 2 or len(set(self.label_words)) < len(self.label_words):
+            raise TaskError(f"expected two or more different label words, got {list(self.label_words)}")
+        pool = self._examples(rows, "rows")
+        if query_rows is None:
+            ordered = _shuffled(pool, "pools")
+            half, tenth = len(ordered) // 2, len(ordered) // 10
+            self._demonstrations = ordered[:half]
+            self._queries = {"selection": ordered[half : half + tenth], "evaluation": ordered[half + tenth :]}
+        else:
+            evaluation = self._examples(query_rows, "query_rows")
+            held_out = {example.identity for example in evaluation}
+            ordered = _shuffled([example for example in pool if example.identity not in held_out], "pools")
+            tenth = len(ordered) // 10
+            self._demonstrations = ordered[tenth:]
+            self._queries = {"selection": ordered[:tenth], "evaluation": evaluation}
+
+    def __repr__(self) -> str:
+        sizes = {"demonstrations": len(self._demonstrations)} | {
+            name: len(pool) for name, pool in self._queries.items()
+        }
+        return f"Task({self.name!r}, {self.template!r}, labels={list(self.label_words)}, {sizes})"
+
+    @cached_property
+    def tail(self) -> str:
+        """The template's text after its last field: what a label word directly follows."""
+        return self.template[self.template.rindex("}") + 1 :]
+
+    def demonstrations(self, k: int, seed: int, *, balanced: bool = False) -> list[Example]:
+        """Draw k demonstrations by seed, classes as they fall (the paper's way) or balanced.
+
+        Raises:
+            TaskError: k is negative or more than the pool, or than a class of it when balanced, can give.
+        """
+        ordered = _shuffled(self._demonstrations, f"demonstrations {seed}")
+        if not 0 <= k <= len(ordered):
+            raise TaskError(
+                f"{self.name}: expected k between 0 and the {len(ordered)} demonstrations there are, got {k}"
+            )
+        if not balanced:
+            return ordered[:k]
+        n_labels = len(self.label_words)
+        quotas = [k // n_labels + (label < k % n_labels) for label in range(n_labels)]
+        drawn: set[str] = set()
+        for label, quota in enumerate(quotas):
+            of_label = [example.identity for example in ordered if example.label == label][:quota]
+            if len(of_label) < quota:
+                raise TaskError(
+                    f"{self.name}: balanced k={k} wants {quota} demonstrations labelled {self.label_words[label]!r}, "
+                    f"and there are {len(of_label)}"
+                )
+            drawn.update(of_label)
+        return [example for example in ordered if example.identity in drawn]
+
+    def queries(self, n: int | None = None, *, split: Split = "evaluation") -> list[Example]:
+        """The first n queries of a fixed order, the same whatever the seed of the demonstrations; all without n.
+
+        Raises:
+            TaskError: n is below one or more than there are, or there is no such split.
+        """
+        if split not in self._queries:
+            raise TaskError(f"expected split 'selection' or 'evaluation', got {split!r}")
+        ordered = _shuffled(self._queries[split], "queries")
+        if n is None:
+            return ordered
+        if not 1 <= n <= len(ordered):
+            raise TaskError(f"{self.name}: expected between 1 and {len(ordered)} {split} queries, got {n}")
+        return ordered[:n]
+
+    def prompt(self, example: Example) -> str:
+        """The template filled with an example's texts, up to where the label word would come."""
+        return self.template.format(**dict(example.fields))
+
+    def _examples(self, rows: Rows, what: str) -> list[Example]:
+        """Rows as examples, the first of each text."""
+        source = str(rows) if isinstance(rows, str | PathLike) else what
+        records = _read_rows(Path(rows)) if isinstance(rows, str | PathLike) else rows
+        first: dict[str, Example] = {}
+        for number, row in enumerate(records, start=1):
+            example = self._example(row, f"{source}, row {number}")
+            first.setdefault(example.identity, example)
+        if len({example.label for example in first.values()}) < 2:
+            raise TaskError(
+                f"{self.name}: expected rows of two or more classes in {source}, got {len(first)} rows of "
+                f"{len({example.label for example in first.values()})}"
+            )
+        return list(first.values())
+
+    def _example(self, row: Mapping[str, Any], where: str) -> Example:
+        missing = [name for name in (*self.field_names, "label") if row.get(name) is None]
+        if missing:
+            raise TaskError(f"{self.name}: {where}: expected {missing[0]!r}, got only {sorted(row)}")
+        fields = tuple((name, str(row[name]).strip()) for name in self.field_names)
+        empty = [name for name, text in fields if not text]
+        if empty:
+            raise TaskError(f"{self.name}: {where}: {empty[0]!r} is empty")
+        return Example(fields, self._label(row["label"], where))
+
+    def _label(self, label: Any, where: str) -> int:
+        if label in self.label_words:
+            return self.label_words.index(label)
+        try:
+            index = int(label)
+        except (TypeError, ValueError):
+            index = -1
+        if not 0 <= index < len(self.label_words):
+            raise TaskError(
+                f"{self.name}: {where}: unknown label {label!r}; expected 0 to {len(self.label_words) - 1} or one of "
+                f"{list(self.label_words)}"
+            )
+        return index
+
+
+@dataclass(frozen=True)
+class _PaperTask:
+    """A task of the paper: its template and words, where its rows lie, and how many demonstrations the paper used."""
+
+    template: str
+    label_words: tuple[str, ...]
+    k: int
+    staicc: str | None
+    hub: str
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_query_split: str = "validation"
+    hub_fields: tuple[str, ...] = ("text",)
+
+
+_SENTENCE = "Sentence: {text} Label:"
+_PAPER_TASKS = {
+    "sst2": _PaperTask(
+        _SENTENCE, ("Negative", "Positive"), 32, "sst2", "nyu-mll/glue", hub_config="sst2", hub_fields=("sentence",)
+    ),
+    "sst5": _PaperTask(_SENTENCE, ("terrible", "bad", "neutral", "good", "great"), 32, "sst5", "SetFit/sst5"),
+    "mr": _PaperTask(
+        "Review: {text} Sentiment:",
+        ("Negative", "Positive"),
+        32,
+        "rotten_tomatoes",
+        "cornell-movie-review-data/rotten_tomatoes",
+    ),
+    "subj": _PaperTask(
+        "Input: {text} Type:", ("objective", "subjective"), 32, "subjective", "SetFit/subj", hub_query_split="test"
+    ),
+    "agnews": _PaperTask(
+        "Classify the news articles into the categories of World, Sports, Business, and Technology. News: {text} Type:",
+        ("World", "Sports", "Business", "Technology"),
+        22,
+        "agnews",
+        "fancyzhx/ag_news",
+        hub_query_split="test",
+    ),
+    "cb": _PaperTask(
+        "{premise} Question: {hypothesis} True, False, or Neither? Answer:",
+        ("True", "False", "Neither"),
+        19,
+        None,
+        "aps/super_glue",
+        hub_config="cb",
+        hub_revision="3de24cf8022e94f4ee4b9d55a6f539891524d646",
+        hub_fields=("premise", "hypothesis"),
+    ),
+}
+
+TASKS = tuple(_PAPER_TASKS)
+"""The names of the paper's tasks, in the order of its tables."""
+
+PAPER_K = {name: task.k for name, task in _PAPER_TASKS.items()}
+"""How many demonstrations the paper used for each task."""
+
+
+def load_task(name: str, source: str | PathLike[str] | None = None) -> Task:
+    """One of the paper's six tasks, with its template and label words.
+
+    Args:
+        name: `sst2`, `sst5`, `mr`, `subj`, `agnews` or `cb`.
+        source: `"wheel"` (rows of the StaICC package: training splits, from which queries are held out; the default
+            where it has the task), `"hub"` (the data set's own training and validation splits; the default for
+            `cb`), or the path of a JSONL or CSV file of rows.
+
+    Raises:
+        TaskError: there is no such task, or its rows do not fit it.
+        AssetError: its rows cannot be had.
+    """
+    if name not in _PAPER_TASKS:
+        raise TaskError(f"unknown task {name!r}: expected one of {list(TASKS)}; for your own, use icl_dual.Task")
+    paper = _PAPER_TASKS[name]
+    if source is None:
+        source = "wheel" if paper.staicc else "hub"
+    if source == "wheel":
+        if paper.staicc is None:
+            raise TaskError(f"{name} is in no package: expected source='hub' or the path of a file, got 'wheel'")
+        return Task(name, paper.template, paper.label_words, _staicc_rows(paper.staicc))
+    if source == "hub":
+        rows, query_rows = _hub_rows(paper, "train"), _hub_rows(paper, paper.hub_query_split)
+        return Task(name, paper.template, paper.label_words, rows, query_rows)
+    return Task(name, paper.template, paper.label_words, source)
+
+
+def _shuffled(examples: Iterable[Example], salt: str) -> list[Example]:
+    def rank(example: Example) -> bytes:
+        return hashlib.sha256(f"{salt}\0{example.identity}".encode()).digest()
+
+    return sorted(examples, key=rank)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, tuples, strings and integers; anything else in the pickle is refused, never imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"expected plain rows, got a reference to {module}.{name}")
+
+
+def _staicc_rows(file: str) -> list[dict[str, Any]]:
+    data = assets.read_wheel_member(assets.STAICC, f"StaICC/cached_dataset/{file}.dataset")
+    return [{"text": texts[0], "label": label} for texts, label in _PlainUnpickler(io.BytesIO(data)).load()]
+
+
+def _hub_rows(paper: _PaperTask, split: str) -> list[dict[str, Any]]:
+    names = dict(zip(paper.hub_fields, _field_names(paper.template), strict=True)) | {"label": "label"}
+    rows = assets.hub_rows(paper.hub, split, config=paper.hub_config, revision=paper.hub_revision)
+    return [{ours: row[theirs] for theirs, ours in names.items()} for row in rows]
+
+
+def _field_names(template: str) -> list[str]:
+    return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+
+
+def _read_rows(path: Path) -> list[Mapping[str, Any]]:
+    readers: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise TaskError(f"expected a .jsonl or .csv file of rows, got {str(path)!r}")
+    try:
+        return readers[path.suffix](path)
+    except OSError as error:
+        raise TaskError(f"expected a readable file of rows, got {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{path}, line {number}: expected one JSON object a line, got {error}") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path) -> list[Mapping[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))

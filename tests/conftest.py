@@ -1,0 +1,161 @@
+"""Every annotation of the library is checked at every call; tiny random models and made-up rows for the mechanics."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("icl_dual", "beartype.beartype")
+
+import os  # noqa: E402 - the hook has to be in place before the library is imported
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import matplotlib as mpl  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
+
+import icl_dual as icl  # noqa: E402
+
+mpl.use("Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the packaged model comes from the package index
+torch.set_num_threads(1)  # tiny matrices: threads cost more than they do
+
+VOCABULARY = 300
+_GQA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_HF_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=512)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=512, **_GQA)),
+    "neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        )
+    ),
+    "xglm": lambda: XGLMForCausalLM(
+        XGLMConfig(
+            vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=512
+        )
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, max_position_embeddings=512, **_GQA)),
+    "mistral-window": lambda: MistralForCausalLM(
+        MistralConfig(vocab_size=VOCABULARY, max_position_embeddings=512, sliding_window=40, **_GQA)
+    ),
+    "gemma3-window": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+            sliding_window=40,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            **_GQA,
+        )
+    ),
+}
+ARCHITECTURES = tuple(_HF_MODELS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 tokens: any text has ids, and most words have several."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([" no yes maybe Text: Label: film good bad"] * 4, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(
+        folder
+    )
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., icl.Model]:
+    """A new tiny random model of an architecture; weights are large enough for attention to matter."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> icl.Model:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            hf_model = _HF_MODELS[architecture]()
+            for parameter in hf_model.parameters():
+                if parameter.ndim == 2:
+                    torch.nn.init.normal_(parameter, std=0.2)
+                else:
+                    parameter.data.add_(0.1 * torch.randn_like(parameter))
+        hf_model.config.architectures = [type(hf_model).__name__]
+        hf_model = torch.nn.Module.to(hf_model.eval(), dtype)
+        bridge = TransformerBridge.boot_transformers(
+            f"tiny/{architecture}", hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
+        )
+        return icl.Model(bridge, name=name or architecture)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def models_by_architecture(make_model: Callable[..., icl.Model]) -> Callable[[str], icl.Model]:
+    """One shared tiny model an architecture, for tests that leave it as it was."""
+    made: dict[str, icl.Model] = {}
+
+    def get(architecture: str) -> icl.Model:
+        if architecture not in made:
+            made[architecture] = make_model(architecture)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(models_by_architecture: Callable[[str], icl.Model]) -> icl.Model:
+    return models_by_architecture("llama")
+
+
+def make_rows(n: int = 60) -> list[dict[str, object]]:
+    words = ("good", "bad", "film", "so", "very")
+    return [
+        {"text": f"{' '.join(words[(i * j) % 5] for j in range(1, 2 + i % 4))} number {i}", "label": i % 2}
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def task() -> icl.Task:
+    """Two classes, whose label words have several tokens in the tiny vocabulary, and as many between them."""
+    return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows())
+
+
+@pytest.fixture(scope="session")
+def prompts(llama: icl.Model, task: icl.Task) -> icl.Prompts:
+    return icl.build_prompts(llama, task, task.demonstrations(4, seed=1), task.queries(7))

@@ -1,0 +1,179 @@
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+import icl_dual as icl
+from icl_dual.capture import METRIC_FIELDS
+from icl_dual.prompts import Prompts
+
+ALL_FIELDS = (*METRIC_FIELDS, "keys_values")
+
+
+def build(model: icl.Model, task: icl.Task, k: int = 5, n: int = 7) -> Prompts:
+    return icl.build_prompts(model, task, task.demonstrations(k, seed=1), task.queries(n))
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+class Plain:
+    """The slow reference: one plain forward pass over each full prompt, no cache, no padding, no hooks that edit."""
+
+    def __init__(self, model: icl.Model, prompts: Prompts) -> None:
+        self.model, self.prompts = model, prompts
+
+    def attn_out(self, query: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        self.run(query, on_output=lambda layer, output: found.append(output[0, -1]))
+        return torch.stack(found)
+
+    def attention(self, query: int) -> list:
+        found: list = []
+
+        def keep(layer, attention) -> None:
+            found.append(attention)
+
+        self.run(query, on_attention=keep)
+        return found
+
+    def label_log_probs(self, query: int) -> torch.Tensor:
+        means = []
+        for label in self.prompts.labels:
+            logits = self.run(query, label)[0, -len(label) - 1 : -1]
+            means.append(logits.log_softmax(-1)[range(len(label)), label].mean())
+        return torch.stack(means)
+
+    def run(self, query: int, label: tuple[int, ...] = (), **callbacks) -> torch.Tensor:
+        tokens = torch.tensor([[*self.prompts.prefix, *self.prompts.queries[query], *label]])
+        with torch.no_grad():
+            return self.model.run(tokens, **callbacks)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_shared_prefix_pass_equals_plain_full_prompts(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str, batch_size: int
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task)
+    got = icl.capture(model, prompts, batch_size=batch_size, progress=False)
+    plain = Plain(model, prompts)
+    assert got.attn_out is not None
+    for query in range(len(prompts.queries)):
+        assert relative(got.attn_out[query], plain.attn_out(query)) < 1e-5
+        assert relative(got.label_log_probs[query], plain.label_log_probs(query)) < 1e-5
+    assert got.residual < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["mistral-window", "gemma3-window"])
+def test_the_windowed_models_tested_do_lose_demonstrations_to_their_window(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
+) -> None:
+    model = models_by_architecture(architecture)
+    windows = [scoring.window for scoring in model.scoring if scoring.window is not None]
+    assert windows
+    assert min(map(len, build(model, task).queries)) < max(windows) < len(build(model, task).prefix)
+
+
+def test_float64_gpt2_is_exact_to_its_own_rounding(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    model = make_model("gpt2", torch.float64)
+    prompts = build(model, task)
+    got = icl.capture(model, prompts, progress=False)
+    assert got.attn_out is not None
+    assert relative(got.attn_out[2], Plain(model, prompts).attn_out(2)) < 1e-13
+    assert got.residual < 1e-13
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task)
+    got = icl.capture(model, prompts, fields=ALL_FIELDS, batch_size=3, progress=False)
+    assert got.q is not None
+    assert got.demo_scores is not None
+    assert got.query_scores is not None
+    assert got.keys_values is not None
+    group = model.n_heads // model.n_key_value_heads
+    n_prefix, n_start = len(prompts.prefix), len(prompts.start)
+    for query in (0, 4):
+        n_query = len(prompts.queries[query])
+        for layer, attention in enumerate(Plain(model, prompts).attention(query)):
+            scoring = model.scoring[layer]
+            keys = attention.k[0].repeat_interleave(group, dim=1)
+            scores = torch.einsum("hd,phd->hp", attention.q[0, -1], keys) * scoring.scale
+            if scoring.softcap is not None:
+                scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+            demo = scores[:, prompts.demonstration_positions]
+            assert relative(got.demo_scores[query, layer], demo) < 1e-5
+            assert relative(got.query_scores[query, layer, :, :n_query], scores[:, n_prefix:]) < 1e-5
+            assert (got.query_scores[query, layer, :, n_query:] == 0).all()
+            assert relative(got.q[query, layer], attention.q_content[0, -1]) < 1e-5
+            kept = got.keys_values
+            assert relative(kept.demo_keys[layer], attention.k[0, n_start:n_prefix]) < 1e-5
+            assert relative(kept.demo_values[layer], attention.v[0, n_start:n_prefix]) < 1e-5
+            own = slice(n_start, n_start + n_query)
+            assert relative(kept.query_keys[query, layer, own], attention.k[0, n_prefix:]) < 1e-5
+            assert relative(kept.query_values[query, layer, own], attention.v[0, n_prefix:]) < 1e-5
+
+
+def test_zero_shot_has_no_demonstrations(llama: icl.Model, prompts: Prompts) -> None:
+    zsl = icl.capture(llama, prompts.zero_shot(), fields=ALL_FIELDS, progress=False)
+    assert zsl.demo_scores is not None
+    assert zsl.demo_scores.shape[-1] == 0
+    assert zsl.keys_values is not None
+    assert zsl.keys_values.demo_keys.shape[1] == 0
+    assert relative(zsl.label_log_probs[3], Plain(llama, prompts.zero_shot()).label_log_probs(3)) < 1e-5
+
+
+def test_only_the_fields_asked_for_are_kept(llama: icl.Model, prompts: Prompts) -> None:
+    got = icl.capture(llama, prompts, fields=("q",), progress=False)
+    assert got.q is not None
+    assert got.attn_out is got.demo_scores is got.query_scores is got.keys_values is None
+
+
+def test_half_precision_is_captured_in_float32(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    model = make_model("llama", torch.bfloat16)
+    prompts = build(model, task)
+    got = icl.capture(model, prompts, progress=False)
+    assert got.attn_out is not None
+    assert got.attn_out.dtype == torch.float32
+    assert relative(got.attn_out[1], Plain(model, prompts).attn_out(1).float()) < 5e-2
+
+
+def test_a_model_handed_in_comes_back_without_hooks(llama: icl.Model, prompts: Prompts) -> None:
+    icl.capture(llama, prompts, progress=False)
+    assert not any(point.fwd_hooks for point in llama.bridge.hook_dict.values())
+
+
+def test_attention_that_is_not_softmax_of_scores_is_refused(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    gated = make_model("llama", name="gated")
+    gated.bridge.blocks[1].attn.o.original_component.register_forward_pre_hook(lambda module, args: None)
+    gated.bridge.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
+    with pytest.raises(icl.UnsupportedModelError, match=r"gated .* layer 1: attention recomputed"):
+        icl.capture(gated, prompts, progress=False)
+    gated.bridge.reset_hooks()
+
+
+def test_a_model_that_ignores_positions_is_refused(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("gpt2", name="deaf")
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda tokens, **kwargs: run(tokens, **{**kwargs, "positions": None}))
+    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the zero-shot pass with ΔICL"):
+        icl.capture(model, prompts, progress=False)
+
+
+def test_predictions_and_accuracy_follow_the_log_probabilities(llama: icl.Model, prompts: Prompts) -> None:
+    got = icl.capture(llama, prompts, fields=(), progress=False)
+    assert got.predictions.tolist() == [int(row[1] > row[0]) for row in got.label_log_probs]
+    sure = dataclasses.replace(got, label_log_probs=torch.nn.functional.one_hot(got.gold, 2).float())
+    assert sure.accuracy == 1.0
