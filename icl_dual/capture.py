@@ -124,12 +124,12 @@ def capture(
         prefix = _run_prefix(model, prompts)
         recorder = _Recorder(model, prompts, fields, prefix)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
-        log_probs = torch.zeros(len(prompts.queries), len(prompts.labels))
+        log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         for batch, logits in _run_queries(model, prompts.start, prompts.queries, 1, prefix, batch_size, recorder):
             first = [prompts.labels[label][0] for label in single]
-            log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = (
-                logits.float().log_softmax(-1)[:, 0, first].cpu()
-            )
+            log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = _log_probs(logits)[
+                :, 0, first
+            ].cpu()
             bar.update(len(batch))
         for label in set(range(len(prompts.labels))) - set(single):
             log_probs[:, label] = _label_word_log_probs(model, prompts, prompts.labels[label], prefix, batch_size)
@@ -244,7 +244,7 @@ class _Recorder:
             "demo_scores": (n_queries, n_layers, n_heads, len(self.demo_tokens)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
         }
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
         self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
             self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
@@ -350,12 +350,16 @@ def _label_word_log_probs(
 ) -> Float[Tensor, " query"]:
     """Mean log-probability per token of a label word of several tokens, each read after the ones before it."""
     rows = [query + label[:-1] for query in prompts.queries]
-    means = torch.zeros(len(rows))
+    means = torch.zeros(len(rows), dtype=torch.promote_types(model.dtype, torch.float32))
     target = torch.tensor(label, device=model.device)
     for batch, logits in _run_queries(model, prompts.start, rows, len(label), prefix, batch_size):
-        log_probs = logits.float().log_softmax(-1)
+        log_probs = _log_probs(logits)
         means[batch] = log_probs.gather(-1, target.expand(len(batch), -1)[..., None]).squeeze(-1).mean(-1).cpu()
     return means
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _visible(rows: Int[Tensor, " pos"], keys: Int[Tensor, " key"], window: int | None) -> Bool[Tensor, "pos key"]:

@@ -24,8 +24,11 @@ from icl_dual.prompts import Prompts
 
 Loss = Literal["all", "label"]
 
-EXPLODED = 3.0
+EXPLODED_LOSS = 3.0
 """A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion."""
+
+EXPLODED_WEIGHTS = 10.0
+"""So is a change of weights this many times as large as the weights: behind a norm, it need not show in the loss."""
 
 
 class DivergedError(RuntimeError):
@@ -109,7 +112,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
 
     Raises:
         ValueError: lr is not a positive number, there are no demonstrations, or the loss is unknown.
-        DivergedError: the loss exploded or is no number; says at which step and lr.
+        DivergedError: the loss or the weights exploded or are no numbers; says at which step and lr.
     """
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
@@ -122,6 +125,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
     training_q: list[Tensor] = []
     with _restored(parameters), _only_trained(model, parameters):
         before = [parameter.detach().clone() for parameter in parameters]
+        size = _norm(before)
         optimizer = torch.optim.SGD(parameters, lr=lr)
         steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.demonstrations)
@@ -131,17 +135,16 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
             value, q = _step_loss(model, prompts.start, tokens, label_length if loss == "label" else len(tokens))
             losses.append(value.item())
             training_q.append(q)
-            if not losses[-1] <= EXPLODED * math.log(model.d_vocab):
-                raise DivergedError(
-                    f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g}, from "
-                    f"{losses[0]:.3g} at the first step. Use a smaller learning rate"
-                )
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-        deltas = [after.detach() - start for after, start in zip(parameters, before, strict=True)]
-    if not all(delta.isfinite().all() for delta in deltas):
-        raise DivergedError(f"finetuning diverged at the last step, {total}, with lr={lr:g}: weights are not finite")
+            change = _norm(_differences(parameters, before)) / size
+            if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
+                raise DivergedError(
+                    f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
+                    f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
+                )
+        deltas = _differences(parameters, before)
     W_K, b_K, W_V, b_V = _by_kind(model, deltas)
     return WeightDelta(
         model=model.name,
@@ -151,7 +154,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
         W_V=W_V,
         b_K=b_K,
         b_V=b_V,
-        losses=torch.tensor(losses),
+        losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training_q, dim=1),
     )
 
@@ -164,11 +167,15 @@ def _step_loss(
     q: list[Tensor] = []
 
     def on_attention(layer: int, attention: Attention) -> None:
-        q.append(attention.q_content[0, len(start) :].detach().float().cpu())
+        q.append(_at_least_float32(attention.q_content[0, len(start) :]).detach().cpu())
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
     logits = model.run(ids, read=read[None], on_attention=on_attention)
-    return nn.functional.cross_entropy(logits[0].float(), ids[0, -n_targets:]), torch.stack(q)
+    return nn.functional.cross_entropy(_at_least_float32(logits[0]), ids[0, -n_targets:]), torch.stack(q)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _parameters(model: Model) -> list[nn.Parameter]:
@@ -180,6 +187,14 @@ def _parameters(model: Model) -> list[nn.Parameter]:
             if projection.bias is not None:
                 found.append(projection.bias)
     return found
+
+
+def _differences(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
+    return [now.detach() - then for now, then in zip(after, before, strict=True)]
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return torch.stack([tensor.float().norm() for tensor in tensors]).norm().item()
 
 
 def _by_kind(model: Model, deltas: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from icl_dual import assets
 
@@ -278,8 +279,9 @@ def _refuse_unsupported(bridge: TransformerBridge) -> None:
             f"{architecture}: expected raw weights, got a model in compatibility mode, whose folded weights change "
             "W_V, W_O and the path of SGD. Boot it again without enable_compatibility_mode()"
         )
+    causal = type(bridge.original_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     hf_config: Any = getattr(bridge.original_model, "config", None)
-    if getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
+    if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
         raise UnsupportedModelError(f"{architecture}: expected a decoder-only causal language model")
     wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_out")
     for layer in range(cfg.n_layers):

@@ -107,9 +107,7 @@ class Task:
         """
         ordered = _shuffled(self._demonstrations, f"demonstrations {seed}")
         if not 0 <= k <= len(ordered):
-            raise TaskError(
-                f"{self.name}: expected k between 0 and the {len(ordered)} demonstrations there are, got {k}"
-            )
+            raise TaskError(f"{self.name}: expected k from 0 to the {len(ordered)} demonstrations there are, got {k}")
         if not balanced:
             return ordered[:k]
         n_labels = len(self.label_words)

@@ -101,11 +101,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 
 
 @pytest.fixture(scope="session")
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., icl.Model]:
-    """A new tiny random model of an architecture; weights are large enough for attention to matter."""
-    from transformer_lens.model_bridge import TransformerBridge
+def make_hf_model() -> Callable[..., PreTrainedModel]:
+    """A new tiny random Hugging Face model, always the same; weights are large enough for attention to matter."""
 
-    def make(architecture: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> icl.Model:
+    def make(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             hf_model = _HF_MODELS[architecture]()
@@ -115,7 +114,21 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., icl.Model]:
                 else:
                     parameter.data.add_(0.1 * torch.randn_like(parameter))
         hf_model.config.architectures = [type(hf_model).__name__]
-        hf_model = torch.nn.Module.to(hf_model.eval(), dtype)
+        torch.nn.Module.to(hf_model.eval(), dtype)
+        return hf_model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., icl.Model]:
+    """A new tiny random model of an architecture, behind its bridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> icl.Model:
+        hf_model = make_hf_model(architecture, dtype)
         bridge = TransformerBridge.boot_transformers(
             f"tiny/{architecture}", hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
         )

@@ -177,3 +177,17 @@ def test_predictions_and_accuracy_follow_the_log_probabilities(llama: icl.Model,
     assert got.predictions.tolist() == [int(row[1] > row[0]) for row in got.label_log_probs]
     sure = dataclasses.replace(got, label_log_probs=torch.nn.functional.one_hot(got.gold, 2).float())
     assert sure.accuracy == 1.0
+
+
+def test_captures_of_the_real_model_equal_plain_full_prompts() -> None:
+    """32 real demonstrations on SmolLM2: the shared-prefix pass against the whole prompt, to 1e-4 relative."""
+    model, task = icl.load_model("smollm2-135m"), icl.load_task("sst2")
+    prompts = icl.build_prompts(model, task, task.demonstrations(32, seed=1), task.queries(6))
+    got = icl.capture(model, prompts, progress=False)
+    assert got.attn_out is not None
+    plain = Plain(model, prompts)
+    for query in (0, 5):
+        expected = plain.attn_out(query)
+        by_layer = (got.attn_out[query] - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert by_layer.max() < 1e-4
+        torch.testing.assert_close(got.label_log_probs[query], plain.label_log_probs(query), rtol=1e-4, atol=0)

@@ -1,0 +1,274 @@
+"""The paper's comparison on a real model and real data: zero-shot, in-context learning and finetuning, layer by layer.
+
+Runs one cell for each task and seed, then draws tables and figures from the saved cells. Cells that are complete are
+not run again: a stopped run goes on where it was, and drawing alone needs no model.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import icl_dual as icl
+from icl_dual.plots import LAYERWISE
+
+DATA = Path(__file__).parent / "data"
+TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
+ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
+METRIC_ROWS = (
+    "Rec2FTP random",
+    "Rec2FTP",
+    "SimAOU random",
+    "SimAOU",
+    "SimAM random",
+    "SimAM before FT",
+    "SimAM after FT",
+    "Kendall random",
+    "Kendall",
+)
+PER_CENT = (*ACCURACY_ROWS, "Rec2FTP random", "Rec2FTP")
+ERRORS = (
+    icl.AssetError,
+    icl.DivergedError,
+    icl.PromptError,
+    icl.StudyError,
+    icl.TaskError,
+    icl.UnsupportedModelError,
+)
+
+PAPER_NOTE = "The paper's own values stand below ours: they are of other models and query sets."
+
+Results = Sequence[icl.CellResult]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
+    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
+    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
+    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[1], help="draws of the demonstrations (%(default)s)")
+    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
+    add("--loss", choices=("all", "label"), default="all", help="finetuning's loss: all tokens, or the label word's")
+    add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as they fall)")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
+    add("--out", type=Path, default=Path("figures"), help="where cells, tables and figures go (%(default)s)")
+    return parser.parse_args()
+
+
+def plan(args: argparse.Namespace) -> list[icl.Cell]:
+    return [
+        icl.Cell(
+            model=args.model,
+            task=task,
+            k=icl.PAPER_K[task] if args.k is None else args.k,
+            seed=seed,
+            lr=default_lr(args.model, task) if args.lr is None else args.lr,
+            n_queries=args.queries,
+            loss=args.loss,
+            balanced=args.balanced,
+        )
+        for task in args.tasks
+        for seed in args.seeds
+    ]
+
+
+def default_lr(model: str, task: str) -> float:
+    chosen = json.loads((DATA / "default_lr.json").read_text())
+    try:
+        return chosen[model][task]
+    except KeyError:
+        raise icl.StudyError(
+            f"no learning rate was chosen for {model!r} on {task}: pass --lr, or choose one on selection queries with "
+            f"python analyses/select_lr.py --model {model} --tasks {task}"
+        ) from None
+
+
+def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
+    """Ours and the paper's values in the paper's layout: a row a metric, a column a task."""
+    paper = json.loads((DATA / "paper.json").read_text())
+    tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        values = {task: seed_values(results, task, row) for task in tasks}
+        texts = {task: cell_text(results, task, row) for task in tasks}
+        mean = pd.Series({task: found.mean() for task, found in values.items()}).mean(skipna=False)
+        lines[results[0].cell.model, row] = texts | {"mean": number(mean, row)}
+    for model, by_row in paper["models"].items():
+        for row in (row for row in rows if row in by_row):
+            shown = pd.Series(by_row[row], index=paper["tasks"])[tasks] / (100 if row in PER_CENT else 1)
+            texts = {task: number(value, row) for task, value in zip(tasks, shown, strict=True)}
+            lines[f"{model} (paper, another model)", row] = texts | {"mean": number(shown.mean(), row)}
+    frame = pd.DataFrame.from_dict(lines, orient="index").rename(columns=TITLES)
+    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["model", "metric"])
+    return frame.reset_index()
+
+
+def seed_values(results: Results, task: str, row: str) -> pd.Series:
+    """A metric of one task by seed; Rec2FTP, whose counts add up, as one value for all seeds together."""
+    chosen = [result.comparison for result in results if result.cell.task == task]
+    if row == "Rec2FTP":
+        both, finetuned = rec2ftp_counts(results, task)
+        return pd.Series([both / finetuned if finetuned else float("nan")])
+    return pd.Series([c.overall().set_index("metric").loc[row, "value"] for c in chosen], dtype=float)
+
+
+def rec2ftp_counts(results: Results, task: str) -> tuple[int, int]:
+    chosen = [result.comparison.rec2ftp for result in results if result.cell.task == task]
+    return sum(found.both for found in chosen), sum(found.finetuned for found in chosen)
+
+
+def cell_text(results: Results, task: str, row: str) -> str:
+    """A metric of one task: its mean over seeds, with their standard deviation where there are several."""
+    values = seed_values(results, task, row)
+    counts = " ({}/{})".format(*rec2ftp_counts(results, task)) if row == "Rec2FTP" else ""
+    spread = f" ± {number(float(np.std(values.dropna(), ddof=1)), row)}" if values.count() > 1 else ""
+    return number(values.mean(), row) + spread + counts
+
+
+def number(value: float, row: str) -> str:
+    if pd.isna(value):
+        return "undefined"
+    shown = round(100 * value, 1) if row in PER_CENT else round(value, 3)
+    return f"{shown + 0.0:.{1 if row in PER_CENT else 3}f}"  # + 0.0: no minus before a rounded zero
+
+
+def write_tables(results: Results, out: Path) -> None:
+    captions = {
+        "accuracy": (
+            ACCURACY_ROWS,
+            "Accuracy in per cent: zero-shot (ZSL), finetuned (FT), in-context learning (ICL).",
+        ),
+        "metrics": (
+            METRIC_ROWS,
+            "Rec2FTP in per cent, with its counts (FT and ICL right, ZSL wrong / FT right, ZSL wrong), summed over "
+            "seeds; the others are means over queries and layers.",
+        ),
+    }
+    n_seeds = len({result.cell.seed for result in results})
+    spread = f" ± is the standard deviation over {n_seeds} seeds." if n_seeds > 1 else ""
+    for name, (rows, caption) in captions.items():
+        frame = table(results, rows)
+        frame.to_csv(out / f"{name}.csv", index=False)
+        text = frame.to_markdown(index=False, disable_numparse=True)
+        note = f"{caption}{spread} The mean is over the tasks shown. {PAPER_NOTE}"
+        (out / f"{name}.md").write_text(f"{note}\n\n{text}\n")
+        print(f"\n{text}")
+
+
+def write_figures(results: Results, out: Path) -> None:
+    tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
+    for metric in LAYERWISE:
+        fig, axes = panels(len(tasks))
+        for task, ax in zip(tasks, axes, strict=True):
+            icl.plots.layers([r.comparison for r in results if r.cell.task == task], metric, ax=ax)
+            ax.set_title(TITLES[task])
+            ax.label_outer()
+        finish(fig, axes, f"{metric} by layer, {describe(results)}", out / metric.lower())
+    fig, axes = panels(len(tasks))
+    for task, ax in zip(tasks, axes, strict=True):
+        chosen = [result for result in results if result.cell.task == task]
+        icl.plots.label_counts([r.comparison for r in chosen], chosen[0].provenance["label_words"], ax=ax)
+        ax.tick_params(axis="x", rotation=30)
+        ax.set_title(TITLES[task])
+        ax.label_outer()
+    finish(fig, axes, f"What is predicted, {describe(results)}", out / "label_counts")
+
+
+def panels(n: int) -> tuple[Figure, list[Axes]]:
+    fig, axes = plt.subplots(1, n, figsize=(1.2 + 2.6 * n, 3.4), layout="constrained", squeeze=False, sharey=True)
+    return fig, list(axes[0])
+
+
+def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
+    fig.suptitle(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    fig.savefig(path.with_suffix(".png"), dpi=150)
+    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(fig)
+
+
+def describe(results: Results) -> str:
+    cell = results[0].cell
+    seeds = sorted({result.cell.seed for result in results})
+    return f"{cell.model}, {cell.n_queries} queries a task, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
+    cell, provenance = results[0].cell, results[0].provenance
+    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seeds": args.seeds, "out": args.out}
+    given |= {"k": args.k, "lr": args.lr}
+    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v]
+    words += ["--loss label"] * (cell.loss == "label") + ["--balanced"] * cell.balanced
+    runs = pd.DataFrame(
+        {
+            "task": TITLES[result.cell.task],
+            "k": result.cell.k,
+            "seed": result.cell.seed,
+            "lr": result.cell.lr,
+            "prompt tokens before the query": result.provenance["prefix_tokens"],
+            "FT loss, first → last step": "{:.2f} → {:.2f}".format(*(result.provenance["losses"][i] for i in (0, -1))),
+            "attention residual": f"{result.provenance['attention_residual']:.1e}",
+            "seconds": f"{sum(result.provenance['seconds'].values()):.0f}",
+        }
+        for result in results
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    command = f"python analyses/reproduce.py {' '.join(words)}"
+    (out / "README.md").write_text(f"""# How these were made
+
+    {command}
+
+Model `{cell.model}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}` (recorded at the token
+that predicts the label), loss over {"all tokens" if cell.loss == "all" else "the label word"}, {cell.n_queries} queries
+a task. {versions}.
+
+| file | what it shows |
+|---|---|
+| `accuracy.md`, `.csv` | accuracy of the three settings, the paper's values below |
+| `metrics.md`, `.csv` | Rec2FTP, SimAOU, SimAM and Kendall with their baselines, the paper's values below |
+| `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | the metric by layer; bands are ±1.96 standard errors over queries |
+| `label_counts` (`.png`, `.pdf`) | which labels are predicted; a model that always answers the same shows here |
+| `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
+
+{runs.to_markdown(index=False, disable_numparse=True)}
+
+The attention residual is the largest relative difference between attention recomputed from the captured queries, keys
+and values and the model's own.
+""")
+
+
+def main() -> int:
+    args = parse()
+    try:
+        results = icl.run_study(plan(args), args.out / "cells", device=args.device, dtype=getattr(torch, args.dtype))
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
+        return 130
+    pd.concat([result.to_frame() for result in results]).to_csv(args.out / "results.csv", index=False)
+    write_tables(results, args.out)
+    write_figures(results, args.out)
+    write_readme(results, args, args.out)
+    print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

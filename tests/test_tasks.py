@@ -1,0 +1,174 @@
+import hashlib
+import io
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import icl_dual as icl
+from icl_dual.tasks import _PlainUnpickler, _staicc_rows
+
+TEMPLATE = "Text: {text} Label:"
+texts = st.lists(st.text("ab cD", min_size=1, max_size=6).filter(str.strip), min_size=4, max_size=40)
+
+
+def rows_of(found: list[str]) -> list[dict]:
+    return [{"text": text, "label": index % 2} for index, text in enumerate([*found, "zero", "one"])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(found=texts, seed=st.integers(0, 5), two_files=st.booleans())
+def test_no_text_is_in_two_pools(found: list[str], seed: int, two_files: bool) -> None:
+    rows = rows_of(found)
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, rows[len(rows) // 2 :] if two_files else None)
+    pools = [task._demonstrations, *(task._queries[split] for split in ("selection", "evaluation"))]
+    identities = [example.identity for pool in pools for example in pool]
+    assert len(identities) == len(set(identities))
+    assert set(identities) == {" ".join(row["text"].split()).casefold() for row in rows}
+    drawn = task.demonstrations(len(task._demonstrations), seed)
+    assert Counter(example.identity for example in drawn) == Counter(e.identity for e in task._demonstrations)
+
+
+def test_draws_are_the_order_of_a_hash_and_so_portable(task: icl.Task) -> None:
+    def rank(salt: str, example) -> str:
+        return hashlib.sha256(f"{salt}\0{example.identity}".encode()).hexdigest()
+
+    pool = task.demonstrations(30, seed=0)
+    assert task.demonstrations(8, seed=3) == sorted(pool, key=lambda e: rank("demonstrations 3", e))[:8]
+    assert task.queries(5) == sorted(task.queries(), key=lambda e: rank("queries", e))[:5]
+    # Written down once: a change of these would silently change every published number.
+    assert [dict(example.fields)["text"] for example in task.demonstrations(2, seed=1)] == PINNED
+
+
+PINNED = ["very so film number 34", "so bad very number 58"]
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    forward = icl.Task("t", TEMPLATE, ("no", "yes"), make_rows())
+    backward = icl.Task("t", TEMPLATE, ("no", "yes"), make_rows()[::-1])
+    assert forward.demonstrations(9, 1) == backward.demonstrations(9, 1)
+    assert forward.queries(9) == backward.queries(9)
+
+
+def test_balanced_draws_have_equal_classes_and_the_rest_fall_as_they_do(task: icl.Task) -> None:
+    assert Counter(example.label for example in task.demonstrations(10, seed=2, balanced=True)) == {0: 5, 1: 5}
+    assert Counter(example.label for example in task.demonstrations(7, seed=2, balanced=True)) == {0: 4, 1: 3}
+    skewed = icl.Task("t", TEMPLATE, ("no", "yes"), [row | {"label": int(i < 3)} for i, row in enumerate(make_rows())])
+    assert len(skewed.demonstrations(20, seed=0)) == 20
+    with pytest.raises(icl.TaskError, match="wants 10 demonstrations labelled 'yes', and there are"):
+        skewed.demonstrations(20, seed=0, balanced=True)
+
+
+def test_asking_for_more_than_there_is_gives_the_numbers(task: icl.Task) -> None:
+    with pytest.raises(icl.TaskError, match="expected k from 0 to the 30 demonstrations there are, got 31"):
+        task.demonstrations(31, seed=0)
+    with pytest.raises(icl.TaskError, match="expected between 1 and 24 evaluation queries, got 25"):
+        task.queries(25)
+    with pytest.raises(icl.TaskError, match="got 0"):
+        task.queries(0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "  ", "label": 0}, "row 3: 'text' is empty"),
+        ({"text": "fine", "label": 2}, r"row 3: unknown label 2; expected 0 to 1 or one of \['no', 'yes'\]"),
+        ({"text": "fine", "label": "maybe"}, "row 3: unknown label 'maybe'"),
+        ({"text": "fine"}, r"row 3: expected 'label', got only \['text'\]"),
+        ({"label": 1}, "row 3: expected 'text'"),
+    ],
+)
+def test_bad_rows_are_named_by_their_number(row: dict, message: str) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": "yes"}, row]
+    with pytest.raises(icl.TaskError, match=message):
+        icl.Task("t", TEMPLATE, ("no", "yes"), rows)
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": "a", "label": 1}, {"text": "b", "label": 1}]])
+def test_empty_and_one_class_tasks_are_refused(rows: list[dict]) -> None:
+    with pytest.raises(icl.TaskError, match="expected rows of two or more classes"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), rows)
+
+
+def test_templates_and_label_words_are_checked() -> None:
+    with pytest.raises(icl.TaskError, match="named fields"):
+        icl.Task("t", "no field", ("no", "yes"), make_rows())
+    with pytest.raises(icl.TaskError, match="two or more different label words"):
+        icl.Task("t", TEMPLATE, ("no", "no"), make_rows())
+
+
+def test_rows_come_from_jsonl_and_csv(tmp_path: Path) -> None:
+    rows = make_rows()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    expected = icl.Task("t", TEMPLATE, ("no", "yes"), rows).demonstrations(9, 0)
+    for name in ("rows.jsonl", "rows.csv"):
+        assert icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / name).demonstrations(9, 0) == expected
+
+
+def test_unreadable_files_say_where(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", \n')
+    with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object a line"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.jsonl")
+    with pytest.raises(icl.TaskError, match="expected a readable file of rows"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "missing.csv")
+    with pytest.raises(icl.TaskError, match=r"expected a \.jsonl or \.csv file"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.txt")
+
+
+def test_cb_comes_from_a_file_with_two_fields(tmp_path: Path) -> None:
+    rows = [{"premise": f"It rained {i} days.", "hypothesis": "It rained", "label": i % 3} for i in range(30)]
+    path = tmp_path / "cb.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cb = icl.load_task("cb", source=path)
+    (example,) = cb.demonstrations(1, seed=0)
+    premise = dict(example.fields)["premise"]
+    assert cb.prompt(example) == f"{premise} Question: It rained True, False, or Neither? Answer:"
+    assert cb.label_words == ("True", "False", "Neither")
+    with pytest.raises(icl.TaskError, match="cb is in no package"):
+        icl.load_task("cb", source="wheel")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "n_rows", "start", "label_words"),
+    [
+        ("sst2", "sst2", 67_349, "Sentence: ", ("Negative", "Positive")),
+        ("sst5", "sst5", 8_544, "Sentence: ", ("terrible", "bad", "neutral", "good", "great")),
+        ("mr", "rotten_tomatoes", 8_530, "Review: ", ("Negative", "Positive")),
+        ("subj", "subjective", 8_000, "Input: ", ("objective", "subjective")),
+        (
+            "agnews",
+            "agnews",
+            127_600,
+            "Classify the news articles into the categories of World, Sports, Business, and Technology. News: ",
+            ("World", "Sports", "Business", "Technology"),
+        ),
+    ],
+)
+def test_the_papers_tasks_have_real_rows(
+    name: str, file: str, n_rows: int, start: str, label_words: tuple[str, ...]
+) -> None:
+    raw = _staicc_rows(file)
+    assert len(raw) == n_rows
+    task = icl.load_task(name)
+    sizes = [len(task._demonstrations), *(len(pool) for pool in task._queries.values())]
+    assert sum(sizes) == len({" ".join(row["text"].split()).casefold() for row in raw})
+    assert task.prompt(task.queries(1)[0]).startswith(start)
+    assert task.label_words == label_words
+    assert {example.label for example in task.queries(200)} == set(range(len(label_words)))
+
+
+def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(icl.TaskError, match=r"unknown task 'sst3': expected one of \['sst2', 'sst5'"):
+        icl.load_task("sst3")
+
+
+def test_pickles_hold_plain_rows_or_are_refused() -> None:
+    assert _PlainUnpickler(io.BytesIO(pickle.dumps([(["a"], 1)]))).load() == [(["a"], 1)]
+    with pytest.raises(pickle.UnpicklingError, match="expected plain rows"):
+        _PlainUnpickler(io.BytesIO(pickle.dumps(Path("x")))).load()
