@@ -169,6 +169,19 @@ def write_tables(results: Results, out: Path) -> None:
         print(f"\n{text}")
 
 
+def label_counts(results: Results) -> pd.DataFrame:
+    """How often each label is gold and is predicted, by task, seed and setting."""
+    rows = []
+    for result in results:
+        words = result.provenance["label_words"]
+        settings = {"gold": result.comparison.gold, **result.comparison.predictions}
+        for setting, labels in settings.items():
+            counts = labels.bincount(minlength=len(words)).tolist()
+            for word, count in zip(words, counts, strict=True):
+                rows.append([result.cell.model, result.cell.task, result.cell.seed, setting, word, count])
+    return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
+
+
 def write_figures(results: Results, out: Path) -> None:
     tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
     for metric in LAYERWISE:
@@ -228,6 +241,7 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
         for result in results
     )
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    rates = "given by hand" if args.lr else "chosen by `analyses/select_lr.py` on selection queries, apart from these"
     command = f"python analyses/reproduce.py {' '.join(words)}"
     (out / "README.md").write_text(f"""# How these were made
 
@@ -235,14 +249,14 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
 
 Model `{cell.model}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}` (recorded at the token
 that predicts the label), loss over {"all tokens" if cell.loss == "all" else "the label word"}, {cell.n_queries} queries
-a task. {versions}.
+a task. Learning rates: {rates}. {versions}.
 
 | file | what it shows |
 |---|---|
 | `accuracy.md`, `.csv` | accuracy of the three settings, the paper's values below |
 | `metrics.md`, `.csv` | Rec2FTP, SimAOU, SimAM and Kendall with their baselines, the paper's values below |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | the metric by layer; bands are ±1.96 standard errors over queries |
-| `label_counts` (`.png`, `.pdf`) | which labels are predicted; a model that always answers the same shows here |
+| `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
 
 {runs.to_markdown(index=False, disable_numparse=True)}
@@ -263,6 +277,7 @@ def main() -> int:
         print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
         return 130
     pd.concat([result.to_frame() for result in results]).to_csv(args.out / "results.csv", index=False)
+    label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
     write_tables(results, args.out)
     write_figures(results, args.out)
     write_readme(results, args, args.out)

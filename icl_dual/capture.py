@@ -84,11 +84,20 @@ class Capture:
         """Share of queries whose predicted label is the gold one."""
         return (self.predictions == self.gold).double().mean().item()
 
+    def axes(self, field: Field) -> dict[str, int]:
+        """The names and lengths of a field's axes, in order; empty where it was not kept or is no tensor."""
+        tensor = getattr(self, field)
+        if not isinstance(tensor, Tensor):
+            return {}
+        annotation = get_args(type(self).__annotations__[field])[0]
+        return dict(zip(annotation.dim_str.split(), tensor.shape, strict=True))
+
     def __repr__(self) -> str:
         kept = [name for name in get_args(Field) if getattr(self, name) is not None]
+        shapes = [f"{name}[{' '.join(f'{axis}={n}' for axis, n in self.axes(name).items())}]" for name in kept]
         return (
             f"Capture({self.model!r}, {len(self.prompts.queries)} queries after {len(self.prompts.demonstrations)} "
-            f"demonstrations, accuracy={self.accuracy:.3f}, fields={kept}, residual={self.residual:.1e})"
+            f"demonstrations, accuracy={self.accuracy:.3f}, residual={self.residual:.1e}, {', '.join(shapes)})"
         )
 
 

@@ -162,3 +162,35 @@ def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
     (tmp_path / "x" / "tensors.safetensors").write_bytes(b"broken")
     with pytest.raises(icl.AssetError, match="Delete the folder to have it made again"):
         assets.load_tensors(tmp_path / "x")
+
+
+def test_a_gguf_is_unpacked_once_and_its_terms_are_shown_then(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sha256 = hashlib.sha256(b"what was wanted").hexdigest()
+    made: list[Path] = []
+
+    def write_plain_model(gguf: Path, folder: Path) -> None:
+        made.append(gguf)
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+
+    monkeypatch.setattr(assets, "_write_plain_model", write_plain_model)
+    model = assets.PackagedModel((wheel_of(index),), ("carried/bytes.txt",), sha256, terms="terms of use")
+    monkeypatch.setitem(assets.PACKAGED_MODELS, "made-up", model)
+    first, second = assets.model_files("made-up"), assets.model_files("made-up")
+    assert first == second
+    assert first.provenance == f"sha256:{sha256}"
+    assert (first.folder / "model.safetensors").read_bytes() == b"what was wanted"
+    assert len(made) == 1
+    assert caplog.messages.count("terms of use") == 1
+    local = index / "local.gguf"
+    local.write_bytes(b"what was wanted")
+    assert assets.model_files(str(local)) == first, "the same bytes as a local file are the same model"
+
+
+def test_wheels_that_join_to_other_bytes_are_refused(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = assets.PackagedModel((wheel_of(index),), ("carried/bytes.txt",), "f" * 64)
+    monkeypatch.setitem(assets.PACKAGED_MODELS, "made-up", model)
+    with pytest.raises(icl.AssetError, match="The wheels do not hold the model this library pins"):
+        assets.model_files("made-up")
+    assert not (cache / "models" / ("f" * 16)).exists()

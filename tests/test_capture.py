@@ -191,3 +191,12 @@ def test_captures_of_the_real_model_equal_plain_full_prompts() -> None:
         by_layer = (got.attn_out[query] - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert by_layer.max() < 1e-4
         torch.testing.assert_close(got.label_log_probs[query], plain.label_log_probs(query), rtol=1e-4, atol=0)
+
+
+def test_axes_are_labelled(llama: icl.Model, prompts: Prompts) -> None:
+    got = icl.capture(llama, prompts, fields=ALL_FIELDS, progress=False)
+    n_tokens = len(prompts.demonstration_positions)
+    assert got.axes("demo_scores") == {"query": 7, "layer": 3, "head": 4, "demo_token": n_tokens}
+    assert list(got.axes("q")) == ["query", "layer", "head", "d_head"]
+    assert f"demo_scores[query=7 layer=3 head=4 demo_token={n_tokens}]" in repr(got)
+    assert icl.capture(llama, prompts, fields=(), progress=False).axes("q") == {}

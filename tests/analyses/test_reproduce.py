@@ -32,6 +32,7 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
     assert written == figures | {
         "README.md",
         "results.csv",
+        "label_counts.csv",
         "accuracy.md",
         "accuracy.csv",
         "metrics.md",
@@ -51,6 +52,14 @@ def test_results_are_tidy_and_complete(out: Path) -> None:
     assert all(-1 <= row["value"] <= 1 for row in rows if row["metric"].startswith(("SimAOU", "SimAM", "Kendall")))
     # At layer 0 the query's scores come from its own tokens alone, in context or not.
     assert all(row["value"] > 0.9 for row in rows if row["metric"] == "SimAM before FT" and row["layer"] == 0)
+
+
+def test_label_counts_add_up_to_the_queries(out: Path) -> None:
+    counts = pd.read_csv(out / "label_counts.csv").to_dict(orient="records")
+    assert {row["setting"] for row in counts} == {"gold", "ZSL", "ICL", "FT"}
+    agnews = [row for row in counts if (row["task"], row["seed"], row["setting"]) == ("agnews", 2, "ICL")]
+    assert [row["label"] for row in agnews] == ["World", "Sports", "Business", "Technology"]
+    assert sum(row["count"] for row in agnews) == 6
 
 
 def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path) -> None:
