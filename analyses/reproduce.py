@@ -236,7 +236,6 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
             "prompt tokens before the query": result.provenance["prefix_tokens"],
             "FT loss, first → last step": "{:.2f} → {:.2f}".format(*(result.provenance["losses"][i] for i in (0, -1))),
             "attention residual": f"{result.provenance['attention_residual']:.1e}",
-            "seconds": f"{sum(result.provenance['seconds'].values()):.0f}",
         }
         for result in results
     )
@@ -276,7 +275,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
         return 130
-    pd.concat([result.to_frame() for result in results]).to_csv(args.out / "results.csv", index=False)
+    pd.concat([result.to_frame() for result in results]).to_csv(
+        args.out / "results.csv", index=False, float_format="%.6g"
+    )
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
     write_tables(results, args.out)
     write_figures(results, args.out)

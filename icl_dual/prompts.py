@@ -27,7 +27,7 @@ class PromptError(ValueError):
     """Prompts that a model cannot read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompts:
     """A set of queries that share their demonstrations, as token ids.
 
@@ -45,6 +45,12 @@ class Prompts:
     """The tokens of each label word, as they follow a query."""
     gold: Tokens
     """Each query's label index."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Prompts({len(self.queries)} queries of {min(map(len, self.queries))} to {max(map(len, self.queries))} "
+            f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens)"
+        )
 
     @cached_property
     def prefix(self) -> Tokens:

@@ -309,7 +309,7 @@ def _read_rows(path: Path) -> list[Mapping[str, Any]]:
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
@@ -322,5 +322,5 @@ def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         return list(csv.DictReader(lines))
