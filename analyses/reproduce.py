@@ -38,14 +38,8 @@ METRIC_ROWS = (
     "Kendall",
 )
 PER_CENT = (*ACCURACY_ROWS, "Rec2FTP random", "Rec2FTP")
-ERRORS = (
-    icl.AssetError,
-    icl.DivergedError,
-    icl.PromptError,
-    icl.StudyError,
-    icl.TaskError,
-    icl.UnsupportedModelError,
-)
+ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
+"""What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
 
 PAPER_NOTE = "The paper's own values stand below ours: they are of other models and query sets."
 

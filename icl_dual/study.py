@@ -89,12 +89,13 @@ def run_cell(model: Model, task: Task, cell: Cell, folder: str | PathLike[str], 
     queries = task.queries(cell.n_queries, split=cell.split)
     prompts = build_prompts(model, task, demonstrations, queries)
     clock = _Clock()
+    # Finetuning first: a learning rate that diverges then costs no captures.
+    with clock("finetuning"):
+        delta = finetune(model, prompts, lr=cell.lr, loss=cell.loss, progress=progress)
     with clock("ICL"):
         icl = capture(model, prompts, progress=progress)
     with clock("ZSL"):
         zsl = capture(model, prompts.zero_shot(), progress=progress)
-    with clock("finetuning"):
-        delta = finetune(model, prompts, lr=cell.lr, loss=cell.loss, progress=progress)
     with clock("FT"), delta.applied(model):
         ft = capture(model, prompts.zero_shot(), progress=progress)
     with clock("metrics"):

@@ -101,6 +101,25 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path) -> Non
     assert "analyses/select_lr.py --model someone/something --tasks sst2" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--lr", "0"), "expected a learning rate above 0, got 0.0"),
+        (("--lr", "nan"), "expected a learning rate above 0, got nan"),
+        (("--lr", "1e4"), "finetuning diverged at step"),
+        (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999"),
+        (("--lr", "0.001", "--k", "999999"), "expected k from 0 to the"),
+        (("--lr", "0.001", "--k", "2000"), "smollm2-135m reads at most 8192"),
+        (("--lr", "0.001", "--model", "smollm3"), "unknown model 'smollm3'"),
+    ],
+)
+def test_what_a_user_can_mend_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = reproduce(tmp_path, "--tasks", "sst2", "--k", "2", "--queries", "2", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_papers_tables_have_the_papers_means() -> None:
     """The paper prints the mean of each row in brackets: a check on the transcription."""
     models = json.loads((ANALYSES / "data" / "paper.json").read_text())["models"]
