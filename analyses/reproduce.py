@@ -76,7 +76,7 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
             balanced=args.balanced,
         )
         for task in args.tasks
-        for seed in args.seeds
+        for seed in dict.fromkeys(args.seeds)
     ]
 
 
@@ -112,11 +112,15 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
 
 
 def seed_values(results: Results, task: str, row: str) -> pd.Series:
-    """A metric of one task by seed; Rec2FTP, whose counts add up, as one value for all seeds together."""
+    """A metric of one task by seed; Rec2FTP, whose counts add up, and its baseline as one value for all seeds."""
     chosen = [result.comparison for result in results if result.cell.task == task]
     if row == "Rec2FTP":
         both, finetuned = rec2ftp_counts(results, task)
         return pd.Series([both / finetuned if finetuned else float("nan")])
+    if row == "Rec2FTP random":
+        pooled = [(c.rec2ftp.random * c.rec2ftp.finetuned, c.rec2ftp.finetuned) for c in chosen if c.rec2ftp.finetuned]
+        expected, finetuned = sum(both for both, _ in pooled), sum(n for _, n in pooled)
+        return pd.Series([expected / finetuned if finetuned else float("nan")])
     return pd.Series([c.overall().set_index("metric").loc[row, "value"] for c in chosen], dtype=float)
 
 
@@ -217,7 +221,7 @@ def describe(results: Results) -> str:
 
 def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     cell, provenance = results[0].cell, results[0].provenance
-    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seeds": args.seeds, "out": args.out}
+    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seeds": args.seeds}
     given |= {"k": args.k, "lr": args.lr}
     words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v]
     words += ["--loss label"] * (cell.loss == "label") + ["--balanced"] * cell.balanced
@@ -248,7 +252,7 @@ a task. Learning rates: {rates}. {versions}.
 |---|---|
 | `accuracy.md`, `.csv` | accuracy of the three settings, the paper's values below |
 | `metrics.md`, `.csv` | Rec2FTP, SimAOU, SimAM and Kendall with their baselines, the paper's values below |
-| `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | the metric by layer; bands are ±1.96 standard errors over queries |
+| `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
 

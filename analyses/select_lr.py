@@ -40,7 +40,7 @@ def choose(rows: pd.DataFrame) -> dict[str, float]:
 
 def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for task, group in rows.sort_values("lr").groupby("task", sort=False):
+    for task, group in rows.query("task in @chosen").sort_values("lr").groupby("task", sort=False):
         (line,) = ax.plot(group["lr"], group["accuracy"], marker=".", label=task)
         best = group[group["lr"] == chosen[str(task)]]
         ax.plot(best["lr"], best["accuracy"], marker="o", markersize=9, fillstyle="none", color=line.get_color())
@@ -60,9 +60,9 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    table = args.out / f"{Path(args.model).name}.csv"
+    table = args.out / f"{args.model.strip('/').replace('/', '--')}.csv"
     rows = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=["model", "task", "k", "lr", "n"])
-    done = {(task, lr) for task, lr in zip(rows["task"], rows["lr"], strict=True)}
+    done = set(rows.loc[rows["n"] == args.queries, ["task", "lr"]].itertuples(index=False, name=None))
     model = None
     for name in args.tasks:
         todo = [lr for lr in args.lrs if (name, lr) not in done]

@@ -149,6 +149,8 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
     Raises:
         AssetError: nothing is known under the name, or its bytes cannot be had or are damaged.
     """
+    if not name:
+        raise AssetError("expected the name of a model, got an empty one")
     path = Path(name).expanduser()
     local = name in PACKAGED_MODELS or path.exists()
     if local and revision is not None:
@@ -206,8 +208,11 @@ def _write_plain_model(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("unpacking %s", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise AssetError(f"expected a whole GGUF model that transformers reads in {gguf}, got: {error}") from error
     # A model loaded from GGUF carries a quantizer and cannot be saved: its weights move into a plain twin.
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
@@ -259,15 +264,29 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not."""
+    """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        AssetError: `folder` is there and holds other files than the ones that would replace them.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield scratch
         scratch.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
-        scratch.replace(folder)
+            foreign = {path.name for path in folder.iterdir()} - {path.name for path in scratch.iterdir()}
+            if foreign:
+                raise AssetError(
+                    f"expected a new folder, or one to write again, got {folder} with other files in it "
+                    f"({sorted(foreign)[0]!r}, …). Choose another folder"
+                )
+            aside = scratch.with_name(f"{scratch.name}-old")
+            folder.replace(aside)
+            scratch.replace(folder)
+            shutil.rmtree(aside)
+        else:
+            scratch.replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -347,7 +366,7 @@ def _folder_sha256(folder: Path) -> str:
     """One hash for everything in a folder that decides what a model computes: names and bytes, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".bin", ".json", ".model"} and path.is_file():
+        if path.suffix in {".safetensors", ".bin", ".json", ".model", ".txt"} and path.is_file():
             digest.update(f"{path.name}\0{_file_sha256(path)}\0".encode())
     return digest.hexdigest()
 

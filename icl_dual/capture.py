@@ -126,6 +126,7 @@ def capture(
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    _refuse_rotation_switch(model, prompts)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
         if model.pass_residual is None:
             model.pass_residual = _measure_pass(model)
@@ -365,6 +366,18 @@ def _label_word_log_probs(
         log_probs = _log_probs(logits)
         means[batch] = log_probs.gather(-1, target.expand(len(batch), -1)[..., None]).squeeze(-1).mean(-1).cpu()
     return means
+
+
+def _refuse_rotation_switch(model: Model, prompts: Prompts) -> None:
+    """Keys kept from a short prefix are wrong for a model that turns all its keys anew once the prompt is long."""
+    switch, prefix = model.rotation_switch, len(prompts.prefix)
+    longest = prefix + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
+    if prompts.demonstrations and switch is not None and prefix <= switch < longest:
+        raise UnsupportedModelError(
+            f"{model.name} ({model.architecture}) rotates all keys anew past {switch} tokens: expected demonstrations "
+            f"and queries on one side of that, got {prefix} tokens of demonstrations and {longest} with the longest "
+            "query. Use fewer demonstrations, or more"
+        )
 
 
 def _log_probs(logits: Tensor) -> Tensor:

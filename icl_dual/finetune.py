@@ -48,6 +48,8 @@ class WeightDelta:
     b_K: Float[Tensor, "layer d_kv"] | None
     """Δb_K; `None` where the projections have no bias."""
     b_V: Float[Tensor, "layer d_kv"] | None
+    demonstrations: list[list[int]]
+    """The token ids trained on, in order."""
     losses: Float[Tensor, " step"]
     """Mean cross-entropy in nats of each demonstration, before its own update."""
     training_q: Float[Tensor, "layer demo_token head d_head"]
@@ -73,21 +75,25 @@ class WeightDelta:
                 f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
                 f"{tuple(self.W_K.shape)}"
             )
-        with _restored(_parameters(model)), torch.no_grad():
-            for layer, (key, value) in enumerate(projections):
-                for projection, weights, biases in ((key, self.W_K, self.b_K), (value, self.W_V, self.b_V)):
-                    projection.weight.add_(weights[layer].to(projection.weight))
-                    if biases is not None:
-                        projection.bias.add_(biases[layer].to(projection.bias))
-            with torch.enable_grad():
-                yield model
+        with _restored(_parameters(model)):
+            with torch.no_grad():
+                for layer, (key, value) in enumerate(projections):
+                    for projection, weights, biases in ((key, self.W_K, self.b_K), (value, self.W_V, self.b_V)):
+                        projection.weight.add_(weights[layer].to(projection.weight))
+                        if biases is not None:
+                            projection.bias.add_(biases[layer].to(projection.bias))
+            yield model
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the delta into a folder, as safetensors and JSON."""
         tensors = {"W_K": self.W_K, "W_V": self.W_V, "losses": self.losses, "training_q": self.training_q}
         if self.b_K is not None and self.b_V is not None:
             tensors |= {"b_K": self.b_K, "b_V": self.b_V}
-        save_tensors(Path(folder), tensors, {"model": self.model, "lr": self.lr, "loss": self.loss})
+        save_tensors(
+            Path(folder),
+            tensors,
+            {"model": self.model, "lr": self.lr, "loss": self.loss, "demonstrations": self.demonstrations},
+        )
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "WeightDelta":
@@ -154,6 +160,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
         W_V=W_V,
         b_K=b_K,
         b_V=b_V,
+        demonstrations=[list(tokens) for tokens in prompts.demonstrations],
         losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training_q, dim=1),
     )

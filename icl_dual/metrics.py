@@ -260,12 +260,8 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
         raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations, got none")
-    n_tokens = len(icl.prompts.demonstration_positions)
-    if delta.training_q.shape[1] != n_tokens:
-        raise ValueError(
-            f"expected a delta finetuned on the {n_tokens} demonstration tokens of icl's prompts, got one on "
-            f"{delta.training_q.shape[1]}"
-        )
+    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:
+        raise ValueError("expected a delta finetuned on the demonstrations of icl's prompts, in their order")
 
 
 def _field(run: Capture, name: Field) -> Tensor:

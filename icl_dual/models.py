@@ -4,13 +4,16 @@ Everything above this room sees a `Model`: its dimensions, its tokenizer, its ke
 a forward pass that shows each layer's attention to a callback and lets the callback replace the heads' output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from icl_dual import assets
@@ -61,7 +64,7 @@ class Model:
 
     def __init__(self, bridge: TransformerBridge, name: str = "handed-in", provenance: str = "unknown") -> None:
         _refuse_unsupported(bridge)
-        self.bridge = bridge.eval()
+        self.bridge = bridge
         self.name = name
         self.provenance = provenance
         self.tokenizer: Any = bridge.tokenizer
@@ -74,6 +77,8 @@ class Model:
         self.d_head = int(cfg.d_head)
         self.n_ctx = int(cfg.n_ctx)
         self.d_vocab = int(cfg.d_vocab)
+        self.rotation_switch = _rotation_switch(bridge)
+        """Length past which long-context scaling rotates every position anew; `None` where it never does."""
         self.scoring = [self._scoring(layer) for layer in range(self.n_layers)]
         self.pass_residual: float | None = None
         """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
@@ -154,7 +159,7 @@ class Model:
         batch, n_pos = tokens.shape
         if positions is None:
             positions = torch.arange(n_pos, device=tokens.device)
-        with self.bridge.hooks(fwd_hooks=hooks):
+        with self.bridge.hooks(fwd_hooks=hooks), _evaluating(self.bridge):
             # Without an explicit mask, transformers may read a jump in the positions as the border of packed sequences.
             return self.bridge(
                 tokens,
@@ -258,8 +263,24 @@ def load_model(
     """
     files = assets.model_files(name, revision)
     try:
-        bridge = TransformerBridge.boot_transformers(str(files.folder), device=device, dtype=dtype)
-    except (ValueError, NotImplementedError, AttributeError, KeyError, OSError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+        hf_model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would leave these as random numbers
+            raise assets.AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
+        bridge = TransformerBridge.boot_transformers(
+            str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
+        )
+    except SafetensorError as error:
+        raise assets.AssetError(
+            f"{name}: expected whole weights in {files.folder}, got: {error}. Fetch it anew"
+        ) from error
+    except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
+        if isinstance(error, assets.AssetError):
+            raise
         raise UnsupportedModelError(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
         ) from error
@@ -290,6 +311,28 @@ def _refuse_unsupported(bridge: TransformerBridge) -> None:
             raise UnsupportedModelError(
                 f"{architecture}, layer {layer}: expected softmax attention with hooks {wanted}, found no {missing}"
             )
+
+
+def _rotation_switch(bridge: TransformerBridge) -> int | None:
+    config: Any = bridge.original_model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
+        return None
+    switch = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
+    return int(switch or config.max_position_embeddings)
+
+
+@contextmanager
+def _evaluating(bridge: TransformerBridge) -> Iterator[None]:
+    """No dropout during a pass, and the caller's own mode again afterwards."""
+    training = bridge.training
+    if training:
+        bridge.eval()
+    try:
+        yield
+    finally:
+        if training:
+            bridge.train()
 
 
 def _gather(read: Tensor) -> Callable:

@@ -34,7 +34,7 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     """A metric by layer beside its baselines: means over queries, with bands of ±1.96 standard errors.
 
     Args:
-        comparisons: one comparison, or several (say, of different seeds) to draw together.
+        comparisons: one comparison, or several of the same queries (by seeds, say), averaged query by query.
         metric: `SimAOU`, `SimAM` or `Kendall`.
         ax: where to draw; new Axes where not given.
 
@@ -46,7 +46,8 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax = ax or plt.figure(figsize=(5, 3.2), layout="constrained").subplots()
     for name, label, style in _LINES[metric]:
-        values = torch.cat([comparison.per_layer[name] for comparison in together])
+        # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
+        values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         mean = values.nanmean(0)
         error = 1.96 * ((values - mean) ** 2).nanmean(0).sqrt() / values.isfinite().sum(0).clamp_min(1).sqrt()
         layer = np.arange(len(mean))

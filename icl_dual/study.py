@@ -124,9 +124,13 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
 
     Raises:
         AssetError: the folder is missing or damaged.
+        StudyError: it holds something else than a cell.
     """
     _, metadata = load_tensors(Path(folder))
-    return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"])
+    try:
+        return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"])
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"expected a finished cell in {folder}, got something else ({error!r})") from error
 
 
 def run_study(
@@ -139,13 +143,20 @@ def run_study(
 ) -> list[CellResult]:
     """Run a grid of cells of known tasks, one folder each; cells that are complete are read, not run again.
 
-    Models and tasks are loaded only where a cell is missing, one model at a time.
+    A cell given twice is run and returned once. Models and tasks are loaded only where a
+    cell is missing, one model at a time.
 
     Raises:
-        StudyError: a complete cell was made with other settings or by other weights; says which differ.
+        StudyError: a complete cell was made with other settings or by other weights, and says which differ; or two
+            cells would share a folder.
     """
     folders = {cell: Path(folder) / cell.name for cell in cells}
-    done = {cell: _load_same(cell, path) for cell, path in folders.items() if path.exists()}
+    if len(set(folders.values())) < len(folders):
+        raise StudyError(
+            "expected cells that differ in model, task, k, seed, lr or protocol, got two that would share a folder: "
+            "run those with other queries, loss, balance or split as a study in a folder of its own"
+        )
+    done = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
     models: dict[str, Model] = {}
     tasks: dict[str, Task] = {}
     with tqdm(cells, initial=len(done), total=len(folders), disable=not progress, unit="cell") as bar:
@@ -158,7 +169,7 @@ def run_study(
                 tasks[cell.task] = load_task(cell.task)
             done[cell] = run_cell(models[cell.model], tasks[cell.task], cell, folders[cell], progress=progress)
             bar.update()
-    return [done[cell] for cell in cells]
+    return [done[cell] for cell in folders]
 
 
 class _Clock:
@@ -176,12 +187,17 @@ class _Clock:
 
 def _origin(model: Model) -> dict[str, str]:
     """What decides a model's numbers."""
-    return {"model": model.provenance, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"model": model.provenance, "dtype": _dtype_name(model.dtype)}
 
 
-def _load_same(cell: Cell, folder: Path) -> CellResult:
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
     result = load_cell(folder)
     _refuse_different(folder, asdict(cell), asdict(result.cell))
+    _refuse_different(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
     return result
 
 

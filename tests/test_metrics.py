@@ -227,4 +227,6 @@ def test_captures_that_do_not_belong_together_are_refused(runs: dict, llama: icl
     refused("without 'q'", ft=dataclasses.replace(runs["ft"], q=None))
     refused("to have demonstrations", icl=runs["zsl"])
     other = icl.build_prompts(llama, task, task.demonstrations(2, seed=9), task.queries(3))
+    reversed_ = dataclasses.replace(runs["delta"], demonstrations=runs["delta"].demonstrations[::-1])
+    refused("in their order", delta=reversed_)
     refused("finetuned on the", delta=icl.finetune(llama, other, lr=0.05, progress=False))

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -99,3 +100,26 @@ def test_something_that_is_no_bridge_is_refused(make_hf_model: Callable[..., Pre
     refuse = getattr(_refuse_unsupported, "__wrapped__", _refuse_unsupported)
     with pytest.raises(icl.UnsupportedModelError, match="expected a transformer_lens TransformerBridge, got Llama"):
         refuse(cast(Any, make_hf_model("llama")))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a layer missing"])
+def test_damaged_weights_are_refused_never_made_up(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
+) -> None:
+    make_hf_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        kept = {name: tensor for name, tensor in load_file(weights).items() if ".layers.1." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(icl.AssetError, match=r"expected whole weights|lacks the weights"):
+        icl.load_model(str(tmp_path))
+
+
+def test_a_training_model_comes_back_training(make_model: Callable[..., icl.Model], prompts: icl.Prompts) -> None:
+    bridge = make_model("llama").bridge
+    bridge.train()
+    icl.capture(icl.Model(bridge, name="llama"), prompts, progress=False)
+    assert bridge.training

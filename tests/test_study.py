@@ -109,6 +109,24 @@ def test_other_weights_under_the_same_name_are_refused(
         icl.run_study([CELL, dataclasses.replace(CELL, seed=2)], tmp_path, progress=False)
 
 
+def test_cells_that_would_share_a_folder_are_refused(known: list[str], tmp_path: Path) -> None:
+    with pytest.raises(icl.StudyError, match="two that would share a folder"):
+        icl.run_study([CELL, dataclasses.replace(CELL, loss="label")], tmp_path, progress=False)
+    assert len(icl.run_study([CELL, CELL], tmp_path, progress=False)) == 1
+
+
+def test_another_dtype_is_refused_also_without_a_model(known: list[str], tmp_path: Path) -> None:
+    icl.run_study([CELL], tmp_path, progress=False)
+    with pytest.raises(icl.StudyError, match=r"dtype='float32' \(wanted 'float64'\)"):
+        icl.run_study([CELL], tmp_path, dtype=torch.float64, progress=False)
+
+
+def test_a_folder_of_something_else_is_refused(llama: icl.Model, prompts: icl.Prompts, tmp_path: Path) -> None:
+    icl.finetune(llama, prompts, lr=0.05, progress=False).save(tmp_path / "delta")
+    with pytest.raises(icl.StudyError, match="expected a finished cell in"):
+        icl.load_cell(tmp_path / "delta")
+
+
 def test_a_damaged_cell_says_so(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
     (tmp_path / CELL.name / "metadata.json").write_text(json.dumps({})[:-1])

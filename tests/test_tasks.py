@@ -81,6 +81,11 @@ def test_asking_for_more_than_there_is_gives_the_numbers(task: icl.Task) -> None
         ({"text": "fine", "label": "maybe"}, "row 3: unknown label 'maybe'"),
         ({"text": "fine"}, r"row 3: expected 'label', got only \['text'\]"),
         ({"label": 1}, "row 3: expected 'text'"),
+        ({"label": 1, None: ["extra"]}, "row 3: expected 'text'"),
+        ({"text": None, "label": 1}, "row 3: 'text' is empty"),
+        ({"text": float("nan"), "label": 1}, "row 3: 'text' is empty: expected text, got nan"),
+        ({"text": "fine", "label": 0.9}, "row 3: unknown label 0.9"),
+        ({"text": "fine", "label": float("inf")}, "row 3: unknown label inf"),
     ],
 )
 def test_bad_rows_are_named_by_their_number(row: dict, message: str) -> None:
@@ -115,7 +120,7 @@ def test_unreadable_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", \n')
     with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object a line"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.jsonl")
-    with pytest.raises(icl.TaskError, match="expected a readable file of rows"):
+    with pytest.raises(icl.TaskError, match="expected a readable UTF-8 file of rows"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "missing.csv")
     with pytest.raises(icl.TaskError, match=r"expected a \.jsonl or \.csv file"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.txt")

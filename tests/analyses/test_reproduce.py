@@ -78,6 +78,7 @@ def test_the_readme_names_how_it_was_made_and_no_machine(out: Path) -> None:
     assert "python analyses/reproduce.py --model smollm2-135m --tasks sst2 agnews" in text
     assert "sha256:b179c952" in text
     assert str(ANALYSES) not in text
+    assert str(out) not in text
 
 
 def test_drawing_again_needs_no_model(out: Path, tmp_path: Path) -> None:
