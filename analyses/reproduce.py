@@ -75,7 +75,7 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
             loss=args.loss,
             balanced=args.balanced,
         )
-        for task in args.tasks
+        for task in dict.fromkeys(args.tasks)
         for seed in dict.fromkeys(args.seeds)
     ]
 
@@ -86,7 +86,8 @@ def default_lr(model: str, task: str) -> float:
         return chosen[model][task]
     except KeyError:
         raise icl.StudyError(
-            f"no learning rate was chosen for {model!r} on {task}: pass --lr, or choose one on selection queries with "
+            f"no learning rate was chosen for {model!r} on {task} (only for "
+            f"{', '.join(chosen)}): pass --lr, or choose one on selection queries with "
             f"python analyses/select_lr.py --model {model} --tasks {task}"
         ) from None
 
@@ -258,9 +259,7 @@ a task. Learning rates: {rates}. {versions}.
 
 {runs.to_markdown(index=False, disable_numparse=True)}
 
-The attention residual is the largest relative difference between attention recomputed from the captured queries, keys
-and values and the model's own.
-""")
+{(DATA / "how_to_read.md").read_text()}""")
 
 
 def main() -> int:

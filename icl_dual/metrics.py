@@ -140,7 +140,7 @@ PER_LAYER = (
 """The metrics that a `Comparison` holds by query and layer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """In-context learning against finetuning on the same demonstrations, by the paper's metrics."""
 
@@ -183,6 +183,10 @@ class Comparison:
         """The numbers over all layers together."""
         frame = self.to_frame()
         return frame.loc[frame["layer"].isna()].drop(columns="layer")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name} accuracy={value:.3f}" for name, value in self.accuracy.items())
+        return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp})"
 
     def _repr_html_(self) -> str:
         return self.overall().to_html(index=False, float_format="{:.3f}".format, na_rep="undefined")
@@ -258,6 +262,8 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
         raise ValueError(f"expected captures and delta of one model, got {models}")
     if zsl.prompts != icl.prompts.zero_shot() or ft.prompts != zsl.prompts:
         raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
+    if torch.equal(_field(ft, "attn_out"), _field(zsl, "attn_out")):
+        raise ValueError("expected ft captured within `with delta.applied(model):`, got a run that equals zsl")
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations, got none")
     if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:

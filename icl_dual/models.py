@@ -260,7 +260,12 @@ def load_model(
     Raises:
         AssetError: there is no such model, or its bytes cannot be had or are damaged.
         UnsupportedModelError: it is no decoder whose attention can be read.
+        ValueError: the device cannot be used.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ValueError(f"expected a device that works here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)

@@ -36,7 +36,7 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     Args:
         comparisons: one comparison, or several of the same queries (by seeds, say), averaged query by query.
         metric: `SimAOU`, `SimAM` or `Kendall`.
-        ax: where to draw; new Axes where not given.
+        ax: where to draw; new Axes with a legend where not given.
 
     Returns:
         The Axes drawn on.
@@ -44,6 +44,7 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     if metric not in _LINES:
         raise ValueError(f"expected a metric out of {LAYERWISE}, got {metric!r}")
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
+    alone = ax is None
     ax = ax or plt.figure(figsize=(5, 3.2), layout="constrained").subplots()
     for name, label, style in _LINES[metric]:
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
@@ -54,6 +55,8 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
         ax.plot(layer, mean, label=label, **style)
         ax.fill_between(layer, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    if alone:
+        ax.legend(frameon=False)
     ax.set(xlabel="layer", ylabel=_AXIS_LABELS[metric])
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -107,6 +107,7 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path) -> Non
     [
         (("--lr", "0"), "expected a learning rate above 0, got 0.0"),
         (("--lr", "nan"), "expected a learning rate above 0, got nan"),
+        (("--lr", "0.001", "--device", "nowhere"), "expected a device that works here, got 'nowhere'"),
         (("--lr", "1e4"), "finetuning diverged at step"),
         (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999"),
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to the"),
