@@ -129,8 +129,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
     parameters = _parameters(model)
     losses: list[float] = []
     training_q: list[Tensor] = []
-    with _restored(parameters), _only_trained(model, parameters):
-        before = [parameter.detach().clone() for parameter in parameters]
+    with _restored(parameters) as before, _only_trained(model, parameters):
         size = _norm(before)
         optimizer = torch.optim.SGD(parameters, lr=lr)
         steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
@@ -214,11 +213,11 @@ def _by_kind(model: Model, deltas: list[Tensor]) -> tuple[Tensor, Tensor | None,
 
 
 @contextmanager
-def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Put the parameters' values back when the block ends, however it ends."""
+def _restored(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """The parameters' values, put back when the block ends, however it ends."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
@@ -228,7 +227,7 @@ def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def _only_trained(model: Model, trained: list[nn.Parameter]) -> Iterator[None]:
     """Ask for no gradient but the trained parameters', and put every flag and gradient back afterwards."""
-    everything = list({id(p): p for p in (*model.bridge.original_model.parameters(), *trained)}.values())
+    everything = list({id(p): p for p in (*model.parameters(), *trained)}.values())
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
     try:
         for parameter in everything:

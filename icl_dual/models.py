@@ -93,12 +93,16 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.bridge.original_model.parameters()).device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' type."""
-        return next(self.bridge.original_model.parameters()).dtype
+        return next(self.parameters()).dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every weight of the model; fused projections whole."""
+        return self.bridge.original_model.parameters()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token."""

@@ -3,6 +3,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 import icl_dual as icl
 
@@ -35,7 +36,8 @@ def test_layers_draws_the_means_on_the_axes_it_is_given(
 
 def test_label_counts_draws_shares(comparison: icl.Comparison) -> None:
     ax = icl.plots.label_counts(comparison, ("no", "perhaps"))
-    heights = [[bar.get_height() for bar in group] for group in ax.containers]  # type: ignore[attr-defined]
+    bars = [patch.get_height() for patch in ax.patches if isinstance(patch, Rectangle)]
+    heights = [bars[at : at + 2] for at in range(0, len(bars), 2)]
     assert [sum(group) for group in heights] == pytest.approx([1.0] * 4)
     gold = (comparison.gold == 1).double().mean().item()
     assert heights[0] == pytest.approx([1 - gold, gold])
