@@ -2,7 +2,8 @@
 
 from icl_dual import plots
 from icl_dual.assets import AssetError
-from icl_dual.capture import Capture, capture
+from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
+from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import Model, UnsupportedModelError, load_model
@@ -11,6 +12,7 @@ from icl_dual.study import Cell, CellResult, StudyError, load_cell, run_cell, ru
 from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
 
 __all__ = [
+    "DECOMPOSE_FIELDS",
     "PAPER_K",
     "TASKS",
     "AssetError",
@@ -18,6 +20,7 @@ __all__ = [
     "Cell",
     "CellResult",
     "Comparison",
+    "Decomposition",
     "DivergedError",
     "Model",
     "PromptError",
@@ -30,6 +33,7 @@ __all__ = [
     "build_prompts",
     "capture",
     "compare",
+    "decompose",
     "finetune",
     "load_cell",
     "load_model",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,9 +26,11 @@ from icl_dual import dual
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import Prompts, Tokens
 
-Field = Literal["attn_out", "q", "demo_scores", "query_scores", "keys_values"]
+Field = Literal["attn_out", "z", "q", "q_scored", "demo_scores", "query_scores", "keys_values"]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "demo_scores", "query_scores")
 """What the paper's metrics need."""
+DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
+"""What `icl_dual.decompose` needs."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64."""
@@ -54,13 +56,19 @@ class Capture:
     """
 
     model: str
+    fingerprint: str
+    """Of the model's attention weights: another with a delta applied."""
     prompts: Prompts
     label_log_probs: Float[Tensor, "query label"]
     """Mean log-probability per token of each label word, in nats."""
     attn_out: Float[Tensor, "query layer d_model"] | None
     """Attention output after W_O, before the residual sum."""
+    z: Float[Tensor, "query layer head d_head"] | None
+    """The heads' outputs before W_O."""
     q: Float[Tensor, "query layer head d_head"] | None
     """Queries W_Q x, after norms and before rotation."""
+    q_scored: Float[Tensor, "query layer head d_head"] | None
+    """Queries as scored: after norms and rotation."""
     demo_scores: Float[Tensor, "query layer head demo_token"] | None
     """Scores over the demonstrations' own tokens, start token and separators left out."""
     query_scores: Float[Tensor, "query layer head query_token"] | None
@@ -171,15 +179,8 @@ def _run_prefix(model: Model, prompts: Prompts) -> _Prefix | None:
     def on_attention(layer: int, attention: Attention) -> None:
         keys.append(attention.k[0, n_start:])
         values.append(attention.v[0, n_start:])
-        scoring = model.scoring[layer]
-        last = dual.attend(
-            attention.q[:, -1:],
-            attention.k,
-            attention.v,
-            scoring.scale,
-            scoring.softcap,
-            _visible(positions[-1:], positions, scoring.window),
-        )
+        scoring, at = model.scoring[layer], positions[None]
+        last = scoring.with_sink(scoring.attend(attention.q[:, -1:], attention.k, attention.v, at[:, -1:], at))
         residuals.append(_checked(model, layer, last.z, attention.z[:, -1:]))
 
     model.run(tokens, read=positions[None, -1:], on_attention=on_attention)
@@ -198,13 +199,13 @@ class _QueryPass:
     def on_attention(self, layer: int, attention: Attention) -> Tensor | None:
         scoring = self.model.scoring[layer]
         index = torch.arange(len(self.positions), device=self.positions.device)
-        # The model itself knows a window only by the tokens it is given: it is checked as such, and where the
-        # demonstrations between start token and query push the start token out of the window, z_0 is done again.
+        # The model itself knows distances only by the tokens it is given: it is checked as such, and where scores or
+        # masks depend on the distance across the demonstrations, z_0 is done again.
         z_0 = self._own(attention, layer, index)
         self.residual = max(self.residual, _checked(self.model, layer, z_0.z, attention.z))
         if self.prefix is None:
             return None
-        if scoring.window is not None and self.positions[-1] >= scoring.window:
+        if scoring.by_position:
             z_0 = self._own(attention, layer, self.positions)
         n_start = self.prefix.n_start
         z_0_past = dual.Part(z_0.z[:, n_start:], z_0.lse[:, n_start:])
@@ -212,27 +213,21 @@ class _QueryPass:
         return torch.cat((z_0.z[:, :n_start], z_0_past.z + added), dim=1)
 
     def _own(self, attention: Attention, layer: int, positions: Int[Tensor, " pos"]) -> dual.Part:
-        scoring = self.model.scoring[layer]
-        visible = _visible(positions, positions, scoring.window)
-        return dual.attend(attention.q, attention.k, attention.v, scoring.scale, scoring.softcap, visible)
+        """Attention over everything but the demonstrations: the query's own prompt, and the sink."""
+        scoring, at = self.model.scoring[layer], positions[None]
+        return scoring.with_sink(scoring.attend(attention.q, attention.k, attention.v, at, at))
 
     def _demonstrations(self, attention: Attention, layer: int) -> dual.Part:
         """Attention over the shared demonstrations: one matrix product for the whole batch, whose rows are stacked."""
         assert self.prefix is not None
-        scoring = self.model.scoring[layer]
         q = attention.q[:, self.prefix.n_start :]
         batch, n_pos = q.shape[:2]
-        visible = None
-        if scoring.window is not None:
-            rows = self.positions[self.prefix.n_start :].repeat(batch)
-            visible = _visible(rows, self.prefix.positions, scoring.window)
-        z, lse = dual.attend(
+        z, lse = self.model.scoring[layer].attend(
             q.reshape(1, batch * n_pos, *q.shape[2:]),
             self.prefix.keys[layer][None],
             self.prefix.values[layer][None],
-            scoring.scale,
-            scoring.softcap,
-            visible,
+            self.positions[self.prefix.n_start :].repeat(batch)[None],
+            self.prefix.positions[None],
         )
         return dual.Part(z.view(q.shape), lse.view(q.shape[:-1]))
 
@@ -250,7 +245,9 @@ class _Recorder:
         own = (n_queries, n_layers, self.n_start + longest, model.n_key_value_heads, model.d_head)
         shapes = {
             "attn_out": (n_queries, n_layers, model.d_model),
+            "z": (n_queries, n_layers, n_heads, model.d_head),
             "q": (n_queries, n_layers, n_heads, model.d_head),
+            "q_scored": (n_queries, n_layers, n_heads, model.d_head),
             "demo_scores": (n_queries, n_layers, n_heads, len(self.demo_tokens)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
         }
@@ -260,10 +257,12 @@ class _Recorder:
             self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
+        """Keep a layer's attention, whose z is the one that the model goes on with."""
         kept, scoring = self.kept, self.model.scoring[layer]
         rows = torch.arange(len(batch), device=last.device)
-        if "q" in kept:
-            kept["q"][batch, layer] = attention.q_content[rows, last].to(kept["q"])
+        for name, tensor in (("z", attention.z), ("q", attention.q_content), ("q_scored", attention.q)):
+            if name in kept:
+                kept[name][batch, layer] = tensor[rows, last].to(kept[name])
         q = attention.q[rows, last].unsqueeze(1)
         if "demo_scores" in kept and self.prefix is not None:
             keys = self.prefix.keys[layer][self.demo_tokens][None].expand(len(batch), -1, -1, -1)
@@ -294,10 +293,13 @@ class _Recorder:
             keys_values = KeysValues(*self._demo_keys_values(), kept["query_keys"], kept["query_values"])
         return Capture(
             model=self.model.name,
+            fingerprint=self.model.fingerprint(),
             prompts=self.prompts,
             label_log_probs=log_probs,
             attn_out=kept.get("attn_out"),
+            z=kept.get("z"),
             q=kept.get("q"),
+            q_scored=kept.get("q_scored"),
             demo_scores=kept.get("demo_scores"),
             query_scores=kept.get("query_scores"),
             keys_values=keys_values,
@@ -340,9 +342,11 @@ def _run_queries(
         def on_attention(
             layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last, at: _QueryPass = query_pass
         ) -> Tensor | None:
+            replaced = at.on_attention(layer, attention)
             if recorder is not None:
-                recorder.on_attention(layer, attention, batch, last)
-            return at.on_attention(layer, attention)
+                shown = attention if replaced is None else attention._replace(z=replaced)
+                recorder.on_attention(layer, shown, batch, last)
+            return replaced
 
         def on_output(layer: int, output: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
             if recorder is not None:
@@ -382,12 +386,6 @@ def _refuse_rotation_switch(model: Model, prompts: Prompts) -> None:
 
 def _log_probs(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _visible(rows: Int[Tensor, " pos"], keys: Int[Tensor, " key"], window: int | None) -> Bool[Tensor, "pos key"]:
-    """Which keys each row sees, by position: none after itself, none further back than the window."""
-    distance = rows[:, None] - keys
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

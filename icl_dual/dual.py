@@ -1,27 +1,168 @@
-"""The mathematics of attention in two parts, on plain tensors.
+"""The duality between attention and gradient descent, on plain tensors.
 
-Softmax attention over a set of keys splits exactly by groups of keys. For one query row with scores s_j,
+1. A linear layer trained by gradient descent is the untrained layer plus linear attention over what it was trained on
+   (equations 7–9 of Dai et al., 2023): (W_0 + Σ_i e_i ⊗ x_i) x = W_0 x + Σ_i e_i (x_iᵀ x).
+2. Attention whose softmax and scale are dropped is therefore a linear layer: F̃(q) = (W_ZSL + ΔW_ICL) q, with
+   ΔW_ICL = Σ_i v_i ⊗ k_i over the demonstrations (11–12), and finetuning's ΔW_FT beside it (13).
+3. Softmax attention itself splits exactly by groups of keys. For one query row with scores s_j,
 
-    z_G = Σ_{j∈G} softmax_G(s)_j v_j        attention restricted to the group G
-    lse_G = log Σ_{j∈G} exp(s_j)            the group's weight, up to a common factor
+       z_G = Σ_{j∈G} softmax_G(s)_j v_j        attention restricted to the group G
+       lse_G = log Σ_{j∈G} exp(s_j)            the group's weight, up to a common factor
 
-and attention over two groups is z = z_0 + w (z_demo − z_0), with w = σ(lse_demo − lse_0) the share that the second
-group takes. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds to the
-zero-shot attention z_0: equation 11 of Dai et al. (2023) without its relaxation.
+   and attention over two groups is z = z_0 + w (z_demo − z_0), with w = σ(lse_demo − lse_0) the share that the second
+   group takes. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds to the
+   zero-shot attention z_0: equation 11 without its relaxation.
+4. Two updates are compared by their singular value decompositions, against one with random directions.
+
+Keys and values keep their own number of heads (`kv_head`); query heads share them group by group.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+# 1. Linear layers under gradient descent
+
+
+def linear_attention(
+    v: Float[Tensor, "*batch key d_v"], k: Float[Tensor, "*batch key d_k"], q: Float[Tensor, "*batch pos d_k"]
+) -> Float[Tensor, "*batch pos d_v"]:
+    """LinearAttn(V, K, q) = Σ_i v_i (k_iᵀ q): attention without softmax and without scale."""
+    return (q @ k.mT) @ v
+
+
+def outer_sum(
+    v: Float[Tensor, "*batch key d_v"], k: Float[Tensor, "*batch key d_k"]
+) -> Float[Tensor, "*batch d_v d_k"]:
+    """ΔW = Σ_i v_i ⊗ k_i, the matrix whose action on q is `linear_attention(v, k, q)` (equations 7–9, 12)."""
+    return v.mT @ k
+
+
+class Sgd(NamedTuple):
+    """A linear layer after stochastic gradient descent, and the error signals that moved it."""
+
+    W: Float[Tensor, "d_out d_in"]
+    errors: Float[Tensor, "step d_out"]
+    """e_i = −lr ∂L/∂(output_i), so that W = W_0 + Σ_i e_i ⊗ x_i."""
+
+
+def sgd(
+    W_0: Float[Tensor, "d_out d_in"],
+    inputs: Float[Tensor, "step d_in"],
+    gradient: Callable[[Float[Tensor, " d_out"], int], Float[Tensor, " d_out"]],
+    lr: float,
+) -> Sgd:
+    """Train the linear layer x ↦ W x by SGD, one input a step: what attention over its error signals is dual to.
+
+    Args:
+        W_0: the untrained weights.
+        inputs: x_i, in the order of the steps.
+        gradient: ∂L/∂(output) at a step, from the layer's output W x_i and the step's index.
+        lr: the learning rate.
+
+    Returns:
+        The trained weights, and error signals with W x = W_0 x + LinearAttn(errors, inputs, x) for every x
+        (equations 7–9).
+    """
+    W, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
+    for step, x in enumerate(inputs):
+        errors[step] = -lr * gradient(W @ x, step)
+        W = W + torch.outer(errors[step], x)
+    return Sgd(W, errors)
+
+
+def sgd_targets(
+    W_0: Float[Tensor, "d_out d_in"], v: Float[Tensor, "step d_out"], k: Float[Tensor, "step d_in"], lr: float
+) -> Float[Tensor, "step d_out"]:
+    """The other direction of equations 7–9: targets y_i for which SGD is linear attention over given values and keys.
+
+    SGD from W_0 on inputs k_i with the loss ½‖W k_i − y_i‖² has the values v_i as its error signals, whatever they are:
+    y_i = W_{i−1} k_i + v_i / lr.
+    """
+    moved_by_then = torch.tril(k @ k.mT, -1) @ v
+    return k @ W_0.mT + moved_by_then + v / lr
+
+
+class LinearSelfAttention(NamedTuple):
+    """A linear self-attention layer: every token e becomes e + P Σ_i W_V e_i (W_K e_i)ᵀ W_Q e."""
+
+    W_Q: Float[Tensor, "d_token d_token"]
+    W_K: Float[Tensor, "d_token d_token"]
+    W_V: Float[Tensor, "d_token d_token"]
+    P: Float[Tensor, "d_token d_token"]
+
+    def __call__(
+        self, context: Float[Tensor, "token d_token"], queries: Float[Tensor, "query d_token"]
+    ) -> Float[Tensor, "query d_token"]:
+        """The queries after the layer, having attended to the context tokens."""
+        attended = linear_attention(context @ self.W_V.mT, context @ self.W_K.mT, queries @ self.W_Q.mT)
+        return queries + attended @ self.P.mT
+
+
+def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: int) -> LinearSelfAttention:
+    """von Oswald et al. (2023): the linear self-attention layer that is one step of gradient descent.
+
+    Tokens are (x, y). For the loss 1/(2N) Σ_i ‖W x_i − y_i‖² over N context tokens, the layer turns every (x, y) into
+    (x, y − ΔW x) with ΔW = −lr ∂L/∂W at W_0: a query token (x, −W_0 x) comes out as (x, −(W_0 + ΔW) x).
+    """
+    d_y, d_x = W_0.shape
+    reads_x, writes_y, errors = (W_0.new_zeros(d_x + d_y, d_x + d_y) for _ in range(3))
+    reads_x.diagonal()[:d_x] = 1.0
+    writes_y.diagonal()[d_x:] = lr / n_tokens
+    errors[d_x:, :d_x] = W_0
+    errors.diagonal()[d_x:] = -1.0
+    return LinearSelfAttention(W_Q=reads_x, W_K=reads_x, W_V=errors, P=writes_y)
+
+
+# 2. Attention as a linear layer
+
+
+def head_weights(
+    k: Float[Tensor, "*batch key kv_head d_head"], v: Float[Tensor, "*batch key kv_head d_head"]
+) -> Float[Tensor, "*batch kv_head d_head d_head"]:
+    """Σ_j v_j ⊗ k_j per head: over the demonstrations ΔW_ICL, over the query's own prompt W_ZSL (equations 11–12)."""
+    return outer_sum(v.transpose(-3, -2), k.transpose(-3, -2))
+
+
+def delta_w_ft(
+    k: Float[Tensor, "*batch key kv_head d_head"],
+    v: Float[Tensor, "*batch key kv_head d_head"],
+    tuned_k: Float[Tensor, "*batch key kv_head d_head"],
+    tuned_v: Float[Tensor, "*batch key kv_head d_head"],
+) -> Float[Tensor, "*batch kv_head d_head d_head"]:
+    """ΔW_FT = (W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ per head (equation 13), from keys and values of X."""
+    return head_weights(tuned_k, tuned_v) - head_weights(k, v)
+
+
+def act(
+    W: Float[Tensor, "*batch kv_head d_head d_head"], q: Float[Tensor, "*batch head d_head"]
+) -> Float[Tensor, "*batch head d_head"]:
+    """W q for every query head, each with the matrix of its key-value head."""
+    heads = q.unflatten(-2, (W.shape[-3], -1))
+    return torch.einsum("...kij,...kgj->...kgi", W, heads).flatten(-3, -2)
+
+
+def act_unformed(
+    k: Float[Tensor, "*batch key kv_head d_head"],
+    v: Float[Tensor, "*batch key kv_head d_head"],
+    q: Float[Tensor, "*batch head d_head"],
+) -> Float[Tensor, "*batch head d_head"]:
+    """(Σ_j v_j ⊗ k_j) q for every query head without forming the matrix: linear attention over the keys."""
+    heads = q.unflatten(-2, (k.shape[-2], -1))
+    return linear_attention(v.transpose(-3, -2), k.transpose(-3, -2), heads).flatten(-3, -2)
+
+
+# 3. Softmax attention, split
 
 
 class Part(NamedTuple):
     """Attention restricted to one group of keys: its output, and the log-sum-exp of its scores."""
 
-    z: Float[Tensor, "batch pos head d_head"]
-    lse: Float[Tensor, "batch pos head"]
+    z: Float[Tensor, "*batch head d_head"]
+    lse: Float[Tensor, "*batch head"]
 
 
 def scores(
@@ -30,7 +171,7 @@ def scores(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch kv_head group_pos key"]:
-    """Scaled scores qᵀk before mask and softmax, capped where the model caps them.
+    """Scaled scores qᵀk before mask, position bias and softmax, capped where the model caps them.
 
     The heads that share a key-value head are stacked along the rows (`group_pos`, group-major), so that grouped-query
     attention is one matrix product and no key is repeated. Half-precision input is scored in float32.
@@ -52,19 +193,23 @@ def attend(
     v: Float[Tensor, "batch key kv_head d_head"],
     scale: float,
     softcap: float | None = None,
-    visible: Bool[Tensor, "#pos key"] | None = None,
+    bias: Float[Tensor, "#batch #head #pos key"] | None = None,
 ) -> Part:
     """Attention of every row over one group of keys.
 
-    A row that sees no key of the group has output 0 and log-sum-exp −∞, so that it takes no share in a merge.
+    `bias` is added to the scores: position biases, and −∞ for a key that a row does not see. A row that sees no key of
+    the group has output 0 and log-sum-exp −∞, so that it takes no share in a merge.
     """
     batch, n_pos, n_heads, d_head = q.shape
     n_keys, n_kv_heads = k.shape[1:3]
     group = n_heads // n_kv_heads
+    if n_keys == 0:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return Part(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
     weights = scores(q, k, scale, softcap)
-    if visible is not None:
-        hidden = ~visible.expand(n_pos, n_keys).repeat(group, 1)
-        weights = weights.masked_fill_(hidden, -torch.inf)
+    if bias is not None:
+        by_head = bias.unflatten(1, (n_kv_heads, group)) if bias.shape[1] > 1 else bias.unsqueeze(1)
+        weights.view(batch, n_kv_heads, group, n_pos, n_keys).add_(by_head)
     top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite where all is hidden
     weights = weights.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -78,10 +223,94 @@ def attend(
     )
 
 
-def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "batch pos head d_head"]:
+def add_sink(part: Part, sink: Float[Tensor, " head"]) -> Part:
+    """A group with a sink in it: a learned score per head that takes a share of the softmax and has no value."""
+    lse = torch.logaddexp(part.lse, sink.to(part.lse))
+    return Part(part.z * (part.lse - lse).exp().unsqueeze(-1), lse)
+
+
+def share(part: Part, rest: Part) -> Float[Tensor, "*batch head"]:
+    """The share w = σ(lse − lse_rest) of the softmax that a group takes from the rest; 0 where neither has a key."""
+    return torch.sigmoid((part.lse - rest.lse).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+
+
+def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch head d_head"]:
     """What the demonstrations add to zero-shot attention: ΔICL = w (z_demo − z_0), w = σ(lse_demo − lse_0).
 
     Zero-shot attention plus ΔICL is softmax attention over both groups, exactly.
     """
-    share = torch.sigmoid(demonstrations.lse - zero_shot.lse).unsqueeze(-1)
-    return share * (demonstrations.z - zero_shot.z)
+    return share(demonstrations, zero_shot).unsqueeze(-1) * (demonstrations.z - zero_shot.z)
+
+
+def merge(a: Part, b: Part) -> Part:
+    """Softmax attention over the keys of two groups, from the attention over each."""
+    return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
+
+
+# 4. Two updates compared
+
+
+class Svd(NamedTuple):
+    """A matrix as U diag(S) Vᵀ, singular values in falling order."""
+
+    U: Float[Tensor, "*batch d d"]
+    S: Float[Tensor, "*batch d"]
+    Vh: Float[Tensor, "*batch d d"]
+
+    @classmethod
+    def of(cls, W: Float[Tensor, "*batch d d"]) -> "Svd":
+        """Decompose a matrix, in float64: angles between close directions are lost in less."""
+        return cls(*torch.linalg.svd(W.double()))
+
+    def with_random_directions(self, generator: torch.Generator) -> "Svd":
+        """The same singular values between singular vectors drawn uniformly (Haar): what chance looks like."""
+        U, V = (torch.linalg.qr(_normal(self.U, generator)) for _ in range(2))
+        # Without its signs fixed, QR draws Q from a distribution that is not uniform.
+        return Svd(_signed(*U), self.S, _signed(*V).mT)
+
+    def act(self, q: Float[Tensor, "*batch group d"]) -> Float[Tensor, "*batch group d"]:
+        """The matrix applied to vectors."""
+        return ((q @ self.Vh.mT) * self.S.unsqueeze(-2)) @ self.U.mT
+
+
+class Overlap(NamedTuple):
+    """How alike two updates are as matrices."""
+
+    cosine: Float[Tensor, "*batch"]
+    """Frobenius cosine ⟨A, B⟩ / (‖A‖ ‖B‖); for random directions it has mean 0 and standard deviation 1/d."""
+    left_angles: Float[Tensor, "*batch rank"]
+    """Principal angles between the leading left singular subspaces (what they write), in degrees, smallest first."""
+    right_angles: Float[Tensor, "*batch rank"]
+    """The same between the leading right singular subspaces (what they read)."""
+
+
+def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
+    """Compare two matrices: Frobenius cosine, and principal angles between their `rank` leading singular subspaces.
+
+    NaN where a matrix is zero. Batch axes broadcast.
+    """
+    left, right = a.U.mT @ b.U, a.Vh @ b.Vh.mT
+    inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * left * right).sum((-2, -1))
+    norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
+    known = norms > 0
+    cosine = torch.where(known, inner / norms, torch.nan)
+    angles = (_angles(cosines[..., :rank, :rank]) for cosines in (left, right))
+    return Overlap(cosine, *(torch.where(known.unsqueeze(-1), found, torch.nan) for found in angles))
+
+
+def effective_rank(S: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); NaN for a zero matrix."""
+    p = S / S.sum(-1, keepdim=True)
+    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
+
+
+def _angles(cosines: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:
+    return torch.rad2deg(torch.arccos(torch.linalg.svdvals(cosines).clamp(max=1.0)))
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _signed(Q: Tensor, R: Tensor) -> Tensor:
+    return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -4,6 +4,7 @@ Everything above this room sees a `Model`: its dimensions, its tokenizer, its ke
 a forward pass that shows each layer's attention to a callback and lets the callback replace the heads' output.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
-from icl_dual import assets
+from icl_dual import assets, dual
 
 
 class UnsupportedModelError(ValueError):
@@ -44,6 +46,43 @@ class Scoring(NamedTuple):
     softcap: float | None
     window: int | None
     """How many positions back a query sees, itself included; all where None."""
+    slopes: Float[Tensor, " head"] | None = None
+    """ALiBi: what each position of distance adds to a score; nothing where None."""
+    sink: Float[Tensor, " head"] | None = None
+    """The learned score that takes a share of each row's softmax and has no value; none where None."""
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        rows: Int[Tensor, "#batch pos"],
+        keys: Int[Tensor, "#batch key"],
+    ) -> dual.Part:
+        """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
+        bias = None
+        if self.by_position or k.shape[1] == 0 or bool(keys.max() > rows.min()):
+            bias = self.bias(rows, keys).to(torch.promote_types(q.dtype, torch.float32))
+        return dual.attend(q, k, v, self.scale, self.softcap, bias)
+
+    def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
+        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys.
+
+        A row sees no key after itself, and none further back than the window.
+        """
+        distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
+        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
+        return torch.where(hidden, -torch.inf, bias.to(rows.device))
+
+    @property
+    def by_position(self) -> bool:
+        """Whether scores or masks depend on how far apart rows and keys stand."""
+        return self.window is not None or self.slopes is not None
+
+    def with_sink(self, part: dual.Part) -> dual.Part:
+        """A group of keys together with the layer's sink, if it has one."""
+        return part if self.sink is None else dual.add_sink(part, self.sink)
 
 
 OnAttention = Callable[[int, Attention], Tensor | None]
@@ -151,18 +190,20 @@ class Model:
             Logits at the positions read.
         """
         hooks = []
-        if on_attention is not None:
-            for layer in range(self.n_layers):
-                hooks += self._attention_hooks(layer, on_attention)
-        if on_output is not None:
-            hooks += [
-                (f"blocks.{layer}.attn.hook_out", _watch_output(layer, on_output)) for layer in range(self.n_layers)
-            ]
-        if read is not None:
-            hooks.append(("unembed.hook_in", _gather(read)))
         batch, n_pos = tokens.shape
         if positions is None:
             positions = torch.arange(n_pos, device=tokens.device)
+        if on_attention is not None:
+            for layer in range(self.n_layers):
+                hooks += self._attention_hooks(layer, on_attention, positions)
+        if on_output is not None:
+            hooks += [
+                # Not the attention's own hook_out: Bloom's has the residual stream in it.
+                (f"blocks.{layer}.attn.o.hook_out", _watch_output(layer, on_output))
+                for layer in range(self.n_layers)
+            ]
+        if read is not None:
+            hooks.append(("unembed.hook_in", _gather(read)))
         with self.bridge.hooks(fwd_hooks=hooks), _evaluating(self.bridge):
             # Without an explicit mask, transformers may read a jump in the positions as the border of packed sequences.
             return self.bridge(
@@ -194,18 +235,70 @@ class Model:
             pairs.append(pair)
         return pairs
 
+    def output_projections(
+        self,
+    ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
+        """W_O by layer and head, and b_O by layer where there is one.
+
+        Raises:
+            UnsupportedModelError: an output projection is no plain linear layer.
+        """
+        weights, biases = [], []
+        for layer in range(self.n_layers):
+            attn: Any = self.bridge.blocks[layer].attn
+            projection = attn.o.original_component
+            # Conv1D (GPT-2) keeps its weight input first; Falcon's own linear class is a subclass of nn.Linear.
+            weight = projection.weight if isinstance(projection, Conv1D) else projection.weight.T
+            if not isinstance(projection, nn.Linear | Conv1D) or len(weight) != self.n_heads * self.d_head:
+                raise UnsupportedModelError(
+                    f"{self.name}, layer {layer}: expected an output projection from {self.n_heads}×{self.d_head} "
+                    f"dimensions as a linear layer, got {projection}"
+                )
+            weights.append(weight.detach().reshape(self.n_heads, self.d_head, self.d_model))
+            biases.append(None if projection.bias is None else projection.bias.detach())
+        return torch.stack(weights), None if biases[0] is None else torch.stack(biases)
+
+    def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
+        """b_V by layer and key-value head, where there is one."""
+        biases = []
+        for layer in range(self.n_layers):
+            attn: Any = self.bridge.blocks[layer].attn
+            biases.append(getattr(attn.v.original_component, "bias", None))
+        if biases[0] is None:
+            return None
+        return torch.stack([bias.detach() for bias in biases]).view(self.n_layers, self.n_key_value_heads, self.d_head)
+
+    def fingerprint(self) -> str:
+        """What tells this model's weights from others', also from itself with a delta applied: a short hash."""
+        sums = torch.stack([parameter.detach().double().abs().sum().cpu() for parameter in self._attention_weights()])
+        return hashlib.sha256(sums.numpy().tobytes()).hexdigest()[:16]
+
+    def _attention_weights(self) -> Iterator[nn.Parameter]:
+        for layer in range(self.n_layers):
+            attn: Any = self.bridge.blocks[layer].attn
+            for part in (attn.q, attn.k, attn.v, attn.o):
+                yield from part.original_component.parameters()
+
     def _scoring(self, layer: int) -> Scoring:
         attn: Any = self.bridge.blocks[layer].attn.original_component
         scale = getattr(attn, "scaling", None)
         # Where every layer has the same window, transformers keeps it in the configuration (Mistral).
-        uniform_window = getattr(getattr(attn, "config", None), "sliding_window", None)
+        config: Any = getattr(attn, "config", None)
+        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
+        if self.architecture == "GPTNeoForCausalLM":  # unscaled scores, and windows on alternate layers
+            scale, window = 1.0, config.window_size if attn.attention_type == "local" else None
+        sink = getattr(attn, "sinks", None)
         return Scoring(
             scale=float(self.d_head**-0.5 if scale is None else scale),
             softcap=getattr(attn, "attn_logit_softcapping", None),
-            window=getattr(attn, "sliding_window", uniform_window),
+            window=window,
+            slopes=_alibi_slopes(self.bridge, self.n_heads),
+            sink=None if sink is None else sink.detach(),
         )
 
-    def _attention_hooks(self, layer: int, on_attention: OnAttention) -> list[tuple[str, Callable]]:
+    def _attention_hooks(
+        self, layer: int, on_attention: OnAttention, positions: Int[Tensor, " pos"]
+    ) -> list[tuple[str, Callable]]:
         """Hooks that collect a layer's q, k and v as it computes them, and show them when z arrives."""
         at = f"blocks.{layer}.attn."
         seen: dict[str, Tensor] = {}
@@ -218,14 +311,19 @@ class Model:
 
         def show(z: Tensor, hook: Any) -> Tensor | None:
             batch, n_pos = z.shape[:2]
-            q = seen["q_normed"].transpose(1, 2) if "q_normed" in seen else seen["q"]
+            shape = (batch, n_pos, self.n_heads, self.d_head)
+            q = seen.get("q_normed", seen["q"])
+            q = q.transpose(1, 2) if "q_normed" in seen and q.ndim == 4 else q.reshape(shape)
             if "rot_q" in seen:
                 scored_q, scored_k = seen["rot_q"], seen["rot_k"]
             elif "cos" in seen:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
                 scored_q, scored_k = (_rotate(seen[name], seen["cos"], seen["sin"]) for name in ("q", "k"))
+            elif self.architecture == "GPTJForCausalLM":  # no hook shows its angles: they are a table by position
+                angles = self.bridge.blocks[layer].attn.original_component.embed_positions[positions].to(q)
+                sin, cos = angles.repeat_interleave(2, dim=-1)[None].chunk(2, dim=-1)
+                scored_q, scored_k = (_rotate(seen[name], cos, sin, pairs=True) for name in ("q", "k"))
             else:
                 scored_q, scored_k = q, seen["k"]
-            shape = (batch, n_pos, self.n_heads, self.d_head)
             shown = Attention(scored_q, scored_k, seen["v"], z.reshape(shape), q)
             seen.clear()
             replaced = on_attention(layer, shown)
@@ -313,7 +411,12 @@ def _refuse_unsupported(bridge: TransformerBridge) -> None:
     hf_config: Any = getattr(bridge.original_model, "config", None)
     if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
         raise UnsupportedModelError(f"{architecture}: expected a decoder-only causal language model")
-    wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_out")
+    if architecture == "FalconForCausalLM" and hf_config.alibi:
+        raise UnsupportedModelError(
+            f"{architecture}: expected rotary positions, got ALiBi, whose position biases Falcon rounds to bfloat16 in "
+            "absolute positions: attention to a prompt's parts is then not attention to the prompt"
+        )
+    wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
     for layer in range(cfg.n_layers):
         missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in bridge.hook_dict]
         if missing:
@@ -365,10 +468,25 @@ def _rotate(
     x: Float[Tensor, "batch pos head d_head"],
     cos: Float[Tensor, "#batch pos d_rot"],
     sin: Float[Tensor, "#batch pos d_rot"],
+    *,
+    pairs: bool = False,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotary embedding of the first d_rot dimensions, halves paired."""
+    """Rotary embedding of the first d_rot dimensions: halves turned against each other, or neighbours in pairs."""
     d_rot = cos.shape[-1]
     turned, kept = x[..., :d_rot], x[..., d_rot:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(2)
+    if pairs:
+        partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    turned = turned * cos.unsqueeze(2) + partner * sin.unsqueeze(2)
     return torch.cat((turned, kept), dim=-1)
+
+
+def _alibi_slopes(bridge: TransformerBridge, n_heads: int) -> Float[Tensor, " head"] | None:
+    """The bias that the model itself adds for one position of distance, where it adds any."""
+    decoder: Any = getattr(bridge.original_model, "transformer", None)
+    if not hasattr(decoder, "build_alibi_tensor"):
+        return None
+    mask = torch.ones(1, 2, dtype=torch.long, device=next(bridge.original_model.parameters()).device)
+    return decoder.build_alibi_tensor(mask, n_heads, torch.float32)[:, 0, 1]

@@ -13,18 +13,38 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     XGLMConfig,
@@ -38,45 +58,70 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the packaged 
 torch.set_num_threads(1)  # tiny matrices: threads cost more than they do
 
 VOCABULARY = 300
-_GQA: dict[str, Any] = {
+N_CTX = 512
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
     "hidden_size": 32,
-    "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    "max_position_embeddings": N_CTX,
 }
+_MLP: dict[str, Any] = {**_DECODER, "intermediate_size": 48}
+_GQA: dict[str, Any] = {**_MLP, "num_key_value_heads": 2, "head_dim": 8}
+_GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": N_CTX}
+WINDOW = 40
+"""Shorter than the test prompts' demonstrations, longer than their queries."""
 _HF_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=512)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=512, **_GQA)),
-    "neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_MLP)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(rotary_dim=4, **_GPT2)),
+    "gptneo-window": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=512,
+            num_layers=3,
+            num_heads=4,
+            attention_types=[[["global", "local", "global"], 1]],
+            window_size=WINDOW,
+            max_position_embeddings=N_CTX,
         )
     ),
+    "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **_DECODER)),
     "xglm": lambda: XGLMForCausalLM(
         XGLMConfig(
-            vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=512
+            vocab_size=VOCABULARY,
+            d_model=32,
+            ffn_dim=48,
+            num_layers=3,
+            attention_heads=4,
+            max_position_embeddings=N_CTX,
         )
     ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, max_position_embeddings=512, **_GQA)),
-    "mistral-window": lambda: MistralForCausalLM(
-        MistralConfig(vocab_size=VOCABULARY, max_position_embeddings=512, sliding_window=40, **_GQA)
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GQA)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **_GQA)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **_MLP)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GQA)),
+    "gemma2-window": lambda: Gemma2ForCausalLM(
+        Gemma2Config(sliding_window=WINDOW, attn_logit_softcapping=2.0, **_GQA)  # so low that it bends scores here
     ),
     "gemma3-window": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            vocab_size=VOCABULARY,
-            max_position_embeddings=512,
-            sliding_window=40,
+            sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_GQA
+        )
+    ),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**_MLP)),
+    "gptoss-window": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            num_local_experts=2,
+            num_experts_per_tok=1,
             **_GQA,
         )
     ),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**_DECODER)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(num_key_value_heads=2, **_MLP)),
 }
 ARCHITECTURES = tuple(_HF_MODELS)
 

@@ -1,3 +1,5 @@
+"""Each function of `dual` against its definition, written out in plain numpy one number at a time."""
+
 import math
 
 import numpy as np
@@ -5,15 +7,127 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
 
 from icl_dual import dual
+
+seeds = st.integers(0, 2**20)
+sizes = st.integers(1, 5)
 
 
 def draw(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(scale=scale, size=shape))
 
 
-def reference(q, k, v, scale, softcap, visible):
+def assert_exact(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+def heads_of(q: torch.Tensor, k: torch.Tensor):
+    """Every query head with the key-value head that it shares."""
+    return [(head, head // (q.shape[-2] // k.shape[-2])) for head in range(q.shape[-2])]
+
+
+# 1. Linear layers under gradient descent
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(0, 6), d_in=sizes, d_out=sizes, repeated=st.booleans())
+def test_a_layer_trained_by_sgd_is_the_untrained_layer_plus_linear_attention(seed, n, d_in, d_out, repeated):
+    W_0, inputs, targets = draw(seed, d_out, d_in), draw(seed + 1, n, d_in), draw(seed + 2, n, d_out)
+    if repeated and n:
+        inputs = inputs[:1].expand(n, -1)
+    layer = torch.nn.Linear(d_in, d_out, bias=False, dtype=torch.float64)
+    layer.weight.data.copy_(W_0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    for x, y in zip(inputs, targets, strict=True):  # a loss that is not quadratic, trained by torch itself
+        optimizer.zero_grad()
+        torch.cosh(layer(x) - y).log().sum().backward()
+        optimizer.step()
+    W, errors = dual.sgd(W_0, inputs, lambda out, step: torch.tanh(out - targets[step]), lr=0.05)
+    x = draw(seed + 3, 3, d_in)
+    assert_exact(W, layer.weight.detach())
+    assert_exact(x @ W_0.mT + dual.linear_attention(errors, inputs, x), layer(x).detach())
+    assert_exact(W_0 + dual.outer_sum(errors, inputs), W)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(0, 6), d_in=sizes, d_out=sizes, repeated=st.booleans())
+def test_any_linear_attention_is_an_sgd_run(seed, n, d_in, d_out, repeated):
+    W_0, v, k = draw(seed, d_out, d_in), draw(seed + 1, n, d_out), draw(seed + 2, n, d_in)
+    if repeated and n:
+        k = k[:1].expand(n, -1)
+    targets = dual.sgd_targets(W_0, v, k, lr=0.5)
+    W, errors = dual.sgd(W_0, k, lambda out, step: out - targets[step], lr=0.5)
+    torch.testing.assert_close(errors, v, atol=1e-12, rtol=1e-10)
+    q = draw(seed + 3, 2, d_in)
+    expected = q @ W_0.mT + dual.linear_attention(v, k, q)
+    torch.testing.assert_close(q @ W.mT, expected, atol=1e-12, rtol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(0, 5), d_in=sizes, d_out=sizes)
+def test_linear_attention_written_out(seed, n, d_in, d_out):
+    v, k, q = draw(seed, n, d_out), draw(seed + 1, n, d_in), draw(seed + 2, 2, d_in)
+    expected = np.zeros((2, d_out))
+    for pos in range(2):
+        for i in range(n):
+            expected[pos] += v[i].numpy() * float(k[i].numpy() @ q[pos].numpy())
+    np.testing.assert_allclose(dual.linear_attention(v, k, q), expected, atol=1e-12)
+    np.testing.assert_allclose(q @ dual.outer_sum(v, k).mT, expected, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(1, 6), d_x=sizes, d_y=sizes, lr=st.floats(0.01, 2.0))
+def test_one_linear_self_attention_layer_is_one_step_of_gradient_descent(seed, n, d_x, d_y, lr):
+    W_0, x, y = draw(seed, d_y, d_x), draw(seed + 1, n, d_x), draw(seed + 2, n, d_y)
+    W = W_0.clone().requires_grad_()
+    ((x @ W.mT - y) ** 2).sum().div(2 * n).backward()
+    assert W.grad is not None
+    stepped = W_0 - lr * W.grad
+    x_q = draw(seed + 3, 2, d_x)
+    layer = dual.gradient_descent_layer(W_0, lr, n)
+    context = torch.cat((x, y), dim=1)
+    out = layer(context, torch.cat((x_q, -x_q @ W_0.mT), dim=1))
+    torch.testing.assert_close(out, torch.cat((x_q, -x_q @ stepped.mT), dim=1))
+    moved = layer(context, context)
+    assert_exact(moved, torch.cat((x, y - x @ (stepped - W_0).mT), dim=1))
+
+
+# 2. Attention as a linear layer
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, n=st.integers(0, 5), kv_heads=st.integers(1, 3), group=st.integers(1, 3), repeated=st.booleans())
+def test_weights_per_head_and_their_action_written_out(seed, n, kv_heads, group, repeated):
+    k, v, q = draw(seed, n, kv_heads, 4), draw(seed + 1, n, kv_heads, 4), draw(seed + 2, kv_heads * group, 4)
+    if repeated and n:
+        k, v = k[:1].expand_as(k), v[:1].expand_as(v)
+    W = dual.head_weights(k, v)
+    for head, kv_head in heads_of(q, k):
+        expected = np.zeros((4, 4))
+        for j in range(n):
+            expected += np.outer(v[j, kv_head].numpy(), k[j, kv_head].numpy())
+        np.testing.assert_allclose(W[kv_head], expected, atol=1e-12)
+        np.testing.assert_allclose(dual.act(W, q)[head], expected @ q[head].numpy(), atol=1e-12)
+    assert_exact(dual.act_unformed(k, v, q), dual.act(W, q))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, n=st.integers(1, 5), d_model=sizes)
+def test_delta_w_ft_is_equation_13(seed, n, d_model):
+    """(W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ, with X's tokens as columns, as the paper writes it."""
+    X = draw(seed, d_model, n)
+    W_K, W_V, delta_K, delta_V = (draw(seed + i, 4, d_model) for i in range(1, 5))
+    expected = (W_V + delta_V) @ X @ X.mT @ (W_K + delta_K).mT - W_V @ X @ X.mT @ W_K.mT
+    keys_values = [(W @ X).mT.unsqueeze(1) for W in (W_K, W_V, W_K + delta_K, W_V + delta_V)]
+    assert_exact(dual.delta_w_ft(*keys_values).squeeze(0), expected)
+
+
+# 3. Softmax attention, split
+
+
+def reference(q, k, v, scale, softcap, bias):
     """Attention one row, one head at a time, in plain numpy, with each key's weight written out."""
     batch, n_pos, n_heads, _ = q.shape
     group = n_heads // k.shape[2]
@@ -25,7 +139,7 @@ def reference(q, k, v, scale, softcap, visible):
                 for j in range(k.shape[1]):
                     s = scale * float(q[b, i, h] @ k[b, j, h // group])
                     s = s if softcap is None else softcap * math.tanh(s / softcap)
-                    weights.append(math.exp(s) if visible[i, j] else 0.0)
+                    weights.append(math.exp(s + float(bias[b, h, i, j])))
                     total += weights[-1]
                 if total:
                     z[b, i, h] = sum(w * np.asarray(v[b, j, h // group]) for j, w in enumerate(weights)) / total
@@ -35,30 +149,36 @@ def reference(q, k, v, scale, softcap, visible):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 2**20),
+    seed=seeds,
     batch=st.integers(1, 2),
     n_pos=st.integers(1, 4),
-    n_keys=st.integers(1, 5),
+    n_keys=st.integers(0, 5),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     softcap=st.sampled_from([None, 0.7, 20.0]),
     visible_share=st.sampled_from([0.0, 0.5, 1.0]),
+    by_head=st.booleans(),
+    by_batch=st.booleans(),
 )
-def test_attend_equals_attention_written_out(seed, batch, n_pos, n_keys, kv_heads, group, softcap, visible_share):
-    q = draw(seed, batch, n_pos, kv_heads * group, 4)
+def test_attend_equals_attention_written_out(
+    seed, batch, n_pos, n_keys, kv_heads, group, softcap, visible_share, by_head, by_batch
+):
+    heads = kv_heads * group
+    q = draw(seed, batch, n_pos, heads, 4)
     k, v = draw(seed + 1, batch, n_keys, kv_heads, 4), draw(seed + 2, batch, n_keys, kv_heads, 4)
-    visible = torch.from_numpy(np.random.default_rng(seed).random((n_pos, n_keys)) < visible_share)
-    part = dual.attend(q, k, v, 0.6, softcap, visible)
-    z, lse = reference(q, k, v, 0.6, softcap, visible)
+    bias = draw(seed + 3, batch if by_batch else 1, heads if by_head else 1, n_pos, n_keys)
+    bias[torch.from_numpy(np.random.default_rng(seed).random(bias.shape)) >= visible_share] = -torch.inf
+    part = dual.attend(q, k, v, 0.6, softcap, bias)
+    z, lse = reference(q, k, v, 0.6, softcap, bias.expand(batch, heads, n_pos, n_keys))
     np.testing.assert_allclose(part.z, z, atol=1e-12)
     np.testing.assert_allclose(part.lse, lse, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**20),
+    seed=seeds,
     n_own=st.integers(1, 6),
-    n_demo=st.integers(1, 6),
+    n_demo=st.integers(0, 6),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
     repeated=st.booleans(),
 )
@@ -69,12 +189,33 @@ def test_zero_shot_plus_delta_icl_is_attention_over_both(seed, n_own, n_demo, sc
     whole = dual.attend(q, k, v, scale).z
     own = dual.attend(q, k[:, :n_own], v[:, :n_own], scale)
     demo = dual.attend(q, k[:, n_own:], v[:, n_own:], scale)
-    torch.testing.assert_close(own.z + dual.delta_icl(own, demo), whole, atol=1e-12, rtol=1e-12)
+    assert_exact(own.z + dual.delta_icl(own, demo), whole)
+    assert_exact(dual.merge(own, demo).z, whole)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, cut=st.integers(0, 5), sink=st.floats(-5, 5))
+def test_a_sink_is_a_key_without_a_value(seed, cut, sink):
+    q, k, v = draw(seed, 2, 3, 2, 4), draw(seed + 1, 2, 5, 2, 4), draw(seed + 2, 2, 5, 2, 4)
+    sinks = torch.tensor([sink, 0.5], dtype=torch.float64)
+    # The sink as a key: its score is the sink's whatever the query is, its value is 0.
+    weights = torch.einsum("bphd,bkhd->bphk", q, k)
+    weights = torch.cat((weights, sinks[:, None].expand(2, 3, 2, 1)), dim=-1).softmax(-1)[..., :-1]
+    expected = torch.einsum("bphk,bkhd->bphd", weights, v)
+    own, demo = (dual.attend(q, k[:, part], v[:, part], 1.0) for part in (slice(cut, None), slice(cut)))
+    own = dual.add_sink(own, sinks)
+    assert_exact(own.z + dual.delta_icl(own, demo), expected)
+
+
+def test_two_groups_without_keys_have_no_share():
+    none = dual.attend(draw(0, 1, 1, 2, 4), draw(1, 1, 0, 2, 4), draw(2, 1, 0, 2, 4), 1.0)
+    assert (dual.share(none, none) == 0).all()
+    assert (dual.merge(none, none).z == 0).all()
 
 
 def test_a_group_that_no_row_sees_adds_nothing():
     q, k, v = draw(0, 1, 2, 2, 4), draw(1, 1, 3, 2, 4), draw(2, 1, 3, 2, 4)
-    unseen = dual.attend(q, k, v, 1.0, visible=torch.zeros(1, 3, dtype=torch.bool))
+    unseen = dual.attend(q, k, v, 1.0, bias=torch.full((1, 1, 1, 3), -torch.inf, dtype=q.dtype))
     assert (unseen.z == 0).all()
     assert (unseen.lse == -torch.inf).all()
     assert (dual.delta_icl(dual.attend(q, k, v, 1.0), unseen) == 0).all()
@@ -84,10 +225,68 @@ def test_half_precision_is_scored_in_float32():
     q, k, v = (draw(seed, 1, 3, 2, 4).bfloat16() for seed in range(3))
     part = dual.attend(q, k, v, 0.5)
     assert part.z.dtype == torch.float32
-    torch.testing.assert_close(part.z, dual.attend(q.float(), k.float(), v.float(), 0.5).z)
+    assert_exact(part.z, dual.attend(q.float(), k.float(), v.float(), 0.5).z)
 
 
 @pytest.mark.parametrize("magnitude", [1e3, -1e3])
 def test_scores_far_from_zero_do_not_overflow(magnitude):
     q, k, v = torch.full((1, 1, 1, 1), magnitude).double(), torch.ones(1, 4, 1, 1).double(), draw(0, 1, 4, 1, 1)
     torch.testing.assert_close(dual.attend(q, k, v, 1.0).z[0, 0, 0, 0], v.mean())
+
+
+# 4. Two updates compared
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, d=st.integers(2, 6), rank=st.integers(1, 3))
+def test_overlap_equals_its_definitions(seed, d, rank):
+    rank = min(rank, d)
+    a, b = draw(seed, d, d), draw(seed + 1, d, d)
+    found = dual.overlap(dual.Svd.of(a), dual.Svd.of(b), rank)
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    torch.testing.assert_close(found.cosine, cosine, atol=1e-10, rtol=0)
+    for angles, side in ((found.left_angles, 0), (found.right_angles, 1)):
+        bases = []
+        for W in (a, b):
+            U, _, Vh = np.linalg.svd(W.numpy())
+            bases.append(U[:, :rank] if side == 0 else Vh[:rank].T)
+        expected = np.rad2deg(np.sort(subspace_angles(*bases)))
+        np.testing.assert_allclose(angles, expected, atol=1e-5)
+
+
+def test_an_update_overlaps_itself_and_a_zero_update_is_undefined():
+    a = dual.Svd.of(draw(0, 3, 5, 5))
+    same = dual.overlap(a, a, 2)
+    torch.testing.assert_close(same.cosine, torch.ones(3).double())
+    assert (same.left_angles < 1e-4).all()
+    assert (dual.overlap(a, dual.Svd.of(-draw(0, 3, 5, 5)), 2).cosine + 1).abs().max() < 1e-12
+    zero = dual.overlap(a, dual.Svd.of(torch.zeros(3, 5, 5)), 2)
+    assert zero.cosine.isnan().all()
+    assert zero.left_angles.isnan().all()
+    assert dual.effective_rank(torch.zeros(5)).isnan()
+
+
+@pytest.mark.parametrize(("S", "rank"), [([2.0, 2.0, 2.0, 0.0], 3.0), ([5.0, 0.0, 0.0, 0.0], 1.0)])
+def test_effective_rank_counts_equal_directions(S, rank):
+    assert dual.effective_rank(torch.tensor(S)).item() == pytest.approx(rank)
+
+
+def test_random_directions_keep_the_spectrum_and_are_uniform():
+    d, n = 8, 4000
+    svd = dual.Svd.of(draw(0, d, d)).with_random_directions(torch.Generator().manual_seed(0))
+    for basis in (svd.U, svd.Vh):
+        torch.testing.assert_close(basis @ basis.mT, torch.eye(d).double())
+    many = dual.Svd(*(t.expand(n, *t.shape) for t in dual.Svd.of(draw(0, d, d))))
+    drawn = many.with_random_directions(torch.Generator().manual_seed(1))
+    assert (drawn.S == many.S).all()
+    cosines = dual.overlap(many, drawn, 1).cosine
+    assert abs(cosines.mean()) < 4 / d / math.sqrt(n)
+    assert cosines.std().item() == pytest.approx(1 / d, rel=0.05)
+    assert drawn.U.mean(0).abs().max() < 5 / math.sqrt(d * n)  # signs are not fixed by QR's convention
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_an_svd_acts_as_its_matrix(seed):
+    W, q = draw(seed, 2, 4, 4), draw(seed + 1, 2, 3, 4)
+    torch.testing.assert_close(dual.Svd.of(W).act(q), q @ W.mT)

@@ -1,0 +1,431 @@
+"""`Capture` → what in-context attention is made of, layer by layer and head by head.
+
+1. **The exact split**, inside one in-context pass: z = z_0 + ΔICL, where z_0 is softmax attention over everything but
+   the demonstrations (start token, query, and a sink where the model has one) and ΔICL what the demonstrations add.
+2. **The realised update**, between two runs: h_ICL − h_ZSL = direct + inherited. Direct is ΔICL through W_O; inherited
+   is that z_0 itself differs from zero-shot attention, because lower layers (or positions) already differed.
+3. **The linear relaxation** of the paper (equations 11–12), beside the split: ΔW_ICL q for ΔICL, (W_ZSL + ΔW_ICL) q for
+   z, without softmax and without 1/√d, and how far that is from the truth.
+
+Every decomposition carries its residuals, and is refused where one is more than rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from icl_dual import dual
+from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field
+from icl_dual.models import Attention, Model, Scoring, UnsupportedModelError
+from icl_dual.prompts import SEPARATOR, Prompts
+
+T = TypeVar("T")
+
+GROUPS = ("sink", "start", "query", "separators")
+"""The groups of keys before the demonstrations, each of which is a group of its own."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64."""
+
+
+class Relaxation(NamedTuple):
+    """The paper's linear relaxation against the exact split; NaN where what it stands for is zero."""
+
+    update_cosine: Float[Tensor, "query layer head"]
+    """cos(ΔW_ICL q, ΔICL)."""
+    update_error: Float[Tensor, "query layer head"]
+    """‖ΔW_ICL q − ΔICL‖ / ‖ΔICL‖."""
+    output_cosine: Float[Tensor, "query layer head"]
+    """cos((W_ZSL + ΔW_ICL) q, z)."""
+    output_error: Float[Tensor, "query layer head"]
+    """‖(W_ZSL + ΔW_ICL) q − z‖ / ‖z‖."""
+    rank_agreement: Float[Tensor, "query layer head"]
+    """Spearman's ρ over the demonstrations' tokens between their softmax weights and |kᵀq|, the linear weights' sizes.
+
+    With its sign, kᵀq has the softmax's order by construction."""
+
+
+class Residuals(NamedTuple):
+    """What rounding leaves, relative to what it is held against: the largest over queries, by layer."""
+
+    split: Float[Tensor, " layer"]
+    """z_0 + ΔICL through W_O, plus b_O, against the attention output of the captured run."""
+    plain: Float[Tensor, " layer"]
+    """The same split inside a plain forward pass over the first query's full prompt, against the model's own output."""
+    realised: Float[Tensor, " layer"]
+    """Direct + inherited against h_ICL − h_ZSL; relative to h_ICL, of which this is a difference."""
+
+
+@dataclass(frozen=True, repr=False)
+class Decomposition:
+    """In-context attention at each query's recorded position: zero-shot part, ΔICL, and what each is made of.
+
+    Terms by head are before W_O; `through_W_O` takes any of them into the residual stream. z_0 is `start` + `query`,
+    z is z_0 + `delta_icl`, and the attention output is Σ_heads z W_O + b_O.
+    """
+
+    model: str
+    prompts: Prompts
+    start: Float[Tensor, "query layer head d_head"]
+    """The start token's part of z_0."""
+    query: Float[Tensor, "query layer head d_head"]
+    """The part of z_0 that comes from the query's own tokens."""
+    delta_icl: Float[Tensor, "query layer head d_head"]
+    """ΔICL = w (z_demo − z_0), what the demonstrations add."""
+    z_zsl: Float[Tensor, "query layer head d_head"]
+    """Attention in the zero-shot run."""
+    mass: Float[Tensor, "query layer head group"]
+    """Share of the softmax that each group of keys takes; `groups` names them."""
+    icl_share: Float[Tensor, "query layer group"]
+    """Each group's share of the direct update, along its direction: sums to 1, may be negative, NaN without ΔICL."""
+    relaxation: Relaxation
+    W_O: Float[Tensor, "layer head d_head d_model"]
+    b_O: Float[Tensor, "layer d_model"] | None
+    b_V: Float[Tensor, "layer kv_head d_head"] | None
+    residuals: Residuals
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of keys: sink, start token, query, separators, and each demonstration by its number from 1."""
+        return (*GROUPS, *(f"demonstration {n + 1}" for n in range(len(self.prompts.demonstrations))))
+
+    @property
+    def demonstration_mass(self) -> Float[Tensor, "query layer head"]:
+        """w, the share of the softmax that demonstrations and their separators take together."""
+        return self.mass[..., GROUPS.index("separators") :].sum(-1)
+
+    @property
+    def z_0(self) -> Float[Tensor, "query layer head d_head"]:
+        """Attention over everything but the demonstrations, inside the in-context pass."""
+        return self.start + self.query
+
+    @property
+    def value_bias(self) -> Float[Tensor, "query layer head d_head"]:
+        """The part of z that b_V makes. It sits inside the groups: of a group with mass w, w b_V."""
+        if self.b_V is None:
+            return torch.zeros_like(self.delta_icl)
+        by_head = self.b_V.repeat_interleave(self.W_O.shape[1] // self.b_V.shape[1], dim=1)
+        return (1 - self.mass[..., GROUPS.index("sink"), None]) * by_head
+
+    def through_W_O(  # noqa: N802 - the field's name
+        self, term: Float[Tensor, "query layer head d_head"]
+    ) -> Float[Tensor, "query layer head d_model"]:
+        """A term by head in the residual stream; b_O is a term of its own, of no head."""
+        return torch.einsum("qlhd,lhdm->qlhm", term, self.W_O)
+
+    @property
+    def direct(self) -> Float[Tensor, "query layer d_model"]:
+        """ΔICL through W_O: what the layer's own attention to the demonstrations adds to its output."""
+        return _through(self.delta_icl, self.W_O)
+
+    @property
+    def inherited(self) -> Float[Tensor, "query layer d_model"]:
+        """(z_0 − z_ZSL) through W_O: how far the layer's output moved because its input had."""
+        return _through(self.z_0 - self.z_zsl, self.W_O)
+
+    @property
+    def realised(self) -> Float[Tensor, "query layer d_model"]:
+        """The update between the two runs, h_ICL − h_ZSL = direct + inherited."""
+        return self.direct + self.inherited
+
+    @property
+    def direct_share(self) -> Float[Tensor, "query layer"]:
+        """⟨direct, realised⟩ / ‖realised‖²; NaN where nothing is realised."""
+        return _share(self.direct, self.realised)
+
+    @property
+    def inherited_share(self) -> Float[Tensor, "query layer"]:
+        """⟨inherited, realised⟩ / ‖realised‖²: with the direct share, 1."""
+        return _share(self.inherited, self.realised)
+
+    @property
+    def residual(self) -> float:
+        """The largest of the residuals."""
+        return max(found.max().item() for found in self.residuals)
+
+    def __repr__(self) -> str:
+        n_queries, n_layers, n_heads = self.mass.shape[:3]
+        return (
+            f"Decomposition({self.model!r}, {n_queries} queries after {len(self.prompts.demonstrations)} "
+            f"demonstrations, {n_layers} layers of {n_heads} heads, demonstration mass="
+            f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, "
+            f"residual={self.residual:.1e})"
+        )
+
+
+def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
+    """Split in-context attention into its terms at every layer and head, and check that they add up.
+
+    Args:
+        model: what was captured, with the weights it had; runs once more, over the first query's full prompt.
+        icl: a capture of queries behind their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
+        zsl: a capture of the same queries without demonstrations, with the same fields, or `attn_out` and `z` alone.
+
+    Raises:
+        ValueError: the captures are of different models, weights, prompts or positions, or lack a field.
+        UnsupportedModelError: the terms do not add up to the model's own attention output; says at which layer.
+    """
+    _refuse_mismatch(model, icl, zsl)
+    W_O, b_O = model.output_projections()
+    W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
+    where = _Where.of(icl.prompts)
+    layers = [_Layer.captured(icl, layer, scoring) for layer, scoring in enumerate(model.scoring)]
+    terms = _stack(_Terms, [_split(layer, where, W_O[index]) for index, layer in enumerate(layers)])
+    z = terms.start + terms.query + terms.delta_icl
+    relaxed = [_relax(layer, where, terms.delta_icl[:, index], z[:, index]) for index, layer in enumerate(layers)]
+    z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
+    residuals = Residuals(
+        split=_relative(_through(z, W_O, b_O), h_icl),
+        plain=_plain_residual(model, icl.prompts, W_O, b_O),
+        realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
+    )
+    _refuse_residuals(model, residuals)
+    return Decomposition(
+        model=model.name,
+        prompts=icl.prompts,
+        start=terms.start,
+        query=terms.query,
+        delta_icl=terms.delta_icl,
+        z_zsl=z_zsl,
+        mass=terms.mass,
+        icl_share=terms.icl_share,
+        relaxation=_stack(Relaxation, relaxed),
+        W_O=W_O,
+        b_O=b_O,
+        b_V=None if (b_V := model.value_biases()) is None else b_V.double().cpu(),
+        residuals=residuals,
+    )
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where each query's recorded row and all its keys stand in the in-context prompt."""
+
+    rows: Int[Tensor, " query"]
+    own: Int[Tensor, "query own_pos"]
+    n_start: int
+    demo: Int[Tensor, " demo_pos"]
+    groups: list[Int[Tensor, " _"]]
+    """Which of the demonstrations' positions belong to the separators, and to each demonstration."""
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> "_Where":
+        n_start, n_prefix = len(prompts.start), len(prompts.prefix)
+        longest = max(map(len, prompts.queries))
+        own = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
+        owners = prompts.segments[n_start:]
+        kinds = (SEPARATOR, *range(len(prompts.demonstrations)))
+        return cls(
+            rows=torch.tensor([n_prefix + len(query) - 1 for query in prompts.queries]),
+            own=own.expand(len(prompts.queries), -1),
+            n_start=n_start,
+            demo=torch.arange(n_start, n_prefix),
+            groups=[(owners == kind).nonzero().squeeze(-1) for kind in kinds],
+        )
+
+
+class _Layer(NamedTuple):
+    """One layer's queries at the recorded rows, and all their keys and values, in float64."""
+
+    scoring: Scoring
+    q: Float[Tensor, "query head d_head"]
+    own_k: Float[Tensor, "query own_pos kv_head d_head"]
+    own_v: Float[Tensor, "query own_pos kv_head d_head"]
+    demo_k: Float[Tensor, "demo_pos kv_head d_head"]
+    demo_v: Float[Tensor, "demo_pos kv_head d_head"]
+
+    @classmethod
+    def captured(cls, icl: Capture, layer: int, scoring: Scoring) -> "_Layer":
+        kept = icl.keys_values
+        assert kept is not None
+        own, demo = (kept.query_keys, kept.query_values), (kept.demo_keys, kept.demo_values)
+        tensors = (_field(icl, "q_scored")[:, layer], *(t[:, layer] for t in own), *(t[layer] for t in demo))
+        return cls(scoring, *(tensor.double() for tensor in tensors))
+
+    @classmethod
+    def of_plain(cls, attention: Attention, where: "_Where", scoring: Scoring) -> "_Layer":
+        """From a plain pass over one full prompt, read at its last token."""
+        k, v = (tensor.double().cpu() for tensor in (attention.k, attention.v))
+        own, demo = where.own[0], where.demo
+        q = attention.q[:, -1].double().cpu()
+        return cls(scoring, q, k[:, own], v[:, own], k[0, demo], v[0, demo])
+
+
+class _Terms(NamedTuple):
+    """The exact split of one layer; stacked, of all."""
+
+    start: Float[Tensor, "query *layer head d_head"]
+    query: Float[Tensor, "query *layer head d_head"]
+    delta_icl: Float[Tensor, "query *layer head d_head"]
+    mass: Float[Tensor, "query *layer head group"]
+    icl_share: Float[Tensor, "query *layer group"]
+
+
+def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
+    scoring, q, own_k, own_v, demo_k, demo_v = layer
+    own_groups = slice(where.n_start), slice(where.n_start, None)
+    own = [
+        scoring.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
+        for at in own_groups
+    ]
+    # The demonstrations are shared: queries are rows over one set of keys.
+    demos = [
+        scoring.attend(q[None], demo_k[None, at], demo_v[None, at], where.rows[None], where.demo[None, at])
+        for at in where.groups
+    ]
+    own = [dual.Part(part.z[:, 0], part.lse[:, 0]) for part in own]
+    demos = [dual.Part(part.z[0], part.lse[0]) for part in demos]
+    sink = dual.Part(torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype))
+    if scoring.sink is not None:
+        sink = sink._replace(lse=scoring.sink.to(q).expand(q.shape[:2]))
+    z_0 = reduce(dual.merge, (sink, *own))
+    delta_icl = dual.delta_icl(z_0, reduce(dual.merge, demos))
+
+    mass = torch.stack([part.lse for part in (sink, *own, *demos)], dim=-1).softmax(-1)
+    n_outside = mass.shape[-1] - len(demos)
+    added = torch.stack([part.z - z_0.z for part in demos], dim=2) * mass[..., n_outside:, None]
+    direct = torch.einsum("qhd,hdm->qm", delta_icl, W_O)
+    along = torch.einsum("qm,hdm->qhd", direct, W_O)
+    share = torch.einsum("qhgd,qhd->qg", added, along) / (direct * direct).sum(-1, keepdim=True)
+    return _Terms(
+        start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
+        query=own[1].z * (own[1].lse - z_0.lse).exp().unsqueeze(-1),
+        delta_icl=delta_icl,
+        mass=mass,
+        icl_share=torch.cat((torch.zeros_like(share[:, :1]).expand(-1, n_outside), share), dim=-1),
+    )
+
+
+def _relax(
+    layer: _Layer,
+    where: _Where,
+    delta_icl: Float[Tensor, "query head d_head"],
+    z: Float[Tensor, "query head d_head"],
+) -> Relaxation:
+    """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and z."""
+    scoring, q, own_k, own_v, demo_k, demo_v = layer
+    bias = scoring.bias(where.rows[None], where.demo[None])[0].transpose(0, 1)
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (demo_k, demo_v))
+    weights = torch.einsum("qhd,khd->qhk", q, k).masked_fill(bias == -torch.inf, 0.0)
+    update = torch.einsum("qhk,khd->qhd", weights, v)
+    seen = scoring.bias(where.rows[:, None], where.own)[:, 0, 0] > -torch.inf
+    output = update + dual.act_unformed(own_k * seen[..., None, None], own_v, q)
+    logits = (weights * scoring.scale + bias).masked_fill(bias == -torch.inf, torch.nan)
+    return Relaxation(
+        update_cosine=_cosine(update, delta_icl),
+        update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
+        output_cosine=_cosine(output, z),
+        output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
+        rank_agreement=_spearman(logits, weights.abs().where(~logits.isnan(), torch.nan)),
+    )
+
+
+def _plain_residual(
+    model: Model,
+    prompts: Prompts,
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    b_O: Float[Tensor, "layer d_model"] | None,
+) -> Float[Tensor, " layer"]:
+    """Split the model's own attention in a plain forward pass, and hold the terms against its own output."""
+    prompts = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
+    where = _Where.of(prompts)
+    z: list[Tensor] = []
+    expected: list[Tensor] = []
+
+    def on_attention(layer: int, attention: Attention) -> None:
+        terms = _split(_Layer.of_plain(attention, where, model.scoring[layer]), where, W_O[layer])
+        z.append(terms.start + terms.query + terms.delta_icl)
+
+    with torch.no_grad():
+        model.run(
+            torch.tensor([[*prompts.prefix, *prompts.queries[0]]], device=model.device),
+            read=where.rows[None].to(model.device),
+            on_attention=on_attention,
+            on_output=lambda layer, output: expected.append(output[:, -1].double().cpu()),
+        )
+    return _relative(_through(torch.stack(z, dim=1), W_O, b_O), torch.stack(expected, dim=1))
+
+
+def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
+    names = {"model": model.name, "icl": icl.model, "zsl": zsl.model}
+    if len(set(names.values())) > 1:
+        raise ValueError(f"expected captures of the model given, got {names}")
+    weights = {"model": model.fingerprint(), "icl": icl.fingerprint, "zsl": zsl.fingerprint}
+    if len(set(weights.values())) > 1:
+        raise ValueError(
+            f"expected captures of the model as it is now, got other weights (fingerprints {weights}): capture and "
+            "decompose either all within `with delta.applied(model):` or all outside of it"
+        )
+    if zsl.prompts != icl.prompts.zero_shot():
+        raise ValueError(
+            "expected captures of the same queries at the same positions: zsl of icl's prompts.zero_shot(), got "
+            f"{icl.prompts} and {zsl.prompts}"
+        )
+    for run, fields in ((icl, DECOMPOSE_FIELDS), (zsl, ("attn_out", "z"))):
+        for name in fields:
+            if getattr(run, name) is None:
+                raise ValueError(
+                    f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}"
+                )
+
+
+def _refuse_residuals(model: Model, residuals: Residuals) -> None:
+    causes = {
+        "split": "its keys, values or queries are not those of the attention output captured with them",
+        "plain": "its attention does more than softmax over scaled scores and a linear W_O, or a hook changes it",
+        "realised": "the zero-shot capture's heads do not give its attention output",
+    }
+    for kind, found in residuals._asdict().items():
+        wrong = (~(found <= TOLERANCE[model.dtype])).nonzero()
+        if len(wrong):
+            layer = int(wrong[0])
+            raise UnsupportedModelError(
+                f"{model.name} ({model.architecture}), layer {layer}: the terms are off by {found[layer]:.1e} of the "
+                f"attention output ({kind}); expected at most {TOLERANCE[model.dtype]:.0e}: {causes[kind]}"
+            )
+
+
+def _stack(kind: Callable[..., T], layers: Sequence[tuple[Tensor, ...]]) -> T:
+    """One of a kind with a layer axis, from one for each layer."""
+    return kind(*(torch.stack(found, dim=1) for found in zip(*layers, strict=True)))
+
+
+def _field(run: Capture, name: Field) -> Tensor:
+    return getattr(run, name)
+
+
+def _through(
+    z: Float[Tensor, "query layer head d_head"],
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    b_O: Float[Tensor, "layer d_model"] | None = None,
+) -> Float[Tensor, "query layer d_model"]:
+    out = torch.einsum("qlhd,lhdm->qlm", z, W_O)
+    return out if b_O is None else out + b_O
+
+
+def _relative(
+    got: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
+) -> Float[Tensor, " layer"]:
+    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
+
+
+def _share(part: Float[Tensor, "query layer d_model"], whole: Float[Tensor, "query layer d_model"]) -> Tensor:
+    return (part * whole).sum(-1) / (whole * whole).sum(-1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine over the last axis; NaN where a vector is zero."""
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def _spearman(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
+    """Rank correlation over the last axis, NaNs left out; NaN where nothing varies."""
+    ranks = [torch.from_numpy(stats.rankdata(x.numpy(), axis=-1, nan_policy="omit")) for x in (a, b)]
+    a, b = ((rank - rank.nanmean(-1, keepdim=True)).nan_to_num() for rank in ranks)
+    return _cosine(a, b)
