@@ -1,6 +1,6 @@
 """In-context learning held against finetuning, layer by layer, on any decoder model."""
 
-from icl_dual import plots
+from icl_dual import dual, plots
 from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
 from icl_dual.decompose import Decomposition, decompose
@@ -10,6 +10,7 @@ from icl_dual.models import Model, UnsupportedModelError, load_model
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.study import Cell, CellResult, StudyError, load_cell, run_cell, run_study
 from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
+from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 
 __all__ = [
     "DECOMPOSE_FIELDS",
@@ -21,6 +22,7 @@ __all__ = [
     "CellResult",
     "Comparison",
     "Decomposition",
+    "DeltaSummary",
     "DivergedError",
     "Model",
     "PromptError",
@@ -29,11 +31,14 @@ __all__ = [
     "Task",
     "TaskError",
     "UnsupportedModelError",
+    "UpdateComparison",
     "WeightDelta",
     "build_prompts",
     "capture",
     "compare",
+    "compare_updates",
     "decompose",
+    "dual",
     "finetune",
     "load_cell",
     "load_model",
@@ -41,4 +46,5 @@ __all__ = [
     "plots",
     "run_cell",
     "run_study",
+    "summarise",
 ]

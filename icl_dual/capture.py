@@ -154,6 +154,16 @@ def capture(
     return recorder.capture(log_probs)
 
 
+def refuse_other_weights(model: Model, **captures: Capture) -> None:
+    """Raise a ValueError where captures are not of the model with the weights that it has now."""
+    weights = {"model": model.fingerprint(), **{name: run.fingerprint for name, run in captures.items()}}
+    if len(set(weights.values())) > 1:
+        raise ValueError(
+            f"expected captures of the model as it is now, got other weights (fingerprints {weights}): was one made "
+            "within `with delta.applied(model):` and the other not?"
+        )
+
+
 @dataclass(frozen=True)
 class _Prefix:
     """The demonstrations as every query meets them: their keys and values by layer, and how far they reach."""

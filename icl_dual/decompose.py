@@ -21,7 +21,7 @@ from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field
+from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field, refuse_other_weights
 from icl_dual.models import Attention, Model, Scoring, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
 
@@ -318,9 +318,9 @@ def _relax(
     output = update + dual.act_unformed(own_k * seen[..., None, None], own_v, q)
     logits = (weights * scoring.scale + bias).masked_fill(bias == -torch.inf, torch.nan)
     return Relaxation(
-        update_cosine=_cosine(update, delta_icl),
+        update_cosine=dual.cosine(update, delta_icl),
         update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
-        output_cosine=_cosine(output, z),
+        output_cosine=dual.cosine(output, z),
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
         rank_agreement=_spearman(logits, weights.abs().where(~logits.isnan(), torch.nan)),
     )
@@ -356,12 +356,7 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
     names = {"model": model.name, "icl": icl.model, "zsl": zsl.model}
     if len(set(names.values())) > 1:
         raise ValueError(f"expected captures of the model given, got {names}")
-    weights = {"model": model.fingerprint(), "icl": icl.fingerprint, "zsl": zsl.fingerprint}
-    if len(set(weights.values())) > 1:
-        raise ValueError(
-            f"expected captures of the model as it is now, got other weights (fingerprints {weights}): capture and "
-            "decompose either all within `with delta.applied(model):` or all outside of it"
-        )
+    refuse_other_weights(model, icl=icl, zsl=zsl)
     if zsl.prompts != icl.prompts.zero_shot():
         raise ValueError(
             "expected captures of the same queries at the same positions: zsl of icl's prompts.zero_shot(), got "
@@ -419,13 +414,8 @@ def _share(part: Float[Tensor, "query layer d_model"], whole: Float[Tensor, "que
     return (part * whole).sum(-1) / (whole * whole).sum(-1)
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last axis; NaN where a vector is zero."""
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-
-
 def _spearman(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
     """Rank correlation over the last axis, NaNs left out; NaN where nothing varies."""
     ranks = [torch.from_numpy(stats.rankdata(x.numpy(), axis=-1, nan_policy="omit")) for x in (a, b)]
     a, b = ((rank - rank.nanmean(-1, keepdim=True)).nan_to_num() for rank in ranks)
-    return _cosine(a, b)
+    return dual.cosine(a, b)

@@ -250,6 +250,11 @@ def merge(a: Part, b: Part) -> Part:
 # 4. Two updates compared
 
 
+def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Float[Tensor, "..."]:
+    """Cosine over the last axis; NaN where a vector is zero."""
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
 class Svd(NamedTuple):
     """A matrix as U diag(S) Vᵀ, singular values in falling order."""
 
@@ -268,7 +273,7 @@ class Svd(NamedTuple):
         # Without its signs fixed, QR draws Q from a distribution that is not uniform.
         return Svd(_signed(*U), self.S, _signed(*V).mT)
 
-    def act(self, q: Float[Tensor, "*batch group d"]) -> Float[Tensor, "*batch group d"]:
+    def act(self, q: Float[Tensor, "*#batch group d"]) -> Float[Tensor, "*#batch group d"]:
         """The matrix applied to vectors."""
         return ((q @ self.Vh.mT) * self.S.unsqueeze(-2)) @ self.U.mT
 

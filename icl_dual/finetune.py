@@ -7,19 +7,21 @@ bit for bit.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from icl_dual import dual
 from icl_dual.assets import load_tensors, save_tensors
-from icl_dual.models import Attention, Model
+from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import Prompts
 
 Loss = Literal["all", "label"]
@@ -33,6 +35,22 @@ EXPLODED_WEIGHTS = 10.0
 
 class DivergedError(RuntimeError):
     """Finetuning ran away: its loss or its weights are no longer finite, or its loss exploded."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a delta is made of: ΔW = Σ_i e_i ⊗ x_i over the training tokens (equations 7–9), and Δb = Σ_i e_i."""
+
+    x: Float[Tensor, "layer train_token d_model"]
+    """The projections' inputs; each demonstration's start token is a training token too."""
+    e_K: Float[Tensor, "layer train_token d_kv"]
+    """Error signals of the key projections, −lr ∂L/∂(output), each at its own step's weights."""
+    e_V: Float[Tensor, "layer train_token d_kv"]
+    steps: Int[Tensor, " train_token"]
+    """Which demonstration each training token belongs to."""
+    residual: float
+    """Largest over layers: how far the factors' sum is from the delta, relative to it. In float32, most of it is the
+    delta's own rounding: a small change of a large weight."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,8 @@ class WeightDelta:
     """Mean cross-entropy in nats of each demonstration, before its own update."""
     training_q: Float[Tensor, "layer demo_token head d_head"]
     """The demonstrations' queries W_Q x, each recorded before its demonstration's update, in prompt order."""
+    factors: Factors | None = None
+    """The delta's outer products, where they were asked for."""
 
     def __repr__(self) -> str:
         return (
@@ -89,11 +109,12 @@ class WeightDelta:
         tensors = {"W_K": self.W_K, "W_V": self.W_V, "losses": self.losses, "training_q": self.training_q}
         if self.b_K is not None and self.b_V is not None:
             tensors |= {"b_K": self.b_K, "b_V": self.b_V}
-        save_tensors(
-            Path(folder),
-            tensors,
-            {"model": self.model, "lr": self.lr, "loss": self.loss, "demonstrations": self.demonstrations},
-        )
+        metadata = {"model": self.model, "lr": self.lr, "loss": self.loss, "demonstrations": self.demonstrations}
+        if self.factors is not None:
+            parts = vars(self.factors)
+            metadata["factors_residual"] = parts["residual"]
+            tensors |= {f"factors/{name}": part for name, part in parts.items() if isinstance(part, Tensor)}
+        save_tensors(Path(folder), tensors, metadata)
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "WeightDelta":
@@ -103,10 +124,15 @@ class WeightDelta:
             AssetError: the folder is missing or damaged.
         """
         tensors, metadata = load_tensors(Path(folder))
-        return cls(**metadata, **{"b_K": None, "b_V": None, **tensors})
+        parts = {name.removeprefix("factors/"): tensors.pop(name) for name in list(tensors) if "/" in name}
+        residual = metadata.pop("factors_residual", None)
+        factors = None if residual is None else Factors(**parts, residual=residual)
+        return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
 
 
-def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", progress: bool = True) -> WeightDelta:
+def finetune(
+    model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", factors: bool = False, progress: bool = True
+) -> WeightDelta:
     """Finetune key and value projections on the demonstrations the way Dai et al. (2023) do.
 
     Args:
@@ -114,11 +140,13 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
         prompts: whose demonstrations to train on, each behind the start token and without a separator.
         lr: the learning rate of SGD.
         loss: mean cross-entropy over all tokens of a demonstration (the released code's), or its label word only.
+        factors: keep the outer products that the delta is the sum of, and check that it is.
         progress: show a progress bar.
 
     Raises:
         ValueError: lr is not a positive number, there are no demonstrations, or the loss is unknown.
         DivergedError: the loss or the weights exploded or are no numbers; says at which step and lr.
+        UnsupportedModelError: the delta is not the sum of its factors; says at which layer.
     """
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
@@ -129,7 +157,8 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
     parameters = _parameters(model)
     losses: list[float] = []
     training_q: list[Tensor] = []
-    with _restored(parameters) as before, _only_trained(model, parameters):
+    recorder = _FactorRecorder(model, lr) if factors else None
+    with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
         size = _norm(before)
         optimizer = torch.optim.SGD(parameters, lr=lr)
         steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
@@ -150,6 +179,7 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
                     f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
                 )
         deltas = _differences(parameters, before)
+        rounding = torch.finfo(model.dtype).eps * size * len(losses)
     W_K, b_K, W_V, b_V = _by_kind(model, deltas)
     return WeightDelta(
         model=model.name,
@@ -162,7 +192,59 @@ def finetune(model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", p
         demonstrations=[list(tokens) for tokens in prompts.demonstrations],
         losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training_q, dim=1),
+        factors=None if recorder is None else recorder.factors(W_K, W_V, rounding),
     )
+
+
+class _FactorRecorder:
+    """Keeps every training token's input to the projections and the error signal at their output, step by step."""
+
+    def __init__(self, model: Model, lr: float) -> None:
+        self.model, self.lr = model, lr
+        pairs = model.key_value_projections()
+        self.x: list[list[Tensor]] = [[] for _ in pairs]
+        self.errors: dict[str, list[list[Tensor]]] = {kind: [[] for _ in pairs] for kind in "KV"}
+        self.handles = []
+        for layer, pair in enumerate(pairs):
+            for kind, projection in zip("KV", pair, strict=True):
+                self.handles.append(projection.register_forward_hook(partial(self._watch, layer, kind)))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, layer: int, kind: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if kind == "K":  # keys and values are projected from the same input
+            self.x[layer].append(_at_least_float32(args[0][0]).detach().cpu())
+        output.register_hook(lambda gradient: self._keep(layer, kind, gradient))
+
+    def _keep(self, layer: int, kind: str, gradient: Tensor) -> None:
+        self.errors[kind][layer].append(-self.lr * _at_least_float32(gradient[0]).cpu())
+
+    def factors(
+        self, W_K: Float[Tensor, "layer d_kv d_model"], W_V: Float[Tensor, "layer d_kv d_model"], rounding: float
+    ) -> Factors:
+        x, e_K, e_V = (
+            torch.stack([torch.cat(steps) for steps in layers])
+            for layers in (self.x, self.errors["K"], self.errors["V"])
+        )
+        steps = torch.cat([torch.full((len(tokens),), step) for step, tokens in enumerate(self.x[0])])
+        worst = 0.0
+        for kind, errors, W in (("K", e_K, W_K), ("V", e_V, W_V)):
+            missing = (dual.outer_sum(errors, x) - W).flatten(1).norm(dim=1)
+            size = W.flatten(1).norm(dim=1)
+            wrong = (~(missing <= 1e-3 * size + rounding)).nonzero()
+            if len(wrong):
+                raise UnsupportedModelError(
+                    f"{self.model.name}, layer {int(wrong[0])}: expected ΔW_{kind} to be the sum of its factors, got a "
+                    f"difference of {missing[wrong[0]].item():.1e} at a norm of {size[wrong[0]].item():.1e}. Its "
+                    "projections are used elsewhere too, or keys and values have different inputs"
+                )
+            worst = max(worst, (missing / size).max().item())
+        return Factors(x, e_K, e_V, steps, worst)
 
 
 def _step_loss(

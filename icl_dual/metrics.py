@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
+from icl_dual import dual
 from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.finetune import WeightDelta
@@ -78,14 +79,14 @@ def sim_aou(
 ) -> Float[Tensor, "query layer"]:
     """Similarity of attention output updates: cos(ĥ_ICL − ĥ_ZSL, ĥ_FT − ĥ_ZSL), with ĥ = h/‖h‖."""
     zsl = _unit(h_zsl)
-    return _cosine(_unit(h_icl) - zsl, _unit(h_ft) - zsl)
+    return dual.cosine(_unit(h_icl) - zsl, _unit(h_ft) - zsl)
 
 
 def sim_aou_random(
     h_zsl: Float[Tensor, "query layer d_model"], h_icl: Float[Tensor, "query layer d_model"], *, seed: int = 0
 ) -> Float[Tensor, "query layer"]:
     """SimAOU's baseline: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1)."""
-    return _cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
+    return dual.cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
 
 
 def sim_am(
@@ -95,14 +96,14 @@ def sim_am(
 
     Scores past a query's end are to be 0, which changes no cosine.
     """
-    return _cosine(m_icl, m_other)
+    return dual.cosine(m_icl, m_other)
 
 
 def sim_am_random(
     m_icl: Float[Tensor, "query layer head token"], *, seed: int = 0
 ) -> Float[Tensor, "query layer head"]:
     """SimAM's baseline: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens."""
-    return _cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
+    return dual.cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
 
 
 def finetuning_attention(
@@ -284,11 +285,6 @@ def _tau(a: Float[Tensor, " demo_token"], b: Float[Tensor, " demo_token"]) -> fl
 
 def _unit(h: Tensor) -> Tensor:
     return h / h.norm(dim=-1, keepdim=True)
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last axis; NaN where a vector is zero."""
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
 def _uniform(like: Tensor, seed: int) -> Tensor:

@@ -268,6 +268,11 @@ class Model:
             return None
         return torch.stack([bias.detach() for bias in biases]).view(self.n_layers, self.n_key_value_heads, self.d_head)
 
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated by position, so that attention knows distances only."""
+        return any(f"blocks.{layer}.attn.hook_rot_q" in self.bridge.hook_dict for layer in range(self.n_layers))
+
     def fingerprint(self) -> str:
         """What tells this model's weights from others', also from itself with a delta applied: a short hash."""
         sums = torch.stack([parameter.detach().double().abs().sum().cpu() for parameter in self._attention_weights()])
@@ -411,17 +416,35 @@ def _refuse_unsupported(bridge: TransformerBridge) -> None:
     hf_config: Any = getattr(bridge.original_model, "config", None)
     if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
         raise UnsupportedModelError(f"{architecture}: expected a decoder-only causal language model")
-    if architecture == "FalconForCausalLM" and hf_config.alibi:
-        raise UnsupportedModelError(
-            f"{architecture}: expected rotary positions, got ALiBi, whose position biases Falcon rounds to bfloat16 in "
-            "absolute positions: attention to a prompt's parts is then not attention to the prompt"
-        )
     wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
     for layer in range(cfg.n_layers):
+        _refuse_attention(bridge, architecture, layer)
         missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in bridge.hook_dict]
         if missing:
             raise UnsupportedModelError(
                 f"{architecture}, layer {layer}: expected softmax attention with hooks {wanted}, found no {missing}"
+            )
+
+
+def _refuse_attention(bridge: TransformerBridge, architecture: str, layer: int) -> None:
+    """Name what a layer's attention does beyond softmax over scaled scores, where that is known from its parts."""
+    attn: Any = getattr(bridge.blocks[layer], "attn", None)
+    original = getattr(attn, "original_component", None)
+    config: Any = bridge.original_model.config
+    known = {
+        "latent attention, whose keys and values are compressed together": hasattr(original, "kv_a_proj_with_mqa"),
+        "a norm between the heads and W_O": hasattr(original, "attn_sub_norm"),
+        "a gate on the heads' output": hasattr(attn, "hook_q_gate"),
+        "queries, keys and values that are clamped": getattr(config, "clip_qkv", None) is not None,
+        "ALiBi rounded to bfloat16, which differs from place to place": architecture == "FalconForCausalLM"
+        and config.alibi,
+        "ALiBi in a form that is read for Bloom only": architecture == "MptForCausalLM",
+    }
+    for cause, found in known.items():
+        if found:
+            raise UnsupportedModelError(
+                f"{architecture}, layer {layer}: expected attention that is softmax over scaled scores, got {cause}; "
+                "it cannot be split exactly here"
             )
 
 

@@ -13,8 +13,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
+    BitNetConfig,
+    BitNetForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -35,8 +39,12 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -47,6 +55,8 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     XGLMConfig,
     XGLMForCausalLM,
 )
@@ -124,6 +134,40 @@ _HF_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(num_key_value_heads=2, **_MLP)),
 }
 ARCHITECTURES = tuple(_HF_MODELS)
+_HF_MODELS |= {
+    "falcon-alibi": lambda: FalconForCausalLM(FalconConfig(alibi=True, **_DECODER)),
+    "mpt": lambda: MptForCausalLM(
+        MptConfig(d_model=32, n_heads=4, n_layers=3, vocab_size=VOCABULARY, max_seq_len=N_CTX)
+    ),
+    "olmo-clamped": lambda: OlmoForCausalLM(OlmoConfig(clip_qkv=0.2, **_MLP)),
+    "bitnet": lambda: BitNetForCausalLM(BitNetConfig(num_key_value_heads=2, **_MLP)),
+    "qwen3next": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            layer_types=["full_attention"] * 3,
+            **_GQA,
+        )
+    ),
+    "deepseek2": lambda: DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            kv_lora_rank=8,
+            q_lora_rank=None,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+            first_k_dense_replace=3,
+            **_MLP,
+        )
+    ),
+}
+REFUSED = tuple(name for name in _HF_MODELS if name not in ARCHITECTURES)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the tables that tests generate into docs/")
 
 
 @pytest.fixture(scope="session")

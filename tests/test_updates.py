@@ -1,0 +1,271 @@
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import icl_dual as icl
+from icl_dual.prompts import Prompts
+
+LR = 0.05
+RANK = 2
+
+
+@dataclasses.dataclass
+class Runs:
+    model: icl.Model
+    prompts: Prompts
+    in_context: icl.Capture
+    zsl: icl.Capture
+    delta: icl.WeightDelta
+
+    def compare(self, **changes) -> icl.UpdateComparison:
+        given = {
+            "model": self.model,
+            "icl": self.in_context,
+            "zsl": self.zsl,
+            "delta": self.delta,
+            "rank": RANK,
+        } | changes
+        return icl.compare_updates(**given, progress=False)
+
+
+def make_runs(model: icl.Model, task: icl.Task, n: int = 4) -> Runs:
+    prompts = icl.build_prompts(model, task, task.demonstrations(5, seed=1), task.queries(n))
+    in_context, zsl = (
+        icl.capture(model, which, fields=icl.DECOMPOSE_FIELDS, progress=False)
+        for which in (prompts, prompts.zero_shot())
+    )
+    return Runs(model, prompts, in_context, zsl, icl.finetune(model, prompts, lr=LR, progress=False))
+
+
+@pytest.fixture(scope="module")
+def llama_runs(make_model: Callable[..., icl.Model], task: icl.Task) -> Runs:
+    return make_runs(make_model("llama"), task)
+
+
+def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
+    """ΔW_FT at every layer as the paper writes it: from X, the untuned inputs to each layer's projections."""
+    model, prompts = runs.model, runs.prompts
+    X: list[torch.Tensor] = []
+    projections = model.key_value_projections()
+    hooks = [key.register_forward_pre_hook(lambda module, args: X.append(args[0][0])) for key, _ in projections]
+    with torch.no_grad():
+        model.run(torch.tensor([[*prompts.start, *prompts.queries[query]]]))
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for layer, (x, pair) in enumerate(zip(X, projections, strict=True)):
+        shape = len(x), model.n_key_value_heads, model.d_head
+        k, v = (projection(x).detach().view(shape) for projection in pair)
+        delta_k, delta_v = (
+            (x @ W[layer].mT + (0 if b is None else b[layer])).view(shape)
+            for W, b in ((runs.delta.W_K, runs.delta.b_K), (runs.delta.W_V, runs.delta.b_V))
+        )
+        tuned_k = k + delta_k
+        rotary = getattr(getattr(model.bridge.original_model, "model", None), "rotary_emb", None)
+        if rotary is not None:  # where the query stands in context, from transformers' own formula
+            positions = len(prompts.prefix) - 1 + torch.arange(len(x))[None]
+            cos, sin = rotary(x, positions)
+            k, tuned_k = (
+                apply_rotary_pos_emb(t.transpose(0, 1)[None], t.transpose(0, 1)[None], cos, sin)[0][0].transpose(0, 1)
+                for t in (k, tuned_k)
+            )
+        k, v, tuned_k, tuned_v = (t.double().numpy() for t in (k, v, tuned_k, v + delta_v))
+        window = model.scoring[layer].window
+        seen = slice(0 if window is None else max(0, len(x) - window), None)
+        found.append(
+            np.einsum("jhv,jhk->hvk", tuned_v[seen], tuned_k[seen]) - np.einsum("jhv,jhk->hvk", v[seen], k[seen])
+        )
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gpt2", "xglm"])
+def test_every_number_is_that_of_the_matrices_written_out(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    runs = make_runs(make_model(architecture), task)
+    model, prompts, kept = runs.model, runs.prompts, runs.in_context.keys_values
+    assert kept is not None
+    assert runs.in_context.q_scored is not None
+    got = runs.compare()
+    assert got.residual < 1e-5
+    group = model.n_heads // model.n_key_value_heads
+    n_prefix = len(prompts.prefix)
+    for query in (0, 3):
+        W_FT = equation_13(runs, query)
+        at = n_prefix + len(prompts.queries[query]) - 1
+        for layer in range(model.n_layers):
+            window = model.scoring[layer].window
+            seen = slice(0 if window is None else max(0, at - window + 1 - len(prompts.start)), None)
+            k, v = (t[layer, seen].double().numpy() for t in (kept.demo_keys, kept.demo_values))
+            for head in range(model.n_key_value_heads):
+                A, B = v[:, head].T @ k[:, head], W_FT[layer][head]
+                where = query, layer, head
+                cosine = (A * B).sum() / np.linalg.norm(A) / np.linalg.norm(B)
+                assert got.cosine[where].item() == pytest.approx(cosine, abs=1e-4)
+                ratio = np.linalg.norm(B) / np.linalg.norm(A)
+                assert got.norm_ratio[where].item() == pytest.approx(ratio, rel=1e-3)
+                (U_a, s_a, V_a), (U_b, s_b, V_b) = np.linalg.svd(A), np.linalg.svd(B)
+                for found, S in ((got.effective_rank_icl, s_a), (got.effective_rank_ft, s_b)):
+                    p = S / S.sum()
+                    assert found[where].item() == pytest.approx(np.exp(-(p * np.log(p + 1e-300)).sum()), rel=1e-3)
+                for found, a, b in ((got.left_angles, U_a, U_b), (got.right_angles, V_a.T, V_b.T)):
+                    expected = np.rad2deg(np.sort(subspace_angles(a[:, :RANK], b[:, :RANK])))
+                    np.testing.assert_allclose(found[where], expected, atol=0.2)
+                for index in range(head * group, (head + 1) * group):
+                    q = runs.in_context.q_scored[query, layer, index].double().numpy()
+                    a, b = A @ q, B @ q
+                    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+                    assert got.action_cosine[query, layer, index].item() == pytest.approx(cosine, abs=2e-4)
+
+
+def test_the_windowed_model_tested_has_lost_demonstrations(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    runs = make_runs(make_model("mistral-window"), task)
+    assert all((s.window or 0) < len(runs.prompts.prefix) for s in runs.model.scoring)
+
+
+def test_queries_are_compared_in_batches_without_changing_a_number(
+    llama_runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = llama_runs.compare()
+    monkeypatch.setattr(sys.modules["icl_dual.updates"], "BATCH_SIZE", 3)
+    for name in ("cosine", "left_angles", "action_cosine", "effective_rank_ft"):
+        torch.testing.assert_close(getattr(llama_runs.compare(), name), getattr(whole, name), atol=1e-2, rtol=1e-3)
+
+
+def test_the_null_is_seeded_and_around_zero(llama_runs: Runs) -> None:
+    one, again, other = (llama_runs.compare(seed=seed) for seed in (1, 1, 2))
+    assert (one.cosine_random == again.cosine_random).all()
+    assert (one.cosine_random != other.cosine_random).all()
+    assert (one.cosine == other.cosine).all()
+    n, d_head = one.cosine_random.numel(), 8
+    assert abs(one.cosine_random.mean()) < 4 / d_head / n**0.5
+    assert one.cosine_random.std().item() == pytest.approx(1 / d_head, rel=0.5)
+
+
+def test_the_model_comes_back_as_it_was(llama_runs: Runs) -> None:
+    before = [parameter.detach().clone() for parameter in llama_runs.model.parameters()]
+    llama_runs.compare()
+    assert all((now == then).all() for now, then in zip(llama_runs.model.parameters(), before, strict=True))
+
+
+def test_a_frame_has_a_row_for_each_head(llama_runs: Runs) -> None:
+    got = llama_runs.compare()
+    frame = got.to_frame()
+    assert len(frame.query("metric == 'cosine'")) == 3 * 2
+    assert len(frame.query("metric == 'action_cosine'")) == 3 * 4
+    row = frame.query("metric == 'norm_ratio' and layer == 1 and head == 1").iloc[0]
+    assert row["value"] == pytest.approx(got.norm_ratio[:, 1, 1].mean().item())
+    assert "4 queries" in repr(got)
+
+
+def test_captures_and_deltas_that_do_not_belong_together_are_refused(
+    llama_runs: Runs, make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    runs = llama_runs
+    with pytest.raises(ValueError, match="delta of the model given"):
+        runs.compare(delta=dataclasses.replace(runs.delta, model="other"))
+    with pytest.raises(ValueError, match="finetuned on the demonstrations of icl's prompts"):
+        runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]]))
+    with runs.delta.applied(runs.model), pytest.raises(ValueError, match="got other weights"):
+        runs.compare()
+    with pytest.raises(ValueError, match=r"prompts\.zero_shot\(\)"):
+        runs.compare(zsl=runs.in_context)
+    with pytest.raises(ValueError, match="to have demonstrations"):
+        runs.compare(icl=runs.zsl)
+    with pytest.raises(ValueError, match="without 'keys_values'"):
+        runs.compare(icl=dataclasses.replace(runs.in_context, keys_values=None))
+    with pytest.raises(ValueError, match="rank from 1 to d_head = 8, got 9"):
+        runs.compare(rank=9)
+    assert runs.zsl.attn_out is not None
+    moved = dataclasses.replace(runs.zsl, attn_out=runs.zsl.attn_out * 1.01)
+    with pytest.raises(icl.UnsupportedModelError, match="layer 0: zero-shot prompts at in-context positions are off"):
+        runs.compare(zsl=moved)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+def test_a_delta_is_the_sum_of_its_factors(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    """Equations 7–9 on the model itself: the tuned projection is the untuned one plus linear attention."""
+    model = make_model(architecture, torch.float64)
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(1))
+    delta = icl.finetune(model, prompts, lr=LR, factors=True, progress=False)
+    factors = delta.factors
+    assert factors is not None
+    assert factors.residual < 1e-12
+    assert factors.steps.bincount().tolist() == [len(tokens) + 1 for tokens in prompts.demonstrations]
+    x = torch.randn(2, model.d_model, dtype=torch.float64)
+    for layer, pair in enumerate(model.key_value_projections()):
+        for projection, errors, W in zip(pair, (factors.e_K, factors.e_V), (delta.W_K, delta.W_V), strict=True):
+            torch.testing.assert_close(errors[layer].mT @ factors.x[layer], W[layer], atol=1e-13, rtol=1e-10)
+            dual_form = projection(x) + icl.dual.linear_attention(errors[layer], factors.x[layer], x)
+            if projection.bias is not None:
+                dual_form = dual_form + errors[layer].sum(0)
+            with delta.applied(model):
+                torch.testing.assert_close(projection(x), dual_form, atol=1e-12, rtol=1e-10)
+
+
+def test_factors_are_kept_only_where_asked_for_and_no_hook_stays(llama_runs: Runs) -> None:
+    assert llama_runs.delta.factors is None
+    delta = icl.finetune(llama_runs.model, llama_runs.prompts, lr=LR, factors=True, progress=False)
+    torch.testing.assert_close(delta.W_K, llama_runs.delta.W_K)
+    for pair in llama_runs.model.key_value_projections():
+        assert not any(projection._forward_hooks for projection in pair)
+
+
+def test_factors_that_do_not_make_up_the_delta_are_refused(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    """A layer whose values are projected from something else than its keys."""
+    model = make_model("llama")
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(1))
+    value = model.key_value_projections()[1][1]
+    handle = value.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    with pytest.raises(icl.UnsupportedModelError, match="layer 1: expected ΔW_V to be the sum of its factors"):
+        icl.finetune(model, prompts, lr=LR, factors=True, progress=False)
+    handle.remove()
+
+
+def test_a_delta_with_factors_is_saved_and_loaded(llama_runs: Runs, tmp_path) -> None:
+    delta = icl.finetune(llama_runs.model, llama_runs.prompts, lr=LR, factors=True, progress=False)
+    delta.save(tmp_path / "delta")
+    loaded = icl.WeightDelta.load(tmp_path / "delta")
+    assert delta.factors is not None
+    assert loaded.factors is not None
+    for name, part in vars(delta.factors).items():
+        assert torch.equal(torch.as_tensor(part), torch.as_tensor(getattr(loaded.factors, name)))
+    assert torch.equal(delta.W_K, loaded.W_K)
+
+
+def test_a_summary_says_how_much_where_and_from_which_demonstrations(llama_runs: Runs) -> None:
+    delta = icl.finetune(llama_runs.model, llama_runs.prompts, lr=LR, factors=True, progress=False)
+    got = icl.summarise(delta)
+    factors = delta.factors
+    assert factors is not None
+    assert got.demonstrations_V is not None
+    for layer in range(3):
+        W = delta.W_V[layer].double().numpy()
+        S = np.linalg.svd(W, compute_uv=False)
+        p = S / S.sum()
+        assert got.norm_V[layer].item() == pytest.approx(np.linalg.norm(W))
+        assert got.effective_rank_V[layer].item() == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+        whole = (factors.e_V[layer].mT @ factors.x[layer]).double()
+        for demo in range(5):
+            own = factors.steps == demo
+            part = (factors.e_V[layer, own].mT @ factors.x[layer, own]).double()
+            share = ((part * whole).sum() / whole.norm() ** 2).item()
+            assert got.demonstrations_V[layer, demo].item() == pytest.approx(share, abs=1e-5)
+    torch.testing.assert_close(got.demonstrations_V.sum(1), torch.ones(3).double())
+    frame = got.to_frame()
+    assert len(frame.query("metric == 'demonstrations_K' and layer == 0")) == 5
+    assert frame.query("metric == 'norm_K'")["demonstration"].isna().tolist() == [True] * 3
+    assert icl.summarise(llama_runs.delta).demonstrations_K is None
+    assert "3 layers" in repr(got)
