@@ -1,7 +1,8 @@
-"""How fast capture is: ours against TransformerLens's run_with_cache, filtered to what is needed, prompt by prompt.
+"""How fast we are: capture against TransformerLens's run_with_cache, and ΔW_ICL against the prefix it comes from.
 
-Both run the same model on the same prompts in one process, in turns, and what they capture is checked equal before
-anything is timed. Machines are noisy: read the ratio of medians, not the seconds.
+All run the same model on the same prompts in one process, in turns. What both captures hold, and what ΔW_ICL does with
+and without being formed, is checked equal before anything is timed. Machines are noisy: read the ratios of medians, not
+the seconds.
 """
 
 import argparse
@@ -47,9 +48,30 @@ def tl_filtered(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, tor
     return {name: torch.stack(tensors) for name, tensors in kept.items()}
 
 
-CONTENDERS: dict[str, Callable[[icl.Model, icl.Prompts, int], dict[str, torch.Tensor]]] = {
-    "ours": ours,
-    "tl_filtered": tl_filtered,
+def contenders(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; the last three are all layers and heads of one prompt."""
+    run = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+    assert run.keys_values is not None
+    assert run.q_scored is not None
+    k, v, q = run.keys_values.demo_keys, run.keys_values.demo_values, run.q_scored[0]
+    formed, unformed = icl.dual.act(icl.dual.head_weights(k, v), q), icl.dual.act_unformed(k, v, q)
+    if (formed - unformed).norm() > 1e-4 * formed.norm():
+        raise RuntimeError("expected ΔW_ICL q to be the same whether it is formed or not")
+    tokens = torch.tensor([prompts.prefix], device=model.device)
+    return {
+        "ours": lambda: ours(model, prompts, n),
+        "tl_filtered": lambda: tl_filtered(model, prompts, n),
+        "prefix": lambda: model.run(tokens, read=torch.tensor([[tokens.shape[1] - 1]])),
+        "form_delta_w_icl": lambda: icl.dual.head_weights(k, v),
+        "act_unformed": lambda: icl.dual.act_unformed(k, v, q),
+    }
+
+
+RATIOS = {
+    "tl_filtered/ours": "capture is {:.1f}× as fast as run_with_cache, prompt by prompt",
+    "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
+    "act_unformed/prefix": "acting on a query without forming it takes {:.2%} of a bare prefix pass",
+    "act_unformed/form_delta_w_icl": "and {:.0%} of forming it",
 }
 
 
@@ -75,18 +97,21 @@ def main() -> None:
     model, task = icl.load_model(args.model), icl.load_task(args.task)
     prompts = icl.build_prompts(model, task, task.demonstrations(args.k, seed=1), task.queries(args.queries))
     differences = check_equal(model, prompts, min(4, args.queries))
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in tqdm(range(args.repeats), desc="turns"):
-        for name, run in CONTENDERS.items():
-            started = time.perf_counter()
-            run(model, prompts, args.queries)
-            seconds[name].append(time.perf_counter() - started)
+    timed = contenders(model, prompts, args.queries)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    with torch.no_grad():
+        for _ in tqdm(range(args.repeats), desc="turns"):
+            for name, run in timed.items():
+                started = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ratios = {ratio: medians[ratio.split("/")[0]] / medians[ratio.split("/")[1]] for ratio in RATIOS}
     result = {
         "setting": {"model": args.model, "task": args.task, "k": args.k, "queries": args.queries},
         "prefix_tokens": len(prompts.prefix),
         "medians_s": medians,
-        "ratios": {"tl_filtered/ours": medians["tl_filtered"] / medians["ours"]},
+        "ratios": ratios,
         "seconds": seconds,
         "relative_differences": differences,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
@@ -96,7 +121,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(text + "\n")
     print(text)
-    print(f"\ncapture is {result['ratios']['tl_filtered/ours']:.1f}× as fast as run_with_cache, prompt by prompt")
+    print()
+    for ratio, sentence in RATIOS.items():
+        print(sentence.format(ratios[ratio]))
 
 
 if __name__ == "__main__":

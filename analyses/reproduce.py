@@ -10,21 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from common import DATA, ERRORS, TITLES, default_lr, finish, panels
 
 import icl_dual as icl
 from icl_dual.plots import LAYERWISE
 
-DATA = Path(__file__).parent / "data"
-TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
 METRIC_ROWS = (
     "Rec2FTP random",
@@ -38,9 +31,6 @@ METRIC_ROWS = (
     "Kendall",
 )
 PER_CENT = (*ACCURACY_ROWS, "Rec2FTP random", "Rec2FTP")
-ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
-"""What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
-
 PAPER_NOTE = "The paper's own values stand below ours: they are of other models and query sets."
 
 Results = Sequence[icl.CellResult]
@@ -78,18 +68,6 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
         for task in dict.fromkeys(args.tasks)
         for seed in dict.fromkeys(args.seeds)
     ]
-
-
-def default_lr(model: str, task: str) -> float:
-    chosen = json.loads((DATA / "default_lr.json").read_text())
-    try:
-        return chosen[model][task]
-    except KeyError:
-        raise icl.StudyError(
-            f"no learning rate was chosen for {model!r} on {task} (only for "
-            f"{', '.join(chosen)}): pass --lr, or choose one on selection queries with "
-            f"python analyses/select_lr.py --model {model} --tasks {task}"
-        ) from None
 
 
 def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
@@ -184,13 +162,13 @@ def label_counts(results: Results) -> pd.DataFrame:
 def write_figures(results: Results, out: Path) -> None:
     tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
     for metric in LAYERWISE:
-        fig, axes = panels(len(tasks))
+        fig, (axes,) = panels(len(tasks))
         for task, ax in zip(tasks, axes, strict=True):
             icl.plots.layers([r.comparison for r in results if r.cell.task == task], metric, ax=ax)
             ax.set_title(TITLES[task])
             ax.label_outer()
         finish(fig, axes, f"{metric} by layer, {describe(results)}", out / metric.lower())
-    fig, axes = panels(len(tasks))
+    fig, (axes,) = panels(len(tasks))
     for task, ax in zip(tasks, axes, strict=True):
         chosen = [result for result in results if result.cell.task == task]
         icl.plots.label_counts([r.comparison for r in chosen], chosen[0].provenance["label_words"], ax=ax)
@@ -198,20 +176,6 @@ def write_figures(results: Results, out: Path) -> None:
         ax.set_title(TITLES[task])
         ax.label_outer()
     finish(fig, axes, f"What is predicted, {describe(results)}", out / "label_counts")
-
-
-def panels(n: int) -> tuple[Figure, list[Axes]]:
-    fig, axes = plt.subplots(1, n, figsize=(1.2 + 2.6 * n, 3.4), layout="constrained", squeeze=False, sharey=True)
-    return fig, list(axes[0])
-
-
-def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
-    fig.suptitle(title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    fig.savefig(path.with_suffix(".png"), dpi=150)
-    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(fig)
 
 
 def describe(results: Results) -> str:

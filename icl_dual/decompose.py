@@ -10,11 +10,12 @@
 Every decomposition carries its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple, TypeVar
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import stats
@@ -149,6 +150,12 @@ class Decomposition:
         """The largest of the residuals."""
         return max(found.max().item() for found in self.residuals)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: metric, layer, head (empty for a whole layer's), mean and standard deviation over queries, n."""
+        masses = {f"{name}_mass": self.mass[..., index] for index, name in enumerate(GROUPS)}
+        shares = {"direct_share": self.direct_share, "inherited_share": self.inherited_share}
+        return tidy({"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()})
+
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]
         return (
@@ -157,6 +164,25 @@ class Decomposition:
             f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, "
             f"residual={self.residual:.1e})"
         )
+
+
+def tidy(values: Mapping[str, Float[Tensor, "query layer ..."]]) -> pd.DataFrame:
+    """One row for each metric, layer and head (empty where there is none): mean and deviation over queries, and n.
+
+    A fourth axis is averaged first; NaNs are left out.
+    """
+    rows = []
+    for name, found in values.items():
+        found = found.flatten(3).mean(-1) if found.ndim == 4 else found
+        by_head = found.unsqueeze(2) if found.ndim == 2 else found
+        for layer in range(found.shape[1]):
+            for head, column in enumerate(by_head[:, layer].double().T):
+                known = column[column.isfinite()].numpy()
+                spread = known.std(ddof=1) if len(known) > 1 else None
+                of_head = head if found.ndim > 2 else None
+                rows.append((name, layer, of_head, known.mean() if len(known) else None, spread, len(known)))
+    frame = pd.DataFrame(rows, columns=["metric", "layer", "head", "mean", "std", "n"])
+    return frame.astype({"head": "Int64", "mean": float, "std": float})
 
 
 def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:

@@ -263,8 +263,10 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
         raise ValueError(f"expected captures and delta of one model, got {models}")
     if zsl.prompts != icl.prompts.zero_shot() or ft.prompts != zsl.prompts:
         raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
-    if torch.equal(_field(ft, "attn_out"), _field(zsl, "attn_out")):
-        raise ValueError("expected ft captured within `with delta.applied(model):`, got a run that equals zsl")
+    if zsl.fingerprint != icl.fingerprint:
+        raise ValueError("expected zsl and icl captured with the same weights: both outside of `delta.applied(model)`")
+    if ft.fingerprint == zsl.fingerprint:
+        raise ValueError("expected ft captured within `with delta.applied(model):`, got a run with zsl's weights")
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations, got none")
     if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:

@@ -1,12 +1,15 @@
-"""Pictures of comparisons: Axes in, Axes out, nothing computed but means and their standard errors."""
+"""Pictures: Axes in, Axes out, nothing computed but means over queries, their standard errors, and quantiles."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from icl_dual.metrics import Comparison
 
@@ -44,21 +47,102 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     if metric not in _LINES:
         raise ValueError(f"expected a metric out of {LAYERWISE}, got {metric!r}")
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
-    alone = ax is None
-    ax = ax or plt.figure(figsize=(5, 3.2), layout="constrained").subplots()
+    ax, alone = _axes(ax)
     for name, label, style in _LINES[metric]:
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
-        mean = values.nanmean(0)
-        error = 1.96 * ((values - mean) ** 2).nanmean(0).sqrt() / values.isfinite().sum(0).clamp_min(1).sqrt()
-        layer = np.arange(len(mean))
-        ax.plot(layer, mean, label=label, **style)
-        ax.fill_between(layer, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
-    ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    if alone:
-        ax.legend(frameon=False)
-    ax.set(xlabel="layer", ylabel=_AXIS_LABELS[metric])
-    ax.spines[["top", "right"]].set_visible(False)
+        _mean_by_layer(values, ax, label=label, **style)
+    _finish(ax, alone, ylabel=_AXIS_LABELS[metric])
+    return ax
+
+
+def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
+    """Quantities by layer: means over queries, with bands of ±1.96 standard errors.
+
+    Args:
+        series: by name, each query's value at each layer; NaNs are left out.
+        ylabel: what the values are.
+        ax: where to draw; new Axes with a legend where not given.
+    """
+    ax, alone = _axes(ax)
+    for index, (label, values) in enumerate(series.items()):
+        _mean_by_layer(values, ax, label=label, color=f"C{index}")
+    _finish(ax, alone, ylabel=ylabel)
+    return ax
+
+
+def against_null(
+    values: Float[Tensor, "query layer head"],
+    null: Float[Tensor, "query layer head"],
+    *,
+    ylabel: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """A quantity by layer beside its null: means, with bands that hold 95 % of all queries and heads.
+
+    Args:
+        values: e.g. `UpdateComparison.cosine`.
+        null: the same of random directions, e.g. `UpdateComparison.cosine_random`.
+        ylabel: what the values are.
+        ax: where to draw; new Axes with a legend where not given.
+    """
+    ax, alone = _axes(ax)
+    for label, found, color in (("random directions", null, "0.5"), ("ΔW_ICL and ΔW_FT", values, "C0")):
+        flat = found.transpose(0, 1).flatten(1).double()
+        low, high = flat.nanquantile(torch.tensor([0.025, 0.975], dtype=flat.dtype), dim=1)
+        layer = np.arange(len(flat))
+        ax.plot(layer, flat.nanmean(1), label=label, color=color)
+        ax.fill_between(layer, low, high, color=color, alpha=0.2, linewidth=0)
+    _finish(ax, alone, ylabel=ylabel)
+    return ax
+
+
+def heads(
+    values: Float[Tensor, "query layer head"],
+    *,
+    label: str = "",
+    limits: tuple[float | int, float | int] = (0, 1),
+    ax: Axes | None = None,
+) -> Axes:
+    """A map of layers and heads: means over queries.
+
+    Args:
+        values: e.g. `Decomposition.demonstration_mass` or `Relaxation.update_cosine`.
+        label: what the values are, beside the colour bar; no colour bar where empty.
+        limits: the values at the colours' ends; with a negative first, colours diverge from 0.
+        ax: where to draw; new Axes where not given.
+    """
+    ax, _ = _axes(ax)
+    colours = "RdBu_r" if limits[0] < 0 else "viridis"
+    image = ax.imshow(
+        values.nanmean(0).T.numpy(), aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower"
+    )
+    ax.set(xlabel="layer", ylabel="head")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if label:
+        ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+def demonstrations(
+    shares: Float[Tensor, "layer demo"], names: Sequence[str], *, label: str = "", ax: Axes | None = None
+) -> Axes:
+    """Which demonstrations a layer's update comes from: a map of layers and demonstrations, in the prompt's order.
+
+    Args:
+        shares: e.g. one query's `Decomposition.icl_share`, or `DeltaSummary.demonstrations_V`.
+        names: of the demonstrations (or groups), from the top.
+        label: what the shares are of, beside the colour bar.
+        ax: where to draw; new Axes where not given.
+    """
+    ax, _ = _axes(ax)
+    if len(names) != shares.shape[1]:
+        raise ValueError(f"expected a name for each of {shares.shape[1]} demonstrations, got {len(names)}")
+    most = float(shares.abs().nan_to_num().quantile(0.99))
+    image = ax.imshow(shares.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set(xlabel="layer")
+    ax.figure.colorbar(image, ax=ax, label=label, extend="both")
     return ax
 
 
@@ -70,7 +154,7 @@ def label_counts(
     A model that answers one label whatever it is asked shows here, and nowhere in an accuracy.
     """
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
-    ax = ax or plt.figure(figsize=(5, 3.2), layout="constrained").subplots()
+    ax, _ = _axes(ax)
     settings = ["gold", *together[0].label_log_probs]
     width = 0.8 / len(settings)
     for index, setting in enumerate(settings):
@@ -82,3 +166,24 @@ def label_counts(
     ax.set(ylabel="share of queries", ylim=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _axes(ax: Axes | None) -> tuple[Axes, bool]:
+    """The Axes given, or new ones, and whether they are new."""
+    return (plt.figure(figsize=(5, 3.2), layout="constrained").subplots(), True) if ax is None else (ax, False)
+
+
+def _mean_by_layer(values: Float[Tensor, "query layer"], ax: Axes, *, color: str, **style: Any) -> None:
+    mean = values.nanmean(0)
+    error = 1.96 * ((values - mean) ** 2).nanmean(0).sqrt() / values.isfinite().sum(0).clamp_min(1).sqrt()
+    layer = np.arange(len(mean))
+    ax.plot(layer, mean, color=color, **style)
+    ax.fill_between(layer, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+
+
+def _finish(ax: Axes, alone: bool, *, ylabel: str) -> None:
+    ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    if alone:
+        ax.legend(frameon=False)
+    ax.set(xlabel="layer", ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)

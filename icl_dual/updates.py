@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.capture import TOLERANCE, Capture, refuse_other_weights
+from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnOutput, UnsupportedModelError
 from icl_dual.prompts import Prompts
@@ -61,16 +62,8 @@ class UpdateComparison:
     """How far the run that ΔW_FT is read from is off the zero-shot capture's attention output, relative to it."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a number: metric, layer, head (key-value head, except of `action_cosine`), mean over queries, n."""
-        rows = []
-        for field in fields(self):
-            values = getattr(self, field.name)
-            if isinstance(values, Tensor):
-                values = values.mean(-1) if values.ndim == 4 else values
-                known = values.isfinite().sum(0)
-                for layer, by_head in enumerate(values.nanmean(0).tolist()):
-                    rows += [(field.name, layer, head, x, int(known[layer, head])) for head, x in enumerate(by_head)]
-        return pd.DataFrame(rows, columns=["metric", "layer", "head", "value", "n"])
+        """Tidy: metric, layer, head (key-value heads, but for the action), mean and deviation over queries, and n."""
+        return tidy({name: values for name, values in vars(self).items() if isinstance(values, Tensor)})
 
     def __repr__(self) -> str:
         return (
@@ -261,19 +254,25 @@ class DeltaSummary:
 
 
 def summarise(delta: WeightDelta) -> DeltaSummary:
-    """Norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, what they are made of."""
-    spectra = [torch.linalg.svdvals(W.double()) for W in (delta.W_K, delta.W_V)]
-    shares = [None, None]
-    if delta.factors is not None:
-        shares = [_shares(errors, delta.factors) for errors in (delta.factors.e_K, delta.factors.e_V)]
+    """Norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, what they are made of.
+
+    A delta with factors is summarised as their sum: the difference of rounded weights, which a delta is, has its
+    rounding spread over all directions.
+    """
+    factors, weights, shares = delta.factors, [delta.W_K.double(), delta.W_V.double()], [None, None]
+    if factors is not None:
+        errors = [e.double() for e in (factors.e_K, factors.e_V)]
+        weights = [dual.outer_sum(e, factors.x.double()) for e in errors]
+        shares = [_shares(e, factors, W) for e, W in zip(errors, weights, strict=True)]
+    spectra = [torch.linalg.svdvals(W) for W in weights]
     return DeltaSummary(*(S.norm(dim=-1) for S in spectra), *(dual.effective_rank(S) for S in spectra), *shares)
 
 
-def _shares(errors: Float[Tensor, "layer train_token d_kv"], factors: Factors) -> Float[Tensor, "layer demo"]:
+def _shares(
+    errors: Float[Tensor, "layer train_token d_kv"], factors: Factors, W: Float[Tensor, "layer d_kv d_model"]
+) -> Float[Tensor, "layer demo"]:
     """⟨Σ_{i∈demo} e_i ⊗ x_i, ΔW⟩ = Σ_{i∈demo} e_iᵀ ΔW x_i, without forming a matrix for each demonstration."""
-    errors, x = errors.double(), factors.x.double()
-    W = dual.outer_sum(errors, x)
-    along = (errors * (x @ W.mT)).sum(-1)
+    along = (errors * (factors.x.double() @ W.mT)).sum(-1)
     n_steps = int(factors.steps.max()) + 1
     by_step = along.new_zeros(len(along), n_steps).index_add_(1, factors.steps, along)
     return by_step / (W * W).sum((-2, -1)).unsqueeze(-1)

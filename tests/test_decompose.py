@@ -208,6 +208,22 @@ def test_groups_are_named_in_order(llama: icl.Model, prompts: Prompts) -> None:
     assert got.mass.shape[-1] == got.icl_share.shape[-1] == len(got.groups)
 
 
+def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
+    got = decomposed(llama, prompts)
+    frame = got.to_frame()
+    assert len(frame.query("metric == 'demonstration_mass'")) == 3 * 4
+    row = frame.query("metric == 'start_mass' and layer == 1 and head == 2").iloc[0]
+    assert row["mean"] == pytest.approx(got.mass[:, 1, 2, 1].mean().item())
+    shares = frame.query("metric == 'direct_share'")
+    assert shares["head"].isna().tolist() == [True] * 3
+    assert shares["mean"].tolist() == pytest.approx(got.direct_share.mean(0).tolist())
+    assert shares["n"].tolist() == [7, 7, 7]
+    undefined = icl.decompose(llama, *[runs(llama, prompts.zero_shot())[1]] * 2).to_frame()
+    cosines = undefined.query("metric == 'update_cosine'")
+    assert cosines["mean"].isna().tolist() == [True] * 12
+    assert cosines["n"].tolist() == [0] * 12
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

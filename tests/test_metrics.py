@@ -224,7 +224,8 @@ def test_captures_that_do_not_belong_together_are_refused(runs: dict, llama: icl
 
     refused("of one model", zsl=dataclasses.replace(runs["zsl"], model="other"))
     refused("of the same queries", zsl=runs["icl"])
-    refused("that equals zsl", ft=runs["zsl"])
+    refused("with zsl's weights", ft=runs["zsl"])
+    refused("zsl and icl captured with the same weights", zsl=runs["ft"])
     refused("without 'q'", ft=dataclasses.replace(runs["ft"], q=None))
     refused("to have demonstrations", icl=runs["zsl"])
     other = icl.build_prompts(llama, task, task.demonstrations(2, seed=9), task.queries(3))

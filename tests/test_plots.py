@@ -3,6 +3,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
@@ -47,3 +48,45 @@ def test_label_counts_draws_shares(comparison: icl.Comparison) -> None:
 def test_unknown_metrics_are_refused(comparison: icl.Comparison) -> None:
     with pytest.raises(ValueError, match=r"expected a metric out of \('SimAOU', 'SimAM', 'Kendall'\), got 'Rec2FTP'"):
         icl.plots.layers(comparison, "Rec2FTP")
+
+
+def test_by_layer_draws_means_and_leaves_undefined_values_out() -> None:
+    values = torch.tensor([[1.0, 2.0, float("nan")], [3.0, 2.0, 5.0]])
+    ax = icl.plots.by_layer({"a": values, "b": 2 * values}, ylabel="share")
+    lines = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3]
+    for line, expected in zip(lines, ([2, 2, 5], [4, 4, 10]), strict=True):
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), expected)
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    plt.close("all")
+
+
+def test_against_null_draws_both_means_with_bands_of_95_per_cent() -> None:
+    values = torch.linspace(0, 1, 101)[:, None, None].expand(-1, 3, 2)
+    ax = icl.plots.against_null(values, values - 1)
+    null, ours = (line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3)
+    np.testing.assert_allclose(np.asarray(ours.get_ydata()), 0.5)
+    np.testing.assert_allclose(np.asarray(null.get_ydata()), -0.5)
+    edges = ax.collections[1].get_paths()[0].vertices
+    expected = np.quantile(values[:, 0].numpy(), [0.025, 0.975])
+    np.testing.assert_allclose([np.asarray(edges)[:, 1].min(), np.asarray(edges)[:, 1].max()], expected, atol=1e-6)
+    plt.close("all")
+
+
+def test_heads_draws_layers_across_and_heads_upwards() -> None:
+    values = torch.arange(6.0).view(1, 3, 2).expand(4, -1, -1)
+    ax = icl.plots.heads(values, label="w", limits=(0, 5))
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[0, 2, 4], [1, 3, 5]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "head")
+    plt.close("all")
+
+
+def test_demonstrations_are_drawn_from_the_top_and_named() -> None:
+    shares = torch.tensor([[0.2, 0.8], [1.5, -0.5], [0.0, 1.0]])
+    ax = icl.plots.demonstrations(shares, ["one", "two"], label="share")
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), shares.T)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["one", "two"]
+    with pytest.raises(ValueError, match="a name for each of 2 demonstrations, got 1"):
+        icl.plots.demonstrations(shares, ["one"])
+    plt.close("all")

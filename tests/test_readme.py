@@ -19,7 +19,7 @@ def test_the_commands_are_the_two_promised() -> None:
     ]
 
 
-def test_the_example_runs_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict = {}
     exec(PYTHON[0], scope)
     assert "SimAM after FT" in capsys.readouterr().out
@@ -28,6 +28,10 @@ def test_the_example_runs_on_the_real_model(capsys: pytest.CaptureFixture[str]) 
     assert comparison.per_layer["SimAOU"].isfinite().all()
     axes: Axes = plt.gca()
     assert axes.get_ylabel() == "SimAOU (cosine)"
+    exec(PYTHON[1], scope)
+    assert scope["split"].residual < 2e-6
+    assert "Residuals(split=" in capsys.readouterr().out
+    assert scope["updates"].cosine.isfinite().all()
     plt.close("all")
 
 
@@ -35,5 +39,5 @@ def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
     scope: dict = {"icl": icl}
-    exec(PYTHON[1], scope)
+    exec(PYTHON[2], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")

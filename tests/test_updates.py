@@ -162,7 +162,10 @@ def test_a_frame_has_a_row_for_each_head(llama_runs: Runs) -> None:
     assert len(frame.query("metric == 'cosine'")) == 3 * 2
     assert len(frame.query("metric == 'action_cosine'")) == 3 * 4
     row = frame.query("metric == 'norm_ratio' and layer == 1 and head == 1").iloc[0]
-    assert row["value"] == pytest.approx(got.norm_ratio[:, 1, 1].mean().item())
+    assert row["mean"] == pytest.approx(got.norm_ratio[:, 1, 1].mean().item())
+    assert row["std"] == pytest.approx(got.norm_ratio[:, 1, 1].std().item())
+    angles = frame.query("metric == 'left_angles' and layer == 2 and head == 0").iloc[0]
+    assert angles["mean"] == pytest.approx(got.left_angles[:, 2, 0].mean().item())
     assert "4 queries" in repr(got)
 
 
@@ -252,7 +255,8 @@ def test_a_summary_says_how_much_where_and_from_which_demonstrations(llama_runs:
     assert factors is not None
     assert got.demonstrations_V is not None
     for layer in range(3):
-        W = delta.W_V[layer].double().numpy()
+        W = factors.e_V[layer].double().numpy().T @ factors.x[layer].double().numpy()
+        np.testing.assert_allclose(W, delta.W_V[layer], atol=1e-5 * np.abs(W).max())
         S = np.linalg.svd(W, compute_uv=False)
         p = S / S.sum()
         assert got.norm_V[layer].item() == pytest.approx(np.linalg.norm(W))

@@ -1,0 +1,49 @@
+"""What the scripts share: the tasks' titles, the learning rates chosen for them, and how figures are laid out."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import icl_dual as icl
+
+DATA = Path(__file__).parent / "data"
+TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
+ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
+"""What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
+
+
+def default_lr(model: str, task: str) -> float:
+    chosen = json.loads((DATA / "default_lr.json").read_text())
+    try:
+        return chosen[model][task]
+    except KeyError:
+        raise icl.StudyError(
+            f"no learning rate was chosen for {model!r} on {task} (only for "
+            f"{', '.join(chosen)}): pass --lr, or choose one on selection queries with "
+            f"python analyses/select_lr.py --model {model} --tasks {task}"
+        ) from None
+
+
+def panels(n: int, rows: int = 1, *, sharey: Literal["row", "none"] = "row") -> tuple[Figure, list[list[Axes]]]:
+    """A figure with a column for each of n tasks, and its Axes by row."""
+    size = 1.2 + 2.6 * n, 0.8 + 2.6 * rows
+    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=sharey)
+    return fig, [list(row) for row in axes]
+
+
+def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
+    """Title, one legend for all Axes where the first has labels, and both files."""
+    fig.suptitle(title, wrap=True)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if labels:
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    fig.savefig(path.with_suffix(".png"), dpi=150)
+    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    plt.close(fig)

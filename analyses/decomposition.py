@@ -1,0 +1,330 @@
+"""What in-context attention is made of, and whether ΔW_ICL is like ΔW_FT: layer by layer and head by head.
+
+Runs one cell for each task: captures, finetuning, the exact split, the linear relaxation beside it, and both updates
+compared in weight space. Then draws tables and figures from the saved cells. Cells that are complete are not run again:
+a stopped run goes on where it was, and drawing alone needs no model.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from common import DATA, ERRORS, TITLES, default_lr, finish, panels
+from matplotlib.axes import Axes
+from torch import Tensor
+from tqdm import tqdm
+
+import icl_dual as icl
+from icl_dual.assets import load_tensors, save_tensors
+from icl_dual.decompose import tidy
+
+ROWS = {
+    "softmax share of the demonstrations, w": "demonstration_mass",
+    "softmax share of the start token": "start_mass",
+    "direct share of the realised update": "direct_share",
+    "inherited share of the realised update": "inherited_share",
+    "cos(ΔW_ICL q, ΔICL)": "update_cosine",
+    "cos((W_ZSL + ΔW_ICL) q, z)": "output_cosine",
+    "Spearman's ρ of softmax weights and linear ones' sizes": "rank_agreement",
+    "Frobenius cos(ΔW_ICL, ΔW_FT)": "cosine",
+    "  random directions": "cosine_random",
+    "cos(ΔW_ICL q, ΔW_FT q)": "action_cosine",
+    "  random directions ": "action_cosine_random",
+    "left principal angles, degrees": "left_angles",
+    "  random directions  ": "left_angles_random",
+    "right principal angles, degrees": "right_angles",
+    "  random directions   ": "right_angles_random",
+    "‖ΔW_FT‖ / ‖ΔW_ICL‖": "norm_ratio",
+    "effective rank of ΔW_ICL": "effective_rank_icl",
+    "effective rank of ΔW_FT": "effective_rank_ft",
+    "‖ΔW_K‖": "norm_K",
+    "‖ΔW_V‖": "norm_V",
+    "effective rank of ΔW_K": "effective_rank_K",
+    "effective rank of ΔW_V": "effective_rank_V",
+}
+"""What the table shows, and the tensor that each row is the mean of, over queries, layers and heads."""
+
+
+@dataclass
+class Result:
+    """A finished cell: per-query tensors by name, and where they came from."""
+
+    task: str
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
+    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
+    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
+    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
+    add("--seed", type=int, default=1, help="draws the demonstrations and the null's directions (%(default)s)")
+    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
+    add("--rank", type=int, default=4, help="leading singular directions compared by their angles (%(default)s)")
+    add("--out", type=Path, default=Path("figures/decomposition"), help="where everything goes (%(default)s)")
+    return parser.parse_args()
+
+
+def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
+    """One cell, from prompts to everything that is drawn."""
+    task = icl.load_task(cell.task)
+    demonstrations, queries = task.demonstrations(cell.k, cell.seed), task.queries(cell.n_queries)
+    prompts = icl.build_prompts(model, task, demonstrations, queries)
+    delta = icl.finetune(model, prompts, lr=cell.lr, factors=True)
+    in_context = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS)
+    zsl = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS)
+    split = icl.decompose(model, in_context, zsl)
+    updates = icl.compare_updates(model, in_context, zsl, delta, rank=rank, seed=cell.seed)
+    assert delta.factors is not None
+    tensors = {
+        "demonstration_mass": split.demonstration_mass,
+        "start_mass": split.mass[..., split.groups.index("start")],
+        "direct_share": split.direct_share,
+        "inherited_share": split.inherited_share,
+        "icl_share": split.icl_share,
+        **split.relaxation._asdict(),
+        **{name: values for name, values in vars(updates).items() if isinstance(values, Tensor)},
+        **vars(icl.summarise(delta)),
+    }
+    about = {
+        "model": model.provenance,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")},
+        "residuals": {name: found.max().item() for name, found in split.residuals._asdict().items()},
+        "held_residual": updates.residual,
+        "factors_residual": delta.factors.residual,
+        "groups": split.groups,
+        "demonstrations": [
+            f"{number} {shown.fields[0][1]} → {task.label_words[shown.label]}"
+            for number, shown in enumerate(demonstrations, 1)
+        ],
+        "first_query": f"{queries[0].fields[0][1]} → {task.label_words[queries[0].label]}",
+    }
+    return Result(cell.task, {name: tensor.float().contiguous() for name, tensor in tensors.items()}, about)
+
+
+def results(args: argparse.Namespace) -> Iterator[Result]:
+    """Finished cells, read where they are complete and run where they are not."""
+    model: icl.Model | None = None
+    for name in tqdm(dict.fromkeys(args.tasks), unit="cell"):
+        cell = icl.Cell(
+            model=args.model,
+            task=name,
+            k=icl.PAPER_K[name] if args.k is None else args.k,
+            seed=args.seed,
+            lr=default_lr(args.model, name) if args.lr is None else args.lr,
+            n_queries=args.queries,
+        )
+        settings = {**asdict(cell), "rank": args.rank}
+        folder = args.out / "cells" / cell.name
+        if folder.exists():
+            tensors, metadata = load_tensors(folder)
+            if metadata["settings"] != settings:
+                raise icl.StudyError(
+                    f"{folder} was made with other settings: {metadata['settings']} (wanted {settings}). Use another "
+                    "output folder, or delete this one"
+                )
+            yield Result(name, tensors, metadata["about"])
+            continue
+        model = model or icl.load_model(args.model)
+        result = run(model, cell, args.rank)
+        save_tensors(folder, result.tensors, {"settings": settings, "about": result.about})
+        yield result
+
+
+def mean(result: Result, name: str) -> float:
+    return result.tensors[name].nanmean().item()
+
+
+def table(found: list[Result]) -> pd.DataFrame:
+    """Means over queries, layers and heads: a row a quantity, a column a task."""
+    columns = {
+        TITLES[result.task]: {row: f"{mean(result, name):.3g}" for row, name in ROWS.items()} for result in found
+    }
+    return pd.DataFrame(columns).rename_axis("mean over queries, layers and heads").reset_index()
+
+
+def by_layer(found: list[Result]) -> pd.DataFrame:
+    """Every quantity by layer and head: mean and standard deviation over queries, and of how many."""
+    frames = []
+    for result in found:
+        tensors = {name: result.tensors[name] for name in ROWS.values()}
+        frame = tidy({name: values[None] if values.ndim == 1 else values for name, values in tensors.items()})
+        frame.insert(0, "task", result.task)
+        frames.append(frame)
+    return pd.concat(frames)
+
+
+def write_figures(found: list[Result], args: argparse.Namespace) -> None:
+    n, about = len(found), f"{args.model}, {args.queries} queries a task, seed {args.seed}"
+
+    fig, (axes,) = panels(n)
+    for ax, result in columns(axes, found):
+        label = "w, mean over queries" * (ax is axes[-1])
+        icl.plots.heads(result.tensors["demonstration_mass"], label=label, ax=ax)
+        ax.label_outer()
+    finish(fig, axes, f"Share of the softmax that demonstrations take, {about}", args.out / "demonstration_mass")
+
+    fig, (axes,) = panels(n)
+    for ax, result in columns(axes, found):
+        series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
+        icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
+        ax.label_outer()
+    finish(fig, axes, f"Direct and inherited update of the attention output, {about}", args.out / "direct_inherited")
+
+    fig, rows = panels(n, 2)
+    labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "ρ of the weights"}
+    for axes, (name, label) in zip(rows, labels.items(), strict=True):
+        for ax, result in columns(axes, found):
+            shown = label * (ax is axes[-1])
+            icl.plots.heads(result.tensors[name], label=shown, limits=(-1, 1), ax=ax)
+            ax.label_outer()
+    finish(fig, rows[0], f"The linear relaxation against the exact split, {about}", args.out / "relaxation")
+
+    fig, rows = panels(n, 4)
+    labels = {
+        "cosine": "Frobenius cosine",
+        "action_cosine": "cosine of the action on q",
+        "left_angles": "left angles (degrees)",
+        "right_angles": "right angles (degrees)",
+    }
+    for axes, (name, label) in zip(rows, labels.items(), strict=True):
+        for ax, result in columns(axes, found):
+            pair = (
+                result.tensors[kind].flatten(3).mean(-1) if "angles" in kind else result.tensors[kind]
+                for kind in (name, f"{name}_random")
+            )
+            icl.plots.against_null(*pair, ylabel=label, ax=ax)
+            ax.label_outer()
+    finish(fig, rows[0], f"ΔW_ICL against ΔW_FT, {about}", args.out / "updates")
+
+    fig, rows = panels(n, 2)
+    for axes, name, label in zip(rows, ("norm", "effective_rank"), ("Frobenius norm", "effective rank"), strict=True):
+        for ax, result in columns(axes, found):
+            series = {f"ΔW_{kind}": result.tensors[f"{name}_{kind}"][None] for kind in "KV"}
+            icl.plots.by_layer(series, ylabel=label, ax=ax)
+            ax.label_outer()
+    finish(fig, rows[0], f"What finetuning changed, {args.model}, seed {args.seed}", args.out / "delta")
+
+    write_prompt(found[0], args)
+    write_delta_demonstrations(found[0], args)
+
+
+def columns(axes: list[Axes], found: list[Result]) -> Iterator[tuple[Axes, Result]]:
+    """Each task's Axes, with the task's title over the first row."""
+    for ax, result in zip(axes, found, strict=True):
+        spec = ax.get_subplotspec()
+        if spec is not None and spec.is_first_row():
+            ax.set_title(TITLES[result.task])
+        yield ax, result
+
+
+def write_prompt(result: Result, args: argparse.Namespace) -> None:
+    """One prompt: how much each layer takes from the demonstrations, and from which."""
+    groups: list[str] = result.about["groups"]
+    first = groups.index("separators")
+    names = ["separators", *(shorten(text) for text in result.about["demonstrations"])]
+    fig, (above, below) = plt.subplots(
+        2, 1, figsize=(10, 1.8 + 0.2 * len(names)), layout="constrained", height_ratios=[1, 0.12 * len(names)]
+    )
+    one = {name: result.tensors[name][:1] for name in ("demonstration_mass", "direct_share", "icl_share")}
+    series = {
+        "softmax share w, mean over heads": one["demonstration_mass"].mean(-1),
+        "direct share": one["direct_share"],
+    }
+    icl.plots.by_layer(series, ax=above)
+    above.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    above.set_xlabel("")
+    icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of the layer's ΔICL", ax=below)
+    for ax in (above, below):
+        ax.set_xlim(-0.5, len(one["icl_share"][0]) - 0.5)
+    title = f"Which demonstrations feed ΔICL at which layer: “{shorten(result.about['first_query'], 70)}”"
+    finish(fig, [below], f"{title}\n{args.model}, {TITLES[result.task]}", args.out / "prompt")
+
+
+def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None:
+    names = [shorten(text) for text in result.about["demonstrations"]]
+    fig, axes = plt.subplots(1, 2, figsize=(13, 1 + 0.2 * len(names)), layout="constrained", sharey=True)
+    for ax, kind in zip(axes, "KV", strict=True):
+        shares = result.tensors[f"demonstrations_{kind}"]
+        icl.plots.demonstrations(shares, names, label=f"share of ΔW_{kind}", ax=ax)
+        ax.set_title(f"ΔW_{kind}")
+    title = f"Which demonstrations ΔW is made of, {args.model}, {TITLES[result.task]}, seed {args.seed}"
+    finish(fig, [axes[0]], title, args.out / "delta_demonstrations")
+
+
+def shorten(text: str, length: int = 44) -> str:
+    """The beginning of a text, and its label, which comes last."""
+    text, _, label = text.rpartition(" → ")
+    return (text if len(text) <= length else text[: length - 1].rstrip() + "…") + " → " + label
+
+
+def write_readme(found: list[Result], args: argparse.Namespace) -> None:
+    about = found[0].about
+    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seed": args.seed, "rank": args.rank}
+    given |= {"k": args.k, "lr": args.lr, "out": args.out}
+    words = [f"--{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in given.items() if v is not None]
+    residuals = pd.DataFrame(
+        {
+            "task": TITLES[result.task],
+            "exact split": f"{result.about['residuals']['split']:.1e}",
+            "exact split, plain pass": f"{result.about['residuals']['plain']:.1e}",
+            "realised = direct + inherited": f"{result.about['residuals']['realised']:.1e}",
+            "ΔW_FT's run against the zero-shot run": f"{result.about['held_residual']:.1e}",
+            "Σ e ⊗ x against ΔW": f"{result.about['factors_residual']:.1e}",
+        }
+        for result in found
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    text = f"""# How these were made
+
+    python analyses/decomposition.py {" ".join(words)}
+
+Model `{args.model}` ({about["model"]}, {about["dtype"]}), {args.queries} queries a task. {versions}.
+
+{table(found).to_markdown(index=False, disable_numparse=True)}
+
+Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
+
+{residuals.to_markdown(index=False, disable_numparse=True)}
+
+{(DATA / "how_to_read_decomposition.md").read_text()}"""
+    (args.out / "README.md").write_text(text)
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    try:
+        yield
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    args = parse()
+    try:
+        with errors_in_a_line():
+            found = list(results(args))
+    except KeyboardInterrupt:
+        print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    table(found).to_csv(args.out / "summary.csv", index=False)
+    by_layer(found).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
+    write_figures(found, args)
+    write_readme(found, args)
+    print(table(found).to_string(index=False))
+    print(f"\nTables and figures are in {args.out}/; how to read them is in {args.out}/README.md")
+
+
+if __name__ == "__main__":
+    main()
