@@ -26,30 +26,32 @@ from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.decompose import tidy
 
 ROWS = {
-    "softmax share of the demonstrations, w": "demonstration_mass",
-    "softmax share of the start token": "start_mass",
-    "direct share of the realised update": "direct_share",
-    "inherited share of the realised update": "inherited_share",
-    "cos(ΔW_ICL q, ΔICL)": "update_cosine",
-    "cos((W_ZSL + ΔW_ICL) q, z)": "output_cosine",
-    "Spearman's ρ of softmax weights and linear ones' sizes": "rank_agreement",
-    "Frobenius cos(ΔW_ICL, ΔW_FT)": "cosine",
-    "  random directions": "cosine_random",
-    "cos(ΔW_ICL q, ΔW_FT q)": "action_cosine",
-    "  random directions ": "action_cosine_random",
-    "left principal angles, degrees": "left_angles",
-    "  random directions  ": "left_angles_random",
-    "right principal angles, degrees": "right_angles",
-    "  random directions   ": "right_angles_random",
-    "‖ΔW_FT‖ / ‖ΔW_ICL‖": "norm_ratio",
-    "effective rank of ΔW_ICL": "effective_rank_icl",
-    "effective rank of ΔW_FT": "effective_rank_ft",
-    "‖ΔW_K‖": "norm_K",
-    "‖ΔW_V‖": "norm_V",
-    "effective rank of ΔW_K": "effective_rank_K",
-    "effective rank of ΔW_V": "effective_rank_V",
+    "demonstration_mass": "softmax share of the demonstrations, w",
+    "start_mass": "softmax share of the start token",
+    "direct_share": "direct share of the realised update",
+    "inherited_share": "inherited share of the realised update",
+    "update_cosine": "cos(ΔW_ICL q, ΔICL)",
+    "update_error": "‖ΔW_ICL q − ΔICL‖ / ‖ΔICL‖",
+    "output_cosine": "cos((W_ZSL + ΔW_ICL) q, z)",
+    "output_error": "‖(W_ZSL + ΔW_ICL) q − z‖ / ‖z‖",
+    "rank_agreement": "Spearman's ρ, softmax weights and sizes of linear ones",
+    "cosine": "Frobenius cos(ΔW_ICL, ΔW_FT)",
+    "cosine_random": "… in random directions",
+    "action_cosine": "cos(ΔW_ICL q, ΔW_FT q)",
+    "action_cosine_random": "… in random directions",
+    "left_angles": "left principal angles, degrees",
+    "left_angles_random": "… in random directions",
+    "right_angles": "right principal angles, degrees",
+    "right_angles_random": "… in random directions",
+    "norm_ratio": "‖ΔW_FT‖ / ‖ΔW_ICL‖",
+    "effective_rank_icl": "effective rank of ΔW_ICL",
+    "effective_rank_ft": "effective rank of ΔW_FT",
+    "norm_K": "‖ΔW_K‖",
+    "norm_V": "‖ΔW_V‖",
+    "effective_rank_K": "effective rank of ΔW_K",
+    "effective_rank_V": "effective rank of ΔW_V",
 }
-"""What the table shows, and the tensor that each row is the mean of, over queries, layers and heads."""
+"""What the table shows by the name of its tensor: mean and deviation over queries, layers and heads."""
 
 
 @dataclass
@@ -142,23 +144,25 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         yield result
 
 
-def mean(result: Result, name: str) -> float:
-    return result.tensors[name].nanmean().item()
-
-
 def table(found: list[Result]) -> pd.DataFrame:
-    """Means over queries, layers and heads: a row a quantity, a column a task."""
-    columns = {
-        TITLES[result.task]: {row: f"{mean(result, name):.3g}" for row, name in ROWS.items()} for result in found
-    }
-    return pd.DataFrame(columns).rename_axis("mean over queries, layers and heads").reset_index()
+    """Mean ± standard deviation over queries, layers and heads: a row a quantity, a column a task."""
+    rows = []
+    for name, label in ROWS.items():
+        row = {"mean ± deviation over queries, layers and heads": label}
+        for result in found:
+            values = result.tensors[name].double()
+            values = values.mean(-1) if values.ndim == 4 else values
+            known = values[values.isfinite()]
+            row[TITLES[result.task]] = f"{known.mean():.2g} ± {known.std():.2g}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def by_layer(found: list[Result]) -> pd.DataFrame:
     """Every quantity by layer and head: mean and standard deviation over queries, and of how many."""
     frames = []
     for result in found:
-        tensors = {name: result.tensors[name] for name in ROWS.values()}
+        tensors = {name: result.tensors[name] for name in ROWS}
         frame = tidy({name: values[None] if values.ndim == 1 else values for name, values in tensors.items()})
         frame.insert(0, "task", result.task)
         frames.append(frame)
@@ -243,7 +247,7 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
         "direct share": one["direct_share"],
     }
     icl.plots.by_layer(series, ax=above)
-    above.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    above.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     above.set_xlabel("")
     icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of the layer's ΔICL", ax=below)
     for ax in (above, below):
@@ -318,7 +322,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
         sys.exit(130)
-    table(found).to_csv(args.out / "summary.csv", index=False)
     by_layer(found).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
     write_figures(found, args)
     write_readme(found, args)

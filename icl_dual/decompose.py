@@ -23,7 +23,7 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field, refuse_other_weights
-from icl_dual.models import Attention, Model, Scoring, UnsupportedModelError
+from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
 
 T = TypeVar("T")
@@ -259,7 +259,7 @@ class _Where:
 class _Layer(NamedTuple):
     """One layer's queries at the recorded rows, and all their keys and values, in float64."""
 
-    scoring: Scoring
+    scoring: dual.Scoring
     q: Float[Tensor, "query head d_head"]
     own_k: Float[Tensor, "query own_pos kv_head d_head"]
     own_v: Float[Tensor, "query own_pos kv_head d_head"]
@@ -267,7 +267,7 @@ class _Layer(NamedTuple):
     demo_v: Float[Tensor, "demo_pos kv_head d_head"]
 
     @classmethod
-    def captured(cls, icl: Capture, layer: int, scoring: Scoring) -> "_Layer":
+    def captured(cls, icl: Capture, layer: int, scoring: dual.Scoring) -> "_Layer":
         kept = icl.keys_values
         assert kept is not None
         own, demo = (kept.query_keys, kept.query_values), (kept.demo_keys, kept.demo_values)
@@ -275,7 +275,7 @@ class _Layer(NamedTuple):
         return cls(scoring, *(tensor.double() for tensor in tensors))
 
     @classmethod
-    def of_plain(cls, attention: Attention, where: "_Where", scoring: Scoring) -> "_Layer":
+    def of_plain(cls, attention: Attention, where: "_Where", scoring: dual.Scoring) -> "_Layer":
         """From a plain pass over one full prompt, read at its last token."""
         k, v = (tensor.double().cpu() for tensor in (attention.k, attention.v))
         own, demo = where.own[0], where.demo
@@ -313,7 +313,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     z_0 = reduce(dual.merge, (sink, *own))
     delta_icl = dual.delta_icl(z_0, reduce(dual.merge, demos))
 
-    mass = torch.stack([part.lse for part in (sink, *own, *demos)], dim=-1).softmax(-1)
+    mass = dual.masses((sink, *own, *demos))
     n_outside = mass.shape[-1] - len(demos)
     added = torch.stack([part.z - z_0.z for part in demos], dim=2) * mass[..., n_outside:, None]
     direct = torch.einsum("qhd,hdm->qm", delta_icl, W_O)

@@ -17,11 +17,11 @@
 Keys and values keep their own number of heads (`kv_head`); query heads share them group by group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # 1. Linear layers under gradient descent
@@ -245,6 +245,57 @@ def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch he
 def merge(a: Part, b: Part) -> Part:
     """Softmax attention over the keys of two groups, from the attention over each."""
     return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
+
+
+def masses(parts: Sequence[Part]) -> Float[Tensor, "*batch head group"]:
+    """The share of the softmax that each group takes: attention over all of them is Σ_G mass_G z_G."""
+    return torch.stack([part.lse for part in parts], dim=-1).softmax(-1)
+
+
+class Scoring(NamedTuple):
+    """How a layer turns qᵀk into attention weights."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    """How many positions back a query sees, itself included; all where None."""
+    slopes: Float[Tensor, " head"] | None = None
+    """ALiBi: what each position of distance adds to a score; nothing where None."""
+    sink: Float[Tensor, " head"] | None = None
+    """The learned score that takes a share of each row's softmax and has no value; none where None."""
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        rows: Int[Tensor, "#batch pos"],
+        keys: Int[Tensor, "#batch key"],
+    ) -> Part:
+        """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
+        bias = None
+        if self.by_position or k.shape[1] == 0 or bool(keys.max() > rows.min()):
+            bias = self.bias(rows, keys).to(torch.promote_types(q.dtype, torch.float32))
+        return attend(q, k, v, self.scale, self.softcap, bias)
+
+    def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
+        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys.
+
+        A row sees no key after itself, and none further back than the window.
+        """
+        distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
+        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
+        return torch.where(hidden, -torch.inf, bias.to(rows.device))
+
+    @property
+    def by_position(self) -> bool:
+        """Whether scores or masks depend on how far apart rows and keys stand."""
+        return self.window is not None or self.slopes is not None
+
+    def with_sink(self, part: Part) -> Part:
+        """A group of keys together with the layer's sink, if it has one."""
+        return part if self.sink is None else add_sink(part, self.sink)
 
 
 # 4. Two updates compared

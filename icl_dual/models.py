@@ -39,52 +39,6 @@ class Attention(NamedTuple):
     """Queries after norms but before rotation: what they say, apart from where they stand."""
 
 
-class Scoring(NamedTuple):
-    """How a layer turns qᵀk into attention weights."""
-
-    scale: float
-    softcap: float | None
-    window: int | None
-    """How many positions back a query sees, itself included; all where None."""
-    slopes: Float[Tensor, " head"] | None = None
-    """ALiBi: what each position of distance adds to a score; nothing where None."""
-    sink: Float[Tensor, " head"] | None = None
-    """The learned score that takes a share of each row's softmax and has no value; none where None."""
-
-    def attend(
-        self,
-        q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch key kv_head d_head"],
-        v: Float[Tensor, "batch key kv_head d_head"],
-        rows: Int[Tensor, "#batch pos"],
-        keys: Int[Tensor, "#batch key"],
-    ) -> dual.Part:
-        """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
-        bias = None
-        if self.by_position or k.shape[1] == 0 or bool(keys.max() > rows.min()):
-            bias = self.bias(rows, keys).to(torch.promote_types(q.dtype, torch.float32))
-        return dual.attend(q, k, v, self.scale, self.softcap, bias)
-
-    def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
-        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys.
-
-        A row sees no key after itself, and none further back than the window.
-        """
-        distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
-        return torch.where(hidden, -torch.inf, bias.to(rows.device))
-
-    @property
-    def by_position(self) -> bool:
-        """Whether scores or masks depend on how far apart rows and keys stand."""
-        return self.window is not None or self.slopes is not None
-
-    def with_sink(self, part: dual.Part) -> dual.Part:
-        """A group of keys together with the layer's sink, if it has one."""
-        return part if self.sink is None else dual.add_sink(part, self.sink)
-
-
 OnAttention = Callable[[int, Attention], Tensor | None]
 OnOutput = Callable[[int, Tensor], None]
 
@@ -284,7 +238,7 @@ class Model:
             for part in (attn.q, attn.k, attn.v, attn.o):
                 yield from part.original_component.parameters()
 
-    def _scoring(self, layer: int) -> Scoring:
+    def _scoring(self, layer: int) -> dual.Scoring:
         attn: Any = self.bridge.blocks[layer].attn.original_component
         scale = getattr(attn, "scaling", None)
         # Where every layer has the same window, transformers keeps it in the configuration (Mistral).
@@ -293,7 +247,7 @@ class Model:
         if self.architecture == "GPTNeoForCausalLM":  # unscaled scores, and windows on alternate layers
             scale, window = 1.0, config.window_size if attn.attention_type == "local" else None
         sink = getattr(attn, "sinks", None)
-        return Scoring(
+        return dual.Scoring(
             scale=float(self.d_head**-0.5 if scale is None else scale),
             softcap=getattr(attn, "attn_logit_softcapping", None),
             window=window,

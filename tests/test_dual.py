@@ -207,6 +207,46 @@ def test_a_sink_is_a_key_without_a_value(seed, cut, sink):
     assert_exact(own.z + dual.delta_icl(own, demo), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)).map(sorted),
+    window=st.sampled_from([None, 1, 3, 20]),
+    softcap=st.sampled_from([None, 1.5]),
+    alibi=st.booleans(),
+    sink=st.booleans(),
+    gap=st.integers(0, 4),
+)
+def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, alibi, sink, gap):
+    """Softmax over all keys at once, written out, against z_0 + ΔICL and Σ mass z over three groups and the sink."""
+    n, heads, d = 7, 4, 3
+    q, k, v = draw(seed, 2, 1, heads, d), draw(seed + 1, 2, n, 2, d), draw(seed + 2, 2, n, 2, d)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 2.0]).double() if alibi else None
+    sinks = draw(seed + 3, heads) if sink else None
+    scoring = dual.Scoring(0.7, softcap, window, slopes, sinks)
+    keys = torch.arange(n) + gap * (torch.arange(n) >= cuts[1])
+    rows = keys[None, -1:]
+    groups = [slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], n)]
+    parts = [scoring.attend(q, k[:, at], v[:, at], rows, keys[None, at]) for at in groups]
+    own = scoring.with_sink(dual.merge(parts[0], parts[2]))
+    split = own.z + dual.delta_icl(own, parts[1])
+    nothing = dual.Part(torch.zeros_like(q), torch.full((2, 1, heads), -torch.inf).double())
+    mass = dual.masses([*parts, scoring.with_sink(nothing)])
+    weighted = [mass[..., index, None] * part.z for index, part in enumerate(parts)]
+    assert_exact(torch.stack(weighted).sum(0), split)
+    for b in range(2):
+        for h in range(heads):
+            total, z = (math.exp(float(sinks[h])) if sinks is not None else 0.0), np.zeros(d)
+            for j in range(n):
+                distance = int(keys[-1] - keys[j])
+                s = 0.7 * float(q[b, 0, h] @ k[b, j, h // 2])
+                s = s if softcap is None else softcap * math.tanh(s / softcap)
+                s -= float(slopes[h]) * distance if slopes is not None else 0.0
+                weight = math.exp(s) if window is None or distance < window else 0.0
+                total, z = total + weight, z + weight * v[b, j, h // 2].numpy()
+            np.testing.assert_allclose(split[b, 0, h], z / total, atol=1e-12)
+
+
 def test_two_groups_without_keys_have_no_share():
     none = dual.attend(draw(0, 1, 1, 2, 4), draw(1, 1, 0, 2, 4), draw(2, 1, 0, 2, 4), 1.0)
     assert (dual.share(none, none) == 0).all()

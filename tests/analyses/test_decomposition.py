@@ -29,7 +29,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_table_and_figure_is_written(out: Path) -> None:
     written = {path.name for path in out.iterdir()}
     pictures = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")}
-    assert written == pictures | {"README.md", "summary.csv", "layers.csv", "cells"}
+    assert written == pictures | {"README.md", "layers.csv", "cells"}
 
 
 def test_numbers_by_layer_are_complete_and_within_their_bounds(out: Path) -> None:
