@@ -11,9 +11,11 @@ Every decomposition carries its residuals, and is refused where one is more than
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
-from typing import NamedTuple, TypeVar
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -22,6 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field, refuse_other_weights
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
@@ -155,6 +158,31 @@ class Decomposition:
         masses = {f"{name}_mass": self.mass[..., index] for index, name in enumerate(GROUPS)}
         shares = {"direct_share": self.direct_share, "inherited_share": self.inherited_share}
         return tidy({"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()})
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the decomposition into a folder, as safetensors and JSON."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for group in ("relaxation", "residuals"):
+            tensors |= {f"{group}/{name}": value for name, value in getattr(self, group)._asdict().items()}
+        save_tensors(Path(folder), tensors, {"model": self.model, "prompts": asdict(self.prompts)})
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> "Decomposition":
+        """Read a decomposition that `save` wrote.
+
+        Raises:
+            AssetError: the folder is missing or damaged.
+        """
+        tensors, metadata = load_tensors(Path(folder))
+        return cls(
+            model=metadata["model"],
+            prompts=Prompts(**{name: _tuples(value) for name, value in metadata["prompts"].items()}),
+            relaxation=Relaxation(*(tensors[f"relaxation/{name}"] for name in Relaxation._fields)),
+            residuals=Residuals(*(tensors[f"residuals/{name}"] for name in Residuals._fields)),
+            b_O=tensors.pop("b_O", None),
+            b_V=tensors.pop("b_V", None),
+            **{name: value for name, value in tensors.items() if "/" not in name},
+        )
 
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]
@@ -410,6 +438,11 @@ def _refuse_residuals(model: Model, residuals: Residuals) -> None:
                 f"{model.name} ({model.architecture}), layer {layer}: the terms are off by {found[layer]:.1e} of the "
                 f"attention output ({kind}); expected at most {TOLERANCE[model.dtype]:.0e}: {causes[kind]}"
             )
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _stack(kind: Callable[..., T], layers: Sequence[tuple[Tensor, ...]]) -> T:

@@ -14,6 +14,8 @@ Beside each number is its null: ΔW_FT with the same singular values in random d
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual import dual
+from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.capture import TOLERANCE, Capture, refuse_other_weights
 from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
@@ -63,7 +66,22 @@ class UpdateComparison:
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy: metric, layer, head (key-value heads, but for the action), mean and deviation over queries, and n."""
-        return tidy({name: values for name, values in vars(self).items() if isinstance(values, Tensor)})
+        return tidy(_tensors(self))
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the comparison into a folder, as safetensors and JSON."""
+        about = {"model": self.model, "rank": self.rank, "residual": self.residual}
+        save_tensors(Path(folder), _tensors(self), about)
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> "UpdateComparison":
+        """Read a comparison that `save` wrote.
+
+        Raises:
+            AssetError: the folder is missing or damaged.
+        """
+        tensors, about = load_tensors(Path(folder))
+        return cls(**tensors, **about)
 
     def __repr__(self) -> str:
         return (
@@ -177,6 +195,10 @@ class _HeldPass:
             on_attention=on_attention,
             on_output=on_output,
         )
+
+
+def _tensors(result: UpdateComparison) -> dict[str, Tensor]:
+    return {name: values for name, values in vars(result).items() if isinstance(values, Tensor)}
 
 
 def _delta_w_icl(

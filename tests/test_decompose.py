@@ -208,6 +208,21 @@ def test_groups_are_named_in_order(llama: icl.Model, prompts: Prompts) -> None:
     assert got.mass.shape[-1] == got.icl_share.shape[-1] == len(got.groups)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_decomposition_is_saved_and_loaded(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str, tmp_path: Path
+) -> None:
+    model = models_by_architecture(architecture)
+    got = decomposed(model, build(model, task))
+    got.save(tmp_path / "split")
+    loaded = icl.Decomposition.load(tmp_path / "split")
+    assert loaded.to_frame().equals(got.to_frame())
+    assert loaded.prompts == got.prompts
+    assert torch.equal(loaded.direct, got.direct)
+    assert torch.equal(loaded.value_bias, got.value_bias)
+    assert loaded.residual == got.residual
+
+
 def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
     got = decomposed(llama, prompts)
     frame = got.to_frame()

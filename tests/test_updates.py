@@ -1,6 +1,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,14 @@ def test_a_frame_has_a_row_for_each_head(llama_runs: Runs) -> None:
     assert "4 queries" in repr(got)
 
 
+def test_a_comparison_is_saved_and_loaded(llama_runs: Runs, tmp_path: Path) -> None:
+    got = llama_runs.compare()
+    got.save(tmp_path / "updates")
+    loaded = icl.UpdateComparison.load(tmp_path / "updates")
+    assert loaded.to_frame().equals(got.to_frame())
+    assert (loaded.model, loaded.rank, loaded.residual) == (got.model, got.rank, got.residual)
+
+
 def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     llama_runs: Runs, make_model: Callable[..., icl.Model], task: icl.Task
 ) -> None:
@@ -237,7 +246,7 @@ def test_factors_that_do_not_make_up_the_delta_are_refused(
     handle.remove()
 
 
-def test_a_delta_with_factors_is_saved_and_loaded(llama_runs: Runs, tmp_path) -> None:
+def test_a_delta_with_factors_is_saved_and_loaded(llama_runs: Runs, tmp_path: Path) -> None:
     delta = icl.finetune(llama_runs.model, llama_runs.prompts, lr=LR, factors=True, progress=False)
     delta.save(tmp_path / "delta")
     loaded = icl.WeightDelta.load(tmp_path / "delta")
