@@ -57,7 +57,7 @@ class Capture:
 
     model: str
     fingerprint: str
-    """Of the model's attention weights: another with a delta applied."""
+    """Of the weights it was made with: another with a delta applied."""
     prompts: Prompts
     label_log_probs: Float[Tensor, "query label"]
     """Mean log-probability per token of each label word, in nats."""
@@ -137,7 +137,13 @@ def capture(
     _refuse_rotation_switch(model, prompts)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
         if model.pass_residual is None:
-            model.pass_residual = _measure_pass(model)
+            try:
+                model.pass_residual = _measure_pass(model)
+            except RuntimeError as error:
+                raise UnsupportedModelError(
+                    f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs on its bridge, "
+                    f"got: {error}"
+                ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         prefix = _run_prefix(model, prompts)
         recorder = _Recorder(model, prompts, fields, prefix)
@@ -154,13 +160,21 @@ def capture(
     return recorder.capture(log_probs)
 
 
-def refuse_other_weights(model: Model, **captures: Capture) -> None:
-    """Raise a ValueError where captures are not of the model with the weights that it has now."""
-    weights = {"model": model.fingerprint(), **{name: run.fingerprint for name, run in captures.items()}}
+def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
+    """Raise a ValueError unless captures are of this model, as it is now, and of the same queries."""
+    names = {"model": model.name, "icl": icl.model, "zsl": zsl.model}
+    if len(set(names.values())) > 1:
+        raise ValueError(f"expected captures of the model given, got {names}")
+    weights = {"model": model.fingerprint(), "icl": icl.fingerprint, "zsl": zsl.fingerprint}
     if len(set(weights.values())) > 1:
         raise ValueError(
             f"expected captures of the model as it is now, got other weights (fingerprints {weights}): was one made "
             "within `with delta.applied(model):` and the other not?"
+        )
+    if zsl.prompts != icl.prompts.zero_shot():
+        raise ValueError(
+            "expected captures of the same queries at the same positions: zsl of icl's prompts.zero_shot(), got "
+            f"{icl.prompts} and {zsl.prompts}"
         )
 
 
@@ -267,7 +281,7 @@ class _Recorder:
             self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
-        """Keep a layer's attention, whose z is the one that the model goes on with."""
+        """Keep a layer's attention, whose z is the in-context one, that replaces the model's own."""
         kept, scoring = self.kept, self.model.scoring[layer]
         rows = torch.arange(len(batch), device=last.device)
         for name, tensor in (("z", attention.z), ("q", attention.q_content), ("q_scored", attention.q)):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, save_tensors
-from icl_dual.capture import DECOMPOSE_FIELDS, Capture, Field, refuse_other_weights
+from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, refuse_unpaired
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
 
@@ -34,8 +34,9 @@ T = TypeVar("T")
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys before the demonstrations, each of which is a group of its own."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-"""Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64."""
+LAYER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Largest relative residual that is rounding within a layer. Rotary models take their softmax in float32 also at
+float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.capture.TOLERANCE`."""
 
 
 class Relaxation(NamedTuple):
@@ -59,9 +60,11 @@ class Residuals(NamedTuple):
     """What rounding leaves, relative to what it is held against: the largest over queries, by layer."""
 
     split: Float[Tensor, " layer"]
-    """z_0 + ΔICL through W_O, plus b_O, against the attention output of the captured run."""
+    """z_0 + ΔICL through W_O, plus b_O, against the attention output of the captured run; and before W_O."""
     plain: Float[Tensor, " layer"]
     """The same split inside a plain forward pass over the first query's full prompt, against the model's own output."""
+    run: Float[Tensor, " layer"]
+    """The captured run against that plain pass: rounding of all layers up to this one, in two orders of summation."""
     realised: Float[Tensor, " layer"]
     """Direct + inherited against h_ICL − h_ZSL; relative to h_ICL, of which this is a difference."""
 
@@ -130,7 +133,7 @@ class Decomposition:
 
     @property
     def inherited(self) -> Float[Tensor, "query layer d_model"]:
-        """(z_0 − z_ZSL) through W_O: how far the layer's output moved because its input had."""
+        """(z_0 − z_ZSL) through W_O: moved before the layer attends, by its input or by where the query stands."""
         return _through(self.z_0 - self.z_zsl, self.W_O)
 
     @property
@@ -140,18 +143,24 @@ class Decomposition:
 
     @property
     def direct_share(self) -> Float[Tensor, "query layer"]:
-        """⟨direct, realised⟩ / ‖realised‖²; NaN where nothing is realised."""
-        return _share(self.direct, self.realised)
+        """⟨direct, realised⟩ / ‖realised‖²; NaN where nothing is realised but rounding."""
+        return self._share(self.direct)
 
     @property
     def inherited_share(self) -> Float[Tensor, "query layer"]:
         """⟨inherited, realised⟩ / ‖realised‖²: with the direct share, 1."""
-        return _share(self.inherited, self.realised)
+        return self._share(self.inherited)
+
+    def _share(self, part: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
+        realised = self.realised
+        rounding = 4 * self.residuals.realised * _through(self.z_0 + self.delta_icl, self.W_O, self.b_O).norm(dim=-1)
+        size = realised.norm(dim=-1)
+        return torch.where(size > rounding, (part * realised).sum(-1) / size**2, torch.nan)
 
     @property
     def residual(self) -> float:
-        """The largest of the residuals."""
-        return max(found.max().item() for found in self.residuals)
+        """The largest residual within a layer: all but `residuals.run`, which is of whole runs."""
+        return max(found.max().item() for found in (self.residuals._replace(run=self.residuals.split)))
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy: metric, layer, head (empty for a whole layer's), mean and standard deviation over queries, n."""
@@ -229,26 +238,34 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
     where = _Where.of(icl.prompts)
-    layers = [_Layer.captured(icl, layer, scoring) for layer, scoring in enumerate(model.scoring)]
-    terms = _stack(_Terms, [_split(layer, where, W_O[index]) for index, layer in enumerate(layers)])
-    z = terms.start + terms.query + terms.delta_icl
-    relaxed = [_relax(layer, where, terms.delta_icl[:, index], z[:, index]) for index, layer in enumerate(layers)]
+    terms: list[_Terms] = []
+    relaxed: list[Relaxation] = []
+    for index, scoring in enumerate(model.scoring):
+        layer = _Layer.captured(icl, index, scoring)
+        terms.append(_split(layer, where, W_O[index]))
+        relaxed.append(_relax(layer, where, terms[-1]))
+    split = _stack(_Terms, terms)
+    z = split.start + split.query + split.delta_icl
     z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
+    plain, own = _plain(model, icl.prompts, W_O, b_O)
     residuals = Residuals(
-        split=_relative(_through(z, W_O, b_O), h_icl),
-        plain=_plain_residual(model, icl.prompts, W_O, b_O),
+        split=torch.maximum(
+            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(icl, "z").flatten(2))
+        ),
+        plain=_relative(plain, own),
+        run=_relative(h_icl[:1], own),
         realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
     )
     _refuse_residuals(model, residuals)
     return Decomposition(
         model=model.name,
         prompts=icl.prompts,
-        start=terms.start,
-        query=terms.query,
-        delta_icl=terms.delta_icl,
+        start=split.start,
+        query=split.query,
+        delta_icl=split.delta_icl,
         z_zsl=z_zsl,
-        mass=terms.mass,
-        icl_share=terms.icl_share,
+        mass=split.mass,
+        icl_share=split.icl_share,
         relaxation=_stack(Relaxation, relaxed),
         W_O=W_O,
         b_O=b_O,
@@ -359,11 +376,11 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
 def _relax(
     layer: _Layer,
     where: _Where,
-    delta_icl: Float[Tensor, "query head d_head"],
-    z: Float[Tensor, "query head d_head"],
+    terms: _Terms,
 ) -> Relaxation:
     """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and z."""
     scoring, q, own_k, own_v, demo_k, demo_v = layer
+    delta_icl, z = terms.delta_icl, terms.start + terms.query + terms.delta_icl
     bias = scoring.bias(where.rows[None], where.demo[None])[0].transpose(0, 1)
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (demo_k, demo_v))
     weights = torch.einsum("qhd,khd->qhk", q, k).masked_fill(bias == -torch.inf, 0.0)
@@ -380,17 +397,17 @@ def _relax(
     )
 
 
-def _plain_residual(
+def _plain(
     model: Model,
     prompts: Prompts,
     W_O: Float[Tensor, "layer head d_head d_model"],
     b_O: Float[Tensor, "layer d_model"] | None,
-) -> Float[Tensor, " layer"]:
-    """Split the model's own attention in a plain forward pass, and hold the terms against its own output."""
+) -> tuple[Float[Tensor, "1 layer d_model"], Float[Tensor, "1 layer d_model"]]:
+    """A plain forward pass over the first query's full prompt: its attention split and put together, and its own."""
     prompts = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
     where = _Where.of(prompts)
     z: list[Tensor] = []
-    expected: list[Tensor] = []
+    own: list[Tensor] = []
 
     def on_attention(layer: int, attention: Attention) -> None:
         terms = _split(_Layer.of_plain(attention, where, model.scoring[layer]), where, W_O[layer])
@@ -401,21 +418,13 @@ def _plain_residual(
             torch.tensor([[*prompts.prefix, *prompts.queries[0]]], device=model.device),
             read=where.rows[None].to(model.device),
             on_attention=on_attention,
-            on_output=lambda layer, output: expected.append(output[:, -1].double().cpu()),
+            on_output=lambda layer, output: own.append(output[:, -1].double().cpu()),
         )
-    return _relative(_through(torch.stack(z, dim=1), W_O, b_O), torch.stack(expected, dim=1))
+    return _through(torch.stack(z, dim=1), W_O, b_O), torch.stack(own, dim=1)
 
 
 def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
-    names = {"model": model.name, "icl": icl.model, "zsl": zsl.model}
-    if len(set(names.values())) > 1:
-        raise ValueError(f"expected captures of the model given, got {names}")
-    refuse_other_weights(model, icl=icl, zsl=zsl)
-    if zsl.prompts != icl.prompts.zero_shot():
-        raise ValueError(
-            "expected captures of the same queries at the same positions: zsl of icl's prompts.zero_shot(), got "
-            f"{icl.prompts} and {zsl.prompts}"
-        )
+    refuse_unpaired(model, icl, zsl)
     for run, fields in ((icl, DECOMPOSE_FIELDS), (zsl, ("attn_out", "z"))):
         for name in fields:
             if getattr(run, name) is None:
@@ -426,17 +435,20 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
 
 def _refuse_residuals(model: Model, residuals: Residuals) -> None:
     causes = {
-        "split": "its keys, values or queries are not those of the attention output captured with them",
+        "split": "the keys, values or queries captured are not those of the attention output captured with them",
         "plain": "its attention does more than softmax over scaled scores and a linear W_O, or a hook changes it",
+        "run": "what was captured is not a plain pass over the first query's prompt",
         "realised": "the zero-shot capture's heads do not give its attention output",
     }
-    for kind, found in residuals._asdict().items():
-        wrong = (~(found <= TOLERANCE[model.dtype])).nonzero()
+    for kind, cause in causes.items():
+        found = getattr(residuals, kind)
+        tolerance = (TOLERANCE if kind == "run" else LAYER_TOLERANCE)[model.dtype]
+        wrong = (~(found <= tolerance)).nonzero()
         if len(wrong):
             layer = int(wrong[0])
             raise UnsupportedModelError(
                 f"{model.name} ({model.architecture}), layer {layer}: the terms are off by {found[layer]:.1e} of the "
-                f"attention output ({kind}); expected at most {TOLERANCE[model.dtype]:.0e}: {causes[kind]}"
+                f"attention output ({kind}); expected at most {tolerance:.0e}: {cause}"
             )
 
 
@@ -467,10 +479,6 @@ def _relative(
     got: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, " layer"]:
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
-
-
-def _share(part: Float[Tensor, "query layer d_model"], whole: Float[Tensor, "query layer d_model"]) -> Tensor:
-    return (part * whole).sum(-1) / (whole * whole).sum(-1)
 
 
 def _spearman(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # 1. Linear layers under gradient descent
@@ -111,7 +111,7 @@ def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: i
     d_y, d_x = W_0.shape
     reads_x, writes_y, errors = (W_0.new_zeros(d_x + d_y, d_x + d_y) for _ in range(3))
     reads_x.diagonal()[:d_x] = 1.0
-    writes_y.diagonal()[d_x:] = lr / n_tokens
+    writes_y.diagonal()[d_x:] = lr / max(n_tokens, 1)  # without tokens there is nothing to step along
     errors[d_x:, :d_x] = W_0
     errors.diagonal()[d_x:] = -1.0
     return LinearSelfAttention(W_Q=reads_x, W_K=reads_x, W_V=errors, P=writes_y)
@@ -335,7 +335,9 @@ class Overlap(NamedTuple):
     cosine: Float[Tensor, "*batch"]
     """Frobenius cosine ⟨A, B⟩ / (‖A‖ ‖B‖); for random directions it has mean 0 and standard deviation 1/d."""
     left_angles: Float[Tensor, "*batch rank"]
-    """Principal angles between the leading left singular subspaces (what they write), in degrees, smallest first."""
+    """Principal angles between the leading left singular subspaces (what they write), in degrees, smallest first.
+
+    NaN past the rank of either matrix."""
     right_angles: Float[Tensor, "*batch rank"]
     """The same between the leading right singular subspaces (what they read)."""
 
@@ -343,21 +345,31 @@ class Overlap(NamedTuple):
 def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
     """Compare two matrices: Frobenius cosine, and principal angles between their `rank` leading singular subspaces.
 
-    NaN where a matrix is zero. Batch axes broadcast.
+    NaN where a matrix is zero, or has not so many directions: singular values that are float32's rounding of the
+    largest have none. Batch axes broadcast.
     """
     left, right = a.U.mT @ b.U, a.Vh @ b.Vh.mT
     inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * left * right).sum((-2, -1))
     norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
-    known = norms > 0
-    cosine = torch.where(known, inner / norms, torch.nan)
-    angles = (_angles(cosines[..., :rank, :rank]) for cosines in (left, right))
-    return Overlap(cosine, *(torch.where(known.unsqueeze(-1), found, torch.nan) for found in angles))
+    cosine = torch.where(norms > 0, inner / norms, torch.nan)
+    of_a, of_b = (_directions(svd.S)[..., :rank] for svd in (a, b))
+    real = of_a.unsqueeze(-1) & of_b.unsqueeze(-2)
+    n_angles = torch.minimum(of_a.sum(-1), of_b.sum(-1)).unsqueeze(-1)
+    known = torch.arange(rank, device=inner.device) < n_angles
+    # Directions that are not there have cosine 0 to all others, and so come last.
+    angles = (_angles(cosines[..., :rank, :rank] * real) for cosines in (left, right))
+    return Overlap(cosine, *(torch.where(known, found, torch.nan) for found in angles))
 
 
 def effective_rank(S: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); NaN for a zero matrix."""
     p = S / S.sum(-1, keepdim=True)
     return torch.exp(-torch.special.xlogy(p, p).sum(-1))
+
+
+def _directions(S: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch d"]:
+    """Which singular values are more than rounding of the largest."""
+    return S.shape[-1] * torch.finfo(torch.float32).eps * S[..., :1] < S
 
 
 def _angles(cosines: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:

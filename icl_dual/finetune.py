@@ -49,8 +49,8 @@ class Factors:
     steps: Int[Tensor, " train_token"]
     """Which demonstration each training token belongs to."""
     residual: float
-    """Largest over layers: how far the factors' sum is from the delta, relative to it. In float32, most of it is the
-    delta's own rounding: a small change of a large weight."""
+    """How far the factors' sum is from the delta, relative to it, at worst over layers: rounding of the weights, which
+    a small change of a large weight shows. NaN where a layer did not change."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class WeightDelta:
     """What finetuning on the demonstrations did to a model: ΔW_K, ΔW_V, Δb_K and Δb_V at every layer."""
 
     model: str
+    fingerprint: str
+    """Of the weights it started from."""
     lr: float
     loss: Loss
     W_K: Float[Tensor, "layer d_kv d_model"]
@@ -95,6 +97,11 @@ class WeightDelta:
                 f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
                 f"{tuple(self.W_K.shape)}"
             )
+        if self.fingerprint != (now := model.fingerprint()):
+            raise ValueError(
+                f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {now}), got one from "
+                f"{self.fingerprint}: is another delta applied, or was another model finetuned?"
+            )
         with _restored(_parameters(model)):
             with torch.no_grad():
                 for layer, (key, value) in enumerate(projections):
@@ -109,7 +116,13 @@ class WeightDelta:
         tensors = {"W_K": self.W_K, "W_V": self.W_V, "losses": self.losses, "training_q": self.training_q}
         if self.b_K is not None and self.b_V is not None:
             tensors |= {"b_K": self.b_K, "b_V": self.b_V}
-        metadata = {"model": self.model, "lr": self.lr, "loss": self.loss, "demonstrations": self.demonstrations}
+        metadata = {
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "lr": self.lr,
+            "loss": self.loss,
+            "demonstrations": self.demonstrations,
+        }
         if self.factors is not None:
             parts = vars(self.factors)
             metadata["factors_residual"] = parts["residual"]
@@ -146,7 +159,7 @@ def finetune(
     Raises:
         ValueError: lr is not a positive number, there are no demonstrations, or the loss is unknown.
         DivergedError: the loss or the weights exploded or are no numbers; says at which step and lr.
-        UnsupportedModelError: the delta is not the sum of its factors; says at which layer.
+        UnsupportedModelError: a step's factors do not make up its gradient; says at which layer.
     """
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
@@ -157,6 +170,7 @@ def finetune(
     parameters = _parameters(model)
     losses: list[float] = []
     training_q: list[Tensor] = []
+    fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
         size = _norm(before)
@@ -171,6 +185,8 @@ def finetune(
             training_q.append(q)
             optimizer.zero_grad()
             value.backward()
+            if recorder is not None:
+                recorder.check(step)
             optimizer.step()
             change = _norm(_differences(parameters, before)) / size
             if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
@@ -179,10 +195,10 @@ def finetune(
                     f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
                 )
         deltas = _differences(parameters, before)
-        rounding = torch.finfo(model.dtype).eps * size * len(losses)
     W_K, b_K, W_V, b_V = _by_kind(model, deltas)
     return WeightDelta(
         model=model.name,
+        fingerprint=fingerprint,
         lr=lr,
         loss=loss,
         W_K=W_K,
@@ -192,7 +208,7 @@ def finetune(
         demonstrations=[list(tokens) for tokens in prompts.demonstrations],
         losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training_q, dim=1),
-        factors=None if recorder is None else recorder.factors(W_K, W_V, rounding),
+        factors=None if recorder is None else recorder.factors(W_K, W_V),
     )
 
 
@@ -201,11 +217,11 @@ class _FactorRecorder:
 
     def __init__(self, model: Model, lr: float) -> None:
         self.model, self.lr = model, lr
-        pairs = model.key_value_projections()
-        self.x: list[list[Tensor]] = [[] for _ in pairs]
-        self.errors: dict[str, list[list[Tensor]]] = {kind: [[] for _ in pairs] for kind in "KV"}
+        self.pairs = model.key_value_projections()
+        self.x: list[list[Tensor]] = [[] for _ in self.pairs]
+        self.errors: dict[str, list[list[Tensor]]] = {kind: [[] for _ in self.pairs] for kind in "KV"}
         self.handles = []
-        for layer, pair in enumerate(pairs):
+        for layer, pair in enumerate(self.pairs):
             for kind, projection in zip("KV", pair, strict=True):
                 self.handles.append(projection.register_forward_hook(partial(self._watch, layer, kind)))
 
@@ -224,27 +240,29 @@ class _FactorRecorder:
     def _keep(self, layer: int, kind: str, gradient: Tensor) -> None:
         self.errors[kind][layer].append(-self.lr * _at_least_float32(gradient[0]).cpu())
 
-    def factors(
-        self, W_K: Float[Tensor, "layer d_kv d_model"], W_V: Float[Tensor, "layer d_kv d_model"], rounding: float
-    ) -> Factors:
+    def check(self, step: int) -> None:
+        """Hold the step's factors against its gradient, which no rounding of the weights has touched."""
+        for layer, pair in enumerate(self.pairs):
+            for kind, projection in zip("KV", pair, strict=True):
+                assert projection.weight.grad is not None
+                gradient = -self.lr * _at_least_float32(projection.weight.grad).cpu()
+                missing = (dual.outer_sum(self.errors[kind][layer][-1], self.x[layer][-1]) - gradient).norm()
+                if not missing <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * gradient.norm():
+                    raise UnsupportedModelError(
+                        f"{self.model.name}, layer {layer}: expected the gradient of W_{kind} to be the sum of its "
+                        f"factors, got a difference of {missing:.1e} at a norm of {gradient.norm():.1e} in step "
+                        f"{step}. Its projections are used elsewhere too, or keys and values have different inputs"
+                    )
+
+    def factors(self, W_K: Float[Tensor, "layer d_kv d_model"], W_V: Float[Tensor, "layer d_kv d_model"]) -> Factors:
         x, e_K, e_V = (
             torch.stack([torch.cat(steps) for steps in layers])
             for layers in (self.x, self.errors["K"], self.errors["V"])
         )
         steps = torch.cat([torch.full((len(tokens),), step) for step, tokens in enumerate(self.x[0])])
-        worst = 0.0
-        for kind, errors, W in (("K", e_K, W_K), ("V", e_V, W_V)):
-            missing = (dual.outer_sum(errors, x) - W).flatten(1).norm(dim=1)
-            size = W.flatten(1).norm(dim=1)
-            wrong = (~(missing <= 1e-3 * size + rounding)).nonzero()
-            if len(wrong):
-                raise UnsupportedModelError(
-                    f"{self.model.name}, layer {int(wrong[0])}: expected ΔW_{kind} to be the sum of its factors, got a "
-                    f"difference of {missing[wrong[0]].item():.1e} at a norm of {size[wrong[0]].item():.1e}. Its "
-                    "projections are used elsewhere too, or keys and values have different inputs"
-                )
-            worst = max(worst, (missing / size).max().item())
-        return Factors(x, e_K, e_V, steps, worst)
+        missing = [(dual.outer_sum(e, x) - W).flatten(1).norm(dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
+        size = [W.flatten(1).norm(dim=1) for W in (W_K, W_V)]
+        return Factors(x, e_K, e_V, steps, (torch.stack(missing) / torch.stack(size)).max().item())
 
 
 def _step_loss(

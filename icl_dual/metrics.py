@@ -265,6 +265,8 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
         raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
     if zsl.fingerprint != icl.fingerprint:
         raise ValueError("expected zsl and icl captured with the same weights: both outside of `delta.applied(model)`")
+    if delta.fingerprint != zsl.fingerprint:
+        raise ValueError("expected a delta finetuned from the weights that zsl and icl were captured with, got another")
     if ft.fingerprint == zsl.fingerprint:
         raise ValueError("expected ft captured within `with delta.applied(model):`, got a run with zsl's weights")
     if not icl.prompts.demonstrations:

@@ -5,6 +5,7 @@ a forward pass that shows each layer's attention to a callback and lets the call
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ class Attention(NamedTuple):
     q_content: Float[Tensor, "batch pos head d_head"]
     """Queries after norms but before rotation: what they say, apart from where they stand."""
 
+
+FINGERPRINT_ELEMENTS = 16384
+"""Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
 
 OnAttention = Callable[[int, Attention], Tensor | None]
 OnOutput = Callable[[int, Tensor], None]
@@ -228,11 +232,22 @@ class Model:
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.bridge.hook_dict for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
-        """What tells this model's weights from others', also from itself with a delta applied: a short hash."""
-        sums = torch.stack([parameter.detach().double().abs().sum().cpu() for parameter in self._attention_weights()])
-        return hashlib.sha256(sums.numpy().tobytes()).hexdigest()[:16]
+        """What tells these weights from others, also from themselves with a delta applied: a short hash.
 
-    def _attention_weights(self) -> Iterator[nn.Parameter]:
+        Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
+        """
+        digest = hashlib.sha256()
+        for parameter in self._weights():
+            flat = parameter.detach().reshape(-1)
+            stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
+            while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
+                stride += 1
+            digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        """Every parameter, and the projections that the bridge has split out of fused ones and runs instead."""
+        yield from self.parameters()
         for layer in range(self.n_layers):
             attn: Any = self.bridge.blocks[layer].attn
             for part in (attn.q, attn.k, attn.v, attn.o):
@@ -393,6 +408,8 @@ def _refuse_attention(bridge: TransformerBridge, architecture: str, layer: int) 
         "ALiBi rounded to bfloat16, which differs from place to place": architecture == "FalconForCausalLM"
         and config.alibi,
         "ALiBi in a form that is read for Bloom only": architecture == "MptForCausalLM",
+        "ALiBi in half precision, whose biases are rounded": architecture == "BloomForCausalLM"
+        and next(bridge.original_model.parameters()).dtype.itemsize < 4,
     }
     for cause, found in known.items():
         if found:

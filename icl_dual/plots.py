@@ -136,8 +136,10 @@ def demonstrations(
         ax: where to draw; new Axes where not given.
     """
     ax, _ = _axes(ax)
-    if len(names) != shares.shape[1]:
-        raise ValueError(f"expected a name for each of {shares.shape[1]} demonstrations, got {len(names)}")
+    if len(names) != shares.shape[1] or not names:
+        raise ValueError(
+            f"expected a name for each of {shares.shape[1]} demonstrations, at least one, got {len(names)}"
+        )
     most = float(shares.abs().nan_to_num().quantile(0.99))
     image = ax.imshow(shares.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
     ax.set_yticks(range(len(names)), names, fontsize=7)

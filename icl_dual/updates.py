@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, save_tensors
-from icl_dual.capture import TOLERANCE, Capture, refuse_other_weights
+from icl_dual.capture import TOLERANCE, Capture, refuse_unpaired
 from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnOutput, UnsupportedModelError
@@ -109,7 +109,7 @@ def compare_updates(
 
     Raises:
         ValueError: captures or delta are of other weights, queries or demonstrations, lack a field, there are no
-            demonstrations, or the rank is not between 1 and d_head.
+            demonstrations, the rank is not between 1 and d_head, or the model is in half precision.
         UnsupportedModelError: the prompts moved to their in-context positions are not the zero-shot run.
     """
     _refuse_mismatch(model, icl, zsl, delta, rank)
@@ -228,7 +228,7 @@ def _compare_layer(
     q = icl.q_scored[batch, layer].double()
     a, b = dual.Svd.of(W_ICL), dual.Svd.of(W_FT)
     found = {
-        "norm_ratio": b.S.norm(dim=-1) / a.S.norm(dim=-1),
+        "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
         "effective_rank_icl": dual.effective_rank(a.S).expand(len(batch), -1),
         "effective_rank_ft": dual.effective_rank(b.S),
     }
@@ -301,12 +301,12 @@ def _shares(
 
 
 def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelta, rank: int) -> None:
-    names = {"model": model.name, "icl": icl.model, "zsl": zsl.model, "delta": delta.model}
-    if len(set(names.values())) > 1:
-        raise ValueError(f"expected captures and delta of the model given, got {names}")
-    refuse_other_weights(model, icl=icl, zsl=zsl)
-    if zsl.prompts != icl.prompts.zero_shot():
-        raise ValueError(f"expected zsl to be a capture of icl's prompts.zero_shot(), got {zsl.prompts}")
+    refuse_unpaired(model, icl, zsl)
+    if (delta.model, delta.fingerprint) != (model.name, icl.fingerprint):
+        raise ValueError(
+            f"expected a delta finetuned from the weights of {model.name!r} (fingerprint {icl.fingerprint}), got one "
+            f"from {delta.model!r} ({delta.fingerprint})"
+        )
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
     if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:
@@ -316,3 +316,8 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelt
             raise ValueError(f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}")
     if not 1 <= rank <= model.d_head:
         raise ValueError(f"expected a rank from 1 to d_head = {model.d_head}, got {rank}")
+    if model.dtype.itemsize < 4:
+        raise ValueError(
+            f"expected a model in float32 or float64, got {model.dtype}: ΔW_FT is a small difference of two runs, and "
+            "half precision rounds it away. Load the model with dtype=torch.float32"
+        )

@@ -59,10 +59,10 @@ def test_any_linear_attention_is_an_sgd_run(seed, n, d_in, d_out, repeated):
         k = k[:1].expand(n, -1)
     targets = dual.sgd_targets(W_0, v, k, lr=0.5)
     W, errors = dual.sgd(W_0, k, lambda out, step: out - targets[step], lr=0.5)
-    torch.testing.assert_close(errors, v, atol=1e-12, rtol=1e-10)
+    assert_exact(errors, v)
     q = draw(seed + 3, 2, d_in)
     expected = q @ W_0.mT + dual.linear_attention(v, k, q)
-    torch.testing.assert_close(q @ W.mT, expected, atol=1e-12, rtol=1e-10)
+    assert_exact(q @ W.mT, expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,11 +78,13 @@ def test_linear_attention_written_out(seed, n, d_in, d_out):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=seeds, n=st.integers(1, 6), d_x=sizes, d_y=sizes, lr=st.floats(0.01, 2.0))
-def test_one_linear_self_attention_layer_is_one_step_of_gradient_descent(seed, n, d_x, d_y, lr):
+@given(seed=seeds, n=st.integers(0, 6), d_x=sizes, d_y=sizes, lr=st.floats(0.01, 2.0), repeated=st.booleans())
+def test_one_linear_self_attention_layer_is_one_step_of_gradient_descent(seed, n, d_x, d_y, lr, repeated):
     W_0, x, y = draw(seed, d_y, d_x), draw(seed + 1, n, d_x), draw(seed + 2, n, d_y)
+    if repeated and n:
+        x, y = x[:1].expand_as(x), y[:1].expand_as(y)
     W = W_0.clone().requires_grad_()
-    ((x @ W.mT - y) ** 2).sum().div(2 * n).backward()
+    ((x @ W.mT - y) ** 2).sum().div(2 * max(n, 1)).backward()
     assert W.grad is not None
     stepped = W_0 - lr * W.grad
     x_q = draw(seed + 3, 2, d_x)
@@ -114,10 +116,11 @@ def test_weights_per_head_and_their_action_written_out(seed, n, kv_heads, group,
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=seeds, n=st.integers(1, 5), d_model=sizes)
-def test_delta_w_ft_is_equation_13(seed, n, d_model):
+@given(seed=seeds, n=st.integers(0, 5), d_model=sizes, repeated=st.booleans())
+def test_delta_w_ft_is_equation_13(seed, n, d_model, repeated):
     """(W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ, with X's tokens as columns, as the paper writes it."""
     X = draw(seed, d_model, n)
+    X = X[:, :1].expand_as(X) if repeated and n else X
     W_K, W_V, delta_K, delta_V = (draw(seed + i, 4, d_model) for i in range(1, 5))
     expected = (W_V + delta_V) @ X @ X.mT @ (W_K + delta_K).mT - W_V @ X @ X.mT @ W_K.mT
     keys_values = [(W @ X).mT.unsqueeze(1) for W in (W_K, W_V, W_K + delta_K, W_V + delta_V)]
@@ -292,6 +295,15 @@ def test_overlap_equals_its_definitions(seed, d, rank):
             bases.append(U[:, :rank] if side == 0 else Vh[:rank].T)
         expected = np.rad2deg(np.sort(subspace_angles(*bases)))
         np.testing.assert_allclose(angles, expected, atol=1e-5)
+
+
+def test_directions_that_a_matrix_does_not_have_have_no_angles():
+    one, full = torch.outer(draw(0, 6), draw(1, 6)), draw(2, 6, 6)
+    found = dual.overlap(dual.Svd.of(torch.stack((one, full, full.float()))), dual.Svd.of(full), 3)
+    assert found.left_angles.isnan().tolist() == [[False, True, True], [False] * 3, [False] * 3]
+    u = one[:, 0] / one[:, 0].norm()
+    U = torch.linalg.svd(full).U[:, :3]
+    assert found.left_angles[0, 0].item() == pytest.approx(math.degrees(math.acos((U.mT @ u).norm())))
 
 
 def test_an_update_overlaps_itself_and_a_zero_update_is_undefined():

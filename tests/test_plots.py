@@ -87,6 +87,8 @@ def test_demonstrations_are_drawn_from_the_top_and_named() -> None:
     ax = icl.plots.demonstrations(shares, ["one", "two"], label="share")
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), shares.T)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["one", "two"]
-    with pytest.raises(ValueError, match="a name for each of 2 demonstrations, got 1"):
+    with pytest.raises(ValueError, match="a name for each of 2 demonstrations, at least one, got 1"):
         icl.plots.demonstrations(shares, ["one"])
+    with pytest.raises(ValueError, match="at least one, got 0"):
+        icl.plots.demonstrations(shares[:, :0], [])
     plt.close("all")

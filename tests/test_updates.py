@@ -2,6 +2,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_the_windowed_model_tested_has_lost_demonstrations(
     assert all((s.window or 0) < len(runs.prompts.prefix) for s in runs.model.scoring)
 
 
+def test_demonstrations_out_of_sight_leave_nothing_to_compare(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    """A query longer than the window: ΔW_ICL is 0, and no ratio to it is a number."""
+    rows = [{"text": " ".join(["film"] * 45) + f" {i}", "label": i % 2} for i in range(40)]
+    long = icl.Task("long", task.template, task.label_words, rows)
+    runs = make_runs(make_model("mistral-window"), long, n=2)
+    assert min(map(len, runs.prompts.queries)) > 40
+    got = runs.compare()
+    for undefined in (got.norm_ratio, got.cosine, got.left_angles, got.action_cosine, got.effective_rank_icl):
+        assert undefined.isnan().all()
+    assert got.effective_rank_ft.isfinite().all()
+
+
 def test_queries_are_compared_in_batches_without_changing_a_number(
     llama_runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +197,13 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     llama_runs: Runs, make_model: Callable[..., icl.Model], task: icl.Task
 ) -> None:
     runs = llama_runs
-    with pytest.raises(ValueError, match="delta of the model given"):
+    with pytest.raises(ValueError, match=r"delta finetuned from the weights of 'llama' .*, got one from 'other'"):
         runs.compare(delta=dataclasses.replace(runs.delta, model="other"))
+    with pytest.raises(ValueError, match="delta finetuned from the weights of"):
+        runs.compare(delta=dataclasses.replace(runs.delta, fingerprint="0"))
+    half = make_runs(make_model("llama", torch.bfloat16), task)
+    with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
+        half.compare()
     with pytest.raises(ValueError, match="finetuned on the demonstrations of icl's prompts"):
         runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]]))
     with runs.delta.applied(runs.model), pytest.raises(ValueError, match="got other weights"):
@@ -192,6 +212,15 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
         runs.compare(zsl=runs.in_context)
     with pytest.raises(ValueError, match="to have demonstrations"):
         runs.compare(icl=runs.zsl)
+    other = Runs(
+        make_model("llama", name="llama"), *(getattr(runs, name) for name in ("prompts", "in_context", "zsl", "delta"))
+    )
+    hf_model: Any = other.model.bridge.original_model
+    hf_model.model.layers[0].mlp.up_proj.weight.data.neg_()
+    with pytest.raises(ValueError, match="got other weights"):
+        other.compare()
+    with pytest.raises(ValueError, match="delta finetuned from these weights"), runs.delta.applied(other.model):
+        pass
     with pytest.raises(ValueError, match="without 'keys_values'"):
         runs.compare(icl=dataclasses.replace(runs.in_context, keys_values=None))
     with pytest.raises(ValueError, match="rank from 1 to d_head = 8, got 9"):
@@ -241,9 +270,35 @@ def test_factors_that_do_not_make_up_the_delta_are_refused(
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(1))
     value = model.key_value_projections()[1][1]
     handle = value.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
-    with pytest.raises(icl.UnsupportedModelError, match="layer 1: expected ΔW_V to be the sum of its factors"):
+    with pytest.raises(icl.UnsupportedModelError, match="layer 1: expected the gradient of W_V to be the sum of its"):
         icl.finetune(model, prompts, lr=LR, factors=True, progress=False)
     handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "wrong"), [("K", 0.0), ("V", -1.0), ("K", 1.1)])
+def test_wrong_factors_are_seen_at_any_learning_rate(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    kind: str,
+    wrong: float,
+) -> None:
+    model = make_model("llama", dtype)
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(1))
+    assert icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False).factors is not None
+    recorder = sys.modules["icl_dual.finetune"]._FactorRecorder
+    keep = recorder._keep
+    if (dtype, wrong) == (torch.bfloat16, 1.1):
+        wrong = 3.0  # bfloat16's gradients are not that sure of themselves
+
+    def keep_wrong(self, layer: int, which: str, gradient: torch.Tensor) -> None:
+        keep(self, layer, which, gradient * wrong if which == kind else gradient)
+
+    monkeypatch.setattr(recorder, "_keep", keep_wrong)
+    with pytest.raises(icl.UnsupportedModelError, match=f"layer 0: expected the gradient of W_{kind}"):
+        icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False)
 
 
 def test_a_delta_with_factors_is_saved_and_loaded(llama_runs: Runs, tmp_path: Path) -> None:
