@@ -284,6 +284,7 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
             "exact split": f"{result.about['residuals']['split']:.1e}",
             "exact split, plain pass": f"{result.about['residuals']['plain']:.1e}",
             "realised = direct + inherited": f"{result.about['residuals']['realised']:.1e}",
+            "whole run against a plain pass": f"{result.about['residuals']['run']:.1e}",
             "ΔW_FT's run against the zero-shot run": f"{result.about['held_residual']:.1e}",
             "Σ e ⊗ x against ΔW": f"{result.about['factors_residual']:.1e}",
         }

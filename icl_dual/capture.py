@@ -32,8 +32,9 @@ METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "demo_scores", "query_score
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
 """What `icl_dual.decompose` needs."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-1, torch.bfloat16: 1e-1}
+"""Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64; over the
+layers of a real model, bfloat16's rounding adds up to 7e-2."""
 
 
 @dataclass(frozen=True)

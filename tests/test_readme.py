@@ -32,6 +32,8 @@ def test_the_examples_run_on_the_real_model(capsys: pytest.CaptureFixture[str]) 
     assert scope["split"].residual < 2e-6
     assert "Residuals(split=" in capsys.readouterr().out
     assert scope["updates"].cosine.isfinite().all()
+    assert scope["delta_W_ICL"].shape == (30, 3, 64, 64)
+    assert scope["W_ZSL"].shape == (20, 30, 3, 64, 64)
     plt.close("all")
 
 
