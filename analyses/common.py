@@ -1,5 +1,6 @@
 """What the scripts share: the tasks' titles, the learning rates chosen for them, and how figures are laid out."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,27 @@ ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
 """What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
 
 
+def cell_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that settle a script's cells."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
+    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
+    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
+    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
+    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
+    add("--device", default="cpu", help="(%(default)s)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="the weights' type (float32)",
+    )
+    return parser
+
+
 def default_lr(model: str, task: str) -> float:
+    """The rate chosen for a model and a task on selection queries."""
     chosen = json.loads((DATA / "default_lr.json").read_text())
     try:
         return chosen[model][task]

@@ -16,7 +16,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from common import DATA, ERRORS, TITLES, default_lr, finish, panels
+import torch
+from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
 from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import icl_dual as icl
 from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.decompose import tidy
+from icl_dual.study import refuse_different
 
 ROWS = {
     "demonstration_mass": "softmax share of the demonstrations, w",
@@ -64,14 +66,9 @@ class Result:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
-    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
-    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
-    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
     add("--seed", type=int, default=1, help="draws the demonstrations and the null's directions (%(default)s)")
-    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
     add("--rank", type=int, default=4, help="leading singular directions compared by their angles (%(default)s)")
     add("--out", type=Path, default=Path("figures/decomposition"), help="where everything goes (%(default)s)")
     return parser.parse_args()
@@ -131,14 +128,11 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         folder = args.out / "cells" / cell.name
         if folder.exists():
             tensors, metadata = load_tensors(folder)
-            if metadata["settings"] != settings:
-                raise icl.StudyError(
-                    f"{folder} was made with other settings: {metadata['settings']} (wanted {settings}). Use another "
-                    "output folder, or delete this one"
-                )
+            refuse_different(folder, settings, metadata["settings"])
+            refuse_different(folder, {"dtype": args.dtype}, metadata["about"])
             yield Result(name, tensors, metadata["about"])
             continue
-        model = model or icl.load_model(args.model)
+        model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))
         result = run(model, cell, args.rank)
         save_tensors(folder, result.tensors, {"settings": settings, "about": result.about})
         yield result
@@ -276,7 +270,7 @@ def shorten(text: str, length: int = 44) -> str:
 def write_readme(found: list[Result], args: argparse.Namespace) -> None:
     about = found[0].about
     given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seed": args.seed, "rank": args.rank}
-    given |= {"k": args.k, "lr": args.lr, "out": args.out}
+    given |= {"k": args.k, "lr": args.lr, "dtype": args.dtype, "out": args.out}
     words = [f"--{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in given.items() if v is not None]
     residuals = pd.DataFrame(
         {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, ERRORS, TITLES, default_lr, finish, panels
+from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
 
 import icl_dual as icl
 from icl_dual.plots import LAYERWISE
@@ -37,18 +37,11 @@ Results = Sequence[icl.CellResult]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
-    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
-    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
-    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[1], help="draws of the demonstrations (%(default)s)")
-    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
     add("--loss", choices=("all", "label"), default="all", help="finetuning's loss: all tokens, or the label word's")
     add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as they fall)")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     add("--out", type=Path, default=Path("figures"), help="where cells, tables and figures go (%(default)s)")
     return parser.parse_args()
 

@@ -196,18 +196,19 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
     result = load_cell(folder)
-    _refuse_different(folder, asdict(cell), asdict(result.cell))
-    _refuse_different(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
+    refuse_different(folder, asdict(cell), asdict(result.cell))
+    refuse_different(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
     return result
 
 
 def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
     for cell, result in done.items():
         if cell.model == model.name:
-            _refuse_different(Path(cell.name), _origin(model), result.provenance)
+            refuse_different(Path(cell.name), _origin(model), result.provenance)
 
 
-def _refuse_different(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+def refuse_different(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise a StudyError where what a folder holds was made with other settings than are wanted now."""
     different = [f"{key}={found[key]!r} (wanted {wanted[key]!r})" for key in wanted if found[key] != wanted[key]]
     if different:
         raise StudyError(

@@ -158,7 +158,7 @@ class _HeldPass:
             nonlocal worst
             assert zsl.attn_out is not None
             expected = zsl.attn_out[self.batch, layer]
-            off = output[torch.arange(len(self.batch)), self.last].to(expected) - expected
+            off = output[torch.arange(len(self.batch), device=self.last.device), self.last].to(expected) - expected
             residual = (off.norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not residual <= TOLERANCE[self.model.dtype]:
                 raise UnsupportedModelError(
