@@ -3,7 +3,6 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 
@@ -52,10 +51,10 @@ def default_lr(model: str, task: str) -> float:
         ) from None
 
 
-def panels(n: int, rows: int = 1, *, sharey: Literal["row", "none"] = "row") -> tuple[Figure, list[list[Axes]]]:
+def panels(n: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row."""
-    size = 1.2 + 2.6 * n, 0.8 + 2.6 * rows
-    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=sharey)
+    size = max(7.5, 1.2 + 2.6 * n), 0.8 + 2.6 * rows
+    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row")
     return fig, [list(row) for row in axes]
 
 

@@ -114,6 +114,8 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
 
 def results(args: argparse.Namespace) -> Iterator[Result]:
     """Finished cells, read where they are complete and run where they are not."""
+    if args.rank < 1:
+        raise icl.StudyError(f"expected a rank of at least 1, got {args.rank}")
     model: icl.Model | None = None
     for name in tqdm(dict.fromkeys(args.tasks), unit="cell"):
         cell = icl.Cell(
@@ -177,6 +179,7 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
     for ax, result in columns(axes, found):
         series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
         icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
+        ax.set_ylim(-1.2, 2.2)  # where both parts cancel, shares leave every scale: layers.csv has them
         ax.label_outer()
     finish(fig, axes, f"Direct and inherited update of the attention output, {about}", args.out / "direct_inherited")
 
@@ -203,6 +206,8 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
                 for kind in (name, f"{name}_random")
             )
             icl.plots.against_null(*pair, ylabel=label, ax=ax)
+            if "angles" in name:
+                ax.set_ylim(30, 90)
             ax.label_outer()
     finish(fig, rows[0], f"ΔW_ICL against ΔW_FT, {about}", args.out / "updates")
 
@@ -211,6 +216,7 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
         for ax, result in columns(axes, found):
             series = {f"ΔW_{kind}": result.tensors[f"{name}_{kind}"][None] for kind in "KV"}
             icl.plots.by_layer(series, ylabel=label, ax=ax)
+            ax.set_yscale("log" if name == "norm" else "linear")
             ax.label_outer()
     finish(fig, rows[0], f"What finetuning changed, {args.model}, seed {args.seed}", args.out / "delta")
 
@@ -233,7 +239,7 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
     first = groups.index("separators")
     names = ["separators", *(shorten(text) for text in result.about["demonstrations"])]
     fig, (above, below) = plt.subplots(
-        2, 1, figsize=(10, 1.8 + 0.2 * len(names)), layout="constrained", height_ratios=[1, 0.12 * len(names)]
+        2, 1, figsize=(10, 2.8 + 0.2 * len(names)), layout="constrained", height_ratios=[1, 0.12 * len(names)]
     )
     one = {name: result.tensors[name][:1] for name in ("demonstration_mass", "direct_share", "icl_share")}
     series = {
@@ -243,7 +249,7 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
     icl.plots.by_layer(series, ax=above)
     above.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     above.set_xlabel("")
-    icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of the layer's ΔICL", ax=below)
+    icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of ΔICL", ax=below)
     for ax in (above, below):
         ax.set_xlim(-0.5, len(one["icl_share"][0]) - 0.5)
     title = f"Which demonstrations feed ΔICL at which layer: “{shorten(result.about['first_query'], 70)}”"
@@ -252,7 +258,7 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
 
 def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None:
     names = [shorten(text) for text in result.about["demonstrations"]]
-    fig, axes = plt.subplots(1, 2, figsize=(13, 1 + 0.2 * len(names)), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(13, 2 + 0.2 * len(names)), layout="constrained", sharey=True)
     for ax, kind in zip(axes, "KV", strict=True):
         shares = result.tensors[f"demonstrations_{kind}"]
         icl.plots.demonstrations(shares, names, label=f"share of ΔW_{kind}", ax=ax)

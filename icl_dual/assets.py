@@ -305,6 +305,8 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         AssetError: the folder is missing, incomplete or damaged.
     """
+    if not folder.is_dir():
+        raise AssetError(f"expected a folder with tensors.safetensors and metadata.json, found no {folder}")
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
         with safe_open(folder / "tensors.safetensors", framework="pt") as file:
@@ -313,6 +315,17 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise AssetError(
             f"expected tensors.safetensors and metadata.json in {folder}, got {_first_line(error)}. Delete the folder "
             "to have it made again."
+        ) from error
+
+
+@contextmanager
+def reading(what: str, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong when tensors and metadata are not those of `what` into an AssetError that says so."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise AssetError(
+            f"expected a saved {what} in {folder}, got something else, or of another version ({error!r})"
         ) from error
 
 

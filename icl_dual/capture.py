@@ -37,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-1, torc
 layers of a real model, bfloat16's rounding adds up to 7e-2."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeysValues:
     """Keys (as scored) and values of the demonstrations, shared by all queries, and of each query's own tokens."""
 
@@ -47,6 +47,9 @@ class KeysValues:
     query_keys: Float[Tensor, "query layer own_pos kv_head d_head"]
     """Of the start token and the query's tokens, zero past the query's end."""
     query_values: Float[Tensor, "query layer own_pos kv_head d_head"]
+
+    def __repr__(self) -> str:
+        return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Capture:
 
     def __repr__(self) -> str:
         kept = [name for name in get_args(Field) if getattr(self, name) is not None]
-        shapes = [f"{name}[{' '.join(f'{axis}={n}' for axis, n in self.axes(name).items())}]" for name in kept]
+        axes = [" ".join(f"{axis}={n}" for axis, n in self.axes(name).items()) for name in kept]
+        shapes = [f"{name}[{shape}]" if shape else name for name, shape in zip(kept, axes, strict=True)]
         return (
             f"Capture({self.model!r}, {len(self.prompts.queries)} queries after {len(self.prompts.demonstrations)} "
             f"demonstrations, accuracy={self.accuracy:.3f}, residual={self.residual:.1e}, {', '.join(shapes)})"
@@ -169,13 +173,18 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
     weights = {"model": model.fingerprint(), "icl": icl.fingerprint, "zsl": zsl.fingerprint}
     if len(set(weights.values())) > 1:
         raise ValueError(
-            f"expected captures of the model as it is now, got other weights (fingerprints {weights}): was one made "
-            "within `with delta.applied(model):` and the other not?"
+            f"expected captures of the model as it is now, got other weights or another dtype ({weights}): was one "
+            "made within `with delta.applied(model):` and the other not?"
+        )
+    if zsl.prompts.demonstrations:
+        raise ValueError(
+            f"expected zsl to be without demonstrations, got {zsl.prompts}: are icl and zsl swapped? Capture zsl with "
+            "prompts.zero_shot()"
         )
     if zsl.prompts != icl.prompts.zero_shot():
         raise ValueError(
             "expected captures of the same queries at the same positions: zsl of icl's prompts.zero_shot(), got "
-            f"{icl.prompts} and {zsl.prompts}"
+            f"{icl.prompts} and {zsl.prompts}, which differ"
         )
 
 

@@ -24,7 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, save_tensors
+from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, refuse_unpaired
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
@@ -67,6 +67,10 @@ class Residuals(NamedTuple):
     """The captured run against that plain pass: rounding of all layers up to this one, in two orders of summation."""
     realised: Float[Tensor, " layer"]
     """Direct + inherited against h_ICL − h_ZSL; relative to h_ICL, of which this is a difference."""
+
+    def __repr__(self) -> str:
+        largest = ", ".join(f"{name}={found.max():.1e}" for name, found in self._asdict().items())
+        return f"Residuals({largest}: the largest of {len(self.split)} layers)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,15 +187,16 @@ class Decomposition:
             AssetError: the folder is missing or damaged.
         """
         tensors, metadata = load_tensors(Path(folder))
-        return cls(
-            model=metadata["model"],
-            prompts=Prompts(**{name: _tuples(value) for name, value in metadata["prompts"].items()}),
-            relaxation=Relaxation(*(tensors[f"relaxation/{name}"] for name in Relaxation._fields)),
-            residuals=Residuals(*(tensors[f"residuals/{name}"] for name in Residuals._fields)),
-            b_O=tensors.pop("b_O", None),
-            b_V=tensors.pop("b_V", None),
-            **{name: value for name, value in tensors.items() if "/" not in name},
-        )
+        with reading("Decomposition", folder):
+            return cls(
+                model=metadata["model"],
+                prompts=Prompts(**{name: _tuples(value) for name, value in metadata["prompts"].items()}),
+                relaxation=Relaxation(*(tensors[f"relaxation/{name}"] for name in Relaxation._fields)),
+                residuals=Residuals(*(tensors[f"residuals/{name}"] for name in Residuals._fields)),
+                b_O=tensors.pop("b_O", None),
+                b_V=tensors.pop("b_V", None),
+                **{name: value for name, value in tensors.items() if "/" not in name},
+            )
 
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, save_tensors
+from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import Prompts
 
@@ -139,8 +139,9 @@ class WeightDelta:
         tensors, metadata = load_tensors(Path(folder))
         parts = {name.removeprefix("factors/"): tensors.pop(name) for name in list(tensors) if "/" in name}
         residual = metadata.pop("factors_residual", None)
-        factors = None if residual is None else Factors(**parts, residual=residual)
-        return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
+        with reading("WeightDelta", folder):
+            factors = None if residual is None else Factors(**parts, residual=residual)
+            return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
 
 
 def finetune(

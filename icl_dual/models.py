@@ -232,7 +232,7 @@ class Model:
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.bridge.hook_dict for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
-        """What tells these weights from others, also from themselves with a delta applied: a short hash.
+        """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
 
         Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
         """
@@ -243,7 +243,7 @@ class Model:
             while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
                 stride += 1
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
 
     def _weights(self) -> Iterator[nn.Parameter]:
         """Every parameter, and the projections that the bridge has split out of fused ones and runs instead."""

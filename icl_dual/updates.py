@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, save_tensors
+from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import TOLERANCE, Capture, refuse_unpaired
 from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
@@ -81,7 +81,8 @@ class UpdateComparison:
             AssetError: the folder is missing or damaged.
         """
         tensors, about = load_tensors(Path(folder))
-        return cls(**tensors, **about)
+        with reading("UpdateComparison", folder):
+            return cls(**tensors, **about)
 
     def __repr__(self) -> str:
         return (
@@ -310,7 +311,10 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelt
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
     if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:
-        raise ValueError("expected a delta finetuned on the demonstrations of icl's prompts, in their order")
+        raise ValueError(
+            f"expected a delta finetuned on the {len(icl.prompts.demonstrations)} demonstrations of icl's prompts, in "
+            f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on icl's prompts"
+        )
     for run, name in ((icl, "q_scored"), (icl, "keys_values"), (zsl, "attn_out")):
         if getattr(run, name) is None:
             raise ValueError(f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}")

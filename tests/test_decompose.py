@@ -226,6 +226,17 @@ def test_a_decomposition_is_saved_and_loaded(
     assert torch.equal(loaded.direct, got.direct)
     assert torch.equal(loaded.value_bias, got.value_bias)
     assert loaded.residual == got.residual
+    assert re.match(r"Residuals\(split=\d.*: the largest of 3 layers\)", repr(got.residuals))
+
+
+def test_something_else_than_a_decomposition_is_not_loaded(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:
+    icl.finetune(llama, prompts, lr=0.05, progress=False).save(tmp_path / "delta")
+    decomposed(llama, prompts).save(tmp_path / "split")
+    for kind, folder in ((icl.Decomposition, "delta"), (icl.WeightDelta, "split"), (icl.UpdateComparison, "split")):
+        with pytest.raises(icl.AssetError, match=f"expected a saved {kind.__name__} in .*{folder}, got something else"):
+            kind.load(tmp_path / folder)
+    with pytest.raises(icl.AssetError, match=r"expected a folder with tensors\.safetensors .* found no .*none"):
+        icl.Decomposition.load(tmp_path / "none")
 
 
 def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
@@ -271,8 +282,8 @@ def test_a_zero_shot_capture_of_other_queries_positions_or_heads_is_refused(
     got, zsl = runs(llama, prompts)
     with pytest.raises(ValueError, match="same queries at the same positions"):
         icl.decompose(llama, got, runs(llama, build(llama, task, n=3))[1])
-    with pytest.raises(ValueError, match="same queries at the same positions"):
-        icl.decompose(llama, got, got)
+    with pytest.raises(ValueError, match=r"zsl to be without demonstrations, got .*: are icl and zsl swapped"):
+        icl.decompose(llama, zsl, got)
     assert zsl.z is not None
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(realised\)"):
         icl.decompose(llama, got, dataclasses.replace(zsl, z=zsl.z * 1.01))

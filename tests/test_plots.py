@@ -82,6 +82,21 @@ def test_heads_draws_layers_across_and_heads_upwards() -> None:
     plt.close("all")
 
 
+def test_values_by_other_axes_are_refused() -> None:
+    heads, by_layer, against_null = (  # as a user meets them, without the type checks that tests have on
+        getattr(function, "__wrapped__", function)
+        for function in (icl.plots.heads, icl.plots.by_layer, icl.plots.against_null)
+    )
+    by_layers, by_heads = torch.zeros(4, 3), torch.zeros(4, 3, 2)
+    with pytest.raises(ValueError, match=r"expected values by \[query layer head\], got a tensor of shape \[4, 3\]"):
+        heads(by_layers)
+    with pytest.raises(ValueError, match=r"expected values by \[query layer\], got a tensor of shape \[4, 3, 2\]"):
+        by_layer({"a": by_heads})
+    with pytest.raises(ValueError, match=r"expected values by \[query layer head\]"):
+        against_null(by_heads, by_layers)
+    plt.close("all")
+
+
 def test_demonstrations_are_drawn_from_the_top_and_named() -> None:
     shares = torch.tensor([[0.2, 0.8], [1.5, -0.5], [0.0, 1.0]])
     ax = icl.plots.demonstrations(shares, ["one", "two"], label="share")

@@ -204,7 +204,7 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     half = make_runs(make_model("llama", torch.bfloat16), task)
     with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
         half.compare()
-    with pytest.raises(ValueError, match="finetuned on the demonstrations of icl's prompts"):
+    with pytest.raises(ValueError, match="finetuned on the 5 demonstrations of icl's prompts, in their order, got"):
         runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]]))
     with runs.delta.applied(runs.model), pytest.raises(ValueError, match="got other weights"):
         runs.compare()
