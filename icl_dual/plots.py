@@ -123,6 +123,7 @@ def heads(
     )
     ax.set(xlabel="layer", ylabel="head")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if label:
         ax.figure.colorbar(image, ax=ax, label=label)
     return ax
@@ -149,6 +150,7 @@ def demonstrations(
     image = ax.imshow(shares.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set(xlabel="layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
     return ax
 
@@ -198,4 +200,5 @@ def _finish(ax: Axes, alone: bool, *, ylabel: str) -> None:
     if alone:
         ax.legend(frameon=False)
     ax.set(xlabel="layer", ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)

@@ -143,7 +143,7 @@ def test_deltas_save_and_load(llama: icl.Model, prompts: Prompts, tmp_path: Path
     for name, value in vars(delta).items():
         got = getattr(loaded, name)
         assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
-    with pytest.raises(icl.AssetError, match="expected a folder with tensors.safetensors and metadata.json, found no"):
+    with pytest.raises(icl.AssetError, match=r"expected a folder with tensors\.safetensors .*, found no"):
         icl.WeightDelta.load(tmp_path / "nothing")
 
 
