@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -83,10 +84,11 @@ def test_heads_draws_layers_across_and_heads_upwards() -> None:
 
 
 def test_values_by_other_axes_are_refused() -> None:
-    heads, by_layer, against_null = (  # as a user meets them, without the type checks that tests have on
+    functions: list[Any] = [  # as a user meets them, without the type checks that tests have on
         getattr(function, "__wrapped__", function)
         for function in (icl.plots.heads, icl.plots.by_layer, icl.plots.against_null)
-    )
+    ]
+    heads, by_layer, against_null = functions
     by_layers, by_heads = torch.zeros(4, 3), torch.zeros(4, 3, 2)
     with pytest.raises(ValueError, match=r"expected values by \[query layer head\], got a tensor of shape \[4, 3\]"):
         heads(by_layers)
