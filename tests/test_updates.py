@@ -126,6 +126,17 @@ def test_every_number_is_that_of_the_matrices_written_out(
                     assert got.action_cosine[query, layer, index].item() == pytest.approx(cosine, abs=2e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_float64_models_are_compared_although_their_angles_are_float32(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    single, double = (
+        make_runs(make_model(architecture, dtype), task).compare() for dtype in (torch.float32, torch.float64)
+    )
+    assert double.residual < 1e-5
+    torch.testing.assert_close(double.cosine, single.cosine, atol=1e-3, rtol=0)
+
+
 def test_the_windowed_model_tested_has_lost_demonstrations(
     make_model: Callable[..., icl.Model], task: icl.Task
 ) -> None:
