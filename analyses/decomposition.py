@@ -8,7 +8,6 @@ a stopped run goes on where it was, and drawing alone needs no model.
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -307,19 +306,12 @@ Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
     (args.out / "README.md").write_text(text)
 
 
-@contextmanager
-def errors_in_a_line() -> Iterator[None]:
-    try:
-        yield
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
-
-
 def main() -> None:
     args = parse()
     try:
-        with errors_in_a_line():
-            found = list(results(args))
+        found = list(results(args))
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
         sys.exit(130)

@@ -357,9 +357,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     ]
     own = [dual.Part(part.z[:, 0], part.lse[:, 0]) for part in own]
     demos = [dual.Part(part.z[0], part.lse[0]) for part in demos]
-    sink = dual.Part(torch.zeros_like(q), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype))
-    if scoring.sink is not None:
-        sink = sink._replace(lse=scoring.sink.to(q).expand(q.shape[:2]))
+    sink = scoring.with_sink(dual.Part(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
     z_0 = reduce(dual.merge, (sink, *own))
     delta_icl = dual.delta_icl(z_0, reduce(dual.merge, demos))
 
@@ -378,11 +376,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     )
 
 
-def _relax(
-    layer: _Layer,
-    where: _Where,
-    terms: _Terms,
-) -> Relaxation:
+def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
     """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and z."""
     scoring, q, own_k, own_v, demo_k, demo_v = layer
     delta_icl, z = terms.delta_icl, terms.start + terms.query + terms.delta_icl
@@ -390,8 +384,8 @@ def _relax(
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (demo_k, demo_v))
     weights = torch.einsum("qhd,khd->qhk", q, k).masked_fill(bias == -torch.inf, 0.0)
     update = torch.einsum("qhk,khd->qhd", weights, v)
-    seen = scoring.bias(where.rows[:, None], where.own)[:, 0, 0] > -torch.inf
-    output = update + dual.act_unformed(own_k * seen[..., None, None], own_v, q)
+    seen = scoring.visible(where.rows[:, None], where.own)[:, 0, :, None, None]
+    output = update + dual.act_unformed(own_k * seen, own_v, q)
     logits = (weights * scoring.scale + bias).masked_fill(bias == -torch.inf, torch.nan)
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),

@@ -279,14 +279,16 @@ class Scoring(NamedTuple):
         return attend(q, k, v, self.scale, self.softcap, bias)
 
     def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
-        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys.
-
-        A row sees no key after itself, and none further back than the window.
-        """
+        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys."""
+        hidden = ~self.visible(rows, keys).unsqueeze(1)
         distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
         bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
         return torch.where(hidden, -torch.inf, bias.to(rows.device))
+
+    def visible(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Bool[Tensor, "_ pos key"]:
+        """Which keys each row sees: none after itself, and none further back than the window."""
+        distance = rows[..., None] - keys[:, None]
+        return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
     @property
     def by_position(self) -> bool:

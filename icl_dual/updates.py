@@ -188,8 +188,7 @@ class _HeldPass:
         with delta.applied(self.model):
             self._run(hold)
         for scoring, before, after in zip(self.model.scoring, self.attention, tuned, strict=True):
-            bias = scoring.bias(self.positions[self.last][:, None], self.positions[None])
-            seen = (bias[:, 0, 0] > -torch.inf)[..., None, None]
+            seen = scoring.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
             keys_values = before.k, before.v * seen, after.k, after.v * seen
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
@@ -215,7 +214,7 @@ def _delta_w_icl(
     assert kept is not None
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
     rows = torch.tensor([n_prefix + len(prompts.queries[index]) - 1 for index in batch.tolist()])
-    seen = model.scoring[layer].bias(rows[None], torch.arange(n_start, n_prefix)[None])[0, 0] > -torch.inf
+    seen = model.scoring[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
     seen = seen[:1] if (seen == seen[:1]).all() else seen
     k, v = kept.demo_keys[layer].double(), kept.demo_values[layer].double()
     return dual.head_weights(k.expand(len(seen), *k.shape), v * seen[..., None, None])
