@@ -1,19 +1,24 @@
 """Running a model over prompts with hooks on → `Capture`.
 
-In-context learning is run as what it is: the zero-shot pass plus ΔICL.
+Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the shared part runs once:
 
-1. The demonstrations go through the model once; their keys and values at every layer are kept.
-2. Each query then runs alone, behind its start token, at its in-context positions. At every layer, past the start
-   token, the heads' output z_0 becomes z_0 + w (z_demo − z_0), from the layer's own queries and the kept keys and
-   values (`icl_dual.dual`). No key or value is copied per query.
+1. Start token, demonstrations and the tokens with which all queries begin (their template's) go through the model once,
+   in blocks; their keys and values at every layer are kept.
+2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
+   tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
+   the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
+   so that in-context learning is the zero-shot pass with the demonstrations merged in: z_0 + w (z_demo − z_0).
 3. What the metrics need is kept at each query's last token, the position that predicts the label.
 
-Nothing is taken on trust: every pass recomputes the heads' z_0 from queries, keys and values and holds it against the
-model's own, and a model's first capture holds the whole pass against a plain forward pass over a full prompt. A model
-that fails either is refused.
+Nothing is taken on trust: every pass recomputes the heads' output over the tokens it runs from their queries, keys and
+values and holds it against the model's own, and a model's first capture holds the whole pass against a plain forward
+pass over a full prompt. A model that fails either is refused.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts, Tokens
 
 Field = Literal["attn_out", "z", "q", "q_scored", "demo_scores", "query_scores", "keys_values"]
@@ -31,6 +36,14 @@ METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "demo_scores", "query_score
 """What the paper's metrics need."""
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
 """What `icl_dual.decompose` needs."""
+
+PREFIX_BLOCK = 256
+"""Prefix tokens run at once: a model's own attention takes memory by their square."""
+
+BATCH_OVERHEAD = 64
+"""What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 """Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64; over the
@@ -119,7 +132,7 @@ def capture(
     prompts: Prompts,
     *,
     fields: Collection[Field] = METRIC_FIELDS,
-    batch_size: int = 16,
+    batch_size: int = 64,
     progress: bool = True,
 ) -> Capture:
     """Run every query behind the shared demonstrations and keep what happens at its last token.
@@ -128,18 +141,20 @@ def capture(
         model: what to run; comes back as it was.
         prompts: queries with their demonstrations; `prompts.zero_shot()` for the zero-shot setting.
         fields: which tensors to keep; memory grows with the number of queries only by these.
-        batch_size: queries run at once.
+        batch_size: most queries to run at once; fewer where their lengths differ much, or where memory runs out.
         progress: show a progress bar.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
+        MemoryError: a single query does not fit in memory; says its size.
     """
     unknown = set(fields) - set(get_args(Field))
     if unknown:
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    _refuse_rotation_switch(model, prompts)
+    head = _shared_head(prompts)
+    _refuse_rotation_switch(model, prompts, head)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
         if model.pass_residual is None:
             try:
@@ -150,18 +165,19 @@ def capture(
                     f"got: {error}"
                 ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
-        prefix = _run_prefix(model, prompts)
-        recorder = _Recorder(model, prompts, fields, prefix)
+        context = _run_prefix(model, prompts.prefix + head)
+        recorder = _Recorder(model, prompts, fields, context)
+        rows = [query[len(head) :] for query in prompts.queries]
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
-        for batch, logits in _run_queries(model, prompts.start, prompts.queries, 1, prefix, batch_size, recorder):
+        for batch, logits in _run_queries(model, rows, 1, context, batch_size, recorder):
             first = [prompts.labels[label][0] for label in single]
             log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = _log_probs(logits)[
                 :, 0, first
             ].cpu()
             bar.update(len(batch))
         for label in set(range(len(prompts.labels))) - set(single):
-            log_probs[:, label] = _label_word_log_probs(model, prompts, prompts.labels[label], prefix, batch_size)
+            log_probs[:, label] = _label_word_log_probs(model, rows, prompts.labels[label], context, batch_size)
     return recorder.capture(log_probs)
 
 
@@ -189,129 +205,138 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """The demonstrations as every query meets them: their keys and values by layer, and how far they reach."""
+class _Context:
+    """The tokens before the rows that run, as every row meets them: keys and values by layer."""
 
-    keys: list[Float[Tensor, "demo_pos kv_head d_head"]]
-    values: list[Float[Tensor, "demo_pos kv_head d_head"]]
-    positions: Int[Tensor, " demo_pos"]
-    n_start: int
+    keys: list[Float[Tensor, "pos kv_head d_head"]]
+    values: list[Float[Tensor, "pos kv_head d_head"]]
     residual: float
 
+    @property
+    def n_pos(self) -> int:
+        return len(self.keys[0])
 
-def _run_prefix(model: Model, prompts: Prompts) -> _Prefix | None:
-    """Pass start token and demonstrations once; nothing to do without demonstrations."""
-    if not prompts.demonstrations:
-        return None
-    tokens = torch.tensor([prompts.prefix], device=model.device)
-    n_start, n_pos = len(prompts.start), tokens.shape[1]
-    positions = torch.arange(n_pos, device=model.device)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    residuals: list[float] = []
-
-    def on_attention(layer: int, attention: Attention) -> None:
-        keys.append(attention.k[0, n_start:])
-        values.append(attention.v[0, n_start:])
-        scoring, at = model.scoring[layer], positions[None]
-        last = scoring.with_sink(scoring.attend(attention.q[:, -1:], attention.k, attention.v, at[:, -1:], at))
-        residuals.append(_checked(model, layer, last.z, attention.z[:, -1:]))
-
-    model.run(tokens, read=positions[None, -1:], on_attention=on_attention)
-    return _Prefix(keys, values, positions[n_start:], n_start, max(residuals))
-
-
-class _QueryPass:
-    """What happens at every layer of a batch of queries: attention recomputed, checked, and ΔICL added."""
-
-    def __init__(self, model: Model, positions: Int[Tensor, " pos"], prefix: _Prefix | None) -> None:
-        self.model = model
-        self.positions = positions
-        self.prefix = prefix
-        self.residual = 0.0
-
-    def on_attention(self, layer: int, attention: Attention) -> Tensor | None:
-        scoring = self.model.scoring[layer]
-        index = torch.arange(len(self.positions), device=self.positions.device)
-        # The model itself knows distances only by the tokens it is given: it is checked as such, and where scores or
-        # masks depend on the distance across the demonstrations, z_0 is done again.
-        z_0 = self._own(attention, layer, index)
-        self.residual = max(self.residual, _checked(self.model, layer, z_0.z, attention.z))
-        if self.prefix is None:
-            return None
-        if scoring.by_position:
-            z_0 = self._own(attention, layer, self.positions)
-        n_start = self.prefix.n_start
-        z_0_past = dual.Part(z_0.z[:, n_start:], z_0.lse[:, n_start:])
-        added = dual.delta_icl(z_0_past, self._demonstrations(attention, layer))
-        return torch.cat((z_0.z[:, :n_start], z_0_past.z + added), dim=1)
-
-    def _own(self, attention: Attention, layer: int, positions: Int[Tensor, " pos"]) -> dual.Part:
-        """Attention over everything but the demonstrations: the query's own prompt, and the sink."""
-        scoring, at = self.model.scoring[layer], positions[None]
-        return scoring.with_sink(scoring.attend(attention.q, attention.k, attention.v, at, at))
-
-    def _demonstrations(self, attention: Attention, layer: int) -> dual.Part:
-        """Attention over the shared demonstrations: one matrix product for the whole batch, whose rows are stacked."""
-        assert self.prefix is not None
-        q = attention.q[:, self.prefix.n_start :]
+    def attend(self, scoring: dual.Scoring, layer: int, q: Tensor, positions: Int[Tensor, "1 pos"]) -> dual.Part:
+        """A batch's attention over the context: its rows, stacked, share one matrix product."""
         batch, n_pos = q.shape[:2]
-        z, lse = self.model.scoring[layer].attend(
+        z, lse = scoring.attend(
             q.reshape(1, batch * n_pos, *q.shape[2:]),
-            self.prefix.keys[layer][None],
-            self.prefix.values[layer][None],
-            self.positions[self.prefix.n_start :].repeat(batch)[None],
-            self.prefix.positions[None],
+            self.keys[layer][None],
+            self.values[layer][None],
+            positions.repeat(1, batch),
+            torch.arange(self.n_pos)[None],
         )
-        return dual.Part(z.view(q.shape), lse.view(q.shape[:-1]))
+        return dual.Part(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
+
+    def with_block(self, keys: list[Tensor], values: list[Tensor], residual: float) -> "_Context":
+        """The context with more tokens behind it."""
+        longer_keys = [torch.cat(pair) for pair in zip(self.keys, keys, strict=True)]
+        longer_values = [torch.cat(pair) for pair in zip(self.values, values, strict=True)]
+        return _Context(longer_keys, longer_values, max(self.residual, residual))
+
+
+def _run_prefix(model: Model, prefix: Tokens) -> _Context:
+    """Pass what the queries share once, in blocks that each run behind the ones before."""
+    empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
+    context = _Context([empty] * model.n_layers, [empty] * model.n_layers, 0.0)
+    # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
+    block = PREFIX_BLOCK if model.rotation_switch is None else len(prefix)
+    for first in range(0, len(prefix), block):
+        tokens = torch.tensor([prefix[first : first + block]], device=model.device)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def show(layer: int, attention: Attention, keys: list[Tensor] = keys, values: list[Tensor] = values) -> None:
+            keys.append(attention.k[0])
+            values.append(attention.v[0])
+
+        try:
+            _, residual = _run_behind(model, context, tokens, torch.zeros_like(tokens[:, :1]), show)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise _does_not_fit(model, "demonstration", tokens, context, error) from error
+        context = context.with_block(keys, values, residual)
+    return context
+
+
+def _run_behind(
+    model: Model,
+    context: _Context,
+    tokens: Int[Tensor, "batch pos"],
+    read: Int[Tensor, "batch n_read"],
+    show: Callable[[int, Attention], None],
+    on_output: OnTensor | None = None,
+) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
+    """Run rows behind a context; `show` sees each layer's attention with the z of the whole prompt.
+
+    Returns logits at the positions read, and the residual of the heads' output over the rows' own tokens.
+    """
+    positions = context.n_pos + torch.arange(tokens.shape[1])[None]
+    residuals: list[Tensor] = []
+
+    def on_attention(layer: int, attention: Attention) -> Tensor | None:
+        scoring, (q, k, v, z, _) = model.scoring[layer], attention
+        if not context.n_pos:  # nothing to merge: the last row, which sees all, is enough to check
+            last = scoring.with_sink(scoring.attend(q[:, -1:], k, v, positions[:, -1:], positions))
+            residuals.append(_residual(last.z, z[:, -1:]))
+            show(layer, attention)
+            return None
+        own = scoring.with_sink(scoring.attend(q, k, v, positions, positions))
+        residuals.append(_residual(own.z, z))
+        z = dual.merge(own, context.attend(scoring, layer, q, positions)).z
+        show(layer, attention._replace(z=z))
+        return z
+
+    logits = model.run(tokens, positions=positions[0], read=read, on_attention=on_attention, on_output=on_output)
+    return logits, _checked(model, residuals)
 
 
 class _Recorder:
-    """Keeps the asked-for fields of every query at its recorded position."""
+    """Keeps the asked-for fields of every query at its recorded position.
 
-    def __init__(self, model: Model, prompts: Prompts, fields: Collection[Field], prefix: _Prefix | None) -> None:
-        self.model, self.prompts, self.prefix = model, prompts, prefix
-        self.residual = 0.0 if prefix is None else prefix.residual
-        self.n_start = len(prompts.start)
+    What concerns the context's tokens, the shared head of the queries among them, is filled in at the end.
+    """
+
+    def __init__(self, model: Model, prompts: Prompts, fields: Collection[Field], context: _Context) -> None:
+        self.model, self.prompts, self.context, self.fields = model, prompts, context, fields
+        self.residual = context.residual
+        self.n_head = context.n_pos - len(prompts.prefix)
+        self.n_shared = len(prompts.start) + self.n_head
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
         longest = max(map(len, prompts.queries))
-        self.demo_tokens = (prompts.demonstration_positions - self.n_start).to(model.device)
-        own = (n_queries, n_layers, self.n_start + longest, model.n_key_value_heads, model.d_head)
+        own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
         shapes = {
             "attn_out": (n_queries, n_layers, model.d_model),
             "z": (n_queries, n_layers, n_heads, model.d_head),
             "q": (n_queries, n_layers, n_heads, model.d_head),
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
-            "demo_scores": (n_queries, n_layers, n_heads, len(self.demo_tokens)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
         }
+        needed = {*fields, "q_scored"} if {"demo_scores", "query_scores"} & {*fields} else fields
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
-        self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
+        self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in needed}
         if "keys_values" in fields:
             self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
-        """Keep a layer's attention, whose z is the in-context one, that replaces the model's own."""
+        """Keep a layer's attention."""
         kept, scoring = self.kept, self.model.scoring[layer]
         rows = torch.arange(len(batch), device=last.device)
         for name, tensor in (("z", attention.z), ("q", attention.q_content), ("q_scored", attention.q)):
             if name in kept:
                 kept[name][batch, layer] = tensor[rows, last].to(kept[name])
-        q = attention.q[rows, last].unsqueeze(1)
-        if "demo_scores" in kept and self.prefix is not None:
-            keys = self.prefix.keys[layer][self.demo_tokens][None].expand(len(batch), -1, -1, -1)
-            found = dual.scores(q, keys, scoring.scale, scoring.softcap).flatten(1, 2)
-            kept["demo_scores"][batch, layer] = found.to(kept["demo_scores"])
+        n_pos = attention.k.shape[1]
+        past_end = torch.arange(n_pos, device=last.device) > last[:, None]
         if "query_scores" in kept:
-            found = dual.scores(q, attention.k[:, self.n_start :], scoring.scale, scoring.softcap).flatten(1, 2)
-            past_end = torch.arange(found.shape[-1], device=last.device) > (last - self.n_start)[:, None]
-            found = found.masked_fill(past_end[:, None], 0.0)
-            kept["query_scores"][batch, layer, :, : found.shape[-1]] = found.to(kept["query_scores"])
+            q = attention.q[rows, last].unsqueeze(1)
+            found = dual.scores(q, attention.k, scoring.scale, scoring.softcap).flatten(1, 2)
+            found = found.masked_fill(past_end[:, None], 0.0).cpu()
+            kept["query_scores"][batch, layer, :, self.n_head : self.n_head + n_pos] = found
         if "query_keys" in kept:
-            n_pos = attention.k.shape[1]
-            past_end = (torch.arange(n_pos, device=last.device) > last[:, None])[..., None, None]
             for name, tensor in (("query_keys", attention.k), ("query_values", attention.v)):
-                kept[name][batch, layer, :n_pos] = tensor.masked_fill(past_end, 0.0).to(kept[name])
+                own = tensor.masked_fill(past_end[..., None, None], 0.0).to(kept[name])
+                kept[name][batch, layer, self.n_shared : self.n_shared + n_pos] = own
 
     def on_output(
         self, layer: int, output: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
@@ -321,10 +346,12 @@ class _Recorder:
             self.kept["attn_out"][batch, layer] = output[rows, last].to(self.kept["attn_out"])
 
     def capture(self, log_probs: Float[Tensor, "query label"]) -> Capture:
-        kept = self.kept
-        keys_values = None
-        if "query_keys" in kept:
-            keys_values = KeysValues(*self._demo_keys_values(), kept["query_keys"], kept["query_values"])
+        if "query_scores" in self.kept:
+            head = torch.arange(len(self.prompts.prefix), self.context.n_pos)
+            self.kept["query_scores"][..., : self.n_head] = self._scores_over(head)
+        kept = {name: self.kept[name] for name in self.fields if name in self.kept}
+        if "demo_scores" in self.fields:
+            kept["demo_scores"] = self._scores_over(self.prompts.demonstration_positions)
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
@@ -336,85 +363,143 @@ class _Recorder:
             q_scored=kept.get("q_scored"),
             demo_scores=kept.get("demo_scores"),
             query_scores=kept.get("query_scores"),
-            keys_values=keys_values,
+            keys_values=self._keys_values() if "keys_values" in self.fields else None,
             residual=self.residual,
         )
 
-    def _demo_keys_values(self) -> tuple[Tensor, Tensor]:
-        model, dtype = self.model, self.kept["query_keys"].dtype
-        if self.prefix is None:
-            empty = torch.zeros(model.n_layers, 0, model.n_key_value_heads, model.d_head, dtype=dtype)
-            return empty, empty.clone()
-        return torch.stack(self.prefix.keys).to("cpu", dtype), torch.stack(self.prefix.values).to("cpu", dtype)
+    def _scores_over(self, positions: Int[Tensor, " token"]) -> Float[Tensor, "query layer head token"]:
+        """All queries' scores over tokens of the context."""
+        q = self.kept["q_scored"]
+        found = q.new_zeros(*q.shape[:3], len(positions))
+        for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
+            shown = keys[positions.to(keys.device)][None]
+            scores = dual.scores(q[None, :, layer].to(keys), shown, scoring.scale, scoring.softcap)
+            found[:, layer] = scores.view(q.shape[2], len(q), len(positions)).transpose(0, 1)
+        return found
+
+    def _keys_values(self) -> KeysValues:
+        n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
+        query_keys, query_values = self.kept["query_keys"], self.kept["query_values"]
+        keys, values = (torch.stack(found).to("cpu", self.dtype) for found in (self.context.keys, self.context.values))
+        for shared, own in ((keys, query_keys), (values, query_values)):
+            own[:, :, : self.n_shared] = torch.cat((shared[:, :n_start], shared[:, n_prefix:]), dim=1)
+        demos = slice(n_start, n_prefix)
+        return KeysValues(keys[:, demos].clone(), values[:, demos].clone(), query_keys, query_values)
 
 
 def _run_queries(
     model: Model,
-    start: Tokens,
     rows: Sequence[Tokens],
     n_read: int,
-    prefix: _Prefix | None,
+    context: _Context,
     batch_size: int,
     recorder: _Recorder | None = None,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_read d_vocab"]]]:
-    """Run rows behind the start token, shortest first, in batches padded on the right (causality keeps that exact).
+    """Run rows behind the context, in batches padded on the right (causality keeps that exact).
 
-    Yields each batch's row indices and the logits at its rows' last `n_read` tokens.
+    A batch that does not fit in memory is halved, and so are those after it. Yields each batch's row indices and the
+    logits at its rows' last `n_read` tokens.
     """
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    offset = 0 if prefix is None else len(prefix.positions)
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+    waiting = deque(_batches(list(map(len, rows)), batch_size))
+    while waiting:
+        batch = waiting.popleft()
         longest = max(len(rows[row]) for row in batch)
-        padded = [[*start, *rows[row], *[0] * (longest - len(rows[row]))] for row in batch]
-        tokens = torch.tensor(padded, device=model.device)
-        last = torch.tensor([len(start) + len(rows[row]) - 1 for row in batch], device=model.device)
-        positions = torch.arange(tokens.shape[1], device=model.device)
-        positions[len(start) :] += offset
-        query_pass = _QueryPass(model, positions, prefix)
+        tokens = torch.tensor([[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch], device=model.device)
+        last = torch.tensor([len(rows[row]) - 1 for row in batch], device=model.device)
+        read = last[:, None] - torch.arange(n_read - 1, -1, -1, device=model.device)
 
-        def on_attention(
-            layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last, at: _QueryPass = query_pass
-        ) -> Tensor | None:
-            replaced = at.on_attention(layer, attention)
+        def show(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> None:
             if recorder is not None:
-                shown = attention if replaced is None else attention._replace(z=replaced)
-                recorder.on_attention(layer, shown, batch, last)
-            return replaced
+                recorder.on_attention(layer, attention, batch, last)
 
         def on_output(layer: int, output: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
             if recorder is not None:
                 recorder.on_output(layer, output, batch, last)
 
-        read = last[:, None] - torch.arange(n_read - 1, -1, -1, device=model.device)
-        logits = model.run(tokens, positions=positions, read=read, on_attention=on_attention, on_output=on_output)
-        if recorder is not None:
-            recorder.residual = max(recorder.residual, query_pass.residual)
-        yield batch, logits
+        try:
+            logits, residual = _run_behind(model, context, tokens, read, show, on_output)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise _does_not_fit(model, "query", tokens, context, error) from error
+            half = (len(batch) + 1) // 2
+        else:
+            if recorder is not None:
+                recorder.residual = max(recorder.residual, residual)
+            yield batch, logits
+            continue
+        # Out of the handler, whose traceback holds on to the memory of what failed.
+        if half < batch_size:
+            log.warning("%d queries of %d tokens do not fit in memory: %d at a time", len(batch), longest, half)
+        batch_size = half
+        waiting = deque(
+            whole[first : first + half] for whole in (batch, *waiting) for first in range(0, len(whole), half)
+        )
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows of like lengths together: the split of the sorted rows that costs least, padding and batches counted."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    cost, begins = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        options = range(max(0, end - batch_size), end)
+        found = [cost[begin] + (end - begin) * longest + BATCH_OVERHEAD for begin in options]
+        cost.append(min(found))
+        begins.append(options[found.index(cost[-1])])
+    batches = []
+    end = len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type for this on accelerators; on CPUs, it is the words that tell."""
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def _does_not_fit(
+    model: Model, what: str, tokens: Int[Tensor, "1 pos"], context: _Context, error: Exception
+) -> MemoryError:
+    return MemoryError(
+        f"expected memory for a single {what} block of {tokens.shape[1]} tokens behind {context.n_pos} tokens in "
+        f"{model!r}, got: {error}. Use fewer or shorter demonstrations, a smaller model or half precision"
+    )
 
 
 def _label_word_log_probs(
-    model: Model, prompts: Prompts, label: Tokens, prefix: _Prefix | None, batch_size: int
+    model: Model, queries: Sequence[Tokens], label: Tokens, context: _Context, batch_size: int
 ) -> Float[Tensor, " query"]:
     """Mean log-probability per token of a label word of several tokens, each read after the ones before it."""
-    rows = [query + label[:-1] for query in prompts.queries]
+    rows = [query + label[:-1] for query in queries]
     means = torch.zeros(len(rows), dtype=torch.promote_types(model.dtype, torch.float32))
     target = torch.tensor(label, device=model.device)
-    for batch, logits in _run_queries(model, prompts.start, rows, len(label), prefix, batch_size):
+    for batch, logits in _run_queries(model, rows, len(label), context, batch_size):
         log_probs = _log_probs(logits)
         means[batch] = log_probs.gather(-1, target.expand(len(batch), -1)[..., None]).squeeze(-1).mean(-1).cpu()
     return means
 
 
-def _refuse_rotation_switch(model: Model, prompts: Prompts) -> None:
+def _shared_head(prompts: Prompts) -> Tokens:
+    """The tokens with which all queries begin, up to the recorded position, which stays each query's own."""
+    first, last = min(prompts.queries), max(prompts.queries)  # in dictionary order: what these share, all do
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
+    return tuple(token for token, _ in same)
+
+
+def _refuse_rotation_switch(model: Model, prompts: Prompts, head: Tokens) -> None:
     """Keys kept from a short prefix are wrong for a model that turns all its keys anew once the prompt is long."""
-    switch, prefix = model.rotation_switch, len(prompts.prefix)
-    longest = prefix + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
-    if prompts.demonstrations and switch is not None and prefix <= switch < longest:
+    switch, shared = model.rotation_switch, len(prompts.prefix) + len(head)
+    longest = len(prompts.prefix) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
+    if switch is not None and shared <= switch < longest:
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}) rotates all keys anew past {switch} tokens: expected demonstrations "
-            f"and queries on one side of that, got {prefix} tokens of demonstrations and {longest} with the longest "
-            "query. Use fewer demonstrations, or more"
+            f"and queries on one side of that, got {shared} tokens that the queries share and {longest} with the "
+            "longest query. Use fewer demonstrations, or more"
         )
 
 
@@ -422,21 +507,23 @@ def _log_probs(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _relative(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+def _residual(got: Tensor, expected: Tensor) -> Tensor:
+    return (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
 
 
-def _checked(model: Model, layer: int, z: Tensor, model_z: Tensor) -> float:
-    """The recomputed heads' relative difference from the model's own; refused above rounding level."""
-    residual = _relative(z, model_z)
-    if not residual <= TOLERANCE[model.dtype]:
+def _checked(model: Model, residuals: Sequence[Tensor]) -> float:
+    """The largest of a pass's residuals, by layer; refused above rounding level."""
+    found = torch.stack(list(residuals)).double().cpu()
+    wrong = (~(found <= TOLERANCE[model.dtype])).nonzero()
+    if len(wrong):
+        layer = int(wrong[0])
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}), layer {layer}: attention recomputed from queries, keys and values "
-            f"is off by {residual:.1e} of the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
+            f"is off by {found[layer]:.1e} of the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
             "attention does more than softmax over scaled scores (position biases, sinks, gates, a norm before W_O …) "
             "and cannot be split exactly here"
         )
-    return residual
+    return found.max().item()
 
 
 def _measure_pass(model: Model) -> float:
@@ -455,12 +542,12 @@ def _measure_pass(model: Model) -> float:
         torch.tensor([[*prompts.prefix, *query] for query in queries], device=model.device),
         on_output=lambda layer, output: plain.append(output[:, -1]),
     )
-    recorder = _Recorder(model, prompts, ("attn_out",), prefix := _run_prefix(model, prompts))
-    list(_run_queries(model, prompts.start, queries, 1, prefix, 2, recorder))
+    recorder = _Recorder(model, prompts, ("attn_out",), context := _run_prefix(model, prompts.prefix))
+    list(_run_queries(model, queries, 1, context, 2, recorder))
     worst = 0.0
     for layer, expected in enumerate(plain):
         got = recorder.kept["attn_out"][:, layer].to(expected)
-        worst = max(worst, residual := _relative(got, expected))
+        worst = max(worst, residual := _residual(got, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
                 f"{model.name} ({model.architecture}), layer {layer}: the zero-shot pass with ΔICL added is off by "

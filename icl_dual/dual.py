@@ -194,11 +194,13 @@ def attend(
     scale: float,
     softcap: float | None = None,
     bias: Float[Tensor, "#batch #head #pos key"] | None = None,
+    causal: bool = False,
 ) -> Part:
     """Attention of every row over one group of keys.
 
-    `bias` is added to the scores: position biases, and −∞ for a key that a row does not see. A row that sees no key of
-    the group has output 0 and log-sum-exp −∞, so that it takes no share in a merge.
+    `bias` is added to the scores: position biases, and −∞ for a key that a row does not see. `causal` says that the
+    rows are the keys' own tokens, in order, and see none after themselves. A row that sees no key of the group has
+    output 0 and log-sum-exp −∞, so that it takes no share in a merge.
     """
     batch, n_pos, n_heads, d_head = q.shape
     n_keys, n_kv_heads = k.shape[1:3]
@@ -206,10 +208,14 @@ def attend(
     if n_keys == 0:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return Part(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
+    if softcap is None and bias is None and q.device.type == "cpu":
+        return _attend_fused(q, k, v, scale, causal)
     weights = scores(q, k, scale, softcap)
+    by_head = weights.view(batch, n_kv_heads, group, n_pos, n_keys)
     if bias is not None:
-        by_head = bias.unflatten(1, (n_kv_heads, group)) if bias.shape[1] > 1 else bias.unsqueeze(1)
-        weights.view(batch, n_kv_heads, group, n_pos, n_keys).add_(by_head)
+        by_head.add_(bias.unflatten(1, (n_kv_heads, group)) if bias.shape[1] > 1 else bias.unsqueeze(1))
+    if causal:
+        by_head.masked_fill_(torch.ones(n_pos, n_keys, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite where all is hidden
     weights = weights.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -221,6 +227,14 @@ def attend(
         z.view(batch, n_kv_heads, group, n_pos, d_head).permute(0, 3, 1, 2, 4).reshape(q.shape),
         lse.view(batch, n_kv_heads, group, n_pos).permute(0, 3, 1, 2).reshape(batch, n_pos, n_heads),
     )
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+    """`attend` in torch's own fused kernel, which gives up its log-sum-exp."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))
+    z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
+    return Part(z.transpose(1, 2), lse.transpose(1, 2))
 
 
 def add_sink(part: Part, sink: Float[Tensor, " head"]) -> Part:
@@ -244,7 +258,7 @@ def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch he
 
 def merge(a: Part, b: Part) -> Part:
     """Softmax attention over the keys of two groups, from the attention over each."""
-    return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
+    return Part(torch.lerp(a.z, b.z, share(b, a).unsqueeze(-1)), torch.logaddexp(a.lse, b.lse))
 
 
 def masses(parts: Sequence[Part]) -> Float[Tensor, "*batch head group"]:
@@ -273,10 +287,16 @@ class Scoring(NamedTuple):
         keys: Int[Tensor, "#batch key"],
     ) -> Part:
         """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
-        bias = None
-        if self.by_position or k.shape[1] == 0 or bool(keys.max() > rows.min()):
-            bias = self.bias(rows, keys).to(torch.promote_types(q.dtype, torch.float32))
-        return attend(q, k, v, self.scale, self.softcap, bias)
+        bias, causal = None, False
+        if self.by_position:
+            bias = self.bias(rows, keys)
+        elif k.shape[1] and bool(keys.max() > rows.min()):
+            # Tokens in order among themselves need no mask to be made.
+            causal = torch.equal(rows, keys) and bool((rows.diff() > 0).all())
+            bias = None if causal else self.bias(rows, keys)
+        if bias is not None:
+            bias = bias.to(q.device, torch.promote_types(q.dtype, torch.float32))
+        return attend(q, k, v, self.scale, self.softcap, bias, causal)
 
     def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
         """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys."""

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
-from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.prompts import Prompts
 
 Loss = Literal["all", "label"]
@@ -174,8 +174,8 @@ def finetune(
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
-        size = _norm(before)
-        optimizer = torch.optim.SGD(parameters, lr=lr)
+        size, change = _norm(before), 0.0
+        optimizer = torch.optim.SGD(parameters, lr=lr, foreach=True)
         steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.demonstrations)
         for step, (tokens, label_length) in enumerate(
@@ -189,7 +189,8 @@ def finetune(
             if recorder is not None:
                 recorder.check(step)
             optimizer.step()
-            change = _norm(_differences(parameters, before)) / size
+            # The length of the path is no shorter than the change, and takes no copy of the weights to know.
+            change += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
             if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
                 raise DivergedError(
                     f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
@@ -273,11 +274,11 @@ def _step_loss(
     ids = torch.tensor([[*start, *tokens]], device=model.device)
     q: list[Tensor] = []
 
-    def on_attention(layer: int, attention: Attention) -> None:
-        q.append(_at_least_float32(attention.q_content[0, len(start) :]).detach().cpu())
+    def on_query(layer: int, queries: Tensor) -> None:
+        q.append(_at_least_float32(queries[0, len(start) :]).detach().cpu())
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
-    logits = model.run(ids, read=read[None], on_attention=on_attention)
+    logits = model.run(ids, read=read[None], on_query=on_query)
     return nn.functional.cross_entropy(_at_least_float32(logits[0]), ids[0, -n_targets:]), torch.stack(q)
 
 
@@ -301,7 +302,7 @@ def _differences(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return torch.stack([tensor.float().norm() for tensor in tensors]).norm().item()
+    return nn.utils.get_total_norm([_at_least_float32(tensor) for tensor in tensors]).item()
 
 
 def _by_kind(model: Model, deltas: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

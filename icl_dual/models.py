@@ -40,11 +40,14 @@ class Attention(NamedTuple):
     """Queries after norms but before rotation: what they say, apart from where they stand."""
 
 
-FINGERPRINT_ELEMENTS = 16384
-"""Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
+FINGERPRINT_ELEMENTS = 4096
+"""Enough of a matrix to touch its every head, few enough to cost nothing beside a forward pass."""
+
+HOOK_LEVEL = 1 << 20
+"""What tells the hooks of a run from anyone else's, when they are taken off again."""
 
 OnAttention = Callable[[int, Attention], Tensor | None]
-OnOutput = Callable[[int, Tensor], None]
+OnTensor = Callable[[int, Tensor], None]
 
 
 class Model:
@@ -76,6 +79,7 @@ class Model:
         self.d_vocab = int(cfg.d_vocab)
         self.rotation_switch = _rotation_switch(bridge)
         """Length past which long-context scaling rotates every position anew; `None` where it never does."""
+        self._hook_points: dict[str, Any] = bridge.hook_dict  # kept: collecting them takes as long as a layer
         self.scoring = [self._scoring(layer) for layer in range(self.n_layers)]
         self.pass_residual: float | None = None
         """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
@@ -132,7 +136,8 @@ class Model:
         positions: Int[Tensor, " pos"] | None = None,
         read: Int[Tensor, "batch n_read"] | None = None,
         on_attention: OnAttention | None = None,
-        on_output: OnOutput | None = None,
+        on_query: OnTensor | None = None,
+        on_output: OnTensor | None = None,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """A forward pass with hooks on, which are taken off again also when it fails.
 
@@ -141,6 +146,8 @@ class Model:
             positions: the tokens' positions; 0, 1, … where not given.
             read: positions to unembed, by row; all where not given.
             on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
+            on_query: called at every layer with its queries alone, `[batch pos head d_head]`, after norms and before
+                rotation: `Attention.q_content`, for a fraction of the hooks.
             on_output: called at every layer with the attention output, after W_O and before the residual sum,
                 `[batch pos d_model]`.
 
@@ -150,19 +157,20 @@ class Model:
         hooks = []
         batch, n_pos = tokens.shape
         if positions is None:
-            positions = torch.arange(n_pos, device=tokens.device)
+            positions = torch.arange(n_pos)
+        positions = positions.to(tokens.device)
         if on_attention is not None:
             for layer in range(self.n_layers):
                 hooks += self._attention_hooks(layer, on_attention, positions)
-        if on_output is not None:
-            hooks += [
+        for layer in range(self.n_layers):
+            if on_query is not None:
+                hooks.append(self._query_hook(layer, on_query))
+            if on_output is not None:
                 # Not the attention's own hook_out: Bloom's has the residual stream in it.
-                (f"blocks.{layer}.attn.o.hook_out", _watch_output(layer, on_output))
-                for layer in range(self.n_layers)
-            ]
+                hooks.append((f"blocks.{layer}.attn.o.hook_out", _watch(layer, on_output)))
         if read is not None:
             hooks.append(("unembed.hook_in", _gather(read)))
-        with self.bridge.hooks(fwd_hooks=hooks), _evaluating(self.bridge):
+        with self._hooked(hooks), _evaluating(self.bridge):
             # Without an explicit mask, transformers may read a jump in the positions as the border of packed sequences.
             return self.bridge(
                 tokens,
@@ -170,6 +178,18 @@ class Model:
                 attention_mask=torch.ones_like(tokens),
                 use_cache=False,
             )
+
+    @contextmanager
+    def _hooked(self, hooks: list[tuple[str, Callable]]) -> Iterator[None]:
+        """Hooks on, and off again: the bridge's own way collects all its hooks anew each time."""
+        points = [self._hook_points[name] for name, _ in hooks]
+        try:
+            for point, (_, hook_fn) in zip(points, hooks, strict=True):
+                point.add_hook(hook_fn, level=HOOK_LEVEL)
+            yield
+        finally:
+            for point in points:
+                point.remove_hooks("fwd", level=HOOK_LEVEL)
 
     def key_value_projections(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """Each layer's key and value projection: weights `[kv_head·d_head d_model]`, biases where there are any.
@@ -229,7 +249,7 @@ class Model:
     @property
     def rotary(self) -> bool:
         """Whether queries and keys are rotated by position, so that attention knows distances only."""
-        return any(f"blocks.{layer}.attn.hook_rot_q" in self.bridge.hook_dict for layer in range(self.n_layers))
+        return any(f"blocks.{layer}.attn.hook_rot_q" in self._hook_points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
         """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
@@ -286,8 +306,7 @@ class Model:
         def show(z: Tensor, hook: Any) -> Tensor | None:
             batch, n_pos = z.shape[:2]
             shape = (batch, n_pos, self.n_heads, self.d_head)
-            q = seen.get("q_normed", seen["q"])
-            q = q.transpose(1, 2) if "q_normed" in seen and q.ndim == 4 else q.reshape(shape)
+            q = self._by_head(seen.get("q_normed", seen["q"]), normed="q_normed" in seen)
             if "rot_q" in seen:
                 scored_q, scored_k = seen["rot_q"], seen["rot_k"]
             elif "cos" in seen:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
@@ -313,8 +332,22 @@ class Model:
             "cos": "hook_cos",
             "sin": "hook_sin",
         }
-        names = {name: hook for name, hook in wanted.items() if at + hook in self.bridge.hook_dict}
+        names = {name: hook for name, hook in wanted.items() if at + hook in self._hook_points}
         return [(at + hook, keep(name)) for name, hook in names.items()] + [(at + "hook_z", show)]
+
+    def _query_hook(self, layer: int, on_query: OnTensor) -> tuple[str, Callable]:
+        normed = f"blocks.{layer}.attn.hook_q_normed" in self._hook_points
+
+        def hook_fn(q: Tensor, hook: Any) -> None:
+            on_query(layer, self._by_head(q, normed))
+
+        return f"blocks.{layer}.attn.hook_q" + "_normed" * normed, hook_fn
+
+    def _by_head(self, q: Tensor, normed: bool) -> Float[Tensor, "batch pos head d_head"]:
+        """Queries as their hook shows them, heads apart; where each is normed by itself, heads come first there."""
+        if normed and q.ndim == 4:
+            return q.transpose(1, 2)
+        return q.reshape(*q.shape[:2], self.n_heads, self.d_head)
 
 
 def load_model(
@@ -386,9 +419,10 @@ def _refuse_unsupported(bridge: TransformerBridge) -> None:
     if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
         raise UnsupportedModelError(f"{architecture}: expected a decoder-only causal language model")
     wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
+    hooks = frozenset(bridge.hook_dict)
     for layer in range(cfg.n_layers):
         _refuse_attention(bridge, architecture, layer)
-        missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in bridge.hook_dict]
+        missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in hooks]
         if missing:
             raise UnsupportedModelError(
                 f"{architecture}, layer {layer}: expected softmax attention with hooks {wanted}, found no {missing}"
@@ -451,9 +485,9 @@ def _gather(read: Tensor) -> Callable:
     return hook_fn
 
 
-def _watch_output(layer: int, on_output: OnOutput) -> Callable:
-    def hook_fn(output: Tensor, hook: Any) -> None:
-        on_output(layer, output)
+def _watch(layer: int, on_tensor: OnTensor) -> Callable:
+    def hook_fn(tensor: Tensor, hook: Any) -> None:
+        on_tensor(layer, tensor)
 
     return hook_fn
 

