@@ -1,117 +1,316 @@
-"""How fast we are: capture against TransformerLens's run_with_cache, and ΔW_ICL against the prefix it comes from.
+"""How fast we are: capture, finetuning and a whole cell against the bare arithmetic and against the other tools.
 
-All run the same model on the same prompts in one process, in turns. What both captures hold, and what ΔW_ICL does with
-and without being formed, is checked equal before anything is timed. Machines are noisy: read the ratios of medians, not
-the seconds.
+All contenders (`contenders.py` says who they are) run the same model on the same prompts in one process, in turns.
+What they capture is checked equal before anything is timed. Machines are noisy: read the ratios of medians, not the
+seconds. Those that run prompt by prompt get every `--every`th query, and their time is multiplied accordingly. Peak
+memory is that of a process of its own, beyond the loaded model.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import contenders
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
 import torch
+from common import finish
+from contenders import BATCHED, PROMPT_BY_PROMPT, Race
 from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import icl_dual as icl
+from icl_dual import assets
 
-HOOKS = ("attn.hook_out", "attn.hook_q", "attn.hook_attn_scores")
+SAME = {"W_K": 1e-2}
+"""Relative differences that are rounding; 1e-4 where not given. Deltas are small differences of large weights."""
 
-
-def ours(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, torch.Tensor]:
-    run = icl.capture(model, prompts, progress=False)
-    assert run.attn_out is not None
-    assert run.demo_scores is not None
-    assert run.q is not None
-    return {"attn_out": run.attn_out, "q": run.q, "scores": run.demo_scores, "log_probs": run.label_log_probs}
-
-
-def tl_filtered(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, torch.Tensor]:
-    """The last position of each full prompt, with hooks only where something is kept."""
-    names = [f"blocks.{layer}.{hook}" for layer in range(model.n_layers) for hook in HOOKS]
-    first = [label[0] for label in prompts.labels]
-    kept: dict[str, list[torch.Tensor]] = {"attn_out": [], "q": [], "scores": [], "log_probs": []}
-    for query in tqdm(prompts.queries[:n], desc="run_with_cache", leave=False):
-        tokens = torch.tensor([[*prompts.prefix, *query]], device=model.device)
-        with torch.no_grad():
-            logits, cache = model.bridge.run_with_cache(tokens, names_filter=names, pos_slice=-1)
-        out, q, scores = (torch.stack([cache[f"blocks.{i}.{h}"][0] for i in range(model.n_layers)]) for h in HOOKS)
-        kept["attn_out"].append(out.flatten(1))
-        kept["q"].append(q.reshape(model.n_layers, model.n_heads, model.d_head))
-        scores = scores.reshape(model.n_layers, model.n_heads, -1)
-        kept["scores"].append(scores[..., prompts.demonstration_positions])
-        kept["log_probs"].append(logits[0, -1].log_softmax(-1)[first])
-    return {name: torch.stack(tensors) for name, tensors in kept.items()}
+RATIOS = {
+    "ours/bare": "capture takes {:.2f} times the bare in-context run, which keeps nothing",
+    "ours/floor": "and {:.2f} times the bare arithmetic of prefix and queries",
+    "ours_decomposed/bare": "with keys, values and the decomposition: {:.2f} times the bare in-context run",
+    "ours_decomposed/floor": "and {:.2f} times the bare arithmetic",
+    "ours/tl_prefix": "it takes {:.2f} times what is written by hand on TransformerLens, cached prefix and all",
+    "tl_filtered/ours": "it is {:.1f} times as fast as run_with_cache with a filter",
+    "tl_full/ours": "{:.1f} times as fast as run_with_cache",
+    "hf_outputs/ours": "{:.1f} times as fast as transformers' output_attentions",
+    "nnsight_prompts/ours": "{:.1f} times as fast as nnsight prompt by prompt",
+    "nnsight_prefix/ours": "{:.1f} times as fast as nnsight behind a cached prefix",
+    "finetune/kv_sgd": "finetuning takes {:.2f} times the bare loop",
+    "cell/floors": "a whole cell takes {:.2f} times its floors",
+    "measure/cell": "of which metrics and decomposition take {:.0%}",
+    "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
+    "act_unformed/prefix": "acting on a query without forming it takes {:.2%} of a bare prefix pass",
+}
 
 
-def contenders(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; the last three are all layers and heads of one prompt."""
-    run = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
+    """Relative differences of all that contenders capture from ours; an error where they are more than rounding."""
+    race = race.subset(list(range(min(4, len(race.prompts.queries)))))
+    expected = {**contenders.ours(race), **(contenders.finetune(race) if "kv_sgd" in names else {})}
+    differences: dict[str, dict[str, float]] = {}
+    for name in tqdm(names, desc="checking", leave=False):
+        got = (BATCHED | PROMPT_BY_PROMPT)[name](race)
+        differences[name] = {
+            what: ((got[what] - expected[what]).norm() / expected[what].norm()).item()
+            for what in got
+            if what in expected
+        }
+        if race.dtype.itemsize >= 4 and any(far > SAME.get(what, 1e-4) for what, far in differences[name].items()):
+            raise RuntimeError(f"expected {name} to capture what we do up to rounding, got {differences[name]}")
+    return differences
+
+
+def delta_w_steps(race: Race) -> dict[str, Callable[[], object]]:
+    """ΔW_ICL of all layers and heads, formed and not, beside the prefix pass that it comes from."""
+    run = icl.capture(race.model, race.subset([0]).prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     assert run.keys_values is not None
     assert run.q_scored is not None
     k, v, q = run.keys_values.demo_keys, run.keys_values.demo_values, run.q_scored[0]
     formed, unformed = icl.dual.act(icl.dual.head_weights(k, v), q), icl.dual.act_unformed(k, v, q)
     if (formed - unformed).norm() > 1e-4 * formed.norm():
         raise RuntimeError("expected ΔW_ICL q to be the same whether it is formed or not")
-    tokens = torch.tensor([prompts.prefix], device=model.device)
     return {
-        "ours": lambda: ours(model, prompts, n),
-        "tl_filtered": lambda: tl_filtered(model, prompts, n),
-        "prefix": lambda: model.run(tokens, read=torch.tensor([[tokens.shape[1] - 1]])),
+        "prefix": lambda: race.model.run(race.prefix, read=torch.zeros_like(race.prefix[:, :1])),
         "form_delta_w_icl": lambda: icl.dual.head_weights(k, v),
         "act_unformed": lambda: icl.dual.act_unformed(k, v, q),
     }
 
 
-RATIOS = {
-    "tl_filtered/ours": "capture is {:.1f}× as fast as run_with_cache, prompt by prompt",
-    "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
-    "act_unformed/prefix": "acting on a query without forming it takes {:.2%} of a bare prefix pass",
-    "act_unformed/form_delta_w_icl": "and {:.0%} of forming it",
-}
+def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """What is timed, by name, and what its time is multiplied by."""
+    queries = race.prompts.queries
+    part = race.subset(list(range(0, len(queries), every)))
+    scale = len(queries) / len(part.prompts.queries)
+    timed: dict[str, Callable[[], object]] = {}
+    for name in names:
+        run, on = (BATCHED | PROMPT_BY_PROMPT)[name], part if name in PROMPT_BY_PROMPT else race
+        timed[name] = lambda run=run, on=on: run(on)
+    if {"floor", "floor_zero_shot", "kv_sgd", "ours"} <= {*names}:
+        cell = contenders.run_cell(race)
+        timed["cell"] = lambda: contenders.measure_cell(race, contenders.run_cell(race))
+        timed["measure"] = lambda: contenders.measure_cell(race, cell)
+    if "ours" in names:
+        timed |= delta_w_steps(race)
+    return timed, {name: scale if name in PROMPT_BY_PROMPT else 1.0 for name in timed}
 
 
-def check_equal(model: icl.Model, prompts: icl.Prompts, n: int) -> dict[str, float]:
-    """Relative differences of everything captured; an error where they are more than rounding."""
-    got, expected = ours(model, prompts, n), tl_filtered(model, prompts, n)
-    differences = {name: ((got[name][:n] - e).norm() / e.norm()).item() for name, e in expected.items()}
-    if max(differences.values()) > 1e-4:
-        raise RuntimeError(f"expected both to capture the same to 1e-4, got {differences}")
-    return differences
+def time_all(race: Race, timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    with torch.no_grad(), tqdm(total=repeats * len(timed), desc="racing") as bar:
+        for _ in range(repeats):
+            for name, run in timed.items():
+                bar.set_postfix_str(name)
+                _synchronise(race)
+                started = time.perf_counter()
+                run()
+                _synchronise(race)
+                seconds[name].append(time.perf_counter() - started)
+                bar.update()
+    return seconds
+
+
+def _synchronise(race: Race) -> None:
+    if race.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_mb(race: Race, name: str) -> float:
+    """Most memory that a contender takes beyond the loaded model, in MB: of the process, or of the CUDA device."""
+    run = (BATCHED | PROMPT_BY_PROMPT)[name]
+    _ = race.hf if name in {"floor", "floor_zero_shot", "bare", "kv_sgd", "hf_outputs"} else race.model
+    if name.startswith("nnsight"):
+        _ = race.nnsight
+    if name == "ours_decomposed":
+        _ = race.zsl
+    gc.collect()
+    if race.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            run(race)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.no_grad(), _sampled() as found:
+        run(race)
+    return (max(found) - found[0]) / 1e6
+
+
+@contextmanager
+def _sampled() -> Iterator[list[int]]:
+    """This process's resident memory in bytes, first before and then every two milliseconds."""
+    process, done = psutil.Process(), threading.Event()
+    found = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            found.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
+    """Each contender's peak memory, in a process of its own."""
+    found = {}
+    for name in tqdm(names, desc="memory"):
+        same = ["--model", args.model, "--task", args.task, "--k", str(args.k), "--device", args.device]
+        command = [
+            sys.executable,
+            __file__,
+            *same,
+            "--queries",
+            str(args.queries),
+            "--dtype",
+            args.dtype,
+            "--peak",
+            name,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr[-2000:]}")
+        found[name] = float(done.stdout.split()[-1])
+    return found
+
+
+def random_model(folder: Path) -> str:
+    """A Llama of the 1.3B shape with random weights, saved with a tokenizer: 24 layers, 2048 wide, 16 heads."""
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
+        architectures=["LlamaForCausalLM"],
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def table(result: dict) -> pd.DataFrame:
+    """Seconds, times ours, and peak memory by contender, the fastest first."""
+    medians, ours = result["medians_s"], result["medians_s"]["ours"]
+    rows = [
+        {
+            "contender": name,
+            "what": ((BATCHED | PROMPT_BY_PROMPT)[name].__doc__ or "").split(".")[0].replace("`", ""),
+            "seconds": medians[name],
+            "× ours": medians[name] / ours,
+            "peak MB": result["peak_mb"].get(name),
+        }
+        for name in sorted(result["peak_mb"] or BATCHED | PROMPT_BY_PROMPT, key=lambda name: medians.get(name, 0))
+        if name in medians
+    ]
+    return pd.DataFrame(rows)
+
+
+def draw(result: dict, path: Path) -> None:
+    names = [name for name in (*BATCHED, *PROMPT_BY_PROMPT) if name in result["medians_s"]]
+    names = [name for name in names if name not in {"kv_sgd", "finetune", "floor_zero_shot"}]
+    names.sort(key=lambda name: -result["medians_s"][name])
+    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.32 * len(names)), layout="constrained")
+    medians = np.array([result["medians_s"][name] for name in names]) / result["medians_s"]["ours"]
+    colors = ["C0" if name.startswith("ours") else "0.6" if name in {"floor", "bare"} else "C1" for name in names]
+    ax.barh(names, medians, color=colors)
+    ax.axvline(1.0, color="0.3", linewidth=0.8)
+    ax.set_xscale("log")
+    ax.set_xlabel("time, in multiples of ours (log scale)")
+    ax.bar_label(ax.containers[0], labels=[f" {value:.2f}" for value in medians])  # type: ignore[arg-type]
+    ax.margins(x=0.12)
+    setting = result["setting"]
+    title = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
+    finish(fig, [ax], f"{title}, {Path(setting['model']).name}, {setting['dtype']}", path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m", help="or random-1.3b, a random model of that shape")
     parser.add_argument("--task", default="sst2", choices=icl.TASKS)
     parser.add_argument("--k", type=int, default=32, help="demonstrations (%(default)s)")
-    parser.add_argument("--queries", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns each contender gets (%(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--queries", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns each contender gets (%(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=8, help="prompt by prompt, run every so manyth query (%(default)s)"
+    )
+    parser.add_argument("--contenders", nargs="+", choices=(*BATCHED, *PROMPT_BY_PROMPT), metavar="NAME", help="(all)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="finetuning's (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", type=Path, help="a folder for result, table and figure")
+    parser.add_argument("--json", type=Path, help="a file for the result")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process a contender")
+    parser.add_argument(
+        "--peak", choices=(*BATCHED, *PROMPT_BY_PROMPT), help="only print a contender's peak memory in MB"
+    )
     args = parser.parse_args()
 
-    model, task = icl.load_model(args.model), icl.load_task(args.task)
-    prompts = icl.build_prompts(model, task, task.demonstrations(args.k, seed=1), task.queries(args.queries))
-    differences = check_equal(model, prompts, min(4, args.queries))
-    timed = contenders(model, prompts, args.queries)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model == "random-1.3b":
+            args.model = random_model(Path(folder))
+        race(args)
+
+
+def race(args: argparse.Namespace) -> None:
+    task = icl.load_task(args.task)
+    nothing = icl.Prompts((), (), (), (), (), (), ())
+    racing = Race(args.model, nothing, args.device, getattr(torch, args.dtype), args.lr)
+    shown, queries = task.demonstrations(args.k, seed=1), task.queries(args.queries)
+    racing.prompts = icl.build_prompts(racing.model, task, shown, queries)
+    if args.queries > len(queries):  # more than there are: as many again, to see what memory does
+        again = [index % len(queries) for index in range(args.queries)]
+        racing.prompts = racing.subset(again).prompts
+    if args.peak:
+        print(peak_mb(racing, args.peak))
+        return
+    names = args.contenders or [*BATCHED, *PROMPT_BY_PROMPT]
+    if find_spec("nnsight") is None:
+        print("nnsight is not installed (pip install 'icl-dual[benchmark]'): left out", file=sys.stderr)
+        names = [name for name in names if not name.startswith("nnsight")]
     with torch.no_grad():
-        for _ in tqdm(range(args.repeats), desc="turns"):
-            for name, run in timed.items():
-                started = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    ratios = {ratio: medians[ratio.split("/")[0]] / medians[ratio.split("/")[1]] for ratio in RATIOS}
+        differences = check_equal(racing, names)
+        timed, scale = steps(racing, names, args.every)
+    seconds = time_all(racing, timed, args.repeats)
+    medians = {name: scale[name] * statistics.median(found) for name, found in seconds.items()}
+    if "cell" in medians:
+        medians["floors"] = medians["kv_sgd"] + medians["floor"] + 2 * medians["floor_zero_shot"]
+    ratios = {}
+    for ratio in RATIOS:
+        ours, theirs = ratio.split("/")
+        if ours in medians and theirs in medians:
+            ratios[ratio] = medians[ours] / medians[theirs]
     result = {
-        "setting": {"model": args.model, "task": args.task, "k": args.k, "queries": args.queries},
-        "prefix_tokens": len(prompts.prefix),
+        "setting": {
+            **{name: getattr(args, name) for name in ("model", "task", "k", "queries", "device", "dtype", "every")},
+            "prefix_tokens": len(racing.prompts.prefix),
+            "query_tokens": sum(map(len, racing.prompts.queries)),
+        },
         "medians_s": medians,
         "ratios": ratios,
+        "peak_mb": {} if args.no_memory else peaks(args, names),
         "seconds": seconds,
         "relative_differences": differences,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
@@ -122,8 +321,15 @@ def main() -> None:
         args.json.write_text(text + "\n")
     print(text)
     print()
-    for ratio, sentence in RATIOS.items():
-        print(sentence.format(ratios[ratio]))
+    sentences = [sentence.format(ratios[ratio]) for ratio, sentence in RATIOS.items() if ratio in ratios]
+    print("\n".join(sentences))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "benchmark.json").write_text(text + "\n")
+        rows = table(result).to_markdown(index=False, floatfmt=".2f")
+        lines = "\n".join(f"- {sentence}" for sentence in sentences)
+        (args.out / "benchmark.md").write_text(f"{rows}\n\nRatios of medians in one run:\n\n{lines}\n")
+        draw(result, args.out / "benchmark")
 
 
 if __name__ == "__main__":

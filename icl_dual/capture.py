@@ -168,16 +168,17 @@ def capture(
         context = _run_prefix(model, prompts.prefix + head)
         recorder = _Recorder(model, prompts, fields, context)
         rows = [query[len(head) :] for query in prompts.queries]
+        limit = _BatchLimit(batch_size)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
-        for batch, logits in _run_queries(model, rows, 1, context, batch_size, recorder):
+        for batch, logits in _run_queries(model, rows, 1, context, limit, recorder):
             first = [prompts.labels[label][0] for label in single]
             log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = _log_probs(logits)[
                 :, 0, first
             ].cpu()
             bar.update(len(batch))
         for label in set(range(len(prompts.labels))) - set(single):
-            log_probs[:, label] = _label_word_log_probs(model, rows, prompts.labels[label], context, batch_size)
+            log_probs[:, label] = _label_word_log_probs(model, rows, prompts.labels[label], context, limit)
     return recorder.capture(log_probs)
 
 
@@ -235,6 +236,20 @@ class _Context:
         return _Context(longer_keys, longer_values, max(self.residual, residual))
 
 
+@dataclass
+class _BatchLimit:
+    """The most queries to run at once, which a capture learns as it goes."""
+
+    n: int
+    said: bool = False
+
+    def halve(self, n_queries: int, n_tokens: int) -> None:
+        self.n = (n_queries + 1) // 2
+        if not self.said:
+            log.warning("%d queries of %d tokens do not fit in memory at once: running fewer", n_queries, n_tokens)
+        self.said = True
+
+
 def _run_prefix(model: Model, prefix: Tokens) -> _Context:
     """Pass what the queries share once, in blocks that each run behind the ones before."""
     empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
@@ -255,7 +270,7 @@ def _run_prefix(model: Model, prefix: Tokens) -> _Context:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            raise _does_not_fit(model, "demonstration", tokens, context, error) from error
+            raise _does_not_fit(model, "part of the demonstrations,", tokens, context, error) from error
         context = context.with_block(keys, values, residual)
     return context
 
@@ -392,7 +407,7 @@ def _run_queries(
     rows: Sequence[Tokens],
     n_read: int,
     context: _Context,
-    batch_size: int,
+    limit: _BatchLimit,
     recorder: _Recorder | None = None,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_read d_vocab"]]]:
     """Run rows behind the context, in batches padded on the right (causality keeps that exact).
@@ -400,7 +415,7 @@ def _run_queries(
     A batch that does not fit in memory is halved, and so are those after it. Yields each batch's row indices and the
     logits at its rows' last `n_read` tokens.
     """
-    waiting = deque(_batches(list(map(len, rows)), batch_size))
+    waiting = deque(batches(list(map(len, rows)), limit.n))
     while waiting:
         batch = waiting.popleft()
         longest = max(len(rows[row]) for row in batch)
@@ -422,23 +437,20 @@ def _run_queries(
             if not _out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise _does_not_fit(model, "query", tokens, context, error) from error
-            half = (len(batch) + 1) // 2
+                raise _does_not_fit(model, "query,", tokens, context, error) from error
         else:
             if recorder is not None:
                 recorder.residual = max(recorder.residual, residual)
             yield batch, logits
             continue
         # Out of the handler, whose traceback holds on to the memory of what failed.
-        if half < batch_size:
-            log.warning("%d queries of %d tokens do not fit in memory: %d at a time", len(batch), longest, half)
-        batch_size = half
+        limit.halve(len(batch), longest)
         waiting = deque(
-            whole[first : first + half] for whole in (batch, *waiting) for first in range(0, len(whole), half)
+            whole[first : first + limit.n] for whole in (batch, *waiting) for first in range(0, len(whole), limit.n)
         )
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Rows of like lengths together: the split of the sorted rows that costs least, padding and batches counted."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     cost, begins = [0], [0]
@@ -448,12 +460,12 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         found = [cost[begin] + (end - begin) * longest + BATCH_OVERHEAD for begin in options]
         cost.append(min(found))
         begins.append(options[found.index(cost[-1])])
-    batches = []
+    found = []
     end = len(order)
     while end:
-        batches.append(order[begins[end] : end])
+        found.append(order[begins[end] : end])
         end = begins[end]
-    return batches
+    return found
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -466,19 +478,19 @@ def _does_not_fit(
     model: Model, what: str, tokens: Int[Tensor, "1 pos"], context: _Context, error: Exception
 ) -> MemoryError:
     return MemoryError(
-        f"expected memory for a single {what} block of {tokens.shape[1]} tokens behind {context.n_pos} tokens in "
-        f"{model!r}, got: {error}. Use fewer or shorter demonstrations, a smaller model or half precision"
+        f"expected memory for a single {what} {tokens.shape[1]} tokens behind {context.n_pos} tokens in {model!r}, "
+        f"got: {error}. Use fewer or shorter demonstrations, a smaller model or half precision"
     )
 
 
 def _label_word_log_probs(
-    model: Model, queries: Sequence[Tokens], label: Tokens, context: _Context, batch_size: int
+    model: Model, queries: Sequence[Tokens], label: Tokens, context: _Context, limit: _BatchLimit
 ) -> Float[Tensor, " query"]:
     """Mean log-probability per token of a label word of several tokens, each read after the ones before it."""
     rows = [query + label[:-1] for query in queries]
     means = torch.zeros(len(rows), dtype=torch.promote_types(model.dtype, torch.float32))
     target = torch.tensor(label, device=model.device)
-    for batch, logits in _run_queries(model, rows, len(label), context, batch_size):
+    for batch, logits in _run_queries(model, rows, len(label), context, limit):
         log_probs = _log_probs(logits)
         means[batch] = log_probs.gather(-1, target.expand(len(batch), -1)[..., None]).squeeze(-1).mean(-1).cpu()
     return means
@@ -543,7 +555,7 @@ def _measure_pass(model: Model) -> float:
         on_output=lambda layer, output: plain.append(output[:, -1]),
     )
     recorder = _Recorder(model, prompts, ("attn_out",), context := _run_prefix(model, prompts.prefix))
-    list(_run_queries(model, queries, 1, context, 2, recorder))
+    list(_run_queries(model, queries, 1, context, _BatchLimit(2), recorder))
     worst = 0.0
     for layer, expected in enumerate(plain):
         got = recorder.kept["attn_out"][:, layer].to(expected)

@@ -1,13 +1,18 @@
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.capture import METRIC_FIELDS
+from icl_dual.capture import BATCH_OVERHEAD, METRIC_FIELDS, batches
 from icl_dual.prompts import Prompts
+
+OOM = torch.OutOfMemoryError("CUDA out of memory")
 
 ALL_FIELDS = (*METRIC_FIELDS, "keys_values")
 
@@ -170,6 +175,120 @@ def test_a_model_that_ignores_positions_is_refused(
     monkeypatch.setattr(model, "run", lambda tokens, **kwargs: run(tokens, **{**kwargs, "positions": None}))
     with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the zero-shot pass with ΔICL"):
         icl.capture(model, prompts, progress=False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(), OOM])
+def test_a_batch_that_does_not_fit_is_halved_and_said_once(
+    llama: icl.Model,
+    prompts: Prompts,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    expected = icl.capture(llama, prompts, batch_size=7, progress=False)
+    run, sizes = llama.run, []
+
+    def fits_two(tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        sizes.append(len(tokens))
+        if len(tokens) > 2:
+            raise error
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(llama, "run", fits_two)
+    monkeypatch.setattr(sys.modules["icl_dual.capture"], "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    got = icl.capture(llama, prompts, batch_size=7, progress=False)
+    assert sizes[:7] == [1, 7, 4, 2, 2, 2, 1]
+    assert max(sizes[7:]) <= 2  # the passes of label words of several tokens
+    torch.testing.assert_close(got.label_log_probs, expected.label_log_probs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.attn_out, expected.attn_out, rtol=1e-4, atol=1e-6)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "7 queries" in caplog.text
+
+
+def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    icl.capture(llama, prompts, fields=(), progress=False)  # measures the model, once
+    run, fits = llama.run, 0
+
+    def full(tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        if kwargs["positions"][0] >= fits:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(llama, "run", full)
+    with pytest.raises(MemoryError, match=r"single part of the demonstrations, \d+ tokens behind 0 tokens .* 8 bytes"):
+        icl.capture(llama, prompts, progress=False)
+    fits = len(prompts.prefix)
+    with pytest.raises(MemoryError, match=r"single query, \d+ tokens behind \d+ tokens in Model.* allocate 8 bytes"):
+        icl.capture(llama, prompts, progress=False)
+
+
+def test_other_errors_of_a_run_are_passed_on(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    icl.capture(llama, prompts, fields=(), progress=False)
+    monkeypatch.setattr(llama, "run", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        icl.capture(llama, prompts, progress=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9), batch_size=st.integers(1, 9))
+def test_batches_cost_no_more_than_any_other_split(lengths: list[int], batch_size: int) -> None:
+    """Against every split of the sorted rows into runs of at most `batch_size`."""
+
+    def cost(split: list[list[int]]) -> int:
+        return sum(len(batch) * max(batch) + BATCH_OVERHEAD for batch in split)
+
+    def splits(rows: list[int]) -> list[list[list[int]]]:
+        if not rows:
+            return [[]]
+        heads = range(1, min(batch_size, len(rows)) + 1)
+        return [[rows[:n], *rest] for n in heads for rest in splits(rows[n:])]
+
+    got = batches(lengths, batch_size)
+    assert sorted(row for batch in got for row in batch) == list(range(len(lengths)))
+    assert max(map(len, got)) <= batch_size
+    assert cost([[lengths[row] for row in batch] for batch in got]) == min(map(cost, splits(sorted(lengths))))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("architecture", ["gpt2", "mistral-window", "bloom", "gptoss-window"])
+def test_the_prefix_may_run_in_blocks(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    block: int,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task)
+    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", block)
+    got = icl.capture(model, prompts, progress=False)
+    assert got.attn_out is not None
+    for query in (0, 3):
+        assert relative(got.attn_out[query], Plain(model, prompts).attn_out(query)) < 1e-5
+
+
+def test_queries_that_are_all_alike_and_one_query_keep_a_token_of_their_own(llama: icl.Model, prompts: Prompts) -> None:
+    whole = icl.capture(llama, prompts, fields=ALL_FIELDS, progress=False)
+    for queries in ((2,), (2, 2), (2, 5)):
+        part = dataclasses.replace(
+            prompts,
+            queries=tuple(prompts.queries[query] for query in queries),
+            gold=tuple(prompts.gold[query] for query in queries),
+        )
+        got = icl.capture(llama, part, fields=ALL_FIELDS, progress=False)
+        assert got.query_scores is not None
+        assert whole.query_scores is not None
+        n_tokens = got.query_scores.shape[-1]
+        for at, query in enumerate(queries):
+            assert relative(got.label_log_probs[at], whole.label_log_probs[query]) < 1e-5
+            assert relative(got.query_scores[at], whole.query_scores[query, ..., :n_tokens]) < 1e-5
 
 
 def test_predictions_and_accuracy_follow_the_log_probabilities(llama: icl.Model, prompts: Prompts) -> None:

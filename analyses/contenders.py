@@ -1,0 +1,374 @@
+"""Who runs in `benchmark.py`: the same prompts through the bare model, TransformerLens, transformers, nnsight and us.
+
+Every contender takes a `Race` and returns what it captured at the recorded positions. Those that run batches run the
+same ones. None is held back: the bare ones use torch's fastest attention and unembed the recorded positions only.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import icl_dual as icl
+from icl_dual import assets
+from icl_dual.capture import METRIC_FIELDS, batches
+
+Captured = dict[str, Tensor]
+"""`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention`: [query layer …]."""
+
+BATCH_SIZE = 64
+
+
+@dataclass
+class Race:
+    """A model, loaded only in the ways that are asked for, and the prompts to run."""
+
+    name: str
+    prompts: icl.Prompts
+    device: str
+    dtype: torch.dtype
+    lr: float
+    seed: int = 1
+
+    @cached_property
+    def model(self) -> icl.Model:
+        """Ours, and TransformerLens's through its bridge."""
+        return icl.load_model(self.name, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def hf(self) -> Any:
+        """As transformers has it."""
+        folder = assets.model_files(self.name, None).folder
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
+
+    @cached_property
+    def nnsight(self) -> Any:
+        """The same weights behind nnsight."""
+        from nnsight import TransformersModel  # an extra: nothing else here needs it
+
+        load: Any = TransformersModel
+        return load(self.hf, task="text-generation", tokenizer=self.model.tokenizer)
+
+    @cached_property
+    def zsl(self) -> icl.Capture:
+        """The zero-shot side of the decomposition, made once."""
+        return icl.capture(self.model, self.prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
+
+    @cached_property
+    def prefix(self) -> Tensor:
+        """Start token and demonstrations, as a batch of one."""
+        return torch.tensor([self.prompts.prefix], device=self.device)
+
+    def rows(self, start: tuple[int, ...] = ()) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Batches of queries behind `start`: which, their tokens padded on the right, and their last positions."""
+        rows = [start + query for query in self.prompts.queries]
+        for batch in batches([len(row) for row in rows], BATCH_SIZE):
+            longest = max(len(rows[row]) for row in batch)
+            tokens = [[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch]
+            last = [len(rows[row]) - 1 for row in batch]
+            yield batch, torch.tensor(tokens, device=self.device), torch.tensor(last, device=self.device)
+
+    def full_prompts(self) -> Iterator[Tensor]:
+        """Each query behind the whole prefix."""
+        for query in self.prompts.queries:
+            yield torch.tensor([[*self.prompts.prefix, *query]], device=self.device)
+
+    def subset(self, queries: list[int]) -> "Race":
+        """The same race with some of its queries; what is loaded is shared."""
+        part = copy.copy(self)
+        part.prompts = replace(
+            self.prompts,
+            queries=tuple(self.prompts.queries[query] for query in queries),
+            gold=tuple(self.prompts.gold[query] for query in queries),
+        )
+        part.__dict__.pop("zsl", None)
+        return part
+
+    def label_log_probs(self, logits: Tensor) -> Tensor:
+        """Of each label's first token: all there is to the labels raced on here."""
+        return logits.float().log_softmax(-1)[:, [label[0] for label in self.prompts.labels]].cpu()
+
+
+def _bare(race: Race, tokens: Tensor, last: Tensor, **kwargs: Any) -> Tensor:
+    race.hf.set_attn_implementation("sdpa")
+    hidden = race.hf.base_model(tokens, **kwargs).last_hidden_state
+    return race.hf.get_output_embeddings()(hidden[torch.arange(len(last), device=last.device), last])
+
+
+def _bare_prefix(race: Race) -> DynamicCache:
+    cache = DynamicCache(config=race.hf.config)
+    race.hf.set_attn_implementation("sdpa")
+    race.hf.base_model(race.prefix, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
+    """A batch's own copy: passes write into the cache that they are given."""
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(n)
+    return own
+
+
+def floor(race: Race) -> Captured:
+    """The arithmetic floor: the prefix once and the query tokens alone, neither with the other."""
+    _bare_prefix(race)
+    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    for batch, tokens, last in race.rows():
+        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
+    return {"floor_log_probs": found}
+
+
+def floor_zero_shot(race: Race) -> Captured:
+    """The bare zero-shot run: start token and query."""
+    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    for batch, tokens, last in race.rows(race.prompts.start):
+        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
+    return {"floor_log_probs": found}
+
+
+def bare(race: Race) -> Captured:
+    """The bare in-context run: the prefix's cache expanded over each batch, nothing captured."""
+    cache = _bare_prefix(race)
+    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    for batch, tokens, last in race.rows():
+        logits = _bare(race, tokens, last, past_key_values=_expanded(cache, len(batch)), use_cache=True)
+        found[batch] = race.label_log_probs(logits)
+    return {"log_probs": found}
+
+
+def ours(race: Race) -> Captured:
+    """`capture`, with everything that the paper's metrics need."""
+    run = icl.capture(race.model, race.prompts, batch_size=BATCH_SIZE, progress=False)
+    assert run.attn_out is not None
+    assert run.q is not None
+    assert run.demo_scores is not None
+    attention = run.demo_scores.softmax(-1)
+    return {"attn_out": run.attn_out, "q": run.q, "demo_attention": attention, "log_probs": run.label_log_probs}
+
+
+def ours_decomposed(race: Race) -> Captured:
+    """The same with keys and values kept, and decomposed."""
+    fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
+    run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
+    icl.decompose(race.model, run, race.zsl)
+    return {"log_probs": run.label_log_probs}
+
+
+class _Kept:
+    """What hooks or traces show, by name, of one batch after another; put together at the end."""
+
+    def __init__(self, race: Race) -> None:
+        self.race = race
+        self.n = len(race.prompts.queries)
+        self.kept: Captured = {}
+
+    def keep(self, name: str, queries: list[int], found: Tensor) -> None:
+        if name not in self.kept:
+            self.kept[name] = torch.zeros(self.n, *found.shape[1:])
+        self.kept[name][queries] = found.float().cpu()
+
+    def keep_layers(
+        self, queries: list[int], attn_out: list[Tensor], q: list[Tensor], demo_attention: list[Tensor], logits: Tensor
+    ) -> None:
+        model = self.race.model
+        self.keep("attn_out", queries, torch.stack(attn_out, 1).reshape(len(queries), model.n_layers, -1))
+        by_head = len(queries), model.n_layers, model.n_heads, model.d_head
+        self.keep("q", queries, torch.stack(q, 1).reshape(by_head))
+        self.keep("demo_attention", queries, torch.stack(demo_attention, 1))
+        self.keep("log_probs", queries, self.race.label_log_probs(logits))
+
+    def demonstrations(self, row: Tensor, *, scores: bool) -> Tensor:
+        """Attention within the demonstrations' own tokens, from a row of scores or of weights: [… demo_token]."""
+        shown = row[..., self.race.prompts.demonstration_positions.to(row.device)].float()
+        return shown.softmax(-1) if scores else shown / shown.sum(-1, keepdim=True)
+
+
+TL_HOOKS = ("attn.o.hook_out", "attn.hook_q", "attn.hook_attn_scores")
+
+
+def tl_prefix(race: Race) -> Captured:
+    """What a TransformerLens expert writes by hand: cached prefix, batches, and hooks that keep the last position."""
+    bridge, kept = race.model.bridge, _Kept(race)
+    cache = DynamicCache(config=race.hf.config)
+    bridge.run_with_hooks(race.prefix, fwd_hooks=[("unembed.hook_in", _last_only)], past_key_values=cache)
+    for batch, tokens, last in race.rows():
+        rows = torch.arange(len(batch), device=last.device)
+        seen: dict[str, list[Tensor]] = {hook: [] for hook in TL_HOOKS}
+
+        def keep(
+            tensor: Tensor, hook: Any, name: str, rows: Tensor = rows, last: Tensor = last, into: Any = seen
+        ) -> None:
+            into[name].append(tensor[rows, :, last] if name == "attn.hook_attn_scores" else tensor[rows, last])
+
+        def gather(tensor: Tensor, hook: Any, rows: Tensor = rows, last: Tensor = last) -> Tensor:
+            return tensor[rows, last].unsqueeze(1)
+
+        hooks: list[Any] = [
+            (f"blocks.{layer}.{name}", lambda tensor, hook, name=name, keep=keep: keep(tensor, hook, name))
+            for layer in range(race.model.n_layers)
+            for name in TL_HOOKS
+        ]
+        logits = bridge.run_with_hooks(
+            tokens, fwd_hooks=[*hooks, ("unembed.hook_in", gather)], past_key_values=_expanded(cache, len(batch))
+        )
+        out, q, scores = seen.values()
+        kept.keep_layers(batch, out, q, [kept.demonstrations(row, scores=True) for row in scores], logits[:, 0])
+    return kept.kept
+
+
+def _last_only(tensor: Tensor, hook: Any) -> Tensor:
+    return tensor[:, -1:]
+
+
+def _tl_prompts(race: Race, names: list[str] | None) -> Captured:
+    kept = _Kept(race)
+    for query, tokens in enumerate(race.full_prompts()):
+        at_last: dict[str, Any] = {} if names is None else {"names_filter": names, "pos_slice": -1}
+        logits, cache = race.model.bridge.run_with_cache(tokens, **at_last)
+        found = [[cache[f"blocks.{layer}.{hook}"][0] for layer in range(race.model.n_layers)] for hook in TL_HOOKS]
+        if names is None:
+            found = [[t[-1] for t in found[0]], [t[-1] for t in found[1]], [t[:, -1] for t in found[2]]]
+        out, q, scores = ([tensor[None] for tensor in layers] for layers in found)
+        scores = [row.reshape(1, race.model.n_heads, -1) for row in scores]
+        kept.keep_layers([query], out, q, [kept.demonstrations(row, scores=True) for row in scores], logits[:, -1])
+    return kept.kept
+
+
+def tl_filtered(race: Race) -> Captured:
+    """TransformerLens's run_with_cache of what is needed at the last position, prompt by prompt."""
+    return _tl_prompts(race, [f"blocks.{layer}.{hook}" for layer in range(race.model.n_layers) for hook in TL_HOOKS])
+
+
+def tl_full(race: Race) -> Captured:
+    """TransformerLens's run_with_cache of everything, prompt by prompt."""
+    return _tl_prompts(race, None)
+
+
+def hf_outputs(race: Race) -> Captured:
+    """transformers' own output_attentions and output_hidden_states, prompt by prompt, as the released code does."""
+    kept = _Kept(race)
+    race.hf.set_attn_implementation("eager")
+    for query, tokens in enumerate(race.full_prompts()):
+        out = race.hf(tokens, output_attentions=True, output_hidden_states=True, use_cache=False)
+        pattern = torch.stack([layer[:, :, -1] for layer in out.attentions], 1)
+        kept.keep("demo_attention", [query], kept.demonstrations(pattern, scores=False))
+        kept.keep("hidden", [query], torch.stack([layer[:, -1] for layer in out.hidden_states], 1))
+        kept.keep("log_probs", [query], race.label_log_probs(out.logits[:, -1]))
+    return kept.kept
+
+
+def _nnsight(race: Race, queries: list[int], kept: _Kept, tokens: Tensor, last: Tensor, **kwargs: Any) -> None:
+    traced, rows = race.nnsight, torch.arange(len(queries), device=tokens.device)
+    with traced.trace(tokens, **kwargs):
+        out: Any = []
+        q: Any = []
+        patterns: Any = []
+        out, q, patterns = out.save(), q.save(), patterns.save()  # nnsight lets every object be saved
+        for layer in traced.model.layers:
+            q.append(layer.self_attn.q_proj.output[rows, last])
+            out.append(layer.self_attn.o_proj.output[rows, last])
+            patterns.append(layer.self_attn.output[1][rows, :, last])
+        logits = traced.lm_head.output[rows, last].save()
+    kept.keep_layers(queries, out, q, [kept.demonstrations(row, scores=False) for row in patterns], logits)
+
+
+def nnsight_prompts(race: Race) -> Captured:
+    """nnsight's tracing of the same, prompt by prompt."""
+    kept = _Kept(race)
+    race.hf.set_attn_implementation("eager")
+    for query, tokens in enumerate(race.full_prompts()):
+        _nnsight(
+            race, [query], kept, tokens, torch.tensor([tokens.shape[1] - 1], device=tokens.device), use_cache=False
+        )
+    return kept.kept
+
+
+def nnsight_prefix(race: Race) -> Captured:
+    """nnsight's tracing behind a cached prefix, in batches."""
+    kept, cache = _Kept(race), _bare_prefix(race)
+    race.hf.set_attn_implementation("eager")
+    for batch, tokens, last in race.rows():
+        _nnsight(race, batch, kept, tokens, last, past_key_values=_expanded(cache, len(batch)), use_cache=True)
+    return kept.kept
+
+
+def kv_sgd(race: Race) -> Captured:
+    """The bare finetuning loop: SGD on W_K and W_V of the model as transformers has it."""
+    race.hf.set_attn_implementation("sdpa")
+    attention = [layer.self_attn for layer in race.hf.base_model.layers]
+    trained = [
+        parameter for part in attention for side in (part.k_proj, part.v_proj) for parameter in side.parameters()
+    ]
+    before = [parameter.detach().clone() for parameter in trained]
+    race.hf.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(trained, lr=race.lr, foreach=True)
+    with torch.enable_grad():
+        for demonstration in race.prompts.demonstrations:
+            ids = torch.tensor([[*race.prompts.start, *demonstration]], device=race.device)
+            hidden = race.hf.base_model(ids, use_cache=False).last_hidden_state
+            logits = race.hf.get_output_embeddings()(hidden[0, :-1])
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:]).backward()
+            optimizer.step()
+    deltas = [after.detach() - then for after, then in zip(trained, before, strict=True)]
+    with torch.no_grad():
+        for parameter, then in zip(trained, before, strict=True):
+            parameter.copy_(then)
+    return {"W_K": torch.stack(deltas[:: len(deltas) // len(attention)]).cpu()}
+
+
+def finetune(race: Race) -> Captured:
+    """`finetune`, with the queries of the training tokens."""
+    return {"W_K": icl.finetune(race.model, race.prompts, lr=race.lr, progress=False).W_K}
+
+
+@dataclass
+class Cell:
+    """A cell's captures and delta: what its metrics and its decomposition are computed from."""
+
+    delta: icl.WeightDelta
+    in_context: icl.Capture
+    zero_shot: icl.Capture
+    tuned: icl.Capture
+
+
+def run_cell(race: Race) -> Cell:
+    model, prompts = race.model, race.prompts
+    fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
+    delta = icl.finetune(model, prompts, lr=race.lr, progress=False)
+    in_context = icl.capture(model, prompts, fields=fields, progress=False)
+    zero_shot = icl.capture(model, prompts.zero_shot(), fields=fields, progress=False)
+    with delta.applied(model):
+        tuned = icl.capture(model, prompts.zero_shot(), progress=False)
+    return Cell(delta, in_context, zero_shot, tuned)
+
+
+def measure_cell(race: Race, cell: Cell) -> None:
+    icl.compare(cell.zero_shot, cell.in_context, cell.tuned, cell.delta, seed=race.seed)
+    icl.decompose(race.model, cell.in_context, cell.zero_shot)
+
+
+BATCHED: dict[str, Callable[[Race], Captured]] = {
+    "floor": floor,
+    "floor_zero_shot": floor_zero_shot,
+    "bare": bare,
+    "ours": ours,
+    "ours_decomposed": ours_decomposed,
+    "tl_prefix": tl_prefix,
+    "nnsight_prefix": nnsight_prefix,
+    "kv_sgd": kv_sgd,
+    "finetune": finetune,
+}
+PROMPT_BY_PROMPT: dict[str, Callable[[Race], Captured]] = {
+    "tl_filtered": tl_filtered,
+    "tl_full": tl_full,
+    "hf_outputs": hf_outputs,
+    "nnsight_prompts": nnsight_prompts,
+}
