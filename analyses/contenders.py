@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -44,14 +45,13 @@ class Race:
     def hf(self) -> Any:
         """As transformers has it."""
         folder = assets.model_files(self.name, None).folder
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        return loaded.to(self.device).eval()
 
     @cached_property
     def nnsight(self) -> Any:
         """The same weights behind nnsight."""
-        from nnsight import TransformersModel  # an extra: nothing else here needs it
-
-        load: Any = TransformersModel
+        load: Any = import_module("nnsight").TransformersModel  # an extra: nothing else here needs it
         return load(self.hf, task="text-generation", tokenizer=self.model.tokenizer)
 
     @cached_property

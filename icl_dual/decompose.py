@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -287,8 +287,8 @@ class _Where:
     own: Int[Tensor, "query own_pos"]
     n_start: int
     demo: Int[Tensor, " demo_pos"]
-    groups: list[Int[Tensor, " _"]]
-    """Which of the demonstrations' positions belong to the separators, and to each demonstration."""
+    groups: Float[Tensor, "demo_pos group"]
+    """1 where a position belongs to the separators, or to a demonstration, else 0."""
 
     @classmethod
     def of(cls, prompts: Prompts) -> "_Where":
@@ -296,13 +296,13 @@ class _Where:
         longest = max(map(len, prompts.queries))
         own = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
         owners = prompts.segments[n_start:]
-        kinds = (SEPARATOR, *range(len(prompts.demonstrations)))
+        kinds = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
         return cls(
             rows=torch.tensor([n_prefix + len(query) - 1 for query in prompts.queries]),
             own=own.expand(len(prompts.queries), -1),
             n_start=n_start,
             demo=torch.arange(n_start, n_prefix),
-            groups=[(owners == kind).nonzero().squeeze(-1) for kind in kinds],
+            groups=(owners[:, None] == kinds).double(),
         )
 
 
@@ -320,9 +320,10 @@ class _Layer(NamedTuple):
     def captured(cls, icl: Capture, layer: int, scoring: dual.Scoring) -> "_Layer":
         kept = icl.keys_values
         assert kept is not None
-        own, demo = (kept.query_keys, kept.query_values), (kept.demo_keys, kept.demo_values)
-        tensors = (_field(icl, "q_scored")[:, layer], *(t[:, layer] for t in own), *(t[layer] for t in demo))
-        return cls(scoring, *(tensor.double() for tensor in tensors))
+        # Each head's own keys side by side in memory, or every product over them copies them anew.
+        own = (t[:, layer].transpose(1, 2).contiguous().double() for t in (kept.query_keys, kept.query_values))
+        demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
+        return cls(scoring, _field(icl, "q_scored")[:, layer].double(), *(t.transpose(1, 2) for t in own), *demo)
 
     @classmethod
     def of_plain(cls, attention: Attention, where: "_Where", scoring: dual.Scoring) -> "_Layer":
@@ -345,34 +346,31 @@ class _Terms(NamedTuple):
 
 def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
     scoring, q, own_k, own_v, demo_k, demo_v = layer
-    own_groups = slice(where.n_start), slice(where.n_start, None)
-    own = [
-        scoring.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
-        for at in own_groups
-    ]
-    # The demonstrations are shared: queries are rows over one set of keys.
-    demos = [
-        scoring.attend(q[None], demo_k[None, at], demo_v[None, at], where.rows[None], where.demo[None, at])
-        for at in where.groups
-    ]
-    own = [dual.Part(part.z[:, 0], part.lse[:, 0]) for part in own]
-    demos = [dual.Part(part.z[0], part.lse[0]) for part in demos]
+    own = []
+    for at in (slice(where.n_start), slice(where.n_start, None)):
+        part = scoring.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
+        own.append(dual.Part(part.z[:, 0], part.lse[:, 0]))
     sink = scoring.with_sink(dual.Part(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
     z_0 = reduce(dual.merge, (sink, *own))
-    delta_icl = dual.delta_icl(z_0, reduce(dual.merge, demos))
 
-    mass = dual.masses((sink, *own, *demos))
-    n_outside = mass.shape[-1] - len(demos)
-    added = torch.stack([part.z - z_0.z for part in demos], dim=2) * mass[..., n_outside:, None]
+    # Each demonstration token's share of the whole softmax, of which groups are sums; in place, for there are many.
+    scores = _demo_scores(q, demo_k, scoring.scale, scoring.softcap)
+    scores += scoring.bias(where.rows[None], where.demo[None])[0]
+    lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
+    weights = scores.sub_(lse.T.unsqueeze(-1)).exp_()
+    delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
+    mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
+
     direct = torch.einsum("qhd,hdm->qm", delta_icl, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
-    share = torch.einsum("qhgd,qhd->qg", added, along) / (direct * direct).sum(-1, keepdim=True)
+    added = _demo_scores(along, demo_v).sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
+    share = added @ where.groups / (direct * direct).sum(-1, keepdim=True)
     return _Terms(
         start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
         query=own[1].z * (own[1].lse - z_0.lse).exp().unsqueeze(-1),
         delta_icl=delta_icl,
-        mass=mass,
-        icl_share=torch.cat((torch.zeros_like(share[:, :1]).expand(-1, n_outside), share), dim=-1),
+        mass=torch.cat((mass, (weights @ where.groups).transpose(0, 1)), dim=-1),
+        icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
     )
 
 
@@ -380,20 +378,37 @@ def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
     """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and z."""
     scoring, q, own_k, own_v, demo_k, demo_v = layer
     delta_icl, z = terms.delta_icl, terms.start + terms.query + terms.delta_icl
-    bias = scoring.bias(where.rows[None], where.demo[None])[0].transpose(0, 1)
-    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (demo_k, demo_v))
-    weights = torch.einsum("qhd,khd->qhk", q, k).masked_fill(bias == -torch.inf, 0.0)
-    update = torch.einsum("qhk,khd->qhd", weights, v)
-    seen = scoring.visible(where.rows[:, None], where.own)[:, 0, :, None, None]
-    output = update + dual.act_unformed(own_k * seen, own_v, q)
-    logits = (weights * scoring.scale + bias).masked_fill(bias == -torch.inf, torch.nan)
+    seen = scoring.visible(where.rows[None], where.demo[None])
+    own_seen = scoring.visible(where.rows[:, None], where.own).unsqueeze(1)
+    weights = _demo_scores(q, demo_k).mul_(seen)
+    update = _weigh(weights, demo_v)
+    output = update + (dual.scores(q[:, None], own_k, 1.0) * own_seen @ own_v.transpose(1, 2)).flatten(1, 2)
+    logits = weights * scoring.scale + scoring.bias(where.rows[None], where.demo[None])[0]
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),
         update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
         output_cosine=dual.cosine(output, z),
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
-        rank_agreement=_spearman(logits, weights.abs().where(~logits.isnan(), torch.nan)),
+        rank_agreement=_spearman(logits, weights.abs_(), seen).T,
     )
+
+
+def _demo_scores(
+    q: Float[Tensor, "query head d_head"],
+    k: Float[Tensor, "demo_pos kv_head d_head"],
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float[Tensor, "head query demo_pos"]:
+    """`dual.scores` over the demonstrations, which queries share: they are rows over one set of keys."""
+    return dual.scores(q[None], k[None], scale, softcap).unflatten(2, (-1, len(q))).flatten(0, 2)
+
+
+def _weigh(
+    weights: Float[Tensor, "head query demo_pos"], v: Float[Tensor, "demo_pos kv_head d_head"]
+) -> Float[Tensor, "query head d_head"]:
+    """The demonstrations' values, weighed and summed by each head."""
+    summed = weights.unflatten(0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
+    return summed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
 def _plain(
@@ -470,7 +485,7 @@ def _through(
     W_O: Float[Tensor, "layer head d_head d_model"],
     b_O: Float[Tensor, "layer d_model"] | None = None,
 ) -> Float[Tensor, "query layer d_model"]:
-    out = torch.einsum("qlhd,lhdm->qlm", z, W_O)
+    out = (z.flatten(2).transpose(0, 1) @ W_O.flatten(1, 2)).transpose(0, 1)
     return out if b_O is None else out + b_O
 
 
@@ -480,8 +495,21 @@ def _relative(
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
 
 
-def _spearman(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
-    """Rank correlation over the last axis, NaNs left out; NaN where nothing varies."""
-    ranks = [torch.from_numpy(stats.rankdata(x.numpy(), axis=-1, nan_policy="omit")) for x in (a, b)]
-    a, b = ((rank - rank.nanmean(-1, keepdim=True)).nan_to_num() for rank in ranks)
-    return dual.cosine(a, b)
+def _spearman(
+    a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"], known: Bool[Tensor, "*#batch token"]
+) -> Float[Tensor, "*batch"]:
+    """Rank correlation over the last axis, of the tokens known alone; NaN where nothing varies."""
+    return dual.cosine(_centred_ranks(a, known), _centred_ranks(b, known))
+
+
+def _centred_ranks(
+    x: Float[Tensor, "*batch token"], known: Bool[Tensor, "*#batch token"]
+) -> Float[Tensor, "*batch token"]:
+    """Ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
+    x = x.masked_fill(~known, torch.nan)
+    order = torch.from_numpy(x.numpy().argsort(-1))  # many times faster than torch's and scipy's; NaNs come last
+    ranks = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype).expand_as(x))
+    in_order = x.gather(-1, order)
+    tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
+    ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit"))
+    return ranks.sub_((known.sum(-1, keepdim=True) + 1) / 2).masked_fill_(~known, 0.0)

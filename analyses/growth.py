@@ -1,0 +1,191 @@
+"""What a cell costs: FLOPs and bytes, counted, beside the time it takes; and how time and memory grow.
+
+Writes figures/benchmark/growth.{png,pdf,csv} and cost.md. FLOPs are those of torch's own counter: matrix products and
+attention, two for each multiply-add. The line in each panel is the FLOPs counted, at the rate of the bare prefix pass.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import contenders
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from common import finish
+from contenders import Race
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import icl_dual as icl
+from icl_dual import assets
+from icl_dual.capture import METRIC_FIELDS
+
+QUERIES, DEMONSTRATIONS, LAYERS = (16, 32, 64, 128, 256), (0, 4, 8, 16, 32), (6, 12, 18, 24, 30)
+MEMORY_QUERIES = (64, 256, 1024)
+DEFAULT = {"queries": 64, "demonstrations": 32}
+
+
+@dataclass
+class Point:
+    """A capture of a size, its counted FLOPs and its time."""
+
+    axis: str
+    x: int
+    flops: float
+    seconds: float
+
+
+def attention_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """torch counts its attention kernels on GPUs only; query heads that share keys still multiply them each."""
+    heads = (q_shape[0], q_shape[1])
+    return sdpa_flop_count(q_shape, (*heads, *k_shape[2:]), (*heads, *v_shape[2:]))
+
+
+def count(run: Callable[[], object]) -> float:
+    """FLOPs of what `run` does."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: attention_flops}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(run: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def prompts(model: icl.Model, task: icl.Task, n_queries: int, n_demonstrations: int) -> icl.Prompts:
+    shown = task.demonstrations(n_demonstrations, seed=1) if n_demonstrations else []
+    return icl.build_prompts(model, task, shown, task.queries(n_queries))
+
+
+def truncated(name: str, n_layers: int, folder: Path) -> str:
+    """The model with its first layers only, saved."""
+    source = assets.model_files(name, None).folder
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.base_model.layers = model.base_model.layers[:n_layers]
+    model.config.num_hidden_layers = n_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:n_layers]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def grow(name: str, task: icl.Task, repeats: int) -> list[Point]:
+    model = icl.load_model(name)
+
+    def point(axis: str, x: int, of: icl.Model, shown: icl.Prompts) -> Point:
+        icl.capture(of, shown, progress=False)  # a model's first capture checks it, too
+        flops = count(lambda: icl.capture(of, shown, progress=False))
+        return Point(axis, x, flops, measure(lambda: icl.capture(of, shown, progress=False), repeats))
+
+    usual = prompts(model, task, *DEFAULT.values())
+    points = []
+    for n in tqdm(QUERIES, desc="queries"):
+        points.append(point("queries", n, model, prompts(model, task, n, DEFAULT["demonstrations"])))
+    for n in tqdm(DEMONSTRATIONS, desc="demonstrations"):
+        points.append(point("demonstrations", n, model, prompts(model, task, DEFAULT["queries"], n)))
+    for n in tqdm(LAYERS, desc="layers"):
+        with tempfile.TemporaryDirectory() as folder:
+            points.append(point("layers", n, icl.load_model(truncated(name, n, Path(folder))), usual))
+    return points
+
+
+def memory(name: str, task: str) -> dict[int, float]:
+    """Peak memory of a capture beyond the loaded model, in MB, by queries; what the capture returns included."""
+    script = str(Path(__file__).with_name("benchmark.py"))
+    found = {}
+    for n in tqdm(MEMORY_QUERIES, desc="memory"):
+        command = [sys.executable, script, "--model", name, "--task", task, "--queries", str(n), "--peak", "ours"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[n] = float(done.stdout.split()[-1])
+    return found
+
+
+def result_mb(run: icl.Capture) -> float:
+    fields = [value for value in vars(run).values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in fields) / 1e6
+
+
+def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
+    """A cell's stages: FLOPs and bytes counted, time, and the rate that makes."""
+    race = Race(name, icl.Prompts((), (), (), (), (), (), ()), "cpu", torch.float32, lr)
+    race.prompts = shown = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
+    cell = contenders.run_cell(race)
+    n_weights = sum(parameter.numel() for parameter in race.model.parameters())
+    steps: dict[str, tuple[Callable[[], object], float]] = {
+        "bare prefix": (lambda: contenders._bare_prefix(race), 0.0),
+        "finetuning": (lambda: contenders.finetune(race), 2 * cell.delta.W_K.numel() * 4e-6),
+        "capture, in context": (lambda: contenders.ours(race), result_mb(cell.in_context)),
+        "capture, zero-shot": (
+            lambda: icl.capture(race.model, shown.zero_shot(), fields=METRIC_FIELDS, progress=False),
+            result_mb(cell.zero_shot),
+        ),
+        "metrics and decomposition": (lambda: contenders.measure_cell(race, cell), 0.0),
+    }
+    rows = []
+    for step, (run, kept) in steps.items():
+        with torch.no_grad():
+            flops, seconds = count(run), measure(run, 3)
+        rows.append((step, flops / 1e9, seconds, flops / 1e9 / seconds, kept))
+    square = torch.randn(2048, 2048)
+    flops, seconds = 2 * 2048**3, measure(lambda: square @ square, 9)
+    rows.append(("a 2048³ matrix product", flops / 1e9, seconds, flops / 1e9 / seconds, square.numel() * 4e-6))
+    print(f"{n_weights / 1e6:.1f} million weights, {n_weights * 4e-6:.0f} MB")
+    return pd.DataFrame(rows, columns=["step", "GFLOP", "seconds", "GFLOP/s", "kept, MB"])
+
+
+def draw(points: pd.DataFrame, peak: dict[int, float], rate: float, path: Path) -> None:
+    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for ax, (axis, found) in zip(axes, points.groupby("axis", sort=False), strict=False):
+        ax.plot(found["x"], found["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
+        ax.plot(found["x"], found["seconds"], "o", color="C0", label="measured")
+        ax.set_xlabel(str(axis))
+        ax.set_ylabel("seconds")
+        ax.set_ylim(0)
+    ax = axes[-1]
+    ax.plot(list(peak), list(peak.values()), "o", color="C0")
+    ax.set_xlabel("queries")
+    ax.set_ylabel("peak memory, MB")
+    ax.set_ylim(0)
+    finish(fig, list(axes), "What a capture costs as it grows", path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="sst2", choices=icl.TASKS)
+    parser.add_argument("--queries", type=int, default=128, help="of the cell whose costs are counted (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("figures/benchmark"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    task = icl.load_task(args.task)
+    cost = costs(args.model, task, args.queries, lr=1e-4)
+    (args.out / "cost.md").write_text(cost.to_markdown(index=False, floatfmt=".2f") + "\n")
+    points = pd.DataFrame([asdict(point) for point in grow(args.model, task, args.repeats)])
+    points.to_csv(args.out / "growth.csv", index=False)
+    peak = memory(args.model, args.task)
+    pd.Series(peak, name="peak_mb").rename_axis("queries").to_csv(args.out / "memory.csv")
+    draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.out / "growth")
+    print(cost.to_markdown(index=False, floatfmt=".2f"))
+    print(points.to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()
