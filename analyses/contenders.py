@@ -78,16 +78,19 @@ class Race:
         for query in self.prompts.queries:
             yield torch.tensor([[*self.prompts.prefix, *query]], device=self.device)
 
+    def with_prompts(self, prompts: icl.Prompts) -> "Race":
+        """The same race on other prompts; what is loaded is shared."""
+        other = copy.copy(self)
+        other.prompts = prompts
+        for made_of_prompts in ("zsl", "prefix"):
+            other.__dict__.pop(made_of_prompts, None)
+        return other
+
     def subset(self, queries: list[int]) -> "Race":
-        """The same race with some of its queries; what is loaded is shared."""
-        part = copy.copy(self)
-        part.prompts = replace(
-            self.prompts,
-            queries=tuple(self.prompts.queries[query] for query in queries),
-            gold=tuple(self.prompts.gold[query] for query in queries),
-        )
-        part.__dict__.pop("zsl", None)
-        return part
+        """The same race with some of its queries."""
+        own = self.prompts
+        chosen = {name: tuple(getattr(own, name)[query] for query in queries) for name in ("queries", "gold")}
+        return self.with_prompts(replace(own, **chosen))
 
     def label_log_probs(self, logits: Tensor) -> Tensor:
         """Of each label's first token: all there is to the labels raced on here."""
