@@ -1,7 +1,8 @@
 """Who runs in `benchmark.py`: the same prompts through the bare model, TransformerLens, transformers, nnsight and us.
 
 Every contender takes a `Race` and returns what it captured at the recorded positions. Those that run batches run the
-same ones. None is held back: the bare ones use torch's fastest attention and unembed the recorded positions only.
+same ones, and the bare ones use torch's fastest attention and unembed the recorded positions only. We alone run the
+tokens with which all queries begin but once; `floor_shared` is the floor of that.
 """
 
 import copy
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.capture import METRIC_FIELDS, batches
+from icl_dual.capture import METRIC_FIELDS, batches, shared_head
 
 Captured = dict[str, Tensor]
 """`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention`: [query layer …]."""
@@ -64,9 +65,10 @@ class Race:
         """Start token and demonstrations, as a batch of one."""
         return torch.tensor([self.prompts.prefix], device=self.device)
 
-    def rows(self, start: tuple[int, ...] = ()) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Batches of queries behind `start`: which, their tokens padded on the right, and their last positions."""
-        rows = [start + query for query in self.prompts.queries]
+    def rows(self, start: tuple[int, ...] = (), leave: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Batches of queries behind `start`, less the first `leave` tokens: which, padded on the right, and where each
+        ends."""
+        rows = [start + query[leave:] for query in self.prompts.queries]
         for batch in batches([len(row) for row in rows], BATCH_SIZE):
             longest = max(len(rows[row]) for row in batch)
             tokens = [[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch]
@@ -103,7 +105,8 @@ def _bare(race: Race, tokens: Tensor, last: Tensor, **kwargs: Any) -> Tensor:
     return race.hf.get_output_embeddings()(hidden[torch.arange(len(last), device=last.device), last])
 
 
-def _bare_prefix(race: Race) -> DynamicCache:
+def bare_prefix(race: Race) -> DynamicCache:
+    """The prefix through the bare model, its keys and values kept."""
     cache = DynamicCache(config=race.hf.config)
     race.hf.set_attn_implementation("sdpa")
     race.hf.base_model(race.prefix, past_key_values=cache, use_cache=True)
@@ -111,17 +114,30 @@ def _bare_prefix(race: Race) -> DynamicCache:
 
 
 def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
-    """A batch's own copy: passes write into the cache that they are given."""
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(n)
+    """A cache of a batch's own that looks at the same keys and values: passes append to the cache they are given."""
+    own = copy.copy(cache)
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    own.layers = layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.expand(n, -1, -1, -1), layer.values.expand(n, -1, -1, -1)
     return own
 
 
 def floor(race: Race) -> Captured:
     """The arithmetic floor: the prefix once and the query tokens alone, neither with the other."""
-    _bare_prefix(race)
+    bare_prefix(race)
     found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
     for batch, tokens, last in race.rows():
+        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
+    return {"floor_log_probs": found}
+
+
+def floor_shared(race: Race) -> Captured:
+    """The floor again, with the tokens that all queries begin with run once."""
+    head = shared_head(race.prompts)
+    _bare(race, torch.tensor([race.prompts.prefix + head], device=race.device), torch.zeros(1, dtype=torch.long))
+    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    for batch, tokens, last in race.rows(leave=len(head)):
         found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
     return {"floor_log_probs": found}
 
@@ -136,7 +152,7 @@ def floor_zero_shot(race: Race) -> Captured:
 
 def bare(race: Race) -> Captured:
     """The bare in-context run: the prefix's cache expanded over each batch, nothing captured."""
-    cache = _bare_prefix(race)
+    cache = bare_prefix(race)
     found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
     for batch, tokens, last in race.rows():
         logits = _bare(race, tokens, last, past_key_values=_expanded(cache, len(batch)), use_cache=True)
@@ -197,7 +213,8 @@ TL_HOOKS = ("attn.o.hook_out", "attn.hook_q", "attn.hook_attn_scores")
 def tl_prefix(race: Race) -> Captured:
     """What a TransformerLens expert writes by hand: cached prefix, batches, and hooks that keep the last position."""
     bridge, kept = race.model.bridge, _Kept(race)
-    cache = DynamicCache(config=race.hf.config)
+    config: Any = bridge.original_model.config
+    cache = DynamicCache(config=config)
     bridge.run_with_hooks(race.prefix, fwd_hooks=[("unembed.hook_in", _last_only)], past_key_values=cache)
     for batch, tokens, last in race.rows():
         rows = torch.arange(len(batch), device=last.device)
@@ -293,7 +310,7 @@ def nnsight_prompts(race: Race) -> Captured:
 
 def nnsight_prefix(race: Race) -> Captured:
     """nnsight's tracing behind a cached prefix, in batches."""
-    kept, cache = _Kept(race), _bare_prefix(race)
+    kept, cache = _Kept(race), bare_prefix(race)
     race.hf.set_attn_implementation("eager")
     for batch, tokens, last in race.rows():
         _nnsight(race, batch, kept, tokens, last, past_key_values=_expanded(cache, len(batch)), use_cache=True)
@@ -343,6 +360,7 @@ class Cell:
 
 
 def run_cell(race: Race) -> Cell:
+    """Finetuning and the three settings, with all that metrics and decomposition need."""
     model, prompts = race.model, race.prompts
     fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
     delta = icl.finetune(model, prompts, lr=race.lr, progress=False)
@@ -354,12 +372,14 @@ def run_cell(race: Race) -> Cell:
 
 
 def measure_cell(race: Race, cell: Cell) -> None:
+    """A cell's metrics and its decomposition."""
     icl.compare(cell.zero_shot, cell.in_context, cell.tuned, cell.delta, seed=race.seed)
     icl.decompose(race.model, cell.in_context, cell.zero_shot)
 
 
 BATCHED: dict[str, Callable[[Race], Captured]] = {
     "floor": floor,
+    "floor_shared": floor_shared,
     "floor_zero_shot": floor_zero_shot,
     "bare": bare,
     "ours": ours,

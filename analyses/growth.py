@@ -118,6 +118,7 @@ def memory(name: str, task: str) -> dict[int, float]:
 
 
 def result_mb(run: icl.Capture) -> float:
+    """What a capture of the metrics' fields keeps."""
     fields = [value for value in vars(run).values() if isinstance(value, Tensor)]
     return sum(value.numel() * value.element_size() for value in fields) / 1e6
 
@@ -128,13 +129,14 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     race.prompts = shown = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
     cell = contenders.run_cell(race)
     n_weights = sum(parameter.numel() for parameter in race.model.parameters())
+    kept_for_metrics = [icl.capture(race.model, of, progress=False) for of in (shown, shown.zero_shot())]
     steps: dict[str, tuple[Callable[[], object], float]] = {
-        "bare prefix": (lambda: contenders._bare_prefix(race), 0.0),
+        "bare prefix": (lambda: contenders.bare_prefix(race), 0.0),
         "finetuning": (lambda: contenders.finetune(race), 2 * cell.delta.W_K.numel() * 4e-6),
-        "capture, in context": (lambda: contenders.ours(race), result_mb(cell.in_context)),
+        "capture, in context": (lambda: contenders.ours(race), result_mb(kept_for_metrics[0])),
         "capture, zero-shot": (
             lambda: icl.capture(race.model, shown.zero_shot(), fields=METRIC_FIELDS, progress=False),
-            result_mb(cell.zero_shot),
+            result_mb(kept_for_metrics[1]),
         ),
         "metrics and decomposition": (lambda: contenders.measure_cell(race, cell), 0.0),
     }

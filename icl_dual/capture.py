@@ -7,7 +7,7 @@ Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). S
 2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
    tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
    the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
-   so that in-context learning is the zero-shot pass with the demonstrations merged in: z_0 + w (z_demo − z_0).
+   so that in-context learning is the zero-shot pass with the demonstrations in what is merged.
 3. What the metrics need is kept at each query's last token, the position that predicts the label.
 
 Nothing is taken on trust: every pass recomputes the heads' output over the tokens it runs from their queries, keys and
@@ -153,13 +153,17 @@ def capture(
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    head = _shared_head(prompts)
+    if not all(prompts.queries):
+        raise ValueError(f"expected at least one token a query, got an empty query at {prompts.queries.index(())}")
+    head = shared_head(prompts)
     _refuse_rotation_switch(model, prompts, head)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
         if model.pass_residual is None:
             try:
                 model.pass_residual = _measure_pass(model)
             except RuntimeError as error:
+                if _out_of_memory(error):
+                    raise
                 raise UnsupportedModelError(
                     f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs on its bridge, "
                     f"got: {error}"
@@ -255,8 +259,10 @@ def _run_prefix(model: Model, prefix: Tokens) -> _Context:
     empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
     context = _Context([empty] * model.n_layers, [empty] * model.n_layers, 0.0)
     # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
-    block = PREFIX_BLOCK if model.rotation_switch is None else len(prefix)
-    for first in range(0, len(prefix), block):
+    whole = model.rotation_switch is not None
+    block = len(prefix) if whole else PREFIX_BLOCK
+    while context.n_pos < len(prefix):
+        first = context.n_pos
         tokens = torch.tensor([prefix[first : first + block]], device=model.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -270,7 +276,10 @@ def _run_prefix(model: Model, prefix: Tokens) -> _Context:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            raise _does_not_fit(model, "part of the demonstrations,", tokens, context, error) from error
+            if whole or block == 1:
+                raise _does_not_fit(model, "part of the demonstrations,", tokens, context, error) from error
+            block = (block + 1) // 2
+            continue
         context = context.with_block(keys, values, residual)
     return context
 
@@ -384,12 +393,13 @@ class _Recorder:
 
     def _scores_over(self, positions: Int[Tensor, " token"]) -> Float[Tensor, "query layer head token"]:
         """All queries' scores over tokens of the context."""
-        q = self.kept["q_scored"]
-        found = q.new_zeros(*q.shape[:3], len(positions))
+        kept = self.kept["q_scored"]
+        found = kept.new_zeros(*kept.shape[:3], len(positions))
         for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
             shown = keys[positions.to(keys.device)][None]
-            scores = dual.scores(q[None, :, layer].to(keys), shown, scoring.scale, scoring.softcap)
-            found[:, layer] = scores.view(q.shape[2], len(q), len(positions)).transpose(0, 1)
+            for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
+                scores = dual.scores(q[None].to(keys), shown, scoring.scale, scoring.softcap)
+                into.copy_(scores.view(q.shape[1], len(q), len(positions)).transpose(0, 1))
         return found
 
     def _keys_values(self) -> KeysValues:
@@ -469,8 +479,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """torch has a type for this on accelerators; on CPUs, it is the words that tell."""
-    said = ("can't allocate memory", "not enough memory")
+    """torch has a type for this on some accelerators; elsewhere it is the words that tell."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
@@ -496,7 +506,7 @@ def _label_word_log_probs(
     return means
 
 
-def _shared_head(prompts: Prompts) -> Tokens:
+def shared_head(prompts: Prompts) -> Tokens:
     """The tokens with which all queries begin, up to the recorded position, which stays each query's own."""
     first, last = min(prompts.queries), max(prompts.queries)  # in dictionary order: what these share, all do
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
@@ -562,8 +572,8 @@ def _measure_pass(model: Model) -> float:
         worst = max(worst, residual := _residual(got, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: the zero-shot pass with ΔICL added is off by "
-                f"{residual:.1e} of a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. The model "
+                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries behind their prefix is off "
+                f"by {residual:.1e} of a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. The model "
                 "cannot run queries apart from their demonstrations (it may not take position_ids that jump)"
             )
     return worst

@@ -24,6 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+"""Whether this torch has the kernel that gives up its log-sum-exp; without it, attention is written out."""
+
 # 1. Linear layers under gradient descent
 
 
@@ -208,7 +211,7 @@ def attend(
     if n_keys == 0:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return Part(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
-    if softcap is None and bias is None and q.device.type == "cpu":
+    if softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED:
         return _attend_fused(q, k, v, scale, causal)
     weights = scores(q, k, scale, softcap)
     by_head = weights.view(batch, n_kv_heads, group, n_pos, n_keys)
@@ -232,7 +235,9 @@ def attend(
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
     """`attend` in torch's own fused kernel, which gives up its log-sum-exp."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))
+    # The kernel takes it that a head's dimensions lie side by side.
+    own = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in own)
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
     return Part(z.transpose(1, 2), lse.transpose(1, 2))
 
@@ -258,7 +263,7 @@ def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch he
 
 def merge(a: Part, b: Part) -> Part:
     """Softmax attention over the keys of two groups, from the attention over each."""
-    return Part(torch.lerp(a.z, b.z, share(b, a).unsqueeze(-1)), torch.logaddexp(a.lse, b.lse))
+    return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
 
 
 def masses(parts: Sequence[Part]) -> Float[Tensor, "*batch head group"]:
@@ -288,7 +293,7 @@ class Scoring(NamedTuple):
     ) -> Part:
         """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
         bias, causal = None, False
-        if self.by_position:
+        if self.slopes is not None or self._hides(rows, keys):
             bias = self.bias(rows, keys)
         elif k.shape[1] and bool(keys.max() > rows.min()):
             # Tokens in order among themselves need no mask to be made.
@@ -297,6 +302,10 @@ class Scoring(NamedTuple):
         if bias is not None:
             bias = bias.to(q.device, torch.promote_types(q.dtype, torch.float32))
         return attend(q, k, v, self.scale, self.softcap, bias, causal)
+
+    def _hides(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> bool:
+        """Whether the window keeps a row from a key; without keys there is nothing to hide."""
+        return self.window is not None and bool(keys.numel()) and int(rows.max() - keys.min()) >= self.window
 
     def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
         """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys."""

@@ -174,7 +174,7 @@ def finetune(
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
-        size, change = _norm(before), 0.0
+        size, path = _norm(before), 0.0
         optimizer = torch.optim.SGD(parameters, lr=lr, foreach=True)
         steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.demonstrations)
@@ -189,8 +189,9 @@ def finetune(
             if recorder is not None:
                 recorder.check(step)
             optimizer.step()
-            # The length of the path is no shorter than the change, and takes no copy of the weights to know.
-            change += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
+            # The path is no shorter than the change and takes no copy of the weights to know: it says when to look.
+            path += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
+            change = path if path <= EXPLODED_WEIGHTS else _norm(_differences(parameters, before)) / size
             if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
                 raise DivergedError(
                     f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "

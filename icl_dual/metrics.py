@@ -120,6 +120,8 @@ def kendall(
     m_icl: Float[Tensor, "query layer demo_token"], m_ft: Float[Tensor, "query layer demo_token"]
 ) -> Float[Tensor, "query layer"]:
     """Kendall's τ between ICL's and finetuning's attention to the demonstrations' tokens."""
+    if m_icl.shape[-1] < 2:
+        return torch.full(m_icl.shape[:2], torch.nan, dtype=torch.float64)
     tau: Any = stats.kendalltau  # typed for single pairs only
     found = tau(m_icl.numpy(), m_ft.numpy(), axis=-1)
     return torch.as_tensor(found.statistic, dtype=torch.float64).view(m_icl.shape[:2])

@@ -40,8 +40,8 @@ class Attention(NamedTuple):
     """Queries after norms but before rotation: what they say, apart from where they stand."""
 
 
-FINGERPRINT_ELEMENTS = 4096
-"""Enough of a matrix to touch its every head, few enough to cost nothing beside a forward pass."""
+FINGERPRINT_ELEMENTS = 16384
+"""Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
 
 HOOK_LEVEL = 1 << 20
 """What tells the hooks of a run from anyone else's, when they are taken off again."""

@@ -173,7 +173,7 @@ def test_a_model_that_ignores_positions_is_refused(
     model = make_model("gpt2", name="deaf")
     run = model.run
     monkeypatch.setattr(model, "run", lambda tokens, **kwargs: run(tokens, **{**kwargs, "positions": None}))
-    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the zero-shot pass with ΔICL"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the pass of queries behind"):
         icl.capture(model, prompts, progress=False)
 
 
@@ -222,6 +222,27 @@ def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
     fits = len(prompts.prefix)
     with pytest.raises(MemoryError, match=r"single query, \d+ tokens behind \d+ tokens in Model.* allocate 8 bytes"):
         icl.capture(llama, prompts, progress=False)
+
+
+def test_a_prefix_block_that_does_not_fit_is_halved(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = icl.capture(llama, prompts, progress=False)
+    run = llama.run
+
+    def fits_nine_tokens(tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        if kwargs["positions"][0] < len(prompts.prefix) and tokens.shape[1] > 9:
+            raise OOM
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(llama, "run", fits_nine_tokens)
+    got = icl.capture(llama, prompts, progress=False)
+    torch.testing.assert_close(got.attn_out, expected.attn_out, rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_query_is_refused(llama: icl.Model, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="empty query at 6"):
+        icl.capture(llama, dataclasses.replace(prompts, queries=(*prompts.queries[:6], ())), progress=False)
 
 
 def test_other_errors_of_a_run_are_passed_on(

@@ -177,6 +177,37 @@ def test_attend_equals_attention_written_out(
     np.testing.assert_allclose(part.lse, lse, atol=1e-12)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=seeds,
+    batch=st.integers(1, 3),
+    n_pos=st.integers(1, 5),
+    n_keys=st.integers(1, 6),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    softcap=st.sampled_from([None, 0.7]),
+    causal=st.booleans(),
+    fused=st.booleans(),
+    strided=st.booleans(),
+)
+def test_attend_without_a_bias_equals_attention_written_out(
+    seed, batch, n_pos, n_keys, kv_heads, group, softcap, causal, fused, strided
+):
+    """In the fused kernel and without it; over keys that all rows see, and over the rows' own."""
+    n_keys = n_pos if causal else n_keys
+    heads = kv_heads * group
+    q, k, v = draw(seed, batch, n_pos, heads, 4), *(draw(seed + i, batch, n_keys, kv_heads, 4) for i in (1, 2))
+    if strided:  # a head's dimensions apart in memory
+        q, k, v = (tensor.mT.contiguous().mT for tensor in (q, k, v))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dual, "FUSED", fused)
+        part = dual.attend(q, k, v, 0.6, softcap, causal=causal)
+    hidden = torch.full((n_pos, n_keys), -torch.inf if causal else 0.0, dtype=torch.float64).triu(1)
+    z, lse = reference(q, k, v, 0.6, softcap, hidden.expand(batch, heads, n_pos, n_keys))
+    np.testing.assert_allclose(part.z, z, atol=1e-12)
+    np.testing.assert_allclose(part.lse, lse, atol=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
