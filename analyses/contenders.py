@@ -21,7 +21,8 @@ from icl_dual import assets
 from icl_dual.capture import METRIC_FIELDS, batches, shared_head
 
 Captured = dict[str, Tensor]
-"""`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention`: [query layer …]."""
+"""`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention` (within the
+demonstrations; from us `demo_scores`, of which it is the softmax): [query layer …]."""
 
 BATCH_SIZE = 64
 
@@ -166,8 +167,8 @@ def ours(race: Race) -> Captured:
     assert run.attn_out is not None
     assert run.q is not None
     assert run.demo_scores is not None
-    attention = run.demo_scores.softmax(-1)
-    return {"attn_out": run.attn_out, "q": run.q, "demo_attention": attention, "log_probs": run.label_log_probs}
+    kept = {"attn_out": run.attn_out, "q": run.q, "demo_scores": run.demo_scores}
+    return {**kept, "log_probs": run.label_log_probs}
 
 
 def ours_decomposed(race: Race) -> Captured:
