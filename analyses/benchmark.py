@@ -238,7 +238,7 @@ def table(result: dict) -> pd.DataFrame:
         for name in sorted(BATCHED | PROMPT_BY_PROMPT, key=lambda name: medians.get(name, 0))
         if name in medians and name not in {"kv_sgd", "finetune"}
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
 def draw(result: dict, path: Path) -> None:
@@ -263,15 +263,22 @@ def draw(result: dict, path: Path) -> None:
     finish(fig, [ax], f"{title}, {Path(setting['model']).name}, {setting['dtype']}", path)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="or random-1.3b, a random model of that shape")
     parser.add_argument("--task", default="sst2", choices=icl.TASKS)
     parser.add_argument("--k", type=int, default=32, help="demonstrations (%(default)s)")
     parser.add_argument("--queries", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns each contender gets (%(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns each contender gets (%(default)s)")
     parser.add_argument(
-        "--every", type=int, default=8, help="prompt by prompt, run every so manyth query (%(default)s)"
+        "--every", type=positive, default=8, help="prompt by prompt, run every so manyth query (%(default)s)"
     )
     parser.add_argument("--contenders", nargs="+", choices=(*BATCHED, *PROMPT_BY_PROMPT), metavar="NAME", help="(all)")
     parser.add_argument("--lr", type=float, default=1e-4, help="finetuning's (%(default)s)")
@@ -309,6 +316,7 @@ def race(args: argparse.Namespace, model: str) -> None:
     if find_spec("nnsight") is None:
         print("nnsight is not installed (pip install 'icl-dual[benchmark]'): left out", file=sys.stderr)
         names = [name for name in names if not name.startswith("nnsight")]
+    _ = racing.model, racing.hf, any(name.startswith("nnsight") for name in names) and racing.nnsight  # all loaded now
     with torch.no_grad():
         differences = check_equal(racing, names)
         timed, scale = steps(racing, names, args.every)
@@ -350,15 +358,36 @@ def race(args: argparse.Namespace, model: str) -> None:
         args.json.write_text(text + "\n")
     print(text)
     print()
-    sentences = [sentence.format(ratios[ratio]) for ratio, sentence in RATIOS.items() if ratio in ratios]
-    print("\n".join(sentences))
+    print("\n".join(sentences(result)))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "benchmark.json").write_text(text + "\n")
-        rows = table(result).to_markdown(index=False, floatfmt=".2f")
-        lines = "\n".join(f"- {sentence}" for sentence in sentences)
-        (args.out / "benchmark.md").write_text(f"{rows}\n\nRatios of medians in one run:\n\n{lines}\n")
-        draw(result, args.out / "benchmark")
+        write(result, args.out)
+        print(f"\nTable and figure are in {args.out}/")
+
+
+def sentences(result: dict) -> list[str]:
+    """What the ratios say."""
+    return [words.format(result["ratios"][ratio]) for ratio, words in RATIOS.items() if ratio in result["ratios"]]
+
+
+def write(result: dict, out: Path) -> None:
+    """The table with its setting, and the picture."""
+    setting, turns = result["setting"], len(result["seconds"]["ours"])
+    head = (
+        f"`{Path(setting['model']).name}` in {setting['dtype']} on {setting['device']}, {setting['queries']} queries "
+        f"of {setting['task']} ({setting['query_tokens']} tokens) after {setting['k']} demonstrations "
+        f"({setting['prefix_tokens']} tokens), {result['machine']['threads']} threads. Medians of {turns} turns in one "
+        f"process; those that run prompt by prompt ran every {setting['every']}th query, and their time is multiplied. "
+        f"{', '.join(' '.join(pair) for pair in result['versions'].items())}."
+    )
+    rows = table(result).to_markdown(index=False, floatfmt=".2f")
+    floors = "A cell's floors: the bare finetuning loop, `floor`, and `floor_zero_shot` twice.\n" * (
+        "cell" in result["medians_s"]
+    )
+    lines = "\n".join(f"- {sentence}" for sentence in sentences(result))
+    (out / "benchmark.md").write_text(f"{head}\n\n{rows}\n\nRatios of medians:\n\n{lines}\n\n{floors}")
+    draw(result, out / "benchmark")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,8 @@ def draw(points: pd.DataFrame, peak: dict[int, float], rate: float, path: Path) 
     ax.set_xlabel("queries")
     ax.set_ylabel("peak memory, MB")
     ax.set_ylim(0)
-    finish(fig, list(axes), "What a capture costs as it grows", path)
+    fixed = ", ".join(f"{n} {what}" for what, n in DEFAULT.items())
+    finish(fig, list(axes), f"What a capture costs as one of these grows: {fixed}, all layers", path)
 
 
 def main() -> None:

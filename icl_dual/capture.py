@@ -148,7 +148,7 @@ def capture(
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
         MemoryError: a single query does not fit in memory; says its size.
     """
-    unknown = set(fields) - set(get_args(Field))
+    unknown = {fields} if isinstance(fields, str) else set(fields) - set(get_args(Field))
     if unknown:
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
@@ -163,7 +163,7 @@ def capture(
                 model.pass_residual = _measure_pass(model)
             except RuntimeError as error:
                 if _out_of_memory(error):
-                    raise
+                    raise MemoryError(f"expected memory to check {model!r} on a short prompt, got: {error}") from error
                 raise UnsupportedModelError(
                     f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs on its bridge, "
                     f"got: {error}"
@@ -250,7 +250,8 @@ class _BatchLimit:
     def halve(self, n_queries: int, n_tokens: int) -> None:
         self.n = (n_queries + 1) // 2
         if not self.said:
-            log.warning("%d queries of %d tokens do not fit in memory at once: running fewer", n_queries, n_tokens)
+            fits = "%d queries of %d tokens do not fit in memory at once: running %d, and fewer where these do not fit"
+            log.warning(fits, n_queries, n_tokens, self.n)
         self.said = True
 
 
@@ -480,8 +481,14 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def _out_of_memory(error: Exception) -> bool:
     """torch has a type for this on some accelerators; elsewhere it is the words that tell."""
-    said = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    said = (
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "out of memory",
+        "cublas_status_alloc_failed",
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error).lower() for words in said)
 
 
 def _does_not_fit(
