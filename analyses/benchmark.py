@@ -252,11 +252,11 @@ def draw(result: dict, path: Path) -> None:
         "C0" if name.startswith("ours") else "0.6" if name in {"floor", "floor_shared", "bare"} else "C1"
         for name in names
     ]
-    ax.barh(names, medians, color=colors)
+    bars = ax.barh(names, medians, color=colors)
     ax.axvline(1.0, color="0.3", linewidth=0.8)
     ax.set_xscale("log")
     ax.set_xlabel("time, in multiples of ours (log scale)")
-    ax.bar_label(ax.containers[0], labels=[f" {value:.2f}" for value in medians])  # type: ignore[arg-type]
+    ax.bar_label(bars, labels=[f" {value:.2f}" for value in medians])
     ax.margins(x=0.12)
     setting = result["setting"]
     title = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
@@ -303,9 +303,6 @@ def race(args: argparse.Namespace, model: str) -> None:
     racing = Race(model, nothing, args.device, getattr(torch, args.dtype), args.lr)
     shown, queries = task.demonstrations(args.k, seed=1), task.queries(args.queries)
     racing.prompts = icl.build_prompts(racing.model, task, shown, queries)
-    if args.queries > len(queries):  # more than there are: as many again, to see what memory does
-        again = [index % len(queries) for index in range(args.queries)]
-        racing.prompts = racing.subset(again).prompts
     if args.peak:
         print(peak_mb(racing, args.peak))
         return

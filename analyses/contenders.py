@@ -106,11 +106,12 @@ def _bare(race: Race, tokens: Tensor, last: Tensor, **kwargs: Any) -> Tensor:
     return race.hf.get_output_embeddings()(hidden[torch.arange(len(last), device=last.device), last])
 
 
-def bare_prefix(race: Race) -> DynamicCache:
-    """The prefix through the bare model, its keys and values kept."""
+def bare_prefix(race: Race, head: tuple[int, ...] = ()) -> DynamicCache:
+    """The prefix through the bare model, and tokens that follow it, with keys and values kept."""
     cache = DynamicCache(config=race.hf.config)
     race.hf.set_attn_implementation("sdpa")
-    race.hf.base_model(race.prefix, past_key_values=cache, use_cache=True)
+    tokens = torch.tensor([race.prompts.prefix + head], device=race.device)
+    race.hf.base_model(tokens, past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -124,41 +125,38 @@ def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
     return own
 
 
+def _bare_queries(race: Race, rows: Iterator[tuple[list[int], Tensor, Tensor]], cache: DynamicCache | None) -> Tensor:
+    """The labels' log-probabilities from batches through the bare model, behind a cache or by themselves."""
+    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    for batch, tokens, last in rows:
+        behind = {"use_cache": False}
+        if cache is not None:
+            behind = {"past_key_values": _expanded(cache, len(batch)), "use_cache": True}
+        found[batch] = race.label_log_probs(_bare(race, tokens, last, **behind))
+    return found
+
+
 def floor(race: Race) -> Captured:
     """The arithmetic floor: the prefix once and the query tokens alone, neither with the other."""
     bare_prefix(race)
-    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
-    for batch, tokens, last in race.rows():
-        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
-    return {"floor_log_probs": found}
+    return {"floor_log_probs": _bare_queries(race, race.rows(), None)}
 
 
 def floor_shared(race: Race) -> Captured:
     """The floor again, with the tokens that all queries begin with run once."""
     head = shared_head(race.prompts)
-    _bare(race, torch.tensor([race.prompts.prefix + head], device=race.device), torch.zeros(1, dtype=torch.long))
-    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
-    for batch, tokens, last in race.rows(leave=len(head)):
-        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
-    return {"floor_log_probs": found}
+    bare_prefix(race, head)
+    return {"floor_log_probs": _bare_queries(race, race.rows(leave=len(head)), None)}
 
 
 def floor_zero_shot(race: Race) -> Captured:
     """The bare zero-shot run: start token and query."""
-    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
-    for batch, tokens, last in race.rows(race.prompts.start):
-        found[batch] = race.label_log_probs(_bare(race, tokens, last, use_cache=False))
-    return {"floor_log_probs": found}
+    return {"floor_log_probs": _bare_queries(race, race.rows(race.prompts.start), None)}
 
 
 def bare(race: Race) -> Captured:
     """The bare in-context run: the prefix's cache expanded over each batch, nothing captured."""
-    cache = bare_prefix(race)
-    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
-    for batch, tokens, last in race.rows():
-        logits = _bare(race, tokens, last, past_key_values=_expanded(cache, len(batch)), use_cache=True)
-        found[batch] = race.label_log_probs(logits)
-    return {"log_probs": found}
+    return {"log_probs": _bare_queries(race, race.rows(), bare_prefix(race))}
 
 
 def ours(race: Race) -> Captured:

@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.capture import METRIC_FIELDS
 
 QUERIES, DEMONSTRATIONS, LAYERS = (16, 32, 64, 128, 256), (0, 4, 8, 16, 32), (6, 12, 18, 24, 30)
 MEMORY_QUERIES = (64, 256, 1024)
@@ -128,14 +127,13 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     race = Race(name, icl.Prompts((), (), (), (), (), (), ()), "cpu", torch.float32, lr)
     race.prompts = shown = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
     cell = contenders.run_cell(race)
-    n_weights = sum(parameter.numel() for parameter in race.model.parameters())
     kept_for_metrics = [icl.capture(race.model, of, progress=False) for of in (shown, shown.zero_shot())]
     steps: dict[str, tuple[Callable[[], object], float]] = {
         "bare prefix": (lambda: contenders.bare_prefix(race), 0.0),
         "finetuning": (lambda: contenders.finetune(race), 2 * cell.delta.W_K.numel() * 4e-6),
         "capture, in context": (lambda: contenders.ours(race), result_mb(kept_for_metrics[0])),
         "capture, zero-shot": (
-            lambda: icl.capture(race.model, shown.zero_shot(), fields=METRIC_FIELDS, progress=False),
+            lambda: icl.capture(race.model, shown.zero_shot(), progress=False),
             result_mb(kept_for_metrics[1]),
         ),
         "metrics and decomposition": (lambda: contenders.measure_cell(race, cell), 0.0),
@@ -148,7 +146,6 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     square = torch.randn(2048, 2048)
     flops, seconds = 2 * 2048**3, measure(lambda: square @ square, 9)
     rows.append(("a 2048³ matrix product", flops / 1e9, seconds, flops / 1e9 / seconds, square.numel() * 4e-6))
-    print(f"{n_weights / 1e6:.1f} million weights, {n_weights * 4e-6:.0f} MB")
     return pd.DataFrame(rows, columns=["step", "GFLOP", "seconds", "GFLOP/s", "kept, MB"])
 
 

@@ -397,10 +397,10 @@ class _Recorder:
         kept = self.kept["q_scored"]
         found = kept.new_zeros(*kept.shape[:3], len(positions))
         for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
-            shown = keys[positions.to(keys.device)][None]
+            shown = keys[positions.to(keys.device)]
             for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
-                scores = dual.scores(q[None].to(keys), shown, scoring.scale, scoring.softcap)
-                into.copy_(scores.view(q.shape[1], len(q), len(positions)).transpose(0, 1))
+                scores = dual.shared_scores(q.to(keys), shown, scoring.scale, scoring.softcap)
+                into.copy_(scores.transpose(0, 1))
         return found
 
     def _keys_values(self) -> KeysValues:

@@ -354,7 +354,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     z_0 = reduce(dual.merge, (sink, *own))
 
     # Each demonstration token's share of the whole softmax, of which groups are sums; in place, for there are many.
-    scores = _demo_scores(q, demo_k, scoring.scale, scoring.softcap)
+    scores = dual.shared_scores(q, demo_k, scoring.scale, scoring.softcap)
     scores += scoring.bias(where.rows[None], where.demo[None])[0]
     lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
     weights = scores.sub_(lse.T.unsqueeze(-1)).exp_()
@@ -363,7 +363,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
 
     direct = torch.einsum("qhd,hdm->qm", delta_icl, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
-    added = _demo_scores(along, demo_v).sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
+    added = dual.shared_scores(along, demo_v, 1.0).sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
     share = added @ where.groups / (direct * direct).sum(-1, keepdim=True)
     return _Terms(
         start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
@@ -380,7 +380,7 @@ def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
     delta_icl, z = terms.delta_icl, terms.start + terms.query + terms.delta_icl
     seen = scoring.visible(where.rows[None], where.demo[None])
     own_seen = scoring.visible(where.rows[:, None], where.own).unsqueeze(1)
-    weights = _demo_scores(q, demo_k).mul_(seen)
+    weights = dual.shared_scores(q, demo_k, 1.0).mul_(seen)
     update = _weigh(weights, demo_v)
     output = update + (dual.scores(q[:, None], own_k, 1.0) * own_seen @ own_v.transpose(1, 2)).flatten(1, 2)
     logits = weights * scoring.scale + scoring.bias(where.rows[None], where.demo[None])[0]
@@ -391,16 +391,6 @@ def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
         rank_agreement=_spearman(logits, weights.abs_(), seen).T,
     )
-
-
-def _demo_scores(
-    q: Float[Tensor, "query head d_head"],
-    k: Float[Tensor, "demo_pos kv_head d_head"],
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Float[Tensor, "head query demo_pos"]:
-    """`dual.scores` over the demonstrations, which queries share: they are rows over one set of keys."""
-    return dual.scores(q[None], k[None], scale, softcap).unflatten(2, (-1, len(q))).flatten(0, 2)
 
 
 def _weigh(

@@ -17,7 +17,7 @@
 Keys and values keep their own number of heads (`kv_head`); query heads share them group by group.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -190,6 +190,16 @@ def scores(
     return product if softcap is None else softcap * torch.tanh(product / softcap)
 
 
+def shared_scores(
+    q: Float[Tensor, "row head d_head"],
+    k: Float[Tensor, "key kv_head d_head"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "head row key"]:
+    """`scores` of rows that share one set of keys, as queries do their demonstrations."""
+    return scores(q[None], k[None], scale, softcap).view(q.shape[1], len(q), len(k))
+
+
 def attend(
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],
@@ -266,11 +276,6 @@ def merge(a: Part, b: Part) -> Part:
     return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
 
 
-def masses(parts: Sequence[Part]) -> Float[Tensor, "*batch head group"]:
-    """The share of the softmax that each group takes: attention over all of them is Σ_G mass_G z_G."""
-    return torch.stack([part.lse for part in parts], dim=-1).softmax(-1)
-
-
 class Scoring(NamedTuple):
     """How a layer turns qᵀk into attention weights."""
 
@@ -318,11 +323,6 @@ class Scoring(NamedTuple):
         """Which keys each row sees: none after itself, and none further back than the window."""
         distance = rows[..., None] - keys[:, None]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
-
-    @property
-    def by_position(self) -> bool:
-        """Whether scores or masks depend on how far apart rows and keys stand."""
-        return self.window is not None or self.slopes is not None
 
     def with_sink(self, part: Part) -> Part:
         """A group of keys together with the layer's sink, if it has one."""

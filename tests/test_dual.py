@@ -265,7 +265,7 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
     own = scoring.with_sink(dual.merge(parts[0], parts[2]))
     split = own.z + dual.delta_icl(own, parts[1])
     nothing = dual.Part(torch.zeros_like(q), torch.full((2, 1, heads), -torch.inf).double())
-    mass = dual.masses([*parts, scoring.with_sink(nothing)])
+    mass = torch.stack([part.lse for part in (*parts, scoring.with_sink(nothing))], dim=-1).softmax(-1)
     weighted = [mass[..., index, None] * part.z for index, part in enumerate(parts)]
     assert_exact(torch.stack(weighted).sum(0), split)
     for b in range(2):

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -50,6 +51,21 @@ def test_reading_some_positions_gives_their_logits(llama: icl.Model) -> None:
     with torch.no_grad():
         whole, some = llama.run(ids), llama.run(ids, read=read)
     torch.testing.assert_close(some, whole[torch.arange(2)[:, None], read])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_queries_alone_are_those_of_the_whole_attention(
+    models_by_architecture: Callable[[str], icl.Model], architecture: str
+) -> None:
+    alone: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
+    model = models_by_architecture(architecture)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        model.run(ids, on_query=lambda layer, q: alone.append(q))
+        model.run(ids, on_attention=lambda layer, attention: whole.append(attention.q_content))
+    assert len(alone) == model.n_layers
+    assert all(torch.equal(*pair) for pair in zip(alone, whole, strict=True))
 
 
 def test_z_can_be_replaced_and_hooks_come_off_also_after_an_error(llama: icl.Model) -> None:
