@@ -61,7 +61,7 @@ RATIOS = {
 def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
     """Relative differences of all that contenders capture from ours; an error where they are more than rounding."""
     race = race.subset(list(range(min(4, len(race.prompts.queries)))))
-    expected = {**contenders.ours(race), **(contenders.finetune(race) if "kv_sgd" in names else {})}
+    expected = {**contenders.ours(race, "demo_scores"), **(contenders.finetune(race) if "kv_sgd" in names else {})}
     expected["demo_attention"] = expected["demo_scores"].softmax(-1)
     differences: dict[str, dict[str, float]] = {}
     for name in tqdm(names, desc="checking", leave=False):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.capture import METRIC_FIELDS, batches, shared_head
+from icl_dual.capture import METRIC_FIELDS, Field, batches, shared_head
 
 Captured = dict[str, Tensor]
 """`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention` (within the
@@ -159,13 +159,11 @@ def bare(race: Race) -> Captured:
     return {"log_probs": _bare_queries(race, race.rows(), bare_prefix(race))}
 
 
-def ours(race: Race) -> Captured:
-    """`capture`, with everything that the paper's metrics need."""
-    run = icl.capture(race.model, race.prompts, batch_size=BATCH_SIZE, progress=False)
-    assert run.attn_out is not None
-    assert run.q is not None
-    assert run.demo_scores is not None
-    kept = {"attn_out": run.attn_out, "q": run.q, "demo_scores": run.demo_scores}
+def ours(race: Race, *more: Field) -> Captured:
+    """`capture`, with everything that the paper's metrics need, and more fields where they are asked for."""
+    fields: tuple[Field, ...] = (*METRIC_FIELDS, *more)
+    run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
+    kept = {name: getattr(run, name) for name in ("attn_out", "q", *more)}
     return {**kept, "log_probs": run.label_log_probs}
 
 

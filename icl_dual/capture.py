@@ -8,7 +8,8 @@ Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). S
    tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
    the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
    so that in-context learning is the zero-shot pass with the demonstrations in what is merged.
-3. What the metrics need is kept at each query's last token, the position that predicts the label.
+3. What the metrics need is kept at each row's last token: the position that predicts the label, or under the reference
+   protocol the end of the label word that follows every query. Labels are read where they are predicted under both.
 
 Nothing is taken on trust: every pass recomputes the heads' output over the tokens it runs from their queries, keys and
 values and holds it against the model's own, and a model's first capture holds the whole pass against a plain forward
@@ -31,8 +32,8 @@ from icl_dual import dual
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts, Tokens
 
-Field = Literal["attn_out", "z", "q", "q_scored", "demo_scores", "query_scores", "keys_values"]
-METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "demo_scores", "query_scores")
+Field = Literal["attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores", "keys_values"]
+METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
 """What the paper's metrics need."""
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
 """What `icl_dual.decompose` needs."""
@@ -67,7 +68,7 @@ class KeysValues:
 
 @dataclass(frozen=True)
 class Capture:
-    """What a model did at each query's recorded position, the one that predicts the label.
+    """What a model did at each query's recorded position, which the prompts' protocol says.
 
     Scores are scaled, before mask and softmax. Fields that were not asked for are `None`.
     """
@@ -86,10 +87,12 @@ class Capture:
     """Queries W_Q x, after norms and before rotation."""
     q_scored: Float[Tensor, "query layer head d_head"] | None
     """Queries as scored: after norms and rotation."""
+    context_scores: Float[Tensor, "query layer prefix_pos"] | None
+    """Scores over the whole prefix, start token and separators among it, summed over heads."""
     demo_scores: Float[Tensor, "query layer head demo_token"] | None
     """Scores over the demonstrations' own tokens, start token and separators left out."""
     query_scores: Float[Tensor, "query layer head query_token"] | None
-    """Scores over the query's own tokens, start token left out; zero past its end, which changes no cosine."""
+    """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and batches."""
@@ -135,7 +138,7 @@ def capture(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Capture:
-    """Run every query behind the shared demonstrations and keep what happens at its last token.
+    """Run every query behind the shared demonstrations and keep what happens at its recorded position.
 
     Args:
         model: what to run; comes back as it was.
@@ -171,18 +174,19 @@ def capture(
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         context = _run_prefix(model, prompts.prefix + head)
         recorder = _Recorder(model, prompts, fields, context)
-        rows = [query[len(head) :] for query in prompts.queries]
+        rows = [row[len(head) :] for row in prompts.rows]
         limit = _BatchLimit(batch_size)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
-        for batch, logits in _run_queries(model, rows, 1, context, limit, recorder):
+        for batch, logits in _run_queries(model, rows, 1, context, limit, recorder, len(prompts.appended)):
             first = [prompts.labels[label][0] for label in single]
             log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = _log_probs(logits)[
                 :, 0, first
             ].cpu()
             bar.update(len(batch))
+        asked = [query[len(head) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single):
-            log_probs[:, label] = _label_word_log_probs(model, rows, prompts.labels[label], context, limit)
+            log_probs[:, label] = _label_word_log_probs(model, asked, prompts.labels[label], context, limit)
     return recorder.capture(log_probs)
 
 
@@ -329,7 +333,7 @@ class _Recorder:
         self.n_head = context.n_pos - len(prompts.prefix)
         self.n_shared = len(prompts.start) + self.n_head
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
-        longest = max(map(len, prompts.queries))
+        longest = max(map(len, prompts.rows))
         own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
         shapes = {
             "attn_out": (n_queries, n_layers, model.d_model),
@@ -338,7 +342,7 @@ class _Recorder:
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
             "query_scores": (n_queries, n_layers, n_heads, longest),
         }
-        needed = {*fields, "q_scored"} if {"demo_scores", "query_scores"} & {*fields} else fields
+        needed = {*fields, "q_scored"} if {*fields} & {"context_scores", "demo_scores", "query_scores"} else fields
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
         self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in needed}
         if "keys_values" in fields:
@@ -377,6 +381,8 @@ class _Recorder:
         kept = {name: self.kept[name] for name in self.fields if name in self.kept}
         if "demo_scores" in self.fields:
             kept["demo_scores"] = self._scores_over(self.prompts.demonstration_positions)
+        if "context_scores" in self.fields:
+            kept["context_scores"] = self._summed_scores_over(len(self.prompts.prefix))
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
@@ -386,6 +392,7 @@ class _Recorder:
             z=kept.get("z"),
             q=kept.get("q"),
             q_scored=kept.get("q_scored"),
+            context_scores=kept.get("context_scores"),
             demo_scores=kept.get("demo_scores"),
             query_scores=kept.get("query_scores"),
             keys_values=self._keys_values() if "keys_values" in self.fields else None,
@@ -401,6 +408,16 @@ class _Recorder:
             for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
                 scores = dual.shared_scores(q.to(keys), shown, scoring.scale, scoring.softcap)
                 into.copy_(scores.transpose(0, 1))
+        return found
+
+    def _summed_scores_over(self, n_pos: int) -> Float[Tensor, "query layer pos"]:
+        """All queries' scores over the context's first tokens, summed over heads; never held by head."""
+        kept = self.kept["q_scored"]
+        found = kept.new_zeros(*kept.shape[:2], n_pos)
+        for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
+            shown = keys[:n_pos]
+            for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
+                into.copy_(dual.summed_scores(q.to(keys), shown, scoring.scale, scoring.softcap))
         return found
 
     def _keys_values(self) -> KeysValues:
@@ -420,11 +437,12 @@ def _run_queries(
     context: _Context,
     limit: _BatchLimit,
     recorder: _Recorder | None = None,
+    n_after: int = 0,
 ) -> Iterator[tuple[list[int], Float[Tensor, "batch n_read d_vocab"]]]:
     """Run rows behind the context, in batches padded on the right (causality keeps that exact).
 
     A batch that does not fit in memory is halved, and so are those after it. Yields each batch's row indices and the
-    logits at its rows' last `n_read` tokens.
+    logits at the last `n_read` tokens of its rows before the last `n_after`.
     """
     waiting = deque(batches(list(map(len, rows)), limit.n))
     while waiting:
@@ -432,7 +450,7 @@ def _run_queries(
         longest = max(len(rows[row]) for row in batch)
         tokens = torch.tensor([[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch], device=model.device)
         last = torch.tensor([len(rows[row]) - 1 for row in batch], device=model.device)
-        read = last[:, None] - torch.arange(n_read - 1, -1, -1, device=model.device)
+        read = last[:, None] - n_after - torch.arange(n_read - 1, -1, -1, device=model.device)
 
         def show(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> None:
             if recorder is not None:

@@ -293,12 +293,12 @@ class _Where:
     @classmethod
     def of(cls, prompts: Prompts) -> "_Where":
         n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-        longest = max(map(len, prompts.queries))
+        longest = max(map(len, prompts.rows))
         own = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
         owners = prompts.segments[n_start:]
         kinds = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
         return cls(
-            rows=torch.tensor([n_prefix + len(query) - 1 for query in prompts.queries]),
+            rows=torch.tensor([n_prefix + len(row) - 1 for row in prompts.rows]),
             own=own.expand(len(prompts.queries), -1),
             n_start=n_start,
             demo=torch.arange(n_start, n_prefix),
@@ -419,7 +419,7 @@ def _plain(
 
     with torch.no_grad():
         model.run(
-            torch.tensor([[*prompts.prefix, *prompts.queries[0]]], device=model.device),
+            torch.tensor([[*prompts.prefix, *prompts.rows[0]]], device=model.device),
             read=where.rows[None].to(model.device),
             on_attention=on_attention,
             on_output=lambda layer, output: own.append(output[:, -1].double().cpu()),

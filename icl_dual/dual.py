@@ -200,6 +200,20 @@ def shared_scores(
     return scores(q[None], k[None], scale, softcap).view(q.shape[1], len(q), len(k))
 
 
+def summed_scores(
+    q: Float[Tensor, "row head d_head"],
+    k: Float[Tensor, "key kv_head d_head"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "row key"]:
+    """`shared_scores` summed over heads: one product with all keys side by side, as long as nothing caps a score."""
+    if softcap is not None:
+        return shared_scores(q, k, scale, softcap).sum(0)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    of_kv_head = q.to(dtype).unflatten(1, (k.shape[1], -1)).sum(2) * scale
+    return of_kv_head.flatten(1) @ k.to(dtype).flatten(1).T
+
+
 def attend(
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],

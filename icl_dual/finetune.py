@@ -72,8 +72,8 @@ class WeightDelta:
     """The token ids trained on, in order."""
     losses: Float[Tensor, " step"]
     """Mean cross-entropy in nats of each demonstration, before its own update."""
-    training_q: Float[Tensor, "layer demo_token head d_head"]
-    """The demonstrations' queries W_Q x, each recorded before its demonstration's update, in prompt order."""
+    training_q: Float[Tensor, "layer train_token head d_head"]
+    """Queries W_Q x of each step's start token and demonstration, recorded before the step's update, in order."""
     factors: Factors | None = None
     """The delta's outer products, where they were asked for."""
 
@@ -166,7 +166,7 @@ def finetune(
         raise ValueError(f"expected a learning rate above 0, got {lr}")
     if loss not in get_args(Loss):
         raise ValueError(f"expected loss 'all' or 'label', got {loss!r}")
-    if not prompts.demonstrations:
+    if not prompts.training:
         raise ValueError("expected demonstrations to finetune on, got none")
     parameters = _parameters(model)
     losses: list[float] = []
@@ -176,8 +176,8 @@ def finetune(
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
         size, path = _norm(before), 0.0
         optimizer = torch.optim.SGD(parameters, lr=lr, foreach=True)
-        steps = zip(prompts.demonstrations, prompts.demonstration_label_lengths, strict=True)
-        total = len(prompts.demonstrations)
+        steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
+        total = len(prompts.training)
         for step, (tokens, label_length) in enumerate(
             tqdm(steps, total=total, desc=f"finetuning, lr {lr:g}", disable=not progress, unit="step", leave=False), 1
         ):
@@ -208,7 +208,7 @@ def finetune(
         W_V=W_V,
         b_K=b_K,
         b_V=b_V,
-        demonstrations=[list(tokens) for tokens in prompts.demonstrations],
+        demonstrations=[list(tokens) for tokens in prompts.training],
         losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training_q, dim=1),
         factors=None if recorder is None else recorder.factors(W_K, W_V),
@@ -270,13 +270,13 @@ class _FactorRecorder:
 
 def _step_loss(
     model: Model, start: tuple[int, ...], tokens: tuple[int, ...], n_targets: int
-) -> tuple[Tensor, Float[Tensor, "layer demo_token head d_head"]]:
-    """Mean cross-entropy of a demonstration's last `n_targets` tokens, and all its tokens' queries."""
+) -> tuple[Tensor, Float[Tensor, "layer train_token head d_head"]]:
+    """Mean cross-entropy of a demonstration's last `n_targets` tokens, and the queries of all that runs."""
     ids = torch.tensor([[*start, *tokens]], device=model.device)
     q: list[Tensor] = []
 
     def on_query(layer: int, queries: Tensor) -> None:
-        q.append(_at_least_float32(queries[0, len(start) :]).detach().cpu())
+        q.append(_at_least_float32(queries[0]).detach().cpu())
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
     logits = model.run(ids, read=read[None], on_query=on_query)

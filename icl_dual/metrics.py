@@ -1,12 +1,15 @@
-"""The paper's metrics, on plain tensors, each with its random baseline, and their comparison of three captures.
+"""The paper's metrics, on plain tensors, each with its random baseline, and their comparison of three settings.
 
 Notation: h is the attention output at the recorded position, m are attention scores before the softmax; ZSL, ICL and
 FT are the zero-shot, in-context and finetuned settings. Definitions are those of Dai et al. (2023), as
 computed by the released code. What cannot be computed (a cosine with a zero vector, a rank correlation of constants)
 is NaN, never a number.
+
+Attention to the demonstrations is compared by token, and by demonstration: the softmax over all their tokens, summed
+within each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,21 @@ from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, save_tensors
-from icl_dual.capture import METRIC_FIELDS, Capture, Field
+from icl_dual.assets import load_tensors, reading, save_tensors
+from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
+from icl_dual.recordings import SETTINGS, Recordings
 
 KENDALL_QUERIES = 100
-"""Kendall is computed on this many of the first queries, as the paper does."""
+"""Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
+
+TOP_TOKENS, TOP_DEMONSTRATIONS = 100, 5
+"""How many of the most attended tokens and demonstrations the released code counts recall over."""
+
+QUERIES_AT_ONCE = 64
+"""The metrics take float64 copies of this many queries at a time."""
+
+Seed = int | np.random.Generator
 
 BASELINE_DRAWS = 1000
 """How many random deals of ICL's predictions Rec2FTP's baseline averages over."""
@@ -83,7 +95,7 @@ def sim_aou(
 
 
 def sim_aou_random(
-    h_zsl: Float[Tensor, "query layer d_model"], h_icl: Float[Tensor, "query layer d_model"], *, seed: int = 0
+    h_zsl: Float[Tensor, "query layer d_model"], h_icl: Float[Tensor, "query layer d_model"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer"]:
     """SimAOU's baseline: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1)."""
     return dual.cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
@@ -100,20 +112,51 @@ def sim_am(
 
 
 def sim_am_random(
-    m_icl: Float[Tensor, "query layer head token"], *, seed: int = 0
+    m_icl: Float[Tensor, "query layer head token"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer head"]:
     """SimAM's baseline: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens."""
     return dual.cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
 
 
 def finetuning_attention(
-    training_q: Float[Tensor, "layer demo_token head d_head"], q: Float[Tensor, "query layer head d_head"]
+    training_q: Float[Tensor, "layer demo_token d_q"], q: Float[Tensor, "query layer d_q"]
 ) -> Float[Tensor, "query layer demo_token"]:
     """m_FT: finetuning's attention to its training tokens, Σ_heads (their queries)ᵀ (the tuned model's test query).
 
-    Scaled by 1/√d_head, as the released code's queries are.
+    In float64. A layer at a time: the product of all with all is never formed.
     """
-    return torch.einsum("lthd,qlhd->qlt", training_q.to(q), q) * q.shape[-1] ** -0.5
+    by_layer = [own.double() @ trained.double().mT for own, trained in zip(q.unbind(1), training_q, strict=True)]
+    return torch.stack(by_layer, dim=1)
+
+
+def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[Tensor, "query layer demo_token"]:
+    """The softmax over the demonstrations' tokens of scores that are summed over heads, as the released code takes it.
+
+    It leaves the order of tokens as it is, but for those so far below the first that they vanish. In numpy, whose
+    exponential of equal scores is equal wherever they stand.
+    """
+    shifted = np.exp((m - m.amax(-1, keepdim=True)).numpy())
+    return torch.from_numpy(shifted / shifted.sum(-1, keepdims=True))
+
+
+def by_demonstration(
+    weights: Float[Tensor, "query layer demo_token"], owners: Int[Tensor, " demo_token"]
+) -> Float[Tensor, "query layer demo"]:
+    """Attention summed within each demonstration; `owners` says which a token belongs to."""
+    found, index = owners.unique(return_inverse=True)
+    return weights.new_zeros(*weights.shape[:2], len(found)).index_add_(2, index, weights)
+
+
+def top_recall(
+    icl: Float[Tensor, "query layer item"], ft: Float[Tensor, "query layer item"], k: int
+) -> Float[Tensor, "query layer"]:
+    """The share of ICL's k most attended items that are among FT's; NaN where there are fewer than k."""
+    if icl.shape[-1] < k:
+        return torch.full(icl.shape[:2], torch.nan, dtype=torch.float64)
+    of_icl, of_ft = (np.argsort(-weights.numpy(), axis=-1)[..., :k] for weights in (icl, ft))
+    among = np.zeros(ft.shape, dtype=bool)
+    np.put_along_axis(among, of_ft, True, axis=-1)
+    return torch.from_numpy(np.take_along_axis(among, of_icl, axis=-1).mean(-1))
 
 
 def kendall(
@@ -127,21 +170,29 @@ def kendall(
     return torch.as_tensor(found.statistic, dtype=torch.float64).view(m_icl.shape[:2])
 
 
-def kendall_random(m_icl: Float[Tensor, "query layer demo_token"], *, seed: int = 0) -> Float[Tensor, "query layer"]:
+def kendall_random(m_icl: Float[Tensor, "query layer demo_token"], *, seed: Seed = 0) -> Float[Tensor, "query layer"]:
     """Kendall's baseline: τ between ICL's attention and uniform random scores."""
     return kendall(m_icl, _uniform(m_icl, seed))
 
 
-PER_LAYER = (
-    "SimAOU",
-    "SimAOU random",
-    "SimAM before FT",
-    "SimAM after FT",
-    "SimAM random",
-    "Kendall",
-    "Kendall random",
-)
-"""The metrics that a `Comparison` holds by query and layer."""
+RELEASED_NAMES = {
+    "SimAOU": "SimAOU",
+    "SimAOU random": "Random SimAOU",
+    "SimAM before FT": "ZSL SimAM",
+    "SimAM after FT": "SimAM",
+    "SimAM random": "Random SimAM",
+    "Kendall": "token-level kendall",
+    "Kendall random": "token-level random_kendall",
+    "Kendall by demonstration": "example-level kendall",
+    "Kendall by demonstration random": "example-level random_kendall",
+    f"Top-{TOP_TOKENS} recall": "token-level recall_topk",
+    f"Top-{TOP_TOKENS} recall random": "token-level random_recall_topk",
+    f"Top-{TOP_DEMONSTRATIONS} recall by demonstration": "example-level recall_topk",
+    f"Top-{TOP_DEMONSTRATIONS} recall by demonstration random": "example-level random_recall_topk",
+}
+"""The metrics that a `Comparison` holds by query and layer, and what the released scripts call them."""
+
+PER_LAYER = tuple(RELEASED_NAMES)
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,16 +200,14 @@ class Comparison:
     """In-context learning against finetuning on the same demonstrations, by the paper's metrics."""
 
     gold: Int[Tensor, " query"]
+    predictions: dict[str, Int[Tensor, " query"]]
+    """By setting (ZSL, ICL, FT): each query's most probable label."""
     label_log_probs: dict[str, Float[Tensor, "query label"]]
-    """By setting (ZSL, ICL, FT): mean log-probability per token of each label word."""
+    """By setting: mean log-probability per token of each label word, in nats; recordings have none."""
     rec2ftp: Rec2FTP
     per_layer: dict[str, Float[Tensor, "_ layer"]]
-    """By metric (`PER_LAYER`), query by layer; SimAM is averaged over heads, Kendall has its first queries only."""
-
-    @property
-    def predictions(self) -> dict[str, Int[Tensor, " query"]]:
-        """By setting: each query's most probable label."""
-        return {setting: log_probs.argmax(-1) for setting, log_probs in self.label_log_probs.items()}
+    """By metric (`PER_LAYER`), query by layer; SimAM is averaged over heads, Kendall and recall have the first queries
+    only."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -188,6 +237,18 @@ class Comparison:
         frame = self.to_frame()
         return frame.loc[frame["layer"].isna()].drop(columns="layer")
 
+    def released(self) -> dict[str, Any]:
+        """The metrics under the released scripts' own names: Recall2FTP in per cent, the others as lists by layer.
+
+        Means over queries are the scripts': a cosine with a zero vector counts as 0, and one undefined rank correlation
+        leaves its layer undefined.
+        """
+        found: dict[str, Any] = {"Recall2FTP": 100 * self.rec2ftp.value}
+        for metric, name in RELEASED_NAMES.items():
+            values = self.per_layer[metric]
+            found[name] = (values.nan_to_num() if metric.startswith("Sim") else values).mean(0).tolist()
+        return found
+
     def __repr__(self) -> str:
         settings = ", ".join(f"{name} accuracy={value:.3f}" for name, value in self.accuracy.items())
         return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp})"
@@ -201,6 +262,7 @@ class Comparison:
     def save(self, folder: str | PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the comparison into a folder, as safetensors and JSON, with whatever metadata belongs to it."""
         tensors = {"gold": self.gold} | {f"per_layer/{name}": values for name, values in self.per_layer.items()}
+        tensors |= {f"predictions/{name}": values for name, values in self.predictions.items()}
         tensors |= {f"label_log_probs/{name}": values for name, values in self.label_log_probs.items()}
         save_tensors(Path(folder), tensors, {"rec2ftp": vars(self.rec2ftp), **(metadata or {})})
 
@@ -212,18 +274,21 @@ class Comparison:
             AssetError: the folder is missing or damaged.
         """
         tensors, metadata = load_tensors(Path(folder))
-        groups: dict[str, dict[str, Tensor]] = {"per_layer": {}, "label_log_probs": {}}
-        for name, values in tensors.items():
-            group, _, member = name.partition("/")
-            if member:
-                groups[group][member] = values
+        groups: dict[str, dict[str, Tensor]] = {"per_layer": {}, "predictions": {}, "label_log_probs": {}}
         # The order of columns and settings is the paper's, not the file's.
-        return cls(
-            gold=tensors["gold"],
-            label_log_probs={name: groups["label_log_probs"][name] for name in ("ZSL", "ICL", "FT")},
-            rec2ftp=Rec2FTP(**metadata["rec2ftp"]),
-            per_layer={name: groups["per_layer"][name] for name in PER_LAYER},
-        )
+        with reading("Comparison", folder):
+            for name, values in tensors.items():
+                group, _, member = name.partition("/")
+                if member:
+                    groups[group][member] = values
+            scored = groups["label_log_probs"]
+            return cls(
+                gold=tensors["gold"],
+                predictions={name: groups["predictions"][name] for name in SETTINGS},
+                label_log_probs={name: scored[name] for name in SETTINGS if name in scored},
+                rec2ftp=Rec2FTP(**metadata["rec2ftp"]),
+                per_layer={name: groups["per_layer"][name] for name in PER_LAYER},
+            )
 
 
 def compare(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, seed: int = 0) -> Comparison:
@@ -239,56 +304,92 @@ def compare(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, seed
     Raises:
         ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field.
     """
-    _refuse_mismatch(zsl, icl, ft, delta)
-    h_zsl, h_icl, h_ft = (_field(run, "attn_out").double() for run in (zsl, icl, ft))
-    own_zsl, own_icl, own_ft = (_field(run, "query_scores").double() for run in (zsl, icl, ft))
-    m_icl = _field(icl, "demo_scores")[:KENDALL_QUERIES].double().sum(2)
-    m_ft = finetuning_attention(delta.training_q, _field(ft, "q")[:KENDALL_QUERIES].double())
+    found = compare_recordings(Recordings.of(zsl, icl, ft, delta), seed=seed)
+    runs = {"ZSL": zsl, "ICL": icl, "FT": ft}
+    return replace(found, label_log_probs={name: run.label_log_probs for name, run in runs.items()})
+
+
+def compare_recordings(
+    recordings: Recordings, *, seed: int = 0, kendall_queries: int | None = KENDALL_QUERIES
+) -> Comparison:
+    """The same from recordings, ours or the released code's, without any model.
+
+    Args:
+        recordings: e.g. what `load_recordings` reads.
+        seed: of the random baselines.
+        kendall_queries: on how many of the first queries attention to the demonstrations is compared; all for None.
+    """
+    n_queries = len(recordings.gold)
+    if kendall_queries is None:
+        kendall_queries = n_queries
+    # One stream of random numbers a baseline, so that the queries taken at once change none.
+    streams = {name: np.random.default_rng(seed) for name in ("SimAOU", "SimAM", "token", "demonstration")}
+    found: dict[str, list[Tensor]] = {name: [] for name in PER_LAYER}
+    for batch in torch.arange(n_queries).split(QUERIES_AT_ONCE):
+        values = _outputs_and_maps(recordings, batch, streams)
+        if len(batch := batch[batch < kendall_queries]):
+            values |= _demonstration_attention(recordings, batch, streams)
+        for name, value in values.items():
+            found[name].append(value)
+    predictions = recordings.predictions
     return Comparison(
-        gold=icl.gold,
-        label_log_probs={"ZSL": zsl.label_log_probs, "ICL": icl.label_log_probs, "FT": ft.label_log_probs},
-        rec2ftp=rec2ftp(icl.gold, zsl.predictions, icl.predictions, ft.predictions, seed=seed),
-        per_layer={
-            "SimAOU": sim_aou(h_zsl, h_icl, h_ft),
-            "SimAOU random": sim_aou_random(h_zsl, h_icl, seed=seed),
-            "SimAM before FT": sim_am(own_icl, own_zsl).nanmean(-1),
-            "SimAM after FT": sim_am(own_icl, own_ft).nanmean(-1),
-            "SimAM random": sim_am_random(own_icl, seed=seed).nanmean(-1),
-            "Kendall": kendall(m_icl, m_ft),
-            "Kendall random": kendall_random(m_icl, seed=seed),
-        },
+        gold=recordings.gold,
+        predictions=predictions,
+        label_log_probs={},
+        rec2ftp=rec2ftp(recordings.gold, predictions["ZSL"], predictions["ICL"], predictions["FT"], seed=seed),
+        per_layer={name: torch.cat(values) for name, values in found.items()},
     )
 
 
-def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta) -> None:
-    models = {"zsl": zsl.model, "icl": icl.model, "ft": ft.model, "delta": delta.model}
-    if len(set(models.values())) > 1:
-        raise ValueError(f"expected captures and delta of one model, got {models}")
-    if zsl.prompts != icl.prompts.zero_shot() or ft.prompts != zsl.prompts:
-        raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
-    if zsl.fingerprint != icl.fingerprint:
-        raise ValueError("expected zsl and icl captured with the same weights: both outside of `delta.applied(model)`")
-    if delta.fingerprint != zsl.fingerprint:
-        raise ValueError("expected a delta finetuned from the weights that zsl and icl were captured with, got another")
-    if ft.fingerprint == zsl.fingerprint:
-        raise ValueError("expected ft captured within `with delta.applied(model):`, got a run with zsl's weights")
-    if not icl.prompts.demonstrations:
-        raise ValueError("expected icl's prompts to have demonstrations, got none")
-    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:
-        raise ValueError("expected a delta finetuned on the demonstrations of icl's prompts, in their order")
+def _outputs_and_maps(
+    recordings: Recordings, batch: Int[Tensor, " batch"], streams: dict[str, np.random.Generator]
+) -> dict[str, Float[Tensor, "batch layer"]]:
+    h_zsl, h_icl, h_ft = (recordings.attn_out[setting][batch].double() for setting in SETTINGS)
+    m_zsl, m_icl, m_ft = (recordings.query_scores[setting][batch].double() for setting in SETTINGS)
+    return {
+        "SimAOU": sim_aou(h_zsl, h_icl, h_ft),
+        "SimAOU random": sim_aou_random(h_zsl, h_icl, seed=streams["SimAOU"]),
+        "SimAM before FT": sim_am(m_icl, m_zsl).nanmean(-1),
+        "SimAM after FT": sim_am(m_icl, m_ft).nanmean(-1),
+        "SimAM random": sim_am_random(m_icl, seed=streams["SimAM"]).nanmean(-1),
+    }
 
 
-def _field(run: Capture, name: Field) -> Tensor:
-    tensor = getattr(run, name)
-    if tensor is None:
-        raise ValueError(f"expected captures with the fields {METRIC_FIELDS}, got {run} without {name!r}")
-    return tensor
+def _demonstration_attention(
+    recordings: Recordings, batch: Int[Tensor, " batch"], streams: dict[str, np.random.Generator]
+) -> dict[str, Float[Tensor, "batch layer"]]:
+    shown = recordings.segments >= 0
+    trained = torch.isin(recordings.training_segments, recordings.segments[shown])
+    m_icl = recordings.context_scores["ICL"][batch][..., shown].double()
+    m_ft = finetuning_attention(recordings.training_q[:, trained], recordings.q[batch])
+    icl, ft = demonstration_weights(m_icl), demonstration_weights(m_ft)
+    owners = recordings.segments[shown]
+    found = _agreement(icl, ft, TOP_TOKENS, "", streams["token"])
+    icl, ft = by_demonstration(icl, owners), by_demonstration(ft, owners)
+    return found | _agreement(icl, ft, TOP_DEMONSTRATIONS, " by demonstration", streams["demonstration"])
+
+
+def _agreement(
+    icl: Float[Tensor, "batch layer item"],
+    ft: Float[Tensor, "batch layer item"],
+    k: int,
+    level: str,
+    stream: np.random.Generator,
+) -> dict[str, Float[Tensor, "batch layer"]]:
+    """Rank correlation and recall of the most attended, with what chance has of each."""
+    recall = top_recall(icl, ft, k)
+    return {
+        f"Kendall{level}": kendall(icl, ft),
+        f"Kendall{level} random": kendall_random(icl, seed=stream),
+        f"Top-{k} recall{level}": recall,
+        f"Top-{k} recall{level} random": recall * 0 + k / icl.shape[-1],
+    }
 
 
 def _unit(h: Tensor) -> Tensor:
     return h / h.norm(dim=-1, keepdim=True)
 
 
-def _uniform(like: Tensor, seed: int) -> Tensor:
+def _uniform(like: Tensor, seed: Seed) -> Tensor:
     """Uniform [0, 1) from numpy's generator, whose stream is the same on every platform."""
     return torch.from_numpy(np.random.default_rng(seed).random(tuple(like.shape))).to(like)

@@ -123,11 +123,16 @@ class Model:
         return [fallback]
 
     @property
+    def end_tokens(self) -> list[int]:
+        """What ends a sequence: EOS."""
+        if self.tokenizer.eos_token_id is None:
+            raise UnsupportedModelError(f"{self.name}: its tokenizer has no EOS token")
+        return [self.tokenizer.eos_token_id]
+
+    @property
     def separator(self) -> list[int]:
         """What ends a demonstration: EOS for XGLM, the paper's architecture; a line break elsewhere."""
-        if self.architecture == "XGLMForCausalLM":
-            return [self.tokenizer.eos_token_id]
-        return self.encode("\n")
+        return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
 
     def run(
         self,

@@ -164,7 +164,7 @@ def label_counts(
     """
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax, _ = _axes(ax)
-    settings = ["gold", *together[0].label_log_probs]
+    settings = ["gold", *together[0].predictions]
     width = 0.8 / len(settings)
     for index, setting in enumerate(settings):
         found = torch.cat([c.gold if setting == "gold" else c.predictions[setting] for c in together])

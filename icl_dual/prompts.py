@@ -2,6 +2,10 @@
 
 The three settings share one template and one set of demonstrations. Each piece is tokenised by itself, so that a
 demonstration has the same tokens in the in-context prompt and as a training sequence.
+
+Two protocols differ in what is recorded. `answer` records at the token that predicts the label. `reference` does as the
+released code of Dai et al.: the first label word follows every query, whatever its label is, and its last token is the
+recorded position; EOS ends a demonstration and nothing else does; demonstrations that do not fit are left out.
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from icl_dual.models import Model
-from icl_dual.tasks import Example, Task
+from icl_dual.tasks import Example, Protocol, Task
 
 Tokens = tuple[int, ...]
 
@@ -21,6 +25,9 @@ START = -1
 """The segment of the start token in `Prompts.segments`."""
 SEPARATOR = -2
 """The segment of separators in `Prompts.segments`."""
+
+REFERENCE_CONTEXT = 2048
+"""The reference protocol's prompts are shorter than this, whatever the model could read."""
 
 
 class PromptError(ValueError):
@@ -32,25 +39,45 @@ class Prompts:
     """A set of queries that share their demonstrations, as token ids.
 
     The label of a query is predicted at its last token. An in-context prompt is `start`, then each demonstration
-    followed by `separator`, then the query.
+    followed by `separator`, then the query, then what the protocol has after it.
     """
 
     start: Tokens
     demonstrations: tuple[Tokens, ...]
     demonstration_label_lengths: Tokens
-    """How many of each demonstration's last tokens are its label word."""
+    """How many of each training sequence's last tokens are its label word."""
     separator: Tokens
     queries: tuple[Tokens, ...]
     labels: tuple[Tokens, ...]
     """The tokens of each label word, as they follow a query."""
     gold: Tokens
     """Each query's label index."""
+    protocol: Protocol = "answer"
+    left_out: tuple[Tokens, ...] = ()
+    """Demonstrations that finetuning trains on after the others and that no context shows (the released code's own
+    mismatch, where it was asked for)."""
 
     def __repr__(self) -> str:
         return (
             f"Prompts({len(self.queries)} queries of {min(map(len, self.queries))} to {max(map(len, self.queries))} "
-            f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens)"
+            f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens, "
+            f"protocol={self.protocol!r})"
         )
+
+    @property
+    def appended(self) -> Tokens:
+        """What follows every query: nothing, or the first label word under the reference protocol."""
+        return self.labels[0] if self.protocol == "reference" else ()
+
+    @cached_property
+    def rows(self) -> tuple[Tokens, ...]:
+        """Each query's own tokens; the recorded position is the last."""
+        return tuple(query + self.appended for query in self.queries)
+
+    @property
+    def training(self) -> tuple[Tokens, ...]:
+        """What finetuning trains on, a demonstration a step."""
+        return self.demonstrations + self.left_out
 
     @cached_property
     def prefix(self) -> Tokens:
@@ -75,7 +102,7 @@ class Prompts:
 
     def zero_shot(self) -> "Prompts":
         """The same queries without the demonstrations."""
-        return replace(self, demonstrations=(), demonstration_label_lengths=())
+        return replace(self, demonstrations=(), demonstration_label_lengths=(), left_out=())
 
 
 def build_prompts(
@@ -85,8 +112,9 @@ def build_prompts(
     queries: Sequence[Example],
     *,
     separator: str | None = None,
+    reference_k_mismatch: bool = False,
 ) -> Prompts:
-    """Tokenise demonstrations and queries for a model.
+    """Tokenise demonstrations and queries for a model, by the task's protocol.
 
     Args:
         model: whose tokenizer, start token and context length to use.
@@ -94,38 +122,82 @@ def build_prompts(
         demonstrations: what stands in context, in this order.
         queries: what is asked.
         separator: text that ends each demonstration; the model's own where not given (EOS for the paper's models, a
-            line break elsewhere).
+            line break elsewhere). The reference protocol has EOS.
+        reference_k_mismatch: finetune also on demonstrations that the reference protocol leaves out of the context for
+            want of room, as the released code does. Otherwise both have the same.
 
     Raises:
         PromptError: no queries; a label word without tokens, or two with the same; a query that is also a
-            demonstration; or the longest prompt does not fit the model's context.
+            demonstration (the reference protocol takes its splits as they are); the longest prompt, or under the
+            reference protocol a single demonstration with it, does not fit the model's context; or an option that the
+            task's protocol does not have.
     """
+    reference = task.protocol == "reference"
     if not queries:
         raise PromptError("expected at least one query, got none")
-    shared = {example.identity for example in demonstrations} & {example.identity for example in queries}
-    if shared:
+    if reference and separator is not None:
+        raise PromptError(f"the reference protocol ends demonstrations by EOS alone, got separator={separator!r}")
+    if reference_k_mismatch and not reference:
+        raise PromptError("reference_k_mismatch belongs to the reference protocol, got a task of the answer protocol")
+    shared = shared_texts(demonstrations, queries)
+    if shared and not reference:
         raise PromptError(f"expected queries apart from the demonstrations, got {len(shared)} text(s) in both")
     labels = [_label_tokens(model, task.tail, word) for word in task.label_words]
     if len(set(labels)) < len(labels):
         raise PromptError(f"{task.name}: label words {list(task.label_words)} share their tokens: {labels}")
-    prompts = Prompts(
+    if reference:
+        separator_tokens = model.end_tokens
+    else:
+        separator_tokens = model.separator if separator is None else model.encode(separator)
+    whole = Prompts(
         start=tuple(model.start_tokens),
         demonstrations=tuple((*model.encode(task.prompt(shown)), *labels[shown.label]) for shown in demonstrations),
         demonstration_label_lengths=tuple(len(labels[shown.label]) for shown in demonstrations),
-        separator=tuple(model.separator if separator is None else model.encode(separator)),
+        separator=tuple(separator_tokens),
         queries=tuple(tuple(model.encode(task.prompt(query))) for query in queries),
         labels=tuple(labels),
         gold=tuple(query.label for query in queries),
+        protocol=task.protocol,
     )
+    prompts = _cut_to_fit(whole, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch) if reference else whole
     longest_query, longest_label = max(map(len, prompts.queries)), max(map(len, labels))
     longest = len(prompts.prefix) + longest_query + longest_label
-    if longest > model.n_ctx:
+    if longest > model.n_ctx or (demonstrations and not prompts.demonstrations):
+        n_shown, n_prefix = len(demonstrations), len(whole.prefix)
+        advice = "Use fewer demonstrations"
+        if reference:
+            n_shown, n_prefix = min(1, n_shown), len(replace(whole, demonstrations=whole.demonstrations[:1]).prefix)
+            advice = "Under the reference protocol not even one demonstration fits"
         raise PromptError(
-            f"{task.name}: {len(demonstrations)} demonstrations take {len(prompts.prefix)} tokens, the longest query "
-            f"{longest_query} and the longest label {longest_label}: {longest} in all, and {model.name} reads at most "
-            f"{model.n_ctx}. Use fewer demonstrations"
+            f"{task.name}: {n_shown} demonstrations take {n_prefix} tokens, the longest query {longest_query} and the "
+            f"longest label {longest_label}: {n_prefix + longest_query + longest_label} in all, and {model.name} reads "
+            f"at most {model.n_ctx}. {advice}"
         )
     return prompts
+
+
+def shared_texts(demonstrations: Sequence[Example], queries: Sequence[Example]) -> set[str]:
+    """The texts that are both a demonstration and a query."""
+    return {example.identity for example in demonstrations} & {example.identity for example in queries}
+
+
+def _cut_to_fit(prompts: Prompts, n_ctx: int, keep_left_out: bool) -> Prompts:
+    """The first demonstrations that fit, by the released code's count, which allows for the longest query's own start
+    token beside the context's."""
+    longest = len(prompts.start) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
+    taken, n_fit = len(prompts.start), 0
+    for demonstration in prompts.demonstrations:
+        taken += len(demonstration) + len(prompts.separator)
+        if taken + longest >= n_ctx:
+            break
+        n_fit += 1
+    lengths = prompts.demonstration_label_lengths
+    return replace(
+        prompts,
+        demonstrations=prompts.demonstrations[:n_fit],
+        left_out=prompts.demonstrations[n_fit:] if keep_left_out else (),
+        demonstration_label_lengths=lengths if keep_left_out else lengths[:n_fit],
+    )
 
 
 def _label_tokens(model: Model, before: str, word: str) -> Tokens:

@@ -7,23 +7,27 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from icl_dual.assets import load_tensors
+from icl_dual.assets import atomic_folder, load_tensors
 from icl_dual.capture import capture
 from icl_dual.finetune import Loss, finetune
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import Model, load_model
-from icl_dual.prompts import build_prompts
-from icl_dual.tasks import Split, Task, load_task
+from icl_dual.prompts import build_prompts, shared_texts
+from icl_dual.recordings import Recordings, load_recordings
+from icl_dual.tasks import Protocol, Split, Task, load_task
+
+RECORDINGS = "recordings"
+"""Where in a cell's folder its recordings are, if they were kept."""
 
 
 class StudyError(ValueError):
@@ -42,15 +46,22 @@ class Cell:
     """Draws the demonstrations, and the random baselines."""
     lr: float
     """Finetuning's learning rate."""
-    n_queries: int = 100
-    protocol: Literal["answer"] = "answer"
-    """The recorded position: `answer`, the token that predicts the label."""
+    n_queries: int | None = 100
+    """All there are for None; the reference protocol has 2000 at most."""
+    protocol: Protocol = "answer"
+    """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label;
+    `reference`, all as the released code does, the position being the first label word's, which follows every query."""
     loss: Loss = "all"
     """Finetuning's loss: over all tokens of a demonstration, or over its label word."""
     balanced: bool = False
     """Demonstrations balanced over labels, or as they fall (the paper's way)."""
     split: Split = "evaluation"
     """Where the queries come from."""
+    source: str | None = None
+    """Where the task's rows come from: `wheel`, `hub`, a file, or the task's own default."""
+    reference_k_mismatch: bool = False
+    """Finetune on demonstrations that the reference protocol leaves out of the context, too, as the released code
+    does."""
 
     @property
     def name(self) -> str:
@@ -67,6 +78,18 @@ class CellResult:
     comparison: Comparison
     provenance: dict[str, Any]
     """Model hash or revision, dtype, versions, residuals, seconds, losses, and which rows were drawn."""
+    folder: Path
+    """Where it is saved."""
+
+    def recordings(self) -> Recordings:
+        """What the metrics were computed from, where the cell was run with `keep_recordings`.
+
+        Raises:
+            StudyError: the cell was run without.
+        """
+        if not (self.folder / RECORDINGS).exists():
+            raise StudyError(f"expected {self.folder} with recordings, got none: run it with keep_recordings=True")
+        return load_recordings(self.folder / RECORDINGS)
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy: model, task, k, seed, lr, protocol, metric, layer (empty for all), value, n."""
@@ -77,17 +100,34 @@ class CellResult:
         return frame
 
 
-def run_cell(model: Model, task: Task, cell: Cell, folder: str | PathLike[str], *, progress: bool = True) -> CellResult:
+def run_cell(
+    model: Model,
+    task: Task,
+    cell: Cell,
+    folder: str | PathLike[str],
+    *,
+    keep_recordings: bool = False,
+    progress: bool = True,
+) -> CellResult:
     """Run one cell and save it into `folder`.
 
+    Args:
+        model: of the cell's name.
+        task: of the cell's name and protocol.
+        cell: what to run.
+        folder: appears complete or not at all.
+        keep_recordings: save what the metrics are computed from, too: some megabytes a query for large models.
+        progress: show progress bars.
+
     Raises:
-        StudyError: the cell is of another model or task.
+        StudyError: the cell is of another model, task or protocol.
     """
-    if (model.name, task.name) != (cell.model, cell.task):
-        raise StudyError(f"expected {cell.model!r} and {cell.task!r}, got {model.name!r} and {task.name!r}")
+    wanted, got = (cell.model, cell.task, cell.protocol), (model.name, task.name, task.protocol)
+    if got != wanted:
+        raise StudyError(f"expected model, task and protocol {wanted}, got {got}")
     demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
     queries = task.queries(cell.n_queries, split=cell.split)
-    prompts = build_prompts(model, task, demonstrations, queries)
+    prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=cell.reference_k_mismatch)
     clock = _Clock()
     # Finetuning first: a learning rate that diverges then costs no captures.
     with clock("finetuning"):
@@ -110,12 +150,21 @@ def run_cell(model: Model, task: Task, cell: Cell, folder: str | PathLike[str], 
         "pass_residual": model.pass_residual,
         "seconds": clock.seconds,
         "prefix_tokens": len(prompts.prefix),
+        "query_tokens": sum(map(len, prompts.rows)),
+        "n_queries": len(prompts.queries),
+        "k_in_context": len(prompts.demonstrations),
+        "shared_texts": len(shared_texts(demonstrations, queries)),
         "label_words": task.label_words,
         "losses": delta.losses.tolist(),
         "demonstrations": [example.key for example in demonstrations],
         "queries": [example.key for example in queries],
     }
-    comparison.save(folder, {"settings": asdict(cell), "provenance": provenance})
+    about = {"settings": asdict(cell), "provenance": provenance}
+    with atomic_folder(Path(folder)) as scratch:
+        comparison.save(scratch, about)
+        if keep_recordings:
+            recordings = Recordings.of(zsl, icl, ft, delta)
+            replace(recordings, metadata=recordings.metadata | about).save(scratch / RECORDINGS)
     return load_cell(folder)
 
 
@@ -128,7 +177,7 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
     """
     _, metadata = load_tensors(Path(folder))
     try:
-        return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"])
+        return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder))
     except (KeyError, TypeError) as error:
         raise StudyError(f"expected a finished cell in {folder}, got something else ({error!r})") from error
 
@@ -139,12 +188,13 @@ def run_study(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    keep_recordings: bool = False,
     progress: bool = True,
 ) -> list[CellResult]:
     """Run a grid of cells of known tasks, one folder each; cells that are complete are read, not run again.
 
-    A cell given twice is run and returned once. Models and tasks are loaded only where a
-    cell is missing, one model at a time.
+    With `keep_recordings`, a cell is complete only with its recordings. A cell given twice is run and returned once.
+    Models and tasks are loaded only where a cell is missing, one model at a time.
 
     Raises:
         StudyError: a complete cell was made with other settings or by other weights, and says which differ; or two
@@ -154,22 +204,57 @@ def run_study(
     if len(set(folders.values())) < len(folders):
         raise StudyError(
             "expected cells that differ in model, task, k, seed, lr or protocol, got two that would share a folder: "
-            "run those with other queries, loss, balance or split as a study in a folder of its own"
+            "run those with other queries, loss, balance, split or source as a study in a folder of its own"
         )
-    done = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
+    done = {
+        cell: _load_same(cell, path, dtype)
+        for cell, path in folders.items()
+        if path.exists() and ((path / RECORDINGS).exists() or not keep_recordings)
+    }
     models: dict[str, Model] = {}
-    tasks: dict[str, Task] = {}
+    tasks: dict[tuple[str, str | None, Protocol], Task] = {}
     with tqdm(cells, initial=len(done), total=len(folders), disable=not progress, unit="cell") as bar:
         for cell in (cell for cell in folders if cell not in done):
             bar.set_description(f"{cell.model} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
             if cell.model not in models:
                 models = {cell.model: load_model(cell.model, device=device, dtype=dtype)}
                 _refuse_other_origin(models[cell.model], done)
-            if cell.task not in tasks:
-                tasks[cell.task] = load_task(cell.task)
-            done[cell] = run_cell(models[cell.model], tasks[cell.task], cell, folders[cell], progress=progress)
+            of = cell.task, cell.source, cell.protocol
+            if of not in tasks:
+                tasks[of] = load_task(cell.task, cell.source, protocol=cell.protocol)
+            done[cell] = run_cell(
+                models[cell.model],
+                tasks[of],
+                cell,
+                folders[cell],
+                keep_recordings=keep_recordings,
+                progress=progress,
+            )
             bar.update()
     return [done[cell] for cell in folders]
+
+
+def export_recordings(
+    study: CellResult | Sequence[CellResult], folder: str | PathLike[str], *, progress: bool = True
+) -> None:
+    """Write the recordings of cells in the released layout, for the released scripts to read.
+
+    Args:
+        study: a finished cell, whose `zs`, `icl`, `ftzs` and `ft` go into `folder`; or several, each into a folder of
+            its own name in it. They were run with `keep_recordings`.
+        folder: new, or one to write again.
+        progress: show a progress bar.
+
+    Raises:
+        StudyError: a cell has no recordings.
+        RecordingError: separators are not one token each, which the layout takes for granted.
+        AssetError: the folder holds other files.
+    """
+    if isinstance(study, CellResult):
+        study.recordings().export(folder, progress=progress)
+        return
+    for result in study:
+        result.recordings().export(Path(folder) / result.cell.name, progress=progress)
 
 
 class _Clock:

@@ -3,6 +3,10 @@
 A task keeps three pools that share no text, not even across duplicate rows: demonstrations, a selection pool (to
 choose learning rates on) and evaluation queries. Pools and draws are ordered by SHA-256 of seed and text, so they
 are the same on every platform and with every version of every library.
+
+Under the reference protocol, rows are drawn as the released code of Dai et al. draws them instead: both splits in
+their data set's own order, shuffled by numpy's generator as `datasets` shuffles (demonstrations by their seed, queries
+by 1), queries cut at 2000, texts taken as they stand.
 """
 
 import csv
@@ -16,11 +20,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from icl_dual import assets
 
 Split = Literal["selection", "evaluation"]
+Protocol = Literal["answer", "reference"]
+"""How a cell is drawn, written and recorded: `answer`, at the token that predicts the label; `reference`, as the
+released code does, after the first label word."""
+
+REFERENCE_QUERIES = 2000
+"""The reference protocol takes no more queries than this."""
+
+REFERENCE_SHUFFLE = 1
+"""The seed by which the reference protocol shuffles its queries."""
+
 Rows = Iterable[Mapping[str, Any]] | str | PathLike[str]
 
 
@@ -57,16 +73,28 @@ class Task:
             JSONL or CSV file of such rows.
         query_rows: rows to draw queries from. Without them, half of `rows` serve as demonstrations, a tenth for
             selection, and the rest as queries.
+        protocol: `reference` draws as the released code does; then all `rows` serve as demonstrations where there are
+            `query_rows`, repeated and shared texts among them, and nothing is left for selection.
 
     Raises:
         TaskError: a row lacks a field, has empty text or an unknown label (with the row's number); fewer than two
-            classes; no rows.
+            classes; no rows; no such protocol.
     """
 
     def __init__(
-        self, name: str, template: str, label_words: Sequence[str], rows: Rows, query_rows: Rows | None = None
+        self,
+        name: str,
+        template: str,
+        label_words: Sequence[str],
+        rows: Rows,
+        query_rows: Rows | None = None,
+        *,
+        protocol: Protocol = "answer",
     ) -> None:
+        if protocol not in get_args(Protocol):
+            raise TaskError(f"expected protocol 'answer' or 'reference', got {protocol!r}")
         self.name = name
+        self.protocol: Protocol = protocol
         self.template = template
         self.label_words = tuple(label_words)
         self.field_names = tuple(_field_names(template))
@@ -77,24 +105,37 @@ class Task:
         if len(self.label_words) < 2 or len(set(self.label_words)) < len(self.label_words):
             raise TaskError(f"expected two or more different label words, got {list(self.label_words)}")
         pool = self._examples(rows, "rows")
-        if query_rows is None:
-            ordered = _shuffled(pool, "pools")
+        held_out = None if query_rows is None else self._examples(query_rows, "query_rows")
+        self._demonstrations, self._queries = self._pools(pool, held_out)
+
+    def _pools(
+        self, rows: list[Example], held_out: list[Example] | None
+    ) -> tuple[list[Example], dict[str, list[Example]]]:
+        """The demonstrations, and the queries by split."""
+        if held_out is None:
+            ordered = _shuffled(_first_of_each_text(rows), "pools")
             half, tenth = len(ordered) // 2, len(ordered) // 10
-            self._demonstrations = ordered[:half]
-            self._queries = {"selection": ordered[half : half + tenth], "evaluation": ordered[half + tenth :]}
-        else:
-            evaluation = self._examples(query_rows, "query_rows")
-            held_out = {example.identity for example in evaluation}
-            ordered = _shuffled([example for example in pool if example.identity not in held_out], "pools")
-            tenth = len(ordered) // 10
-            self._demonstrations = ordered[tenth:]
-            self._queries = {"selection": ordered[:tenth], "evaluation": evaluation}
+            parts = [ordered[:half], ordered[half : half + tenth], ordered[half + tenth :]]
+            if self.protocol == "reference":  # the same pools, in the order of their rows
+                parts = [_in_order_of(rows, part) for part in parts]
+            demonstrations, selection, evaluation = parts
+            return demonstrations, {"selection": selection, "evaluation": evaluation}
+        if self.protocol == "reference":
+            return rows, {"evaluation": held_out}
+        evaluation = _first_of_each_text(held_out)
+        asked = {example.identity for example in evaluation}
+        ordered = _shuffled([row for row in _first_of_each_text(rows) if row.identity not in asked], "pools")
+        tenth = len(ordered) // 10
+        return ordered[tenth:], {"selection": ordered[:tenth], "evaluation": evaluation}
 
     def __repr__(self) -> str:
         sizes = {"demonstrations": len(self._demonstrations)} | {
             name: len(pool) for name, pool in self._queries.items()
         }
-        return f"Task({self.name!r}, {self.template!r}, labels={list(self.label_words)}, {sizes})"
+        return (
+            f"Task({self.name!r}, {self.template!r}, labels={list(self.label_words)}, {sizes}, "
+            f"protocol={self.protocol!r})"
+        )
 
     @cached_property
     def tail(self) -> str:
@@ -105,9 +146,15 @@ class Task:
         """Draw k demonstrations by seed, classes as they fall (the paper's way) or balanced.
 
         Raises:
-            TaskError: k is negative or more than the pool, or than a class of it when balanced, can give.
+            TaskError: k is negative or more than the pool, or than a class of it when balanced, can give; or balanced
+                under the reference protocol, which knows no such draw.
         """
-        ordered = _shuffled(self._demonstrations, f"demonstrations {seed}")
+        if self.protocol == "reference":
+            if balanced:
+                raise TaskError("the reference protocol takes demonstrations as they fall, got balanced=True")
+            ordered = _permuted(self._demonstrations, seed)
+        else:
+            ordered = _shuffled(self._demonstrations, f"demonstrations {seed}")
         if not 0 <= k <= len(ordered):
             raise TaskError(f"{self.name}: expected k from 0 to the {len(ordered)} demonstrations there are, got {k}")
         if not balanced:
@@ -128,12 +175,17 @@ class Task:
     def queries(self, n: int | None = None, *, split: Split = "evaluation") -> list[Example]:
         """The first n queries of a fixed order, the same whatever the seed of the demonstrations; all without n.
 
+        The reference protocol has 2000 at most.
+
         Raises:
             TaskError: n is below one or more than there are, or there is no such split.
         """
         if split not in self._queries:
-            raise TaskError(f"expected split 'selection' or 'evaluation', got {split!r}")
-        ordered = _shuffled(self._queries[split], "queries")
+            raise TaskError(f"{self.name}: expected a split out of {list(self._queries)}, got {split!r}")
+        if self.protocol == "reference":
+            ordered = _permuted(self._queries[split], REFERENCE_SHUFFLE)[:REFERENCE_QUERIES]
+        else:
+            ordered = _shuffled(self._queries[split], "queries")
         if n is None:
             return ordered
         if not 1 <= n <= len(ordered):
@@ -145,19 +197,16 @@ class Task:
         return self.template.format(**dict(example.fields))
 
     def _examples(self, rows: Rows, what: str) -> list[Example]:
-        """Rows as examples, the first of each text."""
+        """Rows as examples, in their order."""
         source = str(rows) if isinstance(rows, str | PathLike) else what
         records = _read_rows(Path(rows)) if isinstance(rows, str | PathLike) else rows
-        first: dict[str, Example] = {}
-        for number, row in enumerate(records, start=1):
-            example = self._example(row, f"{source}, row {number}")
-            first.setdefault(example.identity, example)
-        if len({example.label for example in first.values()}) < 2:
+        found = [self._example(row, f"{source}, row {number}") for number, row in enumerate(records, start=1)]
+        n_classes = len({example.label for example in found})
+        if n_classes < 2:
             raise TaskError(
-                f"{self.name}: expected rows of two or more classes in {source}, got {len(first)} rows of "
-                f"{len({example.label for example in first.values()})}"
+                f"{self.name}: expected rows of two or more classes in {source}, got {len(found)} rows of {n_classes}"
             )
-        return list(first.values())
+        return found
 
     def _example(self, row: Mapping[str, Any], where: str) -> Example:
         if not isinstance(row, Mapping):
@@ -165,10 +214,12 @@ class Task:
         missing = [name for name in (*self.field_names, "label") if name not in row]
         if missing:
             raise TaskError(f"{self.name}: {where}: expected {missing[0]!r}, got only {sorted(map(str, row))}")
-        fields = tuple((name, str(row[name]).strip()) for name in self.field_names)
-        empty = [name for name, text in fields if not text or not isinstance(row[name], str)]
+        fields = tuple((name, str(row[name])) for name in self.field_names)
+        empty = [name for name, text in fields if not text.strip() or not isinstance(row[name], str)]
         if empty:
             raise TaskError(f"{self.name}: {where}: {empty[0]!r} is empty: expected text, got {row[empty[0]]!r}")
+        if self.protocol == "answer":
+            fields = tuple((name, text.strip()) for name, text in fields)
         return Example(fields, self._label(row["label"], where))
 
     def _label(self, label: Any, where: str) -> int:
@@ -197,6 +248,8 @@ class _PaperTask:
     hub_revision: str | None = None
     hub_query_split: str = "validation"
     hub_fields: tuple[str, ...] = ("text",)
+    reference_template: str | None = None
+    """The released code's template, where it differs from the paper's."""
 
 
 _SENTENCE = "Sentence: {text} Label:"
@@ -222,6 +275,8 @@ _PAPER_TASKS = {
         "agnews",
         "fancyzhx/ag_news",
         hub_query_split="test",
+        reference_template="Classify the news articles into the categories of World, Sports, Business, and Technology. "
+        "Article: {text} Answer:",
     ),
     "cb": _PaperTask(
         "{premise} Question: {hypothesis} True, False, or Neither? Answer:",
@@ -232,6 +287,7 @@ _PAPER_TASKS = {
         hub_config="cb",
         hub_revision="3de24cf8022e94f4ee4b9d55a6f539891524d646",
         hub_fields=("premise", "hypothesis"),
+        reference_template="{premise} Question: {hypothesis}. True, False, or Neither? Answer:",
     ),
 }
 
@@ -241,8 +297,11 @@ TASKS = tuple(_PAPER_TASKS)
 PAPER_K = {name: task.k for name, task in _PAPER_TASKS.items()}
 """How many demonstrations the paper used for each task."""
 
+PAPER_LABELS = {name: task.label_words for name, task in _PAPER_TASKS.items()}
+"""Each task's label words, by label index."""
 
-def load_task(name: str, source: str | PathLike[str] | None = None) -> Task:
+
+def load_task(name: str, source: str | PathLike[str] | None = None, *, protocol: Protocol = "answer") -> Task:
     """One of the paper's six tasks, with its template and label words.
 
     Args:
@@ -250,6 +309,7 @@ def load_task(name: str, source: str | PathLike[str] | None = None) -> Task:
         source: `"wheel"` (rows of the StaICC package: training splits, from which queries are held out; the default
             where it has the task), `"hub"` (the data set's own training and validation splits; the default for
             `cb`), or the path of a JSONL or CSV file of rows.
+        protocol: `answer`; or `reference`, with the released code's templates, order and cut of the rows.
 
     Raises:
         TaskError: there is no such task, or its rows do not fit it.
@@ -260,14 +320,36 @@ def load_task(name: str, source: str | PathLike[str] | None = None) -> Task:
     paper = _PAPER_TASKS[name]
     if source is None:
         source = "wheel" if paper.staicc else "hub"
+    query_rows: Rows | None = None
     if source == "wheel":
         if paper.staicc is None:
             raise TaskError(f"{name} is in no package: expected source='hub' or the path of a file, got 'wheel'")
-        return Task(name, paper.template, paper.label_words, _staicc_rows(paper.staicc))
-    if source == "hub":
+        rows: Rows = _staicc_rows(paper.staicc)
+    elif source == "hub":
         rows, query_rows = _hub_rows(paper, "train"), _hub_rows(paper, paper.hub_query_split)
-        return Task(name, paper.template, paper.label_words, rows, query_rows)
-    return Task(name, paper.template, paper.label_words, source)
+    else:
+        rows = source
+    template = paper.template
+    if protocol == "reference" and paper.reference_template is not None:
+        template = paper.reference_template
+    return Task(name, template, paper.label_words, rows, query_rows, protocol=protocol)
+
+
+def _first_of_each_text(examples: Iterable[Example]) -> list[Example]:
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(example.identity, example)
+    return list(first.values())
+
+
+def _in_order_of(rows: Sequence[Example], pool: Sequence[Example]) -> list[Example]:
+    wanted = {example.identity for example in pool}
+    return [row for row in _first_of_each_text(rows) if row.identity in wanted]
+
+
+def _permuted(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The order in which `datasets` shuffles rows by a seed."""
+    return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
 
 
 def _shuffled(examples: Iterable[Example], salt: str) -> list[Example]:

@@ -143,7 +143,7 @@ class _HeldPass:
 
     def __init__(self, model: Model, prompts: Prompts, batch: Int[Tensor, " batch"]) -> None:
         self.model, self.batch = model, batch
-        rows = [[*prompts.start, *prompts.queries[index]] for index in batch.tolist()]
+        rows = [[*prompts.start, *prompts.rows[index]] for index in batch.tolist()]
         longest = max(map(len, rows))
         self.tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         self.last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
@@ -213,7 +213,7 @@ def _delta_w_icl(
     prompts, kept = icl.prompts, icl.keys_values
     assert kept is not None
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-    rows = torch.tensor([n_prefix + len(prompts.queries[index]) - 1 for index in batch.tolist()])
+    rows = torch.tensor([n_prefix + len(prompts.rows[index]) - 1 for index in batch.tolist()])
     seen = model.scoring[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
     seen = seen[:1] if (seen == seen[:1]).all() else seen
     k, v = kept.demo_keys[layer].double(), kept.demo_values[layer].double()
@@ -314,7 +314,7 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelt
         )
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
-    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.demonstrations]:
+    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
         raise ValueError(
             f"expected a delta finetuned on the {len(icl.prompts.demonstrations)} demonstrations of icl's prompts, in "
             f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on icl's prompts"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +14,16 @@ from icl_dual.prompts import Prompts
 
 OOM = torch.OutOfMemoryError("CUDA out of memory")
 
-ALL_FIELDS = (*METRIC_FIELDS, "keys_values")
+ALL_FIELDS = (*METRIC_FIELDS, "demo_scores", "keys_values")
 
 
 def build(model: icl.Model, task: icl.Task, k: int = 5, n: int = 7) -> Prompts:
     return icl.build_prompts(model, task, task.demonstrations(k, seed=1), task.queries(n))
+
+
+@pytest.fixture(scope="module")
+def reference() -> icl.Task:
+    return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -33,7 +38,7 @@ class Plain:
 
     def attn_out(self, query: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        self.run(query, on_output=lambda layer, output: found.append(output[0, -1]))
+        self.run(query, self.prompts.appended, on_output=lambda layer, output: found.append(output[0, -1]))
         return torch.stack(found)
 
     def attention(self, query: int) -> list:
@@ -42,7 +47,7 @@ class Plain:
         def keep(layer, attention) -> None:
             found.append(attention)
 
-        self.run(query, on_attention=keep)
+        self.run(query, self.prompts.appended, on_attention=keep)
         return found
 
     def label_log_probs(self, query: int) -> torch.Tensor:
@@ -52,8 +57,8 @@ class Plain:
             means.append(logits.log_softmax(-1)[range(len(label)), label].mean())
         return torch.stack(means)
 
-    def run(self, query: int, label: tuple[int, ...] = (), **callbacks) -> torch.Tensor:
-        tokens = torch.tensor([[*self.prompts.prefix, *self.prompts.queries[query], *label]])
+    def run(self, query: int, after: tuple[int, ...] = (), **callbacks) -> torch.Tensor:
+        tokens = torch.tensor([[*self.prompts.prefix, *self.prompts.queries[query], *after]])
         with torch.no_grad():
             return self.model.run(tokens, **callbacks)
 
@@ -94,20 +99,43 @@ def test_float64_gpt2_is_exact_to_its_own_rounding(make_model: Callable[..., icl
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
-    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
+def test_the_reference_protocol_records_after_the_appended_label_and_reads_before_it(
+    models_by_architecture: Callable[[str], icl.Model], reference: icl.Task, architecture: str
 ) -> None:
     model = models_by_architecture(architecture)
-    prompts = build(model, task)
+    for labels in (("no", "perhaps"), ("perhaps", "no")):  # one token appended, or several
+        task = icl.Task("toy", reference.template, labels, make_rows(), protocol="reference")
+        prompts = build(model, task)
+        for setting in (prompts, prompts.zero_shot()):
+            got = icl.capture(model, setting, batch_size=3, progress=False)
+            plain = Plain(model, setting)
+            assert got.attn_out is not None
+            for query in range(len(prompts.queries)):
+                assert relative(got.attn_out[query], plain.attn_out(query)) < 1e-5
+                assert relative(got.label_log_probs[query], plain.label_log_probs(query)) < 1e-5
+
+
+@pytest.mark.parametrize("protocol", ["answer", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference: icl.Task,
+    architecture: str,
+    protocol: str,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task if protocol == "answer" else reference)
     got = icl.capture(model, prompts, fields=ALL_FIELDS, batch_size=3, progress=False)
     assert got.q is not None
+    assert got.context_scores is not None
     assert got.demo_scores is not None
     assert got.query_scores is not None
     assert got.keys_values is not None
     group = model.n_heads // model.n_key_value_heads
     n_prefix, n_start = len(prompts.prefix), len(prompts.start)
     for query in (0, 4):
-        n_query = len(prompts.queries[query])
+        n_query = len(prompts.rows[query])
         for layer, attention in enumerate(Plain(model, prompts).attention(query)):
             scoring = model.scoring[layer]
             keys = attention.k[0].repeat_interleave(group, dim=1)
@@ -116,6 +144,7 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
                 scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
             demo = scores[:, prompts.demonstration_positions]
             assert relative(got.demo_scores[query, layer], demo) < 1e-5
+            assert relative(got.context_scores[query, layer], scores[:, :n_prefix].sum(0)) < 1e-5
             assert relative(got.query_scores[query, layer, :, :n_query], scores[:, n_prefix:]) < 1e-5
             assert (got.query_scores[query, layer, :, n_query:] == 0).all()
             assert relative(got.q[query, layer], attention.q_content[0, -1]) < 1e-5
@@ -131,6 +160,8 @@ def test_zero_shot_has_no_demonstrations(llama: icl.Model, prompts: Prompts) -> 
     zsl = icl.capture(llama, prompts.zero_shot(), fields=ALL_FIELDS, progress=False)
     assert zsl.demo_scores is not None
     assert zsl.demo_scores.shape[-1] == 0
+    assert zsl.context_scores is not None
+    assert zsl.context_scores.shape[-1] == 1, "the start token"
     assert zsl.keys_values is not None
     assert zsl.keys_values.demo_keys.shape[1] == 0
     assert relative(zsl.label_log_probs[3], Plain(llama, prompts.zero_shot()).label_log_probs(3)) < 1e-5
@@ -139,7 +170,7 @@ def test_zero_shot_has_no_demonstrations(llama: icl.Model, prompts: Prompts) -> 
 def test_only_the_fields_asked_for_are_kept(llama: icl.Model, prompts: Prompts) -> None:
     got = icl.capture(llama, prompts, fields=("q",), progress=False)
     assert got.q is not None
-    assert got.attn_out is got.demo_scores is got.query_scores is got.keys_values is None
+    assert got.attn_out is got.context_scores is got.demo_scores is got.query_scores is got.keys_values is None
 
 
 def test_half_precision_is_captured_in_float32(make_model: Callable[..., icl.Model], task: icl.Task) -> None:

@@ -241,6 +241,18 @@ def test_a_sink_is_a_key_without_a_value(seed, cut, sink):
     assert_exact(own.z + dual.delta_icl(own, demo), expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, n=sizes, keys=st.integers(0, 5), groups=sizes, kv_heads=sizes, softcap=st.sampled_from([None, 1.5]))
+def test_summed_scores_are_the_scores_summed(seed, n, keys, groups, kv_heads, softcap):
+    q, k = draw(seed, n, groups * kv_heads, 3), draw(seed + 1, keys, kv_heads, 3)
+    got = dual.summed_scores(q, k, 0.7, softcap)
+    expected = torch.zeros(n, keys, dtype=torch.float64)
+    for head, kv_head in heads_of(q, k):
+        of_head = 0.7 * q[:, head] @ k[:, kv_head].T
+        expected += of_head if softcap is None else softcap * torch.tanh(of_head / softcap)
+    assert_exact(got, expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,

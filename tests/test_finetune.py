@@ -115,7 +115,7 @@ def test_training_queries_are_recorded_before_their_own_update(
     model = make_model("llama")
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(3))
     delta = icl.finetune(model, prompts, lr=LR, progress=False)
-    assert delta.training_q.shape[1] == len(prompts.demonstration_positions)
+    assert delta.training_q.shape[1] == len(prompts.demonstration_positions) + 3, "a start token each"
     one = icl.build_prompts(model, task, task.demonstrations(3, seed=1)[:1], task.queries(3))
     after_one = icl.finetune(model, one, lr=LR, progress=False)
     found: list[torch.Tensor] = []
@@ -125,14 +125,15 @@ def test_training_queries_are_recorded_before_their_own_update(
         with torch.no_grad():
             model.run(
                 torch.tensor([[*prompts.start, *tokens]]),
-                on_attention=lambda layer, attention: found.append(attention.q_content[0, 1:]),
+                on_attention=lambda layer, attention: found.append(attention.q_content[0]),
             )
         return torch.stack(found)
 
     first, second = prompts.demonstrations[:2]
-    torch.testing.assert_close(delta.training_q[:, : len(first)], queries(first))
+    n_first, n_second = len(first) + 1, len(second) + 1
+    torch.testing.assert_close(delta.training_q[:, :n_first], queries(first))
     with after_one.applied(model):
-        torch.testing.assert_close(delta.training_q[:, len(first) : len(first) + len(second)], queries(second))
+        torch.testing.assert_close(delta.training_q[:, n_first : n_first + n_second], queries(second))
 
 
 def test_deltas_save_and_load(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 import icl_dual as icl
 from icl_dual.metrics import (
     PER_LAYER,
+    by_demonstration,
+    demonstration_weights,
     finetuning_attention,
     kendall,
     kendall_random,
@@ -21,6 +22,7 @@ from icl_dual.metrics import (
     sim_am_random,
     sim_aou,
     sim_aou_random,
+    top_recall,
 )
 from icl_dual.prompts import Prompts
 
@@ -150,11 +152,11 @@ def test_kendall_by_hand() -> None:
 
 def test_finetunings_attention_sums_heads_of_query_products() -> None:
     training_q, q = draw(0, 2, 5, 3, 4), draw(1, 6, 2, 3, 4)
-    got = finetuning_attention(training_q, q)
+    got = finetuning_attention(training_q.flatten(2), q.flatten(2))
     for query in range(6):
         for layer in range(2):
             for token in range(5):
-                expected = sum(float(training_q[layer, token, h] @ q[query, layer, h]) for h in range(3)) / 2
+                expected = sum(float(training_q[layer, token, h] @ q[query, layer, h]) for h in range(3))
                 assert got[query, layer, token].item() == pytest.approx(expected)
 
 
@@ -168,6 +170,15 @@ def runs(llama: icl.Model, prompts: Prompts) -> dict:
     return {"zsl": zsl, "icl": in_context, "ft": ft, "delta": delta}
 
 
+def of_demonstrations(delta: icl.WeightDelta) -> list[int]:
+    """Where the demonstrations' own tokens are among the training tokens: behind one start token each."""
+    found, at = [], 0
+    for tokens in delta.demonstrations:
+        found += range(at + 1, at + 1 + len(tokens))
+        at += 1 + len(tokens)
+    return found
+
+
 def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     found = icl.compare(**runs, seed=5)
     zsl, in_context, ft = (runs[name] for name in ("zsl", "icl", "ft"))
@@ -178,18 +189,13 @@ def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     after = sim_am(in_context.query_scores.double(), ft.query_scores.double()).mean(-1)
     torch.testing.assert_close(found.per_layer["SimAM before FT"], before)
     torch.testing.assert_close(found.per_layer["SimAM after FT"], after)
-    m_ft = finetuning_attention(runs["delta"].training_q, ft.q.double())
-    torch.testing.assert_close(found.per_layer["Kendall"], kendall(in_context.demo_scores.double().sum(2), m_ft))
+    own = runs["delta"].training_q[:, of_demonstrations(runs["delta"])]
+    m_ft = finetuning_attention(own.flatten(2), ft.q.flatten(2)) / ft.q.shape[-1]
+    m_icl = in_context.context_scores[..., in_context.prompts.demonstration_positions].double()
+    torch.testing.assert_close(found.per_layer["Kendall"], kendall(m_icl, m_ft))
     assert found.rec2ftp == rec2ftp(zsl.gold, zsl.predictions, in_context.predictions, ft.predictions, seed=5)
     assert found.accuracy == {"ZSL": zsl.accuracy, "ICL": in_context.accuracy, "FT": ft.accuracy}
     assert tuple(found.per_layer) == PER_LAYER
-
-
-def test_kendall_takes_the_first_queries_only(runs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["icl_dual.metrics"], "KENDALL_QUERIES", 2)
-    found = icl.compare(**runs)
-    assert len(found.per_layer["Kendall"]) == 2
-    assert len(found.per_layer["SimAOU"]) == 7
 
 
 def test_comparisons_save_and_load_and_become_a_tidy_frame(runs: dict, tmp_path: Path) -> None:
@@ -215,6 +221,38 @@ def test_what_is_undefined_is_not_counted(runs: dict) -> None:
     by_layer = icl.compare(**runs).to_frame().set_index(["metric", "layer"]).to_dict(orient="index")
     assert by_layer["SimAOU", 1]["n"] == 6
     assert by_layer["SimAOU", 2]["n"] == 7
+
+
+def test_recall_of_the_most_attended_by_hand() -> None:
+    icl_, ft = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]), torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
+    assert top_recall(icl_, ft, 2).item() == 0.5  # 0 and 1 against 1 and 2
+    assert top_recall(icl_, icl_, 3).item() == 1.0
+    assert top_recall(icl_, ft, 5).isnan().all(), "there are no five"
+
+
+def test_weights_by_demonstration_are_sums_of_the_softmax() -> None:
+    m, owners = draw(0, 2, 3, 6), ints(0, 0, 2, 2, 2, 5)
+    weights = demonstration_weights(m)
+    torch.testing.assert_close(weights, m.softmax(-1))
+    parts = [weights[..., :2].sum(-1), weights[..., 2:5].sum(-1), weights[..., 5]]
+    torch.testing.assert_close(by_demonstration(weights, owners), torch.stack(parts, dim=-1))
+
+
+def test_under_the_released_names_means_are_the_scripts(runs: dict) -> None:
+    found = icl.compare(**runs)
+    values = {name: value.clone() for name, value in found.per_layer.items()}
+    values["SimAOU"][0, 1] = torch.nan  # no update: the scripts count a cosine of 0
+    values["Kendall"][0, 2] = torch.nan  # a constant: the scripts carry it through
+    scores = dataclasses.replace(found, per_layer=values).released()
+    assert scores["SimAOU"][1] == pytest.approx(found.per_layer["SimAOU"][1:, 1].sum().item() / 7)
+    assert math.isnan(scores["token-level kendall"][2])
+    assert scores["ZSL SimAM"] == pytest.approx(found.per_layer["SimAM before FT"].mean(0).tolist())
+    assert scores["Recall2FTP"] == pytest.approx(100 * found.rec2ftp.value, nan_ok=True)
+    assert scores["token-level random_recall_topk"] == pytest.approx([100 / n_tokens(runs)] * 3)
+
+
+def n_tokens(runs: dict) -> int:
+    return len(runs["icl"].prompts.demonstration_positions)
 
 
 def test_captures_that_do_not_belong_together_are_refused(runs: dict, llama: icl.Model, task: icl.Task) -> None:

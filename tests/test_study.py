@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import released
 import torch
+from conftest import make_rows
 
 import icl_dual as icl
 
@@ -23,7 +25,11 @@ def known(monkeypatch: pytest.MonkeyPatch, llama: icl.Model, task: icl.Task) -> 
         return llama
 
     monkeypatch.setattr(study, "load_model", load_model)
-    monkeypatch.setattr(study, "load_task", lambda name: task)
+    tasks = {
+        "answer": task,
+        "reference": icl.Task(task.name, task.template, task.label_words, make_rows(), protocol="reference"),
+    }
+    monkeypatch.setattr(study, "load_task", lambda name, source, *, protocol: tasks[protocol])
     return loaded
 
 
@@ -135,8 +141,59 @@ def test_a_damaged_cell_says_so(known: list[str], tmp_path: Path) -> None:
 
 
 def test_cells_of_another_model_or_task_are_refused(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
-    with pytest.raises(icl.StudyError, match="expected 'gpt2' and 'toy', got 'llama' and 'toy'"):
+    with pytest.raises(
+        icl.StudyError, match=r"expected .*\('gpt2', 'toy', 'answer'\), got \('llama', 'toy', 'answer'\)"
+    ):
         icl.run_cell(llama, task, dataclasses.replace(CELL, model="gpt2"), tmp_path / "cell", progress=False)
+
+
+def test_a_reference_cell_says_so_and_keeps_what_it_was_computed_from(known: list[str], tmp_path: Path) -> None:
+    cell = dataclasses.replace(CELL, protocol="reference", n_queries=None)
+    (result,) = icl.run_study([cell], tmp_path, keep_recordings=True, progress=False)
+    assert set(result.to_frame()["protocol"]) == {"reference"}
+    assert result.cell.name.endswith("_reference")
+    assert result.provenance["n_queries"] == len(result.comparison.gold) > 20
+    assert result.provenance["k_in_context"] == 3
+    assert result.recordings().metadata["settings"] == dataclasses.asdict(cell)
+    again = icl.compare_recordings(result.recordings(), seed=cell.seed)
+    for metric, values in result.comparison.per_layer.items():
+        assert torch.equal(again.per_layer[metric].nan_to_num(), values.nan_to_num()), metric
+
+
+def test_a_cell_without_the_recordings_wanted_is_run_again(known: list[str], tmp_path: Path) -> None:
+    (first,) = icl.run_study([CELL], tmp_path, progress=False)
+    with pytest.raises(icl.StudyError, match="run it with keep_recordings=True"):
+        first.recordings()
+    with pytest.raises(icl.StudyError, match="run it with keep_recordings=True"):
+        icl.export_recordings(first, tmp_path / "out")
+    (again,) = icl.run_study([CELL], tmp_path, keep_recordings=True, progress=False)
+    pd.testing.assert_frame_equal(first.to_frame(), again.to_frame())
+    assert len(again.recordings().gold) == 5
+    assert known == ["llama", "llama"]
+    icl.run_study([CELL], tmp_path, progress=False)
+    icl.run_study([CELL], tmp_path, keep_recordings=True, progress=False)
+    assert known == ["llama", "llama"], "complete both ways"
+
+
+def test_cells_export_recordings_that_give_the_same_numbers(known: list[str], tmp_path: Path) -> None:
+    cells = [dataclasses.replace(CELL, protocol="reference", seed=seed) for seed in (1, 2)]
+    results = icl.run_study(cells, tmp_path / "cells", keep_recordings=True, progress=False)
+    icl.export_recordings(results, tmp_path / "all", progress=False)
+    icl.export_recordings(results[1], tmp_path / "one", progress=False)
+    folders = [*(tmp_path / "all" / cell.name for cell in cells), tmp_path / "one"]
+    for result, folder in zip([*results, results[1]], folders, strict=True):
+        expected = released.scores(folder)
+        found = icl.load_recordings(folder, progress=False)
+        assert found.metadata["settings"] == dataclasses.asdict(result.cell)
+        for name, values in icl.compare_recordings(found).released().items():
+            if name in expected:
+                assert values == pytest.approx(expected[name], abs=1e-9, nan_ok=True), name
+                assert result.comparison.released()[name] == pytest.approx(expected[name], abs=1e-9, nan_ok=True)
+
+
+def test_the_other_protocols_task_is_refused(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
+    with pytest.raises(icl.StudyError, match=r"'reference'\), got .*'answer'\)"):
+        icl.run_cell(llama, task, dataclasses.replace(CELL, protocol="reference"), tmp_path / "cell", progress=False)
 
 
 def test_names_tell_cells_apart_and_are_plain_folders() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,3 +178,64 @@ def test_pickles_hold_plain_rows_or_are_refused() -> None:
     assert _PlainUnpickler(io.BytesIO(pickle.dumps([(["a"], 1)]))).load() == [(["a"], 1)]
     with pytest.raises(pickle.UnpicklingError, match="expected plain rows"):
         _PlainUnpickler(io.BytesIO(pickle.dumps(Path("x")))).load()
+
+
+def test_reference_draws_are_those_of_datasets_own_shuffle() -> None:
+    """Repeated texts, texts of both splits and white space stay: the released code takes rows as they are."""
+    rows = [row | {"text": f" {row['text']} "} for row in make_rows(40)] + make_rows(3)
+    asked = make_rows(25)
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, asked, protocol="reference")
+    for seed in (1, 7):
+        shuffled = Dataset.from_list(rows).shuffle(seed=seed)
+        drawn = [dict(example.fields)["text"] for example in task.demonstrations(43, seed)]
+        assert drawn == shuffled["text"][:]
+    shuffled = Dataset.from_list(asked).shuffle(seed=1)
+    assert [dict(example.fields)["text"] for example in task.queries()] == shuffled["text"][:]
+    assert [example.label for example in task.queries(4)] == shuffled["label"][:4]
+    assert task.prompt(task.demonstrations(1, 1)[0]).count("  ") <= 2
+    assert any(task.prompt(example).startswith("Text:  ") for example in task.demonstrations(43, 1))
+
+
+def test_reference_queries_are_cut_at_2000() -> None:
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(2100)]
+    assert len(icl.Task("t", TEMPLATE, ("no", "yes"), rows[:9], rows, protocol="reference").queries()) == 2000
+    with pytest.raises(icl.TaskError, match="between 1 and 2000 evaluation queries, got 2001"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), rows[:9], rows, protocol="reference").queries(2001)
+
+
+def test_reference_pools_of_one_file_share_no_text_and_are_shuffled_from_its_order() -> None:
+    rows = make_rows()
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, protocol="reference")
+    answer = icl.Task("t", TEMPLATE, ("no", "yes"), rows)
+    pools = [task._demonstrations, *task._queries.values()]
+    assert [{e.identity for e in pool} for pool in pools] == [
+        {e.identity for e in pool} for pool in (answer._demonstrations, *answer._queries.values())
+    ]
+    in_order = [e for e in (task._example(row, "") for row in rows) if e in task._demonstrations]
+    expected = Dataset.from_list([{"text": dict(e.fields)["text"]} for e in in_order]).shuffle(seed=5)["text"][:]
+    assert [dict(e.fields)["text"] for e in task.demonstrations(len(in_order), 5)] == expected
+
+
+def test_what_the_reference_protocol_does_not_have_is_refused() -> None:
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), make_rows(), make_rows(20), protocol="reference")
+    with pytest.raises(icl.TaskError, match="takes demonstrations as they fall, got balanced=True"):
+        task.demonstrations(2, 1, balanced=True)
+    with pytest.raises(icl.TaskError, match=r"expected a split out of \['evaluation'\], got 'selection'"):
+        task.queries(2, split="selection")
+
+
+def test_the_released_templates_are_the_references(tmp_path: Path) -> None:
+    agnews = icl.load_task("agnews", protocol="reference")
+    text = dict(agnews.queries(1)[0].fields)["text"]
+    assert agnews.prompt(agnews.queries(1)[0]) == (
+        "Classify the news articles into the categories of World, Sports, Business, and Technology. "
+        f"Article: {text} Answer:"
+    )
+    rows = [{"premise": f"P{i}", "hypothesis": f"h{i}", "label": i % 3} for i in range(30)]
+    (tmp_path / "cb.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cb = icl.load_task("cb", tmp_path / "cb.jsonl", protocol="reference")
+    premise, hypothesis = (text for _, text in cb.queries(1)[0].fields)
+    assert cb.prompt(cb.queries(1)[0]) == f"{premise} Question: {hypothesis}. True, False, or Neither? Answer:"
+    assert icl.load_task("cb", tmp_path / "cb.jsonl").template == (
+        "{premise} Question: {hypothesis} True, False, or Neither? Answer:"
+    )

@@ -1,0 +1,142 @@
+"""What recordings of the paper's size cost: time and memory of all metrics, and of writing and reading the layout.
+
+Random recordings of 872 queries × 24 layers × 2048 dimensions (16 heads, queries of 30 tokens, 1100 demonstration
+tokens) are saved as safetensors. Each step then runs in a process of its own, whose peak resident set is what it takes,
+the library's own import included. Exported recordings are read back and held against what was written, digit by digit.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import icl_dual as icl
+from icl_dual.prompts import SEPARATOR, START
+
+SETTINGS = ("ZSL", "ICL", "FT")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--queries", type=int, default=872, help="(%(default)s: SST2's)")
+    add("--layers", type=int, default=24, help="(%(default)s)")
+    add("--d-model", type=int, default=2048, help="(%(default)s)")
+    add("--heads", type=int, default=16, help="(%(default)s)")
+    add("--query-tokens", type=int, default=30, help="(%(default)s)")
+    add("--demonstration-tokens", type=int, default=1100, help="(%(default)s)")
+    add("--k", type=int, default=32, help="demonstrations (%(default)s)")
+    add("--out", type=Path, default=Path("figures/benchmark"), help="where recordings.md goes (%(default)s)")
+    add("--step", choices=STEPS, help=argparse.SUPPRESS)
+    add("--work", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def random_recordings(args: argparse.Namespace) -> icl.Recordings:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    lengths = [len(part) for part in torch.arange(args.demonstration_tokens).tensor_split(args.k)]
+    segments = [START] + [owner for i, n in enumerate(lengths) for owner in [i] * n + [SEPARATOR]]
+    training = [owner for i, n in enumerate(lengths) for owner in [START] + [i] * n]
+    by_query = args.queries, args.layers
+    return icl.Recordings(
+        gold=torch.randint(2, (args.queries,), generator=generator),
+        predictions={name: torch.randint(2, (args.queries,), generator=generator) for name in SETTINGS},
+        attn_out={name: normal(*by_query, args.d_model) for name in SETTINGS},
+        query_scores={name: normal(*by_query, args.heads, args.query_tokens) for name in SETTINGS},
+        query_lengths=torch.full((args.queries,), args.query_tokens),
+        context_scores={name: normal(*by_query, len(segments) if name == "ICL" else 1) for name in SETTINGS},
+        segments=torch.tensor(segments),
+        q=normal(*by_query, args.d_model),
+        training_q=normal(args.layers, len(training), args.d_model),
+        training_segments=torch.tensor(training),
+        metadata={"n_labels": 2},
+    )
+
+
+def metrics(work: Path) -> None:
+    icl.compare_recordings(icl.load_recordings(work / "saved"))
+
+
+def metrics_of_all(work: Path) -> None:
+    icl.compare_recordings(icl.load_recordings(work / "saved"), kendall_queries=None)
+
+
+def export(work: Path) -> None:
+    icl.load_recordings(work / "saved").export(work / "exported")
+
+
+def read_back(work: Path) -> None:
+    icl.load_recordings(work / "exported")
+
+
+def check(work: Path) -> None:
+    """Every digit of what was exported comes back."""
+    saved, read = icl.load_recordings(work / "saved"), icl.load_recordings(work / "exported")
+    for name in ("attn_out", "query_scores", "context_scores"):
+        for setting in SETTINGS:
+            found, expected = getattr(read, name)[setting], getattr(saved, name)[setting]
+            if not torch.equal(found.float(), expected):
+                raise RuntimeError(f"expected {name} of {setting} as it was exported, got other digits")
+    if not (torch.equal(read.q.float(), saved.q) and torch.equal(read.training_q.float(), saved.training_q)):
+        raise RuntimeError("expected the queries as they were exported, got other digits")
+
+
+STEPS: dict[str, Callable[[Path], None]] = {
+    "metrics": metrics,
+    "metrics, Kendall on all queries": metrics_of_all,
+    "export": export,
+    "read back": read_back,
+    "every digit": check,
+}
+
+
+def main() -> int:
+    args = parse()
+    if args.step:
+        started = time.perf_counter()
+        STEPS[args.step](args.work)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes, on Linux
+        print(json.dumps({"step": args.step, "seconds": time.perf_counter() - started, "peak GB": peak}))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        work, rows = Path(folder), []
+        random_recordings(args).save(work / "saved")
+        for step in STEPS:
+            done = subprocess.run(
+                [sys.executable, __file__, "--step", step, "--work", str(work)], capture_output=True, text=True
+            )
+            if done.returncode:
+                print(f"error: {step} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                return 1
+            rows.append(json.loads(done.stdout))
+            print(rows[-1])
+        sizes = {
+            name: sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file()) / 1e9
+            for name in ("saved", "exported")
+        }
+    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".2f")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "recordings.md").write_text(
+        f"{args.queries} queries × {args.layers} layers × {args.d_model} dimensions, {args.heads} heads, "
+        f"{args.query_tokens} query tokens, {args.demonstration_tokens} tokens of {args.k} demonstrations, random, in "
+        f"float32: {sizes['saved']:.2f} GB as safetensors, {sizes['exported']:.2f} GB in the released layout. "
+        f"{torch.get_num_threads()} threads, each step in a process of its own "
+        f"(`python analyses/benchmark_recordings.py`).\n\n{table}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
