@@ -19,6 +19,11 @@ ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
 """What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
 
 
+def count_or_all(text: str) -> int | None:
+    """A number of queries; None for all."""
+    return None if text == "all" else int(text)
+
+
 def cell_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that settle a script's cells."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,8 +31,15 @@ def cell_parser(description: str | None) -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
     add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
     add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
-    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
+    add("--queries", type=count_or_all, default=100, help="evaluation queries a task, or all (%(default)s)")
     add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
+    add(
+        "--protocol",
+        choices=("answer", "reference"),
+        default="answer",
+        help="recorded at the token that predicts the label, or all as the released code does (%(default)s)",
+    )
+    add("--source", choices=("wheel", "hub"), help="where the tasks' rows come from (each task's own default)")
     add("--device", default="cpu", help="(%(default)s)")
     add(
         "--dtype",

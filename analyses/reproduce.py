@@ -10,28 +10,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import paper_tables
 import torch
 from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
+from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
+from icl_dual.assets import model_files
 from icl_dual.plots import LAYERWISE
 
-ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
-METRIC_ROWS = (
-    "Rec2FTP random",
-    "Rec2FTP",
-    "SimAOU random",
-    "SimAOU",
-    "SimAM random",
-    "SimAM before FT",
-    "SimAM after FT",
-    "Kendall random",
-    "Kendall",
-)
-PER_CENT = (*ACCURACY_ROWS, "Rec2FTP random", "Rec2FTP")
-PAPER_NOTE = "The paper's own values stand below ours: they are of other models and query sets."
+PAPER = json.loads((DATA / "paper.json").read_text())
+PRESETS = {model["preset"]: model for model in PAPER["models"].values()}
 
 Results = Sequence[icl.CellResult]
 
@@ -39,104 +29,87 @@ Results = Sequence[icl.CellResult]
 def parse() -> argparse.Namespace:
     parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[1], help="draws of the demonstrations (%(default)s)")
+    add("--preset", choices=PRESETS, help="the paper's own set-up; what else is given takes the place of its values")
+    add(
+        "--rehearse",
+        type=int,
+        metavar="N",
+        help="run the preset on a random model of its shape with N layers, and the packaged rows: it needs no hub",
+    )
+    add("--seeds", type=int, nargs="+", help="draws of the demonstrations (1)")
     add("--loss", choices=("all", "label"), default="all", help="finetuning's loss: all tokens, or the label word's")
     add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as they fall)")
+    add(
+        "--reference-k-mismatch",
+        action="store_true",
+        help="finetune also on demonstrations that the reference protocol cuts from the context, as released",
+    )
+    add("--export", type=Path, metavar="FOLDER", help="write each cell's recordings there, in the released layout")
     add("--out", type=Path, default=Path("figures"), help="where cells, tables and figures go (%(default)s)")
-    return parser.parse_args()
+    preset = parser.parse_known_args()[0].preset
+    if preset:
+        hub = PRESETS[preset]["hub"]
+        parser.set_defaults(model=hub, tasks=PAPER["tasks"], queries=None, protocol="reference", source="hub")
+    args = parser.parse_args()
+    if args.rehearse is not None:
+        if not preset or args.rehearse < 1:
+            parser.error("--rehearse takes a number of layers from 1, and a --preset to rehearse")
+        args.tasks = [task for task in args.tasks if task != "cb"]  # the packages have no rows of it
+        args.source = "wheel"
+    return args
 
 
 def plan(args: argparse.Namespace) -> list[icl.Cell]:
+    def of_preset(name: str, task: str) -> float | None:
+        return PRESETS[args.preset][name][PAPER["tasks"].index(task)] if args.preset else None
+
+    def rate(task: str) -> float:
+        chosen = of_preset("lr", task) if args.lr is None else args.lr
+        return default_lr(args.model, task) if chosen is None else chosen
+
+    def seeds(task: str) -> list[int]:
+        seed = of_preset("seed", task)
+        return args.seeds or [1 if seed is None else int(seed)]
+
     return [
         icl.Cell(
             model=args.model,
             task=task,
             k=icl.PAPER_K[task] if args.k is None else args.k,
             seed=seed,
-            lr=default_lr(args.model, task) if args.lr is None else args.lr,
+            lr=rate(task),
             n_queries=args.queries,
+            protocol=args.protocol,
             loss=args.loss,
             balanced=args.balanced,
+            source=args.source,
+            reference_k_mismatch=args.reference_k_mismatch,
         )
         for task in dict.fromkeys(args.tasks)
-        for seed in dict.fromkeys(args.seeds)
+        for seed in dict.fromkeys(seeds(task))
     ]
 
 
-def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
-    """Ours and the paper's values in the paper's layout: a row a metric, a column a task."""
-    paper = json.loads((DATA / "paper.json").read_text())
-    tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
-    lines: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        values = {task: seed_values(results, task, row) for task in tasks}
-        texts = {task: cell_text(results, task, row) for task in tasks}
-        mean = pd.Series({task: found.mean() for task, found in values.items()}).mean(skipna=False)
-        lines[results[0].cell.model, row] = texts | {"mean": number(mean, row)}
-    for model, by_row in paper["models"].items():
-        for row in (row for row in rows if row in by_row):
-            shown = pd.Series(by_row[row], index=paper["tasks"])[tasks] / (100 if row in PER_CENT else 1)
-            texts = {task: number(value, row) for task, value in zip(tasks, shown, strict=True)}
-            lines[f"{model} (paper, another model)", row] = texts | {"mean": number(shown.mean(), row)}
-    frame = pd.DataFrame.from_dict(lines, orient="index").rename(columns=TITLES)
-    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["model", "metric"])
-    return frame.reset_index()
-
-
-def seed_values(results: Results, task: str, row: str) -> pd.Series:
-    """A metric of one task by seed; Rec2FTP, whose counts add up, and its baseline as one value for all seeds."""
-    chosen = [result.comparison for result in results if result.cell.task == task]
-    if row == "Rec2FTP":
-        both, finetuned = rec2ftp_counts(results, task)
-        return pd.Series([both / finetuned if finetuned else float("nan")])
-    if row == "Rec2FTP random":
-        pooled = [(c.rec2ftp.random * c.rec2ftp.finetuned, c.rec2ftp.finetuned) for c in chosen if c.rec2ftp.finetuned]
-        expected, finetuned = sum(both for both, _ in pooled), sum(n for _, n in pooled)
-        return pd.Series([expected / finetuned if finetuned else float("nan")])
-    return pd.Series([c.overall().set_index("metric").loc[row, "value"] for c in chosen], dtype=float)
-
-
-def rec2ftp_counts(results: Results, task: str) -> tuple[int, int]:
-    chosen = [result.comparison.rec2ftp for result in results if result.cell.task == task]
-    return sum(found.both for found in chosen), sum(found.finetuned for found in chosen)
-
-
-def cell_text(results: Results, task: str, row: str) -> str:
-    """A metric of one task: its mean over seeds, with their standard deviation where there are several."""
-    values = seed_values(results, task, row)
-    counts = " ({}/{})".format(*rec2ftp_counts(results, task)) if row == "Rec2FTP" else ""
-    spread = f" ± {number(float(np.std(values.dropna(), ddof=1)), row)}" if values.count() > 1 else ""
-    return number(values.mean(), row) + spread + counts
-
-
-def number(value: float, row: str) -> str:
-    if pd.isna(value):
-        return "undefined"
-    shown = round(100 * value, 1) if row in PER_CENT else round(value, 3)
-    return f"{shown + 0.0:.{1 if row in PER_CENT else 3}f}"  # + 0.0: no minus before a rounded zero
-
-
-def write_tables(results: Results, out: Path) -> None:
-    captions = {
-        "accuracy": (
-            ACCURACY_ROWS,
-            "Accuracy in per cent: zero-shot (ZSL), finetuned (FT), in-context learning (ICL).",
-        ),
-        "metrics": (
-            METRIC_ROWS,
-            "Rec2FTP in per cent, with its counts (FT and ICL right, ZSL wrong / FT right, ZSL wrong), summed over "
-            "seeds; the others are means over queries and layers.",
-        ),
-    }
-    n_seeds = len({result.cell.seed for result in results})
-    spread = f" ± is the standard deviation over {n_seeds} seeds." if n_seeds > 1 else ""
-    for name, (rows, caption) in captions.items():
-        frame = table(results, rows)
-        frame.to_csv(out / f"{name}.csv", index=False)
-        text = frame.to_markdown(index=False, disable_numparse=True)
-        note = f"{caption}{spread} The mean is over the tasks shown. {PAPER_NOTE}"
-        (out / f"{name}.md").write_text(f"{note}\n\n{text}\n")
-        print(f"\n{text}")
+def random_model(preset: str, n_layers: int, folder: Path) -> str:
+    """A model of a preset's shape with fewer layers and random weights, saved with a tokenizer, always the same."""
+    shape = PRESETS[preset]
+    name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
+    if not (name / "model.safetensors").exists():
+        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder)
+        config = XGLMConfig(
+            vocab_size=PAPER["d_vocab"],
+            d_model=shape["d_model"],
+            ffn_dim=shape["d_mlp"],
+            num_layers=n_layers,
+            attention_heads=shape["n_heads"],
+            max_position_embeddings=2048,
+            architectures=["XGLMForCausalLM"],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            XGLMForCausalLM(config).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    return str(name)
 
 
 def label_counts(results: Results) -> pd.DataFrame:
@@ -172,23 +145,42 @@ def write_figures(results: Results, out: Path) -> None:
 
 
 def describe(results: Results) -> str:
-    cell = results[0].cell
-    seeds = sorted({result.cell.seed for result in results})
-    return f"{cell.model}, {cell.n_queries} queries a task, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    model, seeds = paper_tables.short(results[0].cell.model), sorted({result.cell.seed for result in results})
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{model}, protocol {results[0].cell.protocol}, {n_queries(results)}, {which}"
+
+
+def n_queries(results: Results) -> str:
+    """How many queries were asked."""
+    asked = sorted({result.provenance["n_queries"] for result in results})
+    return f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} queries a task"
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command that makes the same again, wherever its output goes."""
+    if args.preset:
+        words = [f"--preset {args.preset}"] + ([f"--rehearse {args.rehearse}"] if args.rehearse else [])
+    else:
+        words = [f"--model {args.model}"]
+    given = {"tasks": args.tasks, "queries": "all" if args.queries is None else args.queries, "seeds": args.seeds}
+    given |= {"k": args.k, "lr": args.lr}
+    if not args.preset:
+        given |= {"protocol": args.protocol if args.protocol != "answer" else None, "source": args.source}
+    words += [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v]
+    words += ["--loss label"] * (args.loss == "label") + ["--balanced"] * args.balanced
+    words += ["--reference-k-mismatch"] * args.reference_k_mismatch
+    return f"python analyses/reproduce.py {' '.join(words)}"
 
 
 def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     cell, provenance = results[0].cell, results[0].provenance
-    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seeds": args.seeds}
-    given |= {"k": args.k, "lr": args.lr}
-    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v]
-    words += ["--loss label"] * (cell.loss == "label") + ["--balanced"] * cell.balanced
     runs = pd.DataFrame(
         {
             "task": TITLES[result.cell.task],
-            "k": result.cell.k,
+            "k": paper_tables.setting([result], "k"),
             "seed": result.cell.seed,
             "lr": result.cell.lr,
+            "queries": result.provenance["n_queries"],
             "prompt tokens before the query": result.provenance["prefix_tokens"],
             "FT loss, first → last step": "{:.2f} → {:.2f}".format(*(result.provenance["losses"][i] for i in (0, -1))),
             "attention residual": f"{result.provenance['attention_residual']:.1e}",
@@ -196,20 +188,22 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
         for result in results
     )
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
-    rates = "given by hand" if args.lr else "chosen by `analyses/select_lr.py` on selection queries, apart from these"
-    command = f"python analyses/reproduce.py {' '.join(words)}"
+    rates = "chosen by `analyses/select_lr.py` on selection queries, apart from these"
+    if args.lr or args.preset:
+        rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
+    suffix = "" if cell.protocol == "answer" else f"_{cell.protocol}"
     (out / "README.md").write_text(f"""# How these were made
 
-    {command}
+    {command(args)}
 
-Model `{cell.model}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}` (recorded at the token
-that predicts the label), loss over {"all tokens" if cell.loss == "all" else "the label word"}, {cell.n_queries} queries
-a task. Learning rates: {rates}. {versions}.
+Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}`
+(recorded {paper_tables.RECORDED[cell.protocol]}), loss over
+{"all tokens" if cell.loss == "all" else "the label word"}, {n_queries(results)}. Learning rates: {rates}. {versions}.
 
 | file | what it shows |
 |---|---|
-| `accuracy.md`, `.csv` | accuracy of the three settings, the paper's values below |
-| `metrics.md`, `.csv` | Rec2FTP, SimAOU, SimAM and Kendall with their baselines, the paper's values below |
+| `accuracy{suffix}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings, the paper's values below |
+| `metrics{suffix}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines; the paper's below |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
@@ -221,8 +215,18 @@ a task. Learning rates: {rates}. {versions}.
 
 def main() -> int:
     args = parse()
+    if args.rehearse:
+        args.model = random_model(args.preset, args.rehearse, args.out / "models")
     try:
-        results = icl.run_study(plan(args), args.out / "cells", device=args.device, dtype=getattr(torch, args.dtype))
+        results = icl.run_study(
+            plan(args),
+            args.out / "cells",
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            keep_recordings=args.export is not None,
+        )
+        if args.export:
+            icl.export_recordings(results, args.export)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -233,7 +237,7 @@ def main() -> int:
         args.out / "results.csv", index=False, float_format="%.6g"
     )
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
-    write_tables(results, args.out)
+    paper_tables.write(results, args.out)
     write_figures(results, args.out)
     write_readme(results, args, args.out)
     print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import reproduce as script
+
+import icl_dual as icl
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 ARGUMENTS = ("--tasks", "sst2", "agnews", "--k", "4", "--queries", "6", "--seeds", "1", "2", "--lr", "0.001")
@@ -33,10 +36,7 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
         "README.md",
         "results.csv",
         "label_counts.csv",
-        "accuracy.md",
-        "accuracy.csv",
-        "metrics.md",
-        "metrics.csv",
+        *(f"{table}.{kind}" for table in ("accuracy", "metrics") for kind in ("md", "csv", "tex")),
         "cells",
     }
 
@@ -65,6 +65,7 @@ def test_label_counts_add_up_to_the_queries(out: Path) -> None:
 def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path) -> None:
     results = pd.read_csv(out / "results.csv")
     table = pd.read_csv(out / "metrics.csv").set_index(["model", "metric"])
+    assert table.loc[("smollm2-135m", "seed"), "SST2"] == "1, 2"
     ours = results[(results["metric"] == "SimAOU") & (results["task"] == "sst2") & results["layer"].isna()]["value"]
     assert table.loc[("smollm2-135m", "SimAOU"), "SST2"] == f"{ours.mean():.3f} ± {ours.std():.3f}"
     assert table.loc[("GPT 1.3B (paper, another model)", "SimAOU"), "SST2"] == "0.110"
@@ -113,6 +114,8 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path) -> Non
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to the"),
         (("--lr", "0.001", "--k", "2000"), "smollm2-135m reads at most 8192"),
         (("--lr", "0.001", "--model", "smollm3"), "unknown model 'smollm3'"),
+        (("--lr", "0.001", "--protocol", "reference", "--balanced"), "as they fall, got balanced=True"),
+        (("--lr", "0.001", "--reference-k-mismatch"), "reference_k_mismatch belongs to the reference protocol"),
     ],
 )
 def test_what_a_user_can_mend_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -120,6 +123,65 @@ def test_what_a_user_can_mend_is_said_in_a_line(tmp_path: Path, arguments: tuple
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[icl.Cell]:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    return script.plan(script.parse())
+
+
+def test_a_preset_is_the_papers_set_up_and_gives_way_to_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = planned(monkeypatch, "--preset", "paper-2.7b")
+    assert [(cell.task, cell.k, cell.seed, cell.lr) for cell in cells] == [
+        ("sst2", 32, 7, 0.007),
+        ("sst5", 32, 5, 0.04),
+        ("mr", 32, 1, 0.001),
+        ("subj", 32, 4, 0.002),
+        ("agnews", 22, 3, 0.2),
+        ("cb", 19, 3, 0.01),
+    ]
+    assert {(cell.model, cell.protocol, cell.source, cell.n_queries, cell.loss) for cell in cells} == {
+        ("KoboldAI/fairseq-dense-2.7B", "reference", "hub", None, "all")
+    }
+    (one,) = planned(monkeypatch, "--preset", "paper-1.3b", "--tasks", "mr", "--lr", "0.5", "--seeds", "9", "--k", "3")
+    assert (one.model, one.k, one.seed, one.lr) == ("KoboldAI/fairseq-dense-1.3B", 3, 9, 0.5)
+    assert one.protocol == "reference"
+
+
+def test_without_a_preset_nothing_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = planned(monkeypatch, "--tasks", "cb", "--lr", "0.1")
+    assert (cell.protocol, cell.source, cell.n_queries, cell.seed) == ("answer", None, 100, 1)
+
+
+def test_a_preset_is_rehearsed_on_a_random_model_of_its_shape(tmp_path: Path) -> None:
+    arguments = ("--preset", "paper-1.3b", "--rehearse", "1", "--tasks", "sst2", "cb", "--k", "3", "--queries", "3")
+    done = reproduce(tmp_path / "out", *arguments, "--export", str(tmp_path / "recordings"))
+    assert done.returncode == 0, done.stderr
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(results["protocol"]) == {"reference"}
+    assert set(results["task"]) == {"sst2"}, "the packages have no rows of cb"
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "--preset paper-1.3b --rehearse 1 --tasks sst2 --queries 3 --k 3" in text
+    assert str(tmp_path) not in text
+    assert str(tmp_path) not in (tmp_path / "out" / "metrics_reference.md").read_text()
+    (folder,) = (tmp_path / "recordings").iterdir()
+    recordings = icl.load_recordings(folder, progress=False)
+    assert recordings.query_scores["ICL"].shape[:3] == (3, 1, 32)
+    assert recordings.attn_out["ICL"].shape[2] == 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rehearse", "2"), "and a --preset to rehearse"),
+        (("--preset", "paper-1.3b", "--rehearse", "0"), "takes a number of layers from 1"),
+        (("--preset", "paper-13b"), "invalid choice"),
+    ],
+)
+def test_presets_that_are_none_are_said(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = reproduce(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_the_papers_tables_have_the_papers_means() -> None:
