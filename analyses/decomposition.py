@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
 
 def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
     """One cell, from prompts to everything that is drawn."""
-    task = icl.load_task(cell.task)
+    task = icl.load_task(cell.task, cell.source, protocol=cell.protocol)
     demonstrations, queries = task.demonstrations(cell.k, cell.seed), task.queries(cell.n_queries)
     prompts = icl.build_prompts(model, task, demonstrations, queries)
     delta = icl.finetune(model, prompts, lr=cell.lr, factors=True)
@@ -124,6 +124,8 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             seed=args.seed,
             lr=default_lr(args.model, name) if args.lr is None else args.lr,
             n_queries=args.queries,
+            protocol=args.protocol,
+            source=args.source,
         )
         settings = {**asdict(cell), "rank": args.rank}
         folder = args.out / "cells" / cell.name
@@ -165,7 +167,7 @@ def by_layer(found: list[Result]) -> pd.DataFrame:
 
 
 def write_figures(found: list[Result], args: argparse.Namespace) -> None:
-    n, about = len(found), f"{args.model}, {args.queries} queries a task, seed {args.seed}"
+    n, about = len(found), f"{args.model}, protocol {args.protocol}, {asked(args)}, seed {args.seed}"
 
     fig, (axes,) = panels(n)
     for ax, result in columns(axes, found):
@@ -272,10 +274,22 @@ def shorten(text: str, length: int = 44) -> str:
     return (text if len(text) <= length else text[: length - 1].rstrip() + "…") + " → " + label
 
 
+def asked(args: argparse.Namespace) -> str:
+    return f"{'all' if args.queries is None else args.queries} queries a task"
+
+
 def write_readme(found: list[Result], args: argparse.Namespace) -> None:
     about = found[0].about
-    given = {"model": args.model, "tasks": args.tasks, "queries": args.queries, "seed": args.seed, "rank": args.rank}
-    given |= {"k": args.k, "lr": args.lr, "dtype": args.dtype, "out": args.out}
+    queries = "all" if args.queries is None else args.queries
+    given = {"model": args.model, "tasks": args.tasks, "queries": queries, "seed": args.seed, "rank": args.rank}
+    given |= {
+        "protocol": args.protocol,
+        "source": args.source,
+        "k": args.k,
+        "lr": args.lr,
+        "dtype": args.dtype,
+        "out": args.out,
+    }
     words = [f"--{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in given.items() if v is not None]
     residuals = pd.DataFrame(
         {
@@ -294,7 +308,8 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
 
     python analyses/decomposition.py {" ".join(words)}
 
-Model `{args.model}` ({about["model"]}, {about["dtype"]}), {args.queries} queries a task. {versions}.
+Model `{args.model}` ({about["model"]}, {about["dtype"]}), protocol `{args.protocol}`,
+{asked(args)}. {versions}.
 
 {table(found).to_markdown(index=False, disable_numparse=True)}
 

@@ -107,7 +107,7 @@ class Recordings:
         )
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the recordings into a folder, as safetensors and JSON: a tenth of the released layout's size."""
+        """Write the recordings into a folder, as safetensors and JSON: a fifth of the released layout's size."""
         grouped = {"predictions", "attn_out", "query_scores", "context_scores"}
         plain = {"gold", "query_lengths", "segments", "q", "training_q", "training_segments"}
         tensors = {name: getattr(self, name) for name in plain}

@@ -259,5 +259,11 @@ def task() -> icl.Task:
 
 
 @pytest.fixture(scope="session")
+def reference_task() -> icl.Task:
+    """The same rows by the reference protocol."""
+    return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
+
+
+@pytest.fixture(scope="session")
 def prompts(llama: icl.Model, task: icl.Task) -> icl.Prompts:
     return icl.build_prompts(llama, task, task.demonstrations(4, seed=1), task.queries(7))

@@ -21,11 +21,6 @@ def build(model: icl.Model, task: icl.Task, k: int = 5, n: int = 7) -> Prompts:
     return icl.build_prompts(model, task, task.demonstrations(k, seed=1), task.queries(n))
 
 
-@pytest.fixture(scope="module")
-def reference() -> icl.Task:
-    return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
-
-
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -100,11 +95,11 @@ def test_float64_gpt2_is_exact_to_its_own_rounding(make_model: Callable[..., icl
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_reference_protocol_records_after_the_appended_label_and_reads_before_it(
-    models_by_architecture: Callable[[str], icl.Model], reference: icl.Task, architecture: str
+    models_by_architecture: Callable[[str], icl.Model], reference_task: icl.Task, architecture: str
 ) -> None:
     model = models_by_architecture(architecture)
     for labels in (("no", "perhaps"), ("perhaps", "no")):  # one token appended, or several
-        task = icl.Task("toy", reference.template, labels, make_rows(), protocol="reference")
+        task = icl.Task("toy", reference_task.template, labels, make_rows(), protocol="reference")
         prompts = build(model, task)
         for setting in (prompts, prompts.zero_shot()):
             got = icl.capture(model, setting, batch_size=3, progress=False)
@@ -120,12 +115,12 @@ def test_the_reference_protocol_records_after_the_appended_label_and_reads_befor
 def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
     models_by_architecture: Callable[[str], icl.Model],
     task: icl.Task,
-    reference: icl.Task,
+    reference_task: icl.Task,
     architecture: str,
     protocol: str,
 ) -> None:
     model = models_by_architecture(architecture)
-    prompts = build(model, task if protocol == "answer" else reference)
+    prompts = build(model, task if protocol == "answer" else reference_task)
     got = icl.capture(model, prompts, fields=ALL_FIELDS, batch_size=3, progress=False)
     assert got.q is not None
     assert got.context_scores is not None

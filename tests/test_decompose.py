@@ -41,14 +41,14 @@ class Reference:
 
     def __init__(self, model: icl.Model, prompts: Prompts, query: int) -> None:
         self.model, self.attention = model, []
-        tokens = torch.tensor([[*prompts.prefix, *prompts.queries[query]]])
+        tokens = torch.tensor([[*prompts.prefix, *prompts.rows[query]]])
 
         def keep(layer: int, attention) -> None:
             self.attention.append(attention)
 
         with torch.no_grad():
             model.run(tokens, on_attention=keep)
-        owners = [*prompts.segments.tolist(), *[-9] * len(prompts.queries[query])]
+        owners = [*prompts.segments.tolist(), *[-9] * len(prompts.rows[query])]
         kinds = [None, -1, -9, SEPARATOR, *range(len(prompts.demonstrations))]
         self.groups = [[at for at, owner in enumerate(owners) if owner == kind] for kind in kinds]
         self.demonstrations = [at for at, owner in enumerate(owners) if owner == SEPARATOR or owner >= 0]
@@ -80,12 +80,18 @@ def close(got: torch.Tensor, expected: np.ndarray, scale: float = 1.0) -> bool:
     return bool(np.abs(got.numpy() - expected).max() <= 2e-5 * max(scale, float(np.abs(expected).max())))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "protocol"), [*((name, "answer") for name in ARCHITECTURES), ("llama", "reference")]
+)
 def test_terms_are_those_of_attention_written_out_in_a_plain_full_prompt(
-    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    architecture: str,
+    protocol: str,
 ) -> None:
     model = models_by_architecture(architecture)
-    prompts = build(model, task)
+    prompts = build(model, task if protocol == "answer" else reference_task)
     got = decomposed(model, prompts)
     assert got.residual <= EXACT
     for query in (0, 3):

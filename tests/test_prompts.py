@@ -1,7 +1,6 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import make_rows
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START, Prompts
@@ -70,19 +69,14 @@ def test_no_demonstrations_at_all_is_the_zero_shot_setting(llama: icl.Model, tas
     assert prompts == prompts.zero_shot()
 
 
-@pytest.fixture(scope="module")
-def reference() -> icl.Task:
-    return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
-
-
 def test_the_reference_protocol_appends_the_first_label_word_to_every_query(
-    llama: icl.Model, reference: icl.Task
+    llama: icl.Model, reference_task: icl.Task
 ) -> None:
-    prompts = icl.build_prompts(llama, reference, reference.demonstrations(3, 1), reference.queries(5))
+    prompts = icl.build_prompts(llama, reference_task, reference_task.demonstrations(3, 1), reference_task.queries(5))
     assert prompts.protocol == "reference"
     assert prompts.appended == prompts.labels[0]
     assert prompts.rows == tuple(query + prompts.labels[0] for query in prompts.queries)
-    assert {query.label for query in reference.queries(5)} == {0, 1}, "whatever the label is"
+    assert {query.label for query in reference_task.queries(5)} == {0, 1}, "whatever the label is"
     assert prompts.separator == (llama.tokenizer.eos_token_id,)
     assert prompts.zero_shot().rows == prompts.rows
 
@@ -92,15 +86,17 @@ def test_the_answer_protocol_appends_nothing(prompts: Prompts) -> None:
     assert prompts.rows == prompts.queries
 
 
-def reference_fit(llama: icl.Model, reference: icl.Task, k: int, n_ctx: int) -> int:
+def reference_fit(llama: icl.Model, reference_task: icl.Task, k: int, n_ctx: int) -> int:
     """How many demonstrations the released code keeps: by its count, a prompt stays below the context length."""
     label = {0: " no", 1: " perhaps"}
     longest = (
-        1 + max(len(llama.encode(reference.prompt(q))) for q in reference.queries(5)) + len(llama.encode(label[1]))
+        1
+        + max(len(llama.encode(reference_task.prompt(q))) for q in reference_task.queries(5))
+        + len(llama.encode(label[1]))
     )
     taken = 1
-    for n_fit, shown in enumerate(reference.demonstrations(k, 1)):
-        taken += len(llama.encode(reference.prompt(shown) + label[shown.label])) + 1
+    for n_fit, shown in enumerate(reference_task.demonstrations(k, 1)):
+        taken += len(llama.encode(reference_task.prompt(shown) + label[shown.label])) + 1
         if not taken + longest < n_ctx:
             return n_fit
     return k
@@ -108,39 +104,41 @@ def reference_fit(llama: icl.Model, reference: icl.Task, k: int, n_ctx: int) -> 
 
 @pytest.mark.parametrize("n_ctx", [200, 333, 512])
 def test_reference_demonstrations_are_cut_to_what_fits_and_finetuning_to_the_same(
-    llama: icl.Model, reference: icl.Task, n_ctx: int, monkeypatch: pytest.MonkeyPatch
+    llama: icl.Model, reference_task: icl.Task, n_ctx: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", n_ctx)
-    shown, asked = reference.demonstrations(28, 1), reference.queries(5)
-    whole = icl.build_prompts(llama, reference, shown[:5], asked)
-    prompts = icl.build_prompts(llama, reference, shown, asked)
-    n_fit = reference_fit(llama, reference, 28, n_ctx)
+    shown, asked = reference_task.demonstrations(28, 1), reference_task.queries(5)
+    whole = icl.build_prompts(llama, reference_task, shown[:5], asked)
+    prompts = icl.build_prompts(llama, reference_task, shown, asked)
+    n_fit = reference_fit(llama, reference_task, 28, n_ctx)
     assert 0 < n_fit < 28
     assert len(prompts.demonstrations) == n_fit
     assert prompts.training == prompts.demonstrations
     assert len(prompts.demonstration_label_lengths) == n_fit
     assert prompts.demonstrations[:5] == whole.demonstrations[:n_fit]
-    mismatched = icl.build_prompts(llama, reference, shown, asked, reference_k_mismatch=True)
+    mismatched = icl.build_prompts(llama, reference_task, shown, asked, reference_k_mismatch=True)
     assert mismatched.demonstrations == prompts.demonstrations
     assert len(mismatched.training) == len(mismatched.demonstration_label_lengths) == 28
     assert mismatched.zero_shot() == prompts.zero_shot()
 
 
 def test_not_one_reference_demonstration_that_fits_is_an_error(
-    llama: icl.Model, reference: icl.Task, monkeypatch: pytest.MonkeyPatch
+    llama: icl.Model, reference_task: icl.Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", 40)
     with pytest.raises(icl.PromptError, match="not even one demonstration fits"):
-        icl.build_prompts(llama, reference, reference.demonstrations(3, 1), reference.queries(5))
+        icl.build_prompts(llama, reference_task, reference_task.demonstrations(3, 1), reference_task.queries(5))
 
 
-def test_the_reference_protocol_takes_its_splits_as_they_are(llama: icl.Model, reference: icl.Task) -> None:
-    shown = reference.demonstrations(3, 1)
-    assert icl.build_prompts(llama, reference, shown, shown).gold == tuple(example.label for example in shown)
+def test_the_reference_protocol_takes_its_splits_as_they_are(llama: icl.Model, reference_task: icl.Task) -> None:
+    shown = reference_task.demonstrations(3, 1)
+    assert icl.build_prompts(llama, reference_task, shown, shown).gold == tuple(example.label for example in shown)
 
 
-def test_options_of_the_other_protocol_are_refused(llama: icl.Model, task: icl.Task, reference: icl.Task) -> None:
+def test_options_of_the_other_protocol_are_refused(llama: icl.Model, task: icl.Task, reference_task: icl.Task) -> None:
     with pytest.raises(icl.PromptError, match=r"by EOS alone, got separator='; '"):
-        icl.build_prompts(llama, reference, reference.demonstrations(2, 1), reference.queries(2), separator="; ")
+        icl.build_prompts(
+            llama, reference_task, reference_task.demonstrations(2, 1), reference_task.queries(2), separator="; "
+        )
     with pytest.raises(icl.PromptError, match="reference_k_mismatch belongs to the reference protocol"):
         icl.build_prompts(llama, task, task.demonstrations(2, 1), task.queries(2), reference_k_mismatch=True)

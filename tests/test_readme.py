@@ -37,9 +37,25 @@ def test_the_examples_run_on_the_real_model(capsys: pytest.CaptureFixture[str]) 
     plt.close("all")
 
 
+def test_recordings_go_out_and_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import icl_dual as icl
+
+    scope: dict = {"icl": icl}
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON[2], scope)
+    expected = scope["results"][0].comparison.released()
+    found = icl.compare_recordings(scope["recordings"], seed=1).released()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1e-9, nan_ok=True), name
+    assert {path.name for path in (tmp_path / "recordings" / scope["cell"].name).iterdir()} == {
+        *("zs", "icl", "ftzs", "ft"),
+        "metadata.json",
+    }
+
+
 def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
     scope: dict = {"icl": icl}
-    exec(PYTHON[2], scope)
+    exec(PYTHON[3], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")

@@ -143,11 +143,9 @@ def runs(llama: icl.Model, reference_prompts: icl.Prompts) -> dict:
 
 
 @pytest.fixture(scope="module")
-def reference_prompts(llama: icl.Model) -> icl.Prompts:
-    from conftest import make_rows
-
-    task = icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
-    return icl.build_prompts(llama, task, task.demonstrations(4, seed=1), task.queries(7))
+def reference_prompts(llama: icl.Model, reference_task: icl.Task) -> icl.Prompts:
+    shown, asked = reference_task.demonstrations(4, seed=1), reference_task.queries(7)
+    return icl.build_prompts(llama, reference_task, shown, asked)
 
 
 def test_a_capture_exports_what_the_layout_asks_for(runs: dict, tmp_path: Path) -> None:

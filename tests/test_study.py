@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import released
 import torch
-from conftest import make_rows
 
 import icl_dual as icl
 
@@ -16,7 +15,7 @@ CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5)
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch, llama: icl.Model, task: icl.Task) -> list[str]:
+def known(monkeypatch: pytest.MonkeyPatch, llama: icl.Model, task: icl.Task, reference_task: icl.Task) -> list[str]:
     """Make the tiny model and the toy task known by name; lists what is loaded."""
     loaded: list[str] = []
 
@@ -25,10 +24,7 @@ def known(monkeypatch: pytest.MonkeyPatch, llama: icl.Model, task: icl.Task) -> 
         return llama
 
     monkeypatch.setattr(study, "load_model", load_model)
-    tasks = {
-        "answer": task,
-        "reference": icl.Task(task.name, task.template, task.label_words, make_rows(), protocol="reference"),
-    }
+    tasks = {"answer": task, "reference": reference_task}
     monkeypatch.setattr(study, "load_task", lambda name, source, *, protocol: tasks[protocol])
     return loaded
 

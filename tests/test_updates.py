@@ -57,7 +57,7 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
     projections = model.key_value_projections()
     hooks = [key.register_forward_pre_hook(lambda module, args: X.append(args[0][0])) for key, _ in projections]
     with torch.no_grad():
-        model.run(torch.tensor([[*prompts.start, *prompts.queries[query]]]))
+        model.run(torch.tensor([[*prompts.start, *prompts.rows[query]]]))
     for hook in hooks:
         hook.remove()
     found = []
@@ -86,11 +86,14 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gpt2", "xglm"])
+@pytest.mark.parametrize(
+    ("architecture", "protocol"),
+    [("llama", "answer"), ("mistral-window", "answer"), ("gpt2", "answer"), ("xglm", "answer"), ("llama", "reference")],
+)
 def test_every_number_is_that_of_the_matrices_written_out(
-    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+    make_model: Callable[..., icl.Model], task: icl.Task, reference_task: icl.Task, architecture: str, protocol: str
 ) -> None:
-    runs = make_runs(make_model(architecture), task)
+    runs = make_runs(make_model(architecture), task if protocol == "answer" else reference_task)
     model, prompts, kept = runs.model, runs.prompts, runs.in_context.keys_values
     assert kept is not None
     assert runs.in_context.q_scored is not None
@@ -100,7 +103,7 @@ def test_every_number_is_that_of_the_matrices_written_out(
     n_prefix = len(prompts.prefix)
     for query in (0, 3):
         W_FT = equation_13(runs, query)
-        at = n_prefix + len(prompts.queries[query]) - 1
+        at = n_prefix + len(prompts.rows[query]) - 1
         for layer in range(model.n_layers):
             window = model.scoring[layer].window
             seen = slice(0 if window is None else max(0, at - window + 1 - len(prompts.start)), None)

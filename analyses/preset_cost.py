@@ -1,0 +1,154 @@
+"""What the paper's set-up costs: FLOPs, memory and hours on one A100, counted from the tokens of a preset's cells.
+
+    python analyses/reproduce.py --preset paper-1.3b --rehearse 2 --out figures/rehearsal
+    python analyses/preset_cost.py figures/rehearsal/cells
+
+The cells say how many tokens were run; the formulas of docs/cost.md say what these take in a model of the paper's depth
+and width. A rehearsal's tokens are another tokenizer's, of the packaged rows: close to the paper's, not equal.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from common import DATA, ERRORS, TITLES
+from paper_tables import find_cells
+
+import icl_dual as icl
+
+A100_TFLOPS = {"bfloat16": 312.0, "float32": 19.5}
+"""NVIDIA's data sheet, dense, without TF32."""
+
+REACHED = 0.47
+"""What a capture reaches of the machine's rate of one large matrix product: 158 of 333 GFLOP/s, measured on two CPU
+cores (figures/benchmark/cost.md). Taken over to the GPU, where it has not been measured."""
+
+KENDALL_QUERIES = 100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with as many key-value heads as heads, like the paper's."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    d_vocab: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the layers that multiply every token."""
+        return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a cell runs."""
+
+    queries: int
+    prefix: int
+    """Start token, demonstrations and their separators."""
+    of_queries: int
+    """All queries' own tokens together."""
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> "Tokens":
+        """From what a cell says of itself."""
+        return cls(provenance["n_queries"], provenance["prefix_tokens"], provenance["query_tokens"])
+
+
+def flops(shape: Shape, tokens: Tokens) -> dict[str, float]:
+    """FLOPs by stage, two for each multiply-add. The tokens that all queries share are counted for each of them."""
+    width = shape.n_layers * shape.d_model
+    mean_query = tokens.of_queries / tokens.queries
+    # The heads' output over a row's own tokens is computed twice: by the model, and to check it.
+    own = 2 * 4 * width * tokens.of_queries * mean_query
+    logits = 2 * tokens.queries * shape.d_model * shape.d_vocab
+
+    def asked(context: int) -> float:
+        return 2 * shape.layer_weights * tokens.of_queries + 4 * width * tokens.of_queries * context + own + logits
+
+    trained = tokens.prefix - 1  # each demonstration has a start token in the place of its separator
+    unembedded = shape.layer_weights + shape.d_model * shape.d_vocab
+    return {
+        "finetuning": 4 * unembedded * trained + 4 * width * shape.d_model * trained,
+        "prefix": 2 * shape.layer_weights * tokens.prefix + 4 * width * tokens.prefix**2,
+        "ICL": asked(tokens.prefix) + 2 * width * tokens.queries * tokens.prefix,
+        "ZSL and FT": 2 * asked(1),
+        "metrics": 2 * width * min(KENDALL_QUERIES, tokens.queries) * trained,
+    }
+
+
+def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, float]:
+    """Memory of the weights with what finetuning needs, and of what the three settings keep (in float32)."""
+    embedding = shape.d_model * shape.d_vocab
+    projections = 2 * shape.n_layers * shape.d_model**2
+    # Keys' and values' projections four times over: gradients, values to restore, the delta, what is saved of it.
+    weights = (shape.layer_weights + embedding + 4 * projections) * bytes_a_weight
+    longest = 2 * tokens.of_queries / tokens.queries
+    kept_of_query = shape.n_layers * (3 * shape.d_model + shape.n_heads * longest)
+    kept = tokens.queries * (3 * kept_of_query + shape.n_layers * tokens.prefix) * 4
+    training_q = shape.n_layers * shape.d_model * (tokens.prefix - 1) * 4
+    return {"weights and finetuning, GB": weights / 1e9, "kept for the metrics, GB": (kept + training_q) / 1e9}
+
+
+def table(results: Sequence[icl.CellResult], shape: Shape) -> pd.DataFrame:
+    """A row a cell, and their sum."""
+    rows = []
+    for result in results:
+        tokens = Tokens.of(result.provenance)
+        total = sum(flops(shape, tokens).values())
+        hours = {f"A100 {dtype}, h": total / (REACHED * peak * 1e12) / 3600 for dtype, peak in A100_TFLOPS.items()}
+        rows.append(
+            {
+                "task": TITLES[result.cell.task],
+                "queries": tokens.queries,
+                "prefix tokens": tokens.prefix,
+                "query tokens": tokens.of_queries,
+                "TFLOP": total / 1e12,
+                **hours,
+                **gigabytes(shape, tokens, 4),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    summed = frame[["queries", "query tokens", "TFLOP", *(f"A100 {dtype}, h" for dtype in A100_TFLOPS)]].sum()
+    most = frame[[column for column in frame if str(column).endswith("GB")]].max()
+    return pd.concat([frame, pd.DataFrame([{"task": "all (memory: most)", **summed, **most}])], ignore_index=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", type=Path, nargs="+", help="folders with finished cells of a preset")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
+    args = parser.parse_args()
+    paper = json.loads((DATA / "paper.json").read_text())
+    try:
+        results = find_cells(args.cells)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    parts = []
+    for name, model in paper["models"].items():
+        sizes = {key: model[key] for key in ("n_layers", "d_model", "n_heads", "d_mlp")}
+        shape = Shape(**sizes, d_vocab=paper["d_vocab"])
+        counted = table(results, shape).to_markdown(
+            index=False, floatfmt=("", ".0f", ".0f", ".0f", ".0f", *[".3f"] * 4)
+        )
+        parts.append(
+            f"{name} (`--preset {model['preset']}`), {shape.layer_weights / 1e9:.2f} G weights in layers:\n\n{counted}"
+        )
+    text = "\n\n".join(parts).replace("nan", "   ")
+    print(text)
+    if args.out:
+        args.out.write_text(f"{text}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
