@@ -121,7 +121,7 @@ def label_counts(results: Results) -> pd.DataFrame:
         for setting, labels in settings.items():
             counts = labels.bincount(minlength=len(words)).tolist()
             for word, count in zip(words, counts, strict=True):
-                rows.append([result.cell.model, result.cell.task, result.cell.seed, setting, word, count])
+                rows.append([paper_tables.short(result.cell.model), result.cell.task, result.cell.seed, setting, word, count])
     return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
 
 
@@ -233,9 +233,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
         return 130
-    pd.concat([result.to_frame() for result in results]).to_csv(
-        args.out / "results.csv", index=False, float_format="%.6g"
-    )
+    numbers = pd.concat([result.to_frame() for result in results])
+    numbers["model"] = numbers["model"].map(paper_tables.short)
+    numbers.to_csv(args.out / "results.csv", index=False, float_format="%.6g")
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
     paper_tables.write(results, args.out)
     write_figures(results, args.out)
