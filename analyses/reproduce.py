@@ -116,12 +116,12 @@ def label_counts(results: Results) -> pd.DataFrame:
     """How often each label is gold and is predicted, by task, seed and setting."""
     rows = []
     for result in results:
-        words = result.provenance["label_words"]
+        model, words = paper_tables.short(result.cell.model), result.provenance["label_words"]
         settings = {"gold": result.comparison.gold, **result.comparison.predictions}
         for setting, labels in settings.items():
             counts = labels.bincount(minlength=len(words)).tolist()
             for word, count in zip(words, counts, strict=True):
-                rows.append([paper_tables.short(result.cell.model), result.cell.task, result.cell.seed, setting, word, count])
+                rows.append([model, result.cell.task, result.cell.seed, setting, word, count])
     return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
 
 
