@@ -15,12 +15,14 @@ import icl_dual as icl
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
-ERRORS = (ValueError, icl.AssetError, icl.DivergedError)
+ERRORS = (ValueError, OSError, icl.AssetError, icl.DivergedError)
 """What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
 
 
 def count_or_all(text: str) -> int | None:
     """A number of queries; None for all."""
+    if text != "all" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a number from 1, or all, got {text!r}")
     return None if text == "all" else int(text)
 
 

@@ -98,6 +98,8 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
     protocols = {result.cell.protocol for result in results}
     if len(protocols) != 1:
         raise icl.StudyError(f"expected cells of one protocol in a table, got {sorted(protocols)}")
+    if other := {result.cell.task for result in results} - {*TITLES}:
+        raise icl.StudyError(f"expected cells of the paper's tasks, {list(TITLES)}, got {sorted(other)}")
     tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
     lines: list[dict[str, str]] = []
     for group in groups(results):
@@ -135,12 +137,12 @@ def setting(results: Results, row: str) -> str:
     """What a task's cells were run with."""
     if not results:
         return ""
-    cell, in_context = results[0].cell, {result.provenance["k_in_context"] for result in results}
+    cell, in_context = results[0].cell, {result.provenance.get("k_in_context", result.cell.k) for result in results}
     if row == "k":
         cut = in_context != {cell.k}
         return f"{cell.k} ({'/'.join(map(str, sorted(in_context)))} in context)" if cut else str(cell.k)
     if row == "queries":
-        return "/".join(map(str, sorted({result.provenance["n_queries"] for result in results})))
+        return "/".join(map(str, sorted({len(result.comparison.gold) for result in results})))
     if row == "lr":
         return f"{cell.lr:g}"
     return ", ".join(str(result.cell.seed) for result in results)
@@ -235,9 +237,11 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     recordings = icl.load_recordings(args.recordings, n_labels=args.n_labels, skip_bad=args.skip_bad)
     for reason in recordings.skipped:
         print(f"skipped: {reason}", file=sys.stderr)
-    found = icl.compare_recordings(recordings, seed=args.seed, kendall_queries=args.kendall_queries).released()
+    seed = recordings.metadata.get("settings", {}).get("seed", 0) if args.seed is None else args.seed
+    found = icl.compare_recordings(recordings, seed=seed, kendall_queries=args.kendall_queries).released()
     overall = {name: np.mean(values) for name, values in found.items()}
-    print(f"{recordings}\n\n{pd.Series(overall, name='over layers').to_markdown(floatfmt='.4f')}")
+    shown = {name: "undefined" if np.isnan(value) else f"{value:.4f}" for name, value in overall.items()}
+    print(f"{recordings}\n\n{pd.Series(shown, name='over layers').to_markdown(disable_numparse=True)}")
     return {**found, "skipped": len(recordings.skipped)}
 
 
@@ -257,7 +261,7 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="where the metrics of --recordings go, by layer")
     add("--skip-bad", action="store_true", help="leave out and count damaged records of --recordings")
     add("--n-labels", type=int, help="how many labels there are (by the folder's name or metadata, else 5)")
-    add("--seed", type=int, default=0, help="of the random baselines (%(default)s)")
+    add("--seed", type=int, help="of the random baselines (the cell's own, where the folder's metadata say; else 0)")
     add(
         "--kendall-queries",
         type=count_or_all,
@@ -279,6 +283,7 @@ def main() -> int:
             found = score(args)
             if args.json:
                 defined = {name: plain(value) for name, value in found.items()}
+                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(defined, indent=1, allow_nan=False) + "\n")
         else:
             write(find_cells(args.cells), args.out)

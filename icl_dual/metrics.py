@@ -318,10 +318,15 @@ def compare_recordings(
         recordings: e.g. what `load_recordings` reads.
         seed: of the random baselines.
         kendall_queries: on how many of the first queries attention to the demonstrations is compared; all for None.
+
+    Raises:
+        ValueError: `kendall_queries` is below one.
     """
     n_queries = len(recordings.gold)
     if kendall_queries is None:
         kendall_queries = n_queries
+    if kendall_queries < 1:
+        raise ValueError(f"expected at least one query whose attention is compared, got {kendall_queries}")
     # One stream of random numbers a baseline, so that the queries taken at once change none.
     streams = {name: np.random.default_rng(seed) for name in ("SimAOU", "SimAM", "token", "demonstration")}
     found: dict[str, list[Tensor]] = {name: [] for name in PER_LAYER}
@@ -349,10 +354,16 @@ def _outputs_and_maps(
     return {
         "SimAOU": sim_aou(h_zsl, h_icl, h_ft),
         "SimAOU random": sim_aou_random(h_zsl, h_icl, seed=streams["SimAOU"]),
-        "SimAM before FT": sim_am(m_icl, m_zsl).nanmean(-1),
-        "SimAM after FT": sim_am(m_icl, m_ft).nanmean(-1),
-        "SimAM random": sim_am_random(m_icl, seed=streams["SimAM"]).nanmean(-1),
+        "SimAM before FT": _over_heads(sim_am(m_icl, m_zsl)),
+        "SimAM after FT": _over_heads(sim_am(m_icl, m_ft)),
+        "SimAM random": _over_heads(sim_am_random(m_icl, seed=streams["SimAM"])),
     }
+
+
+def _over_heads(similarity: Float[Tensor, "batch layer head"]) -> Float[Tensor, "batch layer"]:
+    """The mean over heads, in which one that scores nothing counts as 0, as in the scripts; NaN where all are such."""
+    mean = similarity.nan_to_num().mean(-1)
+    return mean.where(similarity.isfinite().any(-1), torch.nan)
 
 
 def _demonstration_attention(

@@ -125,8 +125,8 @@ class Recordings:
         expected = _segments([_Step(len(tokens), keep=True) for tokens in steps], len(self.segments))
         if not torch.equal(expected, self.segments):
             raise RecordingError(
-                "expected demonstrations behind one start token and each with one separator token after it, as the "
-                f"released layout has them, got segments {self.segments.tolist()}"
+                "expected whole demonstrations behind one start token and each with one separator token after it, as "
+                f"the released layout has them, got a context of {len(self.segments)} tokens that are not ordered so"
             )
         with atomic_folder(Path(folder)) as scratch:
             for setting, name in SETTINGS.items():
@@ -174,6 +174,8 @@ def load_recordings(
     folder = Path(folder)
     if (folder / "tensors.safetensors").exists():
         return _load_saved(folder)
+    if not folder.is_dir():
+        raise RecordingError(f"expected a folder of recordings, found no {folder}")
     for name in (*SETTINGS.values(), "ft"):
         if not (folder / name / FILE).is_file():
             raise RecordingError(
@@ -184,10 +186,13 @@ def load_recordings(
     examples = reader.examples(progress)
     training_q, steps = reader.steps(examples[0])
     segments = _segments(steps, examples[0]["ICL"].context.shape[1])
-    if not (segments >= 0).any():
+    # Where a context may end: behind a demonstration, its separator there or not; or behind all of them.
+    ends = list(itertools.accumulate((step.n_tokens + 1 for step in steps), initial=1))[1:]
+    whole = len(segments) > ends[-1] or any(len(segments) in (end - 1, end) for end in ends)
+    if not whole or not (segments >= 0).any():
         raise RecordingError(
-            f"{folder / 'icl' / FILE}, line 1: expected a context with the demonstrations of {folder / 'ft' / FILE}, "
-            f"got {len(segments)} tokens, and {steps[0].n_tokens} of the first demonstration"
+            f"{folder / 'icl' / FILE}, line 1: expected a context of whole demonstrations of {folder / 'ft' / FILE}, "
+            f"the first of {steps[0].n_tokens} tokens, got {len(segments)} tokens that end within one"
         )
     kept = [step for step, one in enumerate(steps) if one.keep]
     return Recordings(
@@ -232,7 +237,10 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 def _n_labels(folder: Path, metadata: dict[str, Any]) -> int:
     words = PAPER_LABELS.get(folder.name)
-    return metadata.get("n_labels", MOST_LABELS if words is None else len(words))
+    n_labels = metadata.get("n_labels", MOST_LABELS if words is None else len(words))
+    if not isinstance(n_labels, int) or n_labels < 1:
+        raise RecordingError(f"{folder / 'metadata.json'}: expected n_labels as a number from 1, got {n_labels!r}")
+    return n_labels
 
 
 class _Record(NamedTuple):
@@ -432,8 +440,11 @@ def _array(found: dict[str, Any], key: str, axes: str, path: Path, number: int) 
     value = _value(found, key, path, number)
     wanted = f"{key} as finite numbers by [{axes}]"
     try:
-        array = np.asarray(value, dtype=np.float64)
-    except (ValueError, TypeError):
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf":  # strings and truth values would pass for numbers
+            raise TypeError(array.dtype)
+        array = array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError):
         lengths = sorted({len(part) for part in value if isinstance(part, list)}) if isinstance(value, list) else []
         uneven = f"uneven lists: some have {lengths[0]} and some {lengths[-1]} entries" if len(lengths) > 1 else ""
         raise _bad(path, number, wanted, uneven or "uneven lists, or entries that are no numbers") from None

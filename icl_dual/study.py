@@ -206,10 +206,9 @@ def run_study(
             "expected cells that differ in model, task, k, seed, lr or protocol, got two that would share a folder: "
             "run those with other queries, loss, balance, split or source as a study in a folder of its own"
         )
+    found = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
     done = {
-        cell: _load_same(cell, path, dtype)
-        for cell, path in folders.items()
-        if path.exists() and ((path / RECORDINGS).exists() or not keep_recordings)
+        cell: result for cell, result in found.items() if not keep_recordings or (result.folder / RECORDINGS).exists()
     }
     models: dict[str, Model] = {}
     tasks: dict[tuple[str, str | None, Protocol], Task] = {}
@@ -218,7 +217,7 @@ def run_study(
             bar.set_description(f"{cell.model} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
             if cell.model not in models:
                 models = {cell.model: load_model(cell.model, device=device, dtype=dtype)}
-                _refuse_other_origin(models[cell.model], done)
+                _refuse_other_origin(models[cell.model], found)
             of = cell.task, cell.source, cell.protocol
             if of not in tasks:
                 tasks[of] = load_task(cell.task, cell.source, protocol=cell.protocol)

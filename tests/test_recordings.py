@@ -356,6 +356,11 @@ def test_a_damaged_training_step_is_refused_or_left_out_of_the_comparison(folder
         assert found[query, 1].item() == pytest.approx(released.tau(icl_row, ft_row), abs=1e-9)
 
 
+def test_a_damaged_last_step_is_left_out(folder: Path) -> None:
+    damage(folder, "ft", 4, lambda record: record["attn_q"][0][1].__setitem__(0, float("nan")))
+    assert load(folder, skip_bad=True).segments.max() == 2
+
+
 def test_the_last_step_cut_off_is_left_out_and_one_before_it_is_not(folder: Path) -> None:
     damage(folder, "ft", 4, cut)
     with pytest.raises(icl.RecordingError, match=r"ft.*, line 4: expected a whole JSON object"):
@@ -368,8 +373,34 @@ def test_the_last_step_cut_off_is_left_out_and_one_before_it_is_not(folder: Path
 
 def test_steps_that_are_not_in_the_context_are_refused(folder: Path) -> None:
     damage(folder, "ft", 1, lambda r: r.update(attn_q=[layer + [layer[0]] * 99 for layer in r["attn_q"]]))
-    with pytest.raises(icl.RecordingError, match="expected a context with the demonstrations of"):
+    with pytest.raises(icl.RecordingError, match="expected a context of whole demonstrations of"):
         load(folder)
+
+
+def test_a_context_that_cuts_a_demonstration_is_refused(folder: Path) -> None:
+    for number in range(1, 6):
+        damage(folder, "icl", number, lambda r: r.update(attn_map_ctx=[layer[:-2] for layer in r["attn_map_ctx"]]))
+    with pytest.raises(icl.RecordingError, match="got 13 tokens that end within one"):
+        load(folder)
+
+
+def test_a_head_that_scores_nothing_counts_as_the_scripts_count_it(folder: Path) -> None:
+    def silent(record: dict) -> None:
+        record["attn_map"][1][0] = [0.0] * len(record["attn_map"][1][0])
+
+    damage(folder, "icl", 2, silent)
+    assert_scores(icl.compare_recordings(load(folder)).released(), {"SimAM": released.scores(folder)["SimAM"]})
+
+
+def test_metadata_that_make_no_sense_are_refused(folder: Path) -> None:
+    (folder / "metadata.json").write_text(json.dumps({"n_labels": None}))
+    with pytest.raises(icl.RecordingError, match=r"metadata\.json: expected n_labels as a number from 1, got None"):
+        load(folder)
+
+
+def test_at_least_one_query_is_compared(folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least one query whose attention is compared, got 0"):
+        icl.compare_recordings(load(folder), kendall_queries=0)
 
 
 def test_captures_that_do_not_belong_together_have_no_recordings(runs: dict) -> None:

@@ -171,6 +171,12 @@ def test_a_cell_without_the_recordings_wanted_is_run_again(known: list[str], tmp
     assert known == ["llama", "llama"], "complete both ways"
 
 
+def test_recordings_wanted_do_not_overwrite_a_cell_of_other_settings(known: list[str], tmp_path: Path) -> None:
+    icl.run_study([CELL], tmp_path, progress=False)
+    with pytest.raises(icl.StudyError, match=r"n_queries=5 \(wanted 6\)"):
+        icl.run_study([dataclasses.replace(CELL, n_queries=6)], tmp_path, keep_recordings=True, progress=False)
+
+
 def test_cells_export_recordings_that_give_the_same_numbers(known: list[str], tmp_path: Path) -> None:
     cells = [dataclasses.replace(CELL, protocol="reference", seed=seed) for seed in (1, 2)]
     results = icl.run_study(cells, tmp_path / "cells", keep_recordings=True, progress=False)

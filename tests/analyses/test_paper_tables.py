@@ -93,7 +93,7 @@ def test_recordings_give_the_released_scripts_numbers_under_their_names(tmp_path
 
 
 def test_a_kept_cell_is_read_as_recordings_too(cells: Path, tmp_path: Path) -> None:
-    done = run("--recordings", cells / CELL.name / "recordings", "--json", tmp_path / "scores.json", "--seed", 1)
+    done = run("--recordings", cells / CELL.name / "recordings", "--json", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
     expected = icl.load_cell(cells / CELL.name).comparison.released()
     got = json.loads((tmp_path / "scores.json").read_text())
@@ -123,8 +123,9 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(tmp_path: Pat
     [
         ((), "expected either folders of cells, or --recordings FOLDER"),
         (("somewhere", "--json", "x.json"), "--json takes the metrics of --recordings"),
+        (("--recordings", "x", "--kendall-queries", "0"), "expected a number from 1, or all, got '0'"),
         (("nowhere",), "error: expected finished cells in nowhere, found none"),
-        (("--recordings", "nowhere"), "error: expected recordings of the settings zs, icl, ftzs and ft in nowhere"),
+        (("--recordings", "nowhere"), "error: expected a folder of recordings, found no nowhere"),
     ],
 )
 def test_what_a_user_can_mend_is_said(arguments: tuple[str, ...], message: str) -> None:
