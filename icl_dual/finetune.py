@@ -175,7 +175,10 @@ def finetune(
     recorder = _FactorRecorder(model, lr) if factors else None
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
         size, path = _norm(before), 0.0
-        optimizer = torch.optim.SGD(parameters, lr=lr, foreach=True)
+        # Half precision would round small steps away: they are taken on float32 copies, as mixed precision does.
+        half = model.dtype.itemsize < 4
+        stepped = [nn.Parameter(parameter.detach().float()) for parameter in parameters] if half else parameters
+        optimizer = torch.optim.SGD(stepped, lr=lr, foreach=True)
         steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training)
         for step, (tokens, label_length) in enumerate(
@@ -184,11 +187,19 @@ def finetune(
             value, q = _step_loss(model, prompts.start, tokens, label_length if loss == "label" else len(tokens))
             losses.append(value.item())
             training_q.append(q)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             value.backward()
             if recorder is not None:
                 recorder.check(step)
+            if half:
+                for copy, parameter in zip(stepped, parameters, strict=True):
+                    copy.grad = None if parameter.grad is None else parameter.grad.float()
             optimizer.step()
+            if half:
+                with torch.no_grad():
+                    for copy, parameter in zip(stepped, parameters, strict=True):
+                        parameter.copy_(copy)
             # The path is no shorter than the change and takes no copy of the weights to know: it says when to look.
             path += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
             change = path if path <= EXPLODED_WEIGHTS else _norm(_differences(parameters, before)) / size

@@ -3,7 +3,7 @@
 Notation: h is the attention output at the recorded position, m are attention scores before the softmax; ZSL, ICL and
 FT are the zero-shot, in-context and finetuned settings. Definitions are those of Dai et al. (2023), as
 computed by the released code. What cannot be computed (a cosine with a zero vector, a rank correlation of constants)
-is NaN, never a number.
+is NaN, never a number, but under the released scripts' own names (`Comparison.released`).
 
 Attention to the demonstrations is compared by token, and by demonstration: the softmax over all their tokens, summed
 within each.
@@ -398,7 +398,8 @@ def _agreement(
 
 
 def _unit(h: Tensor) -> Tensor:
-    return h / h.norm(dim=-1, keepdim=True)
+    """ĥ; a zero vector stays zero, as in the scripts."""
+    return h / h.norm(dim=-1, keepdim=True).clamp_min(1e-20)
 
 
 def _uniform(like: Tensor, seed: Seed) -> Tensor:

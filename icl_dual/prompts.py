@@ -159,7 +159,11 @@ def build_prompts(
         gold=tuple(query.label for query in queries),
         protocol=task.protocol,
     )
-    prompts = _cut_to_fit(whole, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch) if reference else whole
+    prompts = whole
+    if reference:
+        # By all queries of the protocol, however few are asked: the released code cuts by its whole validation split.
+        all_queries = max(len(model.encode(task.prompt(query))) for query in task.queries())
+        prompts = _cut_to_fit(whole, all_queries, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch)
     longest_query, longest_label = max(map(len, prompts.queries)), max(map(len, labels))
     longest = len(prompts.prefix) + longest_query + longest_label
     if longest > model.n_ctx or (demonstrations and not prompts.demonstrations):
@@ -167,7 +171,12 @@ def build_prompts(
         advice = "Use fewer demonstrations"
         if reference:
             n_shown, n_prefix = min(1, n_shown), len(replace(whole, demonstrations=whole.demonstrations[:1]).prefix)
-            advice = "Under the reference protocol not even one demonstration fits"
+            if n_shown and longest_query + longest_label <= model.n_ctx:
+                advice = (
+                    "Under the reference protocol not even one demonstration fits beside the longest of all queries"
+                )
+            else:
+                advice = "A query alone is too long"
         raise PromptError(
             f"{task.name}: {n_shown} demonstrations take {n_prefix} tokens, the longest query {longest_query} and the "
             f"longest label {longest_label}: {n_prefix + longest_query + longest_label} in all, and {model.name} reads "
@@ -181,10 +190,10 @@ def shared_texts(demonstrations: Sequence[Example], queries: Sequence[Example]) 
     return {example.identity for example in demonstrations} & {example.identity for example in queries}
 
 
-def _cut_to_fit(prompts: Prompts, n_ctx: int, keep_left_out: bool) -> Prompts:
+def _cut_to_fit(prompts: Prompts, longest_query: int, n_ctx: int, keep_left_out: bool) -> Prompts:
     """The first demonstrations that fit, by the released code's count, which allows for the longest query's own start
     token beside the context's."""
-    longest = len(prompts.start) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
+    longest = len(prompts.start) + max(longest_query, *map(len, prompts.queries)) + max(map(len, prompts.labels))
     taken, n_fit = len(prompts.start), 0
     for demonstration in prompts.demonstrations:
         taken += len(demonstration) + len(prompts.separator)

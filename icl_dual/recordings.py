@@ -102,7 +102,7 @@ class Recordings:
         _, n_layers, n_heads, _ = self.query_scores["ZSL"].shape
         return (
             f"Recordings({len(self.gold)} queries, {n_layers} layers, {n_heads} heads, "
-            f"{int(self.training_segments.max()) + 1} training steps, {len(self.segments)} tokens in context, "
+            f"{len(_by_step(self.training_segments))} training steps, {len(self.segments)} tokens in context, "
             f"{len(self.skipped)} skipped)"
         )
 
@@ -173,7 +173,7 @@ def load_recordings(
     """
     folder = Path(folder)
     if (folder / "tensors.safetensors").exists():
-        return _load_saved(folder)
+        return _load_saved(folder, n_labels)
     if not folder.is_dir():
         raise RecordingError(f"expected a folder of recordings, found no {folder}")
     for name in (*SETTINGS.values(), "ft"):
@@ -186,13 +186,13 @@ def load_recordings(
     examples = reader.examples(progress)
     training_q, steps = reader.steps(examples[0])
     segments = _segments(steps, examples[0]["ICL"].context.shape[1])
-    # Where a context may end: behind a demonstration, its separator there or not; or behind all of them.
+    # A context ends behind a demonstration's separator: the last one's, or an earlier one's where not all were shown.
     ends = list(itertools.accumulate((step.n_tokens + 1 for step in steps), initial=1))[1:]
-    whole = len(segments) > ends[-1] or any(len(segments) in (end - 1, end) for end in ends)
+    whole = len(segments) in ends or (reader.last_step_lost and len(segments) > ends[-1])
     if not whole or not (segments >= 0).any():
         raise RecordingError(
-            f"{folder / 'icl' / FILE}, line 1: expected a context of whole demonstrations of {folder / 'ft' / FILE}, "
-            f"the first of {steps[0].n_tokens} tokens, got {len(segments)} tokens that end within one"
+            f"{folder / 'icl' / FILE}, line 1: expected a context of whole demonstrations of {folder / 'ft' / FILE} "
+            f"and their separators, {ends[-1]} tokens with all {len(steps)}, got {len(segments)}. Is a step missing?"
         )
     kept = [step for step, one in enumerate(steps) if one.keep]
     return Recordings(
@@ -213,11 +213,27 @@ def load_recordings(
     )
 
 
-def _load_saved(folder: Path) -> Recordings:
+def _load_saved(folder: Path, n_labels: int | None) -> Recordings:
     tensors, metadata = load_tensors(folder)
+    if "recordings" not in metadata:
+        raise RecordingError(
+            f"expected recordings in {folder}, got something else: those of a cell are in its folder 'recordings', "
+            "where it was run with keep_recordings"
+        )
+    if n_labels is None:
+        n_labels = _n_labels(folder, metadata["recordings"])
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RecordingError(f"{folder / 'tensors.safetensors'}: expected finite numbers, got others in {name!r}")
+        labels = name == "gold" or name.startswith("predictions/")
+        if labels and not ((tensor >= 0) & (tensor < n_labels)).all():
+            raise RecordingError(
+                f"{folder / 'tensors.safetensors'}: expected {name} out of the {n_labels} labels 0 to {n_labels - 1}, "
+                f"got {tensor.min()} to {tensor.max()}"
+            )
     grouped: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if "/" in name]:
-        group, setting = name.split("/")
+        group, setting = name.split("/", 1)
         grouped.setdefault(group, {})[setting] = tensors.pop(name)
     kept: dict[str, Any] = {**tensors, **grouped}
     with reading("Recordings", folder):
@@ -228,7 +244,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     path = folder / "metadata.json"
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordingError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(found, dict):
         raise RecordingError(f"{path}: expected a JSON object, got {type(found).__name__}")
@@ -275,12 +291,21 @@ class _Step(NamedTuple):
     keep: bool
 
 
+class _UnpairedError(RecordingError):
+    """Records of one line number that are not of one query."""
+
+
+def _shapes(example: _Example) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+    return tuple((setting, tuple(record.shape.items())) for setting, record in example.items())
+
+
 class _Reader:
     """Reads the lines of a folder, and refuses or skips what is wrong with them."""
 
     def __init__(self, folder: Path, n_labels: int, skip_bad: bool) -> None:
         self.folder, self.n_labels, self.skip_bad = folder, n_labels, skip_bad
         self.skipped: list[str] = []
+        self.last_step_lost = False
 
     def wrong(self, error: RecordingError) -> None:
         if not self.skip_bad:
@@ -292,18 +317,29 @@ class _Reader:
         found: dict[int, _Example] = {}
         paths = {setting: self.folder / name / FILE for setting, name in SETTINGS.items()}
         size = sum(path.stat().st_size for path in paths.values())
+        unpaired: RecordingError | None = None
+        uneven = False
         with (
             ExitStack() as stack,
             tqdm(total=size, desc="reading", disable=not progress, unit="B", unit_scale=True, leave=False) as bar,
         ):
             files = [stack.enter_context(path.open("rb")) for path in paths.values()]
             for number, lines in enumerate(itertools.zip_longest(*files), start=1):
+                uneven |= None in lines
                 try:
                     found[number] = self._example(number, dict(zip(SETTINGS, lines, strict=True)))
+                except _UnpairedError as error:
+                    unpaired = unpaired or error
+                    self.wrong(error)
                 except RecordingError as error:
                     self.wrong(error)
                 bar.update(sum(len(line or b"") for line in lines))
-        shapes = {number: self._shapes(example) for number, example in found.items()}
+        if uneven and unpaired:  # what looks like a pair may be one by chance only
+            raise RecordingError(
+                f"{unpaired}. It cannot be skipped: the settings have other numbers of lines, too, so a line may be "
+                "missing before this one and all after it belong to other queries"
+            )
+        shapes = {number: _shapes(example) for number, example in found.items()}
         if not shapes:
             raise RecordingError(f"expected at least one whole example in {self.folder}, got none")
         usual, _ = Counter(shapes.values()).most_common(1)[0]
@@ -314,9 +350,6 @@ class _Reader:
             self.wrong(_bad(paths[setting], number, f"the shape of most examples, {expected}", got))
             del found[number]
         return list(found.values())
-
-    def _shapes(self, example: _Example) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
-        return tuple((setting, tuple(record.shape.items())) for setting, record in example.items())
 
     def _example(self, number: int, lines: dict[str, bytes | None]) -> _Example:
         example: _Example = {}
@@ -330,11 +363,11 @@ class _Reader:
         for setting, record in example.items():
             path = self.folder / SETTINGS[setting] / FILE
             if record.gold != zsl.gold:
-                raise _bad(path, number, f"the gold label of zs, {zsl.gold}", record.gold)
+                raise _UnpairedError(_bad(path, number, f"the gold label of zs, {zsl.gold}", record.gold))
             mine, zero_shot = ([*r.query.shape, r.hidden.shape[1]] for r in (record, zsl))
             if mine != zero_shot:
                 axes = "layers, heads and query tokens in attn_map, d_model in self_attn_out_hiddens"
-                raise _bad(path, number, f"as many {axes} as zs has, {zero_shot}", mine)
+                raise _UnpairedError(_bad(path, number, f"as many {axes} as zs has, {zero_shot}", mine))
         return example
 
     def _record(self, found: dict[str, Any], path: Path, number: int, *, with_q: bool) -> _Record:
@@ -375,7 +408,7 @@ class _Reader:
                     q, n_tokens = self._step(line, path, number, like.shape)
                 except RecordingError as error:
                     self.wrong(error)
-                    lost = error
+                    lost, self.last_step_lost = error, True
                     continue
                 except _BadValuesError as error:
                     self.wrong(error.reason)
@@ -392,10 +425,10 @@ class _Reader:
         try:
             q = _array(found, "attn_q", "layer train_token d_q", path, number)
         except RecordingError as error:
-            try:
-                lengths = {len(layer) for layer in found["attn_q"]}
-            except (KeyError, TypeError):
-                raise error from None
+            layers = found.get("attn_q")
+            if not isinstance(layers, list) or not all(isinstance(layer, list) for layer in layers):
+                raise
+            lengths = {len(layer) for layer in layers}
             if len(lengths) != 1 or min(lengths) < 2:
                 raise
             raise _BadValuesError(error, lengths.pop() - 1) from error
@@ -422,8 +455,8 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         try:
             found = json.loads(line)  # reads NaN, too, which is to be refused by its place
-        except ValueError as error:
-            raise _bad(path, number, "a whole JSON object", f"{len(line)} bytes that are none: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise _bad(path, number, "a whole JSON object", f"{len(line)} bytes that are none ({error})") from error
     if not isinstance(found, dict):
         raise _bad(path, number, "a JSON object", type(found).__name__)
     return found

@@ -204,7 +204,7 @@ def run_study(
     if len(set(folders.values())) < len(folders):
         raise StudyError(
             "expected cells that differ in model, task, k, seed, lr or protocol, got two that would share a folder: "
-            "run those with other queries, loss, balance, split or source as a study in a folder of its own"
+            "run those with other queries, loss, balance, split, source or mismatch as a study in a folder of its own"
         )
     found = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
     done = {

@@ -200,3 +200,25 @@ def test_a_delta_of_another_model_is_refused(
     delta = icl.finetune(llama, prompts, lr=LR, progress=False)
     with pytest.raises(ValueError, match="expected a delta of 'gpt2'"), delta.applied(models_by_architecture("gpt2")):
         pass
+
+
+@pytest.mark.parametrize(("dtype", "at_least"), [(torch.bfloat16, 0.85), (torch.float16, 0.985)])
+def test_half_precision_steps_are_taken_on_float32_copies(
+    make_model: Callable[..., icl.Model], task: icl.Task, dtype: torch.dtype, at_least: float
+) -> None:
+    """Steps so small that half precision rounds most of them away: taken on the weights themselves, .58 and .96."""
+    model = make_model("llama", dtype)
+    prompts = icl.build_prompts(model, task, task.demonstrations(16, seed=1), task.queries(2))
+    found = icl.finetune(model, prompts, lr=1e-3, progress=False)
+    expected = icl.finetune(model_of(make_model, model), prompts, lr=1e-3, progress=False)
+    same_way = torch.nn.functional.cosine_similarity(found.W_V.float().flatten(), expected.W_V.flatten(), dim=0)
+    assert same_way > at_least
+
+
+def model_of(make_model: Callable[..., icl.Model], half: icl.Model) -> icl.Model:
+    """The same weights in float32."""
+    model = make_model("llama")
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), half.parameters(), strict=True):
+            mine.copy_(theirs.float())
+    return model

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+from conftest import make_rows
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START, Prompts
@@ -91,7 +92,7 @@ def reference_fit(llama: icl.Model, reference_task: icl.Task, k: int, n_ctx: int
     label = {0: " no", 1: " perhaps"}
     longest = (
         1
-        + max(len(llama.encode(reference_task.prompt(q))) for q in reference_task.queries(5))
+        + max(len(llama.encode(reference_task.prompt(q))) for q in reference_task.queries())
         + len(llama.encode(label[1]))
     )
     taken = 1
@@ -120,6 +121,15 @@ def test_reference_demonstrations_are_cut_to_what_fits_and_finetuning_to_the_sam
     assert mismatched.demonstrations == prompts.demonstrations
     assert len(mismatched.training) == len(mismatched.demonstration_label_lengths) == 28
     assert mismatched.zero_shot() == prompts.zero_shot()
+
+
+def test_the_cut_does_not_depend_on_how_many_are_asked(llama: icl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", 300)
+    asked = [{"text": f"{'very ' * (i % 9)}film {i}", "label": i % 2} for i in range(30)]
+    task = icl.Task("t", "Text: {text} Label:", ("no", "perhaps"), make_rows(), asked, protocol="reference")
+    few, all_of_them = (icl.build_prompts(llama, task, task.demonstrations(20, 1), task.queries(n)) for n in (2, None))
+    assert max(map(len, few.queries)) < max(map(len, all_of_them.queries))
+    assert few.demonstrations == all_of_them.demonstrations
 
 
 def test_not_one_reference_demonstration_that_fits_is_an_error(

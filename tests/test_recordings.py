@@ -269,7 +269,7 @@ def longer_context(record: dict) -> None:
 DAMAGES: list[tuple[Callable[[dict], Any], str, int, str]] = [
     (cut, "icl", 5, "expected a whole JSON object"),
     (cut, "zs", 2, "expected a whole JSON object"),
-    (ragged, "zs", 3, "uneven lists: some have 2 and some 3 entries|uneven lists"),
+    (ragged, "zs", 3, "uneven lists: some have 2 and some 3 entries"),
     (one_head_less, "icl", 2, "expected as many layers, heads and query tokens"),
     (one_layer_less, "zs", 1, "the same number of layers under every key"),
     (nan, "ftzs", 4, r"nan at \[1, 0\]"),
@@ -380,7 +380,65 @@ def test_steps_that_are_not_in_the_context_are_refused(folder: Path) -> None:
 def test_a_context_that_cuts_a_demonstration_is_refused(folder: Path) -> None:
     for number in range(1, 6):
         damage(folder, "icl", number, lambda r: r.update(attn_map_ctx=[layer[:-2] for layer in r["attn_map_ctx"]]))
-    with pytest.raises(icl.RecordingError, match="got 13 tokens that end within one"):
+    with pytest.raises(icl.RecordingError, match="15 tokens with all 4, got 13"):
+        load(folder)
+
+
+@pytest.mark.parametrize("lost", [2, 4])
+def test_a_training_step_that_is_missing_is_seen_by_the_context(folder: Path, lost: int) -> None:
+    path = folder / "ft" / "record_info.jsonl"
+    kept = path.read_text().splitlines()
+    del kept[lost - 1]
+    path.write_text("\n".join(kept) + "\n")
+    for skip_bad in (False, True):
+        with pytest.raises(icl.RecordingError, match=r"tokens with all 3, got 15\. Is a step missing"):
+            load(folder, skip_bad=skip_bad)
+
+
+def test_a_step_or_a_context_of_another_length_is_seen(folder: Path, tmp_path: Path) -> None:
+    damage(folder, "ft", 1, lambda r: r.update(attn_q=[layer[:-1] for layer in r["attn_q"]]))
+    with pytest.raises(icl.RecordingError, match="14 tokens with all 4, got 15"):
+        load(folder)
+    released.write_random(tmp_path / "longer", **SMALL)
+    for number in range(1, 6):
+        damage(tmp_path / "longer", "icl", number, longer_context)
+    with pytest.raises(icl.RecordingError, match="15 tokens with all 4, got 16"):
+        load(tmp_path / "longer")
+
+
+def test_a_line_lost_within_a_setting_shifts_all_and_cannot_be_skipped(tmp_path: Path) -> None:
+    released.write_random(tmp_path, **SMALL | {"n_examples": 30})
+    path = tmp_path / "icl" / "record_info.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
+    with pytest.raises(icl.RecordingError, match="a line may be missing before this one"):
+        load(tmp_path, skip_bad=True)
+
+
+@pytest.mark.parametrize("setting", ["zs", "icl", "ftzs"])
+def test_a_zero_vector_counts_as_the_scripts_count_it(folder: Path, setting: str) -> None:
+    damage(folder, setting, 3, lambda r: r["self_attn_out_hiddens"].__setitem__(0, [0.0] * 12))
+    expected = {"SimAOU": released.scores(folder)["SimAOU"]}
+    assert_scores(icl.compare_recordings(load(folder)).released(), expected)
+
+
+def test_saved_recordings_are_checked_like_any(folder: Path, tmp_path: Path) -> None:
+    read = load(folder)
+    broken = {name: tensor.clone() for name, tensor in read.attn_out.items()}
+    broken["ICL"][0, 0, 0] = torch.nan
+    dataclasses.replace(read, attn_out=broken).save(tmp_path / "nan")
+    with pytest.raises(icl.RecordingError, match="finite numbers, got others in 'attn_out/ICL'"):
+        load(tmp_path / "nan")
+    dataclasses.replace(read, gold=read.gold + 9).save(tmp_path / "labels")
+    with pytest.raises(icl.RecordingError, match="expected gold out of the 5 labels 0 to 4, got"):
+        load(tmp_path / "labels")
+
+
+def test_what_is_no_list_is_no_step(folder: Path) -> None:
+    damage(folder, "ft", 2, lambda record: record.update(attn_q=["abc", "abc"]))
+    with pytest.raises(icl.RecordingError, match="It cannot be skipped"):
+        load(folder, skip_bad=True)
+    damage(folder, "ft", 2, lambda record: '{"attn_q":' + "[" * 100_000)
+    with pytest.raises(icl.RecordingError, match=r"ft.*, line 2: expected a whole JSON object"):
         load(folder)
 
 
