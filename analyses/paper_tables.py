@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ TABLES = {
     ),
 }
 RECORDED = {"answer": "at the token that predicts the label", "reference": "after the first label word, as released"}
-PAPER_NOTE = "The paper's own values stand below ours: they are of other models and query sets, recorded as released."
+PAPER_NOTE = (
+    "The paper's own values stand below ours: they are of its models and its validation queries, recorded as released."
+)
 
 Results = Sequence[icl.CellResult]
 
@@ -68,20 +70,44 @@ class Group:
 
 def groups(results: Results) -> list[Group]:
     """What belongs together into the rows of a table. Cells of other k, rate or queries of a task are kept apart."""
-    variants: dict[tuple[str, str], dict[tuple, list[icl.CellResult]]] = {}
+    set_ups: dict[str, dict[tuple, dict[str, dict[tuple, list[icl.CellResult]]]]] = {}
     for result in results:
-        cell = result.cell
-        same = (cell.k, cell.lr, cell.n_queries, cell.loss, cell.balanced, cell.split, cell.reference_k_mismatch)
-        origin = (str(cell.source), result.provenance["model"], result.provenance["dtype"])
-        variants.setdefault((cell.model, cell.task), {}).setdefault(same + origin, []).append(result)
+        cell, of_model = result.cell, set_ups.setdefault(result.cell.model, {})
+        by_task = of_model.setdefault(tuple(set_up(result).items()), {}).setdefault(cell.task, {})
+        by_task.setdefault((cell.k, cell.lr, cell.n_queries), []).append(result)
     found = []
-    for model in dict.fromkeys(result.cell.model for result in results):
-        of_task = {task: list(by.values()) for (name, task), by in variants.items() if name == model}
-        most = max(map(len, of_task.values()))
-        for index in range(most):
-            label = short(model) + (f" ({index + 1})" if most > 1 else "")
-            found.append(Group(label, {task: by[index] for task, by in of_task.items() if index < len(by)}))
+    for model, of_model in set_ups.items():
+        differing = [name for name, *values in zip(*_columns(of_model), strict=True) if len(set(values)) > 1]
+        for same, by_task in of_model.items():
+            about = ", ".join(f"{name} {value}" for name, value in same if name in differing)
+            most = max(map(len, by_task.values()))
+            for index in range(most):
+                label = short(model) + (f", {about}" if about else "") + (f" ({index + 1})" if most > 1 else "")
+                chosen: dict[str, Results] = {
+                    task: list(by.values())[index] for task, by in by_task.items() if index < len(by)
+                }
+                found.append(Group(label, chosen))
     return found
+
+
+def set_up(result: icl.CellResult) -> dict[str, Any]:
+    """What a table does not show by task, and so must not differ within a row."""
+    cell = result.cell
+    return {
+        "loss": cell.loss,
+        "balanced": cell.balanced,
+        "split": cell.split,
+        "source": cell.source,
+        "mismatch": cell.reference_k_mismatch,
+        "weights": result.provenance["model"],
+        "dtype": result.provenance["dtype"],
+    }
+
+
+def _columns(of_model: Mapping[tuple, Any]) -> list[list[Any]]:
+    """The names of what makes a set-up, then each set-up's values."""
+    rows = list(of_model)
+    return [[name for name, _ in rows[0]], *([value for _, value in row] for row in rows)]
 
 
 def short(model: str) -> str:
@@ -119,7 +145,7 @@ def paper_lines(tasks: Sequence[str], rows: Sequence[str]) -> list[dict[str, str
     paper = json.loads((DATA / "paper.json").read_text())
     lines = []
     for model, by_row in paper["models"].items():
-        about = {"model": f"{model} (paper, another model)", "protocol": "reference"}
+        about = {"model": f"{model} (paper)", "protocol": "reference"}
         of_model = {"queries": paper["queries"], "k": paper["k"], **by_row}
         for row in (row for row in (*SETTING_ROWS, *rows) if row in of_model):
             by_task = dict(zip(paper["tasks"], of_model[row], strict=True))
@@ -220,7 +246,8 @@ def latex(frame: pd.DataFrame, note: str) -> str:
 def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     """Every finished cell in the folders given, or the cells that they are."""
     paths = [path.parent for folder in folders for path in sorted(folder.rglob("metadata.json"))]
-    cells = [path for path in paths if path.name != "recordings"]
+    # Kept recordings and exported ones have metadata, too.
+    cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells:
         raise icl.StudyError(f"expected finished cells in {', '.join(map(str, folders))}, found none")
     found: dict[tuple, icl.CellResult] = {}

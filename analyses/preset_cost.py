@@ -4,7 +4,8 @@
     python analyses/preset_cost.py figures/rehearsal/cells
 
 The cells say how many tokens were run; the formulas of docs/cost.md say what these take in a model of the paper's depth
-and width. A rehearsal's tokens are another tokenizer's, of the packaged rows: close to the paper's, not equal.
+and width, for as many queries as the paper has. A rehearsal's tokens are another tokenizer's, of the packaged rows: not
+the paper's validation queries, and shorter ones in SST2.
 """
 
 import argparse
@@ -20,15 +21,22 @@ from common import DATA, ERRORS, TITLES
 from paper_tables import find_cells
 
 import icl_dual as icl
+from icl_dual.metrics import KENDALL_QUERIES
 
 A100_TFLOPS = {"bfloat16": 312.0, "float32": 19.5}
 """NVIDIA's data sheet, dense, without TF32."""
 
-REACHED = 0.47
-"""What a capture reaches of the machine's rate of one large matrix product: 158 of 333 GFLOP/s, measured on two CPU
-cores (figures/benchmark/cost.md). Taken over to the GPU, where it has not been measured."""
+RATES = Path(__file__).parents[1] / "figures" / "benchmark" / "cost.md"
+"""GFLOP/s of each stage of a cell, measured on two CPU cores, and of one large matrix product."""
 
-KENDALL_QUERIES = 100
+STAGES = {
+    "finetuning": "finetuning",
+    "prefix": "capture, in context",
+    "ICL": "capture, in context",
+    "ZSL and FT": "capture, zero-shot",
+    "metrics": "metrics and decomposition",
+}
+"""Whose rate each stage counted here is taken to have."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,10 @@ class Tokens:
     def of(cls, provenance: Mapping[str, Any]) -> "Tokens":
         """From what a cell says of itself."""
         return cls(provenance["n_queries"], provenance["prefix_tokens"], provenance["query_tokens"])
+
+    def scaled(self, queries: int) -> "Tokens":
+        """The same with another number of queries, as long in the mean."""
+        return Tokens(queries, self.prefix, round(self.of_queries * queries / self.queries))
 
 
 def flops(shape: Shape, tokens: Tokens) -> dict[str, float]:
@@ -98,13 +110,22 @@ def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, fl
     return {"weights and finetuning, GB": weights / 1e9, "kept for the metrics, GB": (kept + training_q) / 1e9}
 
 
-def table(results: Sequence[icl.CellResult], shape: Shape) -> pd.DataFrame:
-    """A row a cell, and their sum."""
-    rows = []
+def reached() -> dict[str, float]:
+    """What each stage reaches of the rate of one large matrix product."""
+    lines = [line.split("|")[1:-1] for line in RATES.read_text().splitlines() if line.startswith("|")]
+    columns, rows = [name.strip() for name in lines[0]], lines[2:]
+    rates = {row[0].strip(): float(row[columns.index("GFLOP/s")]) for row in rows}
+    return {stage: rates[step] / rates["a 2048³ matrix product"] for stage, step in STAGES.items()}
+
+
+def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str, int]) -> pd.DataFrame:
+    """A row a cell, scaled to the paper's number of queries, and their sum."""
+    rows, shares = [], reached()
     for result in results:
-        tokens = Tokens.of(result.provenance)
-        total = sum(flops(shape, tokens).values())
-        hours = {f"A100 {dtype}, h": total / (REACHED * peak * 1e12) / 3600 for dtype, peak in A100_TFLOPS.items()}
+        tokens = Tokens.of(result.provenance).scaled(queries[result.cell.task])
+        counted = flops(shape, tokens)
+        total, at_full_rate = sum(counted.values()), sum(n / shares[stage] for stage, n in counted.items())
+        hours = {f"A100 {dtype}, h": at_full_rate / (peak * 1e12) / 3600 for dtype, peak in A100_TFLOPS.items()}
         rows.append(
             {
                 "task": TITLES[result.cell.task],
@@ -137,8 +158,9 @@ def main() -> int:
     for name, model in paper["models"].items():
         sizes = {key: model[key] for key in ("n_layers", "d_model", "n_heads", "d_mlp")}
         shape = Shape(**sizes, d_vocab=paper["d_vocab"])
-        counted = table(results, shape).to_markdown(
-            index=False, floatfmt=("", ".0f", ".0f", ".0f", ".0f", *[".3f"] * 4)
+        queries = dict(zip(paper["tasks"], paper["queries"], strict=True))
+        counted = table(results, shape, queries).to_markdown(
+            index=False, floatfmt=("", ".0f", ".0f", ".0f", ".0f", ".4f", ".4f", ".1f", ".1f")
         )
         parts.append(
             f"{name} (`--preset {model['preset']}`), {shape.layer_weights / 1e9:.2f} G weights in layers:\n\n{counted}"

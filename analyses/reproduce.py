@@ -160,14 +160,18 @@ def n_queries(results: Results) -> str:
 
 def command(args: argparse.Namespace) -> str:
     """The command that makes the same again, wherever its output goes."""
+    usual = {"model": None, "protocol": "answer", "source": None}
+    words = []
     if args.preset:
-        words = [f"--preset {args.preset}"] + ([f"--rehearse {args.rehearse}"] if args.rehearse else [])
-    else:
-        words = [f"--model {paper_tables.short(args.model)}"]
+        usual = {"model": PRESETS[args.preset]["hub"], "protocol": "reference", "source": "hub"}
+        words = [f"--preset {args.preset}"]
+    if args.rehearse:
+        usual |= {"model": args.model, "source": "wheel"}
+        words += [f"--rehearse {args.rehearse}"]
+    set_up = {"model": paper_tables.short(args.model), "protocol": args.protocol, "source": args.source}
+    words += [f"--{name} {value}" for name, value in set_up.items() if getattr(args, name) != usual[name]]
     given = {"tasks": args.tasks, "queries": "all" if args.queries is None else args.queries, "seeds": args.seeds}
     given |= {"k": args.k, "lr": args.lr, "dtype": args.dtype if args.dtype != "float32" else None}
-    if not args.preset:
-        given |= {"protocol": args.protocol if args.protocol != "answer" else None, "source": args.source}
     words += [
         f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v is not None
     ]

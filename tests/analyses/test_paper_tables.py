@@ -61,7 +61,7 @@ def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, 
     both = [icl.load_cell(cells / dataclasses.replace(CELL, seed=seed).name).comparison for seed in (1, 2)]
     values = pd.Series([comparison.per_layer["SimAOU"].mean().item() for comparison in both])
     assert rows["llama (2)", "SimAOU"] == f"{values.mean():.3f} ± {values.std():.3f}"
-    paper = rows["GPT 1.3B (paper, another model)", "SimAOU"], rows["GPT 2.7B (paper, another model)", "lr"]
+    paper = rows["GPT 1.3B (paper)", "SimAOU"], rows["GPT 2.7B (paper)", "lr"]
     assert paper == ("0.110", "0.007")
     text = (tmp_path / "metrics_reference.tex").read_text()
     assert "$\\pm$" in text
@@ -72,6 +72,23 @@ def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, 
 def test_a_table_of_two_protocols_is_refused(cells: Path) -> None:
     with pytest.raises(icl.StudyError, match=r"of one protocol in a table, got \['answer', 'reference'\]"):
         paper_tables.table(paper_tables.find_cells([cells]), paper_tables.METRIC_ROWS)
+
+
+def test_cells_of_other_set_ups_share_no_row_and_say_what_differs(
+    cells: Path, llama: icl.Model, tmp_path: Path
+) -> None:
+    label = dataclasses.replace(CELL, task="agnews", loss="label")
+    task = icl.Task("agnews", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
+    found = [icl.load_cell(cells / CELL.name), icl.run_cell(llama, task, label, tmp_path / "x", progress=False)]
+    one, other = paper_tables.groups(found)
+    assert (one.model, set(one.by_task)) == ("llama, loss all", {"sst2"})
+    assert (other.model, set(other.by_task)) == ("llama, loss label", {"agnews"})
+
+
+def test_exported_recordings_beside_cells_are_no_cells(cells: Path, tmp_path: Path) -> None:
+    icl.export_recordings(icl.load_cell(cells / CELL.name), tmp_path / "study" / "exported", progress=False)
+    (tmp_path / "study" / "cell").symlink_to(cells / CELL.name)
+    assert len(paper_tables.find_cells([tmp_path / "study" / "exported", tmp_path / "study" / "cell"])) == 1
 
 
 def test_a_cell_found_twice_is_no_second_seed(cells: Path) -> None:

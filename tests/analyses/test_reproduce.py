@@ -68,7 +68,7 @@ def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path
     assert table.loc[("smollm2-135m", "seed"), "SST2"] == "1, 2"
     ours = results[(results["metric"] == "SimAOU") & (results["task"] == "sst2") & results["layer"].isna()]["value"]
     assert table.loc[("smollm2-135m", "SimAOU"), "SST2"] == f"{ours.mean():.3f} ± {ours.std():.3f}"
-    assert table.loc[("GPT 1.3B (paper, another model)", "SimAOU"), "SST2"] == "0.110"
+    assert table.loc[("GPT 1.3B (paper)", "SimAOU"), "SST2"] == "0.110"
     accuracy = pd.read_csv(out / "accuracy.csv").set_index(["model", "metric"])
     icl = results[(results["metric"] == "ICL accuracy") & (results["task"] == "agnews")]["value"]
     assert str(accuracy.loc[("smollm2-135m", "ICL accuracy"), "AGNews"]).startswith(f"{100 * icl.mean():.1f} ±")
@@ -146,6 +146,15 @@ def test_a_preset_is_the_papers_set_up_and_gives_way_to_what_is_asked(monkeypatc
     (one,) = planned(monkeypatch, "--preset", "paper-1.3b", "--tasks", "mr", "--lr", "0.5", "--seeds", "9", "--k", "3")
     assert (one.model, one.k, one.seed, one.lr) == ("KoboldAI/fairseq-dense-1.3B", 3, 9, 0.5)
     assert one.protocol == "reference"
+
+
+def test_the_command_names_what_departs_from_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (
+        "--preset paper-1.3b --model smollm2-135m --protocol answer --source wheel --tasks sst2 "
+        "--queries 5 --k 0 --dtype bfloat16"
+    )
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *given.split()])
+    assert script.command(script.parse()) == f"python analyses/reproduce.py {given}"
 
 
 def test_without_a_preset_nothing_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
