@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 import icl_dual as icl
+from icl_dual.layout import write_recordings
 from icl_dual.prompts import SEPARATOR, START
-
-SETTINGS = ("ZSL", "ICL", "FT")
+from icl_dual.recordings import SETTINGS
 
 
 def parse() -> argparse.Namespace:
@@ -74,7 +74,7 @@ def metrics_of_all(work: Path) -> None:
 
 
 def export(work: Path) -> None:
-    icl.load_recordings(work / "saved").export(work / "exported")
+    write_recordings(icl.load_recordings(work / "saved"), work / "exported")
 
 
 def read_back(work: Path) -> None:

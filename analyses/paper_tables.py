@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def groups(results: Results) -> list[Group]:
         by_task.setdefault((cell.k, cell.lr, cell.n_queries), []).append(result)
     found = []
     for model, of_model in set_ups.items():
-        differing = [name for name, *values in zip(*_columns(of_model), strict=True) if len(set(values)) > 1]
+        one = [dict(same) for same in of_model]
+        differing = [name for name in one[0] if len({str(of[name]) for of in one}) > 1]
         for same, by_task in of_model.items():
             about = ", ".join(f"{name} {value}" for name, value in same if name in differing)
             most = max(map(len, by_task.values()))
@@ -102,12 +103,6 @@ def set_up(result: icl.CellResult) -> dict[str, Any]:
         "weights": result.provenance["model"],
         "dtype": result.provenance["dtype"],
     }
-
-
-def _columns(of_model: Mapping[tuple, Any]) -> list[list[Any]]:
-    """The names of what makes a set-up, then each set-up's values."""
-    rows = list(of_model)
-    return [[name for name, _ in rows[0]], *([value for _, value in row] for row in rows)]
 
 
 def short(model: str) -> str:
@@ -209,6 +204,11 @@ def number(value: float, row: str) -> str:
     return f"{shown + 0.0:.{1 if row in PER_CENT else 3}f}"  # + 0.0: no minus before a rounded zero
 
 
+def file_name(table: str, protocol: str) -> str:
+    """A table's file, without its ending: those of the reference protocol say so."""
+    return table if protocol == "answer" else f"{table}_{protocol}"
+
+
 def write(results: Results, out: Path) -> None:
     """Each table as Markdown, CSV and LaTeX, a set for each protocol; the reference protocol's names say so."""
     out.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def write(results: Results, out: Path) -> None:
         n_seeds = max(len(cells) for group in groups(chosen) for cells in group.by_task.values())
         spread = f" ± is the standard deviation over {n_seeds} seeds." if n_seeds > 1 else ""
         for name, (rows, caption) in TABLES.items():
-            path = out / (name if protocol == "answer" else f"{name}_{protocol}")
+            path = out / file_name(name, protocol)
             frame = table(chosen, rows)
             note = (
                 f"{caption}{spread} Protocol `{protocol}`: recorded {RECORDED[protocol]}. The mean is over the tasks "

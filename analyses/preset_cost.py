@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from common import DATA, ERRORS, TITLES
@@ -66,9 +65,9 @@ class Tokens:
     """All queries' own tokens together."""
 
     @classmethod
-    def of(cls, provenance: Mapping[str, Any]) -> "Tokens":
+    def of(cls, result: icl.CellResult) -> "Tokens":
         """From what a cell says of itself."""
-        return cls(provenance["n_queries"], provenance["prefix_tokens"], provenance["query_tokens"])
+        return cls(len(result.comparison.gold), result.provenance["prefix_tokens"], result.provenance["query_tokens"])
 
     def scaled(self, queries: int) -> "Tokens":
         """The same with another number of queries, as long in the mean."""
@@ -122,7 +121,7 @@ def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str,
     """A row a cell, scaled to the paper's number of queries, and their sum."""
     rows, shares = [], reached()
     for result in results:
-        tokens = Tokens.of(result.provenance).scaled(queries[result.cell.task])
+        tokens = Tokens.of(result).scaled(queries[result.cell.task])
         counted = flops(shape, tokens)
         total, at_full_rate = sum(counted.values()), sum(n / shares[stage] for stage, n in counted.items())
         hours = {f"A100 {dtype}, h": at_full_rate / (peak * 1e12) / 3600 for dtype, peak in A100_TFLOPS.items()}

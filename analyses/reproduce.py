@@ -154,7 +154,7 @@ def describe(results: Results) -> str:
 
 def n_queries(results: Results) -> str:
     """How many queries were asked."""
-    asked = sorted({result.provenance["n_queries"] for result in results})
+    asked = sorted({len(result.comparison.gold) for result in results})
     return f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} queries a task"
 
 
@@ -188,7 +188,7 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
             "k": paper_tables.setting([result], "k"),
             "seed": result.cell.seed,
             "lr": result.cell.lr,
-            "queries": result.provenance["n_queries"],
+            "queries": len(result.comparison.gold),
             "prompt tokens before the query": result.provenance["prefix_tokens"],
             "FT loss, first → last step": "{:.2f} → {:.2f}".format(*(result.provenance["losses"][i] for i in (0, -1))),
             "attention residual": f"{result.provenance['attention_residual']:.1e}",
@@ -199,7 +199,7 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     rates = "chosen by `analyses/select_lr.py` on selection queries, apart from these"
     if args.lr or args.preset:
         rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
-    suffix = "" if cell.protocol == "answer" else f"_{cell.protocol}"
+    accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
     (out / "README.md").write_text(f"""# How these were made
 
     {command(args)}
@@ -210,8 +210,8 @@ Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dt
 
 | file | what it shows |
 |---|---|
-| `accuracy{suffix}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings, the paper's values below |
-| `metrics{suffix}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines; the paper's below |
+| `{accuracy}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings, the paper's values below |
+| `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines; the paper's below |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |

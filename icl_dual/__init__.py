@@ -5,10 +5,11 @@ from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
 from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune
+from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, load_model
 from icl_dual.prompts import PromptError, Prompts, build_prompts
-from icl_dual.recordings import RecordingError, Recordings, load_recordings
+from icl_dual.recordings import RecordingError, Recordings
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise

@@ -382,7 +382,7 @@ class _Recorder:
         if "demo_scores" in self.fields:
             kept["demo_scores"] = self._scores_over(self.prompts.demonstration_positions)
         if "context_scores" in self.fields:
-            kept["context_scores"] = self._summed_scores_over(len(self.prompts.prefix))
+            kept["context_scores"] = self._scores_over(torch.arange(len(self.prompts.prefix)), summed=True)
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
@@ -399,25 +399,17 @@ class _Recorder:
             residual=self.residual,
         )
 
-    def _scores_over(self, positions: Int[Tensor, " token"]) -> Float[Tensor, "query layer head token"]:
-        """All queries' scores over tokens of the context."""
-        kept = self.kept["q_scored"]
-        found = kept.new_zeros(*kept.shape[:3], len(positions))
+    def _scores_over(
+        self, positions: Int[Tensor, " token"], *, summed: bool = False
+    ) -> Float[Tensor, "query layer *head token"]:
+        """All queries' scores over tokens of the context; summed over heads, they are never held by head."""
+        kept, score = self.kept["q_scored"], dual.summed_scores if summed else dual.shared_scores
+        found = kept.new_zeros(*kept.shape[: 2 if summed else 3], len(positions))
         for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
             shown = keys[positions.to(keys.device)]
             for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
-                scores = dual.shared_scores(q.to(keys), shown, scoring.scale, scoring.softcap)
-                into.copy_(scores.transpose(0, 1))
-        return found
-
-    def _summed_scores_over(self, n_pos: int) -> Float[Tensor, "query layer pos"]:
-        """All queries' scores over the context's first tokens, summed over heads; never held by head."""
-        kept = self.kept["q_scored"]
-        found = kept.new_zeros(*kept.shape[:2], n_pos)
-        for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
-            shown = keys[:n_pos]
-            for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
-                into.copy_(dual.summed_scores(q.to(keys), shown, scoring.scale, scoring.softcap))
+                scores = score(q.to(keys), shown, scoring.scale, scoring.softcap)
+                into.copy_(scores if summed else scores.transpose(0, 1))
         return found
 
     def _keys_values(self) -> KeysValues:

@@ -178,6 +178,7 @@ def finetune(
         # Half precision would round small steps away: they are taken on float32 copies, as mixed precision does.
         half = model.dtype.itemsize < 4
         stepped = [nn.Parameter(parameter.detach().float()) for parameter in parameters] if half else parameters
+        copies = list(zip(stepped, parameters, strict=True)) if half else []
         optimizer = torch.optim.SGD(stepped, lr=lr, foreach=True)
         steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training)
@@ -192,14 +193,11 @@ def finetune(
             value.backward()
             if recorder is not None:
                 recorder.check(step)
-            if half:
-                for copy, parameter in zip(stepped, parameters, strict=True):
-                    copy.grad = None if parameter.grad is None else parameter.grad.float()
+            for copy, parameter in copies:
+                copy.grad = None if parameter.grad is None else parameter.grad.float()
             optimizer.step()
-            if half:
-                with torch.no_grad():
-                    for copy, parameter in zip(stepped, parameters, strict=True):
-                        parameter.copy_(copy)
+            for copy, parameter in copies:
+                parameter.detach().copy_(copy.detach())
             # The path is no shorter than the change and takes no copy of the weights to know: it says when to look.
             path += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
             change = path if path <= EXPLODED_WEIGHTS else _norm(_differences(parameters, before)) / size

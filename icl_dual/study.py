@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from icl_dual.assets import atomic_folder, load_tensors
 from icl_dual.capture import capture
 from icl_dual.finetune import Loss, finetune
+from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import Model, load_model
 from icl_dual.prompts import build_prompts, shared_texts
-from icl_dual.recordings import Recordings, load_recordings
+from icl_dual.recordings import Recordings
 from icl_dual.tasks import Protocol, Split, Task, load_task
 
 RECORDINGS = "recordings"
@@ -89,7 +90,7 @@ class CellResult:
         """
         if not (self.folder / RECORDINGS).exists():
             raise StudyError(f"expected {self.folder} with recordings, got none: run it with keep_recordings=True")
-        return load_recordings(self.folder / RECORDINGS)
+        return Recordings.load(self.folder / RECORDINGS)
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy: model, task, k, seed, lr, protocol, metric, layer (empty for all), value, n."""
@@ -151,7 +152,6 @@ def run_cell(
         "seconds": clock.seconds,
         "prefix_tokens": len(prompts.prefix),
         "query_tokens": sum(map(len, prompts.rows)),
-        "n_queries": len(prompts.queries),
         "k_in_context": len(prompts.demonstrations),
         "shared_texts": len(shared_texts(demonstrations, queries)),
         "label_words": task.label_words,
@@ -250,10 +250,10 @@ def export_recordings(
         AssetError: the folder holds other files.
     """
     if isinstance(study, CellResult):
-        study.recordings().export(folder, progress=progress)
+        write_recordings(study.recordings(), folder, progress=progress)
         return
     for result in study:
-        result.recordings().export(Path(folder) / result.cell.name, progress=progress)
+        write_recordings(result.recordings(), Path(folder) / result.cell.name, progress=progress)
 
 
 class _Clock:

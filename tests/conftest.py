@@ -244,6 +244,15 @@ def llama(models_by_architecture: Callable[[str], icl.Model]) -> icl.Model:
     return models_by_architecture("llama")
 
 
+def run_settings(model: icl.Model, prompts: icl.Prompts) -> dict[str, Any]:
+    """A cell's captures and delta, as `icl.compare` takes them."""
+    zsl, in_context = (icl.capture(model, one, progress=False) for one in (prompts.zero_shot(), prompts))
+    delta = icl.finetune(model, prompts, lr=0.05, progress=False)
+    with delta.applied(model):
+        ft = icl.capture(model, prompts.zero_shot(), progress=False)
+    return {"zsl": zsl, "icl": in_context, "ft": ft, "delta": delta}
+
+
 def make_rows(n: int = 60) -> list[dict[str, object]]:
     words = ("good", "bad", "film", "so", "very")
     return [

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,12 +163,7 @@ def test_finetunings_attention_sums_heads_of_query_products() -> None:
 
 @pytest.fixture(scope="module")
 def runs(llama: icl.Model, prompts: Prompts) -> dict:
-    zsl = icl.capture(llama, prompts.zero_shot(), progress=False)
-    in_context = icl.capture(llama, prompts, progress=False)
-    delta = icl.finetune(llama, prompts, lr=0.05, progress=False)
-    with delta.applied(llama):
-        ft = icl.capture(llama, prompts.zero_shot(), progress=False)
-    return {"zsl": zsl, "icl": in_context, "ft": ft, "delta": delta}
+    return run_settings(llama, prompts)
 
 
 def of_demonstrations(delta: icl.WeightDelta) -> list[int]:

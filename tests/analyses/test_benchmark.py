@@ -32,6 +32,10 @@ def test_a_race_writes_times_ratios_and_pictures(tmp_path: Path) -> None:
     assert result == json.loads((tmp_path / "copy.json").read_text())
     ran = result["medians_s"]
     assert {"floor", "bare", "ours", "ours_decomposed", "tl_prefix", "tl_filtered", "cell", "floors"} <= ran.keys()
+    for ratio, value in result["ratios"].items():
+        ours, theirs = ratio.split("/")
+        assert value == pytest.approx(ran[ours] / ran[theirs])
+    assert max(result["relative_differences"]["tl_filtered"].values()) < 1e-4
     assert {"ours/floor", "ours/bare", "tl_filtered/ours", "finetune/kv_sgd", "cell/floors"} <= result["ratios"].keys()
     assert {path.name for path in tmp_path.iterdir()} >= {"benchmark.md", "benchmark.png", "benchmark.pdf"}
 
