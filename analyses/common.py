@@ -65,10 +65,10 @@ def default_lr(model: str, task: str) -> float:
         ) from None
 
 
-def panels(n: int, rows: int = 1) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a column for each of n tasks, and its Axes by row."""
+def panels(n: int, rows: int = 1, *, sharex: bool = True) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
     size = max(7.5, 1.2 + 2.6 * n), 0.8 + 2.6 * rows
-    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row")
+    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=sharex, sharey="row")
     return fig, [list(row) for row in axes]
 
 

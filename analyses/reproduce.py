@@ -136,7 +136,7 @@ def write_figures(results: Results, out: Path) -> None:
             ax.set_title(TITLES[task])
             ax.label_outer()
         finish(fig, axes, f"{metric} by layer, {describe(results)}", out / metric.lower())
-    fig, (axes,) = panels(len(tasks))
+    fig, (axes,) = panels(len(tasks), sharex=False)  # each task has labels of its own
     for task, ax in zip(tasks, axes, strict=True):
         chosen = [result for result in results if result.cell.task == task]
         icl.plots.label_counts([r.comparison for r in chosen], chosen[0].provenance["label_words"], ax=ax)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import reproduce as script
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import icl_dual as icl
 
@@ -60,6 +62,18 @@ def test_label_counts_add_up_to_the_queries(out: Path) -> None:
     agnews = [row for row in counts if (row["task"], row["seed"], row["setting"]) == ("agnews", 2, "ICL")]
     assert [row["label"] for row in agnews] == ["World", "Sports", "Business", "Technology"]
     assert sum(row["count"] for row in agnews) == 6
+
+
+def test_each_task_has_its_own_labels_under_its_predictions(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[list[str]]] = {}
+
+    def look(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
+        drawn[path.name] = [[label.get_text() for label in ax.get_xticklabels()] for ax in axes]
+
+    monkeypatch.setattr(script, "finish", look)
+    cells = [path for task in ("sst2", "agnews") for path in sorted((out / "cells").glob(f"*_{task}_*"))]
+    script.write_figures([icl.load_cell(cell) for cell in cells], out)
+    assert drawn["label_counts"] == [["Negative", "Positive"], ["World", "Sports", "Business", "Technology"]]
 
 
 def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path) -> None:
