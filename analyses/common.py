@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 import matplotlib
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import icl_dual as icl
+from icl_dual.finetune import Loss, Method, Trained
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
@@ -52,15 +54,31 @@ def cell_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def default_lr(model: str, task: str) -> float:
-    """The rate chosen for a model and a task on selection queries."""
-    chosen = json.loads((DATA / "default_lr.json").read_text())
+def variant_parser() -> argparse.ArgumentParser:
+    """Options that settle how is finetuned, for other parsers to have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--loss", choices=get_args(Loss), default="all", help="over all tokens, or the label word's (%(default)s)")
+    add("--method", choices=get_args(Method), default="sgd", help="of finetuning (%(default)s)")
+    add("--trained", choices=get_args(Trained), default="key-value", help="projections that move (%(default)s)")
+    return parser
+
+
+def lr_key(model: str, variant: icl.Cell | None = None) -> str:
+    """What a model's learning rates are filed under: its name, and how a cell's finetuning differs from the paper's."""
+    said = {} if variant is None else variant.variation
+    return ", ".join([model, *(said[name] for name in ("loss", "method", "trained") if name in said)])
+
+
+def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
+    """The rate chosen for a model and a task on selection queries, and for the finetuning of a cell."""
+    chosen, name = json.loads((DATA / "default_lr.json").read_text()), lr_key(model, variant)
     try:
-        return chosen[model][task]
+        return chosen[name][task]
     except KeyError:
         raise icl.StudyError(
-            f"no learning rate was chosen for {model!r} on {task} (only for "
-            f"{', '.join(chosen)}): pass --lr, or choose one on selection queries with "
+            f"no learning rate was chosen for {name!r} on {task} (only for "
+            f"{'; '.join(chosen)}): pass --lr, or choose one on selection queries with "
             f"python analyses/select_lr.py --model {model} --tasks {task}"
         ) from None
 

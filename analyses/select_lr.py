@@ -2,19 +2,21 @@
 
 Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at every learning rate of a grid, and
 keeps the one with the best accuracy on the selection split; ties go to the lower cross-entropy of the gold label.
-The whole grid goes to figures/lr_selection/, the choice to analyses/data/default_lr.json, which reproduce.py reads.
-Measured rows are kept, so a stopped run goes on where it was.
+The whole grid goes to figures/lr_selection/, the choice to analyses/data/default_lr.json, which reproduce.py and
+controls.py read. Measured rows are kept, so a stopped run goes on where it was.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from common import lr_key, variant_parser
 
 import icl_dual as icl
 
@@ -22,9 +24,9 @@ DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
 GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
 
 
-def measure(model: icl.Model, prompts: icl.Prompts, lr: float) -> dict[str, float]:
+def measure(model: icl.Model, prompts: icl.Prompts, lr: float, variant: dict[str, Any]) -> dict[str, float]:
     try:
-        delta = icl.finetune(model, prompts, lr=lr)
+        delta = icl.finetune(model, prompts, lr=lr, **variant)
     except icl.DivergedError:
         return {"accuracy": float("nan"), "cross_entropy": float("nan")}
     with delta.applied(model):
@@ -45,13 +47,15 @@ def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
         best = group[group["lr"] == chosen[str(task)]]
         ax.plot(best["lr"], best["accuracy"], marker="o", markersize=9, fillstyle="none", color=line.get_color())
     ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
-    ax.set_title(f"{rows['model'].iloc[0]}: {rows['n'].iloc[0]} selection queries a task, chosen rates ringed")
+    ax.set_title(f"{path.stem}: {rows['n'].iloc[0]} selection queries a task, chosen rates ringed", fontsize="medium")
     ax.legend(frameon=False, ncols=2)
     fig.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[variant_parser()]
+    )
     parser.add_argument("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
     parser.add_argument("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
@@ -60,29 +64,31 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    table = args.out / f"{args.model.strip('/').replace('/', '--')}.csv"
+    variant = {"loss": args.loss, "method": args.method, "trained": args.trained}
+    name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, **variant))
+    table = args.out / f"{name.strip('/').replace('/', '--').replace(', ', '_').replace(' ', '-')}.csv"
     rows = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=["model", "task", "k", "lr", "n"])
     done = set(rows.loc[rows["n"] == args.queries, ["task", "lr"]].itertuples(index=False, name=None))
     model = None
-    for name in args.tasks:
-        todo = [lr for lr in args.lrs if (name, lr) not in done]
+    for task_name in args.tasks:
+        todo = [lr for lr in args.lrs if (task_name, lr) not in done]
         if not todo:
             continue
         model = model or icl.load_model(args.model)
-        task, k = icl.load_task(name), icl.PAPER_K[name]
+        task, k = icl.load_task(task_name), icl.PAPER_K[task_name]
         queries = task.queries(args.queries, split="selection")
         prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=0), queries)
         for lr in todo:
-            row = {"model": args.model, "task": name, "k": k, "lr": lr, "n": len(queries)}
-            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, lr)])], ignore_index=True)
+            row = {"model": args.model, "task": task_name, "k": k, "lr": lr, "n": len(queries)}
+            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, lr, variant)])], ignore_index=True)
             rows.to_csv(table, index=False)
             print(rows.iloc[-1].to_dict(), flush=True)
 
     chosen = choose(rows)
     draw(rows, chosen, table.with_suffix(".png"))
     known = json.loads(DEFAULT_LR.read_text()) if DEFAULT_LR.exists() else {}
-    DEFAULT_LR.write_text(json.dumps(known | {args.model: known.get(args.model, {}) | chosen}, indent=1) + "\n")
-    print(f"{args.model}: {chosen} → {DEFAULT_LR}")
+    DEFAULT_LR.write_text(json.dumps(known | {name: known.get(name, {}) | chosen}, indent=1) + "\n")
+    print(f"{name}: {chosen} → {DEFAULT_LR}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from icl_dual import dual, plots
 from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
+from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
 from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
-from icl_dual.models import Model, UnsupportedModelError, load_model
+from icl_dual.models import Model, UnsupportedModelError, control_model, load_model
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
@@ -27,6 +28,7 @@ __all__ = [
     "DeltaSummary",
     "DivergedError",
     "Model",
+    "OrderSensitivity",
     "PromptError",
     "Prompts",
     "RecordingError",
@@ -42,6 +44,7 @@ __all__ = [
     "compare",
     "compare_recordings",
     "compare_updates",
+    "control_model",
     "decompose",
     "dual",
     "export_recordings",
@@ -50,7 +53,9 @@ __all__ = [
     "load_model",
     "load_recordings",
     "load_task",
+    "order_sensitivity",
     "plots",
+    "relabel",
     "run_cell",
     "run_study",
     "summarise",

@@ -32,7 +32,17 @@ from icl_dual import dual
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts, Tokens
 
-Field = Literal["attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores", "keys_values"]
+Field = Literal[
+    "attn_out",
+    "z",
+    "q",
+    "q_scored",
+    "context_scores",
+    "demo_scores",
+    "query_scores",
+    "keys_values",
+    "next_log_probs",
+]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
 """What the paper's metrics need."""
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
@@ -94,6 +104,8 @@ class Capture:
     query_scores: Float[Tensor, "query layer head query_token"] | None
     """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
+    next_log_probs: Float[Tensor, "query d_vocab"] | None
+    """Log-probability in nats of every token of the vocabulary where the label is predicted."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and batches."""
 
@@ -180,9 +192,10 @@ def capture(
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         for batch, logits in _run_queries(model, rows, 1, context, limit, recorder, len(prompts.appended)):
             first = [prompts.labels[label][0] for label in single]
-            log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = _log_probs(logits)[
-                :, 0, first
-            ].cpu()
+            of_next = _log_probs(logits)[:, 0]
+            log_probs[torch.tensor(batch)[:, None], torch.tensor(single, dtype=torch.long)] = of_next[:, first].cpu()
+            if "next_log_probs" in recorder.kept:
+                recorder.kept["next_log_probs"][batch] = of_next.cpu()
             bar.update(len(batch))
         asked = [query[len(head) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single):
@@ -341,6 +354,7 @@ class _Recorder:
             "q": (n_queries, n_layers, n_heads, model.d_head),
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
             "query_scores": (n_queries, n_layers, n_heads, longest),
+            "next_log_probs": (n_queries, model.d_vocab),
         }
         needed = {*fields, "q_scored"} if {*fields} & {"context_scores", "demo_scores", "query_scores"} else fields
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
@@ -396,6 +410,7 @@ class _Recorder:
             demo_scores=kept.get("demo_scores"),
             query_scores=kept.get("query_scores"),
             keys_values=self._keys_values() if "keys_values" in self.fields else None,
+            next_log_probs=kept.get("next_log_probs"),
             residual=self.residual,
         )
 

@@ -3,17 +3,22 @@
 One demonstration a step, in the order in which the in-context prompt shows them, one epoch, plain SGD at a constant
 learning rate. Weights and biases of the key and value projections move, nothing else does, and the model comes back
 bit for bit.
+
+What others have set beside it: the loss of the label word alone (Shen et al., 2024); one step on all demonstrations,
+from whose gradients equations 7–9 read the dual form; each layer trained by its own loss, which lets no layer know of
+those above it, as a forward pass does not (layer-causal, Deutch et al., 2024); keys or values alone; all of attention.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -21,16 +26,27 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
-from icl_dual.models import Model, UnsupportedModelError
+from icl_dual.models import Model, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
 
 Loss = Literal["all", "label"]
+Method = Literal["sgd", "full-batch", "layer-causal"]
+"""`sgd`, one demonstration a step; `full-batch`, one step on the sum of all demonstrations' losses; `layer-causal`, one
+demonstration a step, each layer by its own loss through the final norm and the unembedding."""
+Trained = Literal["key-value", "key", "value", "attention"]
+"""Which projections of attention move; `attention` is all four."""
+
+_KINDS: dict[Trained, str] = {"key-value": "KV", "key": "K", "value": "V", "attention": "QKVO"}
 
 EXPLODED_LOSS = 3.0
 """A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion."""
 
 EXPLODED_WEIGHTS = 10.0
 """So is a change of weights this many times as large as the weights: behind a norm, it need not show in the loss."""
+
+
+READOUT_TOKENS = 512
+"""Layers are read out together up to so many tokens: each reading takes the whole unembedding through memory."""
 
 
 class DivergedError(RuntimeError):
@@ -55,7 +71,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What finetuning on the demonstrations did to a model: ΔW_K, ΔW_V, Δb_K and Δb_V at every layer."""
+    """What finetuning on the demonstrations did to a model: ΔW_K, ΔW_V, Δb_K and Δb_V at every layer.
+
+    What was not trained is zero, or `None` for queries and outputs.
+    """
 
     model: str
     fingerprint: str
@@ -74,6 +93,15 @@ class WeightDelta:
     """Mean cross-entropy in nats of each demonstration, before its own update."""
     training_q: Float[Tensor, "layer train_token head d_head"]
     """Queries W_Q x of each step's start token and demonstration, recorded before the step's update, in order."""
+    training_k: Float[Tensor, "layer train_token kv_head d_head"]
+    """Their keys W_K x, before rotation."""
+    method: Method = "sgd"
+    trained: Trained = "key-value"
+    W_Q: Float[Tensor, "layer d_q d_model"] | None = None
+    W_O: Float[Tensor, "layer _ _"] | None = None
+    """ΔW_O, laid out as the model keeps it."""
+    b_Q: Float[Tensor, "layer d_q"] | None = None
+    b_O: Float[Tensor, "layer d_model"] | None = None
     factors: Factors | None = None
     """The delta's outer products, where they were asked for."""
 
@@ -102,26 +130,20 @@ class WeightDelta:
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {now}), got one from "
                 f"{self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
-        with _restored(_parameters(model)):
+        parameters = _parameters(model, self.trained)
+        with _restored([parameter for _, parameter in parameters]):
             with torch.no_grad():
-                for layer, (key, value) in enumerate(projections):
-                    for projection, weights, biases in ((key, self.W_K, self.b_K), (value, self.W_V, self.b_V)):
-                        projection.weight.add_(weights[layer].to(projection.weight))
-                        if biases is not None:
-                            projection.bias.add_(biases[layer].to(projection.bias))
+                for layer, name, parameter in _by_layer(model, parameters):
+                    parameter.add_(getattr(self, name)[layer].to(parameter))
             yield model
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the delta into a folder, as safetensors and JSON."""
-        tensors = {"W_K": self.W_K, "W_V": self.W_V, "losses": self.losses, "training_q": self.training_q}
-        if self.b_K is not None and self.b_V is not None:
-            tensors |= {"b_K": self.b_K, "b_V": self.b_V}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         metadata = {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "lr": self.lr,
-            "loss": self.loss,
-            "demonstrations": self.demonstrations,
+            name: value
+            for name, value in vars(self).items()
+            if name not in tensors and name != "factors" and value is not None
         }
         if self.factors is not None:
             parts = vars(self.factors)
@@ -143,85 +165,147 @@ class WeightDelta:
             factors = None if residual is None else Factors(**parts, residual=residual)
             return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
 
+    def randomised(self, seed: int) -> "WeightDelta":
+        """The delta with every matrix and bias turned into a random direction of the same norm.
+
+        What a change of weights of this size does, whatever it has learned: a control for `applied`. Directions are
+        centred Gaussians.
+        """
+        rng = np.random.default_rng(seed)
+        turned: dict[str, Tensor] = {}
+        for name in _DELTAS:
+            if (moved := getattr(self, name)) is not None:
+                drawn = torch.from_numpy(rng.standard_normal(moved.shape)).flatten(1)
+                size = moved.double().flatten(1).norm(dim=1, keepdim=True)
+                turned[name] = (drawn * (size / drawn.norm(dim=1, keepdim=True))).view(moved.shape).to(moved)
+        return replace(self, **turned, factors=None)
+
 
 def finetune(
-    model: Model, prompts: Prompts, *, lr: float, loss: Loss = "all", factors: bool = False, progress: bool = True
+    model: Model,
+    prompts: Prompts,
+    *,
+    lr: float,
+    loss: Loss = "all",
+    method: Method = "sgd",
+    trained: Trained = "key-value",
+    factors: bool = False,
+    progress: bool = True,
 ) -> WeightDelta:
-    """Finetune key and value projections on the demonstrations the way Dai et al. (2023) do.
+    """Finetune on the demonstrations the way Dai et al. (2023) do, or as others have set beside it.
 
     Args:
         model: what to finetune; comes back as it was.
         prompts: whose demonstrations to train on, each behind the start token and without a separator.
         lr: the learning rate of SGD.
         loss: mean cross-entropy over all tokens of a demonstration (the released code's), or its label word only.
-        factors: keep the outer products that the delta is the sum of, and check that it is.
+        method: the paper's `sgd`; `full-batch`, a single step on the sum of the demonstrations' losses, which to first
+            order is as long as the steps of SGD together; or `layer-causal`, where gradients stop at every layer's
+            input, and its output is read out by the final norm and the unembedding, which stay as they are.
+        trained: which projections move.
+        factors: keep the outer products that the delta of keys and values is the sum of, and check that it is.
         progress: show a progress bar.
 
     Raises:
-        ValueError: lr is not a positive number, there are no demonstrations, or the loss is unknown.
+        ValueError: lr is not a positive number, there are no demonstrations, an option is unknown, or factors are asked
+            for where keys and values do not both move.
         DivergedError: the loss or the weights exploded or are no numbers; says at which step and lr.
-        UnsupportedModelError: a step's factors do not make up its gradient; says at which layer.
+        UnsupportedModelError: a step's factors do not make up its gradient (says at which layer), or a layer's output
+            is not read out by the final norm and the unembedding alone (`layer-causal`).
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"expected a learning rate above 0, got {lr}")
-    if loss not in get_args(Loss):
-        raise ValueError(f"expected loss 'all' or 'label', got {loss!r}")
-    if not prompts.training:
-        raise ValueError("expected demonstrations to finetune on, got none")
-    parameters = _parameters(model)
+    _refuse_options(prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
+    if factors and trained not in ("key-value", "attention"):
+        raise ValueError(f"expected keys and values to be trained where factors are kept, got trained={trained!r}")
+    named = _parameters(model, trained)
+    parameters = [parameter for _, parameter in named]
     losses: list[float] = []
-    training_q: list[Tensor] = []
+    training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
     with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
-        size, path = _norm(before), 0.0
-        # Half precision would round small steps away: they are taken on float32 copies, as mixed precision does.
-        half = model.dtype.itemsize < 4
-        stepped = [nn.Parameter(parameter.detach().float()) for parameter in parameters] if half else parameters
-        copies = list(zip(stepped, parameters, strict=True)) if half else []
-        optimizer = torch.optim.SGD(stepped, lr=lr, foreach=True)
+        descent = _Descent(model, parameters, before, lr, whole=method == "full-batch")
         steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training)
         for step, (tokens, label_length) in enumerate(
             tqdm(steps, total=total, desc=f"finetuning, lr {lr:g}", disable=not progress, unit="step", leave=False), 1
         ):
-            value, q = _step_loss(model, prompts.start, tokens, label_length if loss == "label" else len(tokens))
-            losses.append(value.item())
-            training_q.append(q)
+            n_targets = label_length if loss == "label" else len(tokens)
             for parameter in parameters:
                 parameter.grad = None
-            value.backward()
+            value, q, k = _backward(model, prompts.start, tokens, n_targets, local=method == "layer-causal")
+            losses.append(value)
+            training["q"].append(q)
+            training["k"].append(k)
             if recorder is not None:
                 recorder.check(step)
-            for copy, parameter in copies:
-                copy.grad = None if parameter.grad is None else parameter.grad.float()
-            optimizer.step()
-            for copy, parameter in copies:
-                parameter.detach().copy_(copy.detach())
-            # The path is no shorter than the change and takes no copy of the weights to know: it says when to look.
-            path += lr * _norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / size
-            change = path if path <= EXPLODED_WEIGHTS else _norm(_differences(parameters, before)) / size
+            change = descent.step(last=step == total)
             if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
                 raise DivergedError(
                     f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
                     f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
                 )
-        deltas = _differences(parameters, before)
-    W_K, b_K, W_V, b_V = _by_kind(model, deltas)
+        deltas = _stacked(model, named, before)
     return WeightDelta(
         model=model.name,
         fingerprint=fingerprint,
         lr=lr,
         loss=loss,
-        W_K=W_K,
-        W_V=W_V,
-        b_K=b_K,
-        b_V=b_V,
+        method=method,
+        trained=trained,
+        **deltas,
         demonstrations=[list(tokens) for tokens in prompts.training],
         losses=torch.tensor(losses, dtype=torch.float64),
-        training_q=torch.cat(training_q, dim=1),
-        factors=None if recorder is None else recorder.factors(W_K, W_V),
+        training_q=torch.cat(training["q"], dim=1),
+        training_k=torch.cat(training["k"], dim=1),
+        factors=None if recorder is None else recorder.factors(deltas["W_K"], deltas["W_V"]),
     )
+
+
+def _refuse_options(prompts: Prompts, lr: float, options: dict[str, tuple[str, Any]]) -> None:
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"expected a learning rate above 0, got {lr}")
+    for name, (got, known) in options.items():
+        if got not in get_args(known):
+            raise ValueError(f"expected {name} out of {get_args(known)}, got {got!r}")
+    if not prompts.training:
+        raise ValueError("expected demonstrations to finetune on, got none")
+
+
+class _Descent:
+    """Plain gradient descent: a step for each demonstration's gradient, or one step for all of them together."""
+
+    def __init__(
+        self, model: Model, parameters: list[nn.Parameter], before: list[Tensor], lr: float, *, whole: bool
+    ) -> None:
+        self.parameters, self.before, self.lr, self.whole = parameters, before, lr, whole
+        self.size, self.path = _norm(before), 0.0
+        # Half precision would round small steps away: they are taken on float32 copies, as mixed precision does.
+        half = model.dtype.itemsize < 4
+        self.stepped = [nn.Parameter(parameter.detach().float()) for parameter in parameters] if half else parameters
+        self.sums: list[Tensor] = []
+        self.optimizer = torch.optim.SGD(self.stepped, lr=lr, foreach=True)
+
+    def step(self, *, last: bool) -> float:
+        """Go along the parameters' gradients; returns how far they have gone, relative to their norm, or farther."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.stepped, gradients, strict=True)]
+        found = [gradient.to(p) for gradient, p in zip(found, self.stepped, strict=True)]
+        # The path is no shorter than the change and takes no copy of the weights to know: it says when to look.
+        self.path += self.lr * _norm(found) / self.size
+        if self.whole:
+            self.sums = [s + g for s, g in zip(self.sums, found, strict=True)] if self.sums else found
+            if not last:
+                return 0.0
+            found = self.sums
+        for parameter, gradient in zip(self.stepped, found, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        if self.stepped is not self.parameters:
+            for copy, parameter in zip(self.stepped, self.parameters, strict=True):
+                parameter.detach().copy_(copy.detach())
+        if self.path <= EXPLODED_WEIGHTS:
+            return self.path
+        return _norm(_differences(self.parameters, self.before)) / self.size
 
 
 class _FactorRecorder:
@@ -277,34 +361,86 @@ class _FactorRecorder:
         return Factors(x, e_K, e_V, steps, (torch.stack(missing) / torch.stack(size)).max().item())
 
 
-def _step_loss(
-    model: Model, start: tuple[int, ...], tokens: tuple[int, ...], n_targets: int
-) -> tuple[Tensor, Float[Tensor, "layer train_token head d_head"]]:
-    """Mean cross-entropy of a demonstration's last `n_targets` tokens, and the queries of all that runs."""
-    ids = torch.tensor([[*start, *tokens]], device=model.device)
-    q: list[Tensor] = []
+def _backward(
+    model: Model, start: tuple[int, ...], tokens: tuple[int, ...], n_targets: int, *, local: bool
+) -> tuple[float, Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]]:
+    """The gradient of the mean cross-entropy of a demonstration's last `n_targets` tokens, left at the parameters.
 
-    def on_query(layer: int, queries: Tensor) -> None:
-        q.append(_at_least_float32(queries[0]).detach().cpu())
+    Local, the gradient of all layers' own losses instead. Returns the model's loss, and queries and keys of all that
+    runs.
+    """
+    ids = torch.tensor([[*start, *tokens]], device=model.device)
+    targets = ids[0, -n_targets:]
+    content: dict[str, list[Tensor]] = {"q": [], "k": []}
+    residuals: list[Tensor] = []
+
+    def keep(kind: str) -> OnTensor:
+        return lambda layer, found: content[kind].append(_at_least_float32(found[0]).detach().cpu())
+
+    def cut(layer: int, residual: Tensor) -> Tensor:
+        residuals.append(residual)
+        return residual.detach()
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
-    logits = model.run(ids, read=read[None], on_query=on_query)
-    return nn.functional.cross_entropy(_at_least_float32(logits[0]), ids[0, -n_targets:]), torch.stack(q)
+    on_residual = cut if local else None
+    logits = model.run(ids, read=read[None], on_query=keep("q"), on_key=keep("k"), on_residual=on_residual)
+    loss = nn.functional.cross_entropy(_at_least_float32(logits[0]), targets)
+    if local:
+        _backward_locally(model, [residual[0, read] for residual in residuals], targets, logits[0])
+    else:
+        loss.backward()
+    return loss.item(), torch.stack(content["q"]), torch.stack(content["k"])
+
+
+def _backward_locally(
+    model: Model,
+    outputs: list[Float[Tensor, "target d_model"]],
+    targets: Int[Tensor, " target"],
+    logits: Float[Tensor, "target d_vocab"],
+) -> None:
+    """The gradient of the sum of all layers' own losses, each read out as the last layer's output is."""
+    own, at_once = logits, max(1, READOUT_TOKENS // len(targets))
+    for first in range(0, len(outputs), at_once):
+        some = outputs[first : first + at_once]
+        own = _at_least_float32(model.unembed(torch.stack(some)))
+        loss = nn.functional.cross_entropy(own.flatten(0, 1), targets.repeat(len(some)), reduction="sum")
+        (loss / len(targets)).backward()
+    _refuse_other_readout(model, own[-1].detach(), logits)
+
+
+def _refuse_other_readout(model: Model, got: Tensor, expected: Tensor) -> None:
+    off = (got - expected).abs().max() / expected.abs().max()
+    if not off <= 10 * math.sqrt(torch.finfo(model.dtype).eps):
+        raise UnsupportedModelError(
+            f"{model.name} ({model.architecture}): expected the last layer's output to be read out by the final norm "
+            f"and the unembedding, got logits that are off by {off:.1e} of the model's own: layers have no loss of "
+            "their own here, and method='layer-causal' cannot train them"
+        )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _parameters(model: Model) -> list[nn.Parameter]:
-    """Weights and biases of the key and value projections, layer by layer: W_K, b_K, W_V, b_V."""
+_DELTAS = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+
+
+def _parameters(model: Model, trained: Trained = "key-value") -> list[tuple[str, nn.Parameter]]:
+    """Weights and biases of the projections that move, layer by layer, each with its delta's name."""
     found = []
-    for pair in model.key_value_projections():
-        for projection in pair:
-            found.append(projection.weight)
-            if projection.bias is not None:
-                found.append(projection.bias)
+    others = model.query_output_projections() if trained == "attention" else [(None, None)] * model.n_layers
+    for (key, value), (query, output) in zip(model.key_value_projections(), others, strict=True):
+        for kind, projection in {"Q": query, "K": key, "V": value, "O": output}.items():
+            if projection is not None and kind in _KINDS[trained]:
+                found.append((f"W_{kind}", projection.weight))
+                if projection.bias is not None:
+                    found.append((f"b_{kind}", projection.bias))
     return found
+
+
+def _by_layer(model: Model, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[int, str, nn.Parameter]]:
+    for index, (name, parameter) in enumerate(named):
+        yield index * model.n_layers // len(named), name, parameter
 
 
 def _differences(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
@@ -315,13 +451,19 @@ def _norm(tensors: list[Tensor]) -> float:
     return nn.utils.get_total_norm([_at_least_float32(tensor) for tensor in tensors]).item()
 
 
-def _by_kind(model: Model, deltas: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The deltas of `_parameters`, stacked over layers as W_K, b_K, W_V and b_V."""
-    deltas = [delta.cpu() for delta in deltas]
-    if len(deltas) == 2 * model.n_layers:
-        return torch.stack(deltas[0::2]), None, torch.stack(deltas[1::2]), None
-    W_K, b_K, W_V, b_V = (torch.stack(deltas[kind::4]) for kind in range(4))
-    return W_K, b_K, W_V, b_V
+def _stacked(model: Model, named: list[tuple[str, nn.Parameter]], before: list[Tensor]) -> dict[str, Any]:
+    """The parameters' changes by name, stacked over layers; keys and values that did not move changed by zero."""
+    deltas = _differences([parameter for _, parameter in named], before)
+    found: dict[str, Any] = {}
+    for (name, _), delta in zip(named, deltas, strict=True):
+        found.setdefault(name, []).append(delta.cpu())
+    found = {name: torch.stack(layers) for name, layers in found.items()}
+    key, value = model.key_value_projections()[0]
+    for kind, projection in (("K", key), ("V", value)):
+        for name, like in ((f"W_{kind}", projection.weight), (f"b_{kind}", projection.bias)):
+            still = None if like is None else like.detach().new_zeros(model.n_layers, *like.shape).cpu()
+            found.setdefault(name, still)
+    return found
 
 
 @contextmanager

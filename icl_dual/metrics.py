@@ -1,4 +1,4 @@
-"""The paper's metrics, on plain tensors, each with its random baseline, and their comparison of three settings.
+"""The paper's metrics, on plain tensors, each with its baselines and corrected forms, and their comparison of settings.
 
 Notation: h is the attention output at the recorded position, m are attention scores before the softmax; ZSL, ICL and
 FT are the zero-shot, in-context and finetuned settings. Definitions are those of Dai et al. (2023), as
@@ -7,8 +7,14 @@ is NaN, never a number, but under the released scripts' own names (`Comparison.r
 
 Attention to the demonstrations is compared by token, and by demonstration: the softmax over all their tokens, summed
 within each.
+
+What criticism has found wanting stands beside it. Two updates of the same vector that are normalised first and
+subtracted then share that vector, and so are alike (Deutch et al., 2024): with independent noise r of |r|² = 3|z|²,
+SimAOU is 1/4. Hence the cosine of the plain differences, for attention maps too (SimAMΔ), and nulls whose updates are
+centred and as long as those observed, by the same formula.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -32,6 +38,13 @@ KENDALL_QUERIES = 100
 
 TOP_TOKENS, TOP_DEMONSTRATIONS = 100, 5
 """How many of the most attended tokens and demonstrations the released code counts recall over."""
+
+NULL_DRAWS = 4
+"""How many centred random updates a query and layer have: their mean is twice as close to what is expected."""
+
+ROUNDING = 1e-5
+"""A change of attention scores below this share of their size is rounding, and has no direction: under rotary positions
+the first layer scores a query's own tokens alike in and out of context."""
 
 QUERIES_AT_ONCE = 64
 """The metrics take float64 copies of this many queries at a time."""
@@ -101,6 +114,25 @@ def sim_aou_random(
     return dual.cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
 
 
+def sim_aou_unnormalised(
+    h_zsl: Float[Tensor, "query layer d_model"],
+    h_icl: Float[Tensor, "query layer d_model"],
+    h_ft: Float[Tensor, "query layer d_model"],
+) -> Float[Tensor, "query layer"]:
+    """cos(h_ICL − h_ZSL, h_FT − h_ZSL): SimAOU of the updates themselves, without normalising first."""
+    return dual.cosine(h_icl - h_zsl, h_ft - h_zsl)
+
+
+def random_updates(
+    update: Float[Tensor, "query *axes d"], *, seed: Seed = 0, draws: int = NULL_DRAWS
+) -> Float[Tensor, "query {draws} *axes d"]:
+    """Centred Gaussian directions, each as long as the update in whose place it stands."""
+    n, *axes = update.shape
+    drawn = np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32)
+    r = torch.from_numpy(drawn).to(update)
+    return r * (update.norm(dim=-1, keepdim=True).unsqueeze(1) / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+
+
 def sim_am(
     m_icl: Float[Tensor, "query layer head token"], m_other: Float[Tensor, "query layer head token"]
 ) -> Float[Tensor, "query layer head"]:
@@ -118,15 +150,34 @@ def sim_am_random(
     return dual.cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
 
 
+def sim_am_delta(
+    m_zsl: Float[Tensor, "query layer head token"],
+    m_icl: Float[Tensor, "query layer head token"],
+    m_ft: Float[Tensor, "query layer head token"],
+) -> Float[Tensor, "query layer head"]:
+    """SimAMΔ = cos(m_ICL − m_ZSL, m_FT − m_ZSL): whether attention maps change alike, not whether they are alike.
+
+    NaN where a map did not change beyond rounding (`ROUNDING`).
+    """
+    return dual.cosine(_changed(m_zsl, m_icl), _changed(m_zsl, m_ft))
+
+
 def finetuning_attention(
     training_q: Float[Tensor, "layer demo_token d_q"], q: Float[Tensor, "query layer d_q"]
 ) -> Float[Tensor, "query layer demo_token"]:
     """m_FT: finetuning's attention to its training tokens, Σ_heads (their queries)ᵀ (the tuned model's test query).
 
-    In float64. A layer at a time: the product of all with all is never formed.
+    Or by their keys, which is what attention scores in context (`query_by_kv_head`). In float64. A layer at a time: the
+    product of all with all is never formed.
     """
     by_layer = [own.double() @ trained.double().mT for own, trained in zip(q.unbind(1), training_q, strict=True)]
     return torch.stack(by_layer, dim=1)
+
+
+def query_by_kv_head(q: Float[Tensor, "query layer d_q"], n_heads: int, d_kv: int) -> Float[Tensor, "query layer d_kv"]:
+    """Queries summed over the heads that share a key-value head: their product with keys is the sum over heads."""
+    d_head = q.shape[-1] // n_heads
+    return q.unflatten(-1, (d_kv // d_head, -1, d_head)).sum(-2).flatten(-2)
 
 
 def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[Tensor, "query layer demo_token"]:
@@ -192,7 +243,18 @@ RELEASED_NAMES = {
 }
 """The metrics that a `Comparison` holds by query and layer, and what the released scripts call them."""
 
-PER_LAYER = tuple(RELEASED_NAMES)
+PER_LAYER = (
+    *RELEASED_NAMES,
+    "SimAOU random update",
+    "SimAOU inflation null",
+    "SimAOU unnormalised",
+    "SimAOU unnormalised random",
+    "SimAM random update",
+    "SimAMΔ",
+    "SimAMΔ random",
+    "Kendall on keys",
+)
+"""All metrics by query and layer: the released ones, and their corrected forms and nulls."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,7 +269,7 @@ class Comparison:
     rec2ftp: Rec2FTP
     per_layer: dict[str, Float[Tensor, "_ layer"]]
     """By metric (`PER_LAYER`), query by layer; SimAM is averaged over heads, Kendall and recall have the first queries
-    only."""
+    only, and recordings without keys have no Kendall on keys."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -287,11 +349,19 @@ class Comparison:
                 predictions={name: groups["predictions"][name] for name in SETTINGS},
                 label_log_probs={name: scored[name] for name in SETTINGS if name in scored},
                 rec2ftp=Rec2FTP(**metadata["rec2ftp"]),
-                per_layer={name: groups["per_layer"][name] for name in PER_LAYER},
+                per_layer={name: groups["per_layer"][name] for name in PER_LAYER if name in groups["per_layer"]},
             )
 
 
-def compare(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, seed: int = 0) -> Comparison:
+def compare(
+    zsl: Capture,
+    icl: Capture,
+    ft: Capture,
+    delta: WeightDelta,
+    *,
+    steps: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Comparison:
     """Hold in-context learning against finetuning, query by query and layer by layer.
 
     Args:
@@ -299,12 +369,14 @@ def compare(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, seed
         icl: a capture of the same queries behind their demonstrations.
         ft: a capture of the zero-shot prompts with the delta applied.
         delta: the finetuning on the same demonstrations.
+        steps: where a control's context holds other demonstrations, which training step each of them stands for; −1
+            for none.
         seed: of the random baselines.
 
     Raises:
         ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field.
     """
-    found = compare_recordings(Recordings.of(zsl, icl, ft, delta), seed=seed)
+    found = compare_recordings(Recordings.of(zsl, icl, ft, delta, steps=steps), seed=seed)
     runs = {"ZSL": zsl, "ICL": icl, "FT": ft}
     return replace(found, label_log_probs={name: run.label_log_probs for name, run in runs.items()})
 
@@ -329,20 +401,23 @@ def compare_recordings(
         raise ValueError(f"expected at least one query whose attention is compared, got {kendall_queries}")
     # One stream of random numbers a baseline, so that the queries taken at once change none.
     streams = {name: np.random.default_rng(seed) for name in ("SimAOU", "SimAM", "token", "demonstration")}
-    found: dict[str, list[Tensor]] = {name: [] for name in PER_LAYER}
+    # Independent of one another: two of the updates of the inflation null are random at once.
+    nulls = ("h_icl", "h_ft", "m_ft")
+    streams |= {name: np.random.default_rng([seed, index]) for index, name in enumerate(nulls, 1)}
+    found: dict[str, list[Tensor]] = {}
     for batch in torch.arange(n_queries).split(QUERIES_AT_ONCE):
         values = _outputs_and_maps(recordings, batch, streams)
         if len(batch := batch[batch < kendall_queries]):
             values |= _demonstration_attention(recordings, batch, streams)
         for name, value in values.items():
-            found[name].append(value)
+            found.setdefault(name, []).append(value)
     predictions = recordings.predictions
     return Comparison(
         gold=recordings.gold,
         predictions=predictions,
         label_log_probs={},
         rec2ftp=rec2ftp(recordings.gold, predictions["ZSL"], predictions["ICL"], predictions["FT"], seed=seed),
-        per_layer={name: torch.cat(values) for name, values in found.items()},
+        per_layer={name: torch.cat(found[name]) for name in PER_LAYER if name in found},
     )
 
 
@@ -357,6 +432,46 @@ def _outputs_and_maps(
         "SimAM before FT": _over_heads(sim_am(m_icl, m_zsl)),
         "SimAM after FT": _over_heads(sim_am(m_icl, m_ft)),
         "SimAM random": _over_heads(sim_am_random(m_icl, seed=streams["SimAM"])),
+        "SimAMΔ": sim_am_delta(m_zsl, m_icl, m_ft).nanmean(-1),
+        **_output_nulls(h_zsl, h_icl, h_ft, streams),
+        **_map_nulls(m_zsl, m_icl, m_ft, streams["m_ft"]),
+    }
+
+
+def _output_nulls(
+    h_zsl: Float[Tensor, "batch layer d_model"],
+    h_icl: Float[Tensor, "batch layer d_model"],
+    h_ft: Float[Tensor, "batch layer d_model"],
+    streams: dict[str, np.random.Generator],
+) -> dict[str, Float[Tensor, "batch layer"]]:
+    """SimAOU's corrected form, and what updates in random directions score by either form, means over draws."""
+    r_ft = random_updates(h_ft - h_zsl, seed=streams["h_ft"])
+    r_icl = random_updates(h_icl - h_zsl, seed=streams["h_icl"])
+    zsl, icl = h_zsl.unsqueeze(1).expand_as(r_ft).flatten(0, 1), h_icl.unsqueeze(1).expand_as(r_ft).flatten(0, 1)
+    random_ft, random_icl = zsl + r_ft.flatten(0, 1), zsl + r_icl.flatten(0, 1)
+    scored = {
+        "SimAOU random update": sim_aou(zsl, icl, random_ft),
+        "SimAOU inflation null": sim_aou(zsl, random_icl, random_ft),
+        "SimAOU unnormalised random": sim_aou_unnormalised(zsl, icl, random_ft),
+    }
+    means = {name: values.unflatten(0, (len(h_zsl), -1)).mean(1) for name, values in scored.items()}
+    return {"SimAOU unnormalised": sim_aou_unnormalised(h_zsl, h_icl, h_ft), **means}
+
+
+def _map_nulls(
+    m_zsl: Float[Tensor, "batch layer head token"],
+    m_icl: Float[Tensor, "batch layer head token"],
+    m_ft: Float[Tensor, "batch layer head token"],
+    stream: np.random.Generator,
+) -> dict[str, Float[Tensor, "batch layer"]]:
+    """What changes of attention maps in random directions score, over the query's own tokens."""
+    own = (m_zsl != 0).any(-2, keepdim=True)  # past a query's end all heads score 0
+    change = _changed(m_zsl, m_ft)
+    drawn = torch.from_numpy(stream.standard_normal(tuple(change.shape), dtype=np.float32)).to(change) * own
+    r = drawn * (change.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+    return {
+        "SimAM random update": _over_heads(sim_am(m_icl, m_zsl + r)),
+        "SimAMΔ random": dual.cosine(_changed(m_zsl, m_icl), r).nanmean(-1),
     }
 
 
@@ -369,13 +484,19 @@ def _over_heads(similarity: Float[Tensor, "batch layer head"]) -> Float[Tensor, 
 def _demonstration_attention(
     recordings: Recordings, batch: Int[Tensor, " batch"], streams: dict[str, np.random.Generator]
 ) -> dict[str, Float[Tensor, "batch layer"]]:
-    shown = recordings.segments >= 0
-    trained = torch.isin(recordings.training_segments, recordings.segments[shown])
+    shown = (recordings.segments >= 0).nonzero().squeeze(-1)
+    shown = shown[recordings.segments[shown].argsort(stable=True)]  # in the order in which they were trained on
+    owners, q = recordings.segments[shown], recordings.q[batch]
+    trained = torch.isin(recordings.training_segments, owners)
     m_icl = recordings.context_scores["ICL"][batch][..., shown].double()
-    m_ft = finetuning_attention(recordings.training_q[:, trained], recordings.q[batch])
-    icl, ft = demonstration_weights(m_icl), demonstration_weights(m_ft)
-    owners = recordings.segments[shown]
+    icl = demonstration_weights(m_icl) if len(shown) else m_icl
+    m_ft = finetuning_attention(recordings.training_q[:, trained], q)
+    ft = demonstration_weights(m_ft) if len(shown) else m_ft
     found = _agreement(icl, ft, TOP_TOKENS, "", streams["token"])
+    if recordings.training_k is not None:
+        n_heads, d_kv = recordings.query_scores["ICL"].shape[2], recordings.training_k.shape[-1]
+        by_keys = finetuning_attention(recordings.training_k[:, trained], query_by_kv_head(q, n_heads, d_kv))
+        found["Kendall on keys"] = kendall(icl, by_keys)
     icl, ft = by_demonstration(icl, owners), by_demonstration(ft, owners)
     return found | _agreement(icl, ft, TOP_DEMONSTRATIONS, " by demonstration", streams["demonstration"])
 
@@ -393,8 +514,15 @@ def _agreement(
         f"Kendall{level}": kendall(icl, ft),
         f"Kendall{level} random": kendall_random(icl, seed=stream),
         f"Top-{k} recall{level}": recall,
-        f"Top-{k} recall{level} random": recall * 0 + k / icl.shape[-1],
+        f"Top-{k} recall{level} random": recall * 0 + k / max(icl.shape[-1], 1),
     }
+
+
+def _changed(m: Tensor, other: Tensor) -> Tensor:
+    """The change of attention maps; zero where it is rounding."""
+    change = other - m
+    size = torch.maximum(m.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True))
+    return change.where(change.norm(dim=-1, keepdim=True) > ROUNDING * size, 0.0)
 
 
 def _unit(h: Tensor) -> Tensor:

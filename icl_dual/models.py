@@ -8,14 +8,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -48,6 +48,11 @@ HOOK_LEVEL = 1 << 20
 
 OnAttention = Callable[[int, Attention], Tensor | None]
 OnTensor = Callable[[int, Tensor], None]
+OnResidual = Callable[[int, Tensor], Tensor | None]
+
+Control = Literal["untrained", "random-blocks"]
+"""Weights that have learned nothing: all of them drawn anew, or those of attention and MLP, between trained embeddings
+and norms."""
 
 
 class Model:
@@ -142,7 +147,9 @@ class Model:
         read: Int[Tensor, "batch n_read"] | None = None,
         on_attention: OnAttention | None = None,
         on_query: OnTensor | None = None,
+        on_key: OnTensor | None = None,
         on_output: OnTensor | None = None,
+        on_residual: OnResidual | None = None,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """A forward pass with hooks on, which are taken off again also when it fails.
 
@@ -153,8 +160,11 @@ class Model:
             on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
             on_query: called at every layer with its queries alone, `[batch pos head d_head]`, after norms and before
                 rotation: `Attention.q_content`, for a fraction of the hooks.
+            on_key: the same of its keys, `[batch pos kv_head d_head]`.
             on_output: called at every layer with the attention output, after W_O and before the residual sum,
                 `[batch pos d_model]`.
+            on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; what it
+                returns, if anything, goes on in its place.
 
         Returns:
             Logits at the positions read.
@@ -169,10 +179,14 @@ class Model:
                 hooks += self._attention_hooks(layer, on_attention, positions)
         for layer in range(self.n_layers):
             if on_query is not None:
-                hooks.append(self._query_hook(layer, on_query))
+                hooks.append(self._content_hook(layer, "q", self.n_heads, on_query))
+            if on_key is not None:
+                hooks.append(self._content_hook(layer, "k", self.n_key_value_heads, on_key))
             if on_output is not None:
                 # Not the attention's own hook_out: Bloom's has the residual stream in it.
                 hooks.append((f"blocks.{layer}.attn.o.hook_out", _watch(layer, on_output)))
+            if on_residual is not None:
+                hooks.append((f"blocks.{layer}.hook_out", _watch(layer, on_residual)))
         if read is not None:
             hooks.append(("unembed.hook_in", _gather(read)))
         with self._hooked(hooks), _evaluating(self.bridge):
@@ -196,6 +210,13 @@ class Model:
             for point in points:
                 point.remove_hooks("fwd", level=HOOK_LEVEL)
 
+    def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a residual stream, by the final norm and the unembedding."""
+        logits = self.bridge.unembed(self.bridge.ln_final(residual))
+        config: Any = self.bridge.original_model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def key_value_projections(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """Each layer's key and value projection: weights `[kv_head·d_head d_model]`, biases where there are any.
 
@@ -216,6 +237,15 @@ class Model:
                         f"{width}, got {projection}"
                     )
             pairs.append(pair)
+        return pairs
+
+    def query_output_projections(self) -> list[tuple[nn.Linear, nn.Module]]:
+        """Each layer's query and output projection; the latter's weight is transposed where the model keeps it so."""
+        self.output_projections()  # refuses what is none
+        pairs = []
+        for block in self.bridge.blocks:
+            attn: Any = block.attn
+            pairs.append((attn.q.original_component, attn.o.original_component))
         return pairs
 
     def output_projections(
@@ -311,7 +341,7 @@ class Model:
         def show(z: Tensor, hook: Any) -> Tensor | None:
             batch, n_pos = z.shape[:2]
             shape = (batch, n_pos, self.n_heads, self.d_head)
-            q = self._by_head(seen.get("q_normed", seen["q"]), normed="q_normed" in seen)
+            q = self._by_head(seen.get("q_normed", seen["q"]), self.n_heads, normed="q_normed" in seen)
             if "rot_q" in seen:
                 scored_q, scored_k = seen["rot_q"], seen["rot_k"]
             elif "cos" in seen:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
@@ -340,19 +370,20 @@ class Model:
         names = {name: hook for name, hook in wanted.items() if at + hook in self._hook_points}
         return [(at + hook, keep(name)) for name, hook in names.items()] + [(at + "hook_z", show)]
 
-    def _query_hook(self, layer: int, on_query: OnTensor) -> tuple[str, Callable]:
-        normed = f"blocks.{layer}.attn.hook_q_normed" in self._hook_points
+    def _content_hook(self, layer: int, kind: str, n_heads: int, show: OnTensor) -> tuple[str, Callable]:
+        """Shows a layer's queries or keys after norms and before rotation."""
+        normed = f"blocks.{layer}.attn.hook_{kind}_normed" in self._hook_points
 
-        def hook_fn(q: Tensor, hook: Any) -> None:
-            on_query(layer, self._by_head(q, normed))
+        def hook_fn(content: Tensor, hook: Any) -> None:
+            show(layer, self._by_head(content, n_heads, normed))
 
-        return f"blocks.{layer}.attn.hook_q" + "_normed" * normed, hook_fn
+        return f"blocks.{layer}.attn.hook_{kind}" + "_normed" * normed, hook_fn
 
-    def _by_head(self, q: Tensor, normed: bool) -> Float[Tensor, "batch pos head d_head"]:
-        """Queries as their hook shows them, heads apart; where each is normed by itself, heads come first there."""
-        if normed and q.ndim == 4:
-            return q.transpose(1, 2)
-        return q.reshape(*q.shape[:2], self.n_heads, self.d_head)
+    def _by_head(self, content: Tensor, n_heads: int, normed: bool) -> Float[Tensor, "batch pos _ d_head"]:
+        """Queries or keys as their hook shows them, heads apart; where each is normed by itself, heads come first."""
+        if normed and content.ndim == 4:
+            return content.transpose(1, 2)
+        return content.reshape(*content.shape[:2], n_heads, self.d_head)
 
 
 def load_model(
@@ -404,6 +435,94 @@ def load_model(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
         ) from error
     return Model(bridge, name=name, provenance=files.provenance)
+
+
+def control_name(name: str, control: Control, seed: int) -> str:
+    """What results call a control of a model."""
+    return f"{name} ({control}, seed {seed})"
+
+
+def control_model(model: Model, control: Control, *, seed: int) -> Model:
+    """A model of the same configuration that has learned nothing, or nothing but its embeddings and norms.
+
+    Weights are drawn as the model's own class initialises them for its configuration, on the CPU by `seed`, without
+    touching global random state. What a control keeps of the trained model it shares with it: these weights are in
+    memory once.
+
+    Args:
+        model: whose configuration, tokenizer, device and dtype to take; it is left as it is.
+        control: `untrained`, all weights anew (Deutch et al., 2024); or `random-blocks`, anew all weights of attention
+            and MLP, while embeddings, unembedding and norms stay trained.
+        seed: of the draw.
+
+    Raises:
+        UnsupportedModelError: it is not known how the model's class initialises its weights, or which of them belong to
+            attention and MLP.
+        ValueError: there is no such control.
+    """
+    if control not in get_args(Control):
+        raise ValueError(f"expected a control out of {get_args(Control)}, got {control!r}")
+    drawn: Any = _drawn_anew(model, seed)
+    drawn.to(model.device)
+    bridge = TransformerBridge.boot_transformers(
+        model.name, hf_model=drawn, tokenizer=model.tokenizer, device=model.device, dtype=model.dtype
+    )
+    made = Model(bridge, control_name(model.name, control, seed), f"{model.provenance}, {control}, seed {seed}")
+    if control == "random-blocks":
+        blocks = {id(parameter) for parameter in _block_weights(made)}
+        for ours, trained in zip(made.parameters(), model.parameters(), strict=True):
+            if id(ours) not in blocks:
+                ours.data = trained.data
+    return made
+
+
+def _drawn_anew(model: Model, seed: int) -> PreTrainedModel:
+    """A model of the same class and configuration, all of whose weights its own initialiser has drawn."""
+    original: Any = model.bridge.original_model
+    if not isinstance(original, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{model.name}: expected a transformers model, whose class says how its weights are initialised, got "
+            f"{type(original).__name__}: it has no untrained control"
+        )
+    config = type(original.config).from_dict(original.config.to_dict())
+    with torch.random.fork_rng(devices=[]):
+        drawn: Any = type(original)._from_config(config, dtype=model.dtype, attn_implementation="eager").eval()
+        output = drawn.get_output_embeddings()
+        tied = output.weight is drawn.get_input_embeddings().weight
+        # Drawn once more over NaN: a weight that its initialiser does not know shows.
+        for module in drawn.modules():
+            module._is_hf_initialized = tied and module is output  # else its draw would follow the embedding's
+        with torch.no_grad():
+            for parameter in drawn.parameters():
+                parameter._is_hf_initialized = False
+                parameter.fill_(torch.nan)
+        torch.manual_seed(seed)
+        drawn.initialize_weights()
+    unknown = [name for name, parameter in drawn.named_parameters() if parameter.isnan().any()]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{model.name}: expected {type(original).__name__} to initialise all its weights, got none for "
+            f"{unknown[0]!r} ({len(unknown)} in all): it has no untrained control"
+        )
+    return drawn
+
+
+def _block_weights(model: Model) -> list[nn.Parameter]:
+    """Weights and biases of attention and MLP at every layer, norms left out."""
+    found = []
+    for layer, block in enumerate(model.bridge.blocks):
+        parts = [getattr(block, name, None) for name in ("attn", "mlp")]
+        modules = [module for part in parts if part is not None for module in part.modules()]
+        within = [p for m in modules if "norm" not in type(m).__name__.lower() for p in m.parameters(recurse=False)]
+        known = {id(parameter) for parameter in within}
+        other = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in known]
+        if other:
+            raise UnsupportedModelError(
+                f"{model.name} ({model.architecture}), layer {layer}: expected attention and MLP to hold all of a "
+                f"layer's matrices, got {other[0]!r} elsewhere: it has no control with random blocks"
+            )
+        found += within
+    return found
 
 
 def _refuse_unsupported(bridge: TransformerBridge) -> None:
@@ -490,9 +609,9 @@ def _gather(read: Tensor) -> Callable:
     return hook_fn
 
 
-def _watch(layer: int, on_tensor: OnTensor) -> Callable:
-    def hook_fn(tensor: Tensor, hook: Any) -> None:
-        on_tensor(layer, tensor)
+def _watch(layer: int, on_tensor: OnTensor | OnResidual) -> Callable:
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:
+        return on_tensor(layer, tensor)
 
     return hook_fn
 

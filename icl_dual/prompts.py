@@ -111,6 +111,7 @@ def build_prompts(
     demonstrations: Sequence[Example],
     queries: Sequence[Example],
     *,
+    demonstration_task: Task | None = None,
     separator: str | None = None,
     reference_k_mismatch: bool = False,
 ) -> Prompts:
@@ -121,6 +122,7 @@ def build_prompts(
         task: whose template and label words to use.
         demonstrations: what stands in context, in this order.
         queries: what is asked.
+        demonstration_task: whose template and label words the demonstrations have, where they are of another task.
         separator: text that ends each demonstration; the model's own where not given (EOS for the paper's models, a
             line break elsewhere). The reference protocol has EOS.
         reference_k_mismatch: finetune also on demonstrations that the reference protocol leaves out of the context for
@@ -143,6 +145,8 @@ def build_prompts(
     if shared and not reference:
         raise PromptError(f"expected queries apart from the demonstrations, got {len(shared)} text(s) in both")
     labels = [_label_tokens(model, task.tail, word) for word in task.label_words]
+    shown_task = demonstration_task or task
+    shown_labels = [_label_tokens(model, shown_task.tail, word) for word in shown_task.label_words]
     if len(set(labels)) < len(labels):
         raise PromptError(f"{task.name}: label words {list(task.label_words)} share their tokens: {labels}")
     if reference:
@@ -151,8 +155,10 @@ def build_prompts(
         separator_tokens = model.separator if separator is None else model.encode(separator)
     whole = Prompts(
         start=tuple(model.start_tokens),
-        demonstrations=tuple((*model.encode(task.prompt(shown)), *labels[shown.label]) for shown in demonstrations),
-        demonstration_label_lengths=tuple(len(labels[shown.label]) for shown in demonstrations),
+        demonstrations=tuple(
+            (*model.encode(shown_task.prompt(shown)), *shown_labels[shown.label]) for shown in demonstrations
+        ),
+        demonstration_label_lengths=tuple(len(shown_labels[shown.label]) for shown in demonstrations),
         separator=tuple(separator_tokens),
         queries=tuple(tuple(model.encode(task.prompt(query))) for query in queries),
         labels=tuple(labels),

@@ -2,6 +2,7 @@
 finetuning's queries; of a model's captures, or read from what was recorded elsewhere (`icl_dual.layout`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.finetune import WeightDelta
-from icl_dual.prompts import START
+from icl_dual.prompts import SEPARATOR, START
 from icl_dual.tasks import PAPER_LABELS
 
 SETTINGS = ("ZSL", "ICL", "FT")
@@ -53,21 +54,34 @@ class Recordings:
     """Finetuning's queries, each step's recorded before its update, scaled by 1/√d_head."""
     training_segments: Int[Tensor, " train_token"]
     """Which step each training token belongs to; negative for start tokens."""
+    training_k: Float[Tensor, "layer train_token d_kv"] | None = None
+    """Their keys, key-value heads side by side; the released code records none."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Where they came from: settings and provenance of a cell."""
     skipped: tuple[str, ...] = ()
     """What was left out as damaged, and why."""
 
     @classmethod
-    def of(cls, zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta) -> "Recordings":
+    def of(
+        cls, zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, steps: Sequence[int] | None = None
+    ) -> "Recordings":
         """The recordings of three captures and the finetuning between them.
 
+        Args:
+            zsl: a capture of the zero-shot prompts.
+            icl: a capture of the same queries behind their demonstrations.
+            ft: a capture of the zero-shot prompts with the delta applied.
+            delta: the finetuning.
+            steps: for a control whose context is not what was finetuned on: which training step each of icl's
+                demonstrations stands for, token by token; −1 for none.
+
         Raises:
-            ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field.
+            ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field;
+                or steps do not match their demonstrations.
         """
-        _refuse_mismatch(zsl, icl, ft, delta)
+        _refuse_mismatch(zsl, icl, ft, delta, steps)
         runs, prompts = {"ZSL": zsl, "ICL": icl, "FT": ft}, icl.prompts
-        steps = [torch.full((len(tokens),), step) for step, tokens in enumerate(prompts.training)]
+        trained = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
         n_start = torch.full((len(prompts.start),), START)
         scale = _field(ft, "q").shape[-1] ** -0.5
         return cls(
@@ -77,10 +91,11 @@ class Recordings:
             query_scores={name: _field(run, "query_scores") for name, run in runs.items()},
             query_lengths=torch.tensor([len(row) for row in prompts.rows]),
             context_scores={name: _field(run, "context_scores") for name, run in runs.items()},
-            segments=prompts.segments,
+            segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
             q=_field(ft, "q").flatten(2) * scale,
             training_q=delta.training_q.flatten(2) * scale,
-            training_segments=torch.cat([part for step in steps for part in (n_start, step)]),
+            training_segments=torch.cat([part for step in trained for part in (n_start, step)]),
+            training_k=delta.training_k.flatten(2),
             metadata={"protocol": prompts.protocol, "n_labels": len(prompts.labels)},
         )
 
@@ -96,6 +111,7 @@ class Recordings:
         """Write the recordings into a folder, as safetensors and JSON: a fifth of the released layout's size."""
         grouped = {"predictions", "attn_out", "query_scores", "context_scores"}
         plain = {"gold", "query_lengths", "segments", "q", "training_q", "training_segments"}
+        plain |= {"training_k"} if self.training_k is not None else set()
         tensors = {name: getattr(self, name) for name in plain}
         tensors |= {f"{name}/{setting}": value for name in grouped for setting, value in getattr(self, name).items()}
         save_tensors(Path(folder), tensors, {"recordings": self.metadata, "skipped": self.skipped})
@@ -148,7 +164,15 @@ def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
     return n_labels
 
 
-def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta) -> None:
+def _of_steps(segments: Int[Tensor, " prefix_pos"], steps: Sequence[int]) -> Int[Tensor, " prefix_pos"]:
+    """Segments of a context by training step, in place of by demonstration."""
+    shown = segments >= 0
+    found = segments.clone()
+    found[shown] = torch.tensor(steps, dtype=segments.dtype)[segments[shown]]
+    return found.where((found >= 0) | ~shown, SEPARATOR)
+
+
+def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, steps: Sequence[int] | None) -> None:
     models = {"zsl": zsl.model, "icl": icl.model, "ft": ft.model, "delta": delta.model}
     if len(set(models.values())) > 1:
         raise ValueError(f"expected captures and delta of one model, got {models}")
@@ -162,8 +186,21 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
         raise ValueError("expected ft captured within `with delta.applied(model):`, got a run with zsl's weights")
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations, got none")
-    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
+    if steps is not None:
+        _refuse_steps(icl, delta, steps)
+    elif delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
         raise ValueError("expected a delta finetuned on the demonstrations of icl's prompts, in their order")
+
+
+def _refuse_steps(icl: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
+    shown = icl.prompts.demonstrations
+    if len(steps) != len(shown) or len({step for step in steps if step >= 0}) < sum(step >= 0 for step in steps):
+        raise ValueError(f"expected a training step of its own, or -1, for each of {len(shown)} demonstrations")
+    for step, tokens in zip(steps, shown, strict=True):
+        if step >= 0 and (step >= len(delta.demonstrations) or len(delta.demonstrations[step]) != len(tokens)):
+            raise ValueError(
+                f"expected training step {step} to have as many tokens as its demonstration: {len(tokens)}"
+            )
 
 
 def _field(run: Capture, name: Field) -> Tensor:

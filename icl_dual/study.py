@@ -5,25 +5,26 @@ A cell's folder appears complete or not at all, so a study that is stopped goes 
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from icl_dual.assets import atomic_folder, load_tensors
-from icl_dual.capture import capture
-from icl_dual.finetune import Loss, finetune
+from icl_dual.capture import Capture, capture
+from icl_dual.controls import Context, relabel, steps_of
+from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
 from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
-from icl_dual.models import Model, load_model
-from icl_dual.prompts import build_prompts, shared_texts
+from icl_dual.models import Control, Model, control_model, control_name, load_model
+from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings import Recordings
 from icl_dual.tasks import Protocol, Split, Task, load_task
 
@@ -63,12 +64,47 @@ class Cell:
     reference_k_mismatch: bool = False
     """Finetune on demonstrations that the reference protocol leaves out of the context, too, as the released code
     does."""
+    weights: Literal["trained"] | Control = "trained"
+    """The model's own, or a control's, drawn by the cell's seed."""
+    context: Context = "own"
+    """What stands in context; the cell's seed draws what is changed."""
+    context_task: str | None = None
+    """Another task, whose demonstrations stand in context in their place."""
+    finetuned_on: Literal["own", "context"] = "own"
+    """The task's own demonstrations whatever stands in context, or those."""
+    method: Method = "sgd"
+    trained: Trained = "key-value"
+    delta: Literal["finetuned", "random"] = "finetuned"
+    """What is applied for FT: what finetuning changed, or as large a change in random directions."""
 
     @property
     def name(self) -> str:
         """The name of the cell's folder: what tells it from the other cells of a study."""
         model = self.model.strip("/").replace("/", "--")
-        return f"{model}_{self.task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
+        name = f"{model}_{self.task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
+        return "_".join([name, *(value.replace(" ", "-") for value in self.variation.values())])
+
+    @property
+    def variation(self) -> dict[str, str]:
+        """What makes a cell a control or a variant, by field: all that is not as in the paper."""
+        said = {
+            "weights": "{}",
+            "context": "{}",
+            "context_task": "context of {}",
+            "finetuned_on": "finetuned on {}",
+            "loss": "{} loss",
+            "method": "{}",
+            "trained": "{} trained",
+            "delta": "{} delta",
+        }
+        usual = {field.name: field.default for field in fields(self)}
+        values = {name: getattr(self, name) for name in said}
+        return {name: said[name].format(value) for name, value in values.items() if value != usual[name]}
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that the cell runs: a control's has its own."""
+        return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
 
 
 @dataclass(frozen=True)
@@ -107,40 +143,71 @@ def run_cell(
     cell: Cell,
     folder: str | PathLike[str],
     *,
+    context_task: Task | None = None,
     keep_recordings: bool = False,
     progress: bool = True,
 ) -> CellResult:
     """Run one cell and save it into `folder`.
 
     Args:
-        model: of the cell's name.
+        model: of the cell's name; for a control of it, what `control_model` makes.
         task: of the cell's name and protocol.
         cell: what to run.
         folder: appears complete or not at all.
+        context_task: the other task whose demonstrations stand in context, if the cell has one.
         keep_recordings: save what the metrics are computed from, too: some megabytes a query for large models.
         progress: show progress bars.
 
     Raises:
         StudyError: the cell is of another model, task or protocol.
     """
-    wanted, got = (cell.model, cell.task, cell.protocol), (model.name, task.name, task.protocol)
+    return _run_cell(model, task, context_task, cell, Path(folder), _Runs(), keep_recordings, progress)
+
+
+def _run_cell(
+    model: Model,
+    task: Task,
+    context_task: Task | None,
+    cell: Cell,
+    folder: Path,
+    runs: "_Runs",
+    keep_recordings: bool,
+    progress: bool,
+) -> CellResult:
+    wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
     if got != wanted:
         raise StudyError(f"expected model, task and protocol {wanted}, got {got}")
+    if (name := context_task and context_task.name) != cell.context_task:
+        raise StudyError(f"expected context_task {cell.context_task!r}, got {name!r}")
+    if context_task is not None and (cell.context != "own" or cell.finetuned_on != "own"):
+        raise StudyError(
+            f"expected another task's demonstrations as they are, in context alone, got context={cell.context!r} and "
+            f"finetuned_on={cell.finetuned_on!r}"
+        )
     demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
     queries = task.queries(cell.n_queries, split=cell.split)
     prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=cell.reference_k_mismatch)
-    clock = _Clock()
+    shown, steps = prompts, None
+    if context_task is not None:
+        others = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+        shown = build_prompts(model, task, others, queries, demonstration_task=context_task)
+    elif cell.context != "own":
+        changed = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
+        shown = build_prompts(model, task, changed, queries)
+    trained = shown if cell.finetuned_on == "context" else prompts
+    if context_task is not None:
+        steps = [-1] * len(shown.demonstrations)
+    elif trained is not shown:
+        steps = steps_of(shown, trained, cell.k, cell.context, seed=cell.seed)
+    runs.clock = clock = _Clock()
     # Finetuning first: a learning rate that diverges then costs no captures.
-    with clock("finetuning"):
-        delta = finetune(model, prompts, lr=cell.lr, loss=cell.loss, progress=progress)
-    with clock("ICL"):
-        icl = capture(model, prompts, progress=progress)
-    with clock("ZSL"):
-        zsl = capture(model, prompts.zero_shot(), progress=progress)
-    with clock("FT"), delta.applied(model):
-        ft = capture(model, prompts.zero_shot(), progress=progress)
+    delta = runs.finetuned(model, trained, cell, progress)
+    icl = runs.captured("ICL", model, shown, progress)
+    zsl = runs.captured("ZSL", model, prompts.zero_shot(), progress)
+    with delta.applied(model):
+        ft = runs.captured("FT", model, prompts.zero_shot(), progress)
     with clock("metrics"):
-        comparison = compare(zsl, icl, ft, delta, seed=cell.seed)
+        comparison = compare(zsl, icl, ft, delta, steps=steps, seed=cell.seed)
 
     provenance = {
         **_origin(model),
@@ -150,9 +217,9 @@ def run_cell(
         "attention_residual": max(icl.residual, zsl.residual, ft.residual),
         "pass_residual": model.pass_residual,
         "seconds": clock.seconds,
-        "prefix_tokens": len(prompts.prefix),
+        "prefix_tokens": len(shown.prefix),
         "query_tokens": sum(map(len, prompts.rows)),
-        "k_in_context": len(prompts.demonstrations),
+        "k_in_context": len(shown.demonstrations),
         "shared_texts": len(shared_texts(demonstrations, queries)),
         "label_words": task.label_words,
         "losses": delta.losses.tolist(),
@@ -160,10 +227,10 @@ def run_cell(
         "queries": [example.key for example in queries],
     }
     about = {"settings": asdict(cell), "provenance": provenance}
-    with atomic_folder(Path(folder)) as scratch:
+    with atomic_folder(folder) as scratch:
         comparison.save(scratch, about)
         if keep_recordings:
-            recordings = Recordings.of(zsl, icl, ft, delta)
+            recordings = Recordings.of(zsl, icl, ft, delta, steps=steps)
             replace(recordings, metadata=recordings.metadata | about).save(scratch / RECORDINGS)
     return load_cell(folder)
 
@@ -194,7 +261,8 @@ def run_study(
     """Run a grid of cells of known tasks, one folder each; cells that are complete are read, not run again.
 
     With `keep_recordings`, a cell is complete only with its recordings. A cell given twice is run and returned once.
-    Models and tasks are loaded only where a cell is missing, one model at a time.
+    Models and tasks are loaded only where a cell is missing, one model at a time. What a cell shares with the one
+    before it is not run again: put a control beside what it is a control of, and it costs the one run that differs.
 
     Raises:
         StudyError: a complete cell was made with other settings or by other weights, and says which differ; or two
@@ -203,8 +271,8 @@ def run_study(
     folders = {cell: Path(folder) / cell.name for cell in cells}
     if len(set(folders.values())) < len(folders):
         raise StudyError(
-            "expected cells that differ in model, task, k, seed, lr or protocol, got two that would share a folder: "
-            "run those with other queries, loss, balance, split, source or mismatch as a study in a folder of its own"
+            "expected cells that differ in model, task, k, seed, lr, protocol or control, got two that would share a "
+            "folder: run those with other queries, balance, split, source or mismatch as a study in a folder of its own"
         )
     found = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
     done = {
@@ -212,22 +280,30 @@ def run_study(
     }
     models: dict[str, Model] = {}
     tasks: dict[tuple[str, str | None, Protocol], Task] = {}
+    runs = _Runs()
+
+    def task_of(name: str, cell: Cell) -> Task:
+        of = name, cell.source, cell.protocol
+        if of not in tasks:
+            tasks[of] = load_task(name, cell.source, protocol=cell.protocol)
+        return tasks[of]
+
     with tqdm(cells, initial=len(done), total=len(folders), disable=not progress, unit="cell") as bar:
         for cell in (cell for cell in folders if cell not in done):
-            bar.set_description(f"{cell.model} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
-            if cell.model not in models:
-                models = {cell.model: load_model(cell.model, device=device, dtype=dtype)}
-                _refuse_other_origin(models[cell.model], found)
-            of = cell.task, cell.source, cell.protocol
-            if of not in tasks:
-                tasks[of] = load_task(cell.task, cell.source, protocol=cell.protocol)
-            done[cell] = run_cell(
-                models[cell.model],
-                tasks[of],
+            bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
+            if cell.model_name not in models:
+                models.clear()
+                models[cell.model_name] = _load(cell, device, dtype)
+                _refuse_other_origin(models[cell.model_name], found)
+            done[cell] = _run_cell(
+                models[cell.model_name],
+                task_of(cell.task, cell),
+                None if cell.context_task is None else task_of(cell.context_task, cell),
                 cell,
                 folders[cell],
-                keep_recordings=keep_recordings,
-                progress=progress,
+                runs,
+                keep_recordings,
+                progress,
             )
             bar.update()
     return [done[cell] for cell in folders]
@@ -269,6 +345,45 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - started, 2)
 
 
+@dataclass
+class _Runs:
+    """The last finetuning and capture of each setting, for the next cell where it is the same: never more than these.
+
+    What is another's goes before its successor is made.
+    """
+
+    clock: _Clock = field(default_factory=_Clock)
+    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def captured(self, setting: str, model: Model, prompts: Prompts, progress: bool) -> Capture:
+        """A capture of the prompts by the model as it is now."""
+        of = model.name, model.fingerprint(), prompts
+        return self._once(setting, of, lambda: capture(model, prompts, progress=progress))
+
+    def finetuned(self, model: Model, prompts: Prompts, cell: Cell, progress: bool) -> WeightDelta:
+        """The delta of a cell's finetuning, in random directions where the cell says so."""
+        options: dict[str, Any] = {name: getattr(cell, name) for name in ("lr", "loss", "method", "trained")}
+        trained_on = prompts.start, prompts.training, prompts.demonstration_label_lengths
+        of = model.name, model.fingerprint(), trained_on, options
+        delta = self._once("finetuning", of, lambda: finetune(model, prompts, **options, progress=progress))
+        return delta.randomised(cell.seed) if cell.delta == "random" else delta
+
+    def _once(self, stage: str, of: Any, make: Callable[[], Any]) -> Any:
+        if stage in self.kept and self.kept[stage][0] == of:
+            return self.kept[stage][1]
+        self.kept.pop(stage, None)
+        with self.clock(stage):
+            made = make()
+        self.kept[stage] = of, made
+        return made
+
+
+def _load(cell: Cell, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """A cell's model; of a control, the trained one it is made from is let go."""
+    model = load_model(cell.model, device=device, dtype=dtype)
+    return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
+
+
 def _origin(model: Model) -> dict[str, str]:
     """What decides a model's numbers."""
     return {"model": model.provenance, "dtype": _dtype_name(model.dtype)}
@@ -287,7 +402,7 @@ def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
 
 def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
     for cell, result in done.items():
-        if cell.model == model.name:
+        if cell.model_name == model.name:
             refuse_different(Path(cell.name), _origin(model), result.provenance)
 
 

@@ -312,6 +312,11 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelt
             f"expected a delta finetuned from the weights of {model.name!r} (fingerprint {icl.fingerprint}), got one "
             f"from {delta.model!r} ({delta.fingerprint})"
         )
+    if delta.W_Q is not None:
+        raise ValueError(
+            "expected a delta of keys and values, got one of all attention: equation 13 has no change of queries. "
+            "Finetune with trained='key-value'"
+        )
     if not icl.prompts.demonstrations:
         raise ValueError("expected icl's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
     if delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:

@@ -97,8 +97,8 @@ def test_a_stopped_study_keeps_its_finished_cells_and_goes_on(
 
 def test_other_settings_are_refused_and_named(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
-    other = dataclasses.replace(CELL, n_queries=6, loss="label")
-    with pytest.raises(icl.StudyError, match=r"n_queries=5 \(wanted 6\), loss='all' \(wanted 'label'\)"):
+    other = dataclasses.replace(CELL, n_queries=6, balanced=True)
+    with pytest.raises(icl.StudyError, match=r"n_queries=5 \(wanted 6\), balanced=False \(wanted True\)"):
         icl.run_study([other], tmp_path, progress=False)
 
 
@@ -113,7 +113,7 @@ def test_other_weights_under_the_same_name_are_refused(
 
 def test_cells_that_would_share_a_folder_are_refused(known: list[str], tmp_path: Path) -> None:
     with pytest.raises(icl.StudyError, match="two that would share a folder"):
-        icl.run_study([CELL, dataclasses.replace(CELL, loss="label")], tmp_path, progress=False)
+        icl.run_study([CELL, dataclasses.replace(CELL, balanced=True)], tmp_path, progress=False)
     assert len(icl.run_study([CELL, CELL], tmp_path, progress=False)) == 1
 
 
