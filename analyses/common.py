@@ -76,16 +76,18 @@ def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
     try:
         return chosen[name][task]
     except KeyError:
+        options = variant.variation.keys() & {"loss", "method", "trained"} if variant else ()
+        flags = "".join(f" --{option} {getattr(variant, option)}" for option in sorted(options))
         raise icl.StudyError(
             f"no learning rate was chosen for {name!r} on {task} (only for "
             f"{'; '.join(chosen)}): pass --lr, or choose one on selection queries with "
-            f"python analyses/select_lr.py --model {model} --tasks {task}"
+            f"python analyses/select_lr.py --model {model} --tasks {task}{flags}"
         ) from None
 
 
-def panels(n: int, rows: int = 1, *, sharex: bool = True) -> tuple[Figure, list[list[Axes]]]:
+def panels(n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
-    size = max(7.5, 1.2 + 2.6 * n), 0.8 + 2.6 * rows
+    size = max(7.5, 1.2 + 2.6 * n), 0.8 + height * rows
     fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=sharex, sharey="row")
     return fig, [list(row) for row in axes]
 
@@ -93,7 +95,7 @@ def panels(n: int, rows: int = 1, *, sharex: bool = True) -> tuple[Figure, list[
 def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
     """Title, one legend for all Axes where the first has labels, and both files."""
     fig.suptitle(title, wrap=True)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels() if axes else ([], [])
     if labels:
         fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     fig.savefig(path.with_suffix(".png"), dpi=150)

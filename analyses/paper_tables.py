@@ -18,9 +18,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from common import DATA, ERRORS, TITLES, count_or_all
+from jaxtyping import Float
+from torch import Tensor
 
 import icl_dual as icl
+from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, wilson
 from icl_dual.metrics import KENDALL_QUERIES
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
@@ -29,12 +33,20 @@ METRIC_ROWS = (
     "Rec2FTP random",
     "Rec2FTP",
     "SimAOU random",
+    "SimAOU random update",
+    "SimAOU inflation null",
     "SimAOU",
+    "SimAOU unnormalised random",
+    "SimAOU unnormalised",
     "SimAM random",
+    "SimAM random update",
     "SimAM before FT",
     "SimAM after FT",
+    "SimAMΔ random",
+    "SimAMΔ",
     "Kendall random",
     "Kendall",
+    "Kendall on keys",
     "Kendall by demonstration random",
     "Kendall by demonstration",
     "Top-100 recall random",
@@ -42,19 +54,22 @@ METRIC_ROWS = (
     "Top-5 recall by demonstration random",
     "Top-5 recall by demonstration",
 )
-PER_CENT = (*ACCURACY_ROWS, "Rec2FTP random", "Rec2FTP")
+SHARES = ("Rec2FTP random", "Rec2FTP")
+PER_CENT = (*ACCURACY_ROWS, *SHARES)
 TABLES = {
     "accuracy": (ACCURACY_ROWS, "Accuracy in per cent: zero-shot (ZSL), finetuned (FT), in-context learning (ICL)."),
     "metrics": (
         METRIC_ROWS,
         "Rec2FTP in per cent, with its counts (FT and ICL right, ZSL wrong / FT right, ZSL wrong), summed over seeds; "
-        "the others are means over queries and layers. Kendall and recall of the most attended compare attention to "
-        "the demonstrations' tokens, and to whole demonstrations.",
+        "the others are means over queries of each query's mean over layers. Kendall and recall of the most attended "
+        "compare attention to the demonstrations' tokens, and to whole demonstrations, on the first "
+        f"{KENDALL_QUERIES} queries at most.",
     ),
 }
 RECORDED = {"answer": "at the token that predicts the label", "reference": "after the first label word, as released"}
 PAPER_NOTE = (
-    "The paper's own values stand below ours: they are of its models and its validation queries, recorded as released."
+    "The paper's own values stand below ours: they are of its models and its validation queries, recorded as released, "
+    "and it gives no intervals."
 )
 
 Results = Sequence[icl.CellResult]
@@ -95,7 +110,7 @@ def set_up(result: icl.CellResult) -> dict[str, Any]:
     """What a table does not show by task, and so must not differ within a row."""
     cell = result.cell
     return {
-        "loss": cell.loss,
+        "variant": " and ".join(cell.variation.values()) or "none",
         "balanced": cell.balanced,
         "split": cell.split,
         "source": cell.source,
@@ -129,10 +144,9 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
             texts = {TITLES[task]: setting(group.by_task.get(task, ()), row) for task in tasks}
             lines.append(about | {"metric": row} | texts | {"mean": ""})
         for row in rows:
-            found = {task: seed_values(group.by_task[task], row) for task in tasks if task in group.by_task}
-            texts = {TITLES[task]: cell_text(group.by_task.get(task, ()), row) for task in tasks}
-            mean = pd.Series({task: values.mean() for task, values in found.items()}).mean(skipna=False)
-            lines.append(about | {"metric": row} | texts | {"mean": number(mean, row)})
+            texts = {TITLES[task]: estimate(group.by_task.get(task, ()), row) for task in tasks}
+            mean = interval([group.by_task[task] for task in tasks if task in group.by_task], row)
+            lines.append(about | {"metric": row} | texts | {"mean": shown(mean, row)})
     return pd.DataFrame(lines + paper_lines(tasks, rows)).fillna("")
 
 
@@ -144,12 +158,12 @@ def paper_lines(tasks: Sequence[str], rows: Sequence[str]) -> list[dict[str, str
         of_model = {"queries": paper["queries"], "k": paper["k"], **by_row}
         for row in (row for row in (*SETTING_ROWS, *rows) if row in of_model):
             by_task = dict(zip(paper["tasks"], of_model[row], strict=True))
-            shown = {task: by_task[task] / (100 if row in PER_CENT else 1) for task in tasks}
+            values = {task: by_task[task] / style(row)[1] for task in tasks}
             if row in SETTING_ROWS:
-                texts, mean = {TITLES[task]: f"{value:g}" for task, value in shown.items()}, ""
+                texts, mean = {TITLES[task]: f"{value:g}" for task, value in values.items()}, ""
             else:
-                texts = {TITLES[task]: number(value, row) for task, value in shown.items()}
-                mean = number(sum(shown.values()) / len(shown), row)
+                texts = {TITLES[task]: number(value, row) for task, value in values.items()}
+                mean = number(sum(values.values()) / len(values), row)
             lines.append(about | {"metric": row} | texts | {"mean": mean})
     return lines
 
@@ -169,39 +183,63 @@ def setting(results: Results, row: str) -> str:
     return ", ".join(str(result.cell.seed) for result in results)
 
 
-def seed_values(results: Results, row: str) -> pd.Series:
-    """A metric of one task by seed; Rec2FTP, whose counts add up, and its baseline as one value for all seeds."""
-    chosen = [result.comparison for result in results]
-    if row == "Rec2FTP":
-        both, finetuned = rec2ftp_counts(results)
-        return pd.Series([both / finetuned if finetuned else float("nan")])
-    if row == "Rec2FTP random":
-        pooled = [(c.rec2ftp.random * c.rec2ftp.finetuned, c.rec2ftp.finetuned) for c in chosen if c.rec2ftp.finetuned]
-        expected, finetuned = sum(both for both, _ in pooled), sum(n for _, n in pooled)
-        return pd.Series([expected / finetuned if finetuned else float("nan")])
-    return pd.Series([c.overall().set_index("metric").loc[row, "value"] for c in chosen], dtype=float)
-
-
-def rec2ftp_counts(results: Results) -> tuple[int, int]:
-    chosen = [result.comparison.rec2ftp for result in results]
-    return sum(found.both for found in chosen), sum(found.finetuned for found in chosen)
-
-
-def cell_text(results: Results, row: str) -> str:
-    """A metric of one task: its mean over seeds, with their standard deviation where there are several."""
+def estimate(results: Results, row: str) -> str:
+    """A metric of one task with its interval."""
     if not results:
         return ""
-    values = seed_values(results, row)
-    counts = " ({}/{})".format(*rec2ftp_counts(results)) if row == "Rec2FTP" else ""
-    spread = f" ± {number(float(np.std(values.dropna(), ddof=1)), row)}" if values.count() > 1 else ""
-    return number(values.mean(), row) + spread + counts
+    counts = "{}/{}".format(*counted(results, row)) if row == "Rec2FTP" else ""
+    return shown(interval([results], row), row, counts)
+
+
+def interval(by_task: Sequence[Results], row: str) -> Interval:
+    """A metric of one task, or its mean over several, with its interval."""
+    if row in SHARES:
+        return average(*(wilson(*counted(results, row)) for results in by_task))
+    return bootstrap(*(by_query(results, row) for results in by_task))
+
+
+def counted(results: Results, row: str) -> tuple[float, int]:
+    """Rec2FTP's counts, summed over seeds; of its baseline, the expected number beside that of queries."""
+    chosen = [result.comparison.rec2ftp for result in results if result.comparison.rec2ftp.finetuned]
+    both = sum(found.both if row == "Rec2FTP" else found.random * found.finetuned for found in chosen)
+    return both, sum(found.finetuned for found in chosen)
+
+
+def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
+    """A metric of one task, query by query: whether the label is right, or the mean over layers.
+
+    Raises:
+        StudyError: seeds asked different queries.
+    """
+    values = [of_queries(result.comparison, row) for result in results]
+    asked = {tuple(result.provenance.get("queries", ())) for result in results}
+    if len(asked) > 1 or len({len(found) for found in values}) > 1:
+        folders = ", ".join(str(result.folder) for result in results)
+        raise icl.StudyError(
+            f"expected the same queries for every seed, got others in {folders}: make a table of each by itself"
+        )
+    return torch.stack(values)
+
+
+def of_queries(comparison: icl.Comparison, row: str) -> Float[Tensor, " query"]:
+    if row in ACCURACY_ROWS:
+        return (comparison.predictions[row.split()[0]] == comparison.gold).double()
+    return comparison.per_layer[row].nanmean(1)
+
+
+def style(row: str) -> tuple[int, float]:
+    """A row's digits after the point, and its unit's share in one."""
+    return (1, 100.0) if row in PER_CENT else (3, 1.0)
+
+
+def shown(found: Interval, row: str, counts: str = "") -> str:
+    digits, scale = style(row)
+    return found.format(digits, scale=scale, counts=counts)
 
 
 def number(value: float, row: str) -> str:
-    if pd.isna(value):
-        return "undefined"
-    shown = round(100 * value, 1) if row in PER_CENT else round(value, 3)
-    return f"{shown + 0.0:.{1 if row in PER_CENT else 3}f}"  # + 0.0: no minus before a rounded zero
+    digits, scale = style(row)
+    return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a rounded zero
 
 
 def file_name(table: str, protocol: str) -> str:
@@ -214,15 +252,12 @@ def write(results: Results, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for protocol in dict.fromkeys(result.cell.protocol for result in results):
         chosen = [result for result in results if result.cell.protocol == protocol]
-        n_seeds = max(len(cells) for group in groups(chosen) for cells in group.by_task.values())
-        spread = f" ± is the standard deviation over {n_seeds} seeds." if n_seeds > 1 else ""
+        several = any(len(cells) > 1 for group in groups(chosen) for cells in group.by_task.values())
         for name, (rows, caption) in TABLES.items():
             path = out / file_name(name, protocol)
             frame = table(chosen, rows)
-            note = (
-                f"{caption}{spread} Protocol `{protocol}`: recorded {RECORDED[protocol]}. The mean is over the tasks "
-                f"shown. {PAPER_NOTE}"
-            )
+            about = f"Protocol `{protocol}`: recorded {RECORDED[protocol]}."
+            note = f"{caption} {brackets(rows, several)} The mean is over the tasks shown. {about} {PAPER_NOTE}"
             text = frame.to_markdown(index=False, disable_numparse=True)
             path.with_suffix(".md").write_text(f"{note}\n\n{text}\n")
             frame.to_csv(path.with_suffix(".csv"), index=False)
@@ -230,12 +265,21 @@ def write(results: Results, out: Path) -> None:
             print(f"\n{text}")
 
 
+def brackets(rows: Sequence[str], several: bool) -> str:
+    """What a table's brackets are."""
+    said = "Brackets are 95 % intervals: a bootstrap over queries" + ", seeds resampled, too" * several
+    if {*SHARES} & {*rows}:
+        said += "; of Rec2FTP and its baseline, Wilson's" + ", as if each seed asked queries of its own" * several
+    return f"{said}. Fewer than {MIN_QUERIES} queries have none, nor has a mean with such a task."
+
+
 def latex(frame: pd.DataFrame, note: str) -> str:
-    """A table for the booktabs package, with a rule between models."""
-    text = frame.to_latex(
-        index=False, escape=True, caption=note.replace("`", ""), column_format="lll" + "r" * (len(frame.columns) - 3)
-    )
-    lines = text.replace("±", "$\\pm$").splitlines(keepends=True)
+    """A table for the booktabs and graphicx packages, as wide as the text, with a rule between models."""
+    caption = note.replace("`", "").replace("%", "\\%")
+    columns = "lll" + "r" * (len(frame.columns) - 3)
+    text = frame.to_latex(index=False, escape=True, caption=caption, column_format=columns)
+    text = text.replace("\\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}")
+    lines = text.replace("\\end{tabular}", "\\end{tabular}}").splitlines(keepends=True)
     first = next(at for at, line in enumerate(lines) if line.startswith("\\midrule")) + 1
     starts = [at for at in range(1, len(frame)) if frame["model"].iloc[at] != frame["model"].iloc[at - 1]]
     for at in reversed(starts):

@@ -210,8 +210,8 @@ Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dt
 
 | file | what it shows |
 |---|---|
-| `{accuracy}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings, the paper's values below |
-| `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines; the paper's below |
+| `{accuracy}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings with intervals, the paper's values below |
+| `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines, likewise |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |

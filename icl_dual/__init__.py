@@ -1,6 +1,6 @@
 """In-context learning held against finetuning, layer by layer, on any decoder model."""
 
-from icl_dual import dual, plots
+from icl_dual import dual, intervals, plots
 from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
 from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
@@ -49,6 +49,7 @@ __all__ = [
     "dual",
     "export_recordings",
     "finetune",
+    "intervals",
     "load_cell",
     "load_model",
     "load_recordings",

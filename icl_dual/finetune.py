@@ -39,7 +39,8 @@ Trained = Literal["key-value", "key", "value", "attention"]
 _KINDS: dict[Trained, str] = {"key-value": "KV", "key": "K", "value": "V", "attention": "QKVO"}
 
 EXPLODED_LOSS = 3.0
-"""A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion."""
+"""A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion; or above this many times the
+first step's, for a model that begins with knowing less."""
 
 EXPLODED_WEIGHTS = 10.0
 """So is a change of weights this many times as large as the weights: behind a norm, it need not show in the loss."""
@@ -239,7 +240,8 @@ def finetune(
             if recorder is not None:
                 recorder.check(step)
             change = descent.step(last=step == total)
-            if not (losses[-1] <= EXPLODED_LOSS * math.log(model.d_vocab) and change <= EXPLODED_WEIGHTS):
+            most = EXPLODED_LOSS * max(math.log(model.d_vocab), losses[0])
+            if not (math.isfinite(value) and value <= most and change <= EXPLODED_WEIGHTS):
                 raise DivergedError(
                     f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
                     f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"

@@ -31,6 +31,7 @@ from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
+from icl_dual.intervals import Interval, bootstrap, wilson
 from icl_dual.recordings import SETTINGS, Recordings
 
 KENDALL_QUERIES = 100
@@ -241,20 +242,27 @@ RELEASED_NAMES = {
     f"Top-{TOP_DEMONSTRATIONS} recall by demonstration": "example-level recall_topk",
     f"Top-{TOP_DEMONSTRATIONS} recall by demonstration random": "example-level random_recall_topk",
 }
-"""The metrics that a `Comparison` holds by query and layer, and what the released scripts call them."""
+"""Those metrics by query and layer that the released scripts have, and what they call them."""
 
 PER_LAYER = (
-    *RELEASED_NAMES,
+    "SimAOU",
+    "SimAOU random",
     "SimAOU random update",
     "SimAOU inflation null",
     "SimAOU unnormalised",
     "SimAOU unnormalised random",
+    "SimAM before FT",
+    "SimAM after FT",
+    "SimAM random",
     "SimAM random update",
     "SimAMΔ",
     "SimAMΔ random",
+    "Kendall",
+    "Kendall random",
     "Kendall on keys",
+    *(name for name in RELEASED_NAMES if "demonstration" in name or "recall" in name),
 )
-"""All metrics by query and layer: the released ones, and their corrected forms and nulls."""
+"""The metrics that a `Comparison` holds by query and layer: released ones, each with its corrected form and nulls."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -289,15 +297,28 @@ class Comparison:
         for metric, values in self.per_layer.items():
             known = values.isfinite()
             n = int(known.any(1).sum())
-            rows.append({"metric": metric, "layer": None, "value": values.nanmean().item(), "n": n})
+            overall = values.nanmean(1).nanmean().item()  # a query counts once, however many of its layers are defined
+            rows.append({"metric": metric, "layer": None, "value": overall, "n": n})
             per_layer = zip(values.nanmean(0).tolist(), known.sum(0).tolist(), strict=True)
             rows += [{"metric": metric, "layer": i, "value": value, "n": n} for i, (value, n) in enumerate(per_layer)]
         return pd.DataFrame(rows).astype({"layer": "Int64"})
 
+    def intervals(self) -> dict[str, Interval]:
+        """Each number over all layers together, with its 95 % interval: Wilson's for Rec2FTP and its baseline, the
+        bootstrap over queries for the others."""
+        right = {f"{name} accuracy": (found == self.gold)[None].double() for name, found in self.predictions.items()}
+        recalled, n = self.rec2ftp, self.rec2ftp.finetuned
+        found = {name: bootstrap(values) for name, values in right.items()}
+        found["Rec2FTP"] = wilson(recalled.both, n)
+        found["Rec2FTP random"] = wilson(recalled.random * n if n else 0.0, n)
+        return found | {name: bootstrap(values.nanmean(1)[None]) for name, values in self.per_layer.items()}
+
     def overall(self) -> pd.DataFrame:
-        """The numbers over all layers together."""
-        frame = self.to_frame()
-        return frame.loc[frame["layer"].isna()].drop(columns="layer")
+        """The numbers over all layers together: metric, value, low and high (its 95 % interval), n."""
+        return pd.DataFrame(
+            {"metric": name, "value": one.value, "low": one.low, "high": one.high, "n": one.n_queries}
+            for name, one in self.intervals().items()
+        )
 
     def released(self) -> dict[str, Any]:
         """The metrics under the released scripts' own names: Recall2FTP in per cent, the others as lists by layer.
@@ -316,10 +337,17 @@ class Comparison:
         return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp})"
 
     def _repr_html_(self) -> str:
-        return self.overall().to_html(index=False, float_format="{:.3f}".format, na_rep="undefined")
+        return self._shown().to_html(index=False)
 
     def __str__(self) -> str:
-        return self.overall().to_string(index=False, float_format="{:.3f}".format, na_rep="undefined")
+        return self._shown().to_string(index=False)
+
+    def _shown(self) -> pd.DataFrame:
+        counts = {"Rec2FTP": f"{self.rec2ftp.both}/{self.rec2ftp.finetuned}"}
+        return pd.DataFrame(
+            {"metric": name, "value [95 % interval]": one.format(counts=counts.get(name, "")), "n": one.n_queries}
+            for name, one in self.intervals().items()
+        )
 
     def save(self, folder: str | PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the comparison into a folder, as safetensors and JSON, with whatever metadata belongs to it."""

@@ -11,11 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from icl_dual.intervals import Interval
 from icl_dual.metrics import Comparison
 
 _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "SimAOU": (
         ("SimAOU", "ICL and FT", {"color": "C0"}),
+        ("SimAOU unnormalised", "not normalised first", {"color": "C2", "linestyle": "--"}),
+        ("SimAOU inflation null", "random updates for both", {"color": "0.3", "linestyle": "-."}),
         ("SimAOU random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
     ),
     "SimAM": (
@@ -24,7 +27,8 @@ _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         ("SimAM random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
     ),
     "Kendall": (
-        ("Kendall", "ICL and FT", {"color": "C0"}),
+        ("Kendall", "ICL and FT, by its queries", {"color": "C0"}),
+        ("Kendall on keys", "by its keys", {"color": "C2", "linestyle": "--"}),
         ("Kendall random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
     ),
 }
@@ -49,6 +53,8 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax, alone = _axes(ax)
     for name, label, style in _LINES[metric]:
+        if any(name not in comparison.per_layer for comparison in together):
+            continue  # recordings may have no keys
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         _mean_by_layer(values, ax, label=label, **style)
@@ -152,6 +158,55 @@ def demonstrations(
     ax.set(xlabel="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
+    return ax
+
+
+def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = None) -> Axes:
+    """Estimates with their 95 % intervals, a row a name, from the top; what is undefined is left out.
+
+    Args:
+        estimates: by row, then by series (tasks, say), which share a colour from row to row.
+        ax: where to draw; new Axes with a legend where not given.
+    """
+    ax, alone = _axes(ax)
+    series = list(dict.fromkeys(name for by_series in estimates.values() for name in by_series))
+    for index, name in enumerate(series):
+        offset = (index - (len(series) - 1) / 2) * 0.6 / len(series)
+        found = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
+        known = [(y, one) for y, one in found if not np.isnan(one.value)]
+        at, middle = [y for y, _ in known], [one.value for _, one in known]
+        ax.plot(middle, at, "o", markersize=3, color=f"C{index}", label=name)
+        ax.hlines(at, [one.low for _, one in known], [one.high for _, one in known], color=f"C{index}", linewidth=1.2)
+    ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(estimates)), list(estimates), fontsize="small")
+    ax.set_ylim(len(estimates) - 0.5, -0.5)
+    ax.grid(axis="y", color="0.93")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if alone:
+        ax.legend(frameon=False)
+    return ax
+
+
+def curves(estimates: Mapping[str, Mapping[int, Interval]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
+    """Estimates against a number (of demonstrations, say), with bands that are their 95 % intervals.
+
+    Args:
+        estimates: by series, then by the number.
+        ylabel: what is estimated.
+        ax: where to draw; new Axes with a legend where not given.
+    """
+    ax, alone = _axes(ax)
+    for index, (name, by_number) in enumerate(estimates.items()):
+        x = list(by_number)
+        ax.plot(x, [one.value for one in by_number.values()], ".-", color=f"C{index}", label=name)
+        low, high = ([getattr(one, end) for one in by_number.values()] for end in ("low", "high"))
+        ax.fill_between(x, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+    if alone:
+        ax.legend(frameon=False)
+    ax.set(ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 

@@ -199,14 +199,14 @@ def _run_cell(
         steps = [-1] * len(shown.demonstrations)
     elif trained is not shown:
         steps = steps_of(shown, trained, cell.k, cell.context, seed=cell.seed)
-    runs.clock = clock = _Clock()
+    runs.begin(model, prompts)
     # Finetuning first: a learning rate that diverges then costs no captures.
     delta = runs.finetuned(model, trained, cell, progress)
     icl = runs.captured("ICL", model, shown, progress)
     zsl = runs.captured("ZSL", model, prompts.zero_shot(), progress)
     with delta.applied(model):
         ft = runs.captured("FT", model, prompts.zero_shot(), progress)
-    with clock("metrics"):
+    with runs.clock("metrics"):
         comparison = compare(zsl, icl, ft, delta, steps=steps, seed=cell.seed)
 
     provenance = {
@@ -216,7 +216,7 @@ def _run_cell(
         "device": str(model.device),
         "attention_residual": max(icl.residual, zsl.residual, ft.residual),
         "pass_residual": model.pass_residual,
-        "seconds": clock.seconds,
+        "seconds": runs.clock.seconds,
         "prefix_tokens": len(shown.prefix),
         "query_tokens": sum(map(len, prompts.rows)),
         "k_in_context": len(shown.demonstrations),
@@ -347,13 +347,21 @@ class _Clock:
 
 @dataclass
 class _Runs:
-    """The last finetuning and capture of each setting, for the next cell where it is the same: never more than these.
+    """What cells share with one another: finetunings and captures, by stage.
 
-    What is another's goes before its successor is made.
+    Of the cells that have their own demonstrations in common, the first stage of each kind is kept and the latest, so
+    that a control costs the one run that differs from the cell it is a control of.
     """
 
     clock: _Clock = field(default_factory=_Clock)
-    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    own: Any = None
+    kept: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+
+    def begin(self, model: Model, prompts: Prompts) -> None:
+        """Start a cell by its own demonstrations; what is other demonstrations' goes, but for zero-shot."""
+        if self.own != (own := (model.name, prompts)):
+            self.own, self.kept = own, {"ZSL": self.kept.get("ZSL", [])[-1:]}
+        self.clock = _Clock()
 
     def captured(self, setting: str, model: Model, prompts: Prompts, progress: bool) -> Capture:
         """A capture of the prompts by the model as it is now."""
@@ -369,13 +377,14 @@ class _Runs:
         return delta.randomised(cell.seed) if cell.delta == "random" else delta
 
     def _once(self, stage: str, of: Any, make: Callable[[], Any]) -> Any:
-        if stage in self.kept and self.kept[stage][0] == of:
-            return self.kept[stage][1]
-        self.kept.pop(stage, None)
+        kept = self.kept.setdefault(stage, [])
+        for key, made in kept:
+            if key == of:
+                return made
+        del kept[1:]
         with self.clock(stage):
-            made = make()
-        self.kept[stage] = of, made
-        return made
+            kept.append((of, make()))
+        return kept[-1][1]
 
 
 def _load(cell: Cell, device: str | torch.device, dtype: torch.dtype) -> Model:

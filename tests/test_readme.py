@@ -53,9 +53,23 @@ def test_recordings_go_out_and_come_in(tmp_path: Path, monkeypatch: pytest.Monke
     }
 
 
+def test_controls_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import icl_dual as icl
+
+    scope: dict = {"icl": icl}
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON[3], scope)
+    said = capsys.readouterr().out
+    assert said.count(" [") == 6, "five intervals, and that of a difference"
+    costs = {name: set(result.provenance["seconds"]) for name, result in scope["found"].items()}
+    assert costs["random delta"] == {"FT", "metrics"}
+    assert costs["flipped labels"] == {"ICL", "metrics"}
+    assert costs["layer-causal"] == {"finetuning", "FT", "metrics"}
+
+
 def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
     scope: dict = {"icl": icl}
-    exec(PYTHON[3], scope)
+    exec(PYTHON[4], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")

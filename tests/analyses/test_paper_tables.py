@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import paper_tables
 import pytest
 import released
+import torch
 from conftest import make_rows
+from scipy import stats
 
 import icl_dual as icl
+from icl_dual.intervals import bootstrap
+from icl_dual.metrics import PER_LAYER, Rec2FTP, rec2ftp
 
 SCRIPT = Path(paper_tables.__file__)
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")
@@ -59,14 +65,138 @@ def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, 
     assert (rows["llama (1)", "k"], rows["llama (1)", "seed"]) == ("2", "1")
     assert (rows["llama (2)", "lr"], rows["llama (2)", "queries"]) == ("0.05", "6")
     both = [icl.load_cell(cells / dataclasses.replace(CELL, seed=seed).name).comparison for seed in (1, 2)]
-    values = pd.Series([comparison.per_layer["SimAOU"].mean().item() for comparison in both])
-    assert rows["llama (2)", "SimAOU"] == f"{values.mean():.3f} ± {values.std():.3f}"
+    values = torch.stack([comparison.per_layer["SimAOU"].mean(1) for comparison in both])
+    expected = bootstrap(values)
+    assert rows["llama (2)", "SimAOU"] == f"{values.mean():.3f} [{expected.low:.3f}, {expected.high:.3f}]"
     paper = rows["GPT 1.3B (paper)", "SimAOU"], rows["GPT 2.7B (paper)", "lr"]
     assert paper == ("0.110", "0.007")
     text = (tmp_path / "metrics_reference.tex").read_text()
-    assert "$\\pm$" in text
     assert text.count("\\midrule") == 4
-    assert "recorded after the first label word" in (tmp_path / "accuracy_reference.md").read_text()
+    assert "Brackets are 95 \\% intervals" in text
+    caption = (tmp_path / "accuracy_reference.md").read_text()
+    assert "recorded after the first label word" in caption
+    assert "a bootstrap over queries, seeds resampled, too. Fewer than 5" in caption
+    assert "a bootstrap over queries; of Rec2FTP and its baseline, Wilson's." in (tmp_path / "metrics.md").read_text()
+
+
+def made(seed: int, *, n: int = 40, task: str = "sst2", draw: int = 1, **change: object) -> icl.CellResult:
+    """A finished cell with made-up numbers."""
+    rng = np.random.default_rng(seed)
+    gold, zsl, in_context, ft = torch.from_numpy(rng.integers(2, size=(4, n)))
+    comparison = icl.Comparison(
+        gold=gold,
+        predictions={"ZSL": zsl, "ICL": in_context, "FT": ft},
+        label_log_probs={},
+        rec2ftp=rec2ftp(gold, zsl, in_context, ft),
+        per_layer={name: torch.from_numpy(rng.normal(size=(n, 3))) for name in PER_LAYER},
+    )
+    about = {"model": "sha256:0", "dtype": "float32", "queries": [f"{task} {i}" for i in range(n)]}
+    cell = dataclasses.replace(CELL, task=task, seed=draw, n_queries=n)
+    return icl.CellResult(cell, dataclasses.replace(comparison, **change), about, Path(f"made/{task}-{draw}"))
+
+
+def printed(results: list[icl.CellResult], row: str) -> dict[str, str]:
+    table = paper_tables.table(results, [row])
+    return table[(table["model"] == "llama") & (table["metric"] == row)].iloc[0].to_dict()
+
+
+def ends(text: str) -> list[float]:
+    """The value and both ends of `1.0 [0.5, 1.5]`, whatever follows."""
+    found = re.match(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]", text)
+    assert found, text
+    return [float(number) for number in found.groups()]
+
+
+def normal_ends(values: np.ndarray, scale: float = 1) -> list[float]:
+    """The interval that a bootstrap over queries comes to when there are many."""
+    deviation = 1.96 * values.std() / math.sqrt(len(values))
+    return [scale * (values.mean() + side * deviation) for side in (0, -1, 1)]
+
+
+def test_a_cell_of_one_seed_has_an_interval_over_queries() -> None:
+    result = made(0, n=400)
+    right = (result.comparison.predictions["FT"] == result.comparison.gold).double().numpy()
+    assert ends(printed([result], "FT accuracy")["SST2"]) == pytest.approx(normal_ends(right, 100), abs=0.5)
+    values = result.comparison.per_layer["SimAOU"].mean(1).numpy()
+    assert ends(printed([result], "SimAOU")["SST2"]) == pytest.approx(normal_ends(values), abs=0.005)
+
+
+def test_layers_without_a_value_and_first_queries_only_are_no_hindrance() -> None:
+    kendall = made(0).comparison.per_layer["Kendall"][:30].clone()
+    kendall[0, 0], kendall[1] = torch.nan, torch.nan
+    result = made(0)
+    result.comparison.per_layer["Kendall"] = kendall
+    by_query = [np.nanmean(kendall[query]) for query in range(30) if query != 1]
+    assert ends(printed([result], "Kendall")["SST2"])[0] == pytest.approx(np.mean(by_query), abs=0.0006)
+    result.comparison.per_layer["Kendall"] = kendall[:5]
+    assert printed([result], "Kendall")["SST2"].endswith(" (4 queries: no interval)")
+    result.comparison.per_layer["Kendall"] = kendall * torch.nan
+    assert printed([result], "Kendall")["SST2"] == "undefined"
+
+
+def test_seeds_are_resampled_too() -> None:
+    """Of two seeds far apart, each is the interval's end, however little its queries vary."""
+    low, high = made(0), made(1, draw=2)
+    low.comparison.per_layer["SimAOU"] = torch.full((40, 3), 0.25)
+    high.comparison.per_layer["SimAOU"] = torch.full((40, 3), 0.75)
+    assert printed([low, high], "SimAOU")["SST2"] == "0.500 [0.250, 0.750]"
+
+
+def test_a_mean_over_tasks_weighs_them_alike_and_is_narrower() -> None:
+    results = [made(0, n=400), made(1, n=400, task="mr"), made(2, n=400, task="mr", draw=2)]
+    row = printed(results, "ICL accuracy")
+    (one, *_), (other, *_) = ends(row["SST2"]), ends(row["MR"])
+    value, low, high = ends(row["mean"])
+    assert value == pytest.approx((one + other) / 2, abs=0.1)
+    half = [(ends(row[task])[2] - ends(row[task])[1]) / 2 for task in ("SST2", "MR")]
+    assert (high - low) / 2 == pytest.approx(math.hypot(*half) / 2, rel=0.1)
+
+
+def test_rec2ftp_has_wilsons_interval_of_the_counts_of_all_seeds() -> None:
+    results = [made(0), made(1, draw=2)]
+    both = finetuned = 0
+    for result in results:
+        found, gold = result.comparison.predictions, result.comparison.gold
+        corrected = (found["FT"] == gold) & (found["ZSL"] != gold)
+        finetuned += int(corrected.sum())
+        both += int((corrected & (found["ICL"] == gold)).sum())
+    wilson = stats.binomtest(both, finetuned).proportion_ci(method="wilson")
+    value, low, high = (f"{100 * share:.1f}" for share in (both / finetuned, wilson.low, wilson.high))
+    row = printed(results, "Rec2FTP")
+    assert row["SST2"] == f"{value} [{low}, {high}] ({both}/{finetuned})"
+    assert row["mean"] == f"{value} [{low}, {high}]"
+    dealt = [(result.comparison.rec2ftp.random, result.comparison.rec2ftp.finetuned) for result in results]
+    expected = 100 * sum(share * n for share, n in dealt) / finetuned
+    value, low, high = ends(printed(results, "Rec2FTP random")["SST2"])
+    assert value == pytest.approx(expected, abs=0.051)
+    assert low < value < high
+
+
+def test_few_queries_have_no_interval_and_leave_the_mean_without() -> None:
+    few, many = made(0, rec2ftp=Rec2FTP(1, 3, 0.5)), made(1, task="mr", rec2ftp=Rec2FTP(9, 18, 0.25))
+    row = printed([few, many], "Rec2FTP")
+    assert row["SST2"] == "33.3 (1/3: no interval)"
+    assert row["MR"] == "50.0 [29.0, 71.0] (9/18)"
+    assert row["mean"] == "41.7 (3 queries: no interval)"
+    none = made(2, task="subj", rec2ftp=Rec2FTP(0, 0, float("nan")))
+    row = printed([few, many, none], "Rec2FTP")
+    assert (row["Subj"], row["mean"]) == ("undefined (0/0)", "undefined")
+    assert printed([none], "Rec2FTP random")["Subj"] == "undefined"
+    # A seed in which finetuning corrects nothing adds nothing.
+    assert printed([many, made(3, task="mr", draw=2, rec2ftp=none.comparison.rec2ftp)], "Rec2FTP random")["MR"] == (
+        "25.0 [10.7, 48.1]"
+    )
+
+
+def test_seeds_that_asked_other_queries_are_refused() -> None:
+    fewer = made(1, draw=2, n=39)
+    results = [made(0), dataclasses.replace(fewer, cell=dataclasses.replace(fewer.cell, n_queries=40))]
+    with pytest.raises(icl.StudyError, match="expected the same queries for every seed, got others in made/sst2-1, "):
+        paper_tables.table(results, ["SimAOU"])
+    others = made(1, draw=2)
+    others.provenance["queries"][0] = "another"
+    with pytest.raises(icl.StudyError, match="expected the same queries for every seed"):
+        paper_tables.table([made(0), others], ["ICL accuracy"])
 
 
 def test_a_table_of_two_protocols_is_refused(cells: Path) -> None:
@@ -81,8 +211,8 @@ def test_cells_of_other_set_ups_share_no_row_and_say_what_differs(
     task = icl.Task("agnews", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
     found = [icl.load_cell(cells / CELL.name), icl.run_cell(llama, task, label, tmp_path / "x", progress=False)]
     one, other = paper_tables.groups(found)
-    assert (one.model, set(one.by_task)) == ("llama, loss all", {"sst2"})
-    assert (other.model, set(other.by_task)) == ("llama, loss label", {"agnews"})
+    assert (one.model, set(one.by_task)) == ("llama, variant none", {"sst2"})
+    assert (other.model, set(other.by_task)) == ("llama, variant label loss", {"agnews"})
 
 
 def test_exported_recordings_beside_cells_are_no_cells(cells: Path, tmp_path: Path) -> None:

@@ -1,0 +1,291 @@
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, paired_test, wilson
+
+Z = 1.959963984540054
+SEEDS = st.integers(0, 2**16)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def crossed(seed: int, n_seeds: int, n_queries: int, *, of_seed: float, of_query: float = 1.0) -> np.ndarray:
+    """Effects of seeds, of queries and of single pairs around a mean of 0."""
+    rng = np.random.default_rng(seed)
+    effects = of_seed * rng.normal(size=(n_seeds, 1)) + of_query * rng.normal(size=(1, n_queries))
+    return effects + rng.normal(size=(n_seeds, n_queries))
+
+
+def slow_bootstrap(groups: list[np.ndarray], resamples: int = 4000) -> tuple[float, float]:
+    """Seeds and queries drawn one by one, and every value of a drawn pair put on a list."""
+    rng = random.Random(0)
+    means = []
+    for _ in range(resamples):
+        of_groups = []
+        for table in groups:
+            rows = [rng.randrange(table.shape[0]) for _ in range(table.shape[0])]
+            columns = [rng.randrange(table.shape[1]) for _ in range(table.shape[1])]
+            drawn = [table[row, column] for row in rows for column in columns if not math.isnan(table[row, column])]
+            of_groups.append(sum(drawn) / len(drawn))
+        means.append(sum(of_groups) / len(of_groups))
+    means.sort()
+    return means[round(0.025 * resamples)], means[round(0.975 * resamples)]
+
+
+def assert_same(found: Interval, low: float, high: float, tolerance: float = 0.05) -> None:
+    """The same ends within Monte-Carlo error, a small part of the interval's width."""
+    assert found.low == pytest.approx(low, abs=tolerance * (high - low))
+    assert found.high == pytest.approx(high, abs=tolerance * (high - low))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_seed_is_the_ordinary_percentile_bootstrap(seed: int) -> None:
+    values = np.exp(normal(seed, 1, 20))  # skewed, so that the ends tell percentiles from the other methods
+    expected = stats.bootstrap((values[0],), np.mean, method="percentile", n_resamples=20_000, rng=seed)
+    found = bootstrap(values, resamples=20_000)
+    assert found.value == pytest.approx(values.mean())
+    assert_same(found, *expected.confidence_interval)
+    assert (found.n_queries, found.n_seeds, found.known) == (20, 1, True)
+
+
+def test_several_seeds_groups_and_undefined_values_are_as_drawn_one_by_one() -> None:
+    groups = [crossed(1, 3, 8, of_seed=2), crossed(2, 2, 12, of_seed=0.5) + 3]
+    groups[0][0, :3] = groups[1][:, 5] = np.nan
+    found = bootstrap(*groups, resamples=20_000)
+    assert found.value == pytest.approx(np.mean([np.nanmean(groups[0]), np.nanmean(groups[1])]))
+    assert_same(found, *slow_bootstrap(groups))
+    assert (found.n_queries, found.n_seeds) == (8, 2)
+
+
+def test_seeds_that_agree_narrow_nothing() -> None:
+    once = normal(0, 1, 30)
+    one, five = bootstrap(once, resamples=20_000), bootstrap(np.repeat(once, 5, axis=0), resamples=20_000)
+    assert_same(five, one.low, one.high)
+
+
+def test_seeds_alone_are_drawn_with_replacement() -> None:
+    """Of two seeds, a quarter of resamples has the first alone, and a quarter the second."""
+    found = bootstrap(np.array([[0.0] * 9, [1.0] * 9]))
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def coverage(n_seeds: int, n_queries: int, of_seed: float) -> float:
+    """How often the interval holds the mean, 0."""
+    tables = (crossed(seed, n_seeds, n_queries, of_seed=of_seed) for seed in range(600))
+    found = [bootstrap(table, seed=seed, resamples=500) for seed, table in enumerate(tables)]
+    return sum(one.low <= 0 <= one.high for one in found) / len(found)
+
+
+def test_95_of_100_intervals_hold_the_mean() -> None:
+    # Of 600, .95 is found as .93 to .97; percentiles of 40 queries are a little narrow.
+    assert 0.92 <= coverage(1, 40, of_seed=0) <= 0.97
+    assert 0.94 <= coverage(3, 40, of_seed=0) <= 0.99
+    assert 0.93 <= coverage(3, 40, of_seed=0.1) <= 0.99
+
+
+def test_of_few_seeds_that_differ_the_interval_is_too_narrow_as_documented() -> None:
+    """Two seeds are the interval's ends where nothing else varies: the mean is between them half of the time."""
+    assert 0.4 <= coverage(2, 100, of_seed=10) <= 0.6
+
+
+@given(
+    seed=SEEDS, n_seeds=st.integers(1, 4), n_queries=st.integers(5, 20), shift=st.floats(-9, 9), by=st.floats(0.1, 9)
+)
+@settings(max_examples=30, deadline=None)
+def test_an_interval_shifts_and_scales_with_its_values_and_stays_within(
+    seed: int, n_seeds: int, n_queries: int, shift: float, by: float
+) -> None:
+    values = normal(seed, n_seeds, n_queries)
+    one, other = bootstrap(values, resamples=200), bootstrap(by * values + shift, resamples=200)
+    for end in ("value", "low", "high"):
+        assert getattr(other, end) == pytest.approx(by * getattr(one, end) + shift, abs=1e-9)
+    assert values.min() <= one.low < one.high <= values.max()
+
+
+@given(value=st.floats(-1, 1), n_seeds=st.integers(1, 4), n_queries=st.integers(5, 20))
+@settings(max_examples=30, deadline=None)
+def test_equal_values_have_no_width(value: float, n_seeds: int, n_queries: int) -> None:
+    found = bootstrap(np.full((n_seeds, n_queries), value), resamples=50)
+    assert [found.low, found.high] == pytest.approx([value, value], abs=1e-12)
+    assert found.value == pytest.approx(value, abs=1e-12)
+
+
+def test_draws_are_the_seeds_own_and_tensors_are_as_arrays() -> None:
+    values = normal(0, 2, 30)
+    assert bootstrap(values, seed=3) == bootstrap(torch.from_numpy(values), seed=3)
+    assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
+    assert paired_test(values, -values, seed=3) == paired_test(
+        torch.from_numpy(values), torch.from_numpy(-values), seed=3
+    )
+
+
+def test_groups_are_drawn_independently() -> None:
+    """The mean of a group and its mirror image would never vary if both drew the same queries."""
+    values = normal(0, 1, 40)
+    found, alone = bootstrap(values, -values, resamples=20_000), bootstrap(values, resamples=20_000)
+    assert found.value == pytest.approx(0)
+    assert found.high - found.low == pytest.approx((alone.high - alone.low) / math.sqrt(2), rel=0.05)
+
+
+def test_a_query_without_a_defined_value_is_none() -> None:
+    values = normal(0, 2, 7)
+    values[:, 4:] = np.nan
+    values[0, 4] = 1.0
+    found = bootstrap(values)
+    assert (found.n_queries, found.known) == (5, True)
+    assert found.value == pytest.approx(np.nanmean(values))
+    values[0, 4] = np.nan
+    found = bootstrap(values)
+    assert (found.n_queries, found.known) == (4, False)
+    assert found.value == pytest.approx(values[:, :4].mean())
+
+
+def test_resamples_in_which_a_group_has_no_value_are_left_out() -> None:
+    values = np.full((2, 5), np.nan)
+    values[0] = range(5)  # half of the resamples have the other seed, or it twice
+    found = bootstrap(values)
+    assert 0 <= found.low < found.value == 2 < found.high <= 4
+
+
+@pytest.mark.parametrize("n", range(MIN_QUERIES + 1))
+def test_too_few_queries_have_no_interval(n: int) -> None:
+    values = np.ones((1, n))
+    enough = n >= MIN_QUERIES
+    for found in (
+        bootstrap(values),
+        bootstrap(values, np.ones((3, 50))),
+        wilson(n, n),
+        paired_test(values, 0 * values)[0],
+    ):
+        assert found.n_queries == n
+        assert found.known is enough
+        assert math.isnan(found.low) is math.isnan(found.high) is not enough
+        assert math.isnan(found.value) if n == 0 else found.value == 1
+    assert math.isnan(paired_test(values, 0 * values).p) is not enough
+
+
+@given(n=st.integers(MIN_QUERIES, 3000), data=st.data())
+def test_wilson_is_scipys(n: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, n))
+    found, expected = wilson(successes, n), stats.binomtest(successes, n).proportion_ci(method="wilson")
+    assert (found.value, found.n_queries) == (successes / n, n)
+    assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+@given(n=st.integers(MIN_QUERIES, 300), share=st.floats(0.01, 0.99))
+def test_wilsons_ends_are_the_shares_that_a_score_test_just_keeps(n: int, share: float) -> None:
+    found = wilson(share * n, n)
+    for end in (found.low, found.high):
+        assert abs(share - end) == pytest.approx(Z * math.sqrt(end * (1 - end) / n))
+    assert found.low < share < found.high
+
+
+def test_the_average_of_estimates() -> None:
+    one, other = Interval(0.5, 0.2, 0.6, 8, 3), Interval(0.1, 0.1, 0.5, 9, 2)
+    found = average(one, other)
+    assert (found.value, found.n_queries, found.n_seeds) == (pytest.approx(0.3), 8, 2)
+    assert found.low == pytest.approx(0.3 - 0.3 / 2)
+    assert found.high == pytest.approx(0.3 + math.hypot(0.1, 0.4) / 2)
+    alone = average(one)
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.5, 0.2, 0.6))
+    few = average(one, wilson(1, 3))
+    assert (few.value, few.known, few.n_queries) == (pytest.approx(5 / 12), False, 3)
+    assert math.isnan(average(one, wilson(0, 0)).value)
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.5, 0.7), (0.05, 0.1, 0.1)])
+def test_95_of_100_averages_of_shares_hold_the_mean(shares: tuple[float, ...]) -> None:
+    sizes = (10, 20, 12)
+    counts = np.random.default_rng(0).binomial(sizes, shares, size=(1000, 3)).tolist()
+    found = [average(*map(wilson, of, sizes)) for of in counts]
+    held = sum(one.low <= sum(shares) / 3 <= one.high for one in found) / len(found)
+    assert 0.92 <= held <= 0.98
+
+
+@given(seed=SEEDS, n_seeds=st.integers(1, 3), n_queries=st.integers(5, 8), shift=st.floats(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_few_queries_have_the_exact_p_of_all_sign_flips(seed: int, n_seeds: int, n_queries: int, shift: float) -> None:
+    a, b = normal(seed, n_seeds, n_queries) + shift, normal(seed + 1, n_seeds, n_queries)
+    by_query = [sum(a[s, q] - b[s, q] for s in range(n_seeds)) / n_seeds for q in range(n_queries)]
+    flipped = [
+        abs(sum(sign * x for sign, x in zip(signs, by_query, strict=True)))
+        for signs in itertools.product((1, -1), repeat=n_queries)
+    ]
+    extreme = sum(total >= abs(sum(by_query)) - 1e-12 for total in flipped)
+    found = paired_test(a, b)
+    assert found.p == pytest.approx(extreme / len(flipped))
+    assert found.difference == bootstrap(a - b)
+
+
+def test_many_queries_have_a_students_p_and_pairing_tells_what_means_do_not() -> None:
+    b = 10 * normal(1, 1, 80)
+    a = b + 0.2 + normal(2, 1, 80)
+    found = paired_test(a, b)
+    assert found.p == pytest.approx(float(stats.ttest_rel(a[0], b[0]).pvalue), abs=0.02)
+    assert found.difference.high - found.difference.low < 0.2 * (bootstrap(a).high - bootstrap(a).low)
+
+
+def test_seeds_do_not_multiply_queries_in_a_test() -> None:
+    a, b = normal(0, 1, 8), normal(1, 1, 8)
+    assert paired_test(a, b).p == paired_test(np.repeat(a, 4, axis=0), np.repeat(b, 4, axis=0)).p
+
+
+def test_equal_scores_do_not_differ() -> None:
+    a = normal(0, 2, 9)
+    assert paired_test(a, a).p == 1
+    assert paired_test(a, a).difference == Interval(0.0, 0.0, 0.0, 9, 2)
+
+
+def test_a_pair_with_one_undefined_is_left_out() -> None:
+    a, b = normal(0, 2, 8), normal(1, 2, 8)
+    expected = paired_test(a[:, :6], b[:, :6])
+    a[:, 6], b[:, 7] = np.nan, np.nan
+    found = paired_test(a, b)
+    assert found.p == expected.p
+    assert found.difference.value == pytest.approx(expected.difference.value)
+    assert found.difference.n_queries == 6
+    b[0, 0] = np.nan  # the other seed still has that query
+    assert paired_test(a, b).difference.n_queries == 6
+    assert paired_test(a, b).difference.value == pytest.approx(np.nanmean(a - b))
+
+
+@pytest.mark.parametrize(
+    ("found", "arguments", "expected"),
+    [
+        (Interval(0.1522, 0.14, 0.1634, 9), {}, "0.152 [0.140, 0.163]"),
+        (Interval(1 / 3, 0.0615, 0.7923, 9), {"digits": 1, "scale": 100.0, "counts": "3/9"}, "33.3 [6.2, 79.2] (3/9)"),
+        (Interval(-0.0002, -0.0001, 0.1, 9), {}, "0.000 [0.000, 0.100]"),
+        (wilson(1, 3), {}, "0.333 (3 queries: no interval)"),
+        (wilson(1, 1), {"digits": 0}, "1 (1 query: no interval)"),
+        (wilson(1, 3), {"digits": 1, "scale": 100.0, "counts": "1/3"}, "33.3 (1/3: no interval)"),
+        (wilson(0, 0), {}, "undefined"),
+        (wilson(0, 0), {"counts": "0/0"}, "undefined (0/0)"),
+    ],
+)
+def test_an_interval_as_text(found: Interval, arguments: dict, expected: str) -> None:
+    assert found.format(**arguments) == expected
+    if not arguments:
+        assert str(found) == expected
+
+
+def test_what_a_caller_can_mend_is_said() -> None:
+    with pytest.raises(ValueError, match="expected at least one group of values, got none"):
+        bootstrap()
+    with pytest.raises(ValueError, match="expected at least one estimate, got none"):
+        average()
+    for successes in (-1, 4):
+        with pytest.raises(ValueError, match=f"expected from 0 to n=3 successes, got {successes}"):
+            wilson(successes, 3)
+    with pytest.raises(ValueError, match=r"got shapes \(2, 7\) and \(2, 8\): keep what both have"):
+        paired_test(normal(0, 2, 7), normal(0, 2, 8))
