@@ -105,8 +105,8 @@ def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, fl
     longest = 2 * tokens.of_queries / tokens.queries
     kept_of_query = shape.n_layers * (3 * shape.d_model + shape.n_heads * longest)
     kept = tokens.queries * (3 * kept_of_query + shape.n_layers * tokens.prefix) * 4
-    training_q = shape.n_layers * shape.d_model * (tokens.prefix - 1) * 4
-    return {"weights and finetuning, GB": weights / 1e9, "kept for the metrics, GB": (kept + training_q) / 1e9}
+    training = 2 * shape.n_layers * shape.d_model * (tokens.prefix - 1) * 4  # queries and keys
+    return {"weights and finetuning, GB": weights / 1e9, "kept for the metrics, GB": (kept + training) / 1e9}
 
 
 def reached() -> dict[str, float]:

@@ -151,6 +151,41 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
             assert relative(kept.query_values[query, layer, own], attention.v[0, n_prefix:]) < 1e-5
 
 
+@pytest.mark.parametrize("protocol", ["answer", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_next_tokens_are_as_probable_as_in_the_plain_forward_pass(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    architecture: str,
+    protocol: str,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task if protocol == "answer" else reference_task)
+    for setting in (prompts, prompts.zero_shot()):
+        got = icl.capture(model, setting, fields=("next_log_probs",), batch_size=3, progress=False)
+        assert got.next_log_probs is not None
+        assert got.next_log_probs.shape == (7, model.d_vocab)
+        assert got.attn_out is got.q is got.query_scores is None
+        for query in range(7):  # where the label is predicted, also where more is recorded behind it
+            expected = Plain(model, setting).run(query)[0, -1].log_softmax(-1)
+            torch.testing.assert_close(got.next_log_probs[query], expected, rtol=1e-4, atol=1e-4)
+        one_token = [label for label, tokens in enumerate(prompts.labels) if len(tokens) == 1]
+        first = [prompts.labels[label][0] for label in one_token]
+        assert first
+        assert torch.equal(got.next_log_probs[:, first], got.label_log_probs[:, one_token])
+
+
+def test_next_tokens_are_kept_in_float32_also_at_half_precision(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    model = make_model("llama", torch.bfloat16)
+    got = icl.capture(model, build(model, task), fields=("next_log_probs",), progress=False).next_log_probs
+    assert got is not None
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.exp().sum(-1), torch.ones(7), atol=1e-5, rtol=0)
+
+
 def test_zero_shot_has_no_demonstrations(llama: icl.Model, prompts: Prompts) -> None:
     zsl = icl.capture(llama, prompts.zero_shot(), fields=ALL_FIELDS, progress=False)
     assert zsl.demo_scores is not None

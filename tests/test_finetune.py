@@ -2,68 +2,139 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast, get_args
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import icl_dual as icl
+from icl_dual.finetune import Loss, Method, Trained
 from icl_dual.prompts import Prompts
 
 LR = 0.05
-# Where the fused projection keeps its queries: rows (or, for GPT-2's transposed layer, columns) that must not move.
-FUSED = {
-    "gpt2": lambda hf: [(block.attn.c_attn, _gpt2_query) for block in hf.transformer.h],
-    "neox": lambda hf: [(layer.attention.query_key_value, _neox_query) for layer in hf.gpt_neox.layers],
-}
+PROJECTIONS = {"Q": ("q_proj",), "K": ("k_proj",), "V": ("v_proj",), "O": ("o_proj", "out_proj")}
+FUSED = {"gpt2": ("attn.c_attn", "attn.c_proj"), "neox": ("query_key_value", "attention.dense")}
+KINDS = {"key-value": "KV", "key": "K", "value": "V", "attention": "QKVO"}
+# Rotary attention takes its softmax in float32 also at float64.
+ACCURACY = {"xglm": 1e-4, "llama": 1e-5, "qwen3": 1e-5, "gemma2-window": 1e-5}
 
 
-def _gpt2_query(tensor: torch.Tensor) -> None:
-    tensor[..., :32] = 0
+def dtype_of(architecture: str) -> torch.dtype:
+    return torch.float32 if architecture == "xglm" else torch.float64  # XGLM's mask overflows at float64
 
 
-def _neox_query(tensor: torch.Tensor) -> None:
-    tensor.view(4, 3, 8, -1)[:, 0] = 0
+def movable(hf_model: Any, architecture: str, trained: str) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Every parameter that may move, layer by layer, and with 1 where it may: fused projections move in part."""
+    kinds = KINDS[trained]
+    found = []
+    for name, module in hf_model.named_modules():
+        if architecture in FUSED:
+            fused, output = FUSED[architecture]
+            whole: tuple[str, ...] = (output,) if "O" in kinds else ()
+            if name.endswith(fused):
+                found += [(p, fused_mask(architecture, p, kinds)) for p in (module.weight, module.bias)]
+        else:
+            whole = tuple(name for kind in kinds for name in PROJECTIONS[kind])
+        if name.endswith(whole):
+            found += [(p, torch.ones_like(p)) for p in (module.weight, module.bias) if p is not None]
+    return found
 
 
-def slow_sgd(hf_model, prompts: Prompts, n_targets: list[int], architecture: str) -> list[float]:
+def fused_mask(architecture: str, parameter: torch.Tensor, kinds: str) -> torch.Tensor:
+    """Where a fused projection keeps these kinds: GPT-2 in columns of its transposed layer, NeoX in rows by head."""
+    mask = torch.zeros_like(parameter)
+    for at, kind in enumerate("QKV"):
+        if kind in kinds and architecture == "gpt2":
+            mask[..., 32 * at : 32 * (at + 1)] = 1
+        elif kind in kinds:
+            mask.view(4, 3, 8, -1)[:, at] = 1
+    return mask
+
+
+def slow_loss(logits: torch.Tensor, ids: torch.Tensor, n_targets: int) -> torch.Tensor:
+    log_probs = logits[0, :-1].log_softmax(-1)
+    return -log_probs.gather(1, ids[0, 1:, None])[-n_targets:].mean()
+
+
+def slow_sgd(
+    hf_model: Any, prompts: Prompts, n_targets: list[int], architecture: str, trained: str = "key-value"
+) -> list[float]:
     """The reference: SGD on the Hugging Face model itself, every other gradient thrown away."""
-    if architecture in FUSED:
-        trained = FUSED[architecture](hf_model)
-    else:
-        named = [(name, module) for name, module in hf_model.named_modules() if name.endswith(("k_proj", "v_proj"))]
-        trained = [(module, lambda gradient: None) for _, module in named]
     losses = []
     for tokens, targets in zip(prompts.demonstrations, n_targets, strict=True):
         ids = torch.tensor([[*prompts.start, *tokens]])
-        log_probs = hf_model(ids).logits[0, :-1].log_softmax(-1)
-        loss = -log_probs.gather(1, ids[0, 1:, None])[-targets:].mean()
+        loss = slow_loss(hf_model(ids).logits, ids, targets)
         hf_model.zero_grad()
         loss.backward()
         losses.append(loss.item())
         with torch.no_grad():
-            for module, hide_query in trained:
-                for parameter in (module.weight, module.bias):
-                    if parameter is not None:
-                        hide_query(parameter.grad)
-                        parameter -= LR * parameter.grad
+            for parameter, mask in movable(hf_model, architecture, trained):
+                assert parameter.grad is not None
+                parameter -= LR * mask * parameter.grad
     return losses
 
 
-@pytest.mark.parametrize("loss", ["all", "label"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm", "qwen3"])
-def test_finetuning_equals_sgd_on_the_bare_model(
-    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, loss
+def slow_full_batch(hf_model: Any, prompts: Prompts, architecture: str) -> list[float]:
+    """The reference: one step of gradient descent on the sum of the demonstrations' losses."""
+    batch = [torch.tensor([[*prompts.start, *tokens]]) for tokens in prompts.demonstrations]
+    losses = [slow_loss(hf_model(ids).logits, ids, ids.shape[1] - 1) for ids in batch]
+    moving = movable(hf_model, architecture, "key-value")
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), [parameter for parameter, _ in moving])
+    with torch.no_grad():
+        for (parameter, mask), gradient in zip(moving, gradients, strict=True):
+            parameter -= LR * mask * gradient
+    return [loss.item() for loss in losses]
+
+
+def slow_layer_causal(hf_model: Any, prompts: Prompts, n_targets: list[int], architecture: str) -> list[float]:
+    """The reference: each layer's gradient of the loss of its own output, read as the last layer's is.
+
+    Nothing is cut off: a layer's loss does not know of the layers above it, and of its gradient only the layer's own
+    parameters are asked for.
+    """
+    layers, norm = {
+        "gpt2": lambda: (hf_model.transformer.h, hf_model.transformer.ln_f),
+        "neox": lambda: (hf_model.gpt_neox.layers, hf_model.gpt_neox.final_layer_norm),
+    }.get(architecture, lambda: (hf_model.model.layers, hf_model.model.norm))()
+    outputs: list[torch.Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda m, args, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    moving = movable(hf_model, architecture, "key-value")
+    per_layer = len(moving) // len(layers)
+    losses = []
+    for tokens, targets in zip(prompts.demonstrations, n_targets, strict=True):
+        outputs.clear()
+        ids = torch.tensor([[*prompts.start, *tokens]])
+        losses.append(slow_loss(hf_model(ids).logits, ids, targets).item())
+        steps = []
+        for index, output in enumerate(outputs):
+            logits = hf_model.get_output_embeddings()(norm(output))
+            cap = getattr(hf_model.config, "final_logit_softcapping", None)
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            own = moving[index * per_layer : (index + 1) * per_layer]
+            gradients = torch.autograd.grad(
+                slow_loss(logits, ids, targets), [parameter for parameter, _ in own], retain_graph=True
+            )
+            steps += [(*pair, gradient) for pair, gradient in zip(own, gradients, strict=True)]
+        with torch.no_grad():
+            for parameter, mask, gradient in steps:
+                parameter -= LR * mask * gradient
+    return losses
+
+
+def targets_of(prompts: Prompts, loss: str) -> list[int]:
+    lengths = list(prompts.demonstration_label_lengths)
+    return [len(tokens) for tokens in prompts.demonstrations] if loss == "all" else lengths
+
+
+def hold_against(
+    twin: Any, expected: list[float], model: icl.Model, prompts: Prompts, delta: icl.WeightDelta, accuracy: float
 ) -> None:
-    dtype = torch.float32 if architecture == "xglm" else torch.float64  # XGLM's mask overflows at float64
-    # Rotary attention takes its softmax in float32 also at float64.
-    accuracy = {"xglm": 1e-4, "llama": 1e-5, "qwen3": 1e-5}.get(architecture, 1e-8)
-    model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
-    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
-    lengths = prompts.demonstration_label_lengths
-    n_targets = [len(tokens) for tokens in prompts.demonstrations] if loss == "all" else list(lengths)
-    expected = slow_sgd(twin, prompts, n_targets, architecture)
-    delta = icl.finetune(model, prompts, lr=LR, loss=loss, progress=False)
+    """The delta's losses against the reference's, and what the model does with it against the finetuned twin."""
     torch.testing.assert_close(delta.losses, torch.tensor(expected, dtype=torch.float64), atol=accuracy, rtol=accuracy)
     ids = torch.tensor([[*prompts.start, *prompts.queries[0]]])
     with torch.no_grad():
@@ -74,9 +145,115 @@ def test_finetuning_equals_sgd_on_the_bare_model(
         assert (before - tuned).abs().max() > 1e-3, "finetuning is meant to change the logits"
 
 
+@pytest.mark.parametrize("loss", ["all", "label"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm", "qwen3"])
+def test_finetuning_equals_sgd_on_the_bare_model(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, loss: Loss
+) -> None:
+    dtype = dtype_of(architecture)
+    model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    expected = slow_sgd(twin, prompts, targets_of(prompts, loss), architecture)
+    delta = icl.finetune(model, prompts, lr=LR, loss=loss, progress=False)
+    hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+
+
+@pytest.mark.parametrize("trained", ["key", "value", "attention"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm", "qwen3"])
+def test_other_projections_equal_sgd_restricted_to_them(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, trained: Trained
+) -> None:
+    dtype = dtype_of(architecture)
+    model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    expected = slow_sgd(twin, prompts, targets_of(prompts, "all"), architecture, trained)
+    delta = icl.finetune(model, prompts, lr=LR, trained=trained, progress=False)
+    hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+    moved = {kind for kind in "QKVO" if (W := getattr(delta, f"W_{kind}")) is not None and (W != 0).any()}
+    assert moved == set(KINDS[trained])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "qwen3"])
+def test_full_batch_equals_one_step_on_the_sum_of_losses(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str
+) -> None:
+    model, twin = make_model(architecture, torch.float64), make_hf_model(architecture, torch.float64)
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    expected = slow_full_batch(twin, prompts, architecture)
+    delta = icl.finetune(model, prompts, lr=LR, method="full-batch", progress=False)
+    hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+    # Its step in one go, to first order as long as SGD's together, which are other steps.
+    one_by_one = icl.finetune(model, prompts, lr=LR, progress=False)
+    assert 0.01 < (one_by_one.W_V - delta.W_V).norm() / one_by_one.W_V.norm() < 0.9
+
+
+@pytest.mark.parametrize("loss", ["all", "label"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "gemma2-window"])
+def test_layer_causal_equals_each_layers_own_gradient_on_the_bare_model(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, loss: Loss
+) -> None:
+    model, twin = make_model(architecture, torch.float64), make_hf_model(architecture, torch.float64)
+    if architecture == "gemma2-window":  # so low that it bends the logits
+        for original in (twin, cast(Any, model.bridge.original_model)):
+            original.config.final_logit_softcapping = 2.0
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    expected = slow_layer_causal(twin, prompts, targets_of(prompts, loss), architecture)
+    delta = icl.finetune(model, prompts, lr=LR, method="layer-causal", loss=loss, progress=False)
+    hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+
+
+@pytest.mark.parametrize("at_once", [1, 40])
+def test_layers_may_be_read_out_in_parts(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    model = make_model("llama", torch.float64)
+    expected = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+    monkeypatch.setattr(sys.modules["icl_dual.finetune"], "READOUT_TOKENS", at_once)
+    got = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+    torch.testing.assert_close(got.W_K, expected.W_K, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(got.W_V, expected.W_V, rtol=1e-9, atol=1e-14)
+
+
+def test_a_layer_causal_delta_knows_nothing_of_the_layers_above(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    found: dict[str, list[icl.WeightDelta]] = {"sgd": [], "layer-causal": []}
+    for altered in (False, True):
+        model = make_model("llama", torch.float64)
+        if altered:
+            with torch.no_grad():
+                for parameter in model.bridge.blocks[1].parameters():
+                    parameter.mul_(1.5)
+        for method, deltas in found.items():
+            deltas.append(icl.finetune(model, prompts, lr=LR, method=cast(Any, method), progress=False))
+    for name in ("W_K", "W_V"):
+        plain, altered_ = (getattr(delta, name) for delta in found["layer-causal"])
+        torch.testing.assert_close(altered_[0], plain[0], rtol=1e-9, atol=1e-14)
+        for layer in (1, 2):
+            assert relative(altered_[layer], plain[layer]) > 0.01
+        plain, altered_ = (getattr(delta, name) for delta in found["sgd"])
+        assert relative(altered_[0], plain[0]) > 0.01, "SGD's gradient does come down from above"
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_layers_that_are_read_out_otherwise_have_no_loss_of_their_own(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    model = make_model("llama")
+    before = snapshot(model)
+    cast(Any, model.bridge.original_model).config.final_logit_softcapping = 1.0  # which a Llama does not heed
+    with pytest.raises(icl.UnsupportedModelError, match=r"llama .*: expected the last layer's output to be read out"):
+        icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+    assert same(model, before)
+
+
 def snapshot(model: icl.Model) -> list[torch.Tensor]:
     fused = list(model.bridge.original_model.parameters())
-    split = [p for pair in model.key_value_projections() for module in pair for p in module.parameters()]
+    pairs = (*model.key_value_projections(), *model.query_output_projections())
+    split = [parameter for pair in pairs for module in pair for parameter in module.parameters()]
     return [parameter.detach().clone() for parameter in (*fused, *split)]
 
 
@@ -84,15 +261,19 @@ def same(model: icl.Model, before: list[torch.Tensor]) -> bool:
     return all(torch.equal(now, then) for now, then in zip(snapshot(model), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [("sgd", "key-value"), ("sgd", "attention"), ("layer-causal", "attention"), ("full-batch", "value")],
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm"])
 def test_the_model_comes_back_bit_for_bit(
-    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, method: Method, trained: Trained
 ) -> None:
     model = make_model(architecture)
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(3))
     before = snapshot(model)
     flags = [parameter.requires_grad for parameter in model.bridge.original_model.parameters()]
-    delta = icl.finetune(model, prompts, lr=LR, progress=False)
+    delta = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, progress=False)
     assert same(model, before)
     assert flags == [parameter.requires_grad for parameter in model.bridge.original_model.parameters()]
     assert all(parameter.grad is None for parameter in model.bridge.original_model.parameters())
@@ -115,32 +296,57 @@ def test_training_queries_are_recorded_before_their_own_update(
     model = make_model("llama")
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(3))
     delta = icl.finetune(model, prompts, lr=LR, progress=False)
-    assert delta.training_q.shape[1] == len(prompts.demonstration_positions) + 3, "a start token each"
+    n_tokens = len(prompts.demonstration_positions) + 3  # a start token each
+    assert delta.training_q.shape == (3, n_tokens, 4, 8)
+    assert delta.training_k.shape == (3, n_tokens, 2, 8)
     one = icl.build_prompts(model, task, task.demonstrations(3, seed=1)[:1], task.queries(3))
     after_one = icl.finetune(model, one, lr=LR, progress=False)
-    found: list[torch.Tensor] = []
 
-    def queries(tokens: tuple[int, ...]) -> torch.Tensor:
-        found.clear()
+    def keep(found: list[torch.Tensor], module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        found.append(output[0])
+
+    def projected(tokens: tuple[int, ...]) -> list[torch.Tensor]:
+        """Queries and keys of a demonstration by the model as it is now, before rotation."""
+        found: dict[str, list[torch.Tensor]] = {"q_proj": [], "k_proj": []}
+        handles = []
+        for path, module in model.bridge.original_model.named_modules():
+            name = path.removesuffix("._original_component").split(".")[-1]
+            if name in found and isinstance(module, nn.Linear):
+                handles.append(module.register_forward_hook(partial(keep, found[name])))
         with torch.no_grad():
-            model.run(
-                torch.tensor([[*prompts.start, *tokens]]),
-                on_attention=lambda layer, attention: found.append(attention.q_content[0]),
-            )
-        return torch.stack(found)
+            model.run(torch.tensor([[*prompts.start, *tokens]]))
+        for handle in handles:
+            handle.remove()
+        return [torch.stack(outputs).unflatten(-1, (-1, 8)) for outputs in found.values()]
 
     first, second = prompts.demonstrations[:2]
     n_first, n_second = len(first) + 1, len(second) + 1
-    torch.testing.assert_close(delta.training_q[:, :n_first], queries(first))
+    recorded = delta.training_q, delta.training_k
+    for got, expected in zip(recorded, projected(first), strict=True):
+        torch.testing.assert_close(got[:, :n_first], expected)
     with after_one.applied(model):
-        torch.testing.assert_close(delta.training_q[:, n_first : n_first + n_second], queries(second))
+        for got, expected in zip(recorded, projected(second), strict=True):
+            torch.testing.assert_close(got[:, n_first : n_first + n_second], expected)
+    assert not torch.allclose(delta.training_k[:, n_first : n_first + n_second], projected(second)[1])
 
 
-def test_deltas_save_and_load(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:
-    delta = icl.finetune(llama, prompts, lr=LR, progress=False)
+@pytest.mark.parametrize("trained", get_args(Trained))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_deltas_save_and_load(
+    models_by_architecture: Callable[[str], icl.Model],
+    prompts: Prompts,
+    tmp_path: Path,
+    architecture: str,
+    trained: Trained,
+) -> None:
+    model = models_by_architecture(architecture)
+    delta = icl.finetune(model, prompts, lr=LR, method="full-batch", trained=trained, progress=False)
+    assert (delta.W_Q is not None) == (delta.W_O is not None) == (trained == "attention")
+    assert (delta.b_Q is not None) == (delta.b_O is not None) == (trained == "attention" and architecture == "gpt2")
     delta.save(tmp_path / "delta")
     loaded = icl.WeightDelta.load(tmp_path / "delta")
     assert vars(loaded).keys() == vars(delta).keys()
+    assert (loaded.method, loaded.trained) == ("full-batch", trained)
     for name, value in vars(delta).items():
         got = getattr(loaded, name)
         assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
@@ -184,9 +390,129 @@ def test_an_exploded_loss_is_divergence(llama: icl.Model, prompts: Prompts, monk
     losses = icl.finetune(llama, prompts, lr=LR, progress=False).losses.tolist()
     limit = sorted(losses)[-2] + 1e-6
     module = sys.modules["icl_dual.finetune"]
-    monkeypatch.setattr(module, "EXPLODED_LOSS", limit / math.log(llama.d_vocab))
+    assert losses[0] > math.log(llama.d_vocab), "it begins with knowing less than nothing"
+    monkeypatch.setattr(module, "EXPLODED_LOSS", limit / losses[0])
     with pytest.raises(icl.DivergedError, match=rf"step {1 + losses.index(max(losses))} of 4 with lr=0\.05"):
         icl.finetune(llama, prompts, lr=LR, progress=False)
+
+
+def test_a_model_that_begins_far_from_knowing_anything_is_finetuned_all_the_same(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        cast(Any, model.bridge.original_model).get_output_embeddings().weight.mul_(30)
+    losses = icl.finetune(model, prompts, lr=1e-5, progress=False).losses
+    assert losses.min() > sys.modules["icl_dual.finetune"].EXPLODED_LOSS * math.log(model.d_vocab)
+
+
+@pytest.mark.parametrize("method", ["full-batch", "layer-causal"])
+def test_other_methods_diverge_too(llama: icl.Model, prompts: Prompts, method: Method) -> None:
+    with pytest.raises(icl.DivergedError, match=r"step \d of 4 with lr=10000: loss .* weights changed"):
+        icl.finetune(llama, prompts, lr=1e4, method=method, progress=False)
+
+
+@pytest.mark.parametrize("option", ["loss", "method", "trained"])
+def test_unknown_options_are_refused_with_those_there_are(llama: icl.Model, prompts: Prompts, option: str) -> None:
+    unchecked: Any = getattr(icl.finetune, "__wrapped__", icl.finetune)
+    with pytest.raises(ValueError, match=rf"expected {option} out of \('.*'\), got 'adam'"):
+        unchecked(llama, prompts, lr=LR, **{option: "adam"})
+
+
+@pytest.mark.parametrize("trained", ["key", "value"])
+def test_factors_ask_for_keys_and_values_both(llama: icl.Model, prompts: Prompts, trained: Trained) -> None:
+    with pytest.raises(ValueError, match=rf"expected keys and values to be trained .* got trained='{trained}'"):
+        icl.finetune(llama, prompts, lr=LR, trained=trained, factors=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [("full-batch", "key-value"), ("layer-causal", "key-value"), ("sgd", "attention"), ("layer-causal", "attention")],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_factors_make_up_the_delta_of_any_method(
+    make_model: Callable[..., icl.Model], prompts: Prompts, architecture: str, method: Method, trained: Trained
+) -> None:
+    model = make_model(architecture, torch.float64)
+    delta = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, factors=True, progress=False)
+    factors = delta.factors
+    assert factors is not None
+    assert factors.residual < 1e-9
+    for W, b, e in ((delta.W_K, delta.b_K, factors.e_K), (delta.W_V, delta.b_V, factors.e_V)):
+        for layer in range(3):
+            made = sum(np.outer(*pair) for pair in zip(e[layer].numpy(), factors.x[layer].numpy(), strict=True))
+            np.testing.assert_allclose(made, W[layer].numpy(), rtol=1e-8, atol=1e-10 * W[layer].abs().max().item())
+        if b is not None:
+            torch.testing.assert_close(e.sum(1), b, rtol=1e-8, atol=1e-12)
+    lengths = [len(tokens) + 1 for tokens in prompts.demonstrations]
+    assert factors.steps.tolist() == [step for step, n in enumerate(lengths) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def all_attention(models_by_architecture: Callable[[str], icl.Model], prompts: Prompts) -> icl.WeightDelta:
+    model = models_by_architecture("gpt2")
+    return icl.finetune(model, prompts, lr=LR, trained="attention", progress=False)
+
+
+MOVED = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+
+
+def test_random_directions_are_as_long_and_unrelated(all_attention: icl.WeightDelta) -> None:
+    turned = [all_attention.randomised(seed) for seed in range(40)]
+    for name in MOVED:
+        moved = getattr(all_attention, name)
+        for layer in range(3):
+            own = moved[layer].double().flatten()
+            drawn = torch.stack([getattr(delta, name)[layer].double().flatten() for delta in turned])
+            torch.testing.assert_close(drawn.norm(dim=1), own.norm().expand(40), rtol=1e-5, atol=0)
+            if name == "b_K":  # which softmax does not see: it has moved by rounding at most
+                assert own.norm() < 1e-6
+                continue
+            cosines = drawn @ own / (drawn.norm(dim=1) * own.norm())
+            n = len(own)
+            assert abs(cosines.mean()) < 4 / math.sqrt(40 * n), (name, layer)
+            assert 0.5 / math.sqrt(n) < cosines.std() < 2 / math.sqrt(n), (name, layer)
+            centre = drawn.mean() / drawn.std()
+            assert abs(centre) < 4 / math.sqrt(40 * n), (name, layer)
+
+
+def test_random_directions_are_their_seeds_and_all_else_stays(all_attention: icl.WeightDelta) -> None:
+    first, again, other = (all_attention.randomised(seed) for seed in (1, 1, 2))
+    for name, value in vars(all_attention).items():
+        got = getattr(first, name)
+        if name in MOVED:
+            assert torch.equal(got, getattr(again, name))
+            assert not torch.equal(got, getattr(other, name))
+            assert (got.shape, got.dtype) == (value.shape, value.dtype)
+        else:
+            assert got is value
+    assert not torch.equal(first.W_K, first.W_V), "every matrix has a direction of its own"
+
+
+def test_a_random_delta_is_applied_and_taken_off_like_any(
+    models_by_architecture: Callable[[str], icl.Model], all_attention: icl.WeightDelta
+) -> None:
+    model = models_by_architecture("gpt2")
+    before, random = snapshot(model), all_attention.randomised(7)
+    assert random.W_O is not None
+    outputs: list[Any] = [output for _, output in model.query_output_projections()]
+    own = [output.weight.detach().clone() for output in outputs]
+    with random.applied(model):
+        for layer, output in enumerate(outputs):
+            assert torch.equal(output.weight, own[layer] + random.W_O[layer])
+    assert same(model, before)
+
+
+def test_what_did_not_move_stays_still_in_random_directions(llama: icl.Model, prompts: Prompts) -> None:
+    delta = icl.finetune(llama, prompts, lr=LR, trained="key", progress=False)
+    random = delta.randomised(1)
+    assert (random.W_V == 0).all()
+    assert random.W_Q is random.b_V is None
+    assert not torch.equal(random.W_K, delta.W_K)
+
+
+def test_a_random_delta_has_no_factors(llama: icl.Model, prompts: Prompts) -> None:
+    assert icl.finetune(llama, prompts, lr=LR, factors=True, progress=False).randomised(1).factors is None
 
 
 def test_nothing_to_train_on_is_refused(llama: icl.Model, prompts: Prompts) -> None:
@@ -213,6 +539,27 @@ def test_half_precision_steps_are_taken_on_float32_copies(
     expected = icl.finetune(model_of(make_model, model), prompts, lr=1e-3, progress=False)
     same_way = torch.nn.functional.cosine_similarity(found.W_V.float().flatten(), expected.W_V.flatten(), dim=0)
     assert same_way > at_least
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("trained", ["key-value", "attention"])
+def test_half_precision_finetunes_by_any_method(
+    make_model: Callable[..., icl.Model], task: icl.Task, method: Method, trained: Trained
+) -> None:
+    model = make_model("llama", torch.bfloat16)
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(2))
+    before = snapshot(model)
+    found = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, progress=False)
+    assert same(model, before)
+    whole = model_of(make_model, model)
+    expected = icl.finetune(whole, prompts, lr=LR, method=method, trained=trained, progress=False)
+    for kind in KINDS[trained]:
+        got, wanted = (getattr(delta, f"W_{kind}") for delta in (found, expected))
+        assert got.dtype == torch.bfloat16
+        assert nn.functional.cosine_similarity(got.float().flatten(), wanted.flatten(), dim=0) > 0.9
+    with found.applied(model):
+        assert not same(model, before)
+    assert same(model, before)
 
 
 def model_of(make_model: Callable[..., icl.Model], half: icl.Model) -> icl.Model:

@@ -1,6 +1,9 @@
+import copy
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -16,6 +21,7 @@ from transformers import (
 )
 
 import icl_dual as icl
+from icl_dual.models import Control
 
 
 def boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
@@ -139,3 +145,300 @@ def test_a_training_model_comes_back_training(make_model: Callable[..., icl.Mode
     bridge.train()
     icl.capture(icl.Model(bridge, name="llama"), prompts, progress=False)
     assert bridge.training
+
+
+NO_ROTATION = ("gpt2", "gptneo-window", "opt", "xglm", "bloom")
+NORM = re.compile(r"norm|\.ln_")
+
+
+def weights(model: icl.Model) -> dict[str, torch.Tensor]:
+    """A model's weights, under the names that they have without a bridge."""
+    named = {name.replace("._original_component", ""): p for name, p in model.bridge.original_model.named_parameters()}
+    qkv, output = ("c_attn", "c_proj") if model.architecture == "GPT2LMHeadModel" else ("query_key_value", "dense")
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in named.items():
+        *within, part, kind = name.split(".")
+        if ".".join([*within, "qkv", kind]) in named:  # beside what the bridge has split out of it
+            if part not in ("qkv", "o"):
+                continue
+            name = ".".join([*within, qkv if part == "qkv" else output, kind])
+        found[name] = parameter.detach()
+    return found
+
+
+def plain_model(model: icl.Model, seed: int = 0) -> PreTrainedModel:
+    """A model of the same class and configuration, as anyone would construct it."""
+    config: Any = copy.deepcopy(model.bridge.original_model.config)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(cast(Any, model.bridge.original_model))(config).eval()
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a weight belongs to a layer's attention or MLP, by its name."""
+    return bool(re.search(r"\.\d+\.", name)) and not NORM.search(name)
+
+
+def snapshot(model: icl.Model) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.bridge.original_model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def control_of(models_by_architecture: Callable[[str], icl.Model]) -> Callable[[str, Any], icl.Model]:
+    """One shared control of each kind an architecture, by seed 3."""
+    made: dict[tuple[str, Any], icl.Model] = {}
+
+    def get(architecture: str, control: Any) -> icl.Model:
+        if (architecture, control) not in made:
+            made[architecture, control] = icl.control_model(models_by_architecture(architecture), control, seed=3)
+        return made[architecture, control]
+
+    return get
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_untrained_weights_are_distributed_as_a_plainly_constructed_models(
+    control_of: Callable[..., icl.Model], architecture: str
+) -> None:
+    control = control_of(architecture, "untrained")
+    expected = {name: parameter.detach() for name, parameter in plain_model(control).named_parameters()}
+    got = weights(control)
+    assert got.keys() == expected.keys()
+    for name, plain in expected.items():
+        if plain.min() == plain.max():
+            assert torch.equal(got[name], plain), name
+            continue
+        error = 1 / math.sqrt(plain.numel())  # of the ratio of two deviations, and of the mean, for normal draws
+        assert got[name].std() / plain.std() == pytest.approx(1, abs=4.5 * error), name
+        assert abs((got[name].mean() - plain.mean()) / plain.std()) < 4.5 * math.sqrt(2) * error, name
+        assert torch.equal(got[name] == 0, plain == 0), name  # padding's row of an embedding
+        assert not torch.equal(got[name], plain), name
+
+
+@pytest.mark.parametrize("control", get_args(Control))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_control_runs_as_a_plain_model_of_its_weights(
+    control_of: Callable[..., icl.Model], architecture: str, control: Control
+) -> None:
+    model = control_of(architecture, control)
+    twin, own = plain_model(model), weights(model)
+    ids = torch.arange(120).view(2, 60)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(own[name])
+        expected = cast(Any, twin)(ids).logits
+        torch.testing.assert_close(model.run(ids), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_blocks_keep_embeddings_and_norms_and_draw_all_else_as_untrained(
+    models_by_architecture: Callable[[str], icl.Model], control_of: Callable[..., icl.Model], architecture: str
+) -> None:
+    model = models_by_architecture(architecture)
+    trained = weights(model)
+    got, untrained = (weights(control_of(architecture, kind)) for kind in ("random-blocks", "untrained"))
+    assert got.keys() == trained.keys()
+    assert {in_blocks(name) for name in got} == {True, False}
+    for name, tensor in got.items():
+        if in_blocks(name):
+            assert torch.equal(tensor, untrained[name]), name
+            assert not torch.equal(tensor, trained[name]), name
+        else:
+            assert tensor.data_ptr() == trained[name].data_ptr(), name
+            assert torch.equal(tensor, trained[name]), name
+    projections = [control_of(architecture, "random-blocks"), model]
+    for ours, others in zip(*(one.key_value_projections() for one in projections), strict=True):
+        assert not any(torch.equal(a.weight, b.weight) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_controls_tie_what_the_trained_model_ties(
+    models_by_architecture: Callable[[str], icl.Model], control_of: Callable[..., icl.Model], architecture: str
+) -> None:
+    def tied(model: icl.Model) -> bool:
+        original: Any = model.bridge.original_model
+        return original.get_output_embeddings().weight is original.get_input_embeddings().weight
+
+    trained = tied(models_by_architecture(architecture))
+    assert [tied(control_of(architecture, kind)) for kind in get_args(Control)] == [trained, trained]
+
+
+def test_models_tested_as_controls_are_some_tied_and_some_not(
+    models_by_architecture: Callable[[str], icl.Model],
+) -> None:
+    configs: list[Any] = [models_by_architecture(name).bridge.original_model.config for name in ARCHITECTURES]
+    assert {bool(config.tie_word_embeddings) for config in configs} == {True, False}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptoss-window"])
+def test_a_controls_draw_is_its_seeds(
+    models_by_architecture: Callable[[str], icl.Model], control_of: Callable[..., icl.Model], architecture: str
+) -> None:
+    first = control_of(architecture, "untrained")
+    again, other = (icl.control_model(models_by_architecture(architecture), "untrained", seed=seed) for seed in (3, 4))
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+        if tensor.min() < tensor.max():
+            assert not torch.equal(tensor, weights(other)[name]), name
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_drawing_a_control_touches_no_random_state_and_no_trained_weight(
+    make_model: Callable[..., icl.Model], prompts: icl.Prompts
+) -> None:
+    model = make_model("llama")
+    before, fingerprint = snapshot(model), model.fingerprint()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    controls = [icl.control_model(model, kind, seed=1) for kind in get_args(Control)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for control in controls:
+        own = snapshot(control)
+        delta = icl.finetune(control, prompts, lr=0.05, progress=False)
+        assert (delta.W_V != 0).any()
+        with delta.applied(control):
+            assert model.fingerprint() == fingerprint
+        assert all(map(torch.equal, snapshot(control), own))
+    assert all(map(torch.equal, snapshot(model), before))
+    assert model.fingerprint() == fingerprint
+
+
+def test_a_control_says_what_it_is(control_of: Callable[..., icl.Model], llama: icl.Model) -> None:
+    control = control_of("llama", "random-blocks")
+    assert control.name == "llama (random-blocks, seed 3)"
+    assert control.provenance == f"{llama.provenance}, random-blocks, seed 3"
+    assert control.fingerprint() != llama.fingerprint()
+
+
+def test_a_control_has_its_models_dtype(make_model: Callable[..., icl.Model]) -> None:
+    control = icl.control_model(make_model("llama", torch.bfloat16), "random-blocks", seed=0)
+    assert {parameter.dtype for parameter in control.parameters()} == {torch.bfloat16}
+    assert control.fingerprint().startswith("bfloat16:")
+
+
+@pytest.mark.parametrize("control", get_args(Control))
+def test_a_weight_that_its_class_does_not_initialise_is_refused(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, control: Control
+) -> None:
+    class Gated(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.gate = torch.nn.Parameter(torch.ones(3))
+
+    Gated.__name__ = "LlamaForCausalLM"
+    gated = Gated(cast(LlamaConfig, make_hf_model("llama").config)).eval()
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"gated: .* initialise all its weights, got none for 'gate' \(1 in all\)"
+    ):
+        icl.control_model(icl.Model(boot(gated, tokenizer), name="gated"), control, seed=0)
+
+
+def test_a_matrix_outside_of_attention_and_mlp_is_refused_between_random_blocks(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class Wired(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            cast(Any, self.model.layers[1]).bypass = torch.nn.Linear(4, 4)
+
+    Wired.__name__ = "LlamaForCausalLM"
+    wired = Wired(cast(LlamaConfig, make_hf_model("llama").config)).eval()
+    model = icl.Model(boot(wired, tokenizer), name="wired")
+    with pytest.raises(icl.UnsupportedModelError, match=r"wired .* layer 1: expected attention and MLP .*bypass"):
+        icl.control_model(model, "random-blocks", seed=0)
+    assert icl.control_model(model, "untrained", seed=0).fingerprint() != model.fingerprint()
+
+
+def test_a_model_that_is_not_transformers_own_has_no_untrained_control(
+    make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    monkeypatch.setattr(type(model.bridge), "original_model", property(lambda self: torch.nn.Linear(2, 2)))
+    with pytest.raises(icl.UnsupportedModelError, match=r"expected a transformers model, .* got Linear"):
+        icl.control_model(model, "untrained", seed=0)
+
+
+def test_an_unknown_control_is_refused(llama: icl.Model) -> None:
+    unchecked: Any = getattr(icl.control_model, "__wrapped__", icl.control_model)
+    with pytest.raises(ValueError, match=r"expected a control out of \('untrained', 'random-blocks'\), got 'shuffled'"):
+        unchecked(llama, "shuffled", seed=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_last_residual_unembeds_to_the_logits(
+    make_model: Callable[..., icl.Model], models_by_architecture: Callable[[str], icl.Model], architecture: str
+) -> None:
+    capped = architecture == "gemma2-window"
+    model = make_model(architecture) if capped else models_by_architecture(architecture)
+    residuals: list[torch.Tensor] = []
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        if capped:
+            cast(Any, model.bridge.original_model).get_output_embeddings().weight.mul_(30)
+        model.run(ids, on_residual=lambda layer, residual: residuals.append(residual))
+        logits = model.run(ids)
+        assert len(residuals) == model.n_layers
+        torch.testing.assert_close(model.unembed(residuals[-1]), logits)
+        assert not torch.allclose(model.unembed(residuals[-2]), logits, atol=0.1)
+        if capped:
+            plain = model.bridge.unembed(model.bridge.ln_final(residuals[-1]))
+            assert logits.abs().max() <= 30 < plain.abs().max()
+
+
+def test_a_residual_can_be_replaced(llama: icl.Model) -> None:
+    """The first layer's output of other tokens: all that follows is then the other tokens' run."""
+    ids, others = torch.arange(6)[None], torch.arange(20, 26)[None]
+    kept: list[torch.Tensor] = []
+    with torch.no_grad():
+        expected = llama.run(others, on_residual=lambda layer, residual: kept.append(residual.clone()))
+        got = llama.run(ids, on_residual=lambda layer, residual: kept[0] if layer == 0 else None)
+        torch.testing.assert_close(got, expected)
+        assert not torch.allclose(llama.run(ids), expected, atol=0.1)
+
+
+def keys_of(model: icl.Model, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each layer's keys as `on_key` shows them, and as they are scored."""
+    content: list[torch.Tensor] = []
+    scored: list[torch.Tensor] = []
+    with torch.no_grad():
+        model.run(ids, on_key=lambda layer, k: content.append(k))
+        model.run(ids, on_attention=lambda layer, attention: scored.append(attention.k))
+    assert len(content) == len(scored) == model.n_layers
+    return content, scored
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_alone_are_those_scored_but_for_rotation(
+    models_by_architecture: Callable[[str], icl.Model], architecture: str
+) -> None:
+    for content, scored in zip(*keys_of(models_by_architecture(architecture), torch.arange(6)[None]), strict=True):
+        assert content.shape == scored.shape
+        stretch = scored.norm(dim=-1) / content.norm(dim=-1)  # YaRN's rotation makes all keys longer
+        assert (stretch[0, 0, 0].item() == pytest.approx(1)) == (architecture != "gptoss-window")
+        torch.testing.assert_close(stretch, stretch[0, 0, 0].expand_as(stretch))
+        torch.testing.assert_close(content[:, 0] * stretch[0, 0, 0], scored[:, 0])  # position 0 is not turned
+        assert torch.allclose(content, scored, atol=1e-5) == (architecture in NO_ROTATION)
+
+
+@pytest.mark.parametrize(("architecture", "module"), [("llama", "k_proj"), ("qwen3", "k_norm"), ("neox", None)])
+def test_keys_alone_are_what_the_bare_model_projects_and_norms(
+    models_by_architecture: Callable[[str], icl.Model],
+    make_hf_model: Callable[..., PreTrainedModel],
+    architecture: str,
+    module: str | None,
+) -> None:
+    model, twin = models_by_architecture(architecture), make_hf_model(architecture)
+    name = module or "query_key_value"
+    found: list[torch.Tensor] = []
+    for path, part in twin.named_modules():
+        if path.endswith(name):
+            part.register_forward_hook(lambda module, args, output: found.append(output))
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        cast(Any, twin)(ids)
+    content, _ = keys_of(model, ids)
+    for got, expected in zip(content, found, strict=True):
+        if module is None:  # a head's query, key and value lie side by side
+            expected = expected.view(1, 6, model.n_heads, 3, model.d_head)[:, :, :, 1]
+        torch.testing.assert_close(got, expected.reshape(got.shape))

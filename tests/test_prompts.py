@@ -145,6 +145,40 @@ def test_the_reference_protocol_takes_its_splits_as_they_are(llama: icl.Model, r
     assert icl.build_prompts(llama, reference_task, shown, shown).gold == tuple(example.label for example in shown)
 
 
+@pytest.fixture(scope="module")
+def digits() -> icl.Task:
+    """Another task: its own template, texts and labels."""
+    rows = [{"digit": f"digit {i}", "label": i % 3} for i in range(40)]
+    return icl.Task("digits", "Number: {digit} Class:", ("zero", "one", "two"), rows)
+
+
+def test_demonstrations_of_another_task_have_its_template_and_words(
+    llama: icl.Model, task: icl.Task, digits: icl.Task, prompts: Prompts
+) -> None:
+    others = digits.demonstrations(4, seed=1)
+    got = icl.build_prompts(llama, task, others, task.queries(7), demonstration_task=digits)
+    assert {example.label for example in others} >= {1, 2}, "a label index that the task asked does not have"
+    words = [digits.label_words[example.label] for example in others]
+    texts = [f"Number: {dict(example.fields)['digit']} Class: {w}" for example, w in zip(others, words, strict=True)]
+    assert [list(tokens) for tokens in got.demonstrations] == [llama.encode(text) for text in texts]
+    assert list(got.demonstration_label_lengths) == [len(llama.encode(f" {word}")) for word in words]
+    assert got.zero_shot() == prompts.zero_shot(), "what is asked stays the task's"
+    assert got.start + got.separator == prompts.start + prompts.separator
+
+
+def test_the_task_itself_may_be_named_as_its_demonstrations(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
+    shown, asked = task.demonstrations(4, seed=1), task.queries(7)
+    assert icl.build_prompts(llama, task, shown, asked, demonstration_task=task) == prompts
+
+
+def test_another_tasks_demonstrations_count_towards_the_context(
+    llama: icl.Model, task: icl.Task, digits: icl.Task
+) -> None:
+    others = digits.demonstrations(20, seed=1) * 2
+    with pytest.raises(icl.PromptError, match=r"40 demonstrations take \d+ tokens"):
+        icl.build_prompts(llama, task, others, task.queries(3), demonstration_task=digits)
+
+
 def test_options_of_the_other_protocol_are_refused(llama: icl.Model, task: icl.Task, reference_task: icl.Task) -> None:
     with pytest.raises(icl.PromptError, match=r"by EOS alone, got separator='; '"):
         icl.build_prompts(

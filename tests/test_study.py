@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -9,6 +11,9 @@ import released
 import torch
 
 import icl_dual as icl
+from icl_dual.controls import Context
+from icl_dual.finetune import Method, Trained
+from icl_dual.models import Control
 
 study = sys.modules["icl_dual.study"]
 CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5)
@@ -201,3 +206,227 @@ def test_the_other_protocols_task_is_refused(llama: icl.Model, task: icl.Task, t
 def test_names_tell_cells_apart_and_are_plain_folders() -> None:
     hub = icl.Cell(model="openai-community/gpt2", task="sst2", k=32, seed=1, lr=1e-4)
     assert hub.name == "openai-community--gpt2_sst2_k32_seed1_lr0.0001_answer"
+
+
+@pytest.fixture
+def digits(known: list[str], monkeypatch: pytest.MonkeyPatch) -> icl.Task:
+    """Another task known by name: its own template, texts and labels, more than the toy task has."""
+    rows = [{"digit": f"digit {i}", "label": i % 3} for i in range(40)]
+    made = icl.Task("digits", "Number: {digit} Class:", ("zero", "one", "two"), rows)
+    load = study.load_task
+    monkeypatch.setattr(
+        study, "load_task", lambda name, source, **kwargs: made if name == "digits" else load(name, source, **kwargs)
+    )
+    return made
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a study runs, stage by stage: its captures by what stands in context, and its finetunings."""
+    ran: list[str] = []
+    capture, finetune = study.capture, study.finetune
+
+    def counted_capture(model: icl.Model, prompts: icl.Prompts, **kwargs: Any) -> icl.Capture:
+        ran.append("in context" if prompts.demonstrations else "zero-shot")
+        return capture(model, prompts, **kwargs)
+
+    def counted_finetune(*args: Any, **kwargs: Any) -> icl.WeightDelta:
+        ran.append("finetuning")
+        return finetune(*args, **kwargs)
+
+    monkeypatch.setattr(study, "capture", counted_capture)
+    monkeypatch.setattr(study, "finetune", counted_finetune)
+    return ran
+
+
+def same_numbers(one: icl.CellResult, other: icl.CellResult) -> None:
+    assert one.cell == other.cell
+    pd.testing.assert_frame_equal(one.to_frame(), other.to_frame(), check_exact=True)
+
+
+CELLS_OF_ONE_RUN: list[tuple[dict[str, Any], list[str]]] = [
+    *[({"context": context}, ["in context"]) for context in get_args(Context) if context != "own"],
+    ({"delta": "random"}, ["zero-shot"]),
+    ({"loss": "label"}, ["finetuning", "zero-shot"]),
+    ({"method": "layer-causal"}, ["finetuning", "zero-shot"]),
+    ({"trained": "value"}, ["finetuning", "zero-shot"]),
+    ({"lr": 0.01}, ["finetuning", "zero-shot"]),
+    ({"context": "flipped labels", "finetuned_on": "context"}, ["finetuning", "in context", "zero-shot"]),
+    ({"seed": 2}, ["finetuning", "in context", "zero-shot"]),
+    ({"n_queries": 6, "seed": 3}, ["finetuning", "in context", "zero-shot", "zero-shot"]),
+]
+
+
+@pytest.mark.parametrize(("changed", "expected"), CELLS_OF_ONE_RUN)
+def test_a_cell_runs_only_what_the_one_before_did_not_and_has_the_same_numbers(
+    known: list[str], stages: list[str], tmp_path: Path, changed: dict[str, Any], expected: list[str]
+) -> None:
+    cell = dataclasses.replace(CELL, k=5, n_queries=3)  # which each control's draw does change
+    other = dataclasses.replace(cell, **changed)
+    first, second = icl.run_study([cell, other], tmp_path / "both", progress=False)
+    whole = ["finetuning", "in context", "zero-shot", "zero-shot"]
+    assert stages == whole + expected
+    assert set(first.provenance["seconds"]) == {"ICL", "ZSL", "finetuning", "FT", "metrics"}
+    assert len(second.provenance["seconds"]) == len(expected) + 1, "and the metrics"
+    stages.clear()
+    (alone,) = icl.run_study([other], tmp_path / "alone", progress=False)
+    assert stages == whole
+    same_numbers(second, alone)
+    values, changed_to = (result.comparison.per_layer for result in (first, second))
+    assert any(not torch.equal(values[name].nan_to_num(), changed_to[name].nan_to_num()) for name in values)
+
+
+def test_a_study_returns_to_a_cells_runs_only_where_they_were_the_last(
+    known: list[str], stages: list[str], tmp_path: Path
+) -> None:
+    """One of each kind is kept: after another seed's, all runs again."""
+    cells = [CELL, dataclasses.replace(CELL, seed=2), dataclasses.replace(CELL, delta="random")]
+    icl.run_study(cells, tmp_path, progress=False)
+    again = ["finetuning", "in context", "zero-shot"]
+    assert stages == [*again, "zero-shot", *again, *again]
+
+
+def test_a_context_control_is_compared_with_the_own_finetuning(
+    known: list[str], llama: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    cell = dataclasses.replace(CELL, k=5, context="reordered")
+    (result,) = icl.run_study([cell], tmp_path, progress=False)
+    shown, asked = task.demonstrations(5, 1), task.queries(5)
+    prompts = icl.build_prompts(llama, task, shown, asked)
+    other = icl.build_prompts(llama, task, icl.relabel(shown, "reordered", 2, seed=1), asked)
+    steps = [prompts.demonstrations.index(tokens) for tokens in other.demonstrations]
+    delta = icl.finetune(llama, prompts, lr=0.05, progress=False)
+    with delta.applied(llama):
+        ft = icl.capture(llama, prompts.zero_shot(), progress=False)
+    zsl, in_context = (icl.capture(llama, one, progress=False) for one in (prompts.zero_shot(), other))
+    expected = icl.compare(zsl, in_context, ft, delta, steps=steps, seed=1)
+    assert steps != sorted(steps)
+    for metric, values in expected.per_layer.items():
+        torch.testing.assert_close(result.comparison.per_layer[metric], values, equal_nan=True)
+
+
+def test_a_cell_finetuned_on_its_context_is_the_cell_of_those_demonstrations(
+    known: list[str], llama: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    cell = dataclasses.replace(CELL, context="flipped labels", finetuned_on="context")
+    (result,) = icl.run_study([cell], tmp_path, progress=False)
+    flipped = icl.relabel(task.demonstrations(3, 1), "flipped labels", 2, seed=1)
+    prompts = icl.build_prompts(llama, task, flipped, task.queries(5))
+    delta = icl.finetune(llama, prompts, lr=0.05, progress=False)
+    assert result.provenance["losses"] == pytest.approx(delta.losses.tolist())
+    with delta.applied(llama):
+        ft = icl.capture(llama, prompts.zero_shot(), progress=False)
+    zsl, in_context = (icl.capture(llama, one, progress=False) for one in (prompts.zero_shot(), prompts))
+    expected = icl.compare(zsl, in_context, ft, delta, seed=1)
+    for metric, values in expected.per_layer.items():
+        torch.testing.assert_close(result.comparison.per_layer[metric], values, equal_nan=True)
+
+
+@pytest.mark.parametrize("control", get_args(Control))
+def test_a_control_of_weights_is_another_model_and_says_so(
+    known: list[str], llama: icl.Model, task: icl.Task, tmp_path: Path, control: Control
+) -> None:
+    cell = dataclasses.replace(CELL, weights=control)
+    first, result = icl.run_study([CELL, cell], tmp_path / "study", progress=False)
+    assert cell.model_name == f"llama ({control}, seed 1)"
+    assert result.provenance["model"] == f"unknown, {control}, seed 1"
+    assert first.provenance["model"] == "unknown"
+    assert known == ["llama", "llama"]
+    assert not torch.equal(first.comparison.per_layer["SimAOU"], result.comparison.per_layer["SimAOU"])
+    made = icl.control_model(llama, control, seed=1)
+    same_numbers(result, icl.run_cell(made, task, cell, tmp_path / "cell", progress=False))
+    icl.run_study([CELL, cell], tmp_path / "study", progress=False)
+    assert known == ["llama", "llama"], "complete"
+    with pytest.raises(icl.StudyError, match=rf"expected .*'llama \({control}, seed 1\)'.*, got \('llama'"):
+        icl.run_cell(llama, task, cell, tmp_path / "other", progress=False)
+
+
+def test_each_seed_draws_weights_of_its_own(known: list[str], tmp_path: Path) -> None:
+    cells = [dataclasses.replace(CELL, weights="untrained", seed=seed) for seed in (1, 2)]
+    results = icl.run_study(cells, tmp_path, progress=False)
+    assert [result.provenance["model"] for result in results] == [f"unknown, untrained, seed {seed}" for seed in (1, 2)]
+
+
+def test_another_tasks_demonstrations_stand_in_context(
+    known: list[str], digits: icl.Task, llama: icl.Model, task: icl.Task, stages: list[str], tmp_path: Path
+) -> None:
+    cell = dataclasses.replace(CELL, context_task="digits")
+    first, result = icl.run_study([CELL, cell], tmp_path, keep_recordings=True, progress=False)
+    assert stages[4:] == ["in context"]
+    others = digits.demonstrations(3, 1)
+    prompts = icl.build_prompts(llama, task, others, task.queries(5), demonstration_task=digits)
+    in_context = icl.capture(llama, prompts, progress=False)
+    assert torch.equal(result.comparison.predictions["ICL"], in_context.predictions)
+    assert result.provenance["prefix_tokens"] == len(prompts.prefix) != first.provenance["prefix_tokens"]
+    assert result.provenance["losses"] == first.provenance["losses"]
+    for name in ("Kendall", "Kendall on keys", "Kendall by demonstration"):
+        assert result.comparison.per_layer[name].isnan().all(), "nothing in context was finetuned on"
+    assert result.comparison.per_layer["SimAOU"].isfinite().all()
+    for name in ("ZSL", "FT"):
+        assert torch.equal(result.comparison.label_log_probs[name], first.comparison.label_log_probs[name])
+    again = icl.compare_recordings(result.recordings(), seed=1)
+    for name, values in result.comparison.per_layer.items():
+        assert torch.equal(again.per_layer[name].nan_to_num(), values.nan_to_num()), name
+
+
+def test_another_context_task_than_the_cells_is_refused(
+    digits: icl.Task, llama: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    cell = dataclasses.replace(CELL, context_task="digits")
+
+    def refused(message: str, cell: icl.Cell, context_task: icl.Task | None) -> None:
+        with pytest.raises(icl.StudyError, match=message):
+            icl.run_cell(llama, task, cell, tmp_path / "cell", context_task=context_task, progress=False)
+
+    refused("expected context_task 'digits', got None", cell, None)
+    refused("expected context_task 'digits', got 'toy'", cell, task)
+    refused("expected context_task None, got 'digits'", CELL, digits)
+    for changed in ({"context": "reordered"}, {"finetuned_on": "context"}):
+        refused("demonstrations as they are, in context alone", dataclasses.replace(cell, **changed), digits)
+
+
+def test_controls_and_variants_have_names_and_folders_of_their_own(
+    known: list[str], digits: icl.Task, tmp_path: Path
+) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"weights": control} for control in get_args(Control)),
+        *({"context": context} for context in get_args(Context) if context != "own"),
+        {"context_task": "digits"},
+        {"context": "shuffled labels", "finetuned_on": "context"},
+        {"loss": "label"},
+        *({"method": method} for method in get_args(Method) if method != "sgd"),
+        *({"trained": trained} for trained in get_args(Trained) if trained != "key-value"),
+        {"delta": "random"},
+        {"delta": "random", "loss": "label"},
+        {"weights": "untrained", "context": "reordered"},
+    ]
+    cells = [dataclasses.replace(CELL, k=2, n_queries=2, **changed) for changed in changes]
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert all(" " not in cell.name and "/" not in cell.name for cell in cells)
+    assert cells[0].variation == {}
+    assert all(set(cell.variation) == set(changed) for cell, changed in zip(cells, changes, strict=True))
+    results = icl.run_study(cells, tmp_path, progress=False)
+    assert [result.cell for result in results] == cells
+    assert {path.name for path in tmp_path.iterdir()} == {cell.name for cell in cells}
+    loaded = [icl.load_cell(tmp_path / cell.name) for cell in cells]
+    assert [result.cell for result in loaded] == cells
+
+
+def test_a_random_delta_moves_as_far_as_the_finetuned_one(
+    known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltas: list[icl.WeightDelta] = []
+    compare: Callable[..., icl.Comparison] = study.compare
+
+    def kept(zsl: Any, in_context: Any, ft: Any, delta: icl.WeightDelta, **kwargs: Any) -> icl.Comparison:
+        deltas.append(delta)
+        return compare(zsl, in_context, ft, delta, **kwargs)
+
+    monkeypatch.setattr(study, "compare", kept)
+    first, second = icl.run_study([CELL, dataclasses.replace(CELL, delta="random")], tmp_path, progress=False)
+    finetuned, random = deltas
+    torch.testing.assert_close(random.W_V.flatten(1).norm(dim=1), finetuned.W_V.flatten(1).norm(dim=1))
+    assert not torch.allclose(random.W_V, finetuned.W_V)
+    assert torch.equal(first.comparison.label_log_probs["ICL"], second.comparison.label_log_probs["ICL"])
+    assert not torch.equal(first.comparison.label_log_probs["FT"], second.comparison.label_log_probs["FT"])

@@ -289,6 +289,15 @@ def test_factors_that_do_not_make_up_the_delta_are_refused(
     handle.remove()
 
 
+def test_a_delta_of_all_attention_is_refused(llama_runs: Runs) -> None:
+    options: dict[str, Any] = {"lr": LR, "progress": False}
+    whole = icl.finetune(llama_runs.model, llama_runs.prompts, trained="attention", **options)
+    with pytest.raises(ValueError, match=r"expected a delta of keys and values, .* Finetune with trained='key-value'"):
+        llama_runs.compare(delta=whole)
+    values = icl.finetune(llama_runs.model, llama_runs.prompts, trained="value", **options)
+    assert llama_runs.compare(delta=values).cosine.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "wrong"), [("K", 0.0), ("V", -1.0), ("K", 1.1)])
 def test_wrong_factors_are_seen_at_any_learning_rate(
