@@ -187,7 +187,7 @@ def _run_cell(
     demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
     queries = task.queries(cell.n_queries, split=cell.split)
     prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=cell.reference_k_mismatch)
-    shown, steps = prompts, None
+    shown, steps, changed = prompts, None, demonstrations
     if context_task is not None:
         others = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
         shown = build_prompts(model, task, others, queries, demonstration_task=context_task)
@@ -220,6 +220,7 @@ def _run_cell(
         "prefix_tokens": len(shown.prefix),
         "query_tokens": sum(map(len, prompts.rows)),
         "k_in_context": len(shown.demonstrations),
+        "labels_changed": sum(one.label != own.label for one, own in zip(changed, demonstrations, strict=True)),
         "shared_texts": len(shared_texts(demonstrations, queries)),
         "label_words": task.label_words,
         "losses": delta.losses.tolist(),
