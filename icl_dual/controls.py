@@ -46,8 +46,9 @@ def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, 
     Args:
         demonstrations: what to change.
         context: `shuffled labels` deals the labels that there are to the demonstrations anew, `random labels` draws
-            each from all labels (of few demonstrations, either may leave all as they are), `flipped labels` makes every label wrong by one rule (with two labels, each becomes
-            the other; with more, all go on by the same drawn number), `reordered` leaves labels alone.
+            each from all labels (of few demonstrations, either may leave all as they are), `flipped labels` makes every
+            label wrong by one rule (with two labels, each becomes the other; with more, all go on by the same drawn
+            number), `reordered` leaves labels alone.
         n_labels: how many labels the task has.
         seed: of the draw.
 
