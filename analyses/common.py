@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import matplotlib
 
@@ -78,17 +78,19 @@ def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
     except KeyError:
         options = variant.variation.keys() & {"loss", "method", "trained"} if variant else ()
         flags = "".join(f" --{option} {getattr(variant, option)}" for option in sorted(options))
+        known = "; ".join(f"{of} on {', '.join(tasks)}" for of, tasks in chosen.items())
         raise icl.StudyError(
-            f"no learning rate was chosen for {name!r} on {task} (only for "
-            f"{'; '.join(chosen)}): pass --lr, or choose one on selection queries with "
-            f"python analyses/select_lr.py --model {model} --tasks {task}{flags}"
+            f"no learning rate was chosen for {name!r} on {task} (only for {known}): pass --lr, or choose one on "
+            f"selection queries with python analyses/select_lr.py --model {model} --tasks {task}{flags}"
         ) from None
 
 
-def panels(n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True) -> tuple[Figure, list[list[Axes]]]:
+def panels(
+    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all"] = "row"
+) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
     size = max(7.5, 1.2 + 2.6 * n), 0.8 + height * rows
-    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=sharex, sharey="row")
+    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=sharex, sharey=sharey)
     return fig, [list(row) for row in axes]
 
 

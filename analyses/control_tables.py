@@ -13,7 +13,7 @@ from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.controls import PAIRS
-from icl_dual.intervals import Interval, Paired, average, bootstrap, paired_test, wilson
+from icl_dual.intervals import Interval, Paired, estimate, paired_test
 
 CLAIM = "ICL and FT"
 NULLS = {
@@ -42,13 +42,13 @@ MODELS: dict[str, dict[str, Any]] = {
 WEIGHTS: dict[str, dict[str, Any]] = {"random ΔW of FT's size": {"delta": "random"}}
 CONTEXTS: dict[str, dict[str, Any]] = {
     "ICL on shuffled labels": {"context": "shuffled labels"},
-    "ICL on flipped labels": {"context": "flipped labels"},
     "ICL on random labels": {"context": "random labels"},
     "ICL on another task": {"context_task": "agnews"},
+    "ICL on flipped labels": {"context": "flipped labels"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ICL on another order": {"context": "reordered"},
     "both on flipped labels": {"context": "flipped labels", "finetuned_on": "context"},
+    "ICL on another order": {"context": "reordered"},
     "FT on the label's loss": {"loss": "label"},
     "FT by one full-batch step": {"method": "full-batch"},
     "FT layer by layer (causal)": {"method": "layer-causal"},
@@ -78,42 +78,9 @@ Runs = Mapping[str, Mapping[str, Results]]
 """By row of the table, then task: a result for each seed."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """A row of a metric on one task: query by query, and its estimate."""
-
-    values: Float[Tensor, "seed query"]
-    interval: Interval
-    counts: str = ""
-
-    def format(self, metric: str) -> str:
-        """As the metric's tables have it."""
-        digits, scale = style(metric)
-        return self.interval.format(digits, scale=scale, counts=self.counts)
-
-
-Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Score]]]]
-"""By metric, family, row, and task."""
-
-
-def score(results: Results, metric: str, column: str | None = None) -> Score:
-    """A metric of one task's seeds, or what stands beside it in the same comparisons (`column`)."""
-    if metric != "Rec2FTP":
-        values = by_query(results, column or metric)
-        return Score(values, bootstrap(values))
-    values = torch.stack([recalled(result.comparison, dealt=column is not None) for result in results])
-    both, n = values.nansum().item(), int(values.isfinite().sum())
-    return Score(values, wilson(both, n), f"{both:g}/{n}" if column is None else "")
-
-
-def recalled(comparison: icl.Comparison, *, dealt: bool) -> Float[Tensor, " query"]:
-    """Whether ICL makes each correction of finetuning; or how often, its answers dealt to the queries at random."""
-    gold, found = comparison.gold, comparison.predictions
-    corrected = (found["FT"] == gold) & (found["ZSL"] != gold)
-    right = (found["ICL"] == gold).double()
-    if dealt:
-        right = found["ICL"].bincount(minlength=int(gold.max()) + 1).double()[gold] / len(gold)
-    return right.where(corrected, torch.nan)
+Table = Float[Tensor, "seed query"]
+Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Table]]]]
+"""By metric, family, row, and task: scores query by query."""
 
 
 def scored(runs: Runs) -> Scores:
@@ -124,92 +91,132 @@ def scored(runs: Runs) -> Scores:
     found = {}
     for metric, nulls in NULLS.items():
         found[metric] = {
-            family: {row: {task: score(runs[row][task], metric) for task in tasks} for row in rows}
+            family: {row: {task: by_query(runs[row][task], metric) for task in tasks} for row in rows}
             for family, rows in families.items()
         }
         found[metric]["nulls"] = {
-            row: {task: score(runs[CLAIM][task], metric, column) for task in tasks} for row, column in nulls.items()
+            row: {task: by_query(runs[CLAIM][task], column) for task in tasks} for row, column in nulls.items()
         }
     return found
 
 
-def control_table(scores: Scores) -> pd.DataFrame:
-    """The table of all controls: a row for each metric and control, with intervals."""
+def text(interval: Interval, metric: str, counts: str = "") -> str:
+    """An estimate as its metric's tables have it."""
+    digits, scale = style(metric)
+    return interval.format(digits, scale=scale, counts=counts)
+
+
+def estimates(scores: Scores) -> pd.DataFrame:
+    """Every estimate as numbers: metric, kind, row, task (`mean` for all), value, low, high, queries, and counts."""
     lines = []
     for metric, families in scores.items():
         for family, rows in families.items():
             for row, by_task in rows.items():
-                texts = {TITLES[task]: found.format(metric) for task, found in by_task.items()}
-                lines.append({"metric": metric, "kind": family, "what is compared": row} | texts)
-                of_tasks = by_task.values()
-                mean = average(*(found.interval for found in of_tasks))
-                if metric != "Rec2FTP":
-                    mean = bootstrap(*(found.values for found in of_tasks))
-                lines[-1]["mean"] = Score(torch.empty(0, 0), mean).format(metric)
+                groups = {task: (values,) for task, values in by_task.items()} | {"mean": tuple(by_task.values())}
+                for task, values in groups.items():
+                    found = estimate(*values, of=metric)
+                    counted = metric == "Rec2FTP" and family != "nulls" and task != "mean"
+                    counts = f"{values[0].nansum():g}/{values[0].isfinite().sum():g}" if counted else ""
+                    about = {"metric": metric, "kind": family, "what is compared": row, "task": task}
+                    numbers = {"value": found.value, "low": found.low, "high": found.high}
+                    lines.append(about | numbers | {"queries": found.n_queries, "counts": counts})
     return pd.DataFrame(lines)
+
+
+def control_table(found: pd.DataFrame) -> pd.DataFrame:
+    """The table of all controls: a row for each metric and control, a column a task, with intervals."""
+    shown = found.assign(
+        task=found["task"].map(lambda task: TITLES.get(task, task)),
+        text=[
+            text(Interval(row["value"], row["low"], row["high"], row["queries"]), row["metric"], row["counts"])
+            for row in found.to_dict("records")
+        ],
+    )
+    keys = ["metric", "kind", "what is compared"]
+    table = shown.pivot(index=keys, columns="task", values="text")
+    return table.reindex(index=shown[keys].drop_duplicates(), columns=shown["task"].unique()).reset_index()
 
 
 @dataclass(frozen=True)
 class Against:
-    """A metric's score against the best control of a family, on one task's queries."""
+    """A metric's score against all controls of a family, on one task's queries."""
 
     metric: str
     family: str
     task: str
-    best: str
-    paired: Paired
+    paired: Mapping[str, Paired]
+    """By control; those of too few queries are left out."""
+
+    @property
+    def closest(self) -> str:
+        """The control that the score is least above of, by its interval."""
+        return min(self.paired, key=lambda row: self.paired[row].difference.low)
 
     @property
     def above(self) -> bool:
-        """Whether the score is above the control's, 0 being outside of the difference's interval."""
-        return self.paired.difference.low > 0
+        """Whether the score is above every control: the interval beyond 0, p < .05, and so in every single seed."""
+        return all(
+            one.difference.low > 0 and one.p < 0.05 and all(of_seed > 0 for of_seed in one.by_seed)
+            for one in self.paired.values()
+        )
 
 
-def against_best(scores: Scores) -> list[Against]:
-    """Every score against the best control of each family, by task."""
-    found = []
-    for metric, families in scores.items():
-        for family in FAMILIES:
-            for task, claim in families["claim"][CLAIM].items():
-                controls = {row: of[task] for row, of in families[family].items() if of[task].values.isfinite().any()}
-                if controls:
-                    best = max(controls, key=lambda row: controls[row].interval.value)
-                    paired = paired_test(claim.values, controls[best].values)
-                    found.append(Against(metric, family, task, best, paired))
-    return found
+def against_controls(scores: Scores) -> list[Against]:
+    """Every score against every control, by family and task."""
+    return [
+        Against(
+            metric,
+            family,
+            task,
+            {
+                row: paired
+                for row, by_task in families[family].items()
+                if (paired := paired_test(claim, by_task[task])).difference.known
+            },
+        )
+        for metric, families in scores.items()
+        for family in FAMILIES
+        for task, claim in families["claim"][CLAIM].items()
+    ]
 
 
 def against_table(found: Sequence[Against]) -> pd.DataFrame:
+    """Each score against the control of each kind that comes closest to it."""
     lines = []
     for one in found:
-        digits, scale = style(one.metric)
-        known = one.paired.difference.known
+        about = {"metric": one.metric, "task": TITLES[one.task], "controls": one.family}
+        if not one.paired:
+            lines.append(about | {"closest": "too few queries"})
+            continue
+        paired = one.paired[one.closest]
+        seeds = f"{sum(of_seed > 0 for of_seed in paired.by_seed)} of {len(paired.by_seed)}"
+        difference = text(paired.difference, one.metric)
         lines.append(
-            {
-                "metric": one.metric,
-                "task": TITLES[one.task],
-                "controls": one.family,
-                "best control": one.best,
-                f"{CLAIM} minus it": one.paired.difference.format(digits, scale=scale),
-                "p": f"{one.paired.p:.4f}" if known else "",
-                "above": ("yes" if one.above else "no") if known else "",
-            }
+            about
+            | {"closest": one.closest, f"{CLAIM} minus it": difference, "p": f"{paired.p:.4f}", "seeds above": seeds}
+            | {"above all": "yes" if one.above else "no"}
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("")
 
 
 def claim_table(found: Sequence[Against]) -> pd.DataFrame:
-    """On how many tasks each claim's score is above the best control of each family, and what that leaves of it."""
+    """On how many tasks each claim's score is above all controls of each family, and what that leaves of it."""
     lines = []
     for metric, claim in CLAIMS.items():
-        texts, held = {}, []
+        texts, fates = {}, set()
         for family in FAMILIES:
             chosen = [one for one in found if (one.metric, one.family) == (metric, family)]
-            above = [one.above for one in chosen if one.paired.difference.known]
-            texts[family] = f"{sum(above)} of {len(above)}" if above else "undefined"
-            held += [all(above)] if above else []
-        verdict = "survives" if all(held) else "survives in part" if any(held) else "does not survive"
-        lines.append({"claim": claim, "measured by": metric} | texts | {"verdict": verdict if held else "open"})
+            above = [one.above for one in chosen if one.paired]
+            texts[family] = f"{sum(above)} of {len(chosen)}"
+            if open_ones := len(chosen) - len(above):
+                texts[family] += f" ({open_ones} open)"
+            fates.add("lost" if not all(above) else "open" if open_ones else "kept")
+        verdict = "survives"
+        if "lost" in fates:
+            verdict = "survives in part" if "kept" in fates else "does not survive"
+        elif "open" in fates:
+            verdict = "open"
+        lines.append({"claim": claim, "measured by": metric} | texts | {"verdict": verdict})
     return pd.DataFrame(lines)
 
 
@@ -219,17 +226,23 @@ def in_words(row: Mapping[str, str]) -> str:
         "survives": "This survives.",
         "survives in part": "This survives in part.",
         "does not survive": "This does not survive.",
-        "open": "This stays open: finetuning corrects too few answers to tell.",
+        "open": "This stays open: too few queries tell.",
     }
-    kept, lost, unknown = [], [], []
+    kept, lost, undecided = [], [], []
     for family, what in FAMILIES.items():
-        above, _, n = row[family].partition(" of ")
-        place = unknown if not n else kept if above == n else lost
-        place.append(what if not n or above == n else f"{what} (above on {row[family]} tasks)")
-    text = f"**{row['claim']}** ({row['measured by']}). {fates[row['verdict']]}"
-    text += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
-    text += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
-    return text + f" Too few queries to hold it against {'; or '.join(unknown)}." * bool(unknown and (kept or lost))
+        counts, _, some_open = row[family].partition(" (")
+        above, _, n = counts.partition(" of ")
+        n_open = int(some_open.split()[0]) if some_open else 0
+        if above == n:
+            kept.append(what)
+        elif int(above) + n_open == int(n):
+            undecided.append(f"{what} (above on {counts} tasks, too few queries on the others)")
+        else:
+            lost.append(f"{what} (above on {counts} tasks)")
+    said = f"**{row['claim']}** ({row['measured by']}). {fates[row['verdict']]}"
+    said += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
+    said += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
+    return said + f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
 
 
 def order_table(orders: Mapping[str, Sequence[icl.OrderSensitivity]]) -> pd.DataFrame:
@@ -238,7 +251,7 @@ def order_table(orders: Mapping[str, Sequence[icl.OrderSensitivity]]) -> pd.Data
     for task, results in orders.items():
         for measure in ("distance", "overlap", "overlap_cosine"):
             of_pairs = {pair: torch.stack([getattr(result, measure)[pair] for result in results]) for pair in PAIRS}
-            texts = {pair: bootstrap(values.double()).format() for pair, values in of_pairs.items()}
+            texts = {pair: estimate(values.double(), of=measure).format() for pair, values in of_pairs.items()}
             lines.append({"task": TITLES[task], "measure": measure.replace("_", " ")} | texts)
         ranges = {}
         for setting, pair in (("ICL", PAIRS[0]), ("FT", PAIRS[1])):
@@ -252,7 +265,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Accuracies of the model and of those that have learned nothing, in per cent."""
     return pd.DataFrame(
         {"model": "trained" if row == CLAIM else row, "setting": name.split()[0]}
-        | {TITLES[task]: bootstrap(by_query(found, name)).format(1, scale=100) for task, found in runs[row].items()}
+        | {TITLES[task]: text(estimate(by_query(found, name), of=name), name) for task, found in runs[row].items()}
         for row in (CLAIM, *MODELS)
         for name in ACCURACY_ROWS
     )

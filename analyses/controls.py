@@ -16,18 +16,20 @@ import control_tables
 import pandas as pd
 import torch
 from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
-from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs, Scores
+from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
 from paper_tables import by_query, short
 from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual.assets import load_tensors
 from icl_dual.controls import draw_orders
-from icl_dual.intervals import bootstrap
+from icl_dual.intervals import Interval, estimate
 from icl_dual.study import refuse_different
 
 OTHER_TASK = {"agnews": "sst2"}
 """Whose demonstrations stand in context as another task's, where that is not AG News."""
+
+KINDS = ["claim", *FAMILIES, "variants"]
 
 Orders = Mapping[str, Sequence[icl.OrderSensitivity]]
 
@@ -45,6 +47,7 @@ def parse() -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
     """The cells of each row, by task and seed."""
+    _refuse_counts(args)
     rows = MODELS | {CLAIM: {}} | WEIGHTS | CONTEXTS | VARIANTS | {f"k = {k}": {"k": k} for k in args.ks}
     found: dict[str, dict[str, list[icl.Cell]]] = {row: {} for row in rows}
     for task in dict.fromkeys(args.tasks):
@@ -66,10 +69,19 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
                 if args.lr is None and {"loss", "method", "trained"} & varied.variation.keys():
                     varied = replace(varied, lr=default_lr(args.model, task, varied))
                 found[row].setdefault(task, []).append(varied)
-    if args.orders:  # before anything runs
-        fewest = min(cell.k for cells in found[CLAIM].values() for cell in cells)
-        draw_orders(fewest, args.orders, seed=0)
     return found
+
+
+def _refuse_counts(args: argparse.Namespace) -> None:
+    """What cannot be run is said before anything is."""
+    ks = {icl.PAPER_K[task] if args.k is None else args.k for task in args.tasks}
+    if min(ks) < 2:
+        raise icl.StudyError(f"expected --k from 2, for there to be another order, got {min(ks)}")
+    if wrong := [k for k in args.ks if not 1 <= k < min(ks)]:
+        raise icl.StudyError(f"expected --ks from 1 to below --k, which is {min(ks)}, got {wrong}")
+    if args.orders == 1:
+        raise icl.StudyError("expected --orders from 2, or 0 for none, got 1")
+    draw_orders(min(ks), max(args.orders, 2), seed=0)
 
 
 def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) -> dict[str, dict[str, list]]:
@@ -77,7 +89,8 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
     cells = [cell for by_task in rows.values() for of_task in by_task.values() for cell in of_task]
     order = {row: number for number, row in enumerate(rows)}
     place = {cell: order[row] for row, by_task in rows.items() for of_task in by_task.values() for cell in of_task}
-    cells.sort(key=lambda cell: (cell.weights == "trained", cell.seed, args.tasks.index(cell.task), place[cell]))
+    models = ("untrained", "random-blocks", "trained")  # what may be refused comes first
+    cells.sort(key=lambda cell: (models.index(cell.weights), cell.seed, args.tasks.index(cell.task), place[cell]))
     dtype = getattr(torch, args.dtype)
     results = dict(zip(cells, icl.run_study(cells, args.out / "cells", device=args.device, dtype=dtype), strict=True))
     return {
@@ -88,10 +101,11 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
 def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Namespace) -> Orders:
     """Order sensitivity of every task and seed, each saved when it is done."""
     model, found = None, {}
-    todo = [(task, result.cell) for task, results in claim.items() for result in results if args.orders]
-    for task, cell in tqdm(todo, desc="orders", unit="cell"):
-        folder = args.out / "orders" / cell.name
-        settings = {"n_orders": args.orders, "settings": asdict(cell)}
+    todo = [(task, result) for task, results in claim.items() for result in results if args.orders]
+    for task, result in tqdm(todo, desc="orders", unit="cell"):
+        cell, folder = result.cell, args.out / "orders" / result.cell.name
+        origin = {name: result.provenance[name] for name in ("model", "dtype")}
+        settings = {"n_orders": args.orders, "settings": asdict(cell), "origin": origin}
         if folder.exists():
             refuse_different(folder, settings, load_tensors(folder)[1])
         else:
@@ -100,23 +114,30 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
             of = icl.load_task(task, cell.source, protocol=cell.protocol)
             shown, asked = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
             made = icl.order_sensitivity(model, of, shown, asked, n_orders=args.orders, lr=cell.lr, seed=cell.seed)
-            made.save(folder, settings | {"seconds": time.perf_counter() - started})
+            versions = result.provenance["versions"]
+            made.save(folder, settings | {"versions": versions, "seconds": time.perf_counter() - started})
         found.setdefault(task, []).append(icl.OrderSensitivity.load(folder))
     return found
 
 
-def draw(scores: Scores, title: str, path: Path) -> None:
-    """All controls of all metrics: a panel a metric, a row a control."""
-    families = list(dict.fromkeys(family for by_family in scores.values() for family in by_family))
-    rows = list(dict.fromkeys(row for family in families for of in scores.values() for row in of[family]))
-    fig, (axes,) = panels(len(scores), height=0.24 * len(rows), sharex=False)
-    for (metric, by_family), ax in zip(scores.items(), axes, strict=True):
-        found = {row: by_task for by_row in by_family.values() for row, by_task in by_row.items()}
-        estimates = {row: {TITLES[task]: one.interval for task, one in found.get(row, {}).items()} for row in rows}
+def draw(found: pd.DataFrame, title: str, path: Path) -> None:
+    """All controls of all metrics: a panel a metric, a row a control, families apart."""
+    rows = found.drop_duplicates("what is compared").sort_values("kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable")
+    names, metrics = rows["what is compared"].tolist(), found["metric"].unique()
+    in_a_row = -(-len(metrics) // 2)
+    fig, axes = panels(in_a_row, rows=2, height=0.2 * len(names) + 0.6, sharex=False, sharey="all")
+    for metric, ax in zip(metrics, (ax for row in axes for ax in row), strict=False):
+        estimates: dict[str, dict[str, Interval]] = {name: {} for name in names}
+        for row in found[(found["metric"] == metric) & (found["task"] != "mean")].to_dict("records"):
+            interval = Interval(row["value"], row["low"], row["high"], row["queries"])
+            estimates[row["what is compared"]][TITLES[row["task"]]] = interval
         icl.plots.dots(estimates, ax=ax)
-        ax.set_title(metric, fontsize="medium")
-        ax.label_outer()
-    finish(fig, axes, title, path)
+        for border in rows["kind"].ne(rows["kind"].shift()).to_numpy().nonzero()[0][1:]:
+            ax.axhline(border - 0.5, color="0.7", linewidth=0.8)
+        ax.set_title(metric)
+    for ax in axes[1][len(metrics) - in_a_row :]:
+        ax.remove()
+    finish(fig, axes[0], title, path)
 
 
 def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
@@ -125,16 +146,14 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
     for task, top, bottom in zip(runs[CLAIM], *axes, strict=True):
         chosen = [by_task[task] for row, by_task in runs.items() if row == CLAIM or row.startswith("k = ")]
         by_k = {results[0].cell.k: results for results in sorted(chosen, key=lambda results: results[0].cell.k)}
-        none = {0: bootstrap(by_query(runs[CLAIM][task], "ZSL accuracy"))}
-        accuracies = {
-            setting: none | {k: bootstrap(by_query(found, f"{setting} accuracy")) for k, found in by_k.items()}
-            for setting in ("ICL", "FT")
-        }
+
+        def estimates(name: str, by_k: Mapping[int, Sequence[icl.CellResult]] = by_k) -> dict[int, Interval]:
+            return {k: estimate(by_query(found, name), of=name) for k, found in by_k.items()}
+
+        none = {0: estimate(by_query(runs[CLAIM][task], "ZSL accuracy"), of="ZSL accuracy")}
+        accuracies = {setting: none | estimates(f"{setting} accuracy") for setting in ("ICL", "FT")}
         columns = {CLAIM: "SimAOU", "random update of FT's size": "SimAOU random update"}
-        likeness = {
-            name: {k: bootstrap(by_query(found, column)) for k, found in by_k.items()}
-            for name, column in columns.items()
-        }
+        likeness = {name: estimates(column) for name, column in columns.items()}
         icl.plots.curves(accuracies, ylabel="accuracy", ax=top)
         icl.plots.curves(likeness, ylabel="SimAOU", ax=bottom)
         top.set_title(TITLES[task])
@@ -173,7 +192,7 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
         "command": command(args),
         "about": f"{describe(args)}; {provenance['model']}, {provenance['dtype']}",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
-        "minutes": f"{seconds(runs, args.out) / 60:.0f}",
+        "minutes": f"{seconds(runs, args) / 60:.0f}",
         "families": "\n".join(f"- *{family}*: {what}" for family, what in FAMILIES.items()),
         "words": "\n".join(f"- {control_tables.in_words(row)}" for row in tables["claims"].to_dict("records")),
         "n_orders": str(args.orders),
@@ -184,11 +203,12 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
     (args.out / "README.md").write_text(text.format(**fill))
 
 
-def seconds(runs: Runs, out: Path) -> float:
+def seconds(runs: Runs, args: argparse.Namespace) -> float:
     """What all cells and orders took together, loading left out."""
     cells = {result.cell: result for by_task in runs.values() for results in by_task.values() for result in results}
-    orders = sum(load_tensors(folder)[1]["seconds"] for folder in (out / "orders").glob("*"))
-    return orders + sum(sum(result.provenance["seconds"].values()) for result in cells.values())
+    total = sum(sum(result.provenance["seconds"].values()) for result in cells.values())
+    of_orders = [args.out / "orders" / result.cell.name for results in runs[CLAIM].values() for result in results]
+    return total + sum(load_tensors(folder)[1]["seconds"] for folder in of_orders if args.orders)
 
 
 def main() -> int:
@@ -203,18 +223,18 @@ def main() -> int:
         print(f"\nstopped. What is finished stays in {args.out}; the same command goes on.", file=sys.stderr)
         return 130
     scores = control_tables.scored(runs)
-    against = control_tables.against_best(scores)
+    against, found = control_tables.against_controls(scores), control_tables.estimates(scores)
     tables = {
         "claims": control_tables.claim_table(against),
-        "against_best": control_tables.against_table(against),
-        "controls": control_tables.control_table(scores),
+        "against_controls": control_tables.against_table(against),
+        "controls": control_tables.control_table(found),
         "orders": control_tables.order_table(orders),
         "accuracy": control_tables.accuracy_table(runs),
         "rates": control_tables.rate_table(runs),
     }
-    for name in ("claims", "against_best", "controls", "orders"):
-        tables[name].to_csv(args.out / f"{name}.csv", index=False)
-    draw(scores, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
+    for name, frame in (tables | {"controls": found}).items():
+        frame.to_csv(args.out / f"{name}.csv", index=False, float_format="%.6g")
+    draw(found, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
     draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(tables["claims"].to_markdown(index=False))

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, wilson
+from icl_dual.intervals import MIN_QUERIES, Interval, estimate
 from icl_dual.metrics import KENDALL_QUERIES
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
@@ -115,7 +115,7 @@ def set_up(result: icl.CellResult) -> dict[str, Any]:
         "split": cell.split,
         "source": cell.source,
         "mismatch": cell.reference_k_mismatch,
-        "weights": result.provenance["model"],
+        "weights": result.provenance["model"].partition(", ")[0],  # a control's seed is the cell's
         "dtype": result.provenance["dtype"],
     }
 
@@ -144,8 +144,8 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
             texts = {TITLES[task]: setting(group.by_task.get(task, ()), row) for task in tasks}
             lines.append(about | {"metric": row} | texts | {"mean": ""})
         for row in rows:
-            texts = {TITLES[task]: estimate(group.by_task.get(task, ()), row) for task in tasks}
-            mean = interval([group.by_task[task] for task in tasks if task in group.by_task], row)
+            texts = {TITLES[task]: task_text(group.by_task.get(task, ()), row) for task in tasks}
+            mean = estimate(*(by_query(results, row) for results in group.by_task.values()), of=row)
             lines.append(about | {"metric": row} | texts | {"mean": shown(mean, row)})
     return pd.DataFrame(lines + paper_lines(tasks, rows)).fillna("")
 
@@ -183,35 +183,22 @@ def setting(results: Results, row: str) -> str:
     return ", ".join(str(result.cell.seed) for result in results)
 
 
-def estimate(results: Results, row: str) -> str:
+def task_text(results: Results, row: str) -> str:
     """A metric of one task with its interval."""
     if not results:
         return ""
-    counts = "{}/{}".format(*counted(results, row)) if row == "Rec2FTP" else ""
-    return shown(interval([results], row), row, counts)
-
-
-def interval(by_task: Sequence[Results], row: str) -> Interval:
-    """A metric of one task, or its mean over several, with its interval."""
-    if row in SHARES:
-        return average(*(wilson(*counted(results, row)) for results in by_task))
-    return bootstrap(*(by_query(results, row) for results in by_task))
-
-
-def counted(results: Results, row: str) -> tuple[float, int]:
-    """Rec2FTP's counts, summed over seeds; of its baseline, the expected number beside that of queries."""
-    chosen = [result.comparison.rec2ftp for result in results if result.comparison.rec2ftp.finetuned]
-    both = sum(found.both if row == "Rec2FTP" else found.random * found.finetuned for found in chosen)
-    return both, sum(found.finetuned for found in chosen)
+    values = by_query(results, row)
+    counts = f"{values.nansum():g}/{values.isfinite().sum():g}" if row == "Rec2FTP" else ""
+    return shown(estimate(values, of=row), row, counts)
 
 
 def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
-    """A metric of one task, query by query: whether the label is right, or the mean over layers.
+    """A metric of one task's seeds, query by query.
 
     Raises:
         StudyError: seeds asked different queries.
     """
-    values = [of_queries(result.comparison, row) for result in results]
+    values = [result.comparison.by_query()[row] for result in results]
     asked = {tuple(result.provenance.get("queries", ())) for result in results}
     if len(asked) > 1 or len({len(found) for found in values}) > 1:
         folders = ", ".join(str(result.folder) for result in results)
@@ -219,12 +206,6 @@ def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
             f"expected the same queries for every seed, got others in {folders}: make a table of each by itself"
         )
     return torch.stack(values)
-
-
-def of_queries(comparison: icl.Comparison, row: str) -> Float[Tensor, " query"]:
-    if row in ACCURACY_ROWS:
-        return (comparison.predictions[row.split()[0]] == comparison.gold).double()
-    return comparison.per_layer[row].nanmean(1)
 
 
 def style(row: str) -> tuple[int, float]:
@@ -269,7 +250,7 @@ def brackets(rows: Sequence[str], several: bool) -> str:
     """What a table's brackets are."""
     said = "Brackets are 95 % intervals: a bootstrap over queries" + ", seeds resampled, too" * several
     if {*SHARES} & {*rows}:
-        said += "; of Rec2FTP and its baseline, Wilson's" + ", as if each seed asked queries of its own" * several
+        said += "; of Rec2FTP and its baseline, Wilson's" + ", each query counted once for all seeds" * several
     return f"{said}. Fewer than {MIN_QUERIES} queries have none, nor has a mean with such a task."
 
 

@@ -67,7 +67,9 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
 
     def rate(task: str) -> float:
         chosen = of_preset("lr", task) if args.lr is None else args.lr
-        return default_lr(args.model, task) if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        return default_lr(args.model, task, icl.Cell(args.model, task, 0, 0, 0.0, loss=args.loss))
 
     def seeds(task: str) -> list[int]:
         seed = of_preset("seed", task)

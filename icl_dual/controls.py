@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import capture
-from icl_dual.finetune import finetune
+from icl_dual.finetune import Loss, Method, Trained, finetune
+from icl_dual.intervals import bootstrap
 from icl_dual.models import Model
 from icl_dual.prompts import Prompts, build_prompts
 from icl_dual.tasks import Example, Task
@@ -46,25 +47,31 @@ def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, 
     Args:
         demonstrations: what to change.
         context: `shuffled labels` deals the labels that there are to the demonstrations anew, `random labels` draws
-            each from all labels (of few demonstrations, either may leave all as they are), `flipped labels` makes every
-            label wrong by one rule (with two labels, each becomes the other; with more, all go on by the same drawn
-            number), `reordered` leaves labels alone.
-        n_labels: how many labels the task has.
+            each from all labels, both so that at least one changes (unless all are the same and are shuffled);
+            `flipped labels` makes every label wrong by one rule (with two labels, each becomes the other; with more,
+            all go on by the same drawn number); `reordered` leaves labels alone.
+        n_labels: how many labels the task has, two at least.
         seed: of the draw.
 
     Raises:
-        ValueError: there is no such change.
+        ValueError: there is no such change, or there are fewer than two labels.
     """
+    if n_labels < 2:
+        raise ValueError(f"expected two labels at least, got {n_labels}")
     rng = np.random.default_rng(seed)
     labels = np.array([shown.label for shown in demonstrations], dtype=int)
     if context == "reordered":
         return [demonstrations[index] for index in draw_orders(len(demonstrations), 2, seed=seed)[1]]
+    own = labels
     if context == "shuffled labels":
-        labels = rng.permutation(labels)
+        # Drawn again until something changes, where anything can.
+        while (labels == own).all() and len(set(own.tolist())) > 1:
+            labels = rng.permutation(own)
     elif context == "flipped labels":
         labels = (labels + rng.integers(1, n_labels)) % n_labels
     elif context == "random labels":
-        labels = rng.integers(n_labels, size=len(labels))
+        while (labels == own).all() and len(own):
+            labels = rng.integers(n_labels, size=len(own))
     elif context != "own":
         raise ValueError(f"expected a context out of {get_args(Context)}, got {context!r}")
     return [replace(shown, label=int(label)) for shown, label in zip(demonstrations, labels, strict=True)]
@@ -128,11 +135,14 @@ class OrderSensitivity:
         return {name: (found == self.gold).double().mean(1) for name, found in self.predictions.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a number: measure, pair, mean over queries, and n queries; accuracies by setting, over orders."""
+        """One row a number: measure, pair, mean over queries with its 95 % interval, and n queries; accuracies by
+        setting, their mean and deviation over orders."""
         rows: list[dict[str, Any]] = []
         for measure in ("distance", "overlap", "overlap_cosine"):
             for pair, values in getattr(self, measure).items():
-                rows.append({"measure": measure, "pair": pair, "value": values.mean().item(), "n": len(values)})
+                found = bootstrap(values[None])
+                numbers = {"value": found.value, "low": found.low, "high": found.high, "n": found.n_queries}
+                rows.append({"measure": measure, "pair": pair} | numbers)
         for setting, values in self.accuracy.items():
             deviation = values.std().item() if len(values) > 1 else float("nan")
             rows.append({"measure": "accuracy", "pair": setting, "value": values.mean().item(), "n": len(self.gold)})
@@ -179,9 +189,11 @@ def order_sensitivity(
     *,
     n_orders: int,
     lr: float,
+    loss: Loss = "all",
+    method: Method = "sgd",
+    trained: Trained = "key-value",
     seed: int = 0,
     progress: bool = True,
-    **finetuning: Any,
 ) -> OrderSensitivity:
     """Show, and finetune on, the same demonstrations in several orders (Shen et al., 2024).
 
@@ -192,9 +204,11 @@ def order_sensitivity(
         queries: what is asked. Memory takes a distribution over the vocabulary for each, order and setting.
         n_orders: how many orders, 2 at least.
         lr: of the finetuning.
+        loss: the same.
+        method: the same.
+        trained: the same.
         seed: of the orders.
         progress: show progress bars.
-        finetuning: more for `finetune`: loss, method, trained.
 
     Raises:
         ValueError: fewer than 2 orders, or more than there are.
@@ -207,7 +221,7 @@ def order_sensitivity(
     for order in tqdm(orders, desc="orders", disable=not progress, leave=False):
         prompts = build_prompts(model, task, [demonstrations[index] for index in order], queries)
         runs = {"ICL": capture(model, prompts, fields=("next_log_probs",), progress=progress)}
-        delta = finetune(model, prompts, lr=lr, progress=progress, **finetuning)
+        delta = finetune(model, prompts, lr=lr, loss=loss, method=method, trained=trained, progress=progress)
         with delta.applied(model):
             runs["FT"] = capture(model, prompts.zero_shot(), fields=("next_log_probs",), progress=progress)
         for name, run in runs.items():

@@ -97,7 +97,9 @@ class WeightDelta:
     training_k: Float[Tensor, "layer train_token kv_head d_head"]
     """Their keys W_K x, before rotation."""
     method: Method = "sgd"
+    """How was descended."""
     trained: Trained = "key-value"
+    """Which projections moved."""
     W_Q: Float[Tensor, "layer d_q d_model"] | None = None
     W_O: Float[Tensor, "layer _ _"] | None = None
     """ΔW_O, laid out as the model keeps it."""
@@ -107,9 +109,11 @@ class WeightDelta:
     """The delta's outer products, where they were asked for."""
 
     def __repr__(self) -> str:
+        sizes = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
+        norms = ", ".join(f"‖Δ{name}‖={moved.norm():.3g}" for name, moved in sizes.items() if moved is not None)
         return (
-            f"WeightDelta({self.model!r}, lr={self.lr}, {len(self.losses)} steps, loss {self.losses[0]:.3f} → "
-            f"{self.losses[-1]:.3f}, ‖ΔW_K‖={self.W_K.norm():.3g}, ‖ΔW_V‖={self.W_V.norm():.3g})"
+            f"WeightDelta({self.model!r}, lr={self.lr}, {self.method}, {self.trained} trained, "
+            f"{len(self.losses)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, {norms})"
         )
 
     @contextmanager

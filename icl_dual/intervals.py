@@ -4,8 +4,8 @@ A table is `[seed query]`: what one query scored behind one seed's demonstration
 seeds ask the same queries, so the two are crossed, and a resample draws each on its own.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +20,8 @@ RESAMPLES = 2000
 
 _TAILS = (0.025, 0.975)
 
-Table = Float[Tensor | np.ndarray, "_seed _query"]
+Table = Float[Tensor | np.ndarray, "..."]
+"""`[seed query]`."""
 _Counts = Float[np.ndarray, "resample item"]
 
 
@@ -67,6 +68,8 @@ class Paired(NamedTuple):
     difference: Interval
     p: float
     """Two-sided; NaN where there are fewer than `MIN_QUERIES`."""
+    by_seed: tuple[float, ...]
+    """The difference of each seed by itself; NaN where one has no score."""
 
 
 def bootstrap(*groups: Table, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -87,11 +90,11 @@ def bootstrap(*groups: Table, seed: int = 0, resamples: int = RESAMPLES) -> Inte
         queries with one.
 
     Raises:
-        ValueError: no group is given.
+        ValueError: no group is given, or one is no such table.
     """
     if not groups:
         raise ValueError("expected at least one group of values, got none")
-    tables = [np.asarray(group, dtype=np.float64) for group in groups]
+    tables = [_table(group) for group in groups]
     n_queries = min(int((~np.isnan(table)).any(0).sum()) for table in tables)
     value = np.mean([_means(table, *(np.ones((1, n)) for n in table.shape)) for table in tables])
     low = high = np.nan
@@ -143,32 +146,102 @@ def average(*estimates: Interval) -> Interval:
 
 
 def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
-    """How a differs from b on the same queries: the mean of a − b, its interval, and p of a permutation test.
+    """How a differs from b on the same queries: mean(a) − mean(b), its interval, and p of a permutation test.
 
-    The interval is `bootstrap`'s, of the differences, with seeds crossed with queries (conservative). The test averages
-    each query's differences over seeds and flips signs: its p says nothing beyond these seeds.
+    Means are over defined values, which need not be the same queries' (Rec2FTP of two finetunings). The interval is
+    `bootstrap`'s, a and b resampled together. The test swaps the two scores of whole queries, all their seeds at once:
+    its p says nothing beyond these seeds.
 
     Args:
         a: scores `[seed query]`.
-        b: scores of the same seeds and queries; where either is NaN, the pair is left out.
-        seed: of the resampling and of the flips.
+        b: scores of the same seeds and queries.
+        seed: of the resampling and of the swaps.
 
     Raises:
-        ValueError: a and b differ in shape.
+        ValueError: a or b is no such table, or they differ in shape.
     """
-    if a.shape != b.shape:
-        got = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    pair = [_table(values) for values in (a, b)]
+    if pair[0].shape != pair[1].shape:
+        got = f"{pair[0].shape} and {pair[1].shape}"
         raise ValueError(f"expected scores of the same seeds and queries, got shapes {got}: keep what both have")
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    difference = bootstrap(differences, seed=seed)
-    if difference.n_queries < MIN_QUERIES:
-        return Paired(difference, np.nan)
-    by_query = np.nanmean(differences[:, ~np.isnan(differences).all(0)], axis=0)
+    n_queries = min(int((~np.isnan(table)).any(0).sum()) for table in pair)
+    n_seeds, n_all = pair[0].shape
+    value = np.subtract(*(_means(table, np.ones((1, n_seeds)), np.ones((1, n_all)))[0] for table in pair))
+    by_seed = tuple(float(np.subtract(*(_mean(table[row]) for table in pair))) for row in range(n_seeds))
+    if n_queries < MIN_QUERIES:
+        return Paired(Interval(float(value), np.nan, np.nan, n_queries, n_seeds), np.nan, by_seed)
     rng = np.random.default_rng(seed)
+    drawn = [_drawn(n, RESAMPLES, rng) for n in (n_seeds, n_all)]
+    differences = np.subtract(*(_means(table, *drawn) for table in pair))
+    low, high = np.quantile(differences[~np.isnan(differences)], _TAILS)
+    totals, counts = (np.concatenate([part(table) for table in pair]) for part in (_totals, _counts))
+
+    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
+        means = []
+        for chosen in (x.astype(int), y.astype(int)):
+            n = counts[chosen].sum(axis)
+            means.append(np.divide(totals[chosen].sum(axis), n, out=np.full(n.shape, np.nan), where=n > 0))
+        return np.nan_to_num(means[0] - means[1])  # a swap that leaves one without scores shows no difference
+
     test = stats.permutation_test(
-        (by_query,), np.mean, permutation_type="samples", vectorized=True, n_resamples=9999, batch=1000, rng=rng
+        (np.arange(n_all, dtype=float), n_all + np.arange(n_all, dtype=float)),
+        difference,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        batch=1000,
+        rng=rng,
     )
-    return Paired(difference, float(test.pvalue))
+    interval = Interval(float(value), float(low), float(high), n_queries, n_seeds)
+    return Paired(interval, float(test.pvalue), by_seed)
+
+
+def estimate(*groups: Table, of: str) -> Interval:
+    """A metric of one task, or its mean over several, with the interval that suits it.
+
+    Rec2FTP is a share of few queries: its interval is Wilson's (`recall`), also where it is the mean of several tasks
+    (`average`). Of one task, so is that of an accuracy of 0 or 1, which the bootstrap would give no width. All others
+    are `bootstrap`'s.
+
+    Args:
+        groups: tables `[seed query]`, one a task.
+        of: the metric's name.
+    """
+    if of.startswith("Rec2FTP"):
+        return average(*(recall(group) for group in groups))
+    found = bootstrap(*groups)
+    extreme = of.endswith("accuracy") and len(groups) == 1 and found.value in (0.0, 1.0)
+    return recall(*groups) if extreme else found
+
+
+def recall(found: Table) -> Interval:
+    """The share of all defined values that is 1, with Wilson's interval of as many queries as have one.
+
+    A query counts once for it, however many seeds it has a value of: those of one query are no independent trials.
+    """
+    table = _table(found)
+    distinct = int((~np.isnan(table)).any(0).sum())
+    return replace(wilson(_mean(table) * distinct if distinct else 0.0, distinct), n_seeds=len(table))
+
+
+def _table(values: Table) -> Float[np.ndarray, "seed query"]:
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"expected a table [seed query], got shape {table.shape}: of one seed's queries, values[None]")
+    return table
+
+
+def _mean(values: Float[np.ndarray, "..."]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _totals(table: Float[np.ndarray, "seed query"]) -> Float[np.ndarray, " query"]:
+    return np.where(np.isnan(table), 0.0, table).sum(0)
+
+
+def _counts(table: Float[np.ndarray, "seed query"]) -> Float[np.ndarray, " query"]:
+    return (~np.isnan(table)).sum(0).astype(np.float64)
 
 
 def _drawn(n: int, resamples: int, rng: np.random.Generator) -> _Counts:

@@ -31,7 +31,7 @@ from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
-from icl_dual.intervals import Interval, bootstrap, wilson
+from icl_dual.intervals import Interval, estimate
 from icl_dual.recordings import SETTINGS, Recordings
 
 KENDALL_QUERIES = 100
@@ -44,16 +44,14 @@ NULL_DRAWS = 4
 """How many centred random updates a query and layer have: their mean is twice as close to what is expected."""
 
 ROUNDING = 1e-5
-"""A change of attention scores below this share of their size is rounding, and has no direction: under rotary positions
-the first layer scores a query's own tokens alike in and out of context."""
+"""A change of attention scores by no more than this share of their size is rounding, and has no direction: under
+rotary positions the first layer scores a query's own tokens alike in and out of context. In half precision it is the
+type's own step."""
 
 QUERIES_AT_ONCE = 64
 """The metrics take float64 copies of this many queries at a time."""
 
 Seed = int | np.random.Generator
-
-BASELINE_DRAWS = 1000
-"""How many random deals of ICL's predictions Rec2FTP's baseline averages over."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Rec2FTP:
     finetuned: int
     """Queries that ZSL gets wrong and FT gets right."""
     random: float
-    """The same share with ICL's predictions dealt to the queries at random; NaN where undefined."""
+    """The same share, as it is expected with ICL's predictions dealt to the queries at random; NaN where undefined."""
 
     @property
     def value(self) -> float:
@@ -81,21 +79,29 @@ def rec2ftp(
     zsl: Int[Tensor, " query"],
     icl: Int[Tensor, " query"],
     ft: Int[Tensor, " query"],
-    *,
-    seed: int = 0,
 ) -> Rec2FTP:
-    """Rec2FTP = N(FT right ∧ ICL right ∧ ZSL wrong) / N(FT right ∧ ZSL wrong), from label indices.
+    """Rec2FTP = N(FT right ∧ ICL right ∧ ZSL wrong) / N(FT right ∧ ZSL wrong), from label indices."""
+    recalled = recall(gold, zsl, icl, ft)
+    dealt = recall(gold, zsl, icl, ft, dealt=True)
+    return Rec2FTP(int(recalled.nansum()), int(recalled.isfinite().sum()), dealt.nanmean().item())
 
-    The baseline deals ICL's own predictions to the queries in a random order, `BASELINE_DRAWS` times by seed.
+
+def recall(
+    gold: Int[Tensor, " query"],
+    zsl: Int[Tensor, " query"],
+    icl: Int[Tensor, " query"],
+    ft: Int[Tensor, " query"],
+    *,
+    dealt: bool = False,
+) -> Float[Tensor, " query"]:
+    """Rec2FTP query by query: whether ICL is right where finetuning corrects ZSL; NaN where it corrects nothing.
+
+    `dealt`, how often it is expected to be with its predictions dealt to the queries at random.
     """
-    corrected = (ft == gold) & (zsl != gold)
-    n_corrected = int(corrected.sum())
-    random = float("nan")
-    if n_corrected:
-        rng = np.random.default_rng(seed)
-        dealt = rng.permuted(np.tile(icl.numpy(), (BASELINE_DRAWS, 1)), axis=1)
-        random = float((dealt == gold.numpy())[:, corrected.numpy()].mean())
-    return Rec2FTP(int((corrected & (icl == gold)).sum()), n_corrected, random)
+    right = (icl == gold).double()
+    if dealt:
+        right = (icl[:, None] == gold).double().mean(0)
+    return right.where((ft == gold) & (zsl != gold), torch.nan)
 
 
 def sim_aou(
@@ -127,11 +133,12 @@ def sim_aou_unnormalised(
 def random_updates(
     update: Float[Tensor, "query *axes d"], *, seed: Seed = 0, draws: int = NULL_DRAWS
 ) -> Float[Tensor, "query {draws} *axes d"]:
-    """Centred Gaussian directions, each as long as the update in whose place it stands."""
+    """Centred Gaussian directions, each as long as the update in whose place it stands; in float32."""
     n, *axes = update.shape
     drawn = np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32)
-    r = torch.from_numpy(drawn).to(update)
-    return r * (update.norm(dim=-1, keepdim=True).unsqueeze(1) / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+    r = torch.from_numpy(drawn)
+    size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(r)
+    return r.mul_(size / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
 
 
 def sim_am(
@@ -155,12 +162,14 @@ def sim_am_delta(
     m_zsl: Float[Tensor, "query layer head token"],
     m_icl: Float[Tensor, "query layer head token"],
     m_ft: Float[Tensor, "query layer head token"],
+    *,
+    rounding: float = ROUNDING,
 ) -> Float[Tensor, "query layer head"]:
     """SimAMΔ = cos(m_ICL − m_ZSL, m_FT − m_ZSL): whether attention maps change alike, not whether they are alike.
 
-    NaN where a map did not change beyond rounding (`ROUNDING`).
+    NaN where a map changed by no more than `rounding` of its size.
     """
-    return dual.cosine(_changed(m_zsl, m_icl), _changed(m_zsl, m_ft))
+    return dual.cosine(_changed(m_zsl, m_icl, rounding), _changed(m_zsl, m_ft, rounding))
 
 
 def finetuning_attention(
@@ -218,7 +227,8 @@ def kendall(
     if m_icl.shape[-1] < 2:
         return torch.full(m_icl.shape[:2], torch.nan, dtype=torch.float64)
     tau: Any = stats.kendalltau  # typed for single pairs only
-    found = tau(m_icl.numpy(), m_ft.numpy(), axis=-1)
+    p_value = "asymptotic" if m_icl.shape[-1] > 2 else "auto"  # which nobody asks for; the exact one takes its time
+    found = tau(m_icl.numpy(), m_ft.numpy(), axis=-1, method=p_value)
     return torch.as_tensor(found.statistic, dtype=torch.float64).view(m_icl.shape[:2])
 
 
@@ -303,15 +313,20 @@ class Comparison:
             rows += [{"metric": metric, "layer": i, "value": value, "n": n} for i, (value, n) in enumerate(per_layer)]
         return pd.DataFrame(rows).astype({"layer": "Int64"})
 
+    def by_query(self) -> dict[str, Float[Tensor, " query"]]:
+        """Each number over all layers together, query by query: whether a prediction is right, whether ICL makes a
+        correction of FT (`recall`), or the mean over layers; NaN where undefined."""
+        found = {f"{name} accuracy": (labels == self.gold).double() for name, labels in self.predictions.items()}
+        labels = [self.predictions[setting] for setting in SETTINGS]
+        found |= {
+            "Rec2FTP": recall(self.gold, *labels),
+            "Rec2FTP random": recall(self.gold, *labels, dealt=True),
+        }
+        return found | {name: values.nanmean(1).double() for name, values in self.per_layer.items()}
+
     def intervals(self) -> dict[str, Interval]:
-        """Each number over all layers together, with its 95 % interval: Wilson's for Rec2FTP and its baseline, the
-        bootstrap over queries for the others."""
-        right = {f"{name} accuracy": (found == self.gold)[None].double() for name, found in self.predictions.items()}
-        recalled, n = self.rec2ftp, self.rec2ftp.finetuned
-        found = {name: bootstrap(values) for name, values in right.items()}
-        found["Rec2FTP"] = wilson(recalled.both, n)
-        found["Rec2FTP random"] = wilson(recalled.random * n if n else 0.0, n)
-        return found | {name: bootstrap(values.nanmean(1)[None]) for name, values in self.per_layer.items()}
+        """Each number over all layers together, with its 95 % interval (`intervals.estimate`)."""
+        return {name: estimate(values[None], of=name) for name, values in self.by_query().items()}
 
     def overall(self) -> pd.DataFrame:
         """The numbers over all layers together: metric, value, low and high (its 95 % interval), n."""
@@ -377,7 +392,11 @@ class Comparison:
                 predictions={name: groups["predictions"][name] for name in SETTINGS},
                 label_log_probs={name: scored[name] for name in SETTINGS if name in scored},
                 rec2ftp=Rec2FTP(**metadata["rec2ftp"]),
-                per_layer={name: groups["per_layer"][name] for name in PER_LAYER if name in groups["per_layer"]},
+                per_layer={
+                    name: groups["per_layer"][name]
+                    for name in PER_LAYER
+                    if name != "Kendall on keys" or name in groups["per_layer"]  # recordings may have no keys
+                },
             )
 
 
@@ -398,7 +417,7 @@ def compare(
         ft: a capture of the zero-shot prompts with the delta applied.
         delta: the finetuning on the same demonstrations.
         steps: where a control's context holds other demonstrations, which training step each of them stands for; −1
-            for none.
+            for none (`icl_dual.controls.steps_of`).
         seed: of the random baselines.
 
     Raises:
@@ -444,7 +463,7 @@ def compare_recordings(
         gold=recordings.gold,
         predictions=predictions,
         label_log_probs={},
-        rec2ftp=rec2ftp(recordings.gold, predictions["ZSL"], predictions["ICL"], predictions["FT"], seed=seed),
+        rec2ftp=rec2ftp(recordings.gold, predictions["ZSL"], predictions["ICL"], predictions["FT"]),
         per_layer={name: torch.cat(found[name]) for name in PER_LAYER if name in found},
     )
 
@@ -452,6 +471,7 @@ def compare_recordings(
 def _outputs_and_maps(
     recordings: Recordings, batch: Int[Tensor, " batch"], streams: dict[str, np.random.Generator]
 ) -> dict[str, Float[Tensor, "batch layer"]]:
+    rounding = _rounding(recordings)
     h_zsl, h_icl, h_ft = (recordings.attn_out[setting][batch].double() for setting in SETTINGS)
     m_zsl, m_icl, m_ft = (recordings.query_scores[setting][batch].double() for setting in SETTINGS)
     return {
@@ -460,9 +480,9 @@ def _outputs_and_maps(
         "SimAM before FT": _over_heads(sim_am(m_icl, m_zsl)),
         "SimAM after FT": _over_heads(sim_am(m_icl, m_ft)),
         "SimAM random": _over_heads(sim_am_random(m_icl, seed=streams["SimAM"])),
-        "SimAMΔ": sim_am_delta(m_zsl, m_icl, m_ft).nanmean(-1),
+        "SimAMΔ": sim_am_delta(m_zsl, m_icl, m_ft, rounding=rounding).nanmean(-1),
         **_output_nulls(h_zsl, h_icl, h_ft, streams),
-        **_map_nulls(m_zsl, m_icl, m_ft, streams["m_ft"]),
+        **_map_nulls(m_zsl, m_icl, m_ft, rounding, streams["m_ft"]),
     }
 
 
@@ -473,33 +493,39 @@ def _output_nulls(
     streams: dict[str, np.random.Generator],
 ) -> dict[str, Float[Tensor, "batch layer"]]:
     """SimAOU's corrected form, and what updates in random directions score by either form, means over draws."""
+    found = {name: torch.zeros(h_zsl.shape[:2], dtype=h_zsl.dtype) for name in _OUTPUT_NULLS}
     r_ft = random_updates(h_ft - h_zsl, seed=streams["h_ft"])
     r_icl = random_updates(h_icl - h_zsl, seed=streams["h_icl"])
-    zsl, icl = h_zsl.unsqueeze(1).expand_as(r_ft).flatten(0, 1), h_icl.unsqueeze(1).expand_as(r_ft).flatten(0, 1)
-    random_ft, random_icl = zsl + r_ft.flatten(0, 1), zsl + r_icl.flatten(0, 1)
-    scored = {
-        "SimAOU random update": sim_aou(zsl, icl, random_ft),
-        "SimAOU inflation null": sim_aou(zsl, random_icl, random_ft),
-        "SimAOU unnormalised random": sim_aou_unnormalised(zsl, icl, random_ft),
-    }
-    means = {name: values.unflatten(0, (len(h_zsl), -1)).mean(1) for name, values in scored.items()}
-    return {"SimAOU unnormalised": sim_aou_unnormalised(h_zsl, h_icl, h_ft), **means}
+    for of_ft, of_icl in zip(r_ft.unbind(1), r_icl.unbind(1), strict=True):
+        random_ft = h_zsl + of_ft
+        scores = (
+            sim_aou(h_zsl, h_icl, random_ft),
+            sim_aou(h_zsl, h_zsl + of_icl, random_ft),
+            dual.cosine(h_icl - h_zsl, of_ft.double()),
+        )
+        for total, score in zip(found.values(), scores, strict=True):
+            total += score / NULL_DRAWS
+    return {"SimAOU unnormalised": sim_aou_unnormalised(h_zsl, h_icl, h_ft), **found}
+
+
+_OUTPUT_NULLS = ("SimAOU random update", "SimAOU inflation null", "SimAOU unnormalised random")
 
 
 def _map_nulls(
     m_zsl: Float[Tensor, "batch layer head token"],
     m_icl: Float[Tensor, "batch layer head token"],
     m_ft: Float[Tensor, "batch layer head token"],
+    rounding: float,
     stream: np.random.Generator,
 ) -> dict[str, Float[Tensor, "batch layer"]]:
     """What changes of attention maps in random directions score, over the query's own tokens."""
     own = (m_zsl != 0).any(-2, keepdim=True)  # past a query's end all heads score 0
-    change = _changed(m_zsl, m_ft)
+    change = _changed(m_zsl, m_ft, rounding)
     drawn = torch.from_numpy(stream.standard_normal(tuple(change.shape), dtype=np.float32)).to(change) * own
     r = drawn * (change.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True).clamp_min(1e-20))
     return {
         "SimAM random update": _over_heads(sim_am(m_icl, m_zsl + r)),
-        "SimAMΔ random": dual.cosine(_changed(m_zsl, m_icl), r).nanmean(-1),
+        "SimAMΔ random": dual.cosine(_changed(m_zsl, m_icl, rounding), r).nanmean(-1),
     }
 
 
@@ -546,11 +572,17 @@ def _agreement(
     }
 
 
-def _changed(m: Tensor, other: Tensor) -> Tensor:
+def _rounding(recordings: Recordings) -> float:
+    """What rounding alone changes, by the type of the weights that was recorded with."""
+    dtype = getattr(torch, recordings.metadata.get("dtype", "float32"))
+    return max(ROUNDING, torch.finfo(dtype).eps)
+
+
+def _changed(m: Tensor, other: Tensor, rounding: float) -> Tensor:
     """The change of attention maps; zero where it is rounding."""
     change = other - m
     size = torch.maximum(m.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True))
-    return change.where(change.norm(dim=-1, keepdim=True) > ROUNDING * size, 0.0)
+    return change.where(change.norm(dim=-1, keepdim=True) > rounding * size, 0.0)
 
 
 def _unit(h: Tensor) -> Tensor:

@@ -496,7 +496,7 @@ def _drawn_anew(model: Model, seed: int) -> PreTrainedModel:
             for parameter in drawn.parameters():
                 parameter._is_hf_initialized = False
                 parameter.fill_(torch.nan)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch's own manual_seed reseeds accelerators, too
         drawn.initialize_weights()
     unknown = [name for name, parameter in drawn.named_parameters() if parameter.isnan().any()]
     if unknown:

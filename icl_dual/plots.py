@@ -12,12 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from icl_dual.intervals import Interval
-from icl_dual.metrics import Comparison
+from icl_dual.metrics import PER_LAYER, Comparison
 
 _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "SimAOU": (
         ("SimAOU", "ICL and FT", {"color": "C0"}),
-        ("SimAOU unnormalised", "not normalised first", {"color": "C2", "linestyle": "--"}),
+        ("SimAOU unnormalised", "unnormalised", {"color": "C2", "linestyle": "--"}),
         ("SimAOU inflation null", "random updates for both", {"color": "0.3", "linestyle": "-."}),
         ("SimAOU random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
     ),
@@ -34,7 +34,7 @@ _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
 }
 _AXIS_LABELS = {"SimAOU": "SimAOU (cosine)", "SimAM": "SimAM (cosine)", "Kendall": "Kendall's τ"}
 LAYERWISE = tuple(_LINES)
-"""The metrics that `layers` draws."""
+"""The metrics that `layers` draws beside their baselines."""
 
 
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
@@ -42,23 +42,23 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
 
     Args:
         comparisons: one comparison, or several of the same queries (by seeds, say), averaged query by query.
-        metric: `SimAOU`, `SimAM` or `Kendall`.
+        metric: `SimAOU`, `SimAM` or `Kendall`, beside their baselines; or any other that comparisons hold by layer.
         ax: where to draw; new Axes with a legend where not given.
 
     Returns:
         The Axes drawn on.
     """
-    if metric not in _LINES:
-        raise ValueError(f"expected a metric out of {LAYERWISE}, got {metric!r}")
+    if metric not in (*_LINES, *PER_LAYER):
+        raise ValueError(f"expected a metric out of {LAYERWISE} or of icl_dual.metrics.PER_LAYER, got {metric!r}")
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax, alone = _axes(ax)
-    for name, label, style in _LINES[metric]:
+    for name, label, style in _LINES.get(metric, ((metric, metric, {"color": "C0"}),)):
         if any(name not in comparison.per_layer for comparison in together):
             continue  # recordings may have no keys
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         _mean_by_layer(values, ax, label=label, **style)
-    _finish(ax, alone, ylabel=_AXIS_LABELS[metric])
+    _finish(ax, alone, ylabel=_AXIS_LABELS.get(metric, metric))
     return ax
 
 
@@ -162,7 +162,7 @@ def demonstrations(
 
 
 def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = None) -> Axes:
-    """Estimates with their 95 % intervals, a row a name, from the top; what is undefined is left out.
+    """Estimates with their 95 % intervals, a row a name, from the top; hollow where there is no interval.
 
     Args:
         estimates: by row, then by series (tasks, say), which share a colour from row to row.
@@ -173,10 +173,12 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
     for index, name in enumerate(series):
         offset = (index - (len(series) - 1) / 2) * 0.6 / len(series)
         found = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
-        known = [(y, one) for y, one in found if not np.isnan(one.value)]
-        at, middle = [y for y, _ in known], [one.value for _, one in known]
-        ax.plot(middle, at, "o", markersize=3, color=f"C{index}", label=name)
-        ax.hlines(at, [one.low for _, one in known], [one.high for _, one in known], color=f"C{index}", linewidth=1.2)
+        style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "color": f"C{index}"}
+        for known, label in ((True, name), (False, None)):
+            at, chosen = [y for y, one in found if one.known is known], [one for _, one in found if one.known is known]
+            face = {} if known else {"markerfacecolor": "white"}  # an estimate without interval
+            ax.plot([one.value for one in chosen], at, label=label, **style, **face)
+            ax.hlines(at, [one.low for one in chosen], [one.high for one in chosen], color=f"C{index}", linewidth=1.2)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(estimates)), list(estimates), fontsize="small")
     ax.set_ylim(len(estimates) - 0.5, -0.5)

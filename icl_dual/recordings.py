@@ -96,7 +96,11 @@ class Recordings:
             training_q=delta.training_q.flatten(2) * scale,
             training_segments=torch.cat([part for step in trained for part in (n_start, step)]),
             training_k=delta.training_k.flatten(2),
-            metadata={"protocol": prompts.protocol, "n_labels": len(prompts.labels)},
+            metadata={
+                "protocol": prompts.protocol,
+                "n_labels": len(prompts.labels),
+                "dtype": zsl.fingerprint.partition(":")[0],
+            },
         )
 
     def __repr__(self) -> str:
@@ -189,17 +193,22 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
     if steps is not None:
         _refuse_steps(icl, delta, steps)
     elif delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
-        raise ValueError("expected a delta finetuned on the demonstrations of icl's prompts, in their order")
+        raise ValueError(
+            "expected a delta finetuned on the demonstrations of icl's prompts, in their order. For a control, whose "
+            "context holds others, pass steps=, which icl_dual.controls.steps_of finds"
+        )
 
 
 def _refuse_steps(icl: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
     shown = icl.prompts.demonstrations
     if len(steps) != len(shown) or len({step for step in steps if step >= 0}) < sum(step >= 0 for step in steps):
         raise ValueError(f"expected a training step of its own, or -1, for each of {len(shown)} demonstrations")
+    lengths = dict(enumerate(map(len, delta.demonstrations)))
     for step, tokens in zip(steps, shown, strict=True):
-        if step >= 0 and (step >= len(delta.demonstrations) or len(delta.demonstrations[step]) != len(tokens)):
+        if step >= 0 and lengths.get(step) != len(tokens):
             raise ValueError(
-                f"expected training step {step} to have as many tokens as its demonstration: {len(tokens)}"
+                f"expected a training step of {len(tokens)} tokens for a demonstration of as many, got step {step} of "
+                f"{lengths.get(step, 'no')} tokens; there are {len(lengths)} steps"
             )
 
 

@@ -1,4 +1,5 @@
-"""One cell = (model, task, k, seed, lr, protocol): run, saved, loaded, skipped when complete; and a grid of cells.
+"""One cell = (model, task, k, seed, lr, protocol), or a control or variant of it: run, saved, loaded, skipped when
+complete; and a grid of cells.
 
 A cell's folder appears complete or not at all, so a study that is stopped goes on where it was.
 """
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -73,9 +74,25 @@ class Cell:
     finetuned_on: Literal["own", "context"] = "own"
     """The task's own demonstrations whatever stands in context, or those."""
     method: Method = "sgd"
+    """How is descended: `sgd`, the paper's; `full-batch`; or `layer-causal` (`finetune`)."""
     trained: Trained = "key-value"
+    """Which projections move: `key-value`, the paper's; `key`; `value`; or `attention`."""
     delta: Literal["finetuned", "random"] = "finetuned"
     """What is applied for FT: what finetuning changed, or as large a change in random directions."""
+
+    def __post_init__(self) -> None:
+        for name, known in _OPTIONS.items():
+            if getattr(self, name) not in known:
+                raise StudyError(f"expected {name} out of {known}, got {getattr(self, name)!r}")
+        if self.context_task is not None and (self.context, self.finetuned_on) != ("own", "own"):
+            raise StudyError(
+                f"expected another task's demonstrations as they are, in context alone, got context={self.context!r} "
+                f"and finetuned_on={self.finetuned_on!r}"
+            )
+        if self.context_task == self.task:
+            raise StudyError(f"expected the demonstrations of another task as context_task, got {self.task!r} itself")
+        if (self.context, self.finetuned_on) == ("own", "context"):
+            raise StudyError("expected finetuned_on='context' with a context that is not the task's own, got 'own'")
 
     @property
     def name(self) -> str:
@@ -107,6 +124,19 @@ class Cell:
         return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
 
 
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "protocol": get_args(Protocol),
+    "loss": get_args(Loss),
+    "split": get_args(Split),
+    "weights": ("trained", *get_args(Control)),
+    "context": get_args(Context),
+    "finetuned_on": ("own", "context"),
+    "method": get_args(Method),
+    "trained": get_args(Trained),
+    "delta": ("finetuned", "random"),
+}
+
+
 @dataclass(frozen=True)
 class CellResult:
     """A finished cell: its settings, what was measured, and where every number came from."""
@@ -117,6 +147,9 @@ class CellResult:
     """Model hash or revision, dtype, versions, residuals, seconds, losses, and which rows were drawn."""
     folder: Path
     """Where it is saved."""
+
+    def __repr__(self) -> str:
+        return f"CellResult({self.folder.name!r}, {self.comparison!r})"
 
     def recordings(self) -> Recordings:
         """What the metrics were computed from, where the cell was run with `keep_recordings`.
@@ -129,8 +162,9 @@ class CellResult:
         return Recordings.load(self.folder / RECORDINGS)
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: model, task, k, seed, lr, protocol, metric, layer (empty for all), value, n."""
+        """Tidy: model, task, k, seed, lr, protocol, variation, metric, layer (empty for all), value, n."""
         frame = self.comparison.to_frame()
+        frame.insert(0, "variation", ", ".join(self.cell.variation.values()))
         keys = ("model", "task", "k", "seed", "lr", "protocol")
         for position, key in enumerate(keys):
             frame.insert(position, key, getattr(self.cell, key))
@@ -176,24 +210,25 @@ def _run_cell(
 ) -> CellResult:
     wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
     if got != wanted:
-        raise StudyError(f"expected model, task and protocol {wanted}, got {got}")
-    if (name := context_task and context_task.name) != cell.context_task:
-        raise StudyError(f"expected context_task {cell.context_task!r}, got {name!r}")
-    if context_task is not None and (cell.context != "own" or cell.finetuned_on != "own"):
-        raise StudyError(
-            f"expected another task's demonstrations as they are, in context alone, got context={cell.context!r} and "
-            f"finetuned_on={cell.finetuned_on!r}"
+        hint = (
+            "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
         )
+        raise StudyError(f"expected model, task and protocol {wanted}, got {got}{hint}")
+    if (name := context_task and context_task.name) != cell.context_task:
+        raise StudyError(f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}")
     demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
     queries = task.queries(cell.n_queries, split=cell.split)
-    prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=cell.reference_k_mismatch)
-    shown, steps, changed = prompts, None, demonstrations
-    if context_task is not None:
-        others = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
-        shown = build_prompts(model, task, others, queries, demonstration_task=context_task)
-    elif cell.context != "own":
-        changed = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
-        shown = build_prompts(model, task, changed, queries)
+    mismatch = cell.reference_k_mismatch
+    prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=mismatch)
+    context, shown, steps = demonstrations, prompts, None
+    if cell.context_task is not None or cell.context != "own":
+        if context_task is None:
+            context = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
+        else:
+            context = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+        shown = build_prompts(
+            model, task, context, queries, demonstration_task=context_task, reference_k_mismatch=mismatch
+        )
     trained = shown if cell.finetuned_on == "context" else prompts
     if context_task is not None:
         steps = [-1] * len(shown.demonstrations)
@@ -205,7 +240,8 @@ def _run_cell(
     icl = runs.captured("ICL", model, shown, progress)
     zsl = runs.captured("ZSL", model, prompts.zero_shot(), progress)
     with delta.applied(model):
-        ft = runs.captured("FT", model, prompts.zero_shot(), progress)
+        applied = cell.lr, cell.loss, cell.method, cell.trained, cell.delta, trained.training
+        ft = runs.captured("FT", model, prompts.zero_shot(), progress, with_delta=applied)
     with runs.clock("metrics"):
         comparison = compare(zsl, icl, ft, delta, steps=steps, seed=cell.seed)
 
@@ -220,11 +256,11 @@ def _run_cell(
         "prefix_tokens": len(shown.prefix),
         "query_tokens": sum(map(len, prompts.rows)),
         "k_in_context": len(shown.demonstrations),
-        "labels_changed": sum(one.label != own.label for one, own in zip(changed, demonstrations, strict=True)),
-        "shared_texts": len(shared_texts(demonstrations, queries)),
+        "shared_texts": len(shared_texts([*demonstrations, *context], queries)),
         "label_words": task.label_words,
         "losses": delta.losses.tolist(),
         "demonstrations": [example.key for example in demonstrations],
+        "context": [(example.key, example.label) for example in context],
         "queries": [example.key for example in queries],
     }
     about = {"settings": asdict(cell), "provenance": provenance}
@@ -364,9 +400,11 @@ class _Runs:
             self.own, self.kept = own, {"ZSL": self.kept.get("ZSL", [])[-1:]}
         self.clock = _Clock()
 
-    def captured(self, setting: str, model: Model, prompts: Prompts, progress: bool) -> Capture:
-        """A capture of the prompts by the model as it is now."""
-        of = model.name, model.fingerprint(), prompts
+    def captured(
+        self, setting: str, model: Model, prompts: Prompts, progress: bool, *, with_delta: Any = None
+    ) -> Capture:
+        """A capture of the prompts by the model as it is now, which is also said by what is applied to it."""
+        of = model.name, model.fingerprint(), with_delta, prompts
         return self._once(setting, of, lambda: capture(model, prompts, progress=progress))
 
     def finetuned(self, model: Model, prompts: Prompts, cell: Cell, progress: bool) -> WeightDelta:

@@ -311,14 +311,16 @@ def test_order_sensitivity_finetunes_as_it_is_told(
 
 def test_order_sensitivity_becomes_a_frame(sensitivity: icl.OrderSensitivity) -> None:
     frame = sensitivity.to_frame()
-    assert list(frame.columns) == ["measure", "pair", "value", "n"]
+    assert list(frame.columns) == ["measure", "pair", "value", "low", "high", "n"]
     rows = frame.set_index(["measure", "pair"]).to_dict(orient="index")
     assert len(rows) == len(frame) == 3 * 3 + 2 * 2
-    expected = {"value": pytest.approx(sensitivity.overlap["FT and FT"].mean().item()), "n": 4}
-    assert rows["overlap", "FT and FT"] == expected
+    row = rows["overlap", "FT and FT"]
+    assert (row["value"], row["n"]) == (pytest.approx(sensitivity.overlap["FT and FT"].mean().item()), 4)
+    assert math.isnan(row["low"]), "four queries have no interval"
     by_order = sensitivity.accuracy["ICL"].tolist()
-    assert rows["accuracy", "ICL"] == {"value": pytest.approx(np.mean(by_order)), "n": 4}
-    assert rows["accuracy deviation", "ICL"] == {"value": pytest.approx(np.std(by_order, ddof=1)), "n": 3}
+    assert (rows["accuracy", "ICL"]["value"], rows["accuracy", "ICL"]["n"]) == (pytest.approx(np.mean(by_order)), 4)
+    row = rows["accuracy deviation", "ICL"]
+    assert (row["value"], row["n"]) == (pytest.approx(np.std(by_order, ddof=1)), 3)
     assert "'llama', 3 orders, 4 queries, ICL and ICL=" in repr(sensitivity)
 
 

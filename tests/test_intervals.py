@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, paired_test, wilson
+from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, estimate, paired_test, wilson
 
 Z = 1.959963984540054
 SEEDS = st.integers(0, 2**16)
@@ -225,7 +226,9 @@ def test_few_queries_have_the_exact_p_of_all_sign_flips(seed: int, n_seeds: int,
     extreme = sum(total >= abs(sum(by_query)) - 1e-12 for total in flipped)
     found = paired_test(a, b)
     assert found.p == pytest.approx(extreme / len(flipped))
-    assert found.difference == bootstrap(a - b)
+    expected = bootstrap(a - b)
+    ends = [(one.value, one.low, one.high) for one in (found.difference, expected)]
+    assert ends[0] == pytest.approx(ends[1]), "resampled together, as if their differences were"
 
 
 def test_many_queries_have_a_students_p_and_pairing_tells_what_means_do_not() -> None:
@@ -247,17 +250,53 @@ def test_equal_scores_do_not_differ() -> None:
     assert paired_test(a, a).difference == Interval(0.0, 0.0, 0.0, 9, 2)
 
 
-def test_a_pair_with_one_undefined_is_left_out() -> None:
-    a, b = normal(0, 2, 8), normal(1, 2, 8)
-    expected = paired_test(a[:, :6], b[:, :6])
-    a[:, 6], b[:, 7] = np.nan, np.nan
+def test_scores_of_other_queries_are_each_their_own_mean() -> None:
+    """Rec2FTP of two finetunings is of the queries that each corrects."""
+    a, b = normal(0, 2, 40), normal(1, 2, 40) - 1
+    a[:, 30:], b[:, :15] = np.nan, np.nan
     found = paired_test(a, b)
-    assert found.p == expected.p
+    assert found.difference.value == pytest.approx(np.nanmean(a) - np.nanmean(b))
+    assert found.difference.n_queries == 25
+    assert found.by_seed == pytest.approx([np.nanmean(a[row]) - np.nanmean(b[row]) for row in range(2)])
+    assert found.p < 0.01
+    assert found.difference.low > 0
+    # Drawn one by one: the same queries and seeds for both.
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(2000):
+        rows, columns = rng.integers(2, size=2), rng.integers(40, size=40)
+        differences.append(np.nanmean(a[rows][:, columns]) - np.nanmean(b[rows][:, columns]))
+    assert_same(found.difference, *np.quantile(differences, (0.025, 0.975)), tolerance=0.1)
+
+
+def test_both_are_undefined_for_the_same_queries_as_if_these_were_not_there() -> None:
+    a, b = normal(0, 2, 12), normal(1, 2, 12)
+    a[:, 9:], b[:, 9:] = np.nan, np.nan
+    found, expected = paired_test(a, b), paired_test(a[:, :9], b[:, :9])
     assert found.difference.value == pytest.approx(expected.difference.value)
-    assert found.difference.n_queries == 6
-    b[0, 0] = np.nan  # the other seed still has that query
-    assert paired_test(a, b).difference.n_queries == 6
-    assert paired_test(a, b).difference.value == pytest.approx(np.nanmean(a - b))
+    assert found.p == pytest.approx(expected.p, abs=0.02)  # one counts all swaps, the other draws them
+    assert found.difference.n_queries == 9
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_accuracy_of_none_or_all_is_not_certain(share: float) -> None:
+    table = np.full((3, 20), share)
+    assert estimate(table, of="ICL accuracy") == replace(wilson(20 * share, 20), n_seeds=3)
+    assert estimate(table, of="SimAOU").low == share
+    mixed = np.tile([0.0, 1.0], (1, 10))
+    assert estimate(mixed, of="ICL accuracy") == bootstrap(mixed)
+
+
+def test_a_recall_counts_a_query_once_for_all_seeds() -> None:
+    table = np.full((2, 30), np.nan)
+    table[0, :8], table[1, 4:10] = [1, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 0, 1]
+    found = estimate(table, of="Rec2FTP")
+    assert (found.value, found.n_queries, found.n_seeds) == (pytest.approx(10 / 14), 10, 2)
+    expected = wilson(10 * 10 / 14, 10)
+    assert (found.low, found.high) == (expected.low, expected.high)
+    both = estimate(table, 1 - table, of="Rec2FTP")
+    assert both.value == pytest.approx(0.5)
+    assert both.low < found.low or both.high - both.low < found.high - found.low
+    assert math.isnan(estimate(np.full((1, 9), np.nan), of="Rec2FTP random").value)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +328,6 @@ def test_what_a_caller_can_mend_is_said() -> None:
             wilson(successes, 3)
     with pytest.raises(ValueError, match=r"got shapes \(2, 7\) and \(2, 8\): keep what both have"):
         paired_test(normal(0, 2, 7), normal(0, 2, 8))
+    for call in (lambda: bootstrap(normal(0, 9)), lambda: paired_test(normal(0, 9), normal(1, 9))):
+        with pytest.raises(ValueError, match=r"expected a table \[seed query\], got shape \(9,\): .*values\[None\]"):
+            call()

@@ -154,7 +154,7 @@ def test_a_capture_exports_what_the_layout_asks_for(runs: dict, tmp_path: Path) 
     first = torch.tensor(found["ft"][0]["attn_q"])
     torch.testing.assert_close(first, delta.training_q[:, : first.shape[1]].flatten(2) / ft.q.shape[-1] ** 0.5)
     assert_scores(icl.compare(**runs).released(), released.scores(tmp_path / "out"))
-    assert load(tmp_path / "out").metadata == {"protocol": "reference", "n_labels": 2}
+    assert load(tmp_path / "out").metadata == {"protocol": "reference", "n_labels": 2, "dtype": "float32"}
 
 
 def test_demonstrations_out_of_context_are_trained_on_and_not_compared(

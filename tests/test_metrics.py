@@ -78,13 +78,27 @@ def test_rec2ftp_is_undefined_where_finetuning_corrects_nothing() -> None:
 
 
 def test_rec2ftps_baseline_is_the_chance_of_a_dealt_prediction() -> None:
-    gold, wrong = torch.zeros(200, dtype=torch.long), torch.ones(200, dtype=torch.long)
-    icl_ = torch.cat((gold[:50], wrong[50:]))  # a quarter of what is dealt is right, whoever gets it
-    found = rec2ftp(gold, wrong, icl_, gold, seed=3)
-    assert found.random == pytest.approx(0.25)
-    half = rec2ftp(gold, torch.cat((wrong[:20], gold[20:])), icl_, gold, seed=3)
-    assert half.random == pytest.approx(0.25, abs=0.02)
-    assert half == rec2ftp(gold, torch.cat((wrong[:20], gold[20:])), icl_, gold, seed=3)
+    rng = np.random.default_rng(0)
+    gold, zsl, icl_, ft = (torch.from_numpy(rng.integers(3, size=40)) for _ in range(4))
+    ft[:25] = gold[:25]
+    corrected = ((ft == gold) & (zsl != gold)).numpy()
+    deals = [rng.permutation(icl_.numpy()) for _ in range(20_000)]
+    shares = [(dealt == gold.numpy())[corrected].mean() for dealt in deals]
+    assert rec2ftp(gold, zsl, icl_, ft).random == pytest.approx(np.mean(shares), abs=4 * np.std(shares) / 141)
+
+
+def test_scores_by_query_are_what_the_overall_numbers_are_means_of(runs: dict) -> None:
+    found = icl.compare(**runs)
+    by_query, overall = found.by_query(), found.overall().set_index("metric")
+    assert list(by_query) == overall.index.tolist()
+    for name, values in by_query.items():
+        assert values.nanmean().item() == pytest.approx(overall.loc[name, "value"], nan_ok=True), name
+        assert values.isfinite().sum() == overall.loc[name, "n"]
+    corrected = (found.predictions["FT"] == found.gold) & (found.predictions["ZSL"] != found.gold)
+    assert torch.equal(by_query["Rec2FTP"].isfinite(), corrected)
+    known = overall["low"].notna()
+    assert ((overall["low"] <= overall["value"]) & (overall["value"] <= overall["high"]))[known].all()
+    assert known["SimAOU"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,7 +213,7 @@ def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     m_ft = finetuning_attention(own.flatten(2), ft.q.flatten(2)) / ft.q.shape[-1]
     m_icl = in_context.context_scores[..., in_context.prompts.demonstration_positions].double()
     torch.testing.assert_close(found.per_layer["Kendall"], kendall(m_icl, m_ft))
-    assert found.rec2ftp == rec2ftp(zsl.gold, zsl.predictions, in_context.predictions, ft.predictions, seed=5)
+    assert found.rec2ftp == rec2ftp(zsl.gold, zsl.predictions, in_context.predictions, ft.predictions)
     assert found.accuracy == {"ZSL": zsl.accuracy, "ICL": in_context.accuracy, "FT": ft.accuracy}
     assert tuple(found.per_layer) == PER_LAYER
 
@@ -379,7 +393,7 @@ def test_random_updates_are_as_long_as_those_observed(seed: int, draws: int, axe
     got = random_updates(update, seed=seed, draws=draws)
     assert got.shape == (4, draws, *axes, 5)
     torch.testing.assert_close(
-        got.norm(dim=-1), update.norm(dim=-1).unsqueeze(1).expand(4, draws, *axes), rtol=1e-6, atol=1e-12
+        got.norm(dim=-1), update.norm(dim=-1).float().unsqueeze(1).expand(4, draws, *axes), rtol=1e-6, atol=1e-12
     )
     assert not torch.equal(got, random_updates(update, seed=seed + 1, draws=draws))
 
@@ -597,8 +611,8 @@ def test_a_context_that_was_not_finetuned_on_at_all_has_no_rank_correlation(
     [
         ([2, 0, 3], "for each of 4 demonstrations"),
         ([2, 0, 3, 3], "a training step of its own"),
-        ([2, 0, 3, 4], "expected training step 4 to have as many tokens"),
-        ([3, 0, 2, 1], "expected training step 3 to have as many tokens as its demonstration: 26"),
+        ([2, 0, 3, 4], "got step 4 of no tokens; there are 4 steps"),
+        ([3, 0, 2, 1], "expected a training step of 26 tokens for a demonstration of as many, got step 3 of 32"),
     ],
 )
 def test_steps_that_are_not_their_demonstrations_are_refused(

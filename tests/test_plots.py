@@ -8,6 +8,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
+from icl_dual.intervals import Interval
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,10 @@ def comparison(llama: icl.Model, task: icl.Task, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(
     ("metric", "drawn"),
     [
-        ("SimAOU", ["SimAOU", "SimAOU random"]),
+        ("SimAOU", ["SimAOU", "SimAOU unnormalised", "SimAOU inflation null", "SimAOU random"]),
         ("SimAM", ["SimAM after FT", "SimAM before FT", "SimAM random"]),
-        ("Kendall", ["Kendall", "Kendall random"]),
+        ("Kendall", ["Kendall", "Kendall on keys", "Kendall random"]),
+        ("SimAM random update", ["SimAM random update"]),
     ],
 )
 def test_layers_draws_the_means_on_the_axes_it_is_given(
@@ -47,7 +49,7 @@ def test_label_counts_draws_shares(comparison: icl.Comparison) -> None:
 
 
 def test_unknown_metrics_are_refused(comparison: icl.Comparison) -> None:
-    with pytest.raises(ValueError, match=r"expected a metric out of \('SimAOU', 'SimAM', 'Kendall'\), got 'Rec2FTP'"):
+    with pytest.raises(ValueError, match=r"\('SimAOU', 'SimAM', 'Kendall'\) or of .*PER_LAYER, got 'Rec2FTP'"):
         icl.plots.layers(comparison, "Rec2FTP")
 
 
@@ -60,6 +62,37 @@ def test_by_layer_draws_means_and_leaves_undefined_values_out() -> None:
     legend = ax.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    plt.close("all")
+
+
+def test_dots_draws_rows_from_the_top_hollow_where_there_is_no_interval() -> None:
+    nan = float("nan")
+    known, unknown, none = (Interval(0.3, 0.1, 0.6, 9), Interval(0.5, nan, nan, 3), Interval(nan, nan, nan, 0))
+    ax = icl.plots.dots({"claim": {"a": known, "b": unknown}, "control": {"a": none}})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["claim", "control"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    drawn = {
+        (line.get_markerfacecolor() == "white"): np.asarray(line.get_xdata()).tolist()
+        for line in ax.get_lines()
+        if line.get_marker() == "o" and len(np.asarray(line.get_xdata()))
+    }
+    assert drawn[False] == [0.3]
+    assert drawn[True][-1] == 0.5
+    bars = [np.asarray(path.vertices)[:, 0].tolist() for of in ax.collections for path in of.get_paths()]
+    assert [0.1, 0.6] in bars
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    plt.close("all")
+
+
+def test_curves_draws_estimates_with_bands_that_are_their_intervals() -> None:
+    ax = icl.plots.curves({"ICL": {0: Interval(0.5, 0.4, 0.6, 9), 8: Interval(0.7, 0.6, 0.9, 9)}}, ylabel="accuracy")
+    (line,) = ax.get_lines()
+    assert np.asarray(line.get_xydata()).tolist() == [[0, 0.5], [8, 0.7]]
+    corners = {tuple(corner) for corner in ax.collections[0].get_paths()[0].vertices.tolist()}
+    assert {(0, 0.4), (0, 0.6), (8, 0.6), (8, 0.9)} <= corners
+    assert ax.get_ylabel() == "accuracy"
     plt.close("all")
 
 

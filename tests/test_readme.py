@@ -61,10 +61,11 @@ def test_controls_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     exec(PYTHON[3], scope)
     said = capsys.readouterr().out
     assert said.count(" [") == 6, "five intervals, and that of a difference"
-    costs = {name: set(result.provenance["seconds"]) for name, result in scope["found"].items()}
-    assert costs["random delta"] == {"FT", "metrics"}
-    assert costs["flipped labels"] == {"ICL", "metrics"}
-    assert costs["layer-causal"] == {"finetuning", "FT", "metrics"}
+    costs = {key: set(result.provenance["seconds"]) for key, result in scope["found"].items()}
+    for seed in (1, 2):
+        assert costs["random delta", seed] == {"FT", "metrics"}
+        assert costs["flipped labels", seed] == {"ICL", "metrics"}
+        assert costs["layer-causal", seed] == {"finetuning", "FT", "metrics"}
 
 
 def test_a_task_of_ones_own_runs() -> None:

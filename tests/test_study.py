@@ -63,10 +63,10 @@ def test_a_cell_is_what_its_stages_give_and_says_where_it_came_from(
 
 def test_a_cells_frame_is_tidy(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
     frame = icl.run_cell(llama, task, CELL, tmp_path / "cell", progress=False).to_frame()
-    keys = ["model", "task", "k", "seed", "lr", "protocol", "metric", "layer", "value", "n"]
+    keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer", "value", "n"]
     assert list(frame.columns) == keys
     assert set(frame["protocol"]) == {"answer"}
-    assert not frame.duplicated(keys[:8]).any()
+    assert not frame.duplicated(keys[:9]).any()
 
 
 def test_complete_cells_are_read_without_model_or_task(known: list[str], tmp_path: Path) -> None:
@@ -373,16 +373,52 @@ def test_another_context_task_than_the_cells_is_refused(
     digits: icl.Task, llama: icl.Model, task: icl.Task, tmp_path: Path
 ) -> None:
     cell = dataclasses.replace(CELL, context_task="digits")
-
-    def refused(message: str, cell: icl.Cell, context_task: icl.Task | None) -> None:
+    for wanted, got, message in (
+        (cell, None, "expected the cell's context_task 'digits' as context_task=, got None"),
+        (cell, task, "expected the cell's context_task 'digits' as context_task=, got 'toy'"),
+        (CELL, digits, "expected the cell's context_task None as context_task=, got 'digits'"),
+    ):
         with pytest.raises(icl.StudyError, match=message):
-            icl.run_cell(llama, task, cell, tmp_path / "cell", context_task=context_task, progress=False)
+            icl.run_cell(llama, task, wanted, tmp_path / "cell", context_task=got, progress=False)
 
-    refused("expected context_task 'digits', got None", cell, None)
-    refused("expected context_task 'digits', got 'toy'", cell, task)
-    refused("expected context_task None, got 'digits'", CELL, digits)
-    for changed in ({"context": "reordered"}, {"finetuned_on": "context"}):
-        refused("demonstrations as they are, in context alone", dataclasses.replace(cell, **changed), digits)
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"delta": "Random"}, r"expected delta out of \('finetuned', 'random'\), got 'Random'"),
+        ({"finetuned_on": "other"}, "expected finetuned_on out of"),
+        ({"weights": "random"}, "expected weights out of"),
+        ({"context": "other task"}, "expected context out of"),
+        ({"method": "adam"}, "expected method out of"),
+        ({"context_task": "toy"}, "expected the demonstrations of another task as context_task, got 'toy' itself"),
+        ({"context_task": "digits", "context": "reordered"}, "as they are, in context alone"),
+        ({"finetuned_on": "context"}, "with a context that is not the task's own"),
+    ],
+)
+def test_a_cell_that_means_nothing_is_refused_when_it_is_made(settings: dict[str, Any], message: str) -> None:
+    cell = dataclasses.replace(CELL)
+    for name, value in settings.items():
+        object.__setattr__(cell, name, value)  # past the check of types that only tests have
+    with pytest.raises(icl.StudyError, match=message):
+        cell.__post_init__()
+
+
+def test_a_cell_says_which_rows_stood_in_context(
+    digits: icl.Task, llama: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    cells = {
+        "own": (CELL, None),
+        "flipped": (dataclasses.replace(CELL, context="flipped labels"), None),
+        "other": (dataclasses.replace(CELL, context_task="digits"), digits),
+    }
+    found = {
+        name: icl.run_cell(llama, task, cell, tmp_path / name, context_task=other, progress=False).provenance["context"]
+        for name, (cell, other) in cells.items()
+    }
+    shown = task.demonstrations(3, 1)
+    assert found["own"] == [[example.key, example.label] for example in shown]
+    assert found["flipped"] == [[example.key, 1 - example.label] for example in shown]
+    assert found["other"] == [[example.key, example.label] for example in digits.demonstrations(3, 1)]
 
 
 def test_controls_and_variants_have_names_and_folders_of_their_own(

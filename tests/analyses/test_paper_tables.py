@@ -152,23 +152,26 @@ def test_a_mean_over_tasks_weighs_them_alike_and_is_narrower() -> None:
     assert (high - low) / 2 == pytest.approx(math.hypot(*half) / 2, rel=0.1)
 
 
-def test_rec2ftp_has_wilsons_interval_of_the_counts_of_all_seeds() -> None:
+def test_rec2ftp_has_wilsons_interval_with_each_query_once_for_all_seeds() -> None:
     results = [made(0), made(1, draw=2)]
-    both = finetuned = 0
+    both, finetuned, distinct, dealt = 0, 0, set(), 0.0
     for result in results:
         found, gold = result.comparison.predictions, result.comparison.gold
         corrected = (found["FT"] == gold) & (found["ZSL"] != gold)
         finetuned += int(corrected.sum())
         both += int((corrected & (found["ICL"] == gold)).sum())
-    wilson = stats.binomtest(both, finetuned).proportion_ci(method="wilson")
-    value, low, high = (f"{100 * share:.1f}" for share in (both / finetuned, wilson.low, wilson.high))
+        distinct |= set(corrected.nonzero().flatten().tolist())
+        dealt += sum((found["ICL"] == label).double().mean().item() for label in gold[corrected])
+    assert len(distinct) < finetuned
+    share, n, z = both / finetuned, len(distinct), stats.norm.ppf(0.975)
+    centre, half = (share + z**2 / (2 * n)), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((centre + side) / (1 + z**2 / n) for side in (-half, half))
     row = printed(results, "Rec2FTP")
+    value, low, high = (f"{100 * number:.1f}" for number in (share, low, high))
     assert row["SST2"] == f"{value} [{low}, {high}] ({both}/{finetuned})"
     assert row["mean"] == f"{value} [{low}, {high}]"
-    dealt = [(result.comparison.rec2ftp.random, result.comparison.rec2ftp.finetuned) for result in results]
-    expected = 100 * sum(share * n for share, n in dealt) / finetuned
     value, low, high = ends(printed(results, "Rec2FTP random")["SST2"])
-    assert value == pytest.approx(expected, abs=0.051)
+    assert value == pytest.approx(100 * dealt / finetuned, abs=0.051)
     assert low < value < high
 
 
