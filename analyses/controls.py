@@ -122,13 +122,15 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
 
 def draw(found: pd.DataFrame, title: str, path: Path) -> None:
     """All controls of all metrics: a panel a metric, a row a control, families apart."""
-    rows = found.drop_duplicates("what is compared").sort_values("kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable")
+    rows = found.drop_duplicates("what is compared").sort_values(
+        "kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable"
+    )
     names, metrics = rows["what is compared"].tolist(), found["metric"].unique()
     in_a_row = -(-len(metrics) // 2)
     fig, axes = panels(in_a_row, rows=2, height=0.2 * len(names) + 0.6, sharex=False, sharey="all")
     for metric, ax in zip(metrics, (ax for row in axes for ax in row), strict=False):
         estimates: dict[str, dict[str, Interval]] = {name: {} for name in names}
-        for row in found[(found["metric"] == metric) & (found["task"] != "mean")].to_dict("records"):
+        for row in found.query("metric == @metric and task != 'mean'").to_dict("records"):
             interval = Interval(row["value"], row["low"], row["high"], row["queries"])
             estimates[row["what is compared"]][TITLES[row["task"]]] = interval
         icl.plots.dots(estimates, ax=ax)

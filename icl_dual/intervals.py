@@ -167,7 +167,7 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
     n_queries = min(int((~np.isnan(table)).any(0).sum()) for table in pair)
     n_seeds, n_all = pair[0].shape
     value = np.subtract(*(_means(table, np.ones((1, n_seeds)), np.ones((1, n_all)))[0] for table in pair))
-    by_seed = tuple(float(np.subtract(*(_mean(table[row]) for table in pair))) for row in range(n_seeds))
+    by_seed = tuple(_mean(pair[0][row]) - _mean(pair[1][row]) for row in range(n_seeds))
     if n_queries < MIN_QUERIES:
         return Paired(Interval(float(value), np.nan, np.nan, n_queries, n_seeds), np.nan, by_seed)
     rng = np.random.default_rng(seed)
@@ -177,11 +177,11 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
     totals, counts = (np.concatenate([part(table) for table in pair]) for part in (_totals, _counts))
 
     def difference(x: np.ndarray, y: np.ndarray, axis: int) -> Any:
-        means = []
-        for chosen in (x.astype(int), y.astype(int)):
-            n = counts[chosen].sum(axis)
-            means.append(np.divide(totals[chosen].sum(axis), n, out=np.full(n.shape, np.nan), where=n > 0))
-        return np.nan_to_num(means[0] - means[1])  # a swap that leaves one without scores shows no difference
+        chosen = (x.astype(int), y.astype(int))
+        n = [counts[one].sum(axis) for one in chosen]
+        means = [totals[one].sum(axis) / np.maximum(of, 1) for one, of in zip(chosen, n, strict=True)]
+        # A swap that leaves one without scores shows no difference.
+        return np.where(np.minimum(*n) > 0, means[0] - means[1], 0.0)
 
     test = stats.permutation_test(
         (np.arange(n_all, dtype=float), n_all + np.arange(n_all, dtype=float)),

@@ -176,8 +176,8 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
         style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "color": f"C{index}"}
         for known, label in ((True, name), (False, None)):
             at, chosen = [y for y, one in found if one.known is known], [one for _, one in found if one.known is known]
-            face = {} if known else {"markerfacecolor": "white"}  # an estimate without interval
-            ax.plot([one.value for one in chosen], at, label=label, **style, **face)
+            face = f"C{index}" if known else "white"  # an estimate without interval
+            ax.plot([one.value for one in chosen], at, label=label, markerfacecolor=face, **style)
             ax.hlines(at, [one.low for one in chosen], [one.high for one in chosen], color=f"C{index}", linewidth=1.2)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(estimates)), list(estimates), fontsize="small")

@@ -90,7 +90,7 @@ def test_curves_draws_estimates_with_bands_that_are_their_intervals() -> None:
     ax = icl.plots.curves({"ICL": {0: Interval(0.5, 0.4, 0.6, 9), 8: Interval(0.7, 0.6, 0.9, 9)}}, ylabel="accuracy")
     (line,) = ax.get_lines()
     assert np.asarray(line.get_xydata()).tolist() == [[0, 0.5], [8, 0.7]]
-    corners = {tuple(corner) for corner in ax.collections[0].get_paths()[0].vertices.tolist()}
+    corners = {tuple(corner) for corner in np.asarray(ax.collections[0].get_paths()[0].vertices).tolist()}
     assert {(0, 0.4), (0, 0.6), (8, 0.6), (8, 0.9)} <= corners
     assert ax.get_ylabel() == "accuracy"
     plt.close("all")
