@@ -27,7 +27,7 @@ from icl_dual.metrics import Comparison, compare
 from icl_dual.models import Control, Model, control_model, control_name, load_model
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings import Recordings
-from icl_dual.tasks import Protocol, Split, Task, load_task
+from icl_dual.tasks import Example, Protocol, Split, Task, load_task
 
 RECORDINGS = "recordings"
 """Where in a cell's folder its recordings are, if they were kept."""
@@ -195,53 +195,76 @@ def run_cell(
     Raises:
         StudyError: the cell is of another model, task or protocol.
     """
-    return _run_cell(model, task, context_task, cell, Path(folder), _Runs(), keep_recordings, progress)
+    prepared = _Prepared.of(model, task, context_task, cell)
+    return _run_cell(model, task, cell, prepared, Path(folder), _Runs(progress), keep_recordings)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a cell shows, trains on and asks."""
+
+    demonstrations: list[Example]
+    context: list[Example]
+    """What stands in context: the demonstrations, unless a control has others."""
+    queries: list[Example]
+    own: Prompts
+    shown: Prompts
+    """The queries behind the context."""
+    trained: Prompts
+    """Whose demonstrations are finetuned on."""
+    steps: list[int] | None
+    """Which training step each demonstration in context stands for, where that is not its own."""
+
+    @classmethod
+    def of(cls, model: Model, task: Task, context_task: Task | None, cell: Cell) -> "_Prepared":
+        _refuse_others(model, task, context_task, cell)
+        demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+        queries = task.queries(cell.n_queries, split=cell.split)
+        options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch}
+        own = build_prompts(model, task, demonstrations, queries, **options)
+        if context_task is None and cell.context == "own":
+            return cls(demonstrations, demonstrations, queries, own, own, own, None)
+        if context_task is not None:
+            context = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+            shown = build_prompts(model, task, context, queries, demonstration_task=context_task, **options)
+            return cls(demonstrations, context, queries, own, shown, own, [-1] * len(shown.demonstrations))
+        context = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
+        shown = build_prompts(model, task, context, queries, **options)
+        if cell.finetuned_on == "context":
+            return cls(demonstrations, context, queries, own, shown, shown, None)
+        steps = steps_of(shown, own, cell.k, cell.context, seed=cell.seed)
+        return cls(demonstrations, context, queries, own, shown, own, steps)
+
+
+def _refuse_others(model: Model, task: Task, context_task: Task | None, cell: Cell) -> None:
+    wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
+    if got != wanted:
+        made = (
+            "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
+        )
+        raise StudyError(f"expected model, task and protocol {wanted}, got {got}{made}")
+    if (name := context_task and context_task.name) != cell.context_task:
+        raise StudyError(f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}")
 
 
 def _run_cell(
     model: Model,
     task: Task,
-    context_task: Task | None,
     cell: Cell,
+    prepared: _Prepared,
     folder: Path,
     runs: "_Runs",
     keep_recordings: bool,
-    progress: bool,
 ) -> CellResult:
-    wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
-    if got != wanted:
-        hint = (
-            "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
-        )
-        raise StudyError(f"expected model, task and protocol {wanted}, got {got}{hint}")
-    if (name := context_task and context_task.name) != cell.context_task:
-        raise StudyError(f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}")
-    demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
-    queries = task.queries(cell.n_queries, split=cell.split)
-    mismatch = cell.reference_k_mismatch
-    prompts = build_prompts(model, task, demonstrations, queries, reference_k_mismatch=mismatch)
-    context, shown, steps = demonstrations, prompts, None
-    if cell.context_task is not None or cell.context != "own":
-        if context_task is None:
-            context = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
-        else:
-            context = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
-        shown = build_prompts(
-            model, task, context, queries, demonstration_task=context_task, reference_k_mismatch=mismatch
-        )
-    trained = shown if cell.finetuned_on == "context" else prompts
-    if context_task is not None:
-        steps = [-1] * len(shown.demonstrations)
-    elif trained is not shown:
-        steps = steps_of(shown, trained, cell.k, cell.context, seed=cell.seed)
-    runs.begin(model, prompts)
+    shown, zero_shot, steps = prepared.shown, prepared.own.zero_shot(), prepared.steps
+    runs.begin(model, prepared.own)
     # Finetuning first: a learning rate that diverges then costs no captures.
-    delta = runs.finetuned(model, trained, cell, progress)
-    icl = runs.captured("ICL", model, shown, progress)
-    zsl = runs.captured("ZSL", model, prompts.zero_shot(), progress)
+    delta = runs.finetuned(model, prepared.trained, cell)
+    icl = runs.captured("ICL", model, shown)
+    zsl = runs.captured("ZSL", model, zero_shot)
     with delta.applied(model):
-        applied = cell.lr, cell.loss, cell.method, cell.trained, cell.delta, trained.training
-        ft = runs.captured("FT", model, prompts.zero_shot(), progress, with_delta=applied)
+        applied = cell.lr, cell.loss, cell.method, cell.trained, cell.delta, prepared.trained.training
+        ft = runs.captured("FT", model, zero_shot, with_delta=applied)
     with runs.clock("metrics"):
         comparison = compare(zsl, icl, ft, delta, steps=steps, seed=cell.seed)
 
@@ -254,14 +277,14 @@ def _run_cell(
         "pass_residual": model.pass_residual,
         "seconds": runs.clock.seconds,
         "prefix_tokens": len(shown.prefix),
-        "query_tokens": sum(map(len, prompts.rows)),
+        "query_tokens": sum(map(len, shown.rows)),
         "k_in_context": len(shown.demonstrations),
-        "shared_texts": len(shared_texts([*demonstrations, *context], queries)),
+        "shared_texts": len(shared_texts([*prepared.demonstrations, *prepared.context], prepared.queries)),
         "label_words": task.label_words,
         "losses": delta.losses.tolist(),
-        "demonstrations": [example.key for example in demonstrations],
-        "context": [(example.key, example.label) for example in context],
-        "queries": [example.key for example in queries],
+        "demonstrations": [example.key for example in prepared.demonstrations],
+        "context": [(example.key, example.label) for example in prepared.context],
+        "queries": [example.key for example in prepared.queries],
     }
     about = {"settings": asdict(cell), "provenance": provenance}
     with atomic_folder(folder) as scratch:
@@ -317,7 +340,7 @@ def run_study(
     }
     models: dict[str, Model] = {}
     tasks: dict[tuple[str, str | None, Protocol], Task] = {}
-    runs = _Runs()
+    runs = _Runs(progress)
 
     def task_of(name: str, cell: Cell) -> Task:
         of = name, cell.source, cell.protocol
@@ -332,16 +355,10 @@ def run_study(
                 models.clear()
                 models[cell.model_name] = _load(cell, device, dtype)
                 _refuse_other_origin(models[cell.model_name], found)
-            done[cell] = _run_cell(
-                models[cell.model_name],
-                task_of(cell.task, cell),
-                None if cell.context_task is None else task_of(cell.context_task, cell),
-                cell,
-                folders[cell],
-                runs,
-                keep_recordings,
-                progress,
-            )
+            model, task = models[cell.model_name], task_of(cell.task, cell)
+            context_task = None if cell.context_task is None else task_of(cell.context_task, cell)
+            prepared = _Prepared.of(model, task, context_task, cell)
+            done[cell] = _run_cell(model, task, cell, prepared, folders[cell], runs, keep_recordings)
             bar.update()
     return [done[cell] for cell in folders]
 
@@ -390,6 +407,7 @@ class _Runs:
     that a control costs the one run that differs from the cell it is a control of.
     """
 
+    progress: bool
     clock: _Clock = field(default_factory=_Clock)
     own: Any = None
     kept: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
@@ -400,19 +418,17 @@ class _Runs:
             self.own, self.kept = own, {"ZSL": self.kept.get("ZSL", [])[-1:]}
         self.clock = _Clock()
 
-    def captured(
-        self, setting: str, model: Model, prompts: Prompts, progress: bool, *, with_delta: Any = None
-    ) -> Capture:
+    def captured(self, setting: str, model: Model, prompts: Prompts, *, with_delta: Any = None) -> Capture:
         """A capture of the prompts by the model as it is now, which is also said by what is applied to it."""
         of = model.name, model.fingerprint(), with_delta, prompts
-        return self._once(setting, of, lambda: capture(model, prompts, progress=progress))
+        return self._once(setting, of, lambda: capture(model, prompts, progress=self.progress))
 
-    def finetuned(self, model: Model, prompts: Prompts, cell: Cell, progress: bool) -> WeightDelta:
+    def finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> WeightDelta:
         """The delta of a cell's finetuning, in random directions where the cell says so."""
         options: dict[str, Any] = {name: getattr(cell, name) for name in ("lr", "loss", "method", "trained")}
         trained_on = prompts.start, prompts.training, prompts.demonstration_label_lengths
         of = model.name, model.fingerprint(), trained_on, options
-        delta = self._once("finetuning", of, lambda: finetune(model, prompts, **options, progress=progress))
+        delta = self._once("finetuning", of, lambda: finetune(model, prompts, **options, progress=self.progress))
         return delta.randomised(cell.seed) if cell.delta == "random" else delta
 
     def _once(self, stage: str, of: Any, make: Callable[[], Any]) -> Any:
