@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from scipy import stats
 
 import icl_dual as icl
 from icl_dual.intervals import bootstrap
-from icl_dual.metrics import PER_LAYER, Rec2FTP, rec2ftp
+from icl_dual.metrics import PER_LAYER, rec2ftp
 
 SCRIPT = Path(paper_tables.__file__)
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")
@@ -175,20 +176,29 @@ def test_rec2ftp_has_wilsons_interval_with_each_query_once_for_all_seeds() -> No
     assert low < value < high
 
 
+def recalling(both: int, corrected: int, **change: Any) -> icl.CellResult:
+    """A made-up cell in which finetuning corrects some queries, and ICL recalls some of these."""
+    result = made(**change)
+    gold = result.comparison.gold
+    predictions = dict.fromkeys(("ZSL", "ICL", "FT"), 1 - gold)
+    predictions["FT"] = torch.cat((gold[:corrected], 1 - gold[corrected:]))
+    predictions["ICL"] = torch.cat((gold[:both], 1 - gold[both:]))
+    return dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, predictions=predictions))
+
+
 def test_few_queries_have_no_interval_and_leave_the_mean_without() -> None:
-    few, many = made(0, rec2ftp=Rec2FTP(1, 3, 0.5)), made(1, task="mr", rec2ftp=Rec2FTP(9, 18, 0.25))
+    few, many = recalling(1, 3, seed=0), recalling(9, 18, seed=1, task="mr")
     row = printed([few, many], "Rec2FTP")
     assert row["SST2"] == "33.3 (1/3: no interval)"
     assert row["MR"] == "50.0 [29.0, 71.0] (9/18)"
     assert row["mean"] == "41.7 (3 queries: no interval)"
-    none = made(2, task="subj", rec2ftp=Rec2FTP(0, 0, float("nan")))
+    none = recalling(0, 0, seed=2, task="subj")
     row = printed([few, many, none], "Rec2FTP")
     assert (row["Subj"], row["mean"]) == ("undefined (0/0)", "undefined")
     assert printed([none], "Rec2FTP random")["Subj"] == "undefined"
     # A seed in which finetuning corrects nothing adds nothing.
-    assert printed([many, made(3, task="mr", draw=2, rec2ftp=none.comparison.rec2ftp)], "Rec2FTP random")["MR"] == (
-        "25.0 [10.7, 48.1]"
-    )
+    nothing = recalling(0, 0, seed=3, task="mr", draw=2)
+    assert printed([many, nothing], "Rec2FTP")["MR"] == "50.0 [29.0, 71.0] (9/18)"
 
 
 def test_seeds_that_asked_other_queries_are_refused() -> None:

@@ -46,7 +46,7 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
 
 def test_results_are_tidy_and_complete(out: Path) -> None:
     results = pd.read_csv(out / "results.csv")
-    keys = ["model", "task", "k", "seed", "lr", "protocol", "metric", "layer"]
+    keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer"]
     assert results.columns.tolist() == [*keys, "value", "n"]
     rows = results.to_dict(orient="records")
     assert len({tuple(str(row[key]) for key in keys) for row in rows}) == len(rows)
