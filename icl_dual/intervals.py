@@ -71,6 +71,9 @@ class Paired(NamedTuple):
     by_seed: tuple[float, ...]
     """The difference of each seed by itself; NaN where one has no score."""
 
+    def __str__(self) -> str:
+        return f"{self.difference}, p = {self.p:.4f}, by seed {', '.join(f'{one:.3f}' for one in self.by_seed)}"
+
 
 def bootstrap(*groups: Table, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The mean over groups of each group's mean over its defined values, with a percentile bootstrap interval.

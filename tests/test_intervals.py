@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.intervals import MIN_QUERIES, Interval, average, bootstrap, estimate, paired_test, wilson
+from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, estimate, paired_test, wilson
 
 Z = 1.959963984540054
 SEEDS = st.integers(0, 2**16)
@@ -242,6 +242,11 @@ def test_many_queries_have_a_students_p_and_pairing_tells_what_means_do_not() ->
 def test_seeds_do_not_multiply_queries_in_a_test() -> None:
     a, b = normal(0, 1, 8), normal(1, 1, 8)
     assert paired_test(a, b).p == paired_test(np.repeat(a, 4, axis=0), np.repeat(b, 4, axis=0)).p
+
+
+def test_a_paired_test_as_text() -> None:
+    found = Paired(Interval(0.1, 0.05, 0.2, 9, 2), 0.0123, (0.08, 0.12))
+    assert str(found) == "0.100 [0.050, 0.200], p = 0.0123, by seed 0.080, 0.120"
 
 
 def test_equal_scores_do_not_differ() -> None:
