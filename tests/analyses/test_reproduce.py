@@ -52,9 +52,12 @@ def test_results_are_tidy_and_complete(out: Path) -> None:
     assert len({tuple(str(row[key]) for key in keys) for row in rows}) == len(rows)
     assert {(row["task"], row["seed"]) for row in rows} == {(t, s) for t in ("sst2", "agnews") for s in (1, 2)}
     assert len({row["layer"] for row in rows if row["metric"] == "SimAOU" and row["layer"] >= 0}) == 30
-    assert all(-1 <= row["value"] <= 1 for row in rows if row["metric"].startswith(("SimAOU", "SimAM", "Kendall")))
-    # At layer 0 the query's scores come from its own tokens alone, in context or not.
+    # At layer 0 the query's scores come from its own tokens alone, in context or not: nothing changes them there.
+    unchanged = [row for row in rows if row["metric"].startswith("SimAMΔ") and row["layer"] == 0]
+    assert {(str(row["value"]), row["n"]) for row in unchanged} == {("nan", 0)}
     assert all(row["value"] > 0.9 for row in rows if row["metric"] == "SimAM before FT" and row["layer"] == 0)
+    cosines = [row for row in rows if row["metric"].startswith(("SimAOU", "SimAM", "Kendall")) and row["n"]]
+    assert all(-1 <= row["value"] <= 1 for row in cosines)
 
 
 def test_label_counts_add_up_to_the_queries(out: Path) -> None:
