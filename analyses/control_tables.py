@@ -1,4 +1,4 @@
-"""What `controls.py` says: metrics beside their controls, with intervals; against the best of each kind; in words."""
+"""What `controls.py` says: metrics beside their controls, with intervals; against all of each kind; in words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.controls import PAIRS
-from icl_dual.intervals import Interval, Paired, estimate, paired_test
+from icl_dual.intervals import Interval, Paired, paired_test
+from icl_dual.metrics import estimate
 
 CLAIM = "ICL and FT"
 NULLS = {

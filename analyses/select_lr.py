@@ -47,7 +47,7 @@ def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
         best = group[group["lr"] == chosen[str(task)]]
         ax.plot(best["lr"], best["accuracy"], marker="o", markersize=9, fillstyle="none", color=line.get_color())
     ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
-    ax.set_title(f"{path.stem}: {rows['n'].iloc[0]} selection queries a task, chosen rates ringed", fontsize="medium")
+    ax.set_title(f"{path.stem}\n{rows['n'].iloc[0]} selection queries a task, chosen rates ringed", fontsize="medium")
     ax.legend(frameon=False, ncols=2)
     fig.savefig(path, dpi=150)
 

@@ -4,8 +4,8 @@ If in-context learning acts like finetuning *on its demonstrations*, then its li
 when their labels are wrong, when they are another task's, when nothing but their size is left of the finetuning. Each
 such control takes the place of one run of a comparison, so it costs one forward pass.
 
-Order is a control by itself (Shen et al., 2024). In-context learning under two orders of the same demonstrations is as
-like itself as anything can be asked to be like it; finetuning that is less like it than that is not the same thing.
+Order is a control by itself (Shen et al., 2024). How far two orders of the same demonstrations move in-context learning
+is the noise floor: finetuning that is no farther from it than that could not be told from it.
 """
 
 import itertools

@@ -199,25 +199,7 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
     return Paired(interval, float(test.pvalue), by_seed)
 
 
-def estimate(*groups: Table, of: str) -> Interval:
-    """A metric of one task, or its mean over several, with the interval that suits it.
-
-    Rec2FTP is a share of few queries: its interval is Wilson's (`recall`), also where it is the mean of several tasks
-    (`average`). Of one task, so is that of an accuracy of 0 or 1, which the bootstrap would give no width. All others
-    are `bootstrap`'s.
-
-    Args:
-        groups: tables `[seed query]`, one a task.
-        of: the metric's name.
-    """
-    if of.startswith("Rec2FTP"):
-        return average(*(recall(group) for group in groups))
-    found = bootstrap(*groups)
-    extreme = of.endswith("accuracy") and len(groups) == 1 and found.value in (0.0, 1.0)
-    return recall(*groups) if extreme else found
-
-
-def recall(found: Table) -> Interval:
+def share(found: Table) -> Interval:
     """The share of all defined values that is 1, with Wilson's interval of as many queries as have one.
 
     A query counts once for it, however many seeds it has a value of: those of one query are no independent trials.

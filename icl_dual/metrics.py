@@ -31,7 +31,7 @@ from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
-from icl_dual.intervals import Interval, estimate
+from icl_dual.intervals import Interval, Table, average, bootstrap, share
 from icl_dual.recordings import SETTINGS, Recordings
 
 KENDALL_QUERIES = 100
@@ -275,6 +275,24 @@ PER_LAYER = (
 """The metrics that a `Comparison` holds by query and layer: released ones, each with its corrected form and nulls."""
 
 
+def estimate(*groups: Table, of: str) -> Interval:
+    """A metric of one task, or its mean over several, with the interval that suits it.
+
+    Rec2FTP is a share of few queries: its interval is Wilson's (`intervals.share`), also where it is the mean of
+    several tasks (`intervals.average`). Of one task, so is that of an accuracy of 0 or 1, which the bootstrap would
+    give no width. All others are `intervals.bootstrap`'s.
+
+    Args:
+        groups: tables `[seed query]`, one a task.
+        of: the metric's name.
+    """
+    if of.startswith("Rec2FTP"):
+        return average(*(share(group) for group in groups))
+    found = bootstrap(*groups)
+    extreme = of.endswith("accuracy") and len(groups) == 1 and found.value in (0.0, 1.0)
+    return share(*groups) if extreme else found
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """In-context learning against finetuning on the same demonstrations, by the paper's metrics."""
@@ -325,7 +343,7 @@ class Comparison:
         return found | {name: values.nanmean(1).double() for name, values in self.per_layer.items()}
 
     def intervals(self) -> dict[str, Interval]:
-        """Each number over all layers together, with its 95 % interval (`intervals.estimate`)."""
+        """Each number over all layers together, with its 95 % interval (`estimate`)."""
         return {name: estimate(values[None], of=name) for name, values in self.by_query().items()}
 
     def overall(self) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, estimate, paired_test, wilson
+from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, paired_test, wilson
+from icl_dual.metrics import estimate
 
 Z = 1.959963984540054
 SEEDS = st.integers(0, 2**16)
