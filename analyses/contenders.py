@@ -209,7 +209,7 @@ TL_HOOKS = ("attn.o.hook_out", "attn.hook_q", "attn.hook_attn_scores")
 
 def tl_prefix(race: Race) -> Captured:
     """What a TransformerLens expert writes by hand: cached prefix, batches, and hooks that keep the last position."""
-    bridge, kept = race.model.bridge, _Kept(race)
+    bridge, kept = race.model.wrapped, _Kept(race)
     config: Any = bridge.original_model.config
     cache = DynamicCache(config=config)
     bridge.run_with_hooks(race.prefix, fwd_hooks=[("unembed.hook_in", _last_only)], past_key_values=cache)
@@ -246,7 +246,7 @@ def _tl_prompts(race: Race, names: list[str] | None) -> Captured:
     kept = _Kept(race)
     for query, tokens in enumerate(race.full_prompts()):
         at_last: dict[str, Any] = {} if names is None else {"names_filter": names, "pos_slice": -1}
-        logits, cache = race.model.bridge.run_with_cache(tokens, **at_last)
+        logits, cache = race.model.wrapped.run_with_cache(tokens, **at_last)
         found = [[cache[f"blocks.{layer}.{hook}"][0] for layer in range(race.model.n_layers)] for hook in TL_HOOKS]
         if names is None:
             found = [[t[-1] for t in found[0]], [t[-1] for t in found[1]], [t[:, -1] for t in found[2]]]

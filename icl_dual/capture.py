@@ -175,12 +175,12 @@ def capture(
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
         if model.pass_residual is None:
             try:
-                model.pass_residual = _measure_pass(model)
+                model.pass_residual = _measure_pass(model, prompts.start)
             except RuntimeError as error:
                 if _out_of_memory(error):
                     raise MemoryError(f"expected memory to check {model!r} on a short prompt, got: {error}") from error
                 raise UnsupportedModelError(
-                    f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs on its bridge, "
+                    f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, "
                     f"got: {error}"
                 ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
@@ -580,7 +580,7 @@ def _checked(model: Model, residuals: Sequence[Tensor]) -> float:
     return found.max().item()
 
 
-def _measure_pass(model: Model) -> float:
+def _measure_pass(model: Model, start: Tokens) -> float:
     """Hold the ΔICL pass against a plain forward pass over a short full prompt of arbitrary tokens.
 
     Raises:
@@ -590,7 +590,7 @@ def _measure_pass(model: Model) -> float:
     drawn = torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=torch.Generator().manual_seed(0))
     ids = tuple(drawn.tolist())
     queries = (ids[n_demo : n_demo + n_query], ids[n_demo + n_query :])
-    prompts = Prompts(tuple(model.start_tokens), (ids[:n_demo],), (0,), (), queries, (ids[:1],), (0, 0))
+    prompts = Prompts(start, (ids[:n_demo],), (0,), (), queries, (ids[:1],), (0, 0))
     plain: list[Tensor] = []
     model.run(
         torch.tensor([[*prompts.prefix, *query] for query in queries], device=model.device),

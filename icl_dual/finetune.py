@@ -11,9 +11,8 @@ those above it, as a forward pass does not (layer-causal, Deutch et al., 2024); 
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
-from icl_dual.models import Model, OnTensor, UnsupportedModelError
+from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
 from icl_dual.prompts import Prompts
 
 Loss = Literal["all", "label"]
@@ -36,7 +35,12 @@ demonstration a step, each layer by its own loss through the final norm and the 
 Trained = Literal["key-value", "key", "value", "attention"]
 """Which projections of attention move; `attention` is all four."""
 
-_KINDS: dict[Trained, str] = {"key-value": "KV", "key": "K", "value": "V", "attention": "QKVO"}
+_KINDS: dict[Trained, tuple[Kind, ...]] = {
+    "key-value": ("K", "V"),
+    "key": ("K",),
+    "value": ("V",),
+    "attention": ("Q", "K", "V", "O"),
+}
 
 EXPLODED_LOSS = 3.0
 """A loss above this many times log(d_vocab), the loss of knowing nothing, is an explosion; or above this many times the
@@ -101,8 +105,7 @@ class WeightDelta:
     trained: Trained = "key-value"
     """Which projections moved."""
     W_Q: Float[Tensor, "layer d_q d_model"] | None = None
-    W_O: Float[Tensor, "layer _ _"] | None = None
-    """ΔW_O, laid out as the model keeps it."""
+    W_O: Float[Tensor, "layer d_model d_q"] | None = None
     b_Q: Float[Tensor, "layer d_q"] | None = None
     b_O: Float[Tensor, "layer d_model"] | None = None
     factors: Factors | None = None
@@ -123,8 +126,7 @@ class WeightDelta:
         Raises:
             ValueError: the delta belongs to another model.
         """
-        projections = model.key_value_projections()
-        shape = (len(projections), *projections[0][0].weight.shape)
+        shape = (model.n_layers, model.n_key_value_heads * model.d_head, model.d_model)
         if self.model != model.name or tuple(self.W_K.shape) != shape:
             raise ValueError(
                 f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
@@ -135,11 +137,12 @@ class WeightDelta:
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {now}), got one from "
                 f"{self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
-        parameters = _parameters(model, self.trained)
-        with _restored([parameter for _, parameter in parameters]):
+        weights = _weights(model, self.trained)
+        with _restored([weight.parameter for by_layer in weights.values() for weight in by_layer]):
             with torch.no_grad():
-                for layer, name, parameter in _by_layer(model, parameters):
-                    parameter.add_(getattr(self, name)[layer].to(parameter))
+                for name, by_layer in weights.items():
+                    for weight, moved in zip(by_layer, getattr(self, name), strict=True):
+                        weight.parameter.add_(weight.stored(moved).to(weight.parameter))
             yield model
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -221,13 +224,13 @@ def finetune(
     _refuse_options(prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
     if factors and trained not in ("key-value", "attention"):
         raise ValueError(f"expected keys and values to be trained where factors are kept, got trained={trained!r}")
-    named = _parameters(model, trained)
-    parameters = [parameter for _, parameter in named]
+    weights = _weights(model, trained)
+    parameters = [weight.parameter for by_layer in weights.values() for weight in by_layer]
     losses: list[float] = []
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
-    with _restored(parameters) as before, _only_trained(model, parameters), recorder or nullcontext():
+    with _restored(parameters) as before, _only_trained(model, parameters):
         descent = _Descent(model, parameters, before, lr, whole=method == "full-batch")
         steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training)
@@ -237,7 +240,8 @@ def finetune(
             n_targets = label_length if loss == "label" else len(tokens)
             for parameter in parameters:
                 parameter.grad = None
-            value, q, k = _backward(model, prompts.start, tokens, n_targets, local=method == "layer-causal")
+            local = method == "layer-causal"
+            value, q, k = _backward(model, prompts.start, tokens, n_targets, local=local, recorder=recorder)
             losses.append(value)
             training["q"].append(q)
             training["k"].append(k)
@@ -250,7 +254,7 @@ def finetune(
                     f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
                     f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
                 )
-        deltas = _stacked(model, named, before)
+        deltas = _deltas(model, weights, before)
     return WeightDelta(
         model=model.name,
         fingerprint=fingerprint,
@@ -319,35 +323,29 @@ class _FactorRecorder:
 
     def __init__(self, model: Model, lr: float) -> None:
         self.model, self.lr = model, lr
-        self.pairs = model.key_value_projections()
-        self.x: list[list[Tensor]] = [[] for _ in self.pairs]
-        self.errors: dict[str, list[list[Tensor]]] = {kind: [[] for _ in self.pairs] for kind in "KV"}
-        self.handles = []
-        for layer, pair in enumerate(self.pairs):
-            for kind, projection in zip("KV", pair, strict=True):
-                self.handles.append(projection.register_forward_hook(partial(self._watch, layer, kind)))
+        self.projections: dict[Kind, list[Projection]] = {"K": model.projections("K"), "V": model.projections("V")}
+        self.x: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
+        self.errors: dict[Kind, list[list[Tensor]]] = {kind: [[] for _ in self.x] for kind in self.projections}
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _watch(self, layer: int, kind: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def on_error(
+        self,
+        layer: int,
+        kind: Kind,
+        x: Float[Tensor, "batch train_token d_model"],
+        gradient: Float[Tensor, "batch train_token d_kv"],
+    ) -> None:
+        """Keep what a step's backward pass shows of a layer."""
         if kind == "K":  # keys and values are projected from the same input
-            self.x[layer].append(_at_least_float32(args[0][0]).detach().cpu())
-        output.register_hook(lambda gradient: self._keep(layer, kind, gradient))
-
-    def _keep(self, layer: int, kind: str, gradient: Tensor) -> None:
+            self.x[layer].append(_at_least_float32(x[0]).cpu())
         self.errors[kind][layer].append(-self.lr * _at_least_float32(gradient[0]).cpu())
 
     def check(self, step: int) -> None:
         """Hold the step's factors against its gradient, which no rounding of the weights has touched."""
-        for layer, pair in enumerate(self.pairs):
-            for kind, projection in zip("KV", pair, strict=True):
-                assert projection.weight.grad is not None
-                gradient = -self.lr * _at_least_float32(projection.weight.grad).cpu()
+        for kind, projections in self.projections.items():
+            for layer, projection in enumerate(projections):
+                found = projection.W.parameter.grad
+                assert found is not None
+                gradient = -self.lr * _at_least_float32(projection.W.matrix(found)).cpu()
                 missing = (dual.outer_sum(self.errors[kind][layer][-1], self.x[layer][-1]) - gradient).norm()
                 if not missing <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * gradient.norm():
                     raise UnsupportedModelError(
@@ -368,7 +366,13 @@ class _FactorRecorder:
 
 
 def _backward(
-    model: Model, start: tuple[int, ...], tokens: tuple[int, ...], n_targets: int, *, local: bool
+    model: Model,
+    start: tuple[int, ...],
+    tokens: tuple[int, ...],
+    n_targets: int,
+    *,
+    local: bool,
+    recorder: _FactorRecorder | None,
 ) -> tuple[float, Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]]:
     """The gradient of the mean cross-entropy of a demonstration's last `n_targets` tokens, left at the parameters.
 
@@ -388,8 +392,14 @@ def _backward(
         return residual.detach()
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
-    on_residual = cut if local else None
-    logits = model.run(ids, read=read[None], on_query=keep("q"), on_key=keep("k"), on_residual=on_residual)
+    logits = model.run(
+        ids,
+        read=read[None],
+        on_query=keep("q"),
+        on_key=keep("k"),
+        on_residual=cut if local else None,
+        on_error=None if recorder is None else recorder.on_error,
+    )
     loss = nn.functional.cross_entropy(_at_least_float32(logits[0]), targets)
     if local:
         _backward_locally(model, [residual[0, read] for residual in residuals], targets, logits[0])
@@ -431,22 +441,13 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 _DELTAS = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
 
 
-def _parameters(model: Model, trained: Trained = "key-value") -> list[tuple[str, nn.Parameter]]:
-    """Weights and biases of the projections that move, layer by layer, each with its delta's name."""
-    found = []
-    others = model.query_output_projections() if trained == "attention" else [(None, None)] * model.n_layers
-    for (key, value), (query, output) in zip(model.key_value_projections(), others, strict=True):
-        for kind, projection in {"Q": query, "K": key, "V": value, "O": output}.items():
-            if projection is not None and kind in _KINDS[trained]:
-                found.append((f"W_{kind}", projection.weight))
-                if projection.bias is not None:
-                    found.append((f"b_{kind}", projection.bias))
+def _weights(model: Model, trained: Trained = "key-value") -> dict[str, list[Weight]]:
+    """Weights and biases of the projections that move, by their delta's name and by layer."""
+    found = {}
+    for kind in _KINDS[trained]:
+        weights, biases = zip(*model.projections(kind), strict=True)
+        found |= {f"W_{kind}": list(weights)} | ({f"b_{kind}": list(biases)} if None not in biases else {})
     return found
-
-
-def _by_layer(model: Model, named: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[int, str, nn.Parameter]]:
-    for index, (name, parameter) in enumerate(named):
-        yield index * model.n_layers // len(named), name, parameter
 
 
 def _differences(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
@@ -457,17 +458,18 @@ def _norm(tensors: list[Tensor]) -> float:
     return nn.utils.get_total_norm([_at_least_float32(tensor) for tensor in tensors]).item()
 
 
-def _stacked(model: Model, named: list[tuple[str, nn.Parameter]], before: list[Tensor]) -> dict[str, Any]:
-    """The parameters' changes by name, stacked over layers; keys and values that did not move changed by zero."""
-    deltas = _differences([parameter for _, parameter in named], before)
-    found: dict[str, Any] = {}
-    for (name, _), delta in zip(named, deltas, strict=True):
-        found.setdefault(name, []).append(delta.cpu())
-    found = {name: torch.stack(layers) for name, layers in found.items()}
-    key, value = model.key_value_projections()[0]
-    for kind, projection in (("K", key), ("V", value)):
-        for name, like in ((f"W_{kind}", projection.weight), (f"b_{kind}", projection.bias)):
-            still = None if like is None else like.detach().new_zeros(model.n_layers, *like.shape).cpu()
+def _deltas(model: Model, weights: dict[str, list[Weight]], before: list[Tensor]) -> dict[str, Any]:
+    """What the weights have changed by, as matrices, by layer; keys and values that did not move changed by zero."""
+    then = iter(before)
+    found: dict[str, Any] = {
+        name: torch.stack([weight.matrix(weight.parameter.detach() - next(then)).cpu() for weight in by_layer])
+        for name, by_layer in weights.items()
+    }
+    for kind in ("K", "V"):
+        W, b = model.projections(kind)[0]
+        for name, weight in ((f"W_{kind}", W), (f"b_{kind}", b)):
+            like = None if weight is None else weight.matrix(weight.parameter.detach())
+            still = None if like is None else like.new_zeros(model.n_layers, *like.shape).cpu()
             found.setdefault(name, still)
     return found
 

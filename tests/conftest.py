@@ -8,6 +8,7 @@ import os  # noqa: E402 - the hook has to be in place before the library is impo
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+import hooked  # noqa: E402
 import matplotlib as mpl  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -133,7 +134,9 @@ _HF_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4)),
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(num_key_value_heads=2, **_MLP)),
 }
-ARCHITECTURES = tuple(_HF_MODELS)
+BRIDGED = tuple(_HF_MODELS)
+ARCHITECTURES = BRIDGED + tuple(f"hooked-{name}" for name in hooked.CONVERTED if hooked.HookedTransformer)
+"""Behind a bridge, and as `HookedTransformer`s where there is that class."""
 _HF_MODELS |= {
     "falcon-alibi": lambda: FalconForCausalLM(FalconConfig(alibi=True, **_DECODER)),
     "mpt": lambda: MptForCausalLM(
@@ -163,7 +166,7 @@ _HF_MODELS |= {
         )
     ),
 }
-REFUSED = tuple(name for name in _HF_MODELS if name not in ARCHITECTURES)
+REFUSED = tuple(name for name in _HF_MODELS if name not in BRIDGED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -196,7 +199,7 @@ def make_hf_model() -> Callable[..., PreTrainedModel]:
     def make(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            hf_model = _HF_MODELS[architecture]()
+            hf_model = _HF_MODELS[architecture.removeprefix("hooked-")]()
             for parameter in hf_model.parameters():
                 if parameter.ndim == 2:
                     torch.nn.init.normal_(parameter, std=0.2)
@@ -211,13 +214,18 @@ def make_hf_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def make_model(
-    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+    make_hf_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., icl.Model]:
-    """A new tiny random model of an architecture, behind its bridge."""
+    """A new tiny random model of an architecture, behind its bridge or as a `HookedTransformer`."""
     from transformer_lens.model_bridge import TransformerBridge
 
     def make(architecture: str, dtype: torch.dtype = torch.float32, name: str | None = None) -> icl.Model:
         hf_model = make_hf_model(architecture, dtype)
+        if architecture.startswith("hooked-"):
+            made = hooked.hooked_transformer(hf_model, tmp_path_factory.mktemp("tiny"), tokenizer)
+            return icl.Model(made, name=name or architecture)
         bridge = TransformerBridge.boot_transformers(
             f"tiny/{architecture}", hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
         )

@@ -214,18 +214,18 @@ def test_half_precision_is_captured_in_float32(make_model: Callable[..., icl.Mod
 
 def test_a_model_handed_in_comes_back_without_hooks(llama: icl.Model, prompts: Prompts) -> None:
     icl.capture(llama, prompts, progress=False)
-    assert not any(point.fwd_hooks for point in llama.bridge.hook_dict.values())
+    assert not any(point.fwd_hooks for point in llama.wrapped.hook_dict.values())
 
 
 def test_attention_that_is_not_softmax_of_scores_is_refused(
     make_model: Callable[..., icl.Model], prompts: Prompts
 ) -> None:
     gated = make_model("llama", name="gated")
-    gated.bridge.blocks[1].attn.o.original_component.register_forward_pre_hook(lambda module, args: None)
-    gated.bridge.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
+    gated.wrapped.blocks[1].attn.o.original_component.register_forward_pre_hook(lambda module, args: None)
+    gated.wrapped.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
     with pytest.raises(icl.UnsupportedModelError, match=r"gated .* layer 1: attention recomputed"):
         icl.capture(gated, prompts, progress=False)
-    gated.bridge.reset_hooks()
+    gated.wrapped.reset_hooks()
 
 
 def test_a_model_that_ignores_positions_is_refused(

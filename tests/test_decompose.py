@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, REFUSED
+from conftest import ARCHITECTURES, BRIDGED, REFUSED
 from scipy import stats
 
 import icl_dual as icl
@@ -300,7 +300,7 @@ def test_captures_of_changed_weights_are_refused(make_model: Callable[..., icl.M
     model = make_model("llama")
     prompts = build(model, task)
     got, _ = runs(model, prompts)
-    hf_model: Any = model.bridge.original_model
+    hf_model: Any = model.wrapped.original_model
     layer = hf_model.model.layers[1]
     for weight, change in (
         (layer.self_attn.v_proj.weight, lambda w: -w),
@@ -366,7 +366,7 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
     model = make_model("llama")
     prompts = build(model, task)
     captured = runs(model, prompts)
-    point = model.bridge.hook_dict[f"blocks.1.{hook}"]
+    point = model.wrapped.hook_dict[f"blocks.1.{hook}"]
     add_hook = point.add_hook
 
     def add_corrupted(hook_fn: Callable, *args, **kwargs):
@@ -417,7 +417,7 @@ def test_the_table_in_the_docs_is_what_these_tests_find(
     pytestconfig: pytest.Config,
 ) -> None:
     rows = []
-    for name in ARCHITECTURES:
+    for name in BRIDGED:
         model = models_by_architecture(name)
         exact = decomposed(model, build(model, task)).residual <= EXACT
         rows.append(f"| {model.architecture} | {PARTICULARS[name]} | {'exact' if exact else 'off'} |")

@@ -13,6 +13,7 @@ from torch import nn
 
 import icl_dual as icl
 from icl_dual.finetune import Loss, Method, Trained
+from icl_dual.models import Kind
 from icl_dual.prompts import Prompts
 
 LR = 0.05
@@ -194,7 +195,7 @@ def test_layer_causal_equals_each_layers_own_gradient_on_the_bare_model(
 ) -> None:
     model, twin = make_model(architecture, torch.float64), make_hf_model(architecture, torch.float64)
     if architecture == "gemma2-window":  # so low that it bends the logits
-        for original in (twin, cast(Any, model.bridge.original_model)):
+        for original in (twin, model.wrapped.original_model):
             original.config.final_logit_softcapping = 2.0
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_layer_causal(twin, prompts, targets_of(prompts, loss), architecture)
@@ -222,7 +223,7 @@ def test_a_layer_causal_delta_knows_nothing_of_the_layers_above(
         model = make_model("llama", torch.float64)
         if altered:
             with torch.no_grad():
-                for parameter in model.bridge.blocks[1].parameters():
+                for parameter in model.wrapped.blocks[1].parameters():
                     parameter.mul_(1.5)
         for method, deltas in found.items():
             deltas.append(icl.finetune(model, prompts, lr=LR, method=cast(Any, method), progress=False))
@@ -244,16 +245,16 @@ def test_layers_that_are_read_out_otherwise_have_no_loss_of_their_own(
 ) -> None:
     model = make_model("llama")
     before = snapshot(model)
-    cast(Any, model.bridge.original_model).config.final_logit_softcapping = 1.0  # which a Llama does not heed
+    model.wrapped.original_model.config.final_logit_softcapping = 1.0  # which a Llama does not heed
     with pytest.raises(icl.UnsupportedModelError, match=r"llama .*: expected the last layer's output to be read out"):
         icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
     assert same(model, before)
 
 
 def snapshot(model: icl.Model) -> list[torch.Tensor]:
-    fused = list(model.bridge.original_model.parameters())
-    pairs = (*model.key_value_projections(), *model.query_output_projections())
-    split = [parameter for pair in pairs for module in pair for parameter in module.parameters()]
+    fused = list(model.wrapped.original_model.parameters())
+    projections = [projection for kind in get_args(Kind) for projection in model.projections(kind)]
+    split = [weight.parameter for projection in projections for weight in projection if weight is not None]
     return [parameter.detach().clone() for parameter in (*fused, *split)]
 
 
@@ -272,11 +273,11 @@ def test_the_model_comes_back_bit_for_bit(
     model = make_model(architecture)
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(3))
     before = snapshot(model)
-    flags = [parameter.requires_grad for parameter in model.bridge.original_model.parameters()]
+    flags = [parameter.requires_grad for parameter in model.wrapped.original_model.parameters()]
     delta = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, progress=False)
     assert same(model, before)
-    assert flags == [parameter.requires_grad for parameter in model.bridge.original_model.parameters()]
-    assert all(parameter.grad is None for parameter in model.bridge.original_model.parameters())
+    assert flags == [parameter.requires_grad for parameter in model.wrapped.original_model.parameters()]
+    assert all(parameter.grad is None for parameter in model.wrapped.original_model.parameters())
     with delta.applied(model):
         assert not same(model, before)
     assert same(model, before)
@@ -309,7 +310,7 @@ def test_training_queries_are_recorded_before_their_own_update(
         """Queries and keys of a demonstration by the model as it is now, before rotation."""
         found: dict[str, list[torch.Tensor]] = {"q_proj": [], "k_proj": []}
         handles = []
-        for path, module in model.bridge.original_model.named_modules():
+        for path, module in model.wrapped.original_model.named_modules():
             name = path.removesuffix("._original_component").split(".")[-1]
             if name in found and isinstance(module, nn.Linear):
                 handles.append(module.register_forward_hook(partial(keep, found[name])))
@@ -401,7 +402,7 @@ def test_a_model_that_begins_far_from_knowing_anything_is_finetuned_all_the_same
 ) -> None:
     model = make_model("llama")
     with torch.no_grad():
-        cast(Any, model.bridge.original_model).get_output_embeddings().weight.mul_(30)
+        model.wrapped.original_model.get_output_embeddings().weight.mul_(30)
     losses = icl.finetune(model, prompts, lr=1e-5, progress=False).losses
     assert losses.min() > sys.modules["icl_dual.finetune"].EXPLODED_LOSS * math.log(model.d_vocab)
 
@@ -495,11 +496,11 @@ def test_a_random_delta_is_applied_and_taken_off_like_any(
     model = models_by_architecture("gpt2")
     before, random = snapshot(model), all_attention.randomised(7)
     assert random.W_O is not None
-    outputs: list[Any] = [output for _, output in model.query_output_projections()]
+    outputs: list[Any] = [block.attn.c_proj for block in model.wrapped.original_model.transformer.h]
     own = [output.weight.detach().clone() for output in outputs]
     with random.applied(model):
-        for layer, output in enumerate(outputs):
-            assert torch.equal(output.weight, own[layer] + random.W_O[layer])
+        for layer, output in enumerate(outputs):  # GPT-2 keeps it transposed
+            assert torch.equal(output.weight, own[layer] + random.W_O[layer].T)
     assert same(model, before)
 
 

@@ -50,11 +50,17 @@ def llama_runs(make_model: Callable[..., icl.Model], task: icl.Task) -> Runs:
     return make_runs(make_model("llama"), task)
 
 
+def linear_layers(model: icl.Model) -> list[list[Any]]:
+    """The layers that a bridge runs for keys and values, by layer."""
+    attentions = [block.attn for block in model.wrapped.blocks]
+    return [[part.original_component for part in (attn.k, attn.v)] for attn in attentions]
+
+
 def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
     """ΔW_FT at every layer as the paper writes it: from X, the untuned inputs to each layer's projections."""
     model, prompts = runs.model, runs.prompts
     X: list[torch.Tensor] = []
-    projections = model.key_value_projections()
+    projections = linear_layers(model)
     hooks = [key.register_forward_pre_hook(lambda module, args: X.append(args[0][0])) for key, _ in projections]
     with torch.no_grad():
         model.run(torch.tensor([[*prompts.start, *prompts.rows[query]]]))
@@ -69,7 +75,7 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
             for W, b in ((runs.delta.W_K, runs.delta.b_K), (runs.delta.W_V, runs.delta.b_V))
         )
         tuned_k = k + delta_k
-        rotary = getattr(getattr(model.bridge.original_model, "model", None), "rotary_emb", None)
+        rotary = getattr(getattr(model.wrapped.original_model, "model", None), "rotary_emb", None)
         if rotary is not None:  # where the query stands in context, from transformers' own formula
             positions = len(prompts.prefix) - 1 + torch.arange(len(x))[None]
             cos, sin = rotary(x, positions)
@@ -229,7 +235,7 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     other = Runs(
         make_model("llama", name="llama"), *(getattr(runs, name) for name in ("prompts", "in_context", "zsl", "delta"))
     )
-    hf_model: Any = other.model.bridge.original_model
+    hf_model: Any = other.model.wrapped.original_model
     hf_model.model.layers[0].mlp.up_proj.weight.data.neg_()
     with pytest.raises(ValueError, match="got other weights"):
         other.compare()
@@ -258,7 +264,7 @@ def test_a_delta_is_the_sum_of_its_factors(
     assert factors.residual < 1e-12
     assert factors.steps.bincount().tolist() == [len(tokens) + 1 for tokens in prompts.demonstrations]
     x = torch.randn(2, model.d_model, dtype=torch.float64)
-    for layer, pair in enumerate(model.key_value_projections()):
+    for layer, pair in enumerate(linear_layers(model)):
         for projection, errors, W in zip(pair, (factors.e_K, factors.e_V), (delta.W_K, delta.W_V), strict=True):
             torch.testing.assert_close(errors[layer].mT @ factors.x[layer], W[layer], atol=1e-13, rtol=1e-10)
             dual_form = projection(x) + icl.dual.linear_attention(errors[layer], factors.x[layer], x)
@@ -272,8 +278,7 @@ def test_factors_are_kept_only_where_asked_for_and_no_hook_stays(llama_runs: Run
     assert llama_runs.delta.factors is None
     delta = icl.finetune(llama_runs.model, llama_runs.prompts, lr=LR, factors=True, progress=False)
     torch.testing.assert_close(delta.W_K, llama_runs.delta.W_K)
-    for pair in llama_runs.model.key_value_projections():
-        assert not any(projection._forward_hooks for projection in pair)
+    assert not any(module._forward_hooks for module in llama_runs.model.wrapped.modules())
 
 
 def test_factors_that_do_not_make_up_the_delta_are_refused(
@@ -282,7 +287,7 @@ def test_factors_that_do_not_make_up_the_delta_are_refused(
     """A layer whose values are projected from something else than its keys."""
     model = make_model("llama")
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(1))
-    value = model.key_value_projections()[1][1]
+    value = linear_layers(model)[1][1]
     handle = value.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     with pytest.raises(icl.UnsupportedModelError, match="layer 1: expected the gradient of W_V to be the sum of its"):
         icl.finetune(model, prompts, lr=LR, factors=True, progress=False)
@@ -312,14 +317,14 @@ def test_wrong_factors_are_seen_at_any_learning_rate(
     prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(1))
     assert icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False).factors is not None
     recorder = sys.modules["icl_dual.finetune"]._FactorRecorder
-    keep = recorder._keep
+    keep = recorder.on_error
     if (dtype, wrong) == (torch.bfloat16, 1.1):
         wrong = 3.0  # bfloat16's gradients are not that sure of themselves
 
-    def keep_wrong(self, layer: int, which: str, gradient: torch.Tensor) -> None:
-        keep(self, layer, which, gradient * wrong if which == kind else gradient)
+    def keep_wrong(self, layer: int, which: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        keep(self, layer, which, x, gradient * wrong if which == kind else gradient)
 
-    monkeypatch.setattr(recorder, "_keep", keep_wrong)
+    monkeypatch.setattr(recorder, "on_error", keep_wrong)
     with pytest.raises(icl.UnsupportedModelError, match=f"layer 0: expected the gradient of W_{kind}"):
         icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False)
 

@@ -1,0 +1,53 @@
+"""The one room that knows TransformerLens: loading, hook names, per-architecture facts, what is refused.
+
+Everything above this room sees a `Model`: its dimensions, its tokenizer, its attention's projections, and `run`, a
+forward pass that shows each layer's attention to a callback and lets the callback replace the heads' output.
+
+| module | holds |
+|---|---|
+| `model` | `Model`, and loading one |
+| `lens` | what `Model` asks of a TransformerLens class |
+| `bridge` | the answers of `TransformerBridge` (3.9 to 4.x) |
+| `hooked` | the answers of `HookedTransformer` (3.9 to 3.x) |
+| `blank` | models that have learned nothing |
+"""
+
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+WORKS_WITH = ">=3.9,<5"
+"""The versions of transformer-lens whose classes and hooks this room knows."""
+
+if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prereleases=True):
+    raise ImportError(
+        f"expected transformer-lens {WORKS_WITH}, got transformer-lens {version('transformer-lens')}: "
+        f"pip install 'transformer-lens{WORKS_WITH}'"
+    )
+
+from icl_dual.models.blank import Control, control_model, control_name  # noqa: E402 - the right version comes first
+from icl_dual.models.lens import (  # noqa: E402
+    Attention,
+    Kind,
+    OnAttention,
+    OnTensor,
+    Projection,
+    UnsupportedModelError,
+    Weight,
+)
+from icl_dual.models.model import Model, load_model  # noqa: E402
+
+__all__ = [
+    "Attention",
+    "Control",
+    "Kind",
+    "Model",
+    "OnAttention",
+    "OnTensor",
+    "Projection",
+    "UnsupportedModelError",
+    "Weight",
+    "control_model",
+    "control_name",
+    "load_model",
+]

@@ -1,0 +1,209 @@
+"""What `Model` asks of a TransformerLens class: its weights, its hooks, a forward pass, and what it refuses.
+
+The classes share most hook names, but not what their hooks show, where their weights lie, or how they take positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from icl_dual import dual
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention this library cannot read or split exactly."""
+
+
+class Attention(NamedTuple):
+    """One layer's attention as its hooks show it; keys and values keep their own number of heads."""
+
+    q: Float[Tensor, "batch pos head d_head"]
+    """Queries as scored: after norms and rotation."""
+    k: Float[Tensor, "batch pos kv_head d_head"]
+    """Keys as scored: after norms and rotation."""
+    v: Float[Tensor, "batch pos kv_head d_head"]
+    z: Float[Tensor, "batch pos head d_head"]
+    """The heads' outputs, before W_O."""
+    q_content: Float[Tensor, "batch pos head d_head"]
+    """Queries after norms but before rotation: what they say, apart from where they stand."""
+
+
+OnAttention = Callable[[int, Attention], Tensor | None]
+OnTensor = Callable[[int, Tensor], None]
+OnResidual = Callable[[int, Tensor], Tensor | None]
+OnError = Callable[[int, "Kind", Tensor, Tensor], None]
+
+Hook = tuple[nn.Module, Callable[..., Any]]
+"""Where a function is called in a forward pass, and the function: at a hook point with its tensor (and `hook=`), at any
+other module with what torch calls forward hooks with: `(module, args, kwargs, output)`."""
+
+Kind = Literal["Q", "K", "V", "O"]
+"""Attention's projections, by the matrix they multiply with."""
+
+
+class Weight(NamedTuple):
+    """A weight or bias of a projection, and how the model keeps it.
+
+    `matrix` lays out what has the parameter's shape as the W of `W x + b` (or the b), `[d_out d_in]`, heads in order;
+    `stored` lays out such a matrix as the parameter is.
+    """
+
+    parameter: nn.Parameter
+    axes: str
+    """The parameter's axes, e.g. `head d_in d_head`; `head` may come first only."""
+    written: str
+    """The matrix' axes in terms of these, e.g. `(head d_head) d_in`."""
+
+    def matrix(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """A tensor like the parameter, laid out as a matrix."""
+        return rearrange(tensor, f"{self.axes} -> {self.written}")
+
+    def stored(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """A matrix, laid out like the parameter."""
+        n_heads = {"head": len(self.parameter)} if self.axes.startswith("head") else {}
+        return rearrange(matrix, f"{self.written} -> {self.axes}", **n_heads)
+
+
+class Projection(NamedTuple):
+    """A linear map of attention, `W x + b`."""
+
+    W: Weight
+    b: Weight | None
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """W as it is now."""
+        return self.W.matrix(self.W.parameter.detach())
+
+    @property
+    def bias(self) -> Float[Tensor, " d_out"] | None:
+        """The bias as it is now, where there is one."""
+        return None if self.b is None else self.b.matrix(self.b.parameter.detach())
+
+
+class Lens(ABC):
+    """One TransformerLens model, asked.
+
+    Raises:
+        UnsupportedModelError: what the model does is not softmax attention over raw weights that hooks show whole.
+    """
+
+    SEEN: ClassVar[dict[str, str]]
+    """What attention is put together from, and the hooks that show it, where a layer has them."""
+
+    wrapped: Any
+    tokenizer: Any
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    n_ctx: int
+    d_vocab: int
+    rotation_switch: int | None
+    points: dict[str, Any]
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.refuse_unsupported()
+        cfg = wrapped.cfg
+        self.tokenizer = wrapped.tokenizer
+        self.n_layers = int(cfg.n_layers)
+        self.n_heads = int(cfg.n_heads)
+        self.n_key_value_heads = int(cfg.n_key_value_heads or cfg.n_heads)
+        self.d_model = int(cfg.d_model)
+        self.d_head = int(cfg.d_head)
+        self.n_ctx = int(cfg.n_ctx)
+        self.d_vocab = int(cfg.d_vocab)
+        self.points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
+
+    @abstractmethod
+    def refuse_unsupported(self) -> None:
+        """Raise an UnsupportedModelError that says what is in the way, where that is known from the model's parts."""
+
+    @abstractmethod
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every weight of the model; fused projections whole."""
+
+    @abstractmethod
+    def running_weights(self) -> Iterator[nn.Parameter]:
+        """Every weight that a forward pass uses, also those it keeps twice."""
+
+    @abstractmethod
+    def projection(self, layer: int, kind: Kind) -> Projection:
+        """A layer's projection, as the part that the forward pass uses.
+
+        Raises:
+            UnsupportedModelError: it is no plain linear map.
+        """
+
+    @abstractmethod
+    def scoring(self, layer: int) -> dual.Scoring:
+        """How a layer's softmax weighs keys."""
+
+    @abstractmethod
+    def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
+        """Logits of tokens that stand at positions."""
+
+    @abstractmethod
+    def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a residual stream, by the final norm and the unembedding."""
+
+    @abstractmethod
+    def drawn_anew(self, seed: int) -> "Lens":
+        """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
+
+    @abstractmethod
+    def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
+        """Queries and keys as scored, values, and queries before rotation, `[batch pos head d_head]` each."""
+
+    @abstractmethod
+    def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
+        """Hooks that show a layer's queries or keys after norms and before rotation, heads apart."""
+
+    @abstractmethod
+    def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
+        """Hooks that, in the backward pass, show a projection's input and the gradient at its output."""
+
+    @abstractmethod
+    def output_hook(self, layer: int, show: OnTensor) -> Hook:
+        """A hook that shows attention's output after W_O, before any norm and the residual sum."""
+
+    @abstractmethod
+    def residual_hook(self, layer: int, show: OnResidual) -> Hook:
+        """A hook that shows the residual stream after a layer, and may replace it."""
+
+    def attention_hooks(self, layer: int, on_attention: OnAttention, positions: Int[Tensor, " pos"]) -> list[Hook]:
+        """Hooks that collect a layer's queries, keys and values as it computes them, and show them when z arrives."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:
+                seen[name] = tensor
+
+            return hook_fn
+
+        def show(z: Tensor, hook: Any) -> Tensor | None:
+            q, k, v, q_content = self.read(layer, seen, positions)
+            seen.clear()
+            heads = (*z.shape[:2], self.n_heads, self.d_head)
+            replaced = on_attention(layer, Attention(q, k, v, z.reshape(heads), q_content))
+            return None if replaced is None else replaced.to(z.dtype).reshape(z.shape)
+
+        points = {name: self.points.get(f"blocks.{layer}.attn.{hook}") for name, hook in self.SEEN.items()}
+        watched: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
+        return [*watched, (self.points[f"blocks.{layer}.attn.hook_z"], show)]
+
+
+def watch(layer: int, on_tensor: OnTensor | OnResidual) -> Callable[..., Any]:
+    """What shows a hook point's tensor to a callback, and puts back what it returns."""
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:
+        return on_tensor(layer, tensor)
+
+    return hook_fn

