@@ -55,6 +55,7 @@ def construct(cfg: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Any
     """A new `HookedTransformer`, without its farewell."""
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        torch.manual_seed(0)
         return HookedTransformer(cfg, tokenizer)
 
 
@@ -74,7 +75,8 @@ def configuration(hf_model: PreTrainedModel, folder: Path) -> Any:
         return hand_made(**by_hand(hf), dtype=hf_model.dtype, init_weights=False)
     if hf.model_type == "gpt2":
         hf.n_ctx = hf.n_positions  # what it asks older configurations for
-    hf_model.save_pretrained(folder)
+    if not (folder / "config.json").exists():
+        hf_model.save_pretrained(folder)
     read = module("loading_from_pretrained").get_pretrained_model_config
     cfg = read(str(folder), hf.to_dict(), dtype=hf_model.dtype, device="cpu")
     cfg.tokenizer_name = None  # or it would load one from the folder

@@ -262,9 +262,7 @@ def _processing(model: Any) -> str | None:
         return "folded norms"
     if centred(model.embed.W_E) and all(centred(attn.W_O) for attn in attentions):
         return "centred writing weights"
-    if any_bias("Q") and not any_bias("V"):
-        return "folded value biases"
     gram = attentions[0].W_O.float() @ attentions[0].W_O.float().mT
     if torch.allclose(gram, torch.eye(cfg.d_head, device=gram.device).expand_as(gram), atol=1e-3):
         return "refactored attention matrices"
-    return None
+    return "folded value biases" if any_bias("Q") and not any_bias("V") else None

@@ -1,0 +1,570 @@
+"""`HookedTransformer` against itself: against the bridge of the same weights, and against its own hooks and cache."""
+
+import copy
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import hooked
+import pytest
+import torch
+from hooked import construct, hand_made, hooked_transformer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import icl_dual as icl
+from icl_dual.assets import model_files
+from icl_dual.models import WORKS_WITH, Control, Kind, Weight
+from icl_dual.prompts import Prompts
+
+ROOT = Path(__file__).parents[1]
+LR = 0.05
+TOY_LR = 1e-3
+FIELDS = (*icl.DECOMPOSE_FIELDS, "q", "context_scores", "query_scores", "next_log_probs")
+
+has_the_class = pytest.mark.skipif(hooked.HookedTransformer is None, reason="transformer-lens 4 has no such class")
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+PLAIN = {
+    "d_model": 32,
+    "d_head": 8,
+    "n_heads": 4,
+    "n_layers": 2,
+    "n_ctx": 128,
+    "d_vocab": 40,
+    "attn_only": True,
+    "normalization_type": None,
+}
+
+
+def toy(**settings: Any) -> Any:
+    """An attention-only model made by hand, with random weights and biases large enough to matter."""
+    made = construct(hand_made(**(PLAIN | settings)))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for name, parameter in made.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if "W_" in name else 0.1))
+    return made.eval()
+
+
+def toy_prompts(n_pairs: int = 6, queries: tuple[int, ...] = (5, 9, 11), start: tuple[int, ...] = (0,)) -> Prompts:
+    """Pairs of tokens behind a start token: `x y x y … x`."""
+    pairs = tuple((1 + index % 12, 30 + index % 4) for index in range(n_pairs))
+    return Prompts(
+        start=start,
+        demonstrations=pairs,
+        demonstration_label_lengths=(1,) * n_pairs,
+        separator=(),
+        queries=tuple((query, 20 + query % 3)[: 1 + at % 2] for at, query in enumerate(queries)),
+        labels=((30,), (31,), (32, 33)),
+        gold=tuple(at % 3 for at in range(len(queries))),
+    )
+
+
+TOYS: dict[str, dict[str, Any]] = {
+    "no norm": {},
+    "LayerNorm": {"normalization_type": "LN"},
+    "LayerNorm without weights": {"normalization_type": "LNPre"},
+    "RMSNorm without weights": {"normalization_type": "RMSPre"},
+    "shortformer": {"positional_embedding_type": "shortformer"},
+    "rotary": {"positional_embedding_type": "rotary"},
+    "neighbouring pairs rotated, part of them": {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "rotary_adjacent_pairs": True,
+    },
+    "ALiBi": {"positional_embedding_type": "alibi"},
+    "grouped queries": {"n_key_value_heads": 2},
+    "one key-value head": {"n_key_value_heads": 1, "positional_embedding_type": "rotary"},
+    "window": {"use_local_attn": True, "attn_types": ["local", "global"], "window_size": 6},
+    "scores divided by the layer": {"scale_attn_by_inverse_layer_idx": True},
+    "unscaled": {"use_attn_scale": False},
+    "capped scores": {"attn_scores_soft_cap": 0.5},
+    "sinks": {"use_attention_sinks": True},
+    "normed queries and keys": {"use_qk_norm": True, "n_key_value_heads": 2, "positional_embedding_type": "rotary"},
+    "normed queries and keys, no rotation": {"use_qk_norm": True},
+    "norms over all heads, norms after": {
+        "original_architecture": "Olmo2ForCausalLM",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+    },
+    "MLP": {"attn_only": False, "d_mlp": 48, "act_fn": "gelu", "normalization_type": "LN"},
+    "parallel MLP": {"attn_only": False, "d_mlp": 48, "act_fn": "gelu", "parallel_attn_mlp": True},
+    "MLP behind post-norms": {
+        "attn_only": False,
+        "d_mlp": 48,
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "use_normalization_before_and_after": True,
+        "output_logits_soft_cap": 5.0,
+    },
+}
+
+
+def its_own(wrapped: Any, tokens: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the class shows of a full prompt by its own cache, at the last position; attention's output by layer."""
+    outputs: list[torch.Tensor] = []
+    handles = [
+        block.attn.register_forward_hook(lambda module, args, output: outputs.append(output[0, -1]))
+        for block in wrapped.blocks
+    ]
+    with torch.no_grad():
+        logits, cache = wrapped.run_with_cache(torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+    layers = range(wrapped.cfg.n_layers)
+    kinds = {"z": "hook_z", "pattern": "hook_pattern"}
+    shown = {name: [cache[f"blocks.{layer}.attn.{hook}"] for layer in layers] for name, hook in kinds.items()}
+    z = torch.stack([found[0, -1] for found in shown["z"]])
+    pattern = torch.stack([found[0, :, -1] for found in shown["pattern"]])
+    return logits[0, -1].log_softmax(-1), {"z": z, "attn_out": torch.stack(outputs), "pattern": pattern}
+
+
+@has_the_class
+@pytest.mark.parametrize("start", [(0,), ()])
+@pytest.mark.parametrize("name", TOYS)
+def test_captures_and_decompositions_are_what_the_class_itself_shows(name: str, start: tuple[int, ...]) -> None:
+    wrapped = toy(**TOYS[name])
+    model, prompts = icl.Model(wrapped, name="toy"), toy_prompts(start=start)
+    in_context, zsl = (icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot()))
+    split = icl.decompose(model, in_context, zsl)
+    assert split.residual < 2e-6
+    n_start, n_prefix = len(prompts.start), len(prompts.prefix)
+    for captured in (in_context, zsl):
+        prefix = captured.prompts.prefix
+        for at, query in enumerate(prompts.queries):
+            log_probs, expected = its_own(wrapped, [*prefix, *query])
+            assert captured.next_log_probs is not None
+            torch.testing.assert_close(captured.next_log_probs[at], log_probs, atol=1e-5, rtol=1e-5)
+            for field in ("z", "attn_out"):
+                assert relative(getattr(captured, field)[at], expected[field]) < 1e-5
+            if captured is in_context:
+                shares = expected["pattern"][..., n_start:n_prefix].sum(-1)
+                torch.testing.assert_close(split.demonstration_mass[at].float(), shares, atol=1e-5, rtol=1e-4)
+
+
+@has_the_class
+@pytest.mark.parametrize("name", TOYS)
+def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str) -> None:
+    """One step by hand on a copy: the loss of the class itself, and the gradients where it keeps keys and values."""
+    wrapped, prompts = toy(**TOYS[name], dtype=torch.float64), toy_prompts(n_pairs=1)
+    model = icl.Model(wrapped, name="toy")
+    before = [parameter.detach().clone() for parameter in wrapped.parameters()]
+    factors = name != "shortformer"
+    delta = icl.finetune(model, prompts, lr=TOY_LR, factors=factors, trained="attention", progress=False)
+    assert all(torch.equal(*pair) for pair in zip(before, wrapped.parameters(), strict=True))
+    assert delta.factors is None or delta.factors.residual < 1e-6
+    twin = copy.deepcopy(wrapped)
+    ids = torch.tensor([[*prompts.start, *prompts.demonstrations[0]]])
+    twin(ids, return_type="loss").backward()
+    for layer, block in enumerate(twin.blocks):
+        own = {kind: "_" * (kind in "KV" and hasattr(block.attn, "_W_K")) for kind in "QKVO"}
+        grads = {kind: getattr(block.attn, f"{own[kind]}W_{kind}").grad for kind in own}
+        expected = {f"W_{kind}": grads[kind].transpose(1, 2).flatten(0, 1) for kind in "QKV"}
+        expected["W_O"] = grads["O"].flatten(0, 1).T
+        biased = [kind for kind in own if model.projections("V")[layer].b is not None]
+        expected |= {f"b_{kind}": getattr(block.attn, f"{own[kind]}b_{kind}").grad.flatten() for kind in biased}
+        for field, gradient in expected.items():
+            torch.testing.assert_close(getattr(delta, field)[layer], -TOY_LR * gradient, atol=1e-12, rtol=1e-7)
+
+
+@has_the_class
+def test_factors_of_keys_and_values_with_inputs_of_their_own_are_refused() -> None:
+    """Shortformers add positions to what queries and keys are projected from, and not to what values are."""
+    model = icl.Model(toy(**TOYS["shortformer"]))
+    with pytest.raises(icl.UnsupportedModelError, match=r"W_V to be the sum .* keys and values have different inputs"):
+        icl.finetune(model, toy_prompts(), lr=TOY_LR, factors=True, progress=False)
+
+
+@has_the_class
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("ungroup_grouped_query_attention",),
+        ("use_split_qkv_input",),
+        ("use_split_qkv_input", "ungroup_grouped_query_attention"),
+        ("use_attn_result",),
+        ("use_attn_in", "use_hook_mlp_in"),
+    ],
+)
+@pytest.mark.parametrize("name", ["normed queries and keys", "grouped queries", "MLP"])
+def test_what_the_hooks_are_set_to_show_changes_nothing(name: str, options: tuple[str, ...]) -> None:
+    grouped = "n_key_value_heads" in TOYS[name]
+    if (grouped and "use_attn_in" in options) or (not grouped and "ungroup_grouped_query_attention" in options):
+        pytest.skip("an option of other models")
+    plain, optioned, prompts = toy(**TOYS[name]), toy(**TOYS[name]), toy_prompts()
+    for option in options:
+        getattr(optioned, f"set_{option}")(True)
+    results = []
+    for wrapped in (plain, optioned):
+        model = icl.Model(wrapped, name="toy")
+        captured = icl.capture(model, prompts, fields=FIELDS, progress=False)
+        results.append((captured, icl.finetune(model, prompts, lr=TOY_LR, factors=True, progress=False)))
+    (captured, delta), (other, moved) = results
+    assert captured.keys_values is not None
+    assert other.keys_values is not None
+    for field in ("z", "attn_out", "q", "q_scored", "context_scores", "query_scores"):
+        torch.testing.assert_close(getattr(other, field), getattr(captured, field), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.keys_values.demo_keys, captured.keys_values.demo_keys, atol=1e-5, rtol=1e-4)
+    for field in ("W_K", "W_V", "b_V", "training_q", "training_k"):
+        torch.testing.assert_close(getattr(moved, field), getattr(delta, field), atol=1e-5, rtol=1e-4)
+    assert all(getattr(optioned.cfg, option) for option in options)
+
+
+@has_the_class
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    found = []
+    for kind in (architecture, f"hooked-{architecture}"):
+        model = make_model(kind, name=architecture)
+        prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(7))
+        in_context, zsl = (
+            icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot())
+        )
+        delta = icl.finetune(model, prompts, lr=LR, progress=False)
+        with delta.applied(model):
+            ft = icl.capture(model, prompts.zero_shot(), progress=False)
+        results: dict[str, Any] = {
+            "delta": delta,
+            "capture": in_context,
+            "split": icl.decompose(model, in_context, zsl),
+        }
+        updates = icl.compare_updates(model, in_context, zsl, delta)
+        comparison = icl.compare(zsl, in_context, ft, delta)
+        found.append((prompts, results, {**comparison.per_layer, "updates": updates.cosine}))
+    (prompts, results, metrics), (others_prompts, others, other_metrics) = found
+    assert prompts == others_prompts
+    for name, result in results.items():
+        tensors = {field: value for field, value in vars(result).items() if isinstance(value, torch.Tensor)}
+        assert len(tensors) > 3
+        for field, value in tensors.items():
+            other = getattr(others[name], field)
+            if field in ("b_K", "next_log_probs", "label_log_probs", "losses"):  # Δb_K is rounding: no score knows it
+                torch.testing.assert_close(other, value, atol=2e-5, rtol=1e-4)
+            else:
+                assert relative(other, value) < 1e-5, (name, field)
+    for name, value in metrics.items():
+        torch.testing.assert_close(other_metrics[name], value, atol=2e-4, rtol=1e-3, equal_nan=True, msg=name)
+
+
+@has_the_class
+def test_the_real_model_converted_gives_what_its_bridge_gives() -> None:
+    bridged, folder = icl.load_model("smollm2-135m"), model_files("smollm2-135m").folder
+    converted = hooked_transformer(AutoModelForCausalLM.from_pretrained(folder), folder, bridged.tokenizer)
+    other = icl.Model(converted, name="smollm2-135m")
+    task = icl.load_task("sst2")
+    prompts = icl.build_prompts(bridged, task, task.demonstrations(4, seed=1), task.queries(4))
+    assert icl.build_prompts(other, task, task.demonstrations(4, seed=1), task.queries(4)) == prompts
+    captures = []
+    for model in (bridged, other):
+        in_context, zsl = (
+            icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot())
+        )
+        split = icl.decompose(model, in_context, zsl)
+        assert split.residual < 2e-6
+        captures.append((in_context, split))
+    (in_context, split), (other_run, other_split) = captures
+    for field in ("z", "attn_out", "q", "q_scored", "context_scores", "query_scores"):
+        assert relative(getattr(other_run, field), getattr(in_context, field)) < 1e-5, field
+    assert relative(other_split.delta_icl, split.delta_icl) < 1e-5
+    torch.testing.assert_close(other_run.label_log_probs, in_context.label_log_probs, atol=1e-4, rtol=1e-4)
+
+
+@has_the_class
+def test_an_architecture_without_biases_has_none_and_a_model_made_by_hand_has_its_own(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    converted = make_model("hooked-llama")
+    assert [projection.b for kind in get_args(Kind) for projection in converted.projections(kind)] == [None] * 12
+    assert icl.finetune(converted, prompts, lr=TOY_LR, progress=False).b_V is None
+    fresh = icl.Model(construct(toy().cfg))  # biases start at zero, and are trained all the same
+    assert fresh.value_biases() is not None
+    delta = icl.finetune(fresh, toy_prompts(), lr=TOY_LR, progress=False)
+    assert delta.b_V is not None
+    assert delta.b_V.abs().max() > 0
+
+
+@has_the_class
+@pytest.mark.parametrize("kind", ["captured", "decomposed", "finetuned", "failed"])
+def test_it_comes_back_as_it_was(kind: str) -> None:
+    wrapped = toy(**TOYS["normed queries and keys"])
+    wrapped.train()
+    before, flags = copy.deepcopy(wrapped.state_dict()), [p.requires_grad for p in wrapped.parameters()]
+    settings = copy.deepcopy(vars(wrapped.cfg))
+    model, prompts = icl.Model(wrapped, name="toy"), toy_prompts()
+    if kind == "finetuned":
+        with icl.finetune(model, prompts, lr=TOY_LR, factors=True, progress=False).applied(model):
+            assert not torch.equal(wrapped.blocks[0].attn._W_K, before["blocks.0.attn._W_K"])
+    elif kind == "failed":
+
+        def fail(layer: int, attention: Any) -> None:
+            raise KeyError(layer)
+
+        with pytest.raises(KeyError):
+            model.run(torch.tensor([[0, 1, 2]]), on_attention=fail, on_output=lambda layer, output: None)
+    else:
+        runs = [icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot())]
+        if kind == "decomposed":
+            icl.decompose(model, *runs)
+    after = wrapped.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert flags == [parameter.requires_grad for parameter in wrapped.parameters()]
+    assert wrapped.training
+    assert vars(wrapped.cfg) == settings
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in wrapped.modules())
+    assert not any(point.fwd_hooks for point in wrapped.hook_dict.values())
+
+
+@has_the_class
+def test_a_users_own_hook_stays_and_counts(prompts: Prompts) -> None:
+    wrapped, asked = toy(), toy_prompts()
+    wrapped.add_hook("blocks.0.hook_resid_pre", lambda residual, hook: residual * 1.5)
+    captured = icl.capture(icl.Model(wrapped), asked, progress=False)
+    assert captured.attn_out is not None
+    _, expected = its_own(wrapped, [*asked.prefix, *asked.queries[1]])
+    assert relative(captured.attn_out[1], expected["attn_out"]) < 1e-5
+    assert len(wrapped.hook_dict["blocks.0.hook_resid_pre"].fwd_hooks) == 1
+
+
+@has_the_class
+def test_an_intervention_on_attention_that_hooks_do_not_show_is_refused() -> None:
+    wrapped = toy()
+    wrapped.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
+    with pytest.raises(icl.UnsupportedModelError, match=r"layer 1: attention recomputed from queries, keys and values"):
+        icl.capture(icl.Model(wrapped), toy_prompts(), progress=False)
+
+
+@has_the_class
+def test_positions_past_the_table_of_angles() -> None:
+    """The class makes its table for 2048 positions, and more when so many tokens run at once; ours run in parts."""
+    wrapped = toy(positional_embedding_type="rotary", n_ctx=3000)
+    prompts = toy_prompts(n_pairs=1100)
+    captured = icl.capture(icl.Model(wrapped), prompts, progress=False)
+    assert captured.attn_out is not None
+    _, expected = its_own(wrapped, [*prompts.prefix, *prompts.queries[0]])
+    assert relative(captured.attn_out[0], expected["attn_out"]) < 1e-5
+
+
+@has_the_class
+@pytest.mark.parametrize("positions", [[3, 3, 4], [0, 2, 1], [-1, 0, 1]])
+def test_positions_that_do_not_ascend_are_refused(positions: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected positions that ascend from 0 or above, got"):
+        icl.Model(toy()).run(torch.tensor([[1, 2, 3]]), positions=torch.tensor(positions))
+
+
+@has_the_class
+@pytest.mark.parametrize(
+    ("processing", "words"),
+    [
+        ({"fold_ln": True}, "folded norms"),
+        ({"center_writing_weights": True}, "centred writing weights"),
+        ({"fold_value_biases": True}, "folded value biases"),
+        ({"refactor_factored_attn_matrices": True}, "refactored attention matrices"),
+        (dict.fromkeys(hooked.RAW, True), "folded norms"),
+    ],
+)
+def test_processed_weights_are_refused(
+    make_hf_model: Callable[..., PreTrainedModel], tmp_path: Path, processing: dict[str, bool], words: str
+) -> None:
+    wrapped = hooked_transformer(make_hf_model("gpt2"), tmp_path, None, **processing)
+    with pytest.raises(
+        icl.UnsupportedModelError, match=rf"expected raw weights, got .* {words}.*from_pretrained_no_processing"
+    ):
+        icl.Model(wrapped)
+
+
+@has_the_class
+@pytest.mark.parametrize("name", ["LayerNorm", "MLP"])
+def test_processing_a_model_made_by_hand_is_seen(name: str) -> None:
+    wrapped = toy(**TOYS[name])
+    icl.Model(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.process_weights_()
+    with pytest.raises(icl.UnsupportedModelError, match="centred writing weights"):
+        icl.Model(wrapped)
+
+
+@has_the_class
+def test_a_centred_unembedding_changes_no_probability_and_is_taken(
+    make_hf_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    results = []
+    for options in ({}, {"center_unembed": True}):
+        wrapped = hooked_transformer(make_hf_model("gpt2"), tmp_path, None, **options)
+        model = icl.Model(wrapped)
+        captured = icl.capture(model, toy_prompts(), progress=False)
+        results.append((captured.label_log_probs, icl.finetune(model, toy_prompts(), lr=TOY_LR, progress=False).W_V))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+@has_the_class
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attention_dir": "bidirectional"}, "attention in both directions"),
+        ({"d_vocab_out": 7}, "other tokens out than in"),
+        ({"clip_qkv": 1.0}, "queries, keys and values that are clamped"),
+        ({"use_logn_attn": True}, "queries scaled by the logarithm"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(icl.UnsupportedModelError, match=f"HookedTransformer 'custom': expected a causal .* {words}"):
+        icl.Model(construct(hand_made(**(PLAIN | settings))))
+
+
+@has_the_class
+def test_a_model_on_another_device_than_its_configuration_is_refused() -> None:
+    wrapped = toy()
+    wrapped.cfg.device = "cuda"
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"configuration, cuda, got weights on cpu .* model\.to\(device"
+    ):
+        icl.Model(wrapped)
+
+
+@has_the_class
+def test_an_encoder_is_refused() -> None:
+    encoder = hooked.module("HookedEncoder").HookedEncoder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = encoder(
+            hand_made(d_model=16, d_head=8, n_heads=2, n_layers=1, n_ctx=16, d_vocab=20, act_fn="gelu", d_mlp=8)
+        )
+    with pytest.raises(icl.UnsupportedModelError, match="TransformerBridge or HookedTransformer, got HookedEncoder"):
+        icl.Model(made)
+
+
+@has_the_class
+def test_text_needs_a_tokenizer(task: icl.Task) -> None:
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"expected a model with a tokenizer .* build icl_dual\.Prompts from token ids"
+    ):
+        icl.build_prompts(icl.Model(toy()), task, task.demonstrations(2, seed=1), task.queries(2))
+
+
+@has_the_class
+def test_its_tokenizer_is_used(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    bridged, own = make_model("gpt2"), make_model("hooked-gpt2")
+    asked = task.demonstrations(2, seed=1), task.queries(3)
+    assert icl.build_prompts(own, task, *asked) == icl.build_prompts(bridged, task, *asked)
+
+
+@has_the_class
+@pytest.mark.parametrize("control", get_args(Control))
+def test_controls_are_drawn_as_the_class_draws(make_model: Callable[..., icl.Model], control: Control) -> None:
+    model = make_model("hooked-qwen2")
+    state, before = torch.get_rng_state(), model.fingerprint()
+    made = icl.control_model(model, control, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.fingerprint() == before
+    again, other = (icl.control_model(model, control, seed=seed) for seed in (3, 4))
+    assert made.fingerprint() == again.fingerprint() != other.fingerprint()
+    trained = dict(model.wrapped.named_parameters())
+    for name, parameter in made.wrapped.named_parameters():
+        if control == "random-blocks" and not re.search(r"blocks\.\d\.(attn|mlp)\.", name):
+            assert parameter.data_ptr() == trained[name].data_ptr(), name
+        elif "W_" in name:
+            deviation = model.wrapped.cfg.initializer_range
+            assert parameter.std().item() == pytest.approx(deviation, rel=4.5 / parameter.numel() ** 0.5), name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith(".w")))), name
+    biased = {kind for kind in get_args(Kind) if made.projections(kind)[0].b is not None}
+    assert biased == {"Q", "K", "V"}, "biases that start at zero are biases"
+    assert (made.dtype, made.device, made.tokenizer) == (model.dtype, model.device, model.tokenizer)
+
+
+@has_the_class
+def test_a_cell_runs_on_a_model_that_is_handed_in(
+    make_model: Callable[..., icl.Model], task: icl.Task, tmp_path: Path
+) -> None:
+    results = []
+    for kind in ("llama", "hooked-llama"):
+        model = make_model(kind, name="mine")
+        cell = icl.Cell("mine", "toy", k=4, seed=1, lr=LR, n_queries=6)
+        results.append(icl.run_cell(model, task, cell, tmp_path / kind, progress=False))
+    first, second = (result.comparison.per_layer["SimAOU"] for result in results)
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+
+
+def test_another_transformer_lens_is_refused() -> None:
+    versions = ["2.16.1", "3.8.1", "5.0.0"]
+    program = f"""
+import importlib.metadata as metadata
+installed = metadata.version
+for got in {versions}:
+    metadata.version = lambda name: got if name == "transformer-lens" else installed(name)
+    try:
+        import icl_dual
+    except ImportError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        f"expected transformer-lens >=3.9,<5, got transformer-lens {version}: pip install 'transformer-lens>=3.9,<5'"
+        for version in versions
+    ]
+
+
+def test_the_range_is_the_packages_own() -> None:
+    (line,) = re.findall(r'"transformer-lens(.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert line == WORKS_WITH
+
+
+def test_the_second_environment_is_the_first_with_another_transformer_lens() -> None:
+    first, second = (
+        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        for name in ("constraints.txt", "constraints-tl3.txt")
+    )
+    assert set(second) - set(first) == {"transformer-lens==3.9.0", "better-abc==0.0.3"}
+    assert set(first) - set(second) == {"transformer-lens==4.3.0"}
+
+
+LAYOUTS = [
+    ("d_out d_in", "d_out d_in", 2),
+    ("d_in d_out", "d_out d_in", 2),
+    ("head d_in d_head", "(head d_head) d_in", 3),
+    ("head d_head d_out", "d_out (head d_head)", 3),
+    ("head d_head", "(head d_head)", 2),
+    ("d_out", "d_out", 1),
+]
+
+
+@given(st.sampled_from(LAYOUTS), st.lists(st.integers(1, 5), min_size=3, max_size=3))
+def test_a_matrix_is_stored_as_it_was_laid_out(layout: tuple[str, str, int], sizes: list[int]) -> None:
+    axes, written, n_axes = layout
+    parameter = nn.Parameter(torch.randn(sizes[:n_axes]))
+    weight = Weight(parameter, axes, written)
+    matrix = weight.matrix(parameter)
+    assert matrix.ndim == 2 - (axes in ("head d_head", "d_out"))
+    assert torch.equal(weight.stored(matrix), parameter)
+
+
+@has_the_class
+def test_the_example_in_the_docs_runs_and_is_exact(
+    capsys: pytest.CaptureFixture[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    page = (ROOT / "docs" / "hooked_transformer.md").read_text()
+    scope: dict[str, Any] = {}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+            exec(block, scope)
+    assert scope["split"].residual < 2e-6
+    assert scope["in_context"].accuracy > 0.9
+    assert scope["zsl"].accuracy < 0.5
