@@ -57,6 +57,18 @@ class Race:
         return load(self.hf, task="text-generation", tokenizer=self.model.tokenizer)
 
     @cached_property
+    def hooked(self) -> icl.Model:
+        """The same weights as a `HookedTransformer`, where transformer-lens has it."""
+        loading: Any = import_module("transformer_lens.loading_from_pretrained")
+        folder, settings = str(assets.model_files(self.name, None).folder), {"dtype": self.dtype, "device": self.device}
+        cfg = loading.get_pretrained_model_config(folder, self.hf.config.to_dict(), **settings)
+        state = loading.get_pretrained_state_dict(folder, cfg, self.hf, dtype=self.dtype)
+        made: Any = import_module("transformer_lens").HookedTransformer(cfg, self.model.tokenizer)
+        raw = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+        made.load_and_process_state_dict(state, **dict.fromkeys(raw, False))
+        return icl.Model(made.to(self.device, print_details=False).eval(), name=self.name)
+
+    @cached_property
     def zsl(self) -> icl.Capture:
         """The zero-shot side of the decomposition, made once."""
         return icl.capture(self.model, self.prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
@@ -161,8 +173,17 @@ def bare(race: Race) -> Captured:
 
 def ours(race: Race, *more: Field) -> Captured:
     """`capture`, with everything that the paper's metrics need, and more fields where they are asked for."""
+    return _captured(race, race.model, *more)
+
+
+def ours_hooked(race: Race) -> Captured:
+    """`capture` of the same weights as a `HookedTransformer`."""
+    return _captured(race, race.hooked)
+
+
+def _captured(race: Race, model: icl.Model, *more: Field) -> Captured:
     fields: tuple[Field, ...] = (*METRIC_FIELDS, *more)
-    run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
+    run = icl.capture(model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
     kept = {name: getattr(run, name) for name in ("attn_out", "q", *more)}
     return {**kept, "log_probs": run.label_log_probs}
 
@@ -381,6 +402,7 @@ BATCHED: dict[str, Callable[[Race], Captured]] = {
     "bare": bare,
     "ours": ours,
     "ours_decomposed": ours_decomposed,
+    "ours_hooked": ours_hooked,
     "tl_prefix": tl_prefix,
     "nnsight_prefix": nnsight_prefix,
     "kv_sgd": kv_sgd,
