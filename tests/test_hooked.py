@@ -224,41 +224,47 @@ def test_what_the_hooks_are_set_to_show_changes_nothing(name: str, options: tupl
 
 
 @has_the_class
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "rounding"),
+    [
+        ("gpt2", torch.float32, 1e-5),
+        ("gpt2", torch.float64, 1e-11),
+        ("llama", torch.float32, 1e-5),
+        ("neox", torch.float32, 1e-5),
+    ],
+)
 def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
-    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, dtype: torch.dtype, rounding: float
 ) -> None:
+    """Captures, delta, decomposition, updates and metrics, everything that is kept of them."""
     found = []
     for kind in (architecture, f"hooked-{architecture}"):
-        model = make_model(kind, name=architecture)
-        prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(7))
+        model = make_model(kind, dtype, name=architecture)
+        prompts = icl.build_prompts(model, task, task.demonstrations(6, seed=1), task.queries(7))
         in_context, zsl = (
             icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot())
         )
         delta = icl.finetune(model, prompts, lr=LR, progress=False)
         with delta.applied(model):
             ft = icl.capture(model, prompts.zero_shot(), progress=False)
-        results: dict[str, Any] = {
-            "delta": delta,
-            "capture": in_context,
-            "split": icl.decompose(model, in_context, zsl),
-        }
-        updates = icl.compare_updates(model, in_context, zsl, delta)
-        comparison = icl.compare(zsl, in_context, ft, delta)
-        found.append((prompts, results, {**comparison.per_layer, "updates": updates.cosine}))
-    (prompts, results, metrics), (others_prompts, others, other_metrics) = found
-    assert prompts == others_prompts
-    for name, result in results.items():
-        tensors = {field: value for field, value in vars(result).items() if isinstance(value, torch.Tensor)}
-        assert len(tensors) > 3
-        for field, value in tensors.items():
-            other = getattr(others[name], field)
-            if field in ("b_K", "next_log_probs", "label_log_probs", "losses"):  # Δb_K is rounding: no score knows it
-                torch.testing.assert_close(other, value, atol=2e-5, rtol=1e-4)
-            else:
-                assert relative(other, value) < 1e-5, (name, field)
-    for name, value in metrics.items():
-        torch.testing.assert_close(other_metrics[name], value, atol=2e-4, rtol=1e-3, equal_nan=True, msg=name)
+        split, updates = icl.decompose(model, in_context, zsl), icl.compare_updates(model, in_context, zsl, delta)
+        results = {"icl": in_context, "zsl": zsl, "delta": delta, "ft": ft, "split": split, "updates": updates}
+        kept = {f"{name}.{field}": value for name, one in results.items() for field, value in vars(one).items()}
+        found.append((prompts, kept | icl.compare(zsl, in_context, ft, delta).per_layer))
+    (prompts, numbers), (other_prompts, others) = found
+    assert prompts == other_prompts
+    assert {"SimAOU", "Kendall", "split.delta_icl", "updates.cosine", "delta.W_K", "icl.attn_out"} <= numbers.keys()
+    for name, value in numbers.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if name == "delta.b_K":  # rounding alone: a softmax does not know it
+            assert (others[name] - value).norm() < rounding
+            continue
+        assert torch.equal(others[name].isnan(), value.isnan()), name
+        # Steps of SGD amplify rounding, and so do arccosines of nearly 1.
+        loose = 10 if "angles" in name else 3 if name.startswith(("delta.", "updates.")) else 1
+        off = (others[name] - value).nan_to_num().norm()
+        assert off <= loose * rounding * value.nan_to_num().norm(), name
 
 
 @has_the_class
