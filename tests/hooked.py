@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 try:
     HookedTransformer: Any = transformer_lens.HookedTransformer
-except ImportError:  # 4.x says so
+except (ImportError, AttributeError):  # 4.x says so
     HookedTransformer = None
 
 CONVERTED = (

@@ -37,7 +37,7 @@ def is_hooked_transformer(wrapped: object) -> bool:
     """Whether this is a `HookedTransformer`, a class that transformer-lens 4 no longer has."""
     try:
         cls: Any = transformer_lens.HookedTransformer
-    except ImportError:
+    except (ImportError, AttributeError):  # which of them, the version decides
         return False
     return isinstance(wrapped, cls)
 
