@@ -317,7 +317,7 @@ def race(args: argparse.Namespace, model: str) -> None:
     if find_spec("nnsight") is None:
         print("nnsight is not installed (pip install 'icl-dual[benchmark]'): left out", file=sys.stderr)
         names = [name for name in names if not name.startswith("nnsight")]
-    if "ours_hooked" in names and version("transformer-lens") >= "4":
+    if "ours_hooked" in names and int(version("transformer-lens").split(".")[0]) >= 4:
         print("transformer-lens 4 has no HookedTransformer: ours_hooked is left out", file=sys.stderr)
         names = [name for name in names if name != "ours_hooked"]
     _ = racing.model, racing.hf, "ours_hooked" in names and racing.hooked

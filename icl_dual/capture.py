@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
-from icl_dual.prompts import Prompts, Tokens
+from icl_dual.prompts import Prompts, Tokens, refuse_unreadable
 
 Field = Literal[
     "attn_out",
@@ -161,6 +161,7 @@ def capture(
 
     Raises:
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
+        PromptError: the prompts are not whole, or the model cannot read them.
         MemoryError: a single query does not fit in memory; says its size.
     """
     unknown = {fields} if isinstance(fields, str) else set(fields) - set(get_args(Field))
@@ -168,8 +169,7 @@ def capture(
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    if not all(prompts.queries):
-        raise ValueError(f"expected at least one token a query, got an empty query at {prompts.queries.index(())}")
+    refuse_unreadable(model, prompts)
     head = shared_head(prompts)
     _refuse_rotation_switch(model, prompts, head)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
@@ -574,8 +574,8 @@ def _checked(model: Model, residuals: Sequence[Tensor]) -> float:
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}), layer {layer}: attention recomputed from queries, keys and values "
             f"is off by {found[layer]:.1e} of the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
-            "attention does more than softmax over scaled scores (position biases, sinks, gates, a norm before W_O …) "
-            "and cannot be split exactly here"
+            "attention does more than softmax over scaled scores (position biases, gates, a norm before W_O, a hook "
+            "left on the model …) and cannot be split exactly here"
         )
     return found.max().item()
 
@@ -586,7 +586,9 @@ def _measure_pass(model: Model, start: Tokens) -> float:
     Raises:
         UnsupportedModelError: they differ beyond rounding, e.g. where a model does not take positions that jump.
     """
-    n_demo, n_query = 24, 6
+    room = min(model.n_ctx, model.rotation_switch or model.n_ctx) - len(start)
+    n_query = min(6, max(1, room // 5))
+    n_demo = min(24, room - n_query)
     drawn = torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=torch.Generator().manual_seed(0))
     ids = tuple(drawn.tolist())
     queries = (ids[n_demo : n_demo + n_query], ids[n_demo + n_query :])

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, reading, save_tensors
+from icl_dual.assets import AssetError, load_tensors, reading, save_tensors
 from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
-from icl_dual.prompts import Prompts
+from icl_dual.prompts import Prompts, refuse_unreadable
 
 Loss = Literal["all", "label"]
 Method = Literal["sgd", "full-batch", "layer-causal"]
@@ -49,6 +49,8 @@ first step's, for a model that begins with knowing less."""
 EXPLODED_WEIGHTS = 10.0
 """So is a change of weights this many times as large as the weights: behind a norm, it need not show in the loss."""
 
+LAYOUT = "d_out d_in"
+"""How a delta's matrices are saved."""
 
 READOUT_TOKENS = 512
 """Layers are read out together up to so many tokens: each reading takes the whole unembedding through memory."""
@@ -153,6 +155,7 @@ class WeightDelta:
             for name, value in vars(self).items()
             if name not in tensors and name != "factors" and value is not None
         }
+        metadata["layout"] = LAYOUT
         if self.factors is not None:
             parts = vars(self.factors)
             metadata["factors_residual"] = parts["residual"]
@@ -164,11 +167,15 @@ class WeightDelta:
         """Read a delta that `save` wrote.
 
         Raises:
-            AssetError: the folder is missing or damaged.
+            AssetError: the folder is missing or damaged, or its ΔW_O is laid out as older versions did.
         """
         tensors, metadata = load_tensors(Path(folder))
         parts = {name.removeprefix("factors/"): tensors.pop(name) for name in list(tensors) if "/" in name}
-        residual = metadata.pop("factors_residual", None)
+        residual, layout = metadata.pop("factors_residual", None), metadata.pop("layout", None)
+        if "W_O" in tensors and layout != LAYOUT:  # once, it was laid out as each model keeps it
+            raise AssetError(
+                f"{folder}: expected ΔW_O as [{LAYOUT}], got a delta that an older version saved. Finetune anew"
+            )
         with reading("WeightDelta", folder):
             factors = None if residual is None else Factors(**parts, residual=residual)
             return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
@@ -215,12 +222,14 @@ def finetune(
         progress: show a progress bar.
 
     Raises:
-        ValueError: lr is not a positive number, there are no demonstrations, an option is unknown, or factors are asked
-            for where keys and values do not both move.
+        ValueError: lr is not a positive number, there are no demonstrations, or none of one's tokens can be predicted,
+            an option is unknown, or factors are asked for where keys and values do not both move.
+        PromptError: the prompts are not whole, or the model cannot read them.
         DivergedError: the loss or the weights exploded or are no numbers; says at which step and lr.
         UnsupportedModelError: a step's factors do not make up its gradient (says at which layer), or a layer's output
             is not read out by the final norm and the unembedding alone (`layer-causal`).
     """
+    refuse_unreadable(model, prompts)
     _refuse_options(prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
     if factors and trained not in ("key-value", "attention"):
         raise ValueError(f"expected keys and values to be trained where factors are kept, got trained={trained!r}")
@@ -279,6 +288,8 @@ def _refuse_options(prompts: Prompts, lr: float, options: dict[str, tuple[str, A
             raise ValueError(f"expected {name} out of {get_args(known)}, got {got!r}")
     if not prompts.training:
         raise ValueError("expected demonstrations to finetune on, got none")
+    if short := [tokens for tokens in prompts.training if len(prompts.start) + len(tokens) < 2]:
+        raise ValueError(f"expected demonstrations with a token that others come before, got {short[0]}")
 
 
 class _Descent:
@@ -380,6 +391,7 @@ def _backward(
     runs.
     """
     ids = torch.tensor([[*start, *tokens]], device=model.device)
+    n_targets = min(n_targets, ids.shape[1] - 1)  # without a start token, nothing comes before the first
     targets = ids[0, -n_targets:]
     content: dict[str, list[Tensor]] = {"q": [], "k": []}
     residuals: list[Tensor] = []

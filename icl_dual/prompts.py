@@ -191,6 +191,46 @@ def build_prompts(
     return prompts
 
 
+def refuse_unreadable(model: Model, prompts: Prompts) -> None:
+    """Raise a PromptError unless prompts are whole and the model can read them: made by hand, they may not be.
+
+    Raises:
+        TypeError: the model is not wrapped.
+        PromptError: says which tokens, counts or lengths do not fit.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it, as icl_dual.Model(model)")
+    found = {"demonstrations": prompts.training, "queries": prompts.queries, "labels": prompts.labels}
+    for name, sequences in {**found, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
+        for at, tokens in enumerate(sequences):
+            if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
+                raise PromptError(f"expected {name} as tuples of token ids, got {tokens!r}")
+            if not tokens and name in found:
+                raise PromptError(f"expected at least one token in each of the {name}, got none in number {at}")
+            if tokens and not 0 <= min(tokens) <= max(tokens) < model.d_vocab:
+                raise PromptError(
+                    f"{model.name}: expected token ids of 0 to {model.d_vocab - 1}, got {tokens} in {name}"
+                )
+    if not prompts.queries or not prompts.labels:
+        raise PromptError(f"expected queries and labels, got {len(prompts.queries)} and {len(prompts.labels)}")
+    gold, lengths = prompts.gold, prompts.demonstration_label_lengths
+    if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
+        raise PromptError(
+            f"expected a label of 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} queries, got {gold}"
+        )
+    whole = tuple(map(len, prompts.training))
+    if len(lengths) != len(whole) or not all(1 <= n <= of for n, of in zip(lengths, whole, strict=True)):
+        raise PromptError(f"expected the label length of each demonstration, at most its own {whole}, got {lengths}")
+    labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1  # a label's last token never runs
+    in_context = len(prompts.prefix) + max(labelled, *map(len, prompts.rows))
+    longest = max(in_context, *(len(prompts.start) + n for n in (*whole, 0)))
+    if longest > model.n_ctx:
+        raise PromptError(
+            f"{model.name} reads at most {model.n_ctx} tokens: expected prompts of no more, got one of {longest}. Use "
+            "fewer or shorter demonstrations"
+        )
+
+
 def shared_texts(demonstrations: Sequence[Example], queries: Sequence[Example]) -> set[str]:
     """The texts that are both a demonstration and a query."""
     return {example.identity for example in demonstrations} & {example.identity for example in queries}

@@ -302,7 +302,7 @@ def test_a_prefix_block_that_does_not_fit_is_halved(
 
 
 def test_an_empty_query_is_refused(llama: icl.Model, prompts: Prompts) -> None:
-    with pytest.raises(ValueError, match="empty query at 6"):
+    with pytest.raises(ValueError, match="one token in each of the queries, got none in number 6"):
         icl.capture(llama, dataclasses.replace(prompts, queries=(*prompts.queries[:6], ())), progress=False)
 
 

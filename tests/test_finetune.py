@@ -1,7 +1,9 @@
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.finetune import Loss, Method, Trained
@@ -353,6 +356,35 @@ def test_deltas_save_and_load(
         assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
     with pytest.raises(icl.AssetError, match=r"expected a folder with tensors\.safetensors .*, found no"):
         icl.WeightDelta.load(tmp_path / "nothing")
+
+
+def test_outputs_of_older_versions_are_refused_never_transposed(
+    llama: icl.Model, prompts: Prompts, tmp_path: Path
+) -> None:
+    options: list[tuple[Trained, bool]] = [("attention", True), ("key-value", False)]
+    for trained, refused in options:
+        folder = tmp_path / trained
+        icl.finetune(llama, prompts, lr=LR, trained=trained, progress=False).save(folder)
+        (metadata,) = folder.glob("*.json")
+        kept = {name: value for name, value in json.loads(metadata.read_text()).items() if name != "layout"}
+        metadata.write_text(json.dumps(kept))
+        if refused:
+            with pytest.raises(icl.AssetError, match=r"expected ΔW_O as \[d_out d_in\], got .* older version saved"):
+                icl.WeightDelta.load(folder)
+        else:
+            icl.WeightDelta.load(folder)
+
+
+def test_without_a_start_token_a_demonstrations_first_token_is_not_predicted(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable[..., PreTrainedModel], prompts: Prompts
+) -> None:
+    model, twin = make_model("gpt2", torch.float64), make_hf_model("gpt2", torch.float64)
+    bare = replace(prompts, start=(), demonstrations=prompts.demonstrations[:1], demonstration_label_lengths=(1,))
+    delta = icl.finetune(model, bare, lr=LR, progress=False)
+    ids = torch.tensor([bare.demonstrations[0]])
+    assert delta.losses.item() == pytest.approx(cast(Any, twin)(ids, labels=ids).loss.item(), rel=1e-10)
+    with pytest.raises(ValueError, match=r"expected demonstrations with a token that others come before, got \(7,\)"):
+        icl.finetune(model, replace(bare, demonstrations=((7,),)), lr=LR, progress=False)
 
 
 def test_biases_move_and_are_kept(make_model: Callable[..., icl.Model], task: icl.Task, tmp_path: Path) -> None:

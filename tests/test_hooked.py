@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,12 +17,13 @@ from hooked import construct, hand_made, hooked_transformer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import icl_dual as icl
 from icl_dual.assets import model_files
 from icl_dual.models import WORKS_WITH, Control, Kind, Weight
-from icl_dual.prompts import Prompts
+from icl_dual.prompts import PromptError, Prompts
 
 ROOT = Path(__file__).parents[1]
 LR = 0.05
@@ -156,10 +158,12 @@ def test_captures_and_decompositions_are_what_the_class_itself_shows(name: str, 
 
 
 @has_the_class
+@pytest.mark.parametrize("start", [(0,), ()])
 @pytest.mark.parametrize("name", TOYS)
-def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str) -> None:
+def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str, start: tuple[int, ...]) -> None:
     """One step by hand on a copy: the loss of the class itself, and the gradients where it keeps keys and values."""
-    wrapped, prompts = toy(**TOYS[name], dtype=torch.float64), toy_prompts(n_pairs=1)
+    wrapped = toy(**TOYS[name], dtype=torch.float64)
+    prompts = replace(toy_prompts(n_pairs=1, start=start), demonstrations=((1, 30, 2, 31),))
     model = icl.Model(wrapped, name="toy")
     before = [parameter.detach().clone() for parameter in wrapped.parameters()]
     factors = name != "shortformer"
@@ -261,8 +265,9 @@ def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
             assert (others[name] - value).norm() < rounding
             continue
         assert torch.equal(others[name].isnan(), value.isnan()), name
-        # Steps of SGD amplify rounding, and so do arccosines of nearly 1.
-        loose = 10 if "angles" in name else 3 if name.startswith(("delta.", "ft.", "updates.")) else 1
+        # Steps of SGD amplify rounding, and so do arccosines of nearly 1; a pair of ranks may turn round.
+        loose = 10 if "angles" in name else 1 if name.startswith(("icl.", "zsl.", "split.")) else 3
+        loose = 100 if name.startswith("Kendall") else loose
         off = (others[name] - value).nan_to_num().norm()
         assert off <= loose * rounding * value.nan_to_num().norm(), name
 
@@ -305,10 +310,30 @@ def test_an_architecture_without_biases_has_none_and_a_model_made_by_hand_has_it
 
 
 @has_the_class
+def test_biases_that_are_zero_before_training_are_trained_as_the_bridge_trains_them(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    hf_model = make_hf_model("neox")
+    with torch.no_grad():
+        for name, parameter in hf_model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    converted = hooked_transformer(hf_model, tmp_path, tokenizer)
+    bridge = TransformerBridge.boot_transformers("neox", hf_model=hf_model, tokenizer=tokenizer, device="cpu")
+    models = [icl.Model(made, name="neox") for made in (converted, bridge)]
+    ours, theirs = (icl.finetune(model, toy_prompts(), lr=LR, progress=False) for model in models)
+    assert ours.b_V is not None
+    assert theirs.b_V is not None
+    assert relative(ours.b_V, theirs.b_V) < 1e-4
+    assert relative(ours.W_V, theirs.W_V) < 1e-4
+
+
+@has_the_class
 @pytest.mark.parametrize("kind", ["captured", "decomposed", "finetuned", "failed"])
 def test_it_comes_back_as_it_was(kind: str) -> None:
     wrapped = toy(**TOYS["normed queries and keys"])
     wrapped.train()
+    wrapped.blocks[0].eval()
     before, flags = copy.deepcopy(wrapped.state_dict()), [p.requires_grad for p in wrapped.parameters()]
     settings = copy.deepcopy(vars(wrapped.cfg))
     model, prompts = icl.Model(wrapped, name="toy"), toy_prompts()
@@ -330,6 +355,8 @@ def test_it_comes_back_as_it_was(kind: str) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert flags == [parameter.requires_grad for parameter in wrapped.parameters()]
     assert wrapped.training
+    assert not wrapped.blocks[0].training
+    assert wrapped.blocks[1].attn.training
     assert vars(wrapped.cfg) == settings
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in wrapped.modules())
     assert not any(point.fwd_hooks for point in wrapped.hook_dict.values())
@@ -344,6 +371,35 @@ def test_a_users_own_hook_stays_and_counts(prompts: Prompts) -> None:
     _, expected = its_own(wrapped, [*asked.prefix, *asked.queries[1]])
     assert relative(captured.attn_out[1], expected["attn_out"]) < 1e-5
     assert len(wrapped.hook_dict["blocks.0.hook_resid_pre"].fwd_hooks) == 1
+
+
+@has_the_class
+def test_a_users_hook_gets_the_copies_that_the_class_makes() -> None:
+    """Passes of ours multiply with weights as they lie; what a hook changes may then be the weight itself."""
+    wrapped = toy()
+    before = wrapped.unembed.W_U.clone()
+
+    def centre_a_copy(residual: torch.Tensor, hook: Any) -> None:
+        copied = wrapped.unembed.W_U.T.contiguous()
+        copied -= copied.mean()
+
+    wrapped.add_hook("unembed.hook_in", centre_a_copy)
+    icl.capture(icl.Model(wrapped), toy_prompts(), progress=False)
+    assert torch.equal(wrapped.unembed.W_U, before)
+
+
+@has_the_class
+@pytest.mark.parametrize("positional", ["standard", "rotary", "alibi"])
+@pytest.mark.parametrize("n_ctx", [5, 8, 15, 31])
+def test_a_context_that_the_prompts_just_fit_is_enough_and_one_less_is_refused(positional: str, n_ctx: int) -> None:
+    query = (5, 7)[: 1 + (n_ctx - 2) % 2]
+    fit = replace(toy_prompts(n_pairs=(n_ctx - 2) // 2), queries=(query,), gold=(0,), labels=((30,),))
+    assert len(fit.prefix) + len(query) == n_ctx
+    model = icl.Model(toy(n_ctx=n_ctx, positional_embedding_type=positional), name="toy")
+    assert icl.capture(model, fit, progress=False).residual < 1e-5
+    longer = replace(fit, queries=((*query, 9),))
+    with pytest.raises(PromptError, match=rf"toy reads at most {n_ctx} tokens: .* got one of {n_ctx + 1}"):
+        icl.capture(model, longer, progress=False)
 
 
 @has_the_class
@@ -401,8 +457,41 @@ def test_processing_a_model_made_by_hand_is_seen(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.process_weights_()
-    with pytest.raises(icl.UnsupportedModelError, match="centred writing weights"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"folded norms.* Hand it in as it was before process_weights_"):
         icl.Model(wrapped)
+
+
+@has_the_class
+@pytest.mark.parametrize("circuit", ["orthogonal outputs", "values and outputs in blocks", "queries alone have biases"])
+def test_circuits_made_by_hand_are_raw(circuit: str) -> None:
+    wrapped = toy()
+    with torch.no_grad():
+        for attn in (block.attn for block in wrapped.blocks):
+            if circuit == "orthogonal outputs":
+                for head in attn.W_O:
+                    nn.init.orthogonal_(head)
+            elif circuit == "values and outputs in blocks":
+                for weight in (attn.W_O, attn.W_V.mT):
+                    weight.copy_(torch.eye(32).view(4, 8, 32))
+            else:
+                for bias in (attn.b_K, attn.b_V, attn.b_O):
+                    bias.zero_()
+    assert icl.capture(icl.Model(wrapped), toy_prompts(), progress=False).residual < 1e-5
+
+
+@has_the_class
+def test_a_class_that_needs_more_than_a_configuration_has_no_untrained_control() -> None:
+    parent: Any = hooked.HookedTransformer
+
+    class Larger(parent):
+        def __init__(self, cfg: Any, factor: float) -> None:
+            super().__init__(cfg)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = icl.Model(Larger(toy().cfg, 2.0), name="larger")
+    with pytest.raises(icl.UnsupportedModelError, match="larger: expected Larger to be made from its configuration al"):
+        icl.control_model(model, "untrained", seed=1)
 
 
 @has_the_class
@@ -452,7 +541,7 @@ def test_an_encoder_is_refused() -> None:
         made = encoder(
             hand_made(d_model=16, d_head=8, n_heads=2, n_layers=1, n_ctx=16, d_vocab=20, act_fn="gelu", d_mlp=8)
         )
-    with pytest.raises(icl.UnsupportedModelError, match="TransformerBridge or HookedTransformer, got HookedEncoder"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"expected a TransformerBridge .*, got HookedEncoder"):
         icl.Model(made)
 
 

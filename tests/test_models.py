@@ -117,7 +117,7 @@ def test_models_that_are_no_decoders_are_refused(tokenizer: PreTrainedTokenizerF
 
 
 def test_something_that_is_no_bridge_is_refused(make_hf_model: Callable[..., PreTrainedModel]) -> None:
-    with pytest.raises(icl.UnsupportedModelError, match=r"expected a transformer_lens .*, got Llama"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"expected a TransformerBridge .*, got Llama"):
         icl.Model(cast(Any, make_hf_model("llama")))
 
 

@@ -1,10 +1,13 @@
+import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from conftest import make_rows
 
 import icl_dual as icl
-from icl_dual.prompts import SEPARATOR, START, Prompts
+from icl_dual.prompts import SEPARATOR, START, Prompts, refuse_unreadable
 
 
 def test_segments_say_whose_each_token_is(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
@@ -186,3 +189,46 @@ def test_options_of_the_other_protocol_are_refused(llama: icl.Model, task: icl.T
         )
     with pytest.raises(icl.PromptError, match="reference_k_mismatch belongs to the reference protocol"):
         icl.build_prompts(llama, task, task.demonstrations(2, 1), task.queries(2), reference_k_mismatch=True)
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"queries": ((), (1,))}, "at least one token in each of the queries, got none in number 0"),
+    ({"labels": ((5,), ())}, "at least one token in each of the labels, got none in number 1"),
+    ({"demonstrations": ((1, 2), ())}, "at least one token in each of the demonstrations, got none in number 1"),
+    ({"queries": ([1, 2], (1,))}, r"expected queries as tuples of token ids, got \[1, 2\]"),
+    ({"start": ("<s>",)}, r"expected start as tuples of token ids, got \('<s>',\)"),
+    ({"queries": ((1,), (-1,))}, r"model: expected token ids of 0 to 299, got \(-1,\) in queries"),
+    ({"labels": ((5,), (300,))}, r"model: expected token ids of 0 to 299, got \(300,\) in labels"),
+    ({"queries": (), "gold": ()}, "expected queries and labels, got 0 and 2"),
+    ({"labels": (), "gold": (0, 0)}, "expected queries and labels, got 2 and 0"),
+    ({"gold": (0,)}, r"expected a label of 0 to 1 for each of 2 queries, got \(0,\)"),
+    ({"gold": (0, 2)}, r"expected a label of 0 to 1 for each of 2 queries, got \(0, 2\)"),
+    (
+        {"demonstration_label_lengths": (1,)},
+        r"of each demonstration, at most its own \(2, 2\), got \(1,\)",
+    ),
+    ({"demonstration_label_lengths": (1, 3)}, r"at most its own \(2, 2\), got \(1, 3\)"),
+    ({"queries": ((1,) * 507, (2,))}, "model reads at most 512 tokens: .* got one of 513. Use fewer or shorter"),
+    ({"demonstrations": ((1,) * 512, (2, 3))}, "model reads at most 512 tokens"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), BROKEN)
+@pytest.mark.parametrize("used", [icl.capture, partial(icl.finetune, lr=0.1)])
+def test_prompts_made_by_hand_are_checked_before_anything_runs(
+    make_model: Callable[..., icl.Model], damage: dict[str, Any], words: str, used: Callable
+) -> None:
+    model = make_model("llama", name="model")
+    whole = icl.Prompts((0,), ((1, 2), (3, 4)), (1, 1), (9,), ((5,), (6,)), ((7,), (8,)), (0, 1))
+    refuse_unreadable(model, whole)
+    broken = copy.copy(whole)
+    for name, value in damage.items():
+        object.__setattr__(broken, name, value)  # not by `replace`, whose types tests check
+    with pytest.raises(icl.PromptError, match=words):
+        used(model, broken, progress=False)
+
+
+def test_a_model_that_is_not_wrapped_is_said(make_model: Callable[..., icl.Model], prompts: Prompts) -> None:
+    unchecked: Any = getattr(refuse_unreadable, "__wrapped__", refuse_unreadable)
+    with pytest.raises(TypeError, match=r"expected an icl_dual\.Model, got TransformerBridge: wrap it, as"):
+        unchecked(make_model("llama").wrapped, prompts)

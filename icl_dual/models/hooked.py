@@ -7,6 +7,7 @@ ungroup keys and values may be on: what its hooks then show is read back into th
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from icl_dual import dual
 from icl_dual.models.lens import (
+    HOOK_LEVEL,
     Hook,
     Kind,
     Lens,
@@ -29,8 +31,18 @@ from icl_dual.models.lens import (
     watch,
 )
 
-RAW = "Load it with HookedTransformer.from_pretrained_no_processing"
-"""What to do about a model whose weights were processed."""
+BIASED: dict[str, str] = {
+    "BloomForCausalLM": "QKVO",
+    "GPT2LMHeadModel": "QKVO",
+    "GPTNeoForCausalLM": "O",
+    "GPTNeoXForCausalLM": "QKVO",
+    "GptOssForCausalLM": "QKVO",
+    "OPTForCausalLM": "QKVO",
+    "PhiForCausalLM": "QKVO",
+    "QWenLMHeadModel": "QKV",
+    "Qwen2ForCausalLM": "QKV",
+}
+"""Architectures whose projections have biases, also where these are zero, as they are before any training."""
 
 
 def is_hooked_transformer(wrapped: object) -> bool:
@@ -46,11 +58,11 @@ class HookedLens(Lens):
     """A `HookedTransformer` with raw weights."""
 
     SEEN: ClassVar[dict[str, str]] = {
-        "Q": "hook_q",
-        "K": "hook_k",
+        "q": "hook_q",
+        "k": "hook_k",
         "v": "hook_v",
-        "Q normed": "q_norm.hook_normalized",
-        "K normed": "k_norm.hook_normalized",
+        "q_normed": "q_norm.hook_normalized",
+        "k_normed": "k_norm.hook_normalized",
         "rot_q": "hook_rot_q",
         "rot_k": "hook_rot_k",
     }
@@ -74,9 +86,11 @@ class HookedLens(Lens):
                 f"{parameter.device} and n_devices={cfg.n_devices}. Move it with model.to(device), which tells both"
             )
         if (cause := _processing(model)) is not None:
+            by_hand = "Hand it in as it was before process_weights_ or load_and_process_state_dict"
+            loaded = "Load it with HookedTransformer.from_pretrained_no_processing"
             raise UnsupportedModelError(
                 f"{name}: expected raw weights, got a model with {cause}, which changes W_V, W_O or the path of SGD. "
-                f"{RAW}"
+                f"{by_hand if cfg.original_architecture is None else loaded}"
             )
         known = {
             "attention in both directions": cfg.attention_dir != "causal",
@@ -132,12 +146,14 @@ class HookedLens(Lens):
         It has a token stand where the mask's cumulative sum has come to, and attends to what the mask has anything
         but zero for. So a mask of steps from position to position, of which none is zero, moves tokens and hides none.
         """
-        if self.wrapped.cfg.positional_embedding_type == "rotary":
-            self._rotate_up_to(int(positions[-1]))
         steps = torch.diff(positions, prepend=positions.new_tensor([-1]))
         if not (steps > 0).all():
             raise ValueError(f"expected positions that ascend from 0 or above, got {positions.tolist()}")
-        with _AsTheyLie():
+        if self.wrapped.cfg.positional_embedding_type == "rotary":
+            self._rotate_up_to(int(positions[-1]))
+        hooks = (hook for point in self.points.values() for hook in point.fwd_hooks)
+        others = any(hook.context_level != HOOK_LEVEL for hook in hooks)  # which may count on copies
+        with nullcontext() if others else _AsTheyLie():
             return self.wrapped(tokens, attention_mask=steps.expand(tokens.shape))
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -155,7 +171,13 @@ class HookedLens(Lens):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # whoever has such a model knows
             torch.default_generator.manual_seed(seed)  # torch's own manual_seed reseeds accelerators, too
-            drawn = type(model)(cfg)
+            try:
+                drawn = type(model)(cfg)
+            except TypeError as error:
+                raise UnsupportedModelError(
+                    f"expected {type(model).__name__} to be made from its configuration alone, got: {error}: it has no "
+                    "untrained control"
+                ) from error
         drawn.to(next(self.parameters()).device, print_details=False)
         drawn.train(model.training)
         made = HookedLens(drawn)
@@ -164,7 +186,7 @@ class HookedLens(Lens):
 
     def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
         """From rotated queries and keys where the model rotates."""
-        q, k = (self._content(layer, kind, seen[kind], seen.get(f"{kind} normed")) for kind in ("Q", "K"))
+        q, k = (self._content(layer, kind, seen[kind], seen.get(f"{kind}_normed")) for kind in ("q", "k"))
         rot_q, rot_k = seen.get("rot_q", q), seen.get("rot_k", k)
         return rot_q, self._own_heads(rot_k), self._own_heads(seen["v"]), q
 
@@ -178,7 +200,7 @@ class HookedLens(Lens):
             projected.append(tensor)
 
         def show_normed(normed: Tensor, hook: Any) -> None:
-            content = self._content(layer, kind, projected.pop(), normed)
+            content = self._content(layer, name, projected.pop(), normed)
             show(layer, content if kind == "Q" else self._own_heads(content))
 
         def show_plain(content: Tensor, hook: Any) -> None:
@@ -219,17 +241,17 @@ class HookedLens(Lens):
 
     def _has_bias(self, kind: Kind) -> bool:
         """The class gives every projection a bias: of an architecture that has none, it is zero at every layer."""
-        converted = self.wrapped.cfg.original_architecture is not None
+        architecture = self.wrapped.cfg.original_architecture
         biases = [getattr(self._attn(layer), f"b_{kind}") for layer in range(self.n_layers)]
-        return not converted or any(bias.any() for bias in biases)
+        return architecture is None or kind in BIASED.get(architecture, "") or any(bias.any() for bias in biases)
 
     def _content(
-        self, layer: int, kind: Literal["Q", "K"], projected: Tensor, normed: Tensor | None
+        self, layer: int, name: str, projected: Tensor, normed: Tensor | None
     ) -> Float[Tensor, "batch pos _ d_head"]:
         """Queries or keys before rotation; no hook shows them once their norm has weighed them."""
         if normed is None:
             return projected
-        norm = getattr(self._attn(layer), f"{kind.lower()}_norm")
+        norm = getattr(self._attn(layer), f"{name}_norm")
         return (normed.to(norm.w.dtype) * norm.w).reshape(projected.shape)
 
     def _own_heads(self, content: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
@@ -262,23 +284,39 @@ class _AsTheyLie(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+CENTRED = 3e-4
+"""Mean over size of weights that were centred, in bfloat16 too; of others it is about 1/√d_model."""
+
+
 def _processing(model: Any) -> str | None:
-    """What TransformerLens has done to a model's weights on loading, as far as the weights themselves show it."""
+    """What TransformerLens has done to a model's weights, as far as the weights themselves show it.
+
+    They do not show an RMS norm that was folded into weights made by hand, nor value biases that were folded where
+    queries have no bias.
+    """
     cfg, attentions = model.cfg, [block.attn for block in model.blocks]
-    eps = max(32 * torch.finfo(torch.float32).eps, torch.finfo(cfg.dtype).eps / 4)
-
-    def centred(weight: Tensor) -> bool:
-        return bool(weight.float().mean(-1).norm() <= eps * weight.float().square().mean(-1).sqrt().norm())
-
-    def any_bias(kind: Kind) -> bool:
-        return any(getattr(attn, f"b_{kind}").any() for attn in attentions)
-
-    # A model that was made without a norm's weights, by hand, is raw as it is.
-    if str(cfg.normalization_type).endswith("Pre") and cfg.original_architecture is not None:
+    norm = str(cfg.normalization_type)
+    # A model that was made by hand without a norm's weights is raw as it is; folding a norm centres what reads from it.
+    read = [weight.mT for attn in attentions for weight in (attn.W_Q, attn.W_K, attn.W_V)]
+    if norm.endswith("Pre") and (cfg.original_architecture is not None or all(_centred(weight) for weight in read)):
         return "folded norms"
-    if centred(model.embed.W_E) and all(centred(attn.W_O) for attn in attentions):
+    if _centred(model.embed.W_E[:4096]) and all(_centred(attn.W_O) for attn in attentions):
         return "centred writing weights"
-    gram = attentions[0].W_O.float() @ attentions[0].W_O.float().mT
-    if torch.allclose(gram, torch.eye(cfg.d_head, device=gram.device).expand_as(gram), atol=1e-3):
+    if all(_refactored(attn) for attn in attentions):
         return "refactored attention matrices"
-    return "folded value biases" if any_bias("Q") and not any_bias("V") else None
+    query, value, output = (any(getattr(attn, f"b_{kind}").any() for attn in attentions) for kind in "QVO")
+    return "folded value biases" if query and output and not value else None
+
+
+def _centred(weight: Tensor) -> bool:
+    return bool(weight.float().mean(-1).norm() <= CENTRED * weight.float().square().mean(-1).sqrt().norm())
+
+
+def _refactored(attn: Any) -> bool:
+    """Whether heads' outputs go through orthonormal rows, and values through orthogonal columns of falling length."""
+    W_V, W_O = attn.W_V.float(), attn.W_O.float()
+    lengths = W_V.norm(dim=1)
+    cosines = (W_V.mT @ W_V) / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
+    identity = torch.eye(W_O.shape[1], device=W_O.device)
+    orthogonal = all(bool(((found - identity).abs() < 2e-2).all()) for found in (W_O @ W_O.mT, cosines))
+    return orthogonal and bool((lengths.diff(dim=-1) < 0).all())

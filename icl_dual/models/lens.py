@@ -37,6 +37,9 @@ OnTensor = Callable[[int, Tensor], None]
 OnResidual = Callable[[int, Tensor], Tensor | None]
 OnError = Callable[[int, "Kind", Tensor, Tensor], None]
 
+HOOK_LEVEL = 1 << 20
+"""What tells the hooks of a run from anyone else's."""
+
 Hook = tuple[nn.Module, Callable[..., Any]]
 """Where a function is called in a forward pass, and the function: at a hook point with its tensor (and `hook=`), at any
 other module with what torch calls forward hooks with: `(module, args, kwargs, output)`."""

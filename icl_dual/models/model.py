@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icl_dual import assets
 from icl_dual.models.bridge import BridgeLens
 from icl_dual.models.hooked import HookedLens, is_hooked_transformer
 from icl_dual.models.lens import (
+    HOOK_LEVEL,
     Hook,
     Kind,
     Lens,
@@ -36,9 +37,6 @@ else:
 
 FINGERPRINT_ELEMENTS = 16384
 """Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
-
-HOOK_LEVEL = 1 << 20
-"""What tells the hooks of a run from anyone else's, when they are taken off again."""
 
 
 class Model:
@@ -174,8 +172,7 @@ class Model:
             Logits at the positions read.
         """
         lens, hooks = self.lens, list[Hook]()
-        n_pos = tokens.shape[1]
-        positions = (torch.arange(n_pos) if positions is None else positions).to(tokens.device)
+        positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         for layer in range(self.n_layers):
             if on_attention is not None:
                 hooks += lens.attention_hooks(layer, on_attention, positions)
@@ -297,9 +294,17 @@ def _lens_of(wrapped: Any) -> Lens:
         return BridgeLens(wrapped)
     if is_hooked_transformer(wrapped):
         return HookedLens(wrapped)
+    got = type(wrapped).__name__
+    if isinstance(wrapped, str):
+        got, advice = repr(wrapped), "load it with icl_dual.load_model"
+    elif isinstance(wrapped, Model):
+        advice = "it is wrapped already"
+    elif isinstance(wrapped, PreTrainedModel):
+        advice = "boot it with TransformerBridge.boot_transformers(name, hf_model=…, tokenizer=…)"
+    else:
+        advice = "hand in the model itself, a decoder, or load one with icl_dual.load_model"
     raise UnsupportedModelError(
-        f"expected a transformer_lens TransformerBridge or HookedTransformer, got {type(wrapped).__name__}; load one "
-        "with icl_dual.load_model or TransformerBridge.boot_transformers"
+        f"expected a TransformerBridge of transformer-lens, or a HookedTransformer of 3.9, got {got}: {advice}"
     )
 
 
@@ -330,15 +335,15 @@ def _hooked(hooks: list[Hook]) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(wrapped: nn.Module) -> Iterator[None]:
-    """No dropout during a pass, and the caller's own mode again afterwards."""
-    training = wrapped.training
+    """No dropout during a pass, and every module's own mode again afterwards."""
+    training = [module for module in wrapped.modules() if module.training]
     if training:
         wrapped.eval()
     try:
         yield
     finally:
-        if training:
-            wrapped.train()
+        for module in training:
+            module.training = True
 
 
 def _gather(read: Tensor) -> Callable:
