@@ -2,7 +2,7 @@
 
 from icl_dual import dual, intervals, plots
 from icl_dual.assets import AssetError
-from icl_dual.capture import DECOMPOSE_FIELDS, Capture, capture
+from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
 from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune
@@ -17,6 +17,7 @@ from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, su
 
 __all__ = [
     "DECOMPOSE_FIELDS",
+    "METRIC_FIELDS",
     "PAPER_K",
     "TASKS",
     "AssetError",

@@ -26,6 +26,7 @@ from icl_dual.models import WORKS_WITH, Control, Kind, Weight
 from icl_dual.prompts import PromptError, Prompts
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "hooked_transformer.md").read_text()
 LR = 0.05
 TOY_LR = 1e-3
 FIELDS = (*icl.DECOMPOSE_FIELDS, "q", "context_scores", "query_scores", "next_log_probs")
@@ -651,15 +652,24 @@ def test_a_matrix_is_stored_as_it_was_laid_out(layout: tuple[str, str, int], siz
 
 
 @has_the_class
-def test_the_example_in_the_docs_runs_and_is_exact(
-    capsys: pytest.CaptureFixture[str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    page = (ROOT / "docs" / "hooked_transformer.md").read_text()
+def test_the_example_in_the_docs_runs_and_is_exact() -> None:
     scope: dict[str, Any] = {}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
             exec(block, scope)
     assert scope["split"].residual < 2e-6
     assert scope["in_context"].accuracy > 0.9
     assert scope["zsl"].accuracy < 0.5
+    assert scope["ft"].accuracy < 0.5
+    assert scope["updates"].cosine.isfinite().all()
+
+
+@has_the_class
+def test_the_conversion_in_the_docs_runs() -> None:
+    scope: dict[str, Any] = {"icl": icl, "HookedTransformer": hooked.HookedTransformer}
+    (block,) = re.findall(r"```py\n(from transformer_lens import loading.*?)```", PAGE, flags=re.DOTALL)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exec(block, scope)
+    assert scope["model"].n_key_value_heads == 3

@@ -208,7 +208,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         r"of each demonstration, at most its own \(2, 2\), got \(1,\)",
     ),
     ({"demonstration_label_lengths": (1, 3)}, r"at most its own \(2, 2\), got \(1, 3\)"),
-    ({"queries": ((1,) * 507, (2,))}, "model reads at most 512 tokens: .* got one of 513. Use fewer or shorter"),
+    ({"queries": ((1,) * 506, (2,))}, "model reads at most 512 tokens: .* got one of 513. Use fewer or shorter"),
     ({"demonstrations": ((1,) * 512, (2, 3))}, "model reads at most 512 tokens"),
 ]
 
