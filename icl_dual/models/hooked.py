@@ -118,13 +118,14 @@ class HookedLens(Lens):
     def projection(self, layer: int, kind: Kind) -> Projection:
         """Weights by head; keys' and values' by their own heads where queries share them."""
         attn = self._attn(layer)
-        grouped = "_" * (kind in "KV" and hasattr(attn, "_W_K"))
-        weight, bias = (getattr(attn, f"{grouped if kind in 'KV' else ''}{name}_{kind}") for name in "Wb")
+        own = "_" if kind in ("K", "V") and hasattr(attn, "_W_K") else ""
+        weight, bias = getattr(attn, f"{own}W_{kind}"), getattr(attn, f"{own}b_{kind}")
         if kind == "O":
-            laid_out = Weight(weight, "head d_head d_out", "d_out (head d_head)")
-            return Projection(laid_out, Weight(bias, "d_out", "d_out") if "O" in self.biased else None)
-        laid_out = Weight(weight, "head d_in d_head", "(head d_head) d_in")
-        return Projection(laid_out, Weight(bias, "head d_head", "(head d_head)") if kind in self.biased else None)
+            W, b = Weight(weight, "head d_head d_out", "d_out (head d_head)"), Weight(bias, "d_out", "d_out")
+        else:
+            W = Weight(weight, "head d_in d_head", "(head d_head) d_in")
+            b = Weight(bias, "head d_head", "(head d_head)")
+        return Projection(W, b if kind in self.biased else None)
 
     def scoring(self, layer: int) -> dual.Scoring:
         """From the configuration, as far as it holds for the layer."""
@@ -193,21 +194,17 @@ class HookedLens(Lens):
     def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the projection, and at the norm behind it where there is one."""
         at, name = f"blocks.{layer}.attn.", kind.lower()
-        norm = self.points.get(f"{at}{name}_norm.hook_normalized")
+        projection, norm = self.points[f"{at}hook_{name}"], self.points.get(f"{at}{name}_norm.hook_normalized")
         projected: list[Tensor] = []
 
         def keep(tensor: Tensor, hook: Any) -> None:
             projected.append(tensor)
 
-        def show_normed(normed: Tensor, hook: Any) -> None:
-            content = self._content(layer, name, projected.pop(), normed)
+        def show_content(tensor: Tensor, hook: Any) -> None:
+            content = tensor if norm is None else self._content(layer, name, projected.pop(), tensor)
             show(layer, content if kind == "Q" else self._own_heads(content))
 
-        def show_plain(content: Tensor, hook: Any) -> None:
-            show(layer, content if kind == "Q" else self._own_heads(content))
-
-        point = self.points[f"{at}hook_{name}"]
-        return [(point, show_plain)] if norm is None else [(point, keep), (norm, show_normed)]
+        return [(projection, show_content)] if norm is None else [(projection, keep), (norm, show_content)]
 
     def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
         """At the projection's hook, with the input that attention was called with."""
