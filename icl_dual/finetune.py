@@ -172,13 +172,14 @@ class WeightDelta:
         tensors, metadata = load_tensors(Path(folder))
         parts = {name.removeprefix("factors/"): tensors.pop(name) for name in list(tensors) if "/" in name}
         residual, layout = metadata.pop("factors_residual", None), metadata.pop("layout", None)
-        if "W_O" in tensors and layout != LAYOUT:  # once, it was laid out as each model keeps it
+        with reading("WeightDelta", folder):
+            factors = None if residual is None else Factors(**parts, residual=residual)
+            made = cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
+        if made.W_O is not None and layout != LAYOUT:  # once, it was laid out as each model keeps it
             raise AssetError(
                 f"{folder}: expected ΔW_O as [{LAYOUT}], got a delta that an older version saved. Finetune anew"
             )
-        with reading("WeightDelta", folder):
-            factors = None if residual is None else Factors(**parts, residual=residual)
-            return cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
+        return made
 
     def randomised(self, seed: int) -> "WeightDelta":
         """The delta with every matrix and bias turned into a random direction of the same norm.
