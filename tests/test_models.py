@@ -1,6 +1,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -8,6 +10,8 @@ from typing import Any, cast, get_args
 import pytest
 import torch
 from conftest import ARCHITECTURES, BRIDGED
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -21,7 +25,7 @@ from transformers import (
 )
 
 import icl_dual as icl
-from icl_dual.models import Control, Kind
+from icl_dual.models import WORKS_WITH, Control, Kind, Weight
 
 
 def boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
@@ -144,6 +148,7 @@ def test_a_training_model_comes_back_training(make_model: Callable[..., icl.Mode
     assert bridge.training
 
 
+ROOT = Path(__file__).parents[1]
 NO_ROTATION = ("gpt2", "gptneo-window", "opt", "xglm", "bloom")
 NORM = re.compile(r"norm|\.ln_")
 
@@ -441,3 +446,56 @@ def test_keys_alone_are_what_the_bare_model_projects_and_norms(
         if module is None:  # a head's query, key and value lie side by side
             expected = expected.view(1, 6, model.n_heads, 3, model.d_head)[:, :, :, 1]
         torch.testing.assert_close(got, expected.reshape(got.shape))
+
+
+def test_another_transformer_lens_is_refused() -> None:
+    versions = ["2.16.1", "3.8.1", "5.0.0"]
+    program = f"""
+import importlib.metadata as metadata
+installed = metadata.version
+for got in {versions}:
+    metadata.version = lambda name: got if name == "transformer-lens" else installed(name)
+    try:
+        import icl_dual
+    except ImportError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        f"expected transformer-lens >=3.9,<5, got transformer-lens {version}: pip install 'transformer-lens>=3.9,<5'"
+        for version in versions
+    ]
+
+
+def test_the_range_is_the_packages_own() -> None:
+    (line,) = re.findall(r'"transformer-lens(.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert line == WORKS_WITH
+
+
+def test_the_second_environment_is_the_first_with_another_transformer_lens() -> None:
+    first, second = (
+        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        for name in ("constraints.txt", "constraints-tl3.txt")
+    )
+    assert set(second) - set(first) == {"transformer-lens==3.9.0", "better-abc==0.0.3"}
+    assert set(first) - set(second) == {"transformer-lens==4.3.0"}
+
+
+LAYOUTS = [
+    ("d_out d_in", "d_out d_in", 2),
+    ("d_in d_out", "d_out d_in", 2),
+    ("head d_in d_head", "(head d_head) d_in", 3),
+    ("head d_head d_out", "d_out (head d_head)", 3),
+    ("head d_head", "(head d_head)", 2),
+    ("d_out", "d_out", 1),
+]
+
+
+@given(st.sampled_from(LAYOUTS), st.lists(st.integers(1, 5), min_size=3, max_size=3))
+def test_a_matrix_is_stored_as_it_was_laid_out(layout: tuple[str, str, int], sizes: list[int]) -> None:
+    axes, written, n_axes = layout
+    parameter = torch.nn.Parameter(torch.randn(sizes[:n_axes]))
+    weight = Weight(parameter, axes, written)
+    matrix = weight.matrix(parameter)
+    assert matrix.ndim == 2 - (axes in ("head d_head", "d_out"))
+    assert torch.equal(weight.stored(matrix), parameter)
