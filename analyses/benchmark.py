@@ -140,10 +140,8 @@ def peak_mb(race: Race, name: str) -> float:
     run = (BATCHED | PROMPT_BY_PROMPT)[name]
     if name in PROMPT_BY_PROMPT:  # what one prompt takes is what the next takes
         race = race.subset(list(range(min(8, len(race.prompts.queries)))))
-    loaded = (
-        race.hf if name in {"floor", "floor_shared", "floor_zero_shot", "bare", "kv_sgd", "hf_outputs"} else race.model
-    )
-    loaded = race.hooked if name == "ours_hooked" else loaded
+    bare = {"floor", "floor_shared", "floor_zero_shot", "bare", "kv_sgd", "hf_outputs"}
+    loaded = race.hf if name in bare else race.hooked if name == "ours_hooked" else race.model
     for parameter in loaded.parameters():  # files are mapped, and read when they are touched
         parameter.sum()
     if name.startswith("nnsight"):

@@ -207,6 +207,7 @@ def test_untrained_weights_are_distributed_as_a_plainly_constructed_models(
     expected = {name: parameter.detach() for name, parameter in plain_model(control).named_parameters()}
     got = weights(control)
     added = {name: got.pop(name) for name in got.keys() - expected.keys()}  # by the bridge of transformer-lens 3
+    assert added.keys() <= {"lm_head.bias"}
     assert not any(bias.any() for bias in added.values())
     assert got.keys() == expected.keys()
     for name, plain in expected.items():

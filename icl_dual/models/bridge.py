@@ -23,6 +23,7 @@ from icl_dual.models.lens import (
     Projection,
     UnsupportedModelError,
     Weight,
+    refuse_any,
     watch,
 )
 
@@ -220,12 +221,7 @@ def _refuse_attention(bridge: TransformerBridge, architecture: str, layer: int) 
         "ALiBi in half precision, whose biases are rounded": architecture == "BloomForCausalLM"
         and next(bridge.original_model.parameters()).dtype.itemsize < 4,
     }
-    for cause, found in known.items():
-        if found:
-            raise UnsupportedModelError(
-                f"{architecture}, layer {layer}: expected attention that is softmax over scaled scores, got {cause}; "
-                "it cannot be split exactly here"
-            )
+    refuse_any(f"{architecture}, layer {layer}", known)
 
 
 def _rotation_switch(config: Any) -> int | None:

@@ -28,6 +28,7 @@ from icl_dual.models.lens import (
     Projection,
     UnsupportedModelError,
     Weight,
+    refuse_any,
     watch,
 )
 
@@ -100,12 +101,7 @@ class HookedLens(Lens):
             "queries scaled by the logarithm of their position": cfg.use_logn_attn,
             "weights in four bits": cfg.load_in_4bit,
         }
-        for cause, found in known.items():
-            if found:
-                raise UnsupportedModelError(
-                    f"{name}: expected a causal language model whose attention is softmax over scaled scores, got "
-                    f"{cause}; it cannot be split exactly here"
-                )
+        refuse_any(name, known)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's own."""

@@ -203,6 +203,20 @@ class Lens(ABC):
         return [*watched, (self.points[f"blocks.{layer}.attn.hook_z"], show)]
 
 
+def refuse_any(where: str, known: dict[str, bool]) -> None:
+    """Refuse a model for the first of these that is true of it.
+
+    Raises:
+        UnsupportedModelError: says which.
+    """
+    for cause, found in known.items():
+        if found:
+            raise UnsupportedModelError(
+                f"{where}: expected a causal language model whose attention is softmax over scaled scores, got "
+                f"{cause}; it cannot be split exactly here"
+            )
+
+
 def watch(layer: int, on_tensor: OnTensor | OnResidual) -> Callable[..., Any]:
     """What shows a hook point's tensor to a callback, and puts back what it returns."""
 
