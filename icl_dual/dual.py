@@ -13,10 +13,13 @@
    group takes. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds to the
    zero-shot attention z_0: equation 11 without its relaxation.
 4. Two updates are compared by their singular value decompositions, against one with random directions.
+5. Gradient descent with momentum steps along a decaying sum of past gradients; by analogy, momentum attention adds a
+   decaying sum of past values, MoAttn(V, K, q_t) = Attn(V, K, q_t) + Σ_{i<t} η^{t−i} v_i.
 
 Keys and values keep their own number of heads (`kv_head`); query heads share them group by group.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,6 +60,7 @@ def sgd(
     inputs: Float[Tensor, "step d_in"],
     gradient: Callable[[Float[Tensor, " d_out"], int], Float[Tensor, " d_out"]],
     lr: float,
+    momentum: float = 0.0,
 ) -> Sgd:
     """Train the linear layer x ↦ W x by SGD, one input a step: what attention over its error signals is dual to.
 
@@ -65,15 +69,18 @@ def sgd(
         inputs: x_i, in the order of the steps.
         gradient: ∂L/∂(output) at a step, from the layer's output W x_i and the step's index.
         lr: the learning rate.
+        momentum: η, by which each step repeats the one before.
 
     Returns:
         The trained weights, and error signals with W x = W_0 x + LinearAttn(errors, inputs, x) for every x
-        (equations 7–9).
+        (equations 7–9); with momentum, `momentum_linear_attention` in its place.
     """
     W, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
+    velocity = torch.zeros_like(W_0)
     for step, x in enumerate(inputs):
         errors[step] = -lr * gradient(W @ x, step)
-        W = W + torch.outer(errors[step], x)
+        velocity = momentum * velocity + torch.outer(errors[step], x)
+        W = W + velocity
     return Sgd(W, errors)
 
 
@@ -427,3 +434,148 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _signed(Q: Tensor, R: Tensor) -> Tensor:
     return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+# 5. Momentum
+
+BLOCK = 32
+"""Positions that one matrix of decays covers: more cost more arithmetic, fewer more steps."""
+
+
+class Momentum(NamedTuple):
+    """What momentum adds to attention's output, and what it carries on."""
+
+    z: Float[Tensor, "batch pos head d_head"]
+    """Σ_{i<t} η^{t−i} v_i, of the past alone."""
+    state: Float[Tensor, "batch head d_head"]
+    """Σ_i η^{n−1−i} v_i over the n positions so far: all that positions to come need of them."""
+
+
+def momentum(
+    v: Float[Tensor, "batch pos kv_head d_head"],
+    eta: Float[Tensor, " head"],
+    *,
+    state: Float[Tensor, "batch head d_head"] | None = None,
+    documents: Int[Tensor, "batch pos"] | None = None,
+) -> Momentum:
+    """The decaying sum of past values that momentum attention adds, in time linear in the positions.
+
+    Positions come in blocks. Within one, the sum is a product with a matrix of decays; what each block leaves behind
+    is summed from block to block in the same way, with decay η^block.
+
+    Args:
+        v: values, in the order of their positions; query heads share them group by group.
+        eta: η of each query head, from 0 to below 1. At 0 nothing is added.
+        state: what values before these have left, by `Momentum.state`; nothing where not given.
+        documents: which document each position belongs to, negative for padding. A run of positions of one document
+            is summed by itself; a state belongs to the first.
+
+    Raises:
+        ValueError: η is out of range.
+    """
+    refuse_decay(eta)
+    values, decay = _as_heads(v, eta)
+    if not v.shape[1]:
+        return Momentum(values, values.sum(1) if state is None else state)
+    source = None
+    if documents is not None:
+        source = torch.cat((documents.new_zeros(len(v), 1), (documents.diff(dim=1) != 0).cumsum(1)), dim=1)
+        values = values * (documents >= 0)[..., None, None]
+    past = _decayed(values, decay, state, source, source)
+    last = values[:, -1] + decay[:, None] * past[:, -1]
+    return Momentum(decay[:, None] * past, last)
+
+
+def momentum_reference(
+    v: Float[Tensor, "batch pos kv_head d_head"],
+    eta: Float[Tensor, " head"],
+    documents: Int[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """`momentum` as a sum over all pairs of positions, by a triangular matrix of decays: time quadratic in these."""
+    refuse_decay(eta)
+    values, decay = _as_heads(v, eta)
+    position = torch.arange(v.shape[1], device=v.device)
+    shown = (position[:, None] > position).expand(len(v), -1, -1)
+    if documents is not None:
+        shown = torch.zeros_like(shown)
+        for batch, of_row in enumerate(documents.tolist()):
+            for t, document in enumerate(of_row):
+                own = itertools.takewhile(lambda i, row=of_row, own=document: row[i] == own, range(t - 1, -1, -1))
+                shown[batch, t, list(own)] = document >= 0
+    return torch.einsum("bhti,bihd->bthd", decays(decay, position, position) * shown[:, None], values)
+
+
+def decays(
+    eta: Float[Tensor, " head"], rows: Int[Tensor, "*batch pos"], keys: Int[Tensor, "*#batch key"]
+) -> Float[Tensor, "*batch head pos key"]:
+    """η^{t−i} for a row at t and a key at i before it, else 0."""
+    distance = (rows[..., None] - keys[..., None, :]).unsqueeze(-3)
+    return torch.where(distance > 0, eta[:, None, None] ** distance.clamp_min(1), 0.0)
+
+
+def momentum_linear_attention(
+    v: Float[Tensor, "*batch key d_v"],
+    k: Float[Tensor, "*batch key d_k"],
+    q: Float[Tensor, "*batch pos d_k"],
+    eta: float,
+) -> Float[Tensor, "*batch pos d_v"]:
+    """Linear attention with momentum over its terms: Σ_t (u_t + Σ_{i<t} η^{t−i} u_i), u_i = v_i (k_iᵀ q).
+
+    On error signals and inputs it is what SGD with momentum adds to a linear layer, unrolled.
+    """
+    terms = (q @ k.mT).unsqueeze(-1) * v.unsqueeze(-3)
+    by_step = terms.flatten(0, -3)  # every query's terms, in the order of the steps
+    added = momentum(by_step.unsqueeze(2), by_step.new_full((1,), eta)).z.view(terms.shape)
+    return (terms + added).sum(-2)
+
+
+def refuse_decay(eta: Float[Tensor, "*shape"]) -> None:
+    """Raise a ValueError unless every η is at least 0 and below 1."""
+    wrong = eta[~((eta >= 0) & (eta < 1))]
+    if len(wrong):
+        raise ValueError(f"expected η from 0 to below 1, got {wrong[0].item():g}: at 1 and above, sums grow for ever")
+
+
+def _as_heads(v: Tensor, eta: Tensor) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, " head"]]:
+    """Values repeated for every query head, and decays, in one type of float32 at least."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    group = len(eta) // v.shape[2]
+    return (v if group == 1 else v.repeat_interleave(group, dim=2)).to(dtype), eta.to(v.device, dtype)
+
+
+def _decayed(
+    x: Float[Tensor, "batch pos head d_head"],
+    decay: Float[Tensor, " head"],
+    state: Float[Tensor, "batch head d_head"] | None,
+    source: Int[Tensor, "batch pos"] | None,
+    target: Int[Tensor, "batch pos"] | None,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Σ_{i<t} decay^{t−1−i} x_i at every t, of x whose source is t's target; a state is of the first target."""
+    n_pos, n_blocks = x.shape[1], -(-x.shape[1] // BLOCK)
+    step = torch.arange(min(n_pos, BLOCK), device=x.device)
+    if n_blocks > 1:
+        pad = n_blocks * BLOCK - n_pos
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
+        if source is not None and target is not None:
+            source, target = (torch.nn.functional.pad(runs, (0, pad), value=-1) for runs in (source, target))
+    blocks = x.unflatten(1, (n_blocks, -1))
+    exponent = step[:, None] - step - 1
+    within = torch.where(exponent >= 0, decay[:, None, None] ** exponent.clamp_min(0), 0.0)[None, None]
+    onward = (decay[:, None] ** step.flip(0))[None, None]
+    carried = (decay[:, None] ** step)[None, None]
+    firsts = lasts = None
+    if source is not None and target is not None:
+        sources, targets = (runs.unflatten(1, (n_blocks, -1)) for runs in (source, target))
+        firsts, lasts = targets[..., 0], sources[..., -1]
+        within = within * (targets[..., :, None] == sources[..., None, :])[:, :, None]
+        onward = onward * (sources == lasts[..., None])[:, :, None]
+        carried = carried * (targets == firsts[..., None])[:, :, None]
+    out = torch.einsum("bnhti,bnihd->bnthd", within, blocks)
+    if n_blocks > 1:
+        left = torch.einsum("bnhi,bnihd->bnhd", onward, blocks)
+        starts = _decayed(left, decay**BLOCK, state, lasts, firsts)
+    else:
+        starts = None if state is None else state.to(x)[:, None]
+    if starts is not None:
+        out = out + torch.einsum("bnht,bnhd->bnthd", carried, starts)
+    return out.flatten(1, 2)[:, :n_pos]
