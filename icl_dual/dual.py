@@ -477,13 +477,14 @@ def momentum(
     values, decay = _as_heads(v, eta)
     if not v.shape[1]:
         return Momentum(values, values.sum(1) if state is None else state)
-    source = None
+    before = values.new_zeros(len(v), *values.shape[2:]) if state is None else state.to(values)
+    own = before_own = None
     if documents is not None:
-        source = torch.cat((documents.new_zeros(len(v), 1), (documents.diff(dim=1) != 0).cumsum(1)), dim=1)
         values = values * (documents >= 0)[..., None, None]
-    past = _decayed(values, decay, state, source, source)
-    last = values[:, -1] + decay[:, None] * past[:, -1]
-    return Momentum(decay[:, None] * past, last)
+        own = torch.nn.functional.pad((documents.diff(dim=1) != 0).cumsum(1), (1, 0))
+        before_own = torch.cat((own[:, :1], own[:, :-1]), dim=1)
+    z = _decayed(torch.cat((before[:, None], values[:, :-1]), dim=1), decay, before_own, own, 1)
+    return Momentum(z, values[:, -1] + z[:, -1])
 
 
 def momentum_reference(
@@ -546,36 +547,37 @@ def _as_heads(v: Tensor, eta: Tensor) -> tuple[Float[Tensor, "batch pos head d_h
 def _decayed(
     x: Float[Tensor, "batch pos head d_head"],
     decay: Float[Tensor, " head"],
-    state: Float[Tensor, "batch head d_head"] | None,
     source: Int[Tensor, "batch pos"] | None,
     target: Int[Tensor, "batch pos"] | None,
+    offset: int,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Σ_{i<t} decay^{t−1−i} x_i at every t, of x whose source is t's target; a state is of the first target."""
-    n_pos, n_blocks = x.shape[1], -(-x.shape[1] // BLOCK)
-    step = torch.arange(min(n_pos, BLOCK), device=x.device)
-    if n_blocks > 1:
-        pad = n_blocks * BLOCK - n_pos
+    """Σ_{i≤t} decay^{t−i+offset} x_i at every t, of the x whose source is t's target; both are runs, and ascend."""
+    n_pos = x.shape[1]
+    n_blocks = -(-n_pos // BLOCK)
+    size = n_pos if n_blocks == 1 else BLOCK
+    if pad := n_blocks * size - n_pos:
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
-        if source is not None and target is not None:
-            source, target = (torch.nn.functional.pad(runs, (0, pad), value=-1) for runs in (source, target))
-    blocks = x.unflatten(1, (n_blocks, -1))
-    exponent = step[:, None] - step - 1
-    within = torch.where(exponent >= 0, decay[:, None, None] ** exponent.clamp_min(0), 0.0)[None, None]
-    onward = (decay[:, None] ** step.flip(0))[None, None]
-    carried = (decay[:, None] ** step)[None, None]
-    firsts = lasts = None
+    blocks = x.unflatten(1, (n_blocks, size))
+    step = torch.arange(size, device=x.device)
+    distance = step[:, None] - step
+    weights = torch.where(distance >= 0, decay[:, None, None] ** (distance + offset).clamp_min(0), 0.0)[None, None]
+    sources = targets = ends = None
     if source is not None and target is not None:
-        sources, targets = (runs.unflatten(1, (n_blocks, -1)) for runs in (source, target))
-        firsts, lasts = targets[..., 0], sources[..., -1]
-        within = within * (targets[..., :, None] == sources[..., None, :])[:, :, None]
-        onward = onward * (sources == lasts[..., None])[:, :, None]
-        carried = carried * (targets == firsts[..., None])[:, :, None]
-    out = torch.einsum("bnhti,bnihd->bnthd", within, blocks)
+        sources, targets = (
+            torch.nn.functional.pad(runs, (0, pad), mode="replicate").unflatten(1, (n_blocks, size))
+            for runs in (source, target)
+        )
+        weights = weights * (targets[..., :, None] == sources[..., None, :])[:, :, None]
+        ends = targets[..., -1]
     if n_blocks > 1:
-        left = torch.einsum("bnhi,bnihd->bnhd", onward, blocks)
-        starts = _decayed(left, decay**BLOCK, state, lasts, firsts)
-    else:
-        starts = None if state is None else state.to(x)[:, None]
-    if starts is not None:
-        out = out + torch.einsum("bnht,bnhd->bnthd", carried, starts)
-    return out.flatten(1, 2)[:, :n_pos]
+        # What each block leaves at its end is summed from block to block, and goes into the next one's first row.
+        left = (decay[:, None] ** step.flip(0))[None, None]
+        if sources is not None and ends is not None:
+            left = left * (sources == ends[..., None])[:, :, None]
+        sums = _decayed(torch.einsum("bnhi,bnihd->bnhd", left, blocks), decay**BLOCK, ends, ends, 0)
+        carried = decay[:, None] * sums[:, :-1]
+        if sources is not None and ends is not None:
+            carried = carried * (sources[:, 1:, 0] == ends[:, :-1])[..., None, None]
+        first = blocks[:, :, :1] + torch.nn.functional.pad(carried, (0, 0, 0, 0, 1, 0))[:, :, None]
+        blocks = torch.cat((first, blocks[:, :, 1:]), dim=2)
+    return torch.einsum("bnhti,bnihd->bnthd", weights, blocks).flatten(1, 2)[:, :n_pos]

@@ -199,6 +199,30 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
     return Paired(interval, float(test.pvalue), by_seed)
 
 
+def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:
+    """How runs that seeds have made differ, pair by pair: mean(a − b), Student's interval, and p of its test.
+
+    Unlike `paired_test`, it speaks of seeds to come: each run of a seed is one observation.
+
+    Args:
+        a: a number of every seed's run.
+        b: the same of the runs to hold against, in the same order.
+
+    Raises:
+        ValueError: they are not of the same seeds.
+    """
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"expected numbers of the same seeds, one at least, got {len(a)} and {len(b)}")
+    differences = a - b
+    value, n = float(differences.mean()), len(differences)
+    low = high = p = np.nan
+    if n > 1:
+        half = stats.t.ppf(_TAILS[1], n - 1) * stats.sem(differences)
+        low, high = float(value - half), float(value + half)
+        p = float(stats.ttest_rel(a, b).pvalue) if half else float(value == 0)
+    return Paired(Interval(value, low, high, 1, n), p, tuple(differences.tolist()))
+
+
 def share(found: Table) -> Interval:
     """The share of all defined values that is 1, with Wilson's interval of as many queries as have one.
 

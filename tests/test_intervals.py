@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, paired_test, wilson
+from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, over_seeds, paired_test, wilson
 from icl_dual.metrics import estimate
 
 Z = 1.959963984540054
@@ -337,3 +337,30 @@ def test_what_a_caller_can_mend_is_said() -> None:
     for call in (lambda: bootstrap(normal(0, 9)), lambda: paired_test(normal(0, 9), normal(1, 9))):
         with pytest.raises(ValueError, match=r"expected a table \[seed query\], got shape \(9,\): .*values\[None\]"):
             call()
+
+
+def test_runs_of_seeds_are_held_against_each_other_by_students_test():
+    a, b = np.array([1.0, 2.0, 4.0, 4.0, 5.0]), np.array([0.5, 1.8, 3.0, 4.1, 4.0])
+    found = over_seeds(a, b)
+    test = stats.ttest_rel(a, b)
+    low, high = test.confidence_interval(0.95)
+    assert (found.difference.value, found.difference.low, found.difference.high) == pytest.approx(
+        (np.mean(a - b), low, high)
+    )
+    assert found.p == pytest.approx(test.pvalue)
+    assert found.by_seed == pytest.approx(tuple(a - b))
+    assert over_seeds(a, a).p == 1.0
+    assert over_seeds(a + 1, a).p == 0.0  # the same for every seed
+    assert not over_seeds(a[:1], b[:1]).difference.known
+    with pytest.raises(ValueError, match="expected numbers of the same seeds, one at least, got 5 and 4"):
+        over_seeds(a, b[:4])
+
+
+def test_students_interval_holds_the_true_difference_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(2000, 5))
+    inside = 0
+    for row in shared:
+        found = over_seeds(row + 0.3 + rng.normal(size=5), row).difference
+        inside += found.low <= 0.3 <= found.high
+    assert 0.93 < inside / 2000 < 0.97

@@ -1,0 +1,459 @@
+"""Small decoders trained from scratch, alike in everything but η: what momentum attention does to a model.
+
+1. A corpus is lines of text, tokenized by a vocabulary learned on its training split; or sequences of a task that can
+   only be solved in context.
+2. `train` starts every model of a seed from the same weights and shows it the same sequences in the same order, by
+   transformers' `Trainer`. It goes on from its last checkpoint where it was stopped, with the same losses, bit for bit.
+3. `perplexity` and `in_context_accuracy` are what the paper's two tables of momentum attention hold.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from icl_dual import assets, tasks
+from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
+from icl_dual.finetune import DivergedError
+
+START = "<|endoftext|>"
+"""The token with which every sequence begins."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A decoder's shape, and how it is trained: Adam (.9, .98), ε 1e-6, warmed up, then decayed linearly to nothing."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_mlp: int
+    n_ctx: int
+    d_vocab: int
+    batch_size: int
+    """Sequences a step, over all devices."""
+    n_steps: int
+    n_warmup: int
+    lr: float
+    clip: float = 2.0
+    micro_batch: int = 64
+    """Most sequences that a device runs at once; a step's others follow, and their gradients are summed."""
+
+
+PRESETS = {
+    "tiny": Preset(4, 4, 128, 512, 256, 2048, batch_size=8, n_steps=500, n_warmup=50, lr=3e-3),
+    "label-mapping": Preset(2, 4, 64, 256, 33, 13, batch_size=64, n_steps=2000, n_warmup=50, lr=3e-3),
+    "small": Preset(6, 8, 256, 1024, 512, 8192, batch_size=16, n_steps=2000, n_warmup=100, lr=1e-3),
+    "paper-350m": Preset(
+        24, 16, 1024, 4096, 1024, 50257, batch_size=512, n_steps=500_000, n_warmup=20_000, lr=3e-4, micro_batch=8
+    ),
+}
+"""`tiny`, and `label-mapping` for the task of that name: minutes on two cores. `small`: an hour on two cores, minutes
+on a GPU. `paper-350m`: the paper's own numbers, for `torchrun` on several GPUs."""
+
+
+@dataclass(frozen=True, repr=False)
+class Corpus:
+    """Text as tokens: a line after the other, training and validation apart."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerFast
+    train: Int[Tensor, " train_token"]
+    validation: Int[Tensor, " validation_token"]
+
+    def __repr__(self) -> str:
+        return (
+            f"Corpus({self.name!r}, {len(self.train)} tokens to train on, {len(self.validation)} to validate, "
+            f"d_vocab={self.d_vocab})"
+        )
+
+    @property
+    def d_vocab(self) -> int:
+        """The vocabulary's size."""
+        return len(self.tokenizer)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of its tokens."""
+        digest = hashlib.sha256()
+        for tokens in (self.train, self.validation):
+            digest.update(tokens.to(torch.int32).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def blocks(self, split: Literal["train", "validation"], length: int) -> Int[Tensor, "sequence pos"]:
+        """A split cut into sequences of a length, each behind the start token; what is left at the end is dropped.
+
+        Raises:
+            ValueError: there is not one whole sequence.
+        """
+        tokens: Tensor = getattr(self, split)
+        n = len(tokens) // (length - 1)
+        if not n:
+            raise ValueError(
+                f"{self.name}: expected a {split} split of {length - 1} tokens at least, got {len(tokens)}: use more "
+                "text, or a shorter context"
+            )
+        start = tokens.new_full((n, 1), self.tokenizer.vocab[START])
+        return torch.cat((start, tokens[: n * (length - 1)].view(n, length - 1)), dim=1)
+
+    def training(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
+        """Sequences to learn from: all there are, whatever the number or seed."""
+        return self.blocks("train", length)
+
+    def labels(self, sequences: Int[Tensor, "sequence pos"]) -> Int[Tensor, "sequence pos"]:
+        """Every token is predicted."""
+        return sequences
+
+
+def build_corpus(name: str, train: Sequence[str], validation: Sequence[str], d_vocab: int) -> Corpus:
+    """Learn a byte-level vocabulary on the training texts, and tokenize both splits by it.
+
+    Raises:
+        ValueError: a split has no text, or they share one.
+    """
+    for split, texts in (("training", train), ("validation", validation)):
+        if not any(text.strip() for text in texts):
+            raise ValueError(f"{name}: expected text in the {split} split, got none")
+    if shared := set(train) & set(validation):
+        raise ValueError(f"{name}: expected other texts to validate than to train, got {min(shared)!r} in both")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        train,
+        trainers.BpeTrainer(vocab_size=d_vocab, special_tokens=[START], initial_alphabet=alphabet, show_progress=False),
+    )
+    line_break = made.token_to_id("Ċ")
+
+    def tokens(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([token for text in made.encode_batch(list(texts)) for token in (*text.ids, line_break)])
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=START, eos_token=START, pad_token=START)
+    return Corpus(name, tokenizer, tokens(train), tokens(validation))
+
+
+def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
+    """A corpus of real text.
+
+    Args:
+        source: `agnews`, the news of the paper's task, of which it trains on those that serve as demonstrations and
+            validates on those for selection; a `.txt` file, a text a line; or a data set on the hub with a `text`
+            column. Of the last two a twentieth, by each text's hash, validates.
+        d_vocab: the size of the vocabulary that is learned.
+
+    Raises:
+        ValueError: there is no text in it.
+        AssetError: it cannot be had.
+    """
+    if source == "agnews":
+        task = tasks.load_task("agnews")
+        pools = task.demonstrations(len(task._demonstrations), seed=0), task.queries(split="selection")
+        train, validation = ([dict(example.fields)["text"] for example in pool] for pool in pools)
+        return build_corpus("agnews", train, validation, d_vocab)
+    path = Path(source)
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise assets.AssetError(f"expected a readable UTF-8 file of text at {path}, got {error}") from error
+    else:
+        lines = [str(row["text"]).replace("\n", " ") for row in assets.hub_rows(str(source), "train")]
+    texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    held_out = {text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 20 == 0}
+    return build_corpus(str(source), [text for text in texts if text not in held_out], sorted(held_out), d_vocab)
+
+
+@dataclass(frozen=True)
+class LabelMapping:
+    """A task that only its context can solve: pairs x y of which every sequence draws its own mapping from x to y."""
+
+    n_x: int = 8
+    n_y: int = 4
+    n_pairs: int = 16
+    name: str = "label mapping"
+    tokenizer: None = None
+
+    @property
+    def d_vocab(self) -> int:
+        """A start token, every x and every y."""
+        return 1 + self.n_x + self.n_y
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return 1 + 2 * self.n_pairs
+
+    @property
+    def digest(self) -> str:
+        """Its sizes say it all."""
+        return f"{self.n_x} to {self.n_y}, {self.n_pairs} pairs"
+
+    def training(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
+        """n sequences to learn from: token 0, then pairs of a random x and the label that x has in the sequence."""
+        if length != self.length:
+            raise ValueError(f"expected a context of {self.length} tokens for {self.n_pairs} pairs, got {length}")
+        rng = torch.Generator().manual_seed(seed)
+        mapping = torch.randint(self.n_y, (n, self.n_x), generator=rng)
+        x = torch.randint(self.n_x, (n, self.n_pairs), generator=rng)
+        pairs = torch.stack((1 + x, 1 + self.n_x + mapping.gather(1, x)), dim=-1)
+        return torch.cat((torch.zeros(n, 1, dtype=torch.long), pairs.flatten(1)), dim=1)
+
+    def labels(self, sequences: Int[Tensor, "sequence pos"]) -> Int[Tensor, "sequence pos"]:
+        """Only the labels of pairs are predicted."""
+        asked = torch.full_like(sequences, -100)
+        asked[:, 2::2] = sequences[:, 2::2]
+        return asked
+
+
+Data = Corpus | LabelMapping
+
+
+def train(
+    preset: Preset,
+    data: Data,
+    *,
+    eta: float | Literal["learned"],
+    seed: int,
+    folder: str | PathLike[str],
+    device: str | torch.device = "cpu",
+    checkpoints: int = 10,
+    progress: bool = True,
+) -> MomentumForCausalLM:
+    """Train a decoder, go on training one that was stopped, or load one that is done.
+
+    With the same seed, weights start the same and sequences come in the same order whatever η is.
+
+    Args:
+        preset: shape and training.
+        data: what to learn from.
+        eta: of momentum attention; 0 for none, or `learned` by every head for itself.
+        seed: of weights and order.
+        folder: where the model goes when it is done (with its tokenizer and `losses.json`), and its checkpoints before.
+        device: where to train; `torchrun` gives each process its own.
+        checkpoints: how many to write on the way; the last two are kept until the end.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: η is out of range, or the folder holds a model of other settings.
+        DivergedError: the loss or a gradient is no longer finite; says at which step, and the last good checkpoint is
+            kept.
+    """
+    folder = Path(folder)
+    halfway = folder / "checkpoints"
+    config = _config(preset, data, eta)
+    settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
+    _refuse_other_settings(folder, settings)
+    if (folder / "losses.json").exists():
+        return MomentumForCausalLM.from_pretrained(folder)
+    sequences = data.training(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
+    with _own_randomness():
+        torch.manual_seed(seed)
+        model = MomentumForCausalLM(config)
+        arguments = _arguments(preset, halfway, seed, device, checkpoints)
+        trainer = _Trainer(
+            model, arguments, train_dataset=_Sequences(sequences, data.labels(sequences)), callbacks=[_Finite()]
+        )
+        trainer.remove_callback(PrinterCallback)
+        if progress and trainer.is_world_process_zero():
+            trainer.add_callback(_Bar(f"{data.name} η={eta} seed={seed}"))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(halfway))
+    if trainer.is_world_process_zero():
+        model.cpu().save_pretrained(folder)
+        if data.tokenizer is not None:
+            data.tokenizer.save_pretrained(folder)
+        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        (folder / "losses.json").write_text(json.dumps(losses))
+        shutil.rmtree(halfway)
+    return model.eval()
+
+
+def _config(preset: Preset, data: Data, eta: float | str) -> MomentumConfig:
+    return MomentumConfig(
+        vocab_size=data.d_vocab,
+        n_positions=preset.n_ctx,
+        n_embd=preset.d_model,
+        n_layer=preset.n_layers,
+        n_head=preset.n_heads,
+        n_inner=preset.d_mlp,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.02 * math.sqrt(1024 / preset.d_model),  # at the paper's width, GPT-2's
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        eta=eta,
+    )
+
+
+def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note a folder's settings, or hold these against what it was begun with."""
+    path = folder / "settings.json"
+    if path.exists():
+        begun = json.loads(path.read_text())
+        other = {name: (begun.get(name), value) for name, value in settings.items() if begun.get(name) != value}
+        if other:
+            said = "; ".join(f"{name} {was!r}, not {now!r}" for name, (was, now) in other.items())
+            raise ValueError(f"expected a new folder, or one begun with these settings, got {folder} with {said}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+
+
+def _arguments(
+    preset: Preset, folder: Path, seed: int, device: str | torch.device, checkpoints: int
+) -> TrainingArguments:
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_device = min(preset.micro_batch, max(1, preset.batch_size // n_processes))
+    if preset.batch_size % (per_device * n_processes):
+        raise ValueError(
+            f"expected a batch size that {n_processes} processes of {per_device} sequences at once divide, got "
+            f"{preset.batch_size}"
+        )
+    on_cpu = torch.device(device).type == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=preset.n_steps,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=preset.batch_size // (per_device * n_processes),
+        learning_rate=preset.lr,
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"power": 1.0, "lr_end": 0.0},
+        warmup_steps=preset.n_warmup,
+        adam_beta1=0.9,
+        adam_beta2=0.98,
+        adam_epsilon=1e-6,
+        max_grad_norm=preset.clip,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=on_cpu,
+        bf16=not on_cpu and torch.cuda.is_bf16_supported(),
+        save_steps=max(1, preset.n_steps // checkpoints),
+        save_total_limit=2,
+        logging_steps=max(1, preset.n_steps // 100),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+
+
+class _Sequences(Dataset):
+    def __init__(self, sequences: Int[Tensor, "sequence pos"], labels: Int[Tensor, "sequence pos"]) -> None:
+        self.sequences, self.labels = sequences, labels
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        return {"input_ids": self.sequences[index], "labels": self.labels[index]}
+
+
+class _Trainer(Trainer):
+    """Stops at a loss that is not finite, before it moves a weight."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise _diverged(f"a finite loss, got {loss.item()}", self.state.global_step + 1, str(self.args.output_dir))
+        return loss
+
+
+class _Finite(TrainerCallback):
+    """Stops at a gradient that is not finite, before it moves a weight."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise _diverged(f"finite gradients, got a norm of {norm.item()}", state.global_step + 1, args.output_dir)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder)) if folder.exists() else None
+
+
+def _diverged(what: str, step: int, folder: str) -> DivergedError:
+    last = _last_checkpoint(Path(folder))
+    kept = "no checkpoint was written before" if last is None else f"the last good checkpoint is kept in {last}"
+    return DivergedError(f"step {step}: expected {what}; {kept}. Lower the learning rate")
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the last loss."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Python's, numpy's and torch's random states as they were, afterwards: the trainer seeds them all."""
+    python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer seeds this one
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"], *, batch_size: int = 16) -> float:
+    """exp of the mean negative log-likelihood, in nats, of every token behind the first of its sequence."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in sequences.split(batch_size):
+            batch = batch.to(model.device)
+            log_probs = model(batch).logits[:, :-1].float().log_softmax(-1)
+            total -= log_probs.gather(-1, batch[:, 1:, None]).double().sum().item()
+    return math.exp(total / sequences[:, 1:].numel())
+
+
+def in_context_accuracy(
+    model: MomentumForCausalLM, task: LabelMapping, *, n: int = 512, seed: int = 0
+) -> Bool[Tensor, "sequence pair"]:
+    """Whether the model gives each pair's label right, after as many demonstrations as there are pairs before it."""
+    sequences = task.training(task.length, n, seed)
+    found = []
+    with torch.no_grad():
+        for batch in sequences.split(64):
+            logits = model(batch.to(model.device)).logits[:, 1:-1:2, 1 + task.n_x :]
+            found.append(logits.argmax(-1).cpu() == batch[:, 2::2] - 1 - task.n_x)
+    return torch.cat(found)

@@ -1,0 +1,147 @@
+"""The decoder with momentum attention, against GPT-2 and against the definition summed by hooks of the test's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from icl_dual import dual
+from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "initializer_range": 0.3,
+}
+
+
+def make(eta: float | str) -> Any:  # its modules are known to transformers, not to types
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MomentumForCausalLM(MomentumConfig(**SHAPE, eta=eta)).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(model: MomentumForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a GPT-2 of these weights, to whose heads hooks add the definition's sum."""
+    plain: Any = model.without_momentum()
+    for layer, block in enumerate(plain.transformer.h):
+        values: list[torch.Tensor] = []
+
+        def keep(module: Any, args: Any, output: torch.Tensor, values: list[torch.Tensor] = values) -> None:
+            values.append(output.chunk(3, dim=-1)[2].unflatten(-1, (4, 8)))
+
+        def add(module: Any, args: Any, values: list[torch.Tensor] = values, layer: int = layer) -> Any:
+            return (args[0] + dual.momentum_reference(values.pop(), model.eta[layer]).flatten(2),)
+
+        block.attn.c_attn.register_forward_hook(keep)
+        block.attn.c_proj.register_forward_pre_hook(add)
+    with torch.no_grad():
+        return plain(ids).logits
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.9, "learned"])
+def test_every_head_adds_the_decaying_sum_of_its_past_values(eta):
+    model, ids = make(eta), tokens(3, 40)
+    if eta == "learned":
+        for number, block in enumerate(model.transformer.h):
+            block.attn.eta_logit.data.copy_(torch.linspace(-2, 3, 4) - number)
+    with torch.no_grad():
+        got = model(ids).logits
+    torch.testing.assert_close(got, by_hand(model, ids), atol=2e-5, rtol=1e-5)
+    assert (got - model.without_momentum()(ids).logits).abs().max() > 0.1
+
+
+def test_without_momentum_it_is_gpt2_bit_for_bit():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gpt2: Any = GPT2LMHeadModel(GPT2Config(**SHAPE)).eval()
+    ids = tokens(2, 40)
+    expected = gpt2(ids, labels=ids)
+    for eta in (0.0, 0.5, "learned"):  # the same weights are drawn whatever is added
+        plain = make(eta).without_momentum()
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), gpt2.parameters(), strict=True))
+    model = make(0.0)
+    found = model(ids, labels=ids)
+    assert torch.equal(found.logits, expected.logits)
+    for loss in (found.loss, expected.loss):
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), gpt2.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_decoding_with_a_cache_is_the_whole_pass():
+    model, ids = make(0.9), tokens(3, 40)
+    with torch.no_grad():
+        whole = model(ids).logits
+        parts, cache = [], None
+        for first, end in ((0, 20), (20, 21), (21, 22), (22, 40)):  # prefill, tokens, and several at once
+            step = model(ids[:, first:end], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            parts.append(step.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-5)
+    greedy = model.generate(ids[:, :10], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for n in range(10, 18):
+        assert torch.equal(greedy[:, n], model(greedy[:, :n]).logits[:, -1].argmax(-1))
+    mask = torch.ones(3, 15, dtype=torch.long)
+    mask[:, :5] = 0
+    padded = torch.cat((ids[:, :5], ids[:, :10]), dim=1)
+    left = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(left[:, 15:], greedy[:, 10:])
+
+
+def test_padding_and_packed_documents_do_not_leak():
+    model = make(0.9)
+    a, b = tokens(1, 20), tokens(1, 35)[:, 20:]
+    with torch.no_grad():
+        alone = [model(ids).logits for ids in (a, b)]
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[1, :5] = 0
+        batch = torch.cat((a, torch.cat((tokens(1, 5), b), dim=1)))
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        left = model(batch, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(left.logits[:1], alone[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(left.logits[1:, 5:], alone[1], atol=2e-5, rtol=1e-5)
+        cached = model(batch[:, :12], attention_mask=mask[:, :12], position_ids=positions[:, :12], use_cache=True)
+        rest = model(
+            batch[:, 12:], attention_mask=mask, position_ids=positions[:, 12:], past_key_values=cached.past_key_values
+        )
+        torch.testing.assert_close(rest.logits[1:], alone[1][:, 7:], atol=2e-5, rtol=1e-5)
+        packed = torch.cat((torch.arange(20), torch.arange(15)))[None]
+        both = model(torch.cat((a, b), dim=1), position_ids=packed, use_cache=False).logits
+        torch.testing.assert_close(both, torch.cat(alone, dim=1), atol=2e-5, rtol=1e-5)
+
+
+def test_it_saves_and_loads_itself(tmp_path):
+    model, ids = make("learned"), tokens(1, 9)
+    model.transformer.h[1].attn.eta_logit.data[2] = 1.5
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, MomentumForCausalLM)
+    assert torch.equal(loaded.eta, model.eta)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.0, float("nan"), "fixed"])
+def test_a_decay_out_of_range_is_refused(eta):
+    with pytest.raises(ValueError, match=r"expected η (as a number )?from 0 to below 1"):
+        MomentumConfig(**SHAPE, eta=eta)
+
+
+def test_a_sequence_longer_than_the_context_is_refused():
+    model = make(0.5)
+    with pytest.raises(ValueError, match="at most the model's context, 64 tokens, got 65"):
+        model(tokens(1, 65))
+    cache = model(tokens(1, 64), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="got 65"):
+        model(tokens(1, 1), past_key_values=cache)

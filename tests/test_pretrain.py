@@ -1,0 +1,214 @@
+"""Training decoders: the same but for η, resumed bit for bit, stopped with a reason; numbers against loops by hand."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.trainer_utils import get_last_checkpoint
+
+import icl_dual as icl
+from icl_dual import pretrain
+from icl_dual.decoder import MomentumForCausalLM
+
+TASK = pretrain.LabelMapping(n_x=3, n_y=2, n_pairs=4)
+PRESET = pretrain.Preset(
+    2, 2, 16, 32, TASK.length, TASK.d_vocab, batch_size=4, n_steps=12, n_warmup=2, lr=3e-3, micro_batch=2
+)
+TEXTS = [f"item {n} is {'good' if n % 3 else 'bad'} and number {n * 7}" for n in range(60)]
+
+
+def run(folder: Path, **options) -> MomentumForCausalLM:
+    options = {"eta": 0.5, "seed": 1, **options}
+    return pretrain.train(options.pop("preset", PRESET), TASK, folder=folder, progress=False, **options)
+
+
+def losses(folder: Path) -> list:
+    return json.loads((folder / "losses.json").read_text())
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have training end like a killed process: in the middle of a step, with nothing written."""
+    own = pretrain._Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KilledError
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("eta", [0.0, "learned"])
+def test_a_training_that_was_killed_goes_on_bit_for_bit(eta, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", eta=eta, checkpoints=3)
+    with monkeypatch.context() as patch:
+        killed_at(7, patch)
+        with pytest.raises(KilledError):
+            run(tmp_path / "killed", eta=eta, checkpoints=3)
+    assert str(get_last_checkpoint(str(tmp_path / "killed/checkpoints"))).endswith("checkpoint-4")
+    resumed = run(tmp_path / "killed", eta=eta, checkpoints=3)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == PRESET.n_steps
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not (tmp_path / "killed/checkpoints").exists()
+    loaded = run(tmp_path / "whole", eta=eta, checkpoints=3)  # done: loaded, not trained
+    for ours, theirs in zip(loaded.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_models_of_a_seed_start_alike_and_see_the_same_in_the_same_order(tmp_path, monkeypatch):
+    seen: dict[str, list] = {}
+
+    def training_step(self, model, inputs, *args):
+        name = str(self.model.config.eta)
+        if name not in seen:
+            seen[name] = [torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "eta" not in n])]
+        seen[name].append(inputs["input_ids"].clone())
+        return own(self, model, inputs, *args)
+
+    own = pretrain._Trainer.training_step
+    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+    for eta in (0.0, 0.5, "learned"):
+        run(tmp_path / str(eta), eta=eta)
+    run(tmp_path / "other", eta=0.9, seed=2)
+    vanilla, *others = seen.values()
+    for number, other in enumerate(others):
+        same = all(torch.equal(a, b) for a, b in zip(vanilla, other, strict=True))
+        assert same == (number < 2)
+    assert len(vanilla) == 1 + PRESET.n_steps * PRESET.batch_size // PRESET.micro_batch
+
+
+def test_training_learns_and_leaves_random_states_alone(tmp_path):
+    python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    model = run(tmp_path, preset=replace(PRESET, n_steps=60))
+    assert random.getstate() == python
+    assert str(np.random.get_state()) == str(of_numpy)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), of_torch)
+    found = losses(tmp_path)
+    assert found[-1][1] < 0.8 < found[0][1]
+    assert pretrain.in_context_accuracy(model, TASK).shape == (512, 4)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"one begun with these settings, got .* with eta 0\.5, not 0\.3; seed 1, not 2"
+    ):
+        run(tmp_path, eta=0.3, seed=2)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    own = MomentumForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        if self.training and (tmp_path / "checkpoints/checkpoint-6").exists():
+            found["loss"] = found["loss"] * torch.nan
+        return found
+
+    monkeypatch.setattr(MomentumForCausalLM, "forward", forward)
+    with pytest.raises(icl.DivergedError, match=r"step 7: expected a finite loss, got nan; .*checkpoint-6"):
+        run(tmp_path, checkpoints=6)
+    kept = MomentumForCausalLM.from_pretrained(tmp_path / "checkpoints/checkpoint-6")
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+    assert not (tmp_path / "losses.json").exists()
+
+
+def test_a_gradient_that_is_not_a_number_moves_no_weight(tmp_path):
+    with pytest.raises(icl.DivergedError, match=r"step \d+: expected (finite gradients|a finite loss), got .* no ch"):
+        run(tmp_path, preset=replace(PRESET, lr=1e38, clip=1e38), checkpoints=1)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="expected a batch size that 3 processes of 1 sequences at once divide, got 4"):
+        run(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(seed):
+    task = pretrain.LabelMapping()
+    sequences = task.training(task.length, 40, seed)
+    labels = task.labels(sequences)
+    mappings = []
+    for row, asked in zip(sequences.tolist(), labels.tolist(), strict=True):
+        pairs = list(zip(row[1::2], row[2::2], strict=True))
+        mapping = dict(pairs)
+        assert row[0] == 0
+        assert all(mapping[x] == y and 1 <= x <= 8 < y <= 12 for x, y in pairs)
+        assert asked == [-100 if position % 2 or not position else row[position] for position in range(33)]
+        mappings.append(mapping)
+    assert len({str(sorted(mapping.items())) for mapping in mappings}) > 30
+    with pytest.raises(ValueError, match="expected a context of 33 tokens for 16 pairs, got 32"):
+        task.training(32, 1, 0)
+
+
+def test_accuracy_counts_the_labels_that_are_most_likely(tmp_path):
+    model = run(tmp_path)
+    sequences = TASK.training(TASK.length, 6, seed=3)
+    found = pretrain.in_context_accuracy(model, TASK, n=6, seed=3)
+    for row, right in zip(sequences, found, strict=True):
+        for pair in range(4):
+            logits = model(row[None, : 2 + 2 * pair]).logits[0, -1]
+            best = max((4, 5), key=lambda token: logits[token].item())
+            assert bool(right[pair]) == (best == row[2 + 2 * pair].item())
+
+
+def test_a_corpus_is_lines_of_its_texts_and_perplexity_their_likelihood():
+    corpus = pretrain.build_corpus("items", TEXTS[:50], TEXTS[50:], 300)
+    assert corpus.tokenizer.decode(corpus.train) == "".join(f"{text}\n" for text in TEXTS[:50])
+    assert corpus.tokenizer.decode(corpus.validation) == "".join(f"{text}\n" for text in TEXTS[50:])
+    assert corpus.d_vocab == 300
+    blocks = corpus.blocks("validation", 16)
+    assert (blocks[:, 0] == 0).all()
+    assert torch.equal(blocks[:, 1:].flatten(), corpus.validation[: blocks[:, 1:].numel()])
+    torch.manual_seed(0)
+    model = MomentumForCausalLM(pretrain._config(replace(PRESET, n_ctx=16), corpus, 0.5)).eval()
+    total = 0.0
+    for row in blocks:
+        for position in range(1, 16):
+            total -= model(row[None, :position]).logits[0, -1].log_softmax(-1)[row[position]].item()
+    expected = math.exp(total / (15 * len(blocks)))
+    assert pretrain.perplexity(model, blocks, batch_size=3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_corpus_of_a_file_holds_out_texts_of_their_own(tmp_path):
+    path = tmp_path / "items.txt"
+    path.write_text("\n".join([*TEXTS, "", *TEXTS]))
+    corpus = pretrain.load_corpus(path, 300)
+    decode: Any = corpus.tokenizer.decode
+    train, validation = (decode(tokens).splitlines() for tokens in (corpus.train, corpus.validation))
+    assert sorted([*train, *validation]) == sorted(TEXTS)
+    assert not set(train) & set(validation)
+    assert 0 < len(validation) < 12
+    assert corpus.digest == pretrain.load_corpus(path, 300).digest
+
+
+def test_text_that_cannot_be_learned_from_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty: expected text in the training split, got none"):
+        pretrain.build_corpus("empty", ["", " "], TEXTS, 300)
+    with pytest.raises(ValueError, match="expected text in the validation split, got none"):
+        pretrain.build_corpus("empty", TEXTS, [], 300)
+    with pytest.raises(ValueError, match="expected other texts to validate than to train, got 'item 1 "):
+        pretrain.build_corpus("same", TEXTS, TEXTS[1:2], 300)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="expected text in the training split, got none"):
+        pretrain.load_corpus(tmp_path / "empty.txt", 300)
+    with pytest.raises(icl.AssetError, match="expected a readable UTF-8 file of text"):
+        pretrain.load_corpus(tmp_path / "none.txt", 300)
+    with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, got \d+: use more"):
+        pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 10_000)
