@@ -8,7 +8,7 @@ from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
-from icl_dual.models import Model, UnsupportedModelError, control_model, load_model
+from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
@@ -55,6 +55,7 @@ __all__ = [
     "load_model",
     "load_recordings",
     "load_task",
+    "momentum_attention",
     "order_sensitivity",
     "plots",
     "relabel",

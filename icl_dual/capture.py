@@ -7,7 +7,8 @@ Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). S
 2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
    tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
    the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
-   so that in-context learning is the zero-shot pass with the demonstrations in what is merged.
+   so that in-context learning is the zero-shot pass with the demonstrations in what is merged. Of momentum, where the
+   model has any, what the kept values leave is one vector a head, from which each query's sum goes on.
 3. What the metrics need is kept at each row's last token: the position that predicts the label, or under the reference
    protocol the end of the label word that follows every query. Labels are read where they are predicted under both.
 
@@ -20,7 +21,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -85,14 +86,14 @@ class Capture:
 
     model: str
     fingerprint: str
-    """Of the weights it was made with: another with a delta applied."""
+    """Of the weights it was made with: another with a delta applied, or with momentum."""
     prompts: Prompts
     label_log_probs: Float[Tensor, "query label"]
     """Mean log-probability per token of each label word, in nats."""
     attn_out: Float[Tensor, "query layer d_model"] | None
     """Attention output after W_O, before the residual sum."""
     z: Float[Tensor, "query layer head d_head"] | None
-    """The heads' outputs before W_O."""
+    """The heads' outputs before W_O, momentum in them where the model has any."""
     q: Float[Tensor, "query layer head d_head"] | None
     """Queries W_Q x, after norms and before rotation."""
     q_scored: Float[Tensor, "query layer head d_head"] | None
@@ -212,7 +213,7 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
     if len(set(weights.values())) > 1:
         raise ValueError(
             f"expected captures of the model as it is now, got other weights or another dtype ({weights}): was one "
-            "made within `with delta.applied(model):` and the other not?"
+            "made within `with delta.applied(model):` or `with momentum_attention(model, eta):` and the other not?"
         )
     if zsl.prompts.demonstrations:
         raise ValueError(
@@ -228,10 +229,11 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
 
 @dataclass(frozen=True)
 class _Context:
-    """The tokens before the rows that run, as every row meets them: keys and values by layer."""
+    """The tokens before the rows that run, as every row meets them: keys, values and state of momentum by layer."""
 
     keys: list[Float[Tensor, "pos kv_head d_head"]]
     values: list[Float[Tensor, "pos kv_head d_head"]]
+    states: list[Float[Tensor, "head d_head"] | None]
     residual: float
 
     @property
@@ -250,11 +252,11 @@ class _Context:
         )
         return dual.Part(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
-    def with_block(self, keys: list[Tensor], values: list[Tensor], residual: float) -> "_Context":
-        """The context with more tokens behind it."""
-        longer_keys = [torch.cat(pair) for pair in zip(self.keys, keys, strict=True)]
-        longer_values = [torch.cat(pair) for pair in zip(self.values, values, strict=True)]
-        return _Context(longer_keys, longer_values, max(self.residual, residual))
+    def with_block(self, block: "_Context") -> "_Context":
+        """The context with more tokens behind it, which ran behind it."""
+        keys = [torch.cat(pair) for pair in zip(self.keys, block.keys, strict=True)]
+        values = [torch.cat(pair) for pair in zip(self.values, block.values, strict=True)]
+        return _Context(keys, values, block.states, max(self.residual, block.residual))
 
 
 @dataclass
@@ -275,19 +277,19 @@ class _BatchLimit:
 def _run_prefix(model: Model, prefix: Tokens) -> _Context:
     """Pass what the queries share once, in blocks that each run behind the ones before."""
     empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
-    context = _Context([empty] * model.n_layers, [empty] * model.n_layers, 0.0)
+    context = _Context([empty] * model.n_layers, [empty] * model.n_layers, [None] * model.n_layers, 0.0)
     # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
     whole = model.rotation_switch is not None
     block = len(prefix) if whole else PREFIX_BLOCK
     while context.n_pos < len(prefix):
         first = context.n_pos
         tokens = torch.tensor([prefix[first : first + block]], device=model.device)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        kept = _Context([], [], [], 0.0)
 
-        def show(layer: int, attention: Attention, keys: list[Tensor] = keys, values: list[Tensor] = values) -> None:
-            keys.append(attention.k[0])
-            values.append(attention.v[0])
+        def show(layer: int, attention: Attention, kept: _Context = kept) -> None:
+            kept.keys.append(attention.k[0])
+            kept.values.append(attention.v[0])
+            kept.states.append(None if attention.momentum is None else attention.momentum.state[0])
 
         try:
             _, residual = _run_behind(model, context, tokens, torch.zeros_like(tokens[:, :1]), show)
@@ -298,7 +300,7 @@ def _run_prefix(model: Model, prefix: Tokens) -> _Context:
                 raise _does_not_fit(model, "part of the demonstrations,", tokens, context, error) from error
             block = (block + 1) // 2
             continue
-        context = context.with_block(keys, values, residual)
+        context = context.with_block(replace(kept, residual=residual))
     return context
 
 
@@ -318,7 +320,7 @@ def _run_behind(
     residuals: list[Tensor] = []
 
     def on_attention(layer: int, attention: Attention) -> Tensor | None:
-        scoring, (q, k, v, z, _) = model.scoring[layer], attention
+        scoring, (q, k, v, z, *_) = model.scoring[layer], attention
         if not context.n_pos:  # nothing to merge: the last row, which sees all, is enough to check
             last = scoring.with_sink(scoring.attend(q[:, -1:], k, v, positions[:, -1:], positions))
             residuals.append(_residual(last.z, z[:, -1:]))
@@ -330,7 +332,14 @@ def _run_behind(
         show(layer, attention._replace(z=z))
         return z
 
-    logits = model.run(tokens, positions=positions[0], read=read, on_attention=on_attention, on_output=on_output)
+    logits = model.run(
+        tokens,
+        positions=positions[0],
+        read=read,
+        on_attention=on_attention,
+        on_output=on_output,
+        momentum_states=context.states,
+    )
     return logits, _checked(model, residuals)
 
 
@@ -366,7 +375,8 @@ class _Recorder:
         """Keep a layer's attention."""
         kept, scoring = self.kept, self.model.scoring[layer]
         rows = torch.arange(len(batch), device=last.device)
-        for name, tensor in (("z", attention.z), ("q", attention.q_content), ("q_scored", attention.q)):
+        z = attention.output if "z" in kept else attention.z
+        for name, tensor in (("z", z), ("q", attention.q_content), ("q_scored", attention.q)):
             if name in kept:
                 kept[name][batch, layer] = tensor[rows, last].to(kept[name])
         n_pos = attention.k.shape[1]

@@ -7,6 +7,9 @@
 3. **The linear relaxation** of the paper (equations 11–12), beside the split: ΔW_ICL q for ΔICL, (W_ZSL + ΔW_ICL) q for
    z, without softmax and without 1/√d, and how far that is from the truth.
 
+A model with momentum attention adds Σ_{i<t} η^{t−i} v_i to every head, a sum that splits by whose tokens the values
+are: the start token's and the query's own belong to z_0, the demonstrations' to the direct update.
+
 Every decomposition carries its residuals, and is refused where one is more than rounding.
 """
 
@@ -39,8 +42,24 @@ LAYER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2
 float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.capture.TOLERANCE`."""
 
 
+class MomentumTerms(NamedTuple):
+    """What momentum adds to the heads' outputs, Σ_{i<t} η^{t−i} v_i, by whose tokens the values v_i are."""
+
+    own: Float[Tensor, "query layer head d_head"]
+    """The start token's and the query's own before its recorded position, which the zero-shot run has, too."""
+    demonstrations: Float[Tensor, "query layer head d_head"]
+    """The demonstrations' and their separators'."""
+    eta: Float[Tensor, "layer head"]
+    """η; 0 at heads without momentum."""
+
+
+_MOMENTUM = tuple(f"momentum/{name}" for name in MomentumTerms._fields)
+
+
 class Relaxation(NamedTuple):
-    """The paper's linear relaxation against the exact split; NaN where what it stands for is zero."""
+    """The paper's linear relaxation against the exact split of softmax attention, without momentum where there is any;
+    NaN where what it stands for is zero.
+    """
 
     update_cosine: Float[Tensor, "query layer head"]
     """cos(ΔW_ICL q, ΔICL)."""
@@ -60,7 +79,7 @@ class Residuals(NamedTuple):
     """What rounding leaves, relative to what it is held against: the largest over queries, by layer."""
 
     split: Float[Tensor, " layer"]
-    """z_0 + ΔICL through W_O, plus b_O, against the attention output of the captured run; and before W_O."""
+    """z_0 + ΔICL, and momentum, through W_O, plus b_O, against the captured run's attention output; and before W_O."""
     plain: Float[Tensor, " layer"]
     """The same split inside a plain forward pass over the first query's full prompt, against the model's own output."""
     run: Float[Tensor, " layer"]
@@ -78,28 +97,32 @@ class Decomposition:
     """In-context attention at each query's recorded position: zero-shot part, ΔICL, and what each is made of.
 
     Terms by head are before W_O; `through_W_O` takes any of them into the residual stream. z_0 is `start` + `query`,
-    z is z_0 + `delta_icl`, and the attention output is Σ_heads z W_O + b_O.
+    z is z_0 + `delta_icl`, and the attention output is Σ_heads z W_O + b_O. With momentum, z_0 has `momentum.own`, too,
+    and z = start + query + ΔICL + momentum.own + momentum.demonstrations.
     """
 
     model: str
     prompts: Prompts
     start: Float[Tensor, "query layer head d_head"]
-    """The start token's part of z_0."""
+    """The start token's part of softmax attention over everything but the demonstrations."""
     query: Float[Tensor, "query layer head d_head"]
-    """The part of z_0 that comes from the query's own tokens."""
+    """The part of the same that comes from the query's own tokens."""
     delta_icl: Float[Tensor, "query layer head d_head"]
-    """ΔICL = w (z_demo − z_0), what the demonstrations add."""
+    """ΔICL = w (z_demo − start − query), what the demonstrations add to softmax attention."""
     z_zsl: Float[Tensor, "query layer head d_head"]
     """Attention in the zero-shot run."""
     mass: Float[Tensor, "query layer head group"]
     """Share of the softmax that each group of keys takes; `groups` names them."""
     icl_share: Float[Tensor, "query layer group"]
-    """Each group's share of the direct update, along its direction: sums to 1, may be negative, NaN without ΔICL."""
+    """Each group's share of the direct update, its momentum included, along that update's direction: sums to 1, may be
+    negative, NaN where there is no update."""
     relaxation: Relaxation
     W_O: Float[Tensor, "layer head d_head d_model"]
     b_O: Float[Tensor, "layer d_model"] | None
     b_V: Float[Tensor, "layer kv_head d_head"] | None
     residuals: Residuals
+    momentum: MomentumTerms | None = None
+    """What momentum adds; `None` of a model without."""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -113,16 +136,34 @@ class Decomposition:
 
     @property
     def z_0(self) -> Float[Tensor, "query layer head d_head"]:
-        """Attention over everything but the demonstrations, inside the in-context pass."""
-        return self.start + self.query
+        """Attention over everything but the demonstrations, inside the in-context pass; with its momentum."""
+        z_0 = self.start + self.query
+        return z_0 if self.momentum is None else z_0 + self.momentum.own
+
+    @property
+    def added(self) -> Float[Tensor, "query layer head d_head"]:
+        """All that the demonstrations add: ΔICL, and their momentum."""
+        return self.delta_icl if self.momentum is None else self.delta_icl + self.momentum.demonstrations
+
+    @property
+    def z(self) -> Float[Tensor, "query layer head d_head"]:
+        """The heads' outputs, as W_O gets them: z_0 and what the demonstrations add."""
+        return self.z_0 + self.added
 
     @property
     def value_bias(self) -> Float[Tensor, "query layer head d_head"]:
-        """The part of z that b_V makes. It sits inside the groups: of a group with mass w, w b_V."""
+        """The part of z that b_V makes. It sits inside the groups: of a group with mass w, w b_V.
+
+        Every value has b_V in it, so momentum at position t has Σ_{i<t} η^{t−i} b_V = η (1 − η^t) / (1 − η) b_V.
+        """
         if self.b_V is None:
             return torch.zeros_like(self.delta_icl)
         by_head = self.b_V.repeat_interleave(self.W_O.shape[1] // self.b_V.shape[1], dim=1)
-        return (1 - self.mass[..., GROUPS.index("sink"), None]) * by_head
+        times = 1 - self.mass[..., GROUPS.index("sink")]
+        if self.momentum is not None:
+            eta, t = self.momentum.eta, _Where.of(self.prompts).rows[:, None, None]
+            times = times + eta * (1 - eta**t) / (1 - eta)
+        return times.unsqueeze(-1) * by_head
 
     def through_W_O(  # noqa: N802 - the field's name
         self, term: Float[Tensor, "query layer head d_head"]
@@ -132,8 +173,9 @@ class Decomposition:
 
     @property
     def direct(self) -> Float[Tensor, "query layer d_model"]:
-        """ΔICL through W_O: what the layer's own attention to the demonstrations adds to its output."""
-        return _through(self.delta_icl, self.W_O)
+        """ΔICL through W_O: what the layer's own attention to the demonstrations adds to its output; with momentum,
+        also what the demonstrations' values add to it."""
+        return _through(self.added, self.W_O)
 
     @property
     def inherited(self) -> Float[Tensor, "query layer d_model"]:
@@ -157,9 +199,16 @@ class Decomposition:
 
     def _share(self, part: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
         realised = self.realised
-        rounding = 4 * self.residuals.realised * _through(self.z_0 + self.delta_icl, self.W_O, self.b_O).norm(dim=-1)
+        rounding = 4 * self.residuals.realised * _through(self.z, self.W_O, self.b_O).norm(dim=-1)
         size = realised.norm(dim=-1)
         return torch.where(size > rounding, (part * realised).sum(-1) / size**2, torch.nan)
+
+    @property
+    def momentum_norm(self) -> Float[Tensor, "query layer head"]:
+        """‖momentum‖ / ‖z‖: how large what momentum adds is, beside all of a head's output; 0 without momentum."""
+        if self.momentum is None:
+            return torch.zeros_like(self.demonstration_mass)
+        return (self.momentum.own + self.momentum.demonstrations).norm(dim=-1) / self.z.norm(dim=-1)
 
     @property
     def residual(self) -> float:
@@ -167,16 +216,21 @@ class Decomposition:
         return max(found.max().item() for found in (self.residuals._replace(run=self.residuals.split)))
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: metric, layer, head (empty for a whole layer's), mean and standard deviation over queries, n."""
+        """Tidy: metric, layer, head (empty for a whole layer's), mean and standard deviation over queries, n.
+
+        With momentum, `momentum_norm` is among the metrics.
+        """
         masses = {f"{name}_mass": self.mass[..., index] for index, name in enumerate(GROUPS)}
         shares = {"direct_share": self.direct_share, "inherited_share": self.inherited_share}
+        shares |= {} if self.momentum is None else {"momentum_norm": self.momentum_norm}
         return tidy({"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()})
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the decomposition into a folder, as safetensors and JSON."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        for group in ("relaxation", "residuals"):
-            tensors |= {f"{group}/{name}": value for name, value in getattr(self, group)._asdict().items()}
+        groups = {"relaxation": self.relaxation, "residuals": self.residuals, "momentum": self.momentum}
+        for group, members in groups.items():
+            tensors |= {} if members is None else {f"{group}/{name}": t for name, t in members._asdict().items()}
         save_tensors(Path(folder), tensors, {"model": self.model, "prompts": asdict(self.prompts)})
 
     @classmethod
@@ -188,11 +242,13 @@ class Decomposition:
         """
         tensors, metadata = load_tensors(Path(folder))
         with reading("Decomposition", folder):
+            momentum = [tensors[name] for name in _MOMENTUM if name in tensors]
             return cls(
                 model=metadata["model"],
                 prompts=Prompts(**{name: _tuples(value) for name, value in metadata["prompts"].items()}),
                 relaxation=Relaxation(*(tensors[f"relaxation/{name}"] for name in Relaxation._fields)),
                 residuals=Residuals(*(tensors[f"residuals/{name}"] for name in Residuals._fields)),
+                momentum=MomentumTerms(*momentum) if momentum else None,
                 b_O=tensors.pop("b_O", None),
                 b_V=tensors.pop("b_V", None),
                 **{name: value for name, value in tensors.items() if "/" not in name},
@@ -200,10 +256,11 @@ class Decomposition:
 
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]
+        momentum = "" if self.momentum is None else f"momentum norm={self.momentum_norm.nanmean():.3f}, "
         return (
             f"Decomposition({self.model!r}, {n_queries} queries after {len(self.prompts.demonstrations)} "
             f"demonstrations, {n_layers} layers of {n_heads} heads, demonstration mass="
-            f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, "
+            f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, {momentum}"
             f"residual={self.residual:.1e})"
         )
 
@@ -246,22 +303,22 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     terms: list[_Terms] = []
     relaxed: list[Relaxation] = []
     for index, scoring in enumerate(model.scoring):
-        layer = _Layer.captured(icl, index, scoring)
+        layer = _Layer.captured(icl, index, scoring, model.eta(index))
         terms.append(_split(layer, where, W_O[index]))
         relaxed.append(_relax(layer, where, terms[-1]))
     split = _stack(_Terms, terms)
-    z = split.start + split.query + split.delta_icl
     z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
     plain, own = _plain(model, icl.prompts, W_O, b_O)
     residuals = Residuals(
         split=torch.maximum(
-            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(icl, "z").flatten(2))
+            _relative(_through(split.z, W_O, b_O), h_icl), _relative(split.z.flatten(2), _field(icl, "z").flatten(2))
         ),
         plain=_relative(plain, own),
         run=_relative(h_icl[:1], own),
-        realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
+        realised=_relative(h_zsl + _through(split.z - z_zsl, W_O), h_icl),
     )
     _refuse_residuals(model, residuals)
+    eta = model.momentum
     return Decomposition(
         model=model.name,
         prompts=icl.prompts,
@@ -276,6 +333,7 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
         b_O=b_O,
         b_V=None if (b_V := model.value_biases()) is None else b_V.double().cpu(),
         residuals=residuals,
+        momentum=None if eta is None else MomentumTerms(split.own_momentum, split.demo_momentum, eta.clone()),
     )
 
 
@@ -315,23 +373,27 @@ class _Layer(NamedTuple):
     own_v: Float[Tensor, "query own_pos kv_head d_head"]
     demo_k: Float[Tensor, "demo_pos kv_head d_head"]
     demo_v: Float[Tensor, "demo_pos kv_head d_head"]
+    eta: Float[Tensor, " head"] | None
 
     @classmethod
-    def captured(cls, icl: Capture, layer: int, scoring: dual.Scoring) -> "_Layer":
+    def captured(cls, icl: Capture, layer: int, scoring: dual.Scoring, eta: Float[Tensor, " head"] | None) -> "_Layer":
         kept = icl.keys_values
         assert kept is not None
         # Each head's own keys side by side in memory, or every product over them copies them anew.
         own = (t[:, layer].transpose(1, 2).contiguous().double() for t in (kept.query_keys, kept.query_values))
         demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
-        return cls(scoring, _field(icl, "q_scored")[:, layer].double(), *(t.transpose(1, 2) for t in own), *demo)
+        q = _field(icl, "q_scored")[:, layer].double()
+        return cls(scoring, q, *(t.transpose(1, 2) for t in own), *demo, eta=eta)
 
     @classmethod
-    def of_plain(cls, attention: Attention, where: "_Where", scoring: dual.Scoring) -> "_Layer":
+    def of_plain(
+        cls, attention: Attention, where: "_Where", scoring: dual.Scoring, eta: Float[Tensor, " head"] | None
+    ) -> "_Layer":
         """From a plain pass over one full prompt, read at its last token."""
         k, v = (tensor.double().cpu() for tensor in (attention.k, attention.v))
         own, demo = where.own[0], where.demo
         q = attention.q[:, -1].double().cpu()
-        return cls(scoring, q, k[:, own], v[:, own], k[0, demo], v[0, demo])
+        return cls(scoring, q, k[:, own], v[:, own], k[0, demo], v[0, demo], eta)
 
 
 class _Terms(NamedTuple):
@@ -340,12 +402,23 @@ class _Terms(NamedTuple):
     start: Float[Tensor, "query *layer head d_head"]
     query: Float[Tensor, "query *layer head d_head"]
     delta_icl: Float[Tensor, "query *layer head d_head"]
+    own_momentum: Float[Tensor, "query *layer head d_head"]
+    demo_momentum: Float[Tensor, "query *layer head d_head"]
     mass: Float[Tensor, "query *layer head group"]
     icl_share: Float[Tensor, "query *layer group"]
 
+    @property
+    def softmax(self) -> Float[Tensor, "query *layer head d_head"]:
+        """Softmax attention alone."""
+        return self.start + self.query + self.delta_icl
+
+    @property
+    def z(self) -> Float[Tensor, "query *layer head d_head"]:
+        return self.softmax + self.own_momentum + self.demo_momentum
+
 
 def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
-    scoring, q, own_k, own_v, demo_k, demo_v = layer
+    scoring, q, own_k, own_v, demo_k, demo_v, eta = layer
     own = []
     for at in (slice(where.n_start), slice(where.n_start, None)):
         part = scoring.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
@@ -361,23 +434,37 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
 
-    direct = torch.einsum("qhd,hdm->qm", delta_icl, W_O)
+    decays = None if eta is None else dual.decays(eta, where.rows, where.demo)
+    demo_momentum = torch.zeros_like(q) if decays is None else _weigh(decays, demo_v)
+    direct = torch.einsum("qhd,hdm->qm", delta_icl + demo_momentum, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
-    added = dual.shared_scores(along, demo_v, 1.0).sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
+    of_values = dual.shared_scores(along, demo_v, 1.0)
+    pulled = 0.0 if decays is None else (of_values * decays).sum(0)
+    added = of_values.sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0) + pulled
     share = added @ where.groups / (direct * direct).sum(-1, keepdim=True)
     return _Terms(
         start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
         query=own[1].z * (own[1].lse - z_0.lse).exp().unsqueeze(-1),
         delta_icl=delta_icl,
+        own_momentum=torch.zeros_like(q) if eta is None else _own_momentum(eta, own_v, where),
+        demo_momentum=demo_momentum,
         mass=torch.cat((mass, (weights @ where.groups).transpose(0, 1)), dim=-1),
         icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
     )
 
 
+def _own_momentum(
+    eta: Float[Tensor, " head"], own_v: Float[Tensor, "query own_pos kv_head d_head"], where: _Where
+) -> Float[Tensor, "query head d_head"]:
+    """Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded row t."""
+    decays = dual.decays(eta, where.rows[:, None], where.own)[:, :, 0]
+    return (decays.unflatten(1, (own_v.shape[2], -1)) @ own_v.transpose(1, 2)).flatten(1, 2)
+
+
 def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
-    """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and z."""
-    scoring, q, own_k, own_v, demo_k, demo_v = layer
-    delta_icl, z = terms.delta_icl, terms.start + terms.query + terms.delta_icl
+    """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and softmax attention."""
+    scoring, q, own_k, own_v, demo_k, demo_v, _ = layer
+    delta_icl, z = terms.delta_icl, terms.softmax
     seen = scoring.visible(where.rows[None], where.demo[None])
     own_seen = scoring.visible(where.rows[:, None], where.own).unsqueeze(1)
     weights = dual.shared_scores(q, demo_k, 1.0).mul_(seen)
@@ -414,8 +501,8 @@ def _plain(
     own: list[Tensor] = []
 
     def on_attention(layer: int, attention: Attention) -> None:
-        terms = _split(_Layer.of_plain(attention, where, model.scoring[layer]), where, W_O[layer])
-        z.append(terms.start + terms.query + terms.delta_icl)
+        kept = _Layer.of_plain(attention, where, model.scoring[layer], model.eta(layer))
+        z.append(_split(kept, where, W_O[layer]).z)
 
     with torch.no_grad():
         model.run(

@@ -211,7 +211,7 @@ def finetune(
     """Finetune on the demonstrations the way Dai et al. (2023) do, or as others have set beside it.
 
     Args:
-        model: what to finetune; comes back as it was.
+        model: what to finetune, with its momentum where it has any; comes back as it was.
         prompts: whose demonstrations to train on, each behind the start token and without a separator.
         lr: the learning rate of SGD.
         loss: mean cross-entropy over all tokens of a demonstration (the released code's), or its label word only.

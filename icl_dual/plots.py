@@ -190,8 +190,13 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
     return ax
 
 
-def curves(estimates: Mapping[str, Mapping[int, Interval]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
-    """Estimates against a number (of demonstrations, say), with bands that are their 95 % intervals.
+def curves(
+    estimates: Mapping[str, Mapping[int, Interval] | Mapping[float, Interval]],
+    *,
+    ylabel: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Estimates against a number (of demonstrations, say, or η), with bands that are their 95 % intervals.
 
     Args:
         estimates: by series, then by the number.
@@ -207,7 +212,8 @@ def curves(estimates: Mapping[str, Mapping[int, Interval]], *, ylabel: str = "",
     if alone:
         ax.legend(frameon=False)
     ax.set(ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if all(isinstance(number, int) for by_number in estimates.values() for number in by_number):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

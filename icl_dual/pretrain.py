@@ -263,7 +263,7 @@ def train(
     """
     folder = Path(folder)
     halfway = folder / "checkpoints"
-    config = _config(preset, data, eta)
+    config = configuration(preset, data.d_vocab, eta)
     settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
     _refuse_other_settings(folder, settings)
     if (folder / "losses.json").exists():
@@ -290,9 +290,14 @@ def train(
     return model.eval()
 
 
-def _config(preset: Preset, data: Data, eta: float | str) -> MomentumConfig:
+def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumConfig:
+    """A decoder of the preset's shape, without dropout.
+
+    Raises:
+        ValueError: η is out of range.
+    """
     return MomentumConfig(
-        vocab_size=data.d_vocab,
+        vocab_size=d_vocab,
         n_positions=preset.n_ctx,
         n_embd=preset.d_model,
         n_layer=preset.n_layers,

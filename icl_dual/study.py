@@ -24,7 +24,7 @@ from icl_dual.controls import Context, relabel, steps_of
 from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
 from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
-from icl_dual.models import Control, Model, control_model, control_name, load_model
+from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings import Recordings
 from icl_dual.tasks import Example, Protocol, Split, Task, load_task
@@ -184,7 +184,8 @@ def run_cell(
     """Run one cell and save it into `folder`.
 
     Args:
-        model: of the cell's name; for a control of it, what `control_model` makes.
+        model: of the cell's name; for a control of it, what `control_model` makes. Within `momentum_attention`, a
+            model's name has its momentum: that is then the cell's model.
         task: of the cell's name and protocol.
         cell: what to run.
         folder: appears complete or not at all.
@@ -242,6 +243,11 @@ def _refuse_others(model: Model, task: Task, context_task: Task | None, cell: Ce
         made = (
             "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
         )
+        if (MOMENTUM in cell.model) != (MOMENTUM in model.name):
+            made += (
+                ". Within `with momentum_attention(model, eta):`, the model's name has its momentum, and so must the "
+                "cell's: Cell(model=model.name, …)"
+            )
         raise StudyError(f"expected model, task and protocol {wanted}, got {got}{made}")
     if (name := context_task and context_task.name) != cell.context_task:
         raise StudyError(f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}")
@@ -273,6 +279,7 @@ def _run_cell(
         "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
         | {"python": platform.python_version()},
         "device": str(model.device),
+        **({} if model.momentum is None else {"momentum": model.momentum.tolist()}),
         "attention_residual": max(icl.residual, zsl.residual, ft.residual),
         "pass_residual": model.pass_residual,
         "seconds": runs.clock.seconds,
@@ -325,8 +332,8 @@ def run_study(
     before it is not run again: put a control beside what it is a control of, and it costs the one run that differs.
 
     Raises:
-        StudyError: a complete cell was made with other settings or by other weights, and says which differ; or two
-            cells would share a folder.
+        StudyError: a complete cell was made with other settings or by other weights, and says which differ; two cells
+            would share a folder; or a cell that is not complete is of a model with momentum, which `run_cell` runs.
     """
     folders = {cell: Path(folder) / cell.name for cell in cells}
     if len(set(folders.values())) < len(folders):
@@ -444,6 +451,11 @@ class _Runs:
 
 def _load(cell: Cell, device: str | torch.device, dtype: torch.dtype) -> Model:
     """A cell's model; of a control, the trained one it is made from is let go."""
+    if MOMENTUM in cell.model:
+        raise StudyError(
+            f"expected cells of models as they are loaded, got one of {cell.model!r}: run it by itself, with "
+            "icl_dual.run_cell within `with momentum_attention(model, eta):`"
+        )
     model = load_model(cell.model, device=device, dtype=dtype)
     return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
 

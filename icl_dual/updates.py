@@ -9,6 +9,8 @@ X are the zero-shot prompt's own inputs, held as they are in the untuned model: 
 layer's attention output put back to the untuned one. Rotated keys depend on where they stand, so X stands where the
 query stands in context; attention that knows distances only does not change by that, which is checked.
 
+Both are of attention: what momentum adds, where a model has any, depends on no query and is in neither. It is in X.
+
 Beside each number is its null: ΔW_FT with the same singular values in random directions.
 """
 
@@ -178,27 +180,28 @@ class _HeldPass:
         return worst
 
     def tuned(self, delta: WeightDelta) -> Iterator[Float[Tensor, "batch kv_head d_head d_head"]]:
-        """ΔW_FT at every layer: the tuned projections run on inputs held by putting back the untuned z."""
+        """ΔW_FT at every layer: the tuned projections run on inputs held by putting back what W_O got, untuned."""
         tuned: list[Attention] = []
 
         def hold(layer: int, attention: Attention) -> Tensor:
             tuned.append(attention)
-            return self.attention[layer].z
+            return self.attention[layer].output
 
         with delta.applied(self.model):
-            self._run(hold)
+            self._run(hold, add_momentum=False)  # the tuned values' own would move the inputs
         for scoring, before, after in zip(self.model.scoring, self.attention, tuned, strict=True):
             seen = scoring.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
             keys_values = before.k, before.v * seen, after.k, after.v * seen
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
-    def _run(self, on_attention: OnAttention, on_output: OnTensor | None = None) -> None:
+    def _run(self, on_attention: OnAttention, on_output: OnTensor | None = None, *, add_momentum: bool = True) -> None:
         self.model.run(
             self.tokens,
             positions=self.positions,
             read=self.last[:, None],
             on_attention=on_attention,
             on_output=on_output,
+            add_momentum=add_momentum,
         )
 
 

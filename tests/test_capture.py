@@ -1,10 +1,11 @@
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_rows
+from conftest import ARCHITECTURES, make_rows, some_eta, with_momentum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -415,3 +416,79 @@ def test_long_context_rotation_is_refused_where_it_would_switch_between_prefix_a
     model.rotation_switch = prefix + 3
     with pytest.raises(icl.UnsupportedModelError, match=rf"past {prefix + 3} tokens: .* got [0-9]+ tokens"):
         icl.capture(model, prompts, progress=False)
+
+
+WITH_MOMENTUM = ("gpt2", "neox", "xglm", "llama", "gemma2-window", "gptoss-window", "bloom")
+"""Fused projections, grouped queries, windows, sinks and ALiBi among them."""
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name.removeprefix("hooked-") in WITH_MOMENTUM]
+)
+def test_captures_with_momentum_are_those_of_a_plain_model_that_has_it(
+    models_by_architecture: Callable[[str], icl.Model],
+    make_hf_model: Callable[..., Any],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+) -> None:
+    """Queries of several lengths behind a prefix of several blocks, against whole prompts through the bare model."""
+    model, twin, eta = models_by_architecture(architecture), make_hf_model(architecture), some_eta()
+    outputs = with_momentum(twin, architecture, eta)
+    prompts = build(model, task)
+    assert len(set(map(len, prompts.queries))) > 1
+    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", len(prompts.prefix) // 3)
+    with icl.momentum_attention(model, eta):
+        got, zsl = (icl.capture(model, one, batch_size=3, progress=False) for one in (prompts, prompts.zero_shot()))
+        assert model.pass_residual is not None
+        assert 0 < model.pass_residual < 1e-5
+    assert got.residual < 1e-5
+    assert [len(word) > 1 for word in prompts.labels] == [False, True]
+    for run, prefix, query in ((got, prompts.prefix, 0), (got, prompts.prefix, 4), (zsl, prompts.start, 1)):
+        assert run.attn_out is not None
+        for label, word in enumerate(prompts.labels):
+            outputs.clear()
+            with torch.no_grad():
+                logits = twin(torch.tensor([[*prefix, *prompts.queries[query], *word]])).logits[0]
+            of_word = logits[-len(word) - 1 : -1].log_softmax(-1)[range(len(word)), word].mean()
+            assert relative(run.label_log_probs[query, label], of_word) < 1e-5
+            assert relative(run.attn_out[query], torch.stack(outputs)[:, 0, -1 - len(word)]) < 1e-5
+
+
+def test_captures_with_momentum_are_exact_in_float64(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable[..., Any], task: icl.Task
+) -> None:
+    model, twin, eta = make_model("gpt2", torch.float64), make_hf_model("gpt2", torch.float64), some_eta()
+    outputs = with_momentum(twin, "gpt2", eta)
+    prompts = build(model, task)
+    with icl.momentum_attention(model, eta):
+        got = icl.capture(model, prompts, progress=False)
+    with torch.no_grad():
+        twin(torch.tensor([[*prompts.prefix, *prompts.rows[2]]]))
+    assert got.attn_out is not None
+    assert relative(got.attn_out[2], torch.stack(outputs)[:, 0, -1]) < 1e-12
+
+
+def test_half_precision_sums_momentum_in_float32(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    model = make_model("llama", torch.bfloat16)
+    prompts = build(model, task)
+    with icl.momentum_attention(model, 0.9):
+        got = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+        plain = Plain(model, prompts).attention(2)[0]  # the first layer, which no rounding comes before
+    assert got.z is not None
+    assert plain.momentum.z.dtype == got.z.dtype == torch.float32
+    assert relative(got.z[2, 0], plain.output[0, -1]) < 1e-2
+
+
+def test_captures_with_and_without_momentum_are_not_paired(llama: icl.Model, prompts: Prompts) -> None:
+    fields = icl.DECOMPOSE_FIELDS
+    zsl = icl.capture(llama, prompts.zero_shot(), fields=fields, progress=False)
+    with icl.momentum_attention(llama, 0.1):
+        got = icl.capture(llama, prompts, fields=fields, progress=False)
+        with pytest.raises(ValueError, match=r"captures of the model given, got .*'zsl': 'llama'}"):
+            icl.decompose(llama, got, zsl)
+        renamed = dataclasses.replace(zsl, model=llama.name)
+        with pytest.raises(ValueError, match=r"other weights .* `with momentum_attention\(model, eta\):` and the"):
+            icl.decompose(llama, got, renamed)
+    with pytest.raises(ValueError, match=r"captures of the model given, got .*'icl': 'llama \+ momentum η=0.1'"):
+        icl.decompose(llama, got, zsl)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, BRIDGED, REFUSED
+from conftest import ARCHITECTURES, BRIDGED, REFUSED, some_eta
 from scipy import stats
 
 import icl_dual as icl
@@ -387,6 +387,75 @@ def test_attention_that_cannot_be_split_is_refused_by_its_cause(
 ) -> None:
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: expected .* attention is softmax .*, got "):
         make_model(architecture)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name for name in ARCHITECTURES if name in ("gpt2", "llama", "gptoss-window", "bloom", "hooked-gemma2-window")],
+)
+def test_momentum_is_split_by_whose_values_it_sums(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
+) -> None:
+    model, eta = models_by_architecture(architecture), some_eta()
+    prompts = build(model, task)
+    with icl.momentum_attention(model, eta):
+        icl_run, zsl = runs(model, prompts)
+        got, plain = icl.decompose(model, icl_run, zsl), Reference(model, prompts, 2)
+    assert got.residual <= EXACT
+    assert got.momentum is not None
+    assert icl_run.attn_out is not None
+    assert zsl.attn_out is not None
+    torch.testing.assert_close(got.momentum.eta, eta)
+    torch.testing.assert_close(got.realised.float(), icl_run.attn_out - zsl.attn_out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.direct_share + got.inherited_share, torch.ones(4, 3).double())
+    W_O = model.output_projections()[0].double().numpy()
+    for layer in range(model.n_layers):
+        outs = np.zeros((len(plain.groups), model.d_model))
+        for head in range(model.n_heads):
+            at = 2, layer, head
+            _, weights, sink, v, _, _ = plain.head(layer, head)
+            t, decay = len(v) - 1, eta[layer, head].item()
+            decays = np.array([decay ** (t - i) if i < t else 0.0 for i in range(len(v))])
+            z_0 = weights[plain.others] @ v[plain.others] / (1 - weights[plain.demonstrations].sum())
+            own, demonstrations = (decays[group] @ v[group] for group in (plain.others, plain.demonstrations))
+            scale = float(np.abs(v).max())
+            assert close(got.momentum.own[at], own, scale)
+            assert close(got.momentum.demonstrations[at], demonstrations, scale)
+            assert close(got.delta_icl[at], weights @ v - z_0, scale)
+            assert close(got.z_0[at], z_0 + own, scale)
+            assert close(got.z[at], weights @ v + decays @ v, scale)
+            norm = np.linalg.norm(decays @ v) / np.linalg.norm(weights @ v + decays @ v)
+            assert got.momentum_norm[at].item() == pytest.approx(norm, rel=1e-4)
+            if got.b_V is not None:
+                b_V = got.b_V[layer, head // (model.n_heads // model.n_key_value_heads)].numpy()
+                assert close(got.value_bias[at], (1 - sink + decays.sum()) * b_V)
+            for group in range(3, len(plain.groups)):
+                for key in plain.groups[group]:
+                    outs[group] += (weights[key] * (v[key] - z_0) + decays[key] * v[key]) @ W_O[layer, head]
+        direct = outs.sum(0)
+        assert close(got.direct[2, layer], direct)
+        assert close(got.icl_share[2, layer], outs @ direct / (direct @ direct))
+
+
+def test_a_split_with_momentum_is_exact_in_float64_and_saved(
+    make_model: Callable[..., icl.Model], task: icl.Task, tmp_path: Path
+) -> None:
+    model = make_model("gpt2", torch.float64)
+    prompts = build(model, task)
+    with icl.momentum_attention(model, 0.6, layers=[0, 2]):
+        got = decomposed(model, prompts)
+    assert got.residual <= 1e-12
+    assert (got.momentum_norm > 0).all(-1).all(0).tolist() == [True, False, True]
+    got.save(tmp_path / "split")
+    loaded = icl.Decomposition.load(tmp_path / "split")
+    assert loaded.to_frame().equals(got.to_frame())
+    assert torch.equal(loaded.realised, got.realised)
+    assert torch.equal(loaded.value_bias, got.value_bias)
+    row = loaded.to_frame().query("metric == 'momentum_norm' and layer == 2 and head == 1").iloc[0]
+    assert row["mean"] == pytest.approx(got.momentum_norm[:, 2, 1].mean().item())
+    without = decomposed(model, prompts)
+    assert without.momentum is None
+    assert "momentum_norm" not in set(without.to_frame()["metric"])
 
 
 PARTICULARS = {

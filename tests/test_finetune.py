@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
+from conftest import some_eta, with_momentum
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -160,6 +161,26 @@ def test_finetuning_equals_sgd_on_the_bare_model(
     expected = slow_sgd(twin, prompts, targets_of(prompts, loss), architecture)
     delta = icl.finetune(model, prompts, lr=LR, loss=loss, progress=False)
     hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("llama", "sgd"), ("gpt2", "sgd"), ("llama", "layer-causal"), ("neox", "layer-causal")]
+)
+def test_finetuning_with_momentum_attention_equals_that_of_a_bare_model_that_has_it(
+    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, method: Method
+) -> None:
+    model, twin = make_model(architecture, torch.float64), make_hf_model(architecture, torch.float64)
+    with_momentum(twin, architecture, some_eta())
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    descend = slow_sgd if method == "sgd" else slow_layer_causal
+    expected = descend(twin, prompts, targets_of(prompts, "all"), architecture)
+    with icl.momentum_attention(model, some_eta()):
+        delta = icl.finetune(model, prompts, lr=LR, method=method, factors=True, progress=False)
+        hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
+    assert delta.factors is not None
+    assert delta.factors.residual < 1e-5
+    with pytest.raises(ValueError, match=rf"a delta of '{architecture}' .* got one of '{architecture} \+ momentum"):
+        delta.applied(model).__enter__()
 
 
 @pytest.mark.parametrize("trained", ["key", "value", "attention"])

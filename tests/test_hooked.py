@@ -213,8 +213,11 @@ def test_what_the_hooks_are_set_to_show_changes_nothing(name: str, options: tupl
     for wrapped in (plain, optioned):
         model = icl.Model(wrapped, name="toy")
         captured = icl.capture(model, prompts, fields=FIELDS, progress=False)
-        results.append((captured, icl.finetune(model, prompts, lr=TOY_LR, factors=True, progress=False)))
-    (captured, delta), (other, moved) = results
+        delta = icl.finetune(model, prompts, lr=TOY_LR, factors=True, progress=False)
+        with icl.momentum_attention(model, torch.tensor([0.2, 0.8] * (model.n_heads // 2))):
+            results.append((captured, delta, icl.capture(model, prompts, fields=("attn_out",), progress=False)))
+    (captured, delta, pulled), (other, moved, also_pulled) = results
+    same(also_pulled.attn_out, pulled.attn_out)
     assert captured.keys_values is not None
     assert other.keys_values is not None
     for field in ("z", "attn_out", "q", "q_scored", "context_scores", "query_scores"):

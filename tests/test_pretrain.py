@@ -177,7 +177,7 @@ def test_a_corpus_is_lines_of_its_texts_and_perplexity_their_likelihood():
     assert (blocks[:, 0] == 0).all()
     assert torch.equal(blocks[:, 1:].flatten(), corpus.validation[: blocks[:, 1:].numel()])
     torch.manual_seed(0)
-    model = MomentumForCausalLM(pretrain._config(replace(PRESET, n_ctx=16), corpus, 0.5)).eval()
+    model = MomentumForCausalLM(pretrain.configuration(replace(PRESET, n_ctx=16), corpus.d_vocab, 0.5)).eval()
     total = 0.0
     for row in blocks:
         for position in range(1, 16):

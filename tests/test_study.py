@@ -61,6 +61,19 @@ def test_a_cell_is_what_its_stages_give_and_says_where_it_came_from(
     assert 0 < provenance["attention_residual"] < 1e-5
 
 
+def test_a_cell_of_a_model_with_momentum_has_its_name(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
+    with icl.momentum_attention(llama, 0.2) as model:
+        with pytest.raises(icl.StudyError, match=r"got \('llama \+ momentum η=0.2', .* Cell\(model=model.name, …\)"):
+            icl.run_cell(model, task, CELL, tmp_path / "cell", progress=False)
+        cell = dataclasses.replace(CELL, model=model.name)
+        result = icl.run_cell(model, task, cell, tmp_path / "cell", progress=False)
+    assert result.provenance["momentum"] == [[0.2] * 4] * 3
+    with pytest.raises(icl.StudyError, match=r"expected model, .*, got \('llama', .* and so must the cell's"):
+        icl.run_cell(llama, task, cell, tmp_path / "other", progress=False)
+    with pytest.raises(icl.StudyError, match=r"as they are loaded, got one of 'llama \+ momentum .* icl_dual.run_cell"):
+        icl.run_study([cell], tmp_path / "study", progress=False)
+
+
 def test_a_cells_frame_is_tidy(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
     frame = icl.run_cell(llama, task, CELL, tmp_path / "cell", progress=False).to_frame()
     keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer", "value", "n"]

@@ -99,7 +99,17 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
 def test_every_number_is_that_of_the_matrices_written_out(
     make_model: Callable[..., icl.Model], task: icl.Task, reference_task: icl.Task, architecture: str, protocol: str
 ) -> None:
-    runs = make_runs(make_model(architecture), task if protocol == "answer" else reference_task)
+    hold_to_matrices(make_runs(make_model(architecture), task if protocol == "answer" else reference_task))
+
+
+def test_with_momentum_too_every_number_is_that_of_the_matrices(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    with icl.momentum_attention(make_model("llama"), 0.6) as model:
+        hold_to_matrices(make_runs(model, task))
+
+
+def hold_to_matrices(runs: Runs) -> None:
     model, prompts, kept = runs.model, runs.prompts, runs.in_context.keys_values
     assert kept is not None
     assert runs.in_context.q_scored is not None

@@ -10,6 +10,7 @@ forward pass that shows each layer's attention to a callback and lets the callba
 | `bridge` | the answers of `TransformerBridge` (3.9 to 4.x) |
 | `hooked` | the answers of `HookedTransformer` (3.9 to 3.x) |
 | `blank` | models that have learned nothing |
+| `momentum` | models that run with momentum attention for a while |
 """
 
 from importlib.metadata import version
@@ -36,8 +37,10 @@ from icl_dual.models.lens import (  # noqa: E402
     Weight,
 )
 from icl_dual.models.model import Model, load_model  # noqa: E402
+from icl_dual.models.momentum import MOMENTUM, momentum_attention  # noqa: E402
 
 __all__ = [
+    "MOMENTUM",
     "Attention",
     "Control",
     "Kind",
@@ -50,4 +53,5 @@ __all__ = [
     "control_model",
     "control_name",
     "load_model",
+    "momentum_attention",
 ]

@@ -20,6 +20,8 @@ def control_name(name: str, control: Control, seed: int) -> str:
 def control_model(model: Model, control: Control, *, seed: int) -> Model:
     """A model of the same configuration that has learned nothing, or nothing but its embeddings and norms.
 
+    Momentum that the model has is of its configuration: the control has it for good, also where it is a block's.
+
     Weights are drawn as the model's own class initialises them for its configuration, on the CPU by `seed`, without
     touching global random state. What a control keeps of the trained model it shares with it: these weights are in
     memory once.
@@ -41,7 +43,8 @@ def control_model(model: Model, control: Control, *, seed: int) -> Model:
         drawn = model.lens.drawn_anew(seed)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{model.name}: {error}") from error
-    made = Model(drawn, control_name(model.name, control, seed), f"{model.provenance}, {control}, seed {seed}")
+    name, provenance = control_name(model.name, control, seed), f"{model.provenance}, {control}, seed {seed}"
+    made = Model(drawn, name, provenance, momentum=model.momentum)
     if control == "random-blocks":
         blocks = {id(parameter) for parameter in _block_weights(made)}
         for ours, trained in zip(made.parameters(), model.parameters(), strict=True):

@@ -155,7 +155,7 @@ class BridgeLens(Lens):
             scored_q, scored_k = (_rotate(seen[name], cos, sin, pairs=True) for name in ("q", "k"))
         else:
             scored_q, scored_k = q, seen["k"]
-        return scored_q, scored_k, seen["v"], q
+        return scored_q, scored_k, self.values(seen["v"]), q
 
     def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the hook after norms, where there is one."""

@@ -185,7 +185,11 @@ class HookedLens(Lens):
         """From rotated queries and keys where the model rotates."""
         q, k = (self._content(layer, kind, seen[kind], seen.get(f"{kind}_normed")) for kind in ("q", "k"))
         rot_q, rot_k = seen.get("rot_q", q), seen.get("rot_k", k)
-        return rot_q, self._own_heads(rot_k), self._own_heads(seen["v"]), q
+        return rot_q, self._own_heads(rot_k), self.values(seen["v"]), q
+
+    def values(self, shown: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """By their own heads, also where the model has repeated them."""
+        return self._own_heads(shown)
 
     def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the projection, and at the norm behind it where there is one."""

@@ -27,9 +27,16 @@ class Attention(NamedTuple):
     """Keys as scored: after norms and rotation."""
     v: Float[Tensor, "batch pos kv_head d_head"]
     z: Float[Tensor, "batch pos head d_head"]
-    """The heads' outputs, before W_O."""
+    """The heads' outputs, before W_O and before momentum."""
     q_content: Float[Tensor, "batch pos head d_head"]
     """Queries after norms but before rotation: what they say, apart from where they stand."""
+    momentum: dual.Momentum | None = None
+    """What momentum adds to z, and its state after the last position; `None` where the layer has none."""
+
+    @property
+    def output(self) -> Float[Tensor, "batch pos head d_head"]:
+        """What W_O gets: z, which is the softmax's alone, and momentum where there is any."""
+        return self.z if self.momentum is None else self.z + self.momentum.z
 
 
 OnAttention = Callable[[int, Attention], Tensor | None]
@@ -181,8 +188,21 @@ class Lens(ABC):
     def residual_hook(self, layer: int, show: OnResidual) -> Hook:
         """A hook that shows the residual stream after a layer, and may replace it."""
 
-    def attention_hooks(self, layer: int, on_attention: OnAttention, positions: Int[Tensor, " pos"]) -> list[Hook]:
-        """Hooks that collect a layer's queries, keys and values as it computes them, and show them when z arrives."""
+    def values(self, shown: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """Values by their own heads, from what their hook shows."""
+        return shown
+
+    def attention_hooks(
+        self,
+        layer: int,
+        on_attention: OnAttention | None,
+        positions: Int[Tensor, " pos"],
+        momentum_of: Callable[[Tensor], dual.Momentum] | None = None,
+    ) -> list[Hook]:
+        """Hooks that collect a layer's queries, keys and values as it computes them, and show them when z arrives.
+
+        `momentum_of` the layer's values is added to z, or to what was put in its place.
+        """
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable:
@@ -192,13 +212,19 @@ class Lens(ABC):
             return hook_fn
 
         def show(z: Tensor, hook: Any) -> Tensor | None:
-            q, k, v, q_content = self.read(layer, seen, positions)
+            momentum = None if momentum_of is None else momentum_of(self.values(seen["v"]))
+            by_head, replaced = z.reshape(*z.shape[:2], self.n_heads, self.d_head), None
+            if on_attention is not None:
+                q, k, v, q_content = self.read(layer, seen, positions)
+                seen.clear()
+                replaced = on_attention(layer, Attention(q, k, v, by_head, q_content, momentum))
             seen.clear()
-            heads = (*z.shape[:2], self.n_heads, self.d_head)
-            replaced = on_attention(layer, Attention(q, k, v, z.reshape(heads), q_content))
+            if momentum is not None:
+                replaced = (by_head if replaced is None else replaced) + momentum.z
             return None if replaced is None else replaced.to(z.dtype).reshape(z.shape)
 
-        points = {name: self.points.get(f"blocks.{layer}.attn.{hook}") for name, hook in self.SEEN.items()}
+        wanted = self.SEEN if on_attention is not None else {"v": self.SEEN["v"]}
+        points = {name: self.points.get(f"blocks.{layer}.attn.{hook}") for name, hook in wanted.items()}
         watched: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
         return [*watched, (self.points[f"blocks.{layer}.attn.hook_z"], show)]
 

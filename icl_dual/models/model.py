@@ -1,9 +1,11 @@
 """`Model`: a decoder with its hooks, as everything above this room sees it."""
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from icl_dual import assets
+from icl_dual import assets, dual
 from icl_dual.models.bridge import BridgeLens
 from icl_dual.models.hooked import HookedLens, is_hooked_transformer
 from icl_dual.models.lens import (
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 else:
     TransformerLensModel = Any  # 3.x has no such type; what is no model is refused by name
 
+Eta = float | int | Float[Tensor, "*layer head"]
+"""η of momentum attention: one for all heads, one by head, or one by layer and head."""
+
 FINGERPRINT_ELEMENTS = 16384
 """Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
 
@@ -47,13 +52,21 @@ class Model:
             weights (nothing folded, centred or refactored).
         name: what to call it in results.
         provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
+        momentum: η, for a model that was trained with momentum attention: it is added in every run. What to try on
+            other models is `momentum_attention`.
 
     Raises:
         UnsupportedModelError: no decoder-only attention model, processed weights, or attention without hooks.
+        ValueError: η is out of range, or not by layer and head.
     """
 
     def __init__(
-        self, wrapped: TransformerLensModel | Lens, name: str = "handed-in", provenance: str = "unknown"
+        self,
+        wrapped: TransformerLensModel | Lens,
+        name: str = "handed-in",
+        provenance: str = "unknown",
+        *,
+        momentum: Eta | None = None,
     ) -> None:
         self.lens = wrapped if isinstance(wrapped, Lens) else _lens_of(wrapped)
         self.wrapped: Any = self.lens.wrapped
@@ -73,11 +86,16 @@ class Model:
         self.scoring = [self.lens.scoring(layer) for layer in range(self.n_layers)]
         self.pass_residual: float | None = None
         """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
+        self.momentum: Float[Tensor, "layer head"] | None = None
+        """η of momentum attention: every head's output has Σ_{i<t} η^{t−i} v_i added; `None` for softmax alone."""
+        if momentum is not None:
+            self.momentum = by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
     def __repr__(self) -> str:
+        momentum = "" if self.momentum is None else f"momentum {momentum_words(self.momentum)}, "
         return (
             f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
-            f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, "
+            f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, {momentum}"
             f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
         )
 
@@ -150,8 +168,12 @@ class Model:
         on_output: OnTensor | None = None,
         on_residual: OnResidual | None = None,
         on_error: OnError | None = None,
+        momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
+        add_momentum: bool = True,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """A forward pass with hooks on, which are taken off again also when it fails.
+
+        Where the model has momentum, each layer adds that of its own values to what `on_attention` has left of z.
 
         Args:
             tokens: token ids; shorter rows padded on the right.
@@ -167,15 +189,26 @@ class Model:
                 returns, if anything, goes on in its place.
             on_error: called in the backward pass, at every layer, with K's and with V's projection's input,
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
+            momentum_states: by layer, what the values of tokens before these have left (`dual.Momentum.state`), the
+                same for every row; nothing where not given.
+            add_momentum: leave momentum out where false, as where `on_attention` returns what has it.
 
         Returns:
             Logits at the positions read.
+
+        Raises:
+            ValueError: positions leave some out, where there is momentum.
         """
         lens, hooks = self.lens, list[Hook]()
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
+        if add_momentum and self.momentum is not None and self.momentum.any():
+            _refuse_gaps(self.name, positions)
         for layer in range(self.n_layers):
-            if on_attention is not None:
-                hooks += lens.attention_hooks(layer, on_attention, positions)
+            eta = self.eta(layer) if add_momentum else None
+            if on_attention is not None or eta is not None:
+                state = None if momentum_states is None else momentum_states[layer]
+                added = None if eta is None else partial(_momentum, eta=eta, state=state)
+                hooks += lens.attention_hooks(layer, on_attention, positions, added)
             if on_query is not None:
                 hooks += lens.content_hooks(layer, "Q", on_query)
             if on_key is not None:
@@ -190,6 +223,10 @@ class Model:
             hooks.append((lens.points["unembed.hook_in"], _gather(read)))
         with _hooked(hooks), _evaluating(self.wrapped):
             return lens.forward(tokens, positions)
+
+    def eta(self, layer: int) -> Float[Tensor, " head"] | None:
+        """η of a layer's heads; `None` where they have no momentum, which is also where all of them are 0."""
+        return self.momentum[layer] if self.momentum is not None and self.momentum[layer].any() else None
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a residual stream, by the final norm and the unembedding."""
@@ -226,6 +263,7 @@ class Model:
     def fingerprint(self) -> str:
         """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
 
+        Momentum counts as weights do: the same ones with another η, or with none, are told apart.
         Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
         """
         digest = hashlib.sha256()
@@ -235,6 +273,8 @@ class Model:
             while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
                 stride += 1
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        if self.momentum is not None:
+            digest.update(self.momentum.numpy().tobytes())
         return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
 
 
@@ -287,6 +327,59 @@ def load_model(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
         ) from error
     return Model(bridge, name=name, provenance=files.provenance)
+
+
+def by_layer_and_head(
+    eta: Eta, n_layers: int, n_heads: int, layers: Sequence[int] | None = None
+) -> Float[Tensor, "layer head"]:
+    """η of momentum attention by layer and head, 0 at layers not chosen.
+
+    Raises:
+        ValueError: η is out of range, or of another shape; or there is no such layer.
+    """
+    given = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
+    if given.shape not in ((), (n_heads,), (n_layers, n_heads)):
+        raise ValueError(
+            f"expected η as a number, [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], got a tensor of "
+            f"shape {list(given.shape)}"
+        )
+    dual.refuse_decay(given)
+    chosen = range(n_layers) if layers is None else layers
+    if not set(chosen) <= set(range(n_layers)):
+        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(chosen)}")
+    found = torch.zeros(n_layers, n_heads, dtype=torch.float64)
+    found[list(chosen)] = given.expand(n_layers, n_heads)[list(chosen)]
+    return found
+
+
+def momentum_words(eta: Float[Tensor, "layer head"]) -> str:
+    """η in a few words: its size, or the sizes it lies between, and at which layers, unless at all."""
+    there = eta.any(1)
+    if not there.any():
+        return "η=0"
+    low, high = (f"{bound:g}" for bound in eta[there].aminmax())
+    layers = there.nonzero().flatten().tolist()
+    # Of layers that follow each other, layer and rank differ by the same.
+    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda found: found[1] - found[0])]
+    at = ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+    size = low if low == high else f"{low} to {high}"
+    return f"η={size}" if there.all() else f"η={size} in {'layer' if len(layers) == 1 else 'layers'} {at}"
+
+
+def _momentum(
+    v: Float[Tensor, "batch pos kv_head d_head"],
+    eta: Float[Tensor, " head"],
+    state: Float[Tensor, "head d_head"] | None,
+) -> dual.Momentum:
+    return dual.momentum(v, eta, state=None if state is None else state.expand(len(v), -1, -1))
+
+
+def _refuse_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
+    if (positions.diff() != 1).any():
+        raise ValueError(
+            f"expected positions one after another, got {positions.tolist()}: momentum, which {name} has, sums over "
+            "all tokens before. Run those left out first, and hand on what they leave as momentum_states"
+        )
 
 
 def _lens_of(wrapped: Any) -> Lens:
