@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import icl_dual as icl
+from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 from icl_dual.models import WORKS_WITH, Control, Kind, Weight
 
 
@@ -33,6 +34,37 @@ def boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
 
     hf_model.config.architectures = [type(hf_model).__name__]
     return TransformerBridge.boot_transformers("tiny/x", hf_model=hf_model, tokenizer=tokenizer, device="cpu")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, "learned"])
+def test_a_decoder_trained_with_momentum_loads_with_it(
+    eta: float | str, task: icl.Task, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained: Any = MomentumForCausalLM(
+            MomentumConfig(
+                vocab_size=300, n_positions=512, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, eta=eta
+            )
+        ).eval()
+    if eta == "learned":
+        for layer, block in enumerate(trained.transformer.h):
+            block.attn.eta_logit.data.copy_(some_eta()[layer].clamp_min(0.01).logit())
+    trained.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = icl.load_model(str(tmp_path))
+    assert (model.momentum is None) == (eta == 0.0)
+    tokens = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(tokens), trained(tokens).logits, atol=1e-4, rtol=1e-4)
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(4))
+    zsl, in_context = (
+        icl.capture(model, one, fields=icl.DECOMPOSE_FIELDS, progress=False) for one in (prompts.zero_shot(), prompts)
+    )
+    assert icl.decompose(model, in_context, zsl).residual < 1e-5
+    if eta == 0.0:
+        with icl.momentum_attention(model, 0.6):
+            assert (model.run(tokens) - trained(tokens).logits).abs().max() > 0.1
 
 
 def test_a_local_folder_loads_with_its_hash(

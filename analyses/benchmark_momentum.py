@@ -1,0 +1,134 @@
+"""What momentum attention costs: a training step and a decoded token beside the same decoder without it.
+
+Decoders of one shape and the same weights, with no η, a fixed and a learned one, take turns. Peak memory of a training
+step is measured in a process of its own, above what the process held before the decoder was made.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+
+from icl_dual import dual, pretrain
+from icl_dual.decoder import MomentumForCausalLM
+
+ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "learned"}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="small", choices=pretrain.PRESETS, help="the decoders' shape (%(default)s)")
+    add("--length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
+    add("--batch-size", type=int, default=2, help="sequences a step (%(default)s)")
+    add("--repeats", type=int, default=7, help="turns (%(default)s)")
+    add("--out", type=Path, default=Path("figures/momentum"), help="where cost.md and cost.json go (%(default)s)")
+    add("--peak", choices=ETAS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def decoder(args: argparse.Namespace, eta: float | str) -> MomentumForCausalLM:
+    preset = replace(pretrain.PRESETS[args.preset], n_ctx=args.length)
+    return MomentumForCausalLM(pretrain.configuration(preset, preset.d_vocab, eta))
+
+
+def training_step(args: argparse.Namespace, eta: float | str) -> Callable[[], None]:
+    model = decoder(args, eta).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    tokens = torch.randint(model.config.vocab_size, (args.batch_size, args.length))
+
+    def step() -> None:
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoding_step(args: argparse.Namespace, eta: float | str) -> Callable[[], None]:
+    """One token behind a cache of nearly the whole context, which is cropped again."""
+    model = decoder(args, eta).eval()
+    tokens = torch.randint(model.config.vocab_size, (args.batch_size, args.length))
+    with torch.no_grad():
+        cache = model(tokens[:, :-1], use_cache=True).past_key_values
+
+    def step() -> None:
+        with torch.no_grad():
+            model(tokens[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taking turns, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def peak_mb(args: argparse.Namespace) -> float:
+    """What two training steps take at most, above what the process held before."""
+    before = psutil.Process().memory_info().rss / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # Linux' high-water mark begins anew
+    step = training_step(args, ETAS[args.peak])
+    step()
+    step()
+    marks = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(marks["VmHWM"].split()[0]) * 1.024e-3 - before
+
+
+def peak_of_its_own(args: argparse.Namespace, name: str) -> float:
+    shape = ["--preset", args.preset, "--length", str(args.length), "--batch-size", str(args.batch_size)]
+    command = [sys.executable, __file__, *shape, "--peak", name]
+    # Freed memory goes back at once, so that what is held is what is needed.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return float(done.stdout)
+
+
+def main() -> None:
+    args = parse()
+    if args.peak:
+        print(peak_mb(args))
+        return
+    training = timed({name: training_step(args, eta) for name, eta in ETAS.items()}, args.repeats)
+    decoding = timed({name: decoding_step(args, eta) for name, eta in ETAS.items()}, 5 * args.repeats)
+    memory = {name: peak_of_its_own(args, name) for name in ETAS}
+    model = decoder(args, 0.5)
+    v = torch.randn(1, args.length, model.config.n_head, model.config.n_embd // model.config.n_head)
+    state = dual.momentum(v, model.eta[0]).state
+    measured = {"training step": training, "decoded token": decoding, "peak memory of training": memory}
+    ratios = {what: {name: found[name] / found["vanilla"] for name in ETAS} for what, found in measured.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "cost.json").write_text(json.dumps({"measured": measured, "ratios": ratios}, indent=1))
+    table = pd.DataFrame(ratios).T[["η fixed", "η learned"]].rename_axis("beside vanilla")
+    (args.out / "cost.md").write_text(
+        f"Preset `{args.preset}`, {args.batch_size} sequences of {args.length} tokens, float32, "
+        f"{torch.get_num_threads()} threads; medians of {args.repeats} turns (decoding: {5 * args.repeats}), memory "
+        f"above what the process held before (`python analyses/benchmark_momentum.py`).\n\n"
+        f"{table.to_markdown(floatfmt='.3f')}\n\n"
+        f"`dual.momentum` goes on from {state[0, 0].numel()} numbers a head (d_head), whatever came before; a decoder "
+        f"under transformers' cache keeps no state: it sums the values that the cache holds.\n"
+    )
+    print((args.out / "cost.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
