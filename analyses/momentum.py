@@ -102,6 +102,9 @@ def kept(path: Path, compute: Callable[[], Any]) -> Any:
     return found
 
 
+load_task = cache(icl.load_task)
+
+
 @cache
 def corpus(source: str, d_vocab: int) -> pretrain.Corpus:
     """Read once in a process."""
@@ -155,7 +158,7 @@ def classified(run: Run, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def answers(model: icl.Model, name: str, k: int, seed: int, n_queries: int) -> dict[str, Any]:
     """Whether each query's label is right; empty where the prompts are longer than the model's context."""
-    task = icl.load_task(name)
+    task = load_task(name)
     try:
         prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=seed), task.queries(n_queries))
     except icl.PromptError:

@@ -157,7 +157,7 @@ def draw_shots(frame: pd.DataFrame, ax: Axes) -> None:
     lines: dict[str, dict[int, Interval]] = {}
     for eta, measure in chosen[["eta", "measure"]].drop_duplicates().itertuples(index=False):
         values = chosen.query("eta == @eta and measure == @measure")["value"].tolist()
-        if len(values) > 2:
+        if len(values) > 1:
             lines.setdefault(eta_name(eta), {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
     icl.plots.curves(lines, ylabel="accuracy", ax=ax)
     ax.legend(frameon=False)

@@ -1,0 +1,102 @@
+"""The whole script on tiny decoders and the real model, and its numbers against what is recomputed here."""
+
+import json
+import sys
+from pathlib import Path
+
+import momentum as script
+import momentum_tables
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from icl_dual import pretrain
+
+ARGUMENTS = (
+    *("--etas", "0", "learned", "--curve", "0.5", "--seeds", "1", "2", "--curve-seeds", "1", "--jobs", "1"),
+    *("--tasks", "subj", "--ks", "0", "1", "9", "--queries", "6", "--k", "2", "--draws", "1", "--added", "0", "0.3"),
+)
+
+
+def run(out: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["momentum.py", *ARGUMENTS, "--out", str(out), *arguments])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("momentum")
+    text = folder / "lines.txt"
+    text.write_text("\n".join(f"Sentence: item {n} is {'good' if n % 3 else 'bad'} Label: {n * 7}" for n in range(900)))
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = pretrain.Preset(1, 2, 16, 32, 512, 300, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
+        toy = pretrain.Preset(1, 2, 16, 32, 33, 13, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
+        patch.setattr(pretrain, "PRESETS", {**pretrain.PRESETS, "tiny": tiny, "label-mapping": toy})
+        run(folder / "out", "--corpus", str(text), monkeypatch=patch)
+        made = {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()}
+        text.unlink()  # finished runs need nothing but what they have written
+        run(folder / "out", "--corpus", str(text), monkeypatch=patch)
+        assert {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()} == made
+    return folder / "out"
+
+
+def test_every_table_and_figure_is_written(out: Path) -> None:
+    figures = {f"{name}.{kind}" for name in ("momentum", "learned_eta", "intervention") for kind in ("png", "pdf")}
+    tables = {"README.md", "runs.csv", "differences.csv", "intervention.csv"}
+    assert {path.name for path in out.iterdir()} == {*figures, *tables, "cells", "models"}
+    page = (out / "README.md").read_text()
+    for shown in ("perplexity, val 128", "perplexity, val 256", "perplexity, val 512", "accuracy after 15", "| vanilla"):
+        assert shown in page
+    assert "nan" not in page
+
+
+def test_runs_are_those_of_the_cells(out: Path) -> None:
+    frame = pd.read_csv(out / "runs.csv", dtype={"eta": str})
+    for path in (out / "cells").glob("*_eta*_seed?.json"):
+        cell = json.loads(path.read_text())
+        data = "news" if "perplexity" in cell else "label mapping"
+        chosen = frame.query(
+            "data == @data and eta == @eta and seed == @seed",
+            local_dict=None,
+            global_dict={"data": data, "eta": str(cell["eta"]), "seed": cell["seed"]},
+        )
+        expected = cell.get("perplexity", {}).values() if data == "news" else cell["accuracy"]
+        assert chosen["value"].tolist() == pytest.approx(list(expected))
+        assert len(cell["etas"]) == 1
+    assert len(list((out / "cells").glob("*_eta*_seed?.json"))) == 2 * (2 * 2 + 1)
+
+
+def test_tasks_of_which_no_prompt_fits_are_left_out(out: Path) -> None:
+    measures = set(pd.read_csv(out / "runs.csv")["measure"])
+    assert {"Subj accuracy after 0", "Subj accuracy after 1"} <= measures
+    assert "Subj accuracy after 9" not in measures
+
+
+def test_differences_are_students_over_seeds() -> None:
+    rng = np.random.default_rng(0)
+    values = {(eta, seed): rng.normal() for eta in (0.0, 0.1, "learned") for seed in range(5)}
+    values[0.5, 0] = 1.0
+    rows = [("news", eta, seed, "perplexity, val 8", value) for (eta, seed), value in values.items()]
+    frame = pd.DataFrame(rows, columns=["data", "eta", "seed", "measure", "value"])
+    found = {one["eta"]: one for one in momentum_tables.differences(frame).to_dict("records")}
+    for eta in (0.1, "learned"):
+        ours, vanilla = (np.array([values[one, seed] for seed in range(5)]) for one in (eta, 0.0))
+        test = stats.ttest_rel(ours, vanilla)
+        low, high = test.confidence_interval(0.95)
+        assert (found[eta]["difference"], found[eta]["low"], found[eta]["high"], found[eta]["p"]) == pytest.approx(
+            (np.mean(ours - vanilla), low, high, test.pvalue)
+        )
+    assert np.isnan(found[0.0]["difference"])
+    assert found[0.5]["difference"] == pytest.approx(1.0 - values[0.0, 0])
+    assert np.isnan(found[0.5]["low"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "better", "said"),
+    [(-2.0, -1.0, -1, "better"), (-2.0, -1.0, 1, "worse"), (1.0, 2.0, 1, "better"), (-1.0, 1.0, 1, "no difference")],
+)
+def test_a_verdict_needs_an_interval_beyond_zero(low: float, high: float, better: int, said: str) -> None:
+    one = {"difference": (low + high) / 2, "low": low, "high": high}
+    assert momentum_tables.verdict(one, better).startswith(said)
+    assert momentum_tables.verdict({**one, "low": np.nan, "high": np.nan}, better) == "one seed tells nothing"
