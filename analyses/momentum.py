@@ -10,10 +10,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,20 @@ from tqdm.auto import tqdm
 import icl_dual as icl
 from icl_dual import pretrain
 
+MAPPING = "label mapping"
 PARTS = ("news", "mapping", "tasks", "intervention")
 N_PERPLEXITY = 50_000
 """Tokens of each split that perplexity is taken over, at most."""
+
+
+RANK, N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+"""Of `torchrun`, under which trainings only are shared: the first process does all else."""
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
 
 
 def eta(text: str) -> float | Literal["learned"]:
@@ -45,8 +57,8 @@ def parse() -> argparse.Namespace:
     add("--curve", type=eta, nargs="*", default=[0.3, 0.5, 0.9], help="more η, for the first seeds (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of weights and order (%(default)s)")
     add("--curve-seeds", type=int, default=2, help="how many of them the curve's decoders have (%(default)s)")
-    add("--steps", type=int, help="of training on text (the preset's)")
-    add("--batch-size", type=int, help="sequences a step of training on text (the preset's)")
+    add("--steps", type=positive, help="of training on text (the preset's)")
+    add("--batch-size", type=positive, help="sequences a step of training on text (the preset's)")
     add("--tasks", nargs="+", default=["sst2", "mr", "agnews"], choices=icl.TASKS, metavar="TASK")
     add("--ks", type=int, nargs="+", default=[0, 1, 2, 4], help="demonstrations for the decoders (%(default)s)")
     add("--queries", type=int, default=100, help="a task (%(default)s)")
@@ -55,10 +67,13 @@ def parse() -> argparse.Namespace:
     add("--draws", type=int, nargs="+", default=[1, 2, 3], help="of its demonstrations, by seed (%(default)s)")
     add("--added", type=float, nargs="+", default=[0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5], help="η (%(default)s)")
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="what to do (%(default)s)")
-    add("--device", default="cpu", help="(%(default)s)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at once, a thread each (%(default)s)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    add("--jobs", type=positive, help="trainings at once, which share the cores (a core each; on a GPU, 1)")
     add("--out", type=Path, default=Path("figures/momentum"), help="where all of it goes (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs is None:
+        args.jobs = os.cpu_count() if args.device == "cpu" and N_PROCESSES == 1 else 1
+    return args
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Run:
     @property
     def name(self) -> str:
         """What its files are called."""
-        return f"{Path(self.data).stem}_eta{self.eta}_seed{self.seed}"
+        return f"{Path(self.data).name}_eta{self.eta}_seed{self.seed}".replace(" ", "_")
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -86,15 +101,27 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
     points += [(one, seed) for seed in args.seeds[: args.curve_seeds] for one in args.curve if one not in args.etas]
     return {
         "news": [Run(args.corpus, preset, *point) for point in points],
-        "mapping": [Run("label mapping", mapping, *point) for point in points],
+        "mapping": [Run(MAPPING, mapping, *point) for point in points],
     }
 
 
-def kept(path: Path, compute: Callable[[], Any]) -> Any:
-    """What was computed before, or is now, and stays in a file."""
+def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]] | None) -> dict[str, Any]:
+    """A cell that was computed before, or is now, and stays in a file; empty where it is neither.
+
+    Raises:
+        ValueError: it was computed with other settings.
+    """
     if path.exists():
-        return json.loads(path.read_text())
-    found = compute()
+        found = json.loads(path.read_text())
+        other = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
+        if other:
+            said = "; ".join(f"{name} {was}, not {now}" for name, (was, now) in other.items())
+            raise ValueError(f"expected a cell of these settings, got {path} with {said}. Choose another --out")
+        return found
+    if compute is None:
+        return {}
+    versions = {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
+    found = {**settings, **compute(), "versions": versions}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(found))
@@ -112,92 +139,114 @@ def corpus(source: str, d_vocab: int) -> pretrain.Corpus:
 
 
 def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
-    """Train a decoder, if it is not yet, and measure it: numbers that are kept beside it."""
-    data: Any = pretrain.LabelMapping() if run.data == "label mapping" else corpus(run.data, run.preset.d_vocab)
+    """Train a decoder, if it is not yet, and measure it."""
+    data: Any = pretrain.LabelMapping() if run.data == MAPPING else corpus(run.data, run.preset.d_vocab)
     folder = out / "models" / run.name
-    model = pretrain.train(run.preset, data, eta=run.eta, seed=run.seed, folder=folder, device=device, progress=False)
+    show = device == "cuda"
+    model: Any = pretrain.train(
+        run.preset, data, eta=run.eta, seed=run.seed, folder=folder, device=device, progress=show
+    )
+    if RANK:
+        return {}
+    model.to(torch.device(device))
     losses = json.loads((folder / "losses.json").read_text())
-    found: dict[str, Any] = {**asdict(run), "etas": model.eta.tolist(), "losses": losses, "data": repr(data)}
+    found: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
     if isinstance(data, pretrain.LabelMapping):
         right = pretrain.in_context_accuracy(model, data, n=2000, seed=10_000)
-        return found | {"accuracy": right.double().mean(0).tolist()}
+        ceiling = [data.ceiling(n) for n in range(data.n_pairs)]
+        return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
     n_ctx = run.preset.n_ctx
     lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
     blocks = {name: data.blocks(split, n)[: N_PERPLEXITY // n] for name, (split, n) in lengths.items()}
     return found | {"perplexity": {name: pretrain.perplexity(model, found) for name, found in blocks.items()}}
 
 
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def train_all(runs: list[Run], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every run's numbers, several trained at once, each on a thread of its own."""
+def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
+    """Every run's numbers, several trained at once; without computing, those that are there."""
     paths = {run: args.out / "cells" / f"{run.name}.json" for run in runs}
-    waiting = [run for run, path in paths.items() if not path.exists()]
-    if args.jobs == 1 or len(waiting) < 2:
-        for run in tqdm(waiting, desc="decoders", unit="decoder"):
-            kept(paths[run], lambda run=run: trained(run, args.out, args.device))
-    else:
-        with ProcessPoolExecutor(args.jobs, get_context("spawn"), one_thread) as pool:
-            futures: dict[Future, Run] = {pool.submit(trained, run, args.out, args.device): run for run in waiting}
-            for future in tqdm(as_completed(futures), total=len(waiting), desc="decoders", unit="decoder"):
-                kept(paths[futures[future]], future.result)
-    return [kept(path, dict) for path in paths.values()]
+    waiting = [run for run in runs if compute and not kept(paths[run], asdict(run), None)]
+    with tqdm(total=len(waiting), desc="decoders", unit="decoder", disable=not waiting) as bar:
+        if args.jobs == 1:
+            for run in waiting:
+                found = trained(run, args.out, args.device)
+                if RANK == 0:
+                    kept(paths[run], asdict(run), lambda found=found: found)
+                bar.update()
+        else:
+            threads = max(1, (os.cpu_count() or 1) // args.jobs)
+            pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+            try:
+                futures: dict[Future, Run] = {pool.submit(trained, run, args.out, args.device): run for run in waiting}
+                for future in as_completed(futures):
+                    run = futures[future]
+                    kept(paths[run], asdict(run), future.result)
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    cells = [kept(path, asdict(run), None) for run, path in paths.items()]
+    return [cell for cell in cells if cell]
 
 
-def classified(run: Run, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def classified(run: Run, args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
     """Which queries of the tasks a trained decoder answers rightly, behind as many demonstrations as fit."""
     load = cache(lambda: icl.load_model(str(args.out / "models" / run.name), device=args.device))
+    cells = []
     for task in args.tasks:
         for k in args.ks:
             path = args.out / "cells" / f"{run.name}_{task}_k{k}_n{args.queries}.json"
-            found = kept(path, lambda task=task, k=k: answers(load(), task, k, run.seed, args.queries))
-            yield {"eta": run.eta, "seed": run.seed, "task": task, "k": k, **found}
+            settings = {**asdict(run), "task": task, "k": k, "queries": args.queries}
+
+            def ask(task: str = task, k: int = k) -> dict[str, Any]:
+                return answers(load(), task, k, run.seed, args.queries)
+
+            cells.append(kept(path, settings, ask if compute else None))
+    return [cell for cell in cells if cell]
 
 
 def answers(model: icl.Model, name: str, k: int, seed: int, n_queries: int) -> dict[str, Any]:
     """Whether each query's label is right; empty where the prompts are longer than the model's context."""
     task = load_task(name)
+    about = {"fingerprint": model.fingerprint(), "provenance": model.provenance}
     try:
         prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=seed), task.queries(n_queries))
     except icl.PromptError:
-        return {"right": [], "label_counts": []}
+        return {"right": [], "label_counts": [], **about}
     found = icl.capture(model, prompts, fields=(), progress=False)
     counts = found.predictions.bincount(minlength=len(task.label_words))
-    return {"right": (found.predictions == found.gold).int().tolist(), "label_counts": counts.tolist()}
+    return {"right": (found.predictions == found.gold).int().tolist(), "label_counts": counts.tolist(), **about}
 
 
-def intervened(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
     """The pretrained model's answers under momentum, by η, task, demonstrations and their draw."""
-    cells = [
-        (one, task, k, seed) for one in args.added for task in args.tasks for k in (0, args.k) for seed in args.draws
-    ]
-    cells = [cell for cell in cells if cell[2] or cell[3] == args.draws[0]]  # without demonstrations, no draw
+    etas = dict.fromkeys((0.0, *args.added))  # with none to hold the others against
+    points = [(one, task, k, seed) for one in etas for task in args.tasks for k in (0, args.k) for seed in args.draws]
+    points = [point for point in points if point[2] or point[3] == args.draws[0]]  # without demonstrations, no draw
     load = cache(lambda: icl.load_model(args.model, device=args.device))
+    cells = []
+    for one, task, k, seed in tqdm(points, desc="intervention", unit="cell", disable=not compute):
+        name = f"{args.model.replace('/', '--')}_added{one}_{task}_k{k}_seed{seed}_n{args.queries}.json"
+        settings = {"model": args.model, "eta": one, "task": task, "k": k, "seed": seed, "queries": args.queries}
 
-    def under(eta: float, task: str, k: int, seed: int) -> dict[str, Any]:
-        with icl.momentum_attention(load(), eta) as model:
-            return answers(model, task, k, seed, args.queries)
+        def ask(one: float = one, task: str = task, k: int = k, seed: int = seed) -> dict[str, Any]:
+            with icl.momentum_attention(load(), one) as model:
+                return answers(model, task, k, seed, args.queries)
 
-    for one, task, k, seed in tqdm(cells, desc="intervention", unit="cell"):
-        path = args.out / "cells" / f"{Path(args.model).stem}_added{one}_{task}_k{k}_seed{seed}_n{args.queries}.json"
-        found = kept(path, lambda cell=(one, task, k, seed): under(*cell))
-        yield {"eta": one, "task": task, "k": k, "seed": seed, **found}
+        cells.append(kept(args.out / "cells" / name, settings, ask if compute else None))
+    return [cell for cell in cells if cell]
 
 
 def main() -> None:
     args = parse()
     runs = plan(args)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for part in ("mapping", "news"):
-        if part in args.parts:
-            found[part] = train_all(runs[part], args)
-    if "tasks" in args.parts:
-        compared = [run for run in runs["news"] if run.eta in args.etas]
-        found["tasks"] = [one for run in tqdm(compared, desc="tasks", unit="decoder") for one in classified(run, args)]
-    if "intervention" in args.parts:
-        found["intervention"] = list(intervened(args))
+    found = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "news")}
+    if RANK:
+        return
+    compared = [run for run in runs["news"] if run.eta in args.etas]
+    asked = [
+        classified(run, args, compute="tasks" in args.parts) for run in tqdm(compared, desc="tasks", unit="decoder")
+    ]
+    found["tasks"] = [cell for cells in asked for cell in cells]
+    found["intervention"] = intervened(args, compute="intervention" in args.parts)
     momentum_tables.write(found, args)
     print(f"{args.out}/README.md")
 

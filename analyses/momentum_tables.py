@@ -1,9 +1,8 @@
 """What `momentum.py` has computed, as tables and pictures: every η beside the same decoder without momentum."""
 
 import argparse
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from common import DATA, TITLES, finish
+from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -77,11 +77,11 @@ def table(differences: pd.DataFrame, measures: Sequence[str], digits: int) -> st
     return pd.DataFrame(list(lines.values())).fillna("").to_markdown(index=False)
 
 
-def verdict(one: Mapping[Any, Any], better: int) -> str:
-    """Whether momentum makes a number better, by its interval over seeds; `better` is the sign of that."""
-    if np.isnan(one.get("low", np.nan)):
+def verdict(one: Mapping[Any, Any], better: int, n: int) -> str:
+    """Whether momentum makes a number better, of n that are asked about; `better` is the sign of that."""
+    if np.isnan(one["p"]):
         return "one seed tells nothing"
-    if one["low"] > 0 or one["high"] < 0:
+    if one["p"] * n < 0.05:
         return "better" if one["difference"] * better > 0 else "worse"
     return "no difference beyond that between seeds"
 
@@ -100,7 +100,7 @@ def added(found: Found) -> pd.DataFrame:
         values = np.array(right, dtype=float)
         about = {"task": TITLES[task], "k": k, "eta": eta, "accuracy": bootstrap(values)}
         about["most frequent answer"] = counts[task, k, eta].max() / counts[task, k, eta].sum()
-        plain = np.array(tables.get((task, k, 0.0), right), dtype=float)
+        plain = np.array(tables.get((task, k, 0.0), []), dtype=float)
         about["paired"] = paired_test(values, plain) if eta and plain.shape == values.shape else None
         rows.append(about)
     return pd.DataFrame(rows)
@@ -151,8 +151,8 @@ def draw_curve(frame: pd.DataFrame, data: str, measure: str, ax: Axes) -> None:
     ax.set_ylim(0, None)
 
 
-def draw_shots(frame: pd.DataFrame, ax: Axes) -> None:
-    """The label mapping's accuracy as demonstrations grow."""
+def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
+    """The label mapping's accuracy as demonstrations grow, below the best there can be."""
     chosen = frame.query("data == 'label mapping'")
     lines: dict[str, dict[int, Interval]] = {}
     for eta, measure in chosen[["eta", "measure"]].drop_duplicates().itertuples(index=False):
@@ -160,6 +160,7 @@ def draw_shots(frame: pd.DataFrame, ax: Axes) -> None:
         if len(values) > 1:
             lines.setdefault(eta_name(eta), {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
     icl.plots.curves(lines, ylabel="accuracy", ax=ax)
+    ax.plot(ceiling, color="0.6", linestyle=":", label="ceiling")
     ax.legend(frameon=False)
     ax.set(xlabel="demonstrations", title="label mapping", ylim=(0, 1))
 
@@ -168,20 +169,17 @@ def draw_trained(found: Found, frame: pd.DataFrame, out: Path) -> None:
     fig, axes = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
     if found.get("news"):
         draw_losses(found, axes[0, 0])
-        draw_curve(frame, "news", list(found["news"][0]["perplexity"])[-1].join(("perplexity, ", "")), axes[0, 1])
+        draw_curve(frame, "news", f"perplexity, {list(found['news'][0]['perplexity'])[-1]}", axes[0, 1])
     if found.get("mapping"):
-        draw_shots(frame, axes[1, 0])
+        draw_shots(frame, found["mapping"][0]["ceiling"], axes[1, 0])
         draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", axes[1, 1])
     finish(fig, [], "Decoders trained with and without momentum attention", out / "momentum")
 
 
-def draw_eta(found: Found, out: Path) -> None:
-    learned = [one["etas"] for one in found.get("news", []) if one["eta"] == "learned"]
-    if learned:
-        values = torch.tensor(learned)
-        fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-        icl.plots.heads(values, label="η, mean over seeds", limits=(0, float(values.mean(0).max())), ax=ax)
-        finish(fig, [], "η that heads learned, on news", out / "learned_eta")
+def draw_eta(learned: Float[torch.Tensor, "seed layer head"], out: Path) -> None:
+    fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    icl.plots.heads(learned, label="η, mean over seeds", limits=(0, float(learned.mean(0).max())), ax=ax)
+    finish(fig, [], "η that heads learned, on news", out / "learned_eta")
 
 
 def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
@@ -197,56 +195,66 @@ def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
 
 
 def conclusions(differences: pd.DataFrame) -> list[str]:
-    """What the intervals say, in words."""
-    lines = []
+    """What the tests over seeds say, in words: a difference counts where p times their number is below .05."""
     validation = differences[differences["measure"].str.startswith("perplexity, val")]["measure"].tolist()[-1:]
-    for measure, better in [*((name, -1) for name in validation), (f"accuracy after {SHOWN[-1]}", 1), (MEAN, 1)]:
-        for one in differences.query("measure == @measure and eta != 0").to_dict("records"):
-            apart = Interval(one["difference"], one["low"], one["high"], 1).format(3)
-            said = f"{one['data']}, {measure}, {eta_name(one['eta'])}, {one['seeds']} seeds"
-            lines.append(f"- {said}: {apart}, **{verdict(one, better)}**")
-    return lines
+    signs = {**dict.fromkeys(validation, -1), f"accuracy after {SHOWN[-1]}": 1, MEAN: 1}
+    asked = differences.query("measure in @signs and eta != 0").to_dict("records")
+    n = sum(not np.isnan(one["p"]) for one in asked)
+    lines = []
+    for one in asked:
+        apart = Interval(one["difference"], one["low"], one["high"], 1)
+        found = f"{apart.format(3)}, p = {one['p']:.2g}" if apart.known else f"{apart.value:.3f}"
+        seeds = f"{one['seeds']} seeds" if one["seeds"] > 1 else "one seed"
+        said = f"{one['data']}, {one['measure']}, {eta_name(one['eta'])}, {seeds}"
+        lines.append(f"- {said}: {found}, **{verdict(one, signs[one['measure']], n)}**")
+    return ["\n".join(lines)]
 
 
 def write(found: Found, args: argparse.Namespace) -> None:
-    """All tables and pictures, and the page that shows them."""
+    """All tables and pictures of what there is, and the page that shows them."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     sections = []
-    if any(found.get(part) for part in ("news", "mapping", "tasks")):
-        frame = trained(found)
+    frame = trained(found)
+    if len(frame):
         frame.to_csv(out / "runs.csv", index=False)
         apart = differences(frame)
         apart.to_csv(out / "differences.csv", index=False)
         draw_trained(found, frame, out)
-        draw_eta(found, out)
-        perplexities = [name for name in frame["measure"].unique() if name.startswith("perplexity")]
-        shown = [f"accuracy after {n}" for n in SHOWN]
-        of_tasks = [name for name in frame["measure"].unique() if "accuracy after" in name and name not in shown]
-        of_tasks = [name for name in of_tasks if name.split(" ")[0] in TITLES.values()]
-        sections += ["## Does momentum help?", *conclusions(apart)]
-        sections += ["## Perplexity", table(apart, perplexities, 2)]
-        sections += ["## Label mapping: accuracy as demonstrations grow", table(apart, shown, 3)]
-        sections += ["## Classification tasks", table(apart, [*of_tasks, MEAN], 3)]
+        sections += ["## Does momentum help?", *conclusions(apart), "![perplexity and accuracy](momentum.png)"]
+        sections += section(apart, "Perplexity", lambda name: name.startswith("perplexity"), 2)
+        if found.get("mapping"):
+            best = ", ".join(f"{found['mapping'][0]['ceiling'][n]:.3f} after {n}" for n in SHOWN)
+            shown = [f"accuracy after {n}" for n in SHOWN]
+            sections += section(apart, "Label mapping: accuracy as demonstrations grow", shown.__contains__, 3)
+            sections += [f"The best there can be, knowing every x seen and guessing at others: {best}."]
+        titles = tuple(f"{title} accuracy" for title in TITLES.values())
+        sections += section(apart, "Classification tasks", lambda name: name.startswith((*titles, MEAN)), 3)
+    learned = [one["etas"] for one in found.get("news", []) if one["eta"] == "learned"]
+    if learned:
+        draw_eta(torch.tensor(learned), out)
+        sections += ["## What heads learned", "![η by layer and head](learned_eta.png)"]
     if found.get("intervention"):
         frame = added(found)
         draw_added(frame, args.model, out)
-        ends = pd.DataFrame(
-            [(one.value, one.low, one.high) for one in frame["accuracy"]], columns=["value", "low", "high"]
-        )
+        accuracies = [(one.value, one.low, one.high) for one in frame["accuracy"]]
+        ends = pd.DataFrame(accuracies, columns=["value", "low", "high"])
         frame.drop(columns=["accuracy", "paired"]).join(ends).to_csv(out / "intervention.csv", index=False)
         sections += [f"## {args.model}, given momentum at every layer", added_table(frame)]
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("icl-dual", "torch", "transformers", "transformer-lens")
-    )
-    page = (
-        (DATA / "momentum_page.md")
-        .read_text()
-        .format(
-            command=f"python analyses/momentum.py --preset {args.preset}",
-            versions=f"{versions}, python {platform.python_version()}",
-            sections="\n\n".join(sections),
-            model=args.model,
-        )
+        sections += ["![accuracy against η](intervention.png)"]
+    made = next((cell["versions"] for cells in found.values() for cell in cells), {})
+    options = " ".join(argument for argument in sys.argv[1:] if argument != "--out" and argument != str(out))
+    page = (DATA / "momentum_page.md").read_text()
+    page = page.format(
+        command=f"python analyses/momentum.py {options}".strip(),
+        versions=", ".join(f"{name} {number}" for name, number in made.items()),
+        sections="\n\n".join(sections),
+        model=args.model,
     )
     (out / "README.md").write_text(page)
+
+
+def section(differences: pd.DataFrame, title: str, chosen: Callable[[str], bool], digits: int) -> list[str]:
+    """A table with its title, where there is anything in it."""
+    measures = [name for name in differences["measure"].drop_duplicates() if chosen(name)]
+    return [f"## {title}", table(differences, measures, digits)] if measures else []

@@ -10,7 +10,14 @@ from typing import Any, ClassVar, no_type_check
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -31,27 +38,27 @@ class MomentumConfig(GPT2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if isinstance(self.eta, str):
-            if self.eta != LEARNED:
-                raise ValueError(f"expected η as a number from 0 to below 1, or {LEARNED!r}, got {self.eta!r}")
-        else:
+        if isinstance(self.eta, float | int):
             dual.refuse_decay(torch.tensor([float(self.eta)]))
+        elif self.eta != LEARNED:
+            raise ValueError(f"expected η as a number from 0 to below 1, or {LEARNED!r}, got {self.eta!r}")
 
 
 class MomentumForCausalLM(GPT2LMHeadModel):
     """GPT-2 with momentum attention.
 
     Raises:
-        ValueError: η is out of range, or a sequence is longer than the model's context.
+        ValueError: η is out of range; a sequence is longer than the model's context; or it is to run in a way that
+            would leave momentum out: by another attention implementation, or with a cache of fixed size.
     """
 
     config_class = MomentumConfig
     _no_split_modules: ClassVar[list[str]] = ["GPT2Block"]
 
     def __init__(self, config: MomentumConfig) -> None:
-        config._attn_implementation = "sdpa" if config.eta == 0 else ATTENTION
+        config._attn_implementation = _implementation(config)
         super().__init__(config)
-        self.register_forward_pre_hook(_refuse_long, with_kwargs=True)
+        self.register_forward_pre_hook(_refuse_unfit, with_kwargs=True)
         for attention in self._attentions():
             if config.eta == LEARNED:
                 attention.eta_logit = nn.Parameter(torch.full((config.n_head,), math.log(FIRST / (1 - FIRST))))
@@ -62,6 +69,8 @@ class MomentumForCausalLM(GPT2LMHeadModel):
     @property
     def eta(self) -> Float[Tensor, "layer head"]:
         """η of every head, as it is now."""
+        if self.config.eta != LEARNED:
+            return torch.full((self.config.n_layer, self.config.n_head), float(self.config.eta), dtype=torch.float64)
         return torch.stack([_eta_of(attention) for attention in self._attentions()]).detach()
 
     def without_momentum(self) -> GPT2LMHeadModel:
@@ -76,12 +85,26 @@ class MomentumForCausalLM(GPT2LMHeadModel):
         return plain.eval()
 
 
-def _refuse_long(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _implementation(config: Any) -> str:
+    return "sdpa" if config.eta == 0 else ATTENTION
+
+
+def _refuse_unfit(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     tokens, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
     n_pos = (0 if tokens is None else tokens.shape[1]) + (0 if cache is None else cache.get_seq_length())
     if n_pos > model.config.n_positions:
         raise ValueError(
             f"expected sequences of at most the model's context, {model.config.n_positions} tokens, got {n_pos}"
+        )
+    if model.config.eta != 0 and cache is not None and not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"expected a cache that grows with the tokens (DynamicCache), got {type(cache).__name__}: momentum cannot "
+            "tell which of its places are filled"
+        )
+    if (chosen := model.config._attn_implementation) != (own := _implementation(model.config)):
+        raise ValueError(
+            f"expected the attention implementation {own!r}, which has the model's momentum, got {chosen!r}: leave "
+            "set_attn_implementation alone"
         )
 
 
@@ -90,33 +113,46 @@ def momentum_attention_forward(
     query: Float[Tensor, "batch head pos d_head"],
     key: Float[Tensor, "batch head key d_head"],
     value: Float[Tensor, "batch head key d_head"],
-    attention_mask: Bool[Tensor, "#batch 1 pos key"] | None,
+    attention_mask: Bool[Tensor, "#batch 1 pos key"] | Float[Tensor, "#batch 1 pos key"] | None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """Torch's fused attention plus momentum, as transformers calls it at every layer; cached values come first."""
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     eta, values = _eta_of(module), value.transpose(1, 2)
+    seen = attention_mask if attention_mask is None or attention_mask.dtype is torch.bool else attention_mask == 0
     if query.shape[2] == value.shape[2]:
-        documents = None if attention_mask is None else _documents(attention_mask)
-        added = dual.momentum(values, eta, documents=documents).z
-    else:  # decoding: the few rows that are new, over what the cache holds
-        n_keys = value.shape[2]
-        keys = torch.arange(n_keys, device=value.device)
-        weights = dual.decays(eta, keys[n_keys - query.shape[2] :], keys)
-        weights = weights[None] if attention_mask is None else weights * attention_mask[..., :n_keys]
-        added = torch.einsum("bhti,bihd->bthd", weights.expand(len(value), -1, -1, -1), values.to(weights))
+        added = dual.momentum(values, eta, documents=None if seen is None else _documents(seen)).z
+    else:
+        added = _of_cached(values, eta, query.shape[2], seen)
     return attended + added.to(attended.dtype), None
 
 
+def _of_cached(
+    values: Float[Tensor, "batch key head d_head"],
+    eta: Float[Tensor, " head"],
+    n_rows: int,
+    seen: Bool[Tensor, "#batch 1 row key"] | None,
+) -> Float[Tensor, "batch row head d_head"]:
+    """Momentum of the last rows, which are new, over values of which the cache holds most."""
+    keys = torch.arange(values.shape[1], device=values.device)
+    rows = keys[len(keys) - n_rows :]
+    weights = dual.decays(eta, rows, keys)[None]
+    if seen is not None:  # up to the next hidden key, where a text begins
+        joined = (seen | (keys >= rows[:, None])).flip(-1).cumprod(-1).flip(-1)
+        weights = weights * joined
+    return torch.einsum("bhti,bihd->bthd", weights.expand(len(values), -1, -1, -1), values.to(weights))
+
+
 def _eta_of(module: Any) -> Float[Tensor, " head"]:
+    """In float32, and below 1 also where the sigmoid is 1 but for rounding."""
     if module.config.eta == LEARNED:
-        return module.eta_logit.sigmoid()
+        return module.eta_logit.float().sigmoid().clamp(max=1 - torch.finfo(torch.float32).eps)
     return torch.full((module.num_heads,), float(module.config.eta), device=module.c_proj.weight.device)
 
 
-def _documents(mask: Bool[Tensor, "batch 1 pos pos"]) -> Int[Tensor, "batch pos"]:
+def _documents(seen: Bool[Tensor, "batch 1 pos pos"]) -> Int[Tensor, "batch pos"]:
     """Runs of tokens that see the one before them: a padded or packed batch's mask ends one where a text ends."""
-    sees_previous = mask[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+    sees_previous = seen[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
     return torch.nn.functional.pad((~sees_previous).cumsum(1), (1, 0))
 
 

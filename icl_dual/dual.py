@@ -440,6 +440,8 @@ def _signed(Q: Tensor, R: Tensor) -> Tensor:
 
 BLOCK = 32
 """Positions that one matrix of decays covers: more cost more arithmetic, fewer more steps."""
+NOTHING = 1e-30
+"""What decays below this adds nothing but time: arithmetic on subnormal numbers is slow."""
 
 
 class Momentum(NamedTuple):
@@ -471,16 +473,25 @@ def momentum(
             is summed by itself; a state belongs to the first.
 
     Raises:
-        ValueError: η is out of range.
+        ValueError: η is out of range, or not by head.
     """
     refuse_decay(eta)
-    values, decay = _as_heads(v, eta)
-    if not v.shape[1]:
+    with torch.autocast(v.device.type, enabled=False):  # which would sum in half precision
+        return _momentum(*_as_heads(v, eta), state, documents)
+
+
+def _momentum(
+    values: Float[Tensor, "batch pos head d_head"],
+    decay: Float[Tensor, " head"],
+    state: Float[Tensor, "batch head d_head"] | None,
+    documents: Int[Tensor, "batch pos"] | None,
+) -> Momentum:
+    if not values.shape[1]:
         return Momentum(values, values.sum(1) if state is None else state)
-    before = values.new_zeros(len(v), *values.shape[2:]) if state is None else state.to(values)
+    before = values.new_zeros(len(values), *values.shape[2:]) if state is None else state.to(values)
     own = before_own = None
     if documents is not None:
-        values = values * (documents >= 0)[..., None, None]
+        values = values.masked_fill((documents < 0)[..., None, None], 0.0)
         own = torch.nn.functional.pad((documents.diff(dim=1) != 0).cumsum(1), (1, 0))
         before_own = torch.cat((own[:, :1], own[:, :-1]), dim=1)
     z = _decayed(torch.cat((before[:, None], values[:, :-1]), dim=1), decay, before_own, own, 1)
@@ -539,6 +550,11 @@ def refuse_decay(eta: Float[Tensor, "*shape"]) -> None:
 
 def _as_heads(v: Tensor, eta: Tensor) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, " head"]]:
     """Values repeated for every query head, and decays, in one type of float32 at least."""
+    if eta.ndim != 1 or len(eta) % v.shape[2]:
+        raise ValueError(
+            f"expected η by query head, of which {v.shape[2]} heads of values have as many each, got η of "
+            f"shape {list(eta.shape)}"
+        )
     dtype = torch.promote_types(v.dtype, torch.float32)
     group = len(eta) // v.shape[2]
     return (v if group == 1 else v.repeat_interleave(group, dim=2)).to(dtype), eta.to(v.device, dtype)
@@ -560,7 +576,9 @@ def _decayed(
     blocks = x.unflatten(1, (n_blocks, size))
     step = torch.arange(size, device=x.device)
     distance = step[:, None] - step
-    weights = torch.where(distance >= 0, decay[:, None, None] ** (distance + offset).clamp_min(0), 0.0)[None, None]
+    powers = decay[:, None, None] ** (distance + offset).clamp_min(0)
+    hidden = (distance < 0) | ((powers > 0) & (powers < NOTHING))
+    weights = powers.masked_fill(hidden, 0.0)[None, None]
     sources = targets = ends = None
     if source is not None and target is not None:
         sources, targets = (

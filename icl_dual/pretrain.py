@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import os
 import random
@@ -30,16 +29,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from icl_dual import assets, tasks
 from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 from icl_dual.finetune import DivergedError
 
+N_BYTES = 256
 START = "<|endoftext|>"
 """The token with which every sequence begins."""
 
-log = logging.getLogger(__name__)
+RANK = int(os.environ.get("RANK", "0"))
+"""Which process of `torchrun` this is; the first writes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Preset:
     clip: float = 2.0
     micro_batch: int = 64
     """Most sequences that a device runs at once; a step's others follow, and their gradients are summed."""
+
+    def __post_init__(self) -> None:
+        wrong = {name: value for name, value in asdict(self).items() if value < (0 if name == "n_warmup" else 1e-12)}
+        if wrong or self.n_warmup >= self.n_steps:
+            raise ValueError(f"expected sizes above 0, and fewer steps of warm-up than steps, got {self}")
 
 
 PRESETS = {
@@ -109,11 +116,11 @@ class Corpus:
             ValueError: there is not one whole sequence.
         """
         tokens: Tensor = getattr(self, split)
-        n = len(tokens) // (length - 1)
+        n = len(tokens) // (length - 1) if length > 1 else 0
         if not n:
             raise ValueError(
-                f"{self.name}: expected a {split} split of {length - 1} tokens at least, got {len(tokens)}: use more "
-                "text, or a shorter context"
+                f"{self.name}: expected a {split} split of {length - 1} tokens at least, and of 1, got {len(tokens)}: "
+                "use more text, or a shorter context"
             )
         start = tokens.new_full((n, 1), self.tokenizer.vocab[START])
         return torch.cat((start, tokens[: n * (length - 1)].view(n, length - 1)), dim=1)
@@ -131,8 +138,12 @@ def build_corpus(name: str, train: Sequence[str], validation: Sequence[str], d_v
     """Learn a byte-level vocabulary on the training texts, and tokenize both splits by it.
 
     Raises:
-        ValueError: a split has no text, or they share one.
+        ValueError: a split has no text, they share one, or the vocabulary is too small for every byte.
     """
+    if d_vocab < N_BYTES + 1:
+        raise ValueError(
+            f"expected a vocabulary of every byte and a start token, {N_BYTES + 1} at least, got {d_vocab}"
+        )
     for split, texts in (("training", train), ("validation", validation)):
         if not any(text.strip() for text in texts):
             raise ValueError(f"{name}: expected text in the {split} split, got none")
@@ -170,7 +181,7 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
     """
     if source == "agnews":
         task = tasks.load_task("agnews")
-        pools = task.demonstrations(len(task._demonstrations), seed=0), task.queries(split="selection")
+        pools = task.demonstrations(task.n_demonstrations, seed=0), task.queries(split="selection")
         train, validation = ([dict(example.fields)["text"] for example in pool] for pool in pools)
         return build_corpus("agnews", train, validation, d_vocab)
     path = Path(source)
@@ -180,7 +191,10 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
         except (OSError, UnicodeDecodeError) as error:
             raise assets.AssetError(f"expected a readable UTF-8 file of text at {path}, got {error}") from error
     else:
-        lines = [str(row["text"]).replace("\n", " ") for row in assets.hub_rows(str(source), "train")]
+        rows = list(assets.hub_rows(str(source), "train"))
+        if rows and "text" not in rows[0]:
+            raise ValueError(f"{source}: expected a column 'text', got {sorted(rows[0])}")
+        lines = [str(row["text"]).replace("\n", " ") for row in rows]
     texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     held_out = {text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 20 == 0}
     return build_corpus(str(source), [text for text in texts if text not in held_out], sorted(held_out), d_vocab)
@@ -221,6 +235,11 @@ class LabelMapping:
         pairs = torch.stack((1 + x, 1 + self.n_x + mapping.gather(1, x)), dim=-1)
         return torch.cat((torch.zeros(n, 1, dtype=torch.long), pairs.flatten(1)), dim=1)
 
+    def ceiling(self, n_before: int) -> float:
+        """The best accuracy there can be after so many pairs: that of knowing all x seen, and guessing at others."""
+        unseen = (1 - 1 / self.n_x) ** n_before
+        return 1 - unseen + unseen / self.n_y
+
     def labels(self, sequences: Int[Tensor, "sequence pos"]) -> Int[Tensor, "sequence pos"]:
         """Only the labels of pairs are predicted."""
         asked = torch.full_like(sequences, -100)
@@ -251,28 +270,35 @@ def train(
         data: what to learn from.
         eta: of momentum attention; 0 for none, or `learned` by every head for itself.
         seed: of weights and order.
-        folder: where the model goes when it is done (with its tokenizer and `losses.json`), and its checkpoints before.
-        device: where to train; `torchrun` gives each process its own.
-        checkpoints: how many to write on the way; the last two are kept until the end.
+        folder: where the model goes when it is done (with its tokenizer, and `losses.json`: the mean training loss in
+            nats up to every hundredth of the steps), and its checkpoints before.
+        device: `cpu`; or `cuda`, in bfloat16 where the GPU has it. `torchrun` gives each process its own.
+        checkpoints: how many to write on the way, at most; the last two are kept until the end.
         progress: show a progress bar.
 
+    Returns:
+        The model, on the CPU.
+
     Raises:
-        ValueError: η is out of range, or the folder holds a model of other settings.
+        ValueError: η is out of range, the data are too few, the batch cannot be shared by the processes there are, the
+            device cannot be used, or the folder holds a model of other settings.
         DivergedError: the loss or a gradient is no longer finite; says at which step, and the last good checkpoint is
             kept.
     """
     folder = Path(folder)
     halfway = folder / "checkpoints"
     config = configuration(preset, data.d_vocab, eta)
-    settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
-    _refuse_other_settings(folder, settings)
-    if (folder / "losses.json").exists():
-        return MomentumForCausalLM.from_pretrained(folder)
     sequences = data.training(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
     with _own_randomness():
+        arguments = _arguments(preset, halfway, seed, device, checkpoints)
+        settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
+        settings["precision"] = "bfloat16" if arguments.bf16 else "float32"
+        if RANK == 0:
+            _refuse_other_settings(folder, settings)
+        if (folder / "losses.json").exists():
+            return MomentumForCausalLM.from_pretrained(folder).eval()
         torch.manual_seed(seed)
         model = MomentumForCausalLM(config)
-        arguments = _arguments(preset, halfway, seed, device, checkpoints)
         trainer = _Trainer(
             model, arguments, train_dataset=_Sequences(sequences, data.labels(sequences)), callbacks=[_Finite()]
         )
@@ -285,9 +311,10 @@ def train(
         if data.tokenizer is not None:
             data.tokenizer.save_pretrained(folder)
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        (folder / "losses.json").write_text(json.dumps(losses))
+        _write(folder / "losses.json", losses)
         shutil.rmtree(halfway)
-    return model.eval()
+    trainer.accelerator.wait_for_everyone()
+    return model.cpu().eval()
 
 
 def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumConfig:
@@ -325,20 +352,38 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"expected a new folder, or one begun with these settings, got {folder} with {said}")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        _write(path, settings)
+
+
+def _write(path: Path, value: Any) -> None:
+    """A file that is there whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.replace(path)
 
 
 def _arguments(
     preset: Preset, folder: Path, seed: int, device: str | torch.device, checkpoints: int
 ) -> TrainingArguments:
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = str(device) == "cpu"
+    if not on_cpu and (str(device) != "cuda" or not torch.cuda.is_available()):
+        raise ValueError(f"expected the device cpu, or cuda where there is one, got {str(device)!r}")
+    if not on_cpu and n_processes == 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"expected one GPU, or a process for each by torchrun, got {torch.cuda.device_count()} GPUs and one "
+            "process: choose one by CUDA_VISIBLE_DEVICES"
+        )
+    if checkpoints < 1:
+        raise ValueError(f"expected a checkpoint at least, got checkpoints={checkpoints}")
+    # What is logged between two losses is lost when a training is resumed: checkpoints come with losses.
+    every = max(1, preset.n_steps // 100)
     per_device = min(preset.micro_batch, max(1, preset.batch_size // n_processes))
     if preset.batch_size % (per_device * n_processes):
         raise ValueError(
             f"expected a batch size that {n_processes} processes of {per_device} sequences at once divide, got "
             f"{preset.batch_size}"
         )
-    on_cpu = torch.device(device).type == "cpu"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=preset.n_steps,
@@ -356,9 +401,10 @@ def _arguments(
         data_seed=seed,
         use_cpu=on_cpu,
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
-        save_steps=max(1, preset.n_steps // checkpoints),
+        save_steps=every * math.ceil(preset.n_steps / checkpoints / every),
         save_total_limit=2,
-        logging_steps=max(1, preset.n_steps // 100),
+        logging_steps=every,
+        ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
@@ -399,13 +445,20 @@ class _Finite(TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.exists() else None
+    """The last that was written to its end, of which the trainer's state is the last file; others are deleted."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = {step: path for step, path in found.items() if (path / TRAINER_STATE_NAME).exists()}
+    for path in (found[step] for step in found.keys() - whole if RANK == 0):
+        shutil.rmtree(path)
+    return str(whole[max(whole)]) if whole else None
 
 
 def _diverged(what: str, step: int, folder: str) -> DivergedError:
+    """What is wrong at a step was done by the one before: its checkpoint is not good."""
+    shutil.rmtree(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step - 1}", ignore_errors=True)
     last = _last_checkpoint(Path(folder))
     kept = "no checkpoint was written before" if last is None else f"the last good checkpoint is kept in {last}"
-    return DivergedError(f"step {step}: expected {what}; {kept}. Lower the learning rate")
+    return DivergedError(f"step {step}: expected {what}; {kept}. Lower the learning rate, in a new folder")
 
 
 class _Bar(TrainerCallback):
@@ -441,7 +494,13 @@ def _own_randomness() -> Iterator[None]:
 
 
 def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"], *, batch_size: int = 16) -> float:
-    """exp of the mean negative log-likelihood, in nats, of every token behind the first of its sequence."""
+    """exp of the mean negative log-likelihood, in nats, of every token behind the first of its sequence.
+
+    Raises:
+        ValueError: there are no such tokens.
+    """
+    if not sequences[:, 1:].numel():
+        raise ValueError(f"expected sequences of two tokens at least, got {list(sequences.shape)}")
     total = 0.0
     with torch.no_grad():
         for batch in sequences.split(batch_size):

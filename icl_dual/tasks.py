@@ -142,6 +142,11 @@ class Task:
         """The template's text after its last field: what a label word directly follows."""
         return self.template[self.template.rindex("}") + 1 :]
 
+    @property
+    def n_demonstrations(self) -> int:
+        """How many rows demonstrations are drawn from."""
+        return len(self._demonstrations)
+
     def demonstrations(self, k: int, seed: int, *, balanced: bool = False) -> list[Example]:
         """Draw k demonstrations by seed, classes as they fall (the paper's way) or balanced.
 

@@ -145,3 +145,63 @@ def test_a_sequence_longer_than_the_context_is_refused():
     cache = model(tokens(1, 64), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="got 65"):
         model(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_hole_in_the_mask_begins_a_text_anew_in_every_pass():
+    model, ids = make(0.9), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 6:9] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    real = mask.bool()
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=positions).logits
+        for first in (12, 19):
+            cached = model(
+                ids[:, :first], attention_mask=mask[:, :first], position_ids=positions[:, :first], use_cache=True
+            )
+            cache = cached.past_key_values
+            rest = model(ids[:, first:], attention_mask=mask, position_ids=positions[:, first:], past_key_values=cache)
+            torch.testing.assert_close(rest.logits, whole[:, first:], atol=2e-5, rtol=1e-5)
+        # The same mask, as the number that is added to scores.
+        shown = real[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril()
+        added = torch.zeros(shown.shape).masked_fill(~shown, -1e9)
+        by_number = model(ids, attention_mask=added, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(by_number[real], whole[real], atol=2e-5, rtol=1e-5)
+
+
+def test_what_would_leave_momentum_out_is_refused():
+    model, ids = make(0.9), tokens(1, 6)
+    with pytest.raises(ValueError, match=r"expected a cache that grows with the tokens .* got StaticCache"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static", do_sample=False, pad_token_id=0)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"expected the attention implementation 'icl_dual_momentum', .* got 'eager'"):
+        model(ids)
+
+
+def test_a_learned_decay_stays_below_one_and_in_float32():
+    model, ids = make("learned"), tokens(1, 30)
+    for block in model.transformer.h:
+        block.attn.eta_logit.data.fill_(40.0)
+    assert (model.eta < 1).all()
+    assert model(ids).logits.isfinite().all()
+    half = model.to(torch.bfloat16)
+    assert half.eta.dtype == torch.float32
+    assert (half.eta < 1).all()
+
+
+def test_under_autocast_sums_keep_their_precision():
+    model, ids = make(0.99), tokens(1, 60)
+    found: list[torch.Tensor] = []
+    own = dual.momentum
+
+    def momentum(*args: Any, **kwargs: Any) -> dual.Momentum:
+        found.append(own(*args, **kwargs).z)
+        expected = dual.momentum_reference(args[0].double(), args[1].double())
+        torch.testing.assert_close(found[-1].double(), expected, atol=1e-5, rtol=1e-5)
+        return own(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(dual, "momentum", momentum)
+        logits = model(ids).logits
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    assert logits.isfinite().all()

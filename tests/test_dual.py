@@ -470,9 +470,9 @@ def test_momentum_of_packed_documents_is_that_of_each_alone(seed, n, cuts, paddi
         if number % 3 < 2 or padding == 0:  # the rest is padding between documents
             documents[0, first:end] = number % 2
             expected[:, first:end] = dual.momentum_reference(v[:, first:end], ETA)
-    v[documents < 0] *= 1e6  # what is there must not be seen
+    v[documents < 0] = torch.nan  # what is there must not be seen
     assert_exact(dual.momentum(v, ETA, documents=documents).z, expected)
-    assert_exact(dual.momentum_reference(v, ETA, documents), expected)
+    assert_exact(dual.momentum_reference(v.nan_to_num(), ETA, documents), expected)
 
 
 @settings(max_examples=25, deadline=None)
@@ -530,3 +530,9 @@ def test_a_decay_out_of_range_is_refused(eta):
     for momentum in (dual.momentum, dual.momentum_reference):
         with pytest.raises(ValueError, match="expected η from 0 to below 1, got"):
             momentum(torch.zeros(1, 3, 1, 2), torch.tensor([0.5, eta]))
+
+
+@pytest.mark.parametrize("eta", [torch.tensor(0.5), torch.full((3,), 0.5), torch.full((1,), 0.5)])
+def test_decays_that_are_not_by_query_head_are_refused(eta):
+    with pytest.raises(ValueError, match="expected η by query head"):
+        getattr(dual.momentum, "__wrapped__")(torch.zeros(1, 3, 2, 2), eta)  # noqa: B009 - without its checks of types

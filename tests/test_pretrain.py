@@ -120,16 +120,74 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_keeps_the_last_good
         return found
 
     monkeypatch.setattr(MomentumForCausalLM, "forward", forward)
-    with pytest.raises(icl.DivergedError, match=r"step 7: expected a finite loss, got nan; .*checkpoint-6"):
+    with pytest.raises(icl.DivergedError, match=r"step 7: expected a finite loss, got nan; .*checkpoint-4\. Lower"):
         run(tmp_path, checkpoints=6)
-    kept = MomentumForCausalLM.from_pretrained(tmp_path / "checkpoints/checkpoint-6")
+    assert not (tmp_path / "checkpoints/checkpoint-6").exists()  # whose weights gave that loss
+    kept = MomentumForCausalLM.from_pretrained(tmp_path / "checkpoints/checkpoint-4")
     assert all(parameter.isfinite().all() for parameter in kept.parameters())
     assert not (tmp_path / "losses.json").exists()
 
 
-def test_a_gradient_that_is_not_a_number_moves_no_weight(tmp_path):
-    with pytest.raises(icl.DivergedError, match=r"step \d+: expected (finite gradients|a finite loss), got .* no ch"):
-        run(tmp_path, preset=replace(PRESET, lr=1e38, clip=1e38), checkpoints=1)
+def test_a_gradient_that_is_not_a_number_moves_no_weight(tmp_path, monkeypatch):
+    """The loss is finite, and its gradient at one weight is not."""
+    models: list[MomentumForCausalLM] = []
+
+    def training_step(self, model, *args):
+        loss = own(self, model, *args)
+        if self.state.global_step == 5:
+            next(model.parameters()).grad[0, 0] = torch.nan
+        models[:] = [model]
+        return loss
+
+    own = pretrain._Trainer.training_step
+    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+    with pytest.raises(
+        icl.DivergedError, match=r"step 6: expected finite gradients, got a norm of nan; .*checkpoint-4"
+    ):
+        run(tmp_path, checkpoints=6)
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
+
+
+@pytest.mark.parametrize("n_steps", [250])
+def test_losses_of_several_steps_come_back_when_a_training_is_resumed(n_steps, tmp_path, monkeypatch):
+    preset = replace(PRESET, n_steps=n_steps, micro_batch=4)
+    run(tmp_path / "whole", preset=preset, checkpoints=7)
+    with monkeypatch.context() as patch:
+        killed_at(77, patch)
+        with pytest.raises(KilledError):
+            run(tmp_path / "killed", preset=preset, checkpoints=7)
+    run(tmp_path / "killed", preset=preset, checkpoints=7)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", checkpoints=6)
+    with monkeypatch.context() as patch:
+        killed_at(7, patch)
+        with pytest.raises(KilledError):
+            run(tmp_path / "killed", checkpoints=6)
+    last = tmp_path / "killed/checkpoints/checkpoint-6"
+    for name in ("trainer_state.json", "optimizer.pt"):  # the state is written last
+        (last / name).unlink()
+    resumed = run(tmp_path / "killed", checkpoints=6)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    for options, said in (
+        ({"device": "meta"}, "expected the device cpu, or cuda where there is one, got 'meta'"),
+        ({"checkpoints": 0}, "expected a checkpoint at least, got checkpoints=0"),
+        ({"eta": 1.0}, "expected η from 0 to below 1, got 1"),
+        ({"preset": replace(PRESET, n_ctx=7)}, "expected a context of 9 tokens for 4 pairs, got 7"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(tmp_path / "folder", **options)
+    for wrong in ({"n_steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"n_warmup": 12}):
+        with pytest.raises(ValueError, match="expected sizes above 0, and fewer steps of warm-up than steps"):
+            replace(PRESET, **wrong)
+    assert not (tmp_path / "folder").exists()
+    run(tmp_path / "folder")
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
@@ -153,6 +211,11 @@ def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(
         assert asked == [-100 if position % 2 or not position else row[position] for position in range(33)]
         mappings.append(mapping)
     assert len({str(sorted(mapping.items())) for mapping in mappings}) > 30
+    right = [[row[1 + 2 * n] in row[1 : 1 + 2 * n : 2] for n in range(16)] for row in sequences.tolist()]
+    seen = np.mean(right, axis=0)
+    best = [task.ceiling(n) for n in range(16)]
+    assert np.abs(seen + (1 - seen) / 4 - best).max() < 0.25
+    assert best[0] == 0.25
     with pytest.raises(ValueError, match="expected a context of 33 tokens for 16 pairs, got 32"):
         task.training(32, 1, 0)
 
@@ -198,7 +261,7 @@ def test_a_corpus_of_a_file_holds_out_texts_of_their_own(tmp_path):
     assert corpus.digest == pretrain.load_corpus(path, 300).digest
 
 
-def test_text_that_cannot_be_learned_from_is_refused(tmp_path):
+def test_text_that_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="empty: expected text in the training split, got none"):
         pretrain.build_corpus("empty", ["", " "], TEXTS, 300)
     with pytest.raises(ValueError, match="expected text in the validation split, got none"):
@@ -208,7 +271,12 @@ def test_text_that_cannot_be_learned_from_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="expected text in the training split, got none"):
         pretrain.load_corpus(tmp_path / "empty.txt", 300)
+    with pytest.raises(ValueError, match="expected a vocabulary of every byte and a start token, 257 at least, got 10"):
+        pretrain.build_corpus("small", TEXTS[:50], TEXTS[50:], 10)
+    monkeypatch.setattr(pretrain.assets, "hub_rows", lambda *_: iter([{"sentence": "one"}]))
+    with pytest.raises(ValueError, match=r"some/set: expected a column 'text', got \['sentence'\]"):
+        pretrain.load_corpus("some/set", 300)
     with pytest.raises(icl.AssetError, match="expected a readable UTF-8 file of text"):
         pretrain.load_corpus(tmp_path / "none.txt", 300)
-    with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, got \d+: use more"):
+    with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, and of 1, got \d+"):
         pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 10_000)

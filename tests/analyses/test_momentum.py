@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(folder / "out", "--corpus", str(text), monkeypatch=patch)
         made = {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()}
         text.unlink()  # finished runs need nothing but what they have written
-        run(folder / "out", "--corpus", str(text), monkeypatch=patch)
+        run(folder / "out", "--corpus", str(text), "--parts", "tasks", monkeypatch=patch)  # the others' are shown, too
         assert {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()} == made
     return folder / "out"
 
@@ -46,7 +46,13 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
     tables = {"README.md", "runs.csv", "differences.csv", "intervention.csv"}
     assert {path.name for path in out.iterdir()} == {*figures, *tables, "cells", "models"}
     page = (out / "README.md").read_text()
-    for shown in ("perplexity, val 128", "perplexity, val 256", "perplexity, val 512", "accuracy after 15", "| vanilla"):
+    for shown in (
+        "perplexity, val 128",
+        "perplexity, val 256",
+        "perplexity, val 512",
+        "accuracy after 15",
+        "| vanilla",
+    ):
         assert shown in page
     assert "nan" not in page
 
@@ -93,10 +99,22 @@ def test_differences_are_students_over_seeds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "better", "said"),
-    [(-2.0, -1.0, -1, "better"), (-2.0, -1.0, 1, "worse"), (1.0, 2.0, 1, "better"), (-1.0, 1.0, 1, "no difference")],
+    ("difference", "p", "better", "said"),
+    [(-1.0, 0.01, -1, "better"), (-1.0, 0.01, 1, "worse"), (1.0, 0.01, 1, "better"), (-1.0, 0.04, 1, "no difference")],
 )
-def test_a_verdict_needs_an_interval_beyond_zero(low: float, high: float, better: int, said: str) -> None:
-    one = {"difference": (low + high) / 2, "low": low, "high": high}
-    assert momentum_tables.verdict(one, better).startswith(said)
-    assert momentum_tables.verdict({**one, "low": np.nan, "high": np.nan}, better) == "one seed tells nothing"
+def test_a_verdict_counts_how_many_are_asked(difference: float, p: float, better: int, said: str) -> None:
+    one = {"difference": difference, "p": p}
+    assert momentum_tables.verdict(one, better, 2).startswith(said)
+    assert momentum_tables.verdict({**one, "p": np.nan}, better, 2) == "one seed tells nothing"
+
+
+def test_a_cell_of_other_settings_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"expected a cell of these settings, got .* with preset .* Choose another"):
+        run(out, monkeypatch=monkeypatch)  # of the presets as they are
+
+
+def test_without_momentum_nothing_is_compared_with_itself() -> None:
+    cell = {"task": "sst2", "k": 2, "label_counts": [3, 3], "right": [1, 0, 1, 0, 1, 0]}
+    assert momentum_tables.added({"intervention": [{**cell, "eta": 0.3}]})["paired"].tolist() == [None]
+    both = momentum_tables.added({"intervention": [{**cell, "eta": 0.3}, {**cell, "eta": 0.0, "right": [0] * 6}]})
+    assert both["paired"].tolist()[0].difference.value == 0.5
