@@ -1,11 +1,14 @@
 """What the README shows, run as printed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
+
+from icl_dual import pretrain
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -34,7 +37,30 @@ def test_the_examples_run_on_the_real_model(capsys: pytest.CaptureFixture[str]) 
     assert scope["updates"].cosine.isfinite().all()
     assert scope["delta_W_ICL"].shape == (30, 3, 64, 64)
     assert scope["W_ZSL"].shape == (20, 30, 3, 64, 64)
+    exec(PYTHON[4], scope)
+    assert scope["model"].momentum is None
+    assert "momentum norm=" in capsys.readouterr().out
     plt.close("all")
+
+
+def test_the_page_on_momentum_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As printed, but for the presets' numbers of steps."""
+    monkeypatch.chdir(tmp_path)
+    shorter = {name: replace(preset, n_steps=4, n_warmup=1) for name, preset in pretrain.PRESETS.items()}
+    monkeypatch.setattr(pretrain, "PRESETS", shorter)
+    Path("texts.txt").write_text("\n".join(f"item {n} is {'good' if n % 3 else 'bad'}" for n in range(2000)))
+    scope: dict = {}
+    page = (Path(__file__).parents[1] / "docs/momentum.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, scope)
+    said = capsys.readouterr().out
+    assert "smollm2-135m + momentum η=0.1 in layers 10-29" in said
+    assert scope["split"].residual < 2e-6
+    assert (scope["split"].momentum_norm[:, :10] == 0).all()
+    assert scope["model"].momentum.shape == (4, 4)
+    assert "momentum η=0." in said.splitlines()[-1]
 
 
 def test_recordings_go_out_and_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +98,5 @@ def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
     scope: dict = {"icl": icl}
-    exec(PYTHON[4], scope)
+    exec(PYTHON[5], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
