@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual import pretrain
+from icl_dual.study import refuse_different
 
 MAPPING = "label mapping"
 PARTS = ("news", "mapping", "tasks", "intervention")
@@ -94,8 +95,10 @@ class Run:
 def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
     """The decoders to train, by part; those of the paper's comparison come first."""
     preset = pretrain.PRESETS[args.preset]
-    given = {"n_steps": args.steps, "batch_size": args.batch_size}
-    preset = replace(preset, **{name: value for name, value in given.items() if value is not None})
+    if args.steps is not None:  # the same share of them to warm up
+        preset = replace(preset, n_steps=args.steps, n_warmup=preset.n_warmup * args.steps // preset.n_steps)
+    if args.batch_size is not None:
+        preset = replace(preset, batch_size=args.batch_size)
     mapping = pretrain.PRESETS["label-mapping"]
     points = [(one, seed) for seed in args.seeds for one in dict.fromkeys(args.etas)]
     points += [(one, seed) for seed in args.seeds[: args.curve_seeds] for one in args.curve if one not in args.etas]
@@ -109,14 +112,11 @@ def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[
     """A cell that was computed before, or is now, and stays in a file; empty where it is neither.
 
     Raises:
-        ValueError: it was computed with other settings.
+        StudyError: it was computed with other settings.
     """
     if path.exists():
         found = json.loads(path.read_text())
-        other = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
-        if other:
-            said = "; ".join(f"{name} {was}, not {now}" for name, (was, now) in other.items())
-            raise ValueError(f"expected a cell of these settings, got {path} with {said}. Choose another --out")
+        refuse_different(path, settings, found)
         return found
     if compute is None:
         return {}

@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from icl_dual import assets, tasks
 from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 from icl_dual.finetune import DivergedError
+from icl_dual.study import refuse_different
 
 N_BYTES = 256
 START = "<|endoftext|>"
@@ -280,8 +281,9 @@ def train(
         The model, on the CPU.
 
     Raises:
-        ValueError: η is out of range, the data are too few, the batch cannot be shared by the processes there are, the
-            device cannot be used, or the folder holds a model of other settings.
+        ValueError: η is out of range, the data are too few, the batch cannot be shared by the processes there are, or
+            the device cannot be used.
+        StudyError: the folder holds a model of other settings; says which differ.
         DivergedError: the loss or a gradient is no longer finite; says at which step, and the last good checkpoint is
             kept.
     """
@@ -345,11 +347,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note a folder's settings, or hold these against what it was begun with."""
     path = folder / "settings.json"
     if path.exists():
-        begun = json.loads(path.read_text())
-        other = {name: (begun.get(name), value) for name, value in settings.items() if begun.get(name) != value}
-        if other:
-            said = "; ".join(f"{name} {was!r}, not {now!r}" for name, (was, now) in other.items())
-            raise ValueError(f"expected a new folder, or one begun with these settings, got {folder} with {said}")
+        refuse_different(folder, settings, json.loads(path.read_text()))
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, settings)
@@ -376,7 +374,7 @@ def _arguments(
         )
     if checkpoints < 1:
         raise ValueError(f"expected a checkpoint at least, got checkpoints={checkpoints}")
-    # What is logged between two losses is lost when a training is resumed: checkpoints come with losses.
+    # A training that goes on has lost the losses since the last one logged: checkpoints are written where one is.
     every = max(1, preset.n_steps // 100)
     per_device = min(preset.micro_batch, max(1, preset.batch_size // n_processes))
     if preset.batch_size % (per_device * n_processes):

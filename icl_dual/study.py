@@ -6,7 +6,7 @@ A cell's folder appears complete or not at all, so a study that is stopped goes 
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -482,9 +482,10 @@ def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
             refuse_different(Path(cell.name), _origin(model), result.provenance)
 
 
-def refuse_different(folder: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise a StudyError where what a folder holds was made with other settings than are wanted now."""
-    different = [f"{key}={found[key]!r} (wanted {wanted[key]!r})" for key in wanted if found[key] != wanted[key]]
+def refuse_different(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise a StudyError where what a folder or file holds was made with other settings than are wanted now."""
+    pairs = {key: (found.get(key), value) for key, value in wanted.items()}
+    different = [f"{key}={was!r} (wanted {now!r})" for key, (was, now) in pairs.items() if was != now]
     if different:
         raise StudyError(
             f"{folder} was made with other settings: {', '.join(different)}. Use another output folder, or delete this "

@@ -104,9 +104,7 @@ def test_training_learns_and_leaves_random_states_alone(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"one begun with these settings, got .* with eta 0\.5, not 0\.3; seed 1, not 2"
-    ):
+    with pytest.raises(icl.StudyError, match=r"eta=0\.5 \(wanted 0\.3\), seed=1 \(wanted 2\)"):
         run(tmp_path, eta=0.3, seed=2)
 
 

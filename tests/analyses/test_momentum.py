@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+import icl_dual as icl
 from icl_dual import pretrain
 
 ARGUMENTS = (
@@ -109,7 +110,7 @@ def test_a_verdict_counts_how_many_are_asked(difference: float, p: float, better
 
 
 def test_a_cell_of_other_settings_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"expected a cell of these settings, got .* with preset .* Choose another"):
+    with pytest.raises(icl.StudyError, match=r"was made with other settings: preset=.* \(wanted"):
         run(out, monkeypatch=monkeypatch)  # of the presets as they are
 
 
