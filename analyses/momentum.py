@@ -1,6 +1,6 @@
 """Momentum attention: decoders trained with and without it, and a pretrained model that is given it.
 
-Trains decoders that differ in η alone, from the same weights on the same sequences, by several seeds: on news, and on a
+Trains decoders that differ in η alone, from the same weights on the same sequences, by several seeds: on text, and on a
 task that only its context can solve. Compares perplexity at the training length and at three validation lengths, and
 accuracy as demonstrations grow. Then adds momentum to a pretrained model and asks what its in-context learning makes of
 it. A stopped run goes on where it was.
@@ -29,7 +29,7 @@ from icl_dual import pretrain
 from icl_dual.study import refuse_different
 
 MAPPING = "label mapping"
-PARTS = ("news", "mapping", "tasks", "intervention")
+PARTS = ("text", "mapping", "tasks", "intervention")
 N_PERPLEXITY = 50_000
 """Tokens of each split that perplexity is taken over, at most."""
 
@@ -55,8 +55,21 @@ def parse() -> argparse.Namespace:
     add("--preset", default="tiny", choices=shapes, help="of the decoders trained on text (%(default)s)")
     add("--corpus", default="agnews", help="agnews, a .txt file with a text a line, or a hub data set (%(default)s)")
     add("--etas", type=eta, nargs="+", default=[0.0, 0.1, "learned"], help="to train with; 0 is vanilla (%(default)s)")
-    add("--curve", type=eta, nargs="*", default=[0.3, 0.5, 0.9], help="more η, for the first seeds (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of weights and order (%(default)s)")
+    add(
+        "--curve",
+        type=eta,
+        nargs="*",
+        default=[0.3, 0.5, 0.9],
+        help="more η, for the first seeds; none by --curve alone",
+    )
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of weights and order, on text (%(default)s)")
+    add(
+        "--mapping-seeds",
+        type=int,
+        nargs="+",
+        default=list(range(1, 11)),
+        help="the same, of the mapping (%(default)s)",
+    )
     add("--curve-seeds", type=int, default=2, help="how many of them the curve's decoders have (%(default)s)")
     add("--steps", type=positive, help="of training on text (the preset's)")
     add("--batch-size", type=positive, help="sequences a step of training on text (the preset's)")
@@ -99,12 +112,16 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
         preset = replace(preset, n_steps=args.steps, n_warmup=preset.n_warmup * args.steps // preset.n_steps)
     if args.batch_size is not None:
         preset = replace(preset, batch_size=args.batch_size)
-    mapping = pretrain.PRESETS["label-mapping"]
-    points = [(one, seed) for seed in args.seeds for one in dict.fromkeys(args.etas)]
-    points += [(one, seed) for seed in args.seeds[: args.curve_seeds] for one in args.curve if one not in args.etas]
+    etas, more = dict.fromkeys(args.etas), [one for one in args.curve if one not in args.etas]
+
+    def runs(data: str, preset: pretrain.Preset, seeds: list[int]) -> list[Run]:
+        points = [(one, seed) for seed in seeds for one in etas]
+        points += [(one, seed) for seed in seeds[: args.curve_seeds] for one in more]
+        return [Run(data, preset, *point) for point in points]
+
     return {
-        "news": [Run(args.corpus, preset, *point) for point in points],
-        "mapping": [Run(MAPPING, mapping, *point) for point in points],
+        "text": runs(args.corpus, preset, args.seeds),
+        "mapping": runs(MAPPING, pretrain.PRESETS["label-mapping"], args.mapping_seeds),
     }
 
 
@@ -141,7 +158,10 @@ def corpus(source: str, d_vocab: int) -> pretrain.Corpus:
 def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     """Train a decoder, if it is not yet, and measure it."""
     data: Any = pretrain.LabelMapping() if run.data == MAPPING else corpus(run.data, run.preset.d_vocab)
-    folder = out / "models" / run.name
+    folder, n_ctx = out / "models" / run.name, run.preset.n_ctx
+    lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
+    is_text = isinstance(data, pretrain.Corpus)  # whose validation split shows now whether it is long enough
+    blocks = {name: data.blocks(*split)[: N_PERPLEXITY // split[1]] for name, split in lengths.items() if is_text}
     show = device == "cuda"
     model: Any = pretrain.train(
         run.preset, data, eta=run.eta, seed=run.seed, folder=folder, device=device, progress=show
@@ -151,14 +171,11 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     model.to(torch.device(device))
     losses = json.loads((folder / "losses.json").read_text())
     found: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
-    if isinstance(data, pretrain.LabelMapping):
-        right = pretrain.in_context_accuracy(model, data, n=2000, seed=10_000)
-        ceiling = [data.ceiling(n) for n in range(data.n_pairs)]
-        return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
-    n_ctx = run.preset.n_ctx
-    lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
-    blocks = {name: data.blocks(split, n)[: N_PERPLEXITY // n] for name, (split, n) in lengths.items()}
-    return found | {"perplexity": {name: pretrain.perplexity(model, found) for name, found in blocks.items()}}
+    if is_text:
+        return found | {"perplexity": {name: pretrain.perplexity(model, chosen) for name, chosen in blocks.items()}}
+    right = pretrain.in_context_accuracy(model, data, n=2000, seed=10_000)
+    ceiling = [data.ceiling(n) for n in range(data.n_pairs)]
+    return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
 
 
 def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
@@ -197,6 +214,8 @@ def classified(run: Run, args: argparse.Namespace, *, compute: bool) -> list[dic
             settings = {**asdict(run), "task": task, "k": k, "queries": args.queries}
 
             def ask(task: str = task, k: int = k) -> dict[str, Any]:
+                if not (args.out / "models" / run.name).exists():
+                    raise icl.StudyError(f"expected {run.name} to be trained before it is asked: add text to --parts")
                 return answers(load(), task, k, run.seed, args.queries)
 
             cells.append(kept(path, settings, ask if compute else None))
@@ -237,11 +256,13 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
 
 def main() -> None:
     args = parse()
+    for one in (*args.etas, *args.curve, *args.added):
+        icl.dual.refuse_decay(torch.tensor([0.0 if one == "learned" else one]))
     runs = plan(args)
-    found = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "news")}
+    found = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
     if RANK:
         return
-    compared = [run for run in runs["news"] if run.eta in args.etas]
+    compared = [run for run in runs["text"] if run.eta in args.etas]
     asked = [
         classified(run, args, compute="tasks" in args.parts) for run in tqdm(compared, desc="tasks", unit="decoder")
     ]

@@ -22,6 +22,13 @@ SHOWN = (1, 2, 4, 8, 15)
 
 MEAN = "mean of tasks, in context"
 
+FILES = {
+    "runs.csv": "every decoder's numbers, tidy",
+    "differences.csv": "every η against vanilla",
+    "intervention.csv": "the pretrained model under momentum",
+    "cost.md": "what a training step and a decoded token cost (`python analyses/benchmark_momentum.py`)",
+}
+
 Found = Mapping[str, list[dict[str, Any]]]
 
 
@@ -32,9 +39,9 @@ def eta_name(eta: float | str) -> str:
 def trained(found: Found) -> pd.DataFrame:
     """Every decoder's numbers, tidy: data, η, seed, measure, value."""
     rows = []
-    for one in found.get("news", []):
+    for one in found.get("text", []):
         measures = {f"perplexity, {name}": value for name, value in one["perplexity"].items()}
-        rows += [("news", one["eta"], one["seed"], *measure) for measure in measures.items()]
+        rows += [("text", one["eta"], one["seed"], *measure) for measure in measures.items()]
     for one in found.get("mapping", []):
         by_pair = enumerate(one["accuracy"])
         rows += [("label mapping", one["eta"], one["seed"], f"accuracy after {n}", value) for n, value in by_pair]
@@ -126,12 +133,12 @@ def spread(values: Sequence[float]) -> Interval:
 
 
 def draw_losses(found: Found, ax: Axes) -> None:
-    for index, eta in enumerate(dict.fromkeys(one["eta"] for one in found.get("news", []))):
-        runs = [one["losses"] for one in found["news"] if one["eta"] == eta]
+    for index, eta in enumerate(dict.fromkeys(one["eta"] for one in found.get("text", []))):
+        runs = [one["losses"] for one in found["text"] if one["eta"] == eta]
         step = [number for number, _ in runs[0]]
         ax.plot(step, np.mean([[loss for _, loss in run] for run in runs], axis=0), color=f"C{index}", linewidth=1)
         ax.lines[-1].set_label(eta_name(eta))
-    ax.set(xlabel="step", ylabel="training loss, nats", title="news", ylim=(None, 6.5))
+    ax.set(xlabel="step", ylabel="training loss, nats", title="text")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -148,7 +155,6 @@ def draw_curve(frame: pd.DataFrame, data: str, measure: str, ax: Axes) -> None:
         ax.axhline(float(np.mean(learned)), color="C1", linestyle="--", label="learned")
     ax.legend(frameon=False)
     ax.set(xlabel="η", title=data)
-    ax.set_ylim(0, None)
 
 
 def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
@@ -166,25 +172,30 @@ def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
 
 
 def draw_trained(found: Found, frame: pd.DataFrame, out: Path) -> None:
-    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
-    if found.get("news"):
-        draw_losses(found, axes[0, 0])
-        draw_curve(frame, "news", f"perplexity, {list(found['news'][0]['perplexity'])[-1]}", axes[0, 1])
-    if found.get("mapping"):
-        draw_shots(frame, found["mapping"][0]["ceiling"], axes[1, 0])
-        draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", axes[1, 1])
+    """Two panels for each of what was trained on."""
+    parts = [part for part in ("text", "mapping") if found.get(part)]
+    fig, axes = plt.subplots(len(parts), 2, figsize=(9.5, 3.5 * len(parts)), layout="constrained", squeeze=False)
+    for part, (left, right) in zip(parts, axes, strict=True):
+        if part == "text":
+            draw_losses(found, left)
+            draw_curve(frame, "text", f"perplexity, {list(found['text'][0]['perplexity'])[-1]}", right)
+        else:
+            draw_shots(frame, found["mapping"][0]["ceiling"], left)
+            draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", right)
     finish(fig, [], "Decoders trained with and without momentum attention", out / "momentum")
 
 
 def draw_eta(learned: Float[torch.Tensor, "seed layer head"], out: Path) -> None:
     fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     icl.plots.heads(learned, label="η, mean over seeds", limits=(0, float(learned.mean(0).max())), ax=ax)
-    finish(fig, [], "η that heads learned, on news", out / "learned_eta")
+    finish(fig, [], "η that heads learned, on text", out / "learned_eta")
 
 
 def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
     tasks = list(frame["task"].drop_duplicates())
-    fig, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks) + 0.5, 3.4), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=(max(5.5, 3 * len(tasks) + 0.5), 3.4), layout="constrained", squeeze=False
+    )
     for ax, task in zip(axes[0], tasks, strict=True):
         lines: dict[str, dict[float, Interval]] = {}
         for one in frame.query("task == @task").to_dict("records"):
@@ -230,7 +241,7 @@ def write(found: Found, args: argparse.Namespace) -> None:
             sections += [f"The best there can be, knowing every x seen and guessing at others: {best}."]
         titles = tuple(f"{title} accuracy" for title in TITLES.values())
         sections += section(apart, "Classification tasks", lambda name: name.startswith((*titles, MEAN)), 3)
-    learned = [one["etas"] for one in found.get("news", []) if one["eta"] == "learned"]
+    learned = [one["etas"] for one in found.get("text", []) if one["eta"] == "learned"]
     if learned:
         draw_eta(torch.tensor(learned), out)
         sections += ["## What heads learned", "![η by layer and head](learned_eta.png)"]
@@ -243,15 +254,37 @@ def write(found: Found, args: argparse.Namespace) -> None:
         sections += [f"## {args.model}, given momentum at every layer", added_table(frame)]
         sections += ["![accuracy against η](intervention.png)"]
     made = next((cell["versions"] for cells in found.values() for cell in cells), {})
-    options = " ".join(argument for argument in sys.argv[1:] if argument != "--out" and argument != str(out))
     page = (DATA / "momentum_page.md").read_text()
     page = page.format(
-        command=f"python analyses/momentum.py {options}".strip(),
+        command=" ".join(("python analyses/momentum.py", *sys.argv[1:])),
         versions=", ".join(f"{name} {number}" for name, number in made.items()),
+        parts="\n".join(described(found, args)),
         sections="\n\n".join(sections),
-        model=args.model,
+        files="\n".join(f"| `{name}` | {what} |" for name, what in FILES.items() if (out / name).exists()),
     )
     (out / "README.md").write_text(page)
+
+
+def described(found: Found, args: argparse.Namespace) -> list[str]:
+    """What each part that there is, is."""
+    corpus = "AG News" if args.corpus == "agnews" else f"`{Path(args.corpus).name}`"
+    parts = {
+        "text": f"- **text**: the texts of {corpus} as lines, a byte-level vocabulary learned on the training split; "
+        "perplexity at the training length, and at a quarter, a half and all of it on texts held out.",
+        "mapping": "- **label mapping**: pairs `x y x y …` of which every sequence draws its own mapping from 8 x to 4 "
+        "y; only the context tells. Accuracy after as many demonstrations, whether or not x is among them.",
+        "tasks": "- **tasks**: the decoders trained on text, asked in context.",
+    }
+    lines = [line for part, line in parts.items() if found.get(part)]
+    if any(not cell["right"] for cell in found.get("tasks", [])):
+        missing = dict.fromkeys(f"{TITLES[one['task']]} after {one['k']}" for one in found["tasks"] if not one["right"])
+        lines.append(
+            f"  Longer than the decoders' context and so left out, by some seed at least: {', '.join(missing)}."
+        )
+    if args.corpus == "agnews" and any(cell["task"] == "agnews" for cell in found.get("tasks", [])):
+        lines.append("  AG News' demonstrations are texts that the decoders were trained on, without their labels; its")
+        lines.append("  queries are not.")
+    return lines
 
 
 def section(differences: pd.DataFrame, title: str, chosen: Callable[[str], bool], digits: int) -> list[str]:

@@ -213,7 +213,8 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
     if len(set(weights.values())) > 1:
         raise ValueError(
             f"expected captures of the model as it is now, got other weights or another dtype ({weights}): was one "
-            "made within `with delta.applied(model):` or `with momentum_attention(model, eta):` and the other not?"
+            "made within `with delta.applied(model):` or `with momentum_attention(model, eta):` and the other not, or "
+            "with another η?"
         )
     if zsl.prompts.demonstrations:
         raise ValueError(

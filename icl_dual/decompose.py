@@ -52,6 +52,10 @@ class MomentumTerms(NamedTuple):
     eta: Float[Tensor, "layer head"]
     """η; 0 at heads without momentum."""
 
+    def __repr__(self) -> str:
+        low, high = self.eta.aminmax()
+        return f"MomentumTerms(own{list(self.own.shape)} and demonstrations, η={low:.3g} to {high:.3g})"
+
 
 _MOMENTUM = tuple(f"momentum/{name}" for name in MomentumTerms._fields)
 

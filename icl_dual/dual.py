@@ -21,7 +21,7 @@ Keys and values keep their own number of heads (`kv_head`); query heads share th
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -473,8 +473,9 @@ def momentum(
             is summed by itself; a state belongs to the first.
 
     Raises:
-        ValueError: η is out of range, or not by head.
+        ValueError: η is out of range or not by head, or shapes do not fit.
     """
+    _refuse_shapes(v, eta, state, documents)
     refuse_decay(eta)
     with torch.autocast(v.device.type, enabled=False):  # which would sum in half precision
         return _momentum(*_as_heads(v, eta), state, documents)
@@ -545,16 +546,31 @@ def refuse_decay(eta: Float[Tensor, "*shape"]) -> None:
     """Raise a ValueError unless every η is at least 0 and below 1."""
     wrong = eta[~((eta >= 0) & (eta < 1))]
     if len(wrong):
-        raise ValueError(f"expected η from 0 to below 1, got {wrong[0].item():g}: at 1 and above, sums grow for ever")
+        raise ValueError(f"expected η from 0 to below 1, got {wrong[0].item():g}")
+
+
+def _refuse_shapes(v: Any, eta: Any, state: Any, documents: Any) -> None:
+    if not isinstance(v, Tensor) or v.ndim != 4:
+        raise ValueError(f"expected values [batch pos kv_head d_head], got {_shape(v)}")
+    if not isinstance(eta, Tensor) or eta.ndim != 1 or not len(eta) or len(eta) % v.shape[2]:
+        raise ValueError(
+            f"expected η by query head, of which {v.shape[2]} heads of values have as many each, got {_shape(eta)}"
+        )
+    if state is not None and state.shape != (len(v), len(eta), v.shape[3]):
+        raise ValueError(f"expected a state {[len(v), len(eta), v.shape[3]]}, got {_shape(state)}")
+    if documents is not None and (documents.shape != v.shape[:2] or documents.dtype is torch.bool):
+        raise ValueError(
+            f"expected a document's number for each of {list(v.shape[:2])} positions, negative for padding, got "
+            f"{_shape(documents)}"
+        )
+
+
+def _shape(given: Any) -> str:
+    return f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
 
 
 def _as_heads(v: Tensor, eta: Tensor) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, " head"]]:
     """Values repeated for every query head, and decays, in one type of float32 at least."""
-    if eta.ndim != 1 or len(eta) % v.shape[2]:
-        raise ValueError(
-            f"expected η by query head, of which {v.shape[2]} heads of values have as many each, got η of "
-            f"shape {list(eta.shape)}"
-        )
     dtype = torch.promote_types(v.dtype, torch.float32)
     group = len(eta) // v.shape[2]
     return (v if group == 1 else v.repeat_interleave(group, dim=2)).to(dtype), eta.to(v.device, dtype)

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging as hf_logging
 
 from icl_dual import assets, tasks
 from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
@@ -38,6 +39,8 @@ from icl_dual.finetune import DivergedError
 from icl_dual.study import refuse_different
 
 N_BYTES = 256
+MIN_TEXTS = 40
+"""Of fewer, there may be none to validate on."""
 START = "<|endoftext|>"
 """The token with which every sequence begins."""
 
@@ -114,14 +117,18 @@ class Corpus:
         """A split cut into sequences of a length, each behind the start token; what is left at the end is dropped.
 
         Raises:
-            ValueError: there is not one whole sequence.
+            ValueError: there is no such split, or not one whole sequence in it.
         """
+        if split not in ("train", "validation"):
+            raise ValueError(f"expected the split train or validation, got {split!r}")
         tokens: Tensor = getattr(self, split)
-        n = len(tokens) // (length - 1) if length > 1 else 0
+        if length < 2:
+            raise ValueError(f"expected sequences of two tokens at least, got a length of {length}")
+        n = len(tokens) // (length - 1)
         if not n:
             raise ValueError(
-                f"{self.name}: expected a {split} split of {length - 1} tokens at least, and of 1, got {len(tokens)}: "
-                "use more text, or a shorter context"
+                f"{self.name}: expected a {split} split of {length - 1} tokens at least, got {len(tokens)}: use more "
+                "text, or a shorter context"
             )
         start = tokens.new_full((n, 1), self.tokenizer.vocab[START])
         return torch.cat((start, tokens[: n * (length - 1)].view(n, length - 1)), dim=1)
@@ -177,7 +184,7 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
         d_vocab: the size of the vocabulary that is learned.
 
     Raises:
-        ValueError: there is no text in it.
+        ValueError: it is no such file, or has too few texts.
         AssetError: it cannot be had.
     """
     if source == "agnews":
@@ -186,6 +193,10 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
         train, validation = ([dict(example.fields)["text"] for example in pool] for pool in pools)
         return build_corpus("agnews", train, validation, d_vocab)
     path = Path(source)
+    if path.is_dir() or path.suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        raise ValueError(
+            f"expected agnews, a .txt file with a text a line, or a data set on the hub, got {str(source)!r}"
+        )
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -197,6 +208,11 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
             raise ValueError(f"{source}: expected a column 'text', got {sorted(rows[0])}")
         lines = [str(row["text"]).replace("\n", " ") for row in rows]
     texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(texts) < MIN_TEXTS:
+        raise ValueError(
+            f"{source}: expected {MIN_TEXTS} different texts at least, one a line, of which about every twentieth "
+            f"validates, got {len(texts)}"
+        )
     held_out = {text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 20 == 0}
     return build_corpus(str(source), [text for text in texts if text not in held_out], sorted(held_out), d_vocab)
 
@@ -291,7 +307,7 @@ def train(
     halfway = folder / "checkpoints"
     config = configuration(preset, data.d_vocab, eta)
     sequences = data.training(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
-    with _own_randomness():
+    with _own_randomness(), _without_bars():
         arguments = _arguments(preset, halfway, seed, device, checkpoints)
         settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
         settings["precision"] = "bfloat16" if arguments.bf16 else "float32"
@@ -308,14 +324,15 @@ def train(
         if progress and trainer.is_world_process_zero():
             trainer.add_callback(_Bar(f"{data.name} η={eta} seed={seed}"))
         trainer.train(resume_from_checkpoint=_last_checkpoint(halfway))
-    if trainer.is_world_process_zero():
-        model.cpu().save_pretrained(folder)
-        if data.tokenizer is not None:
-            data.tokenizer.save_pretrained(folder)
-        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        _write(folder / "losses.json", losses)
-        shutil.rmtree(halfway)
-    trainer.accelerator.wait_for_everyone()
+        model.config.use_cache = True  # from here on it is to generate
+        if trainer.is_world_process_zero():
+            model.cpu().save_pretrained(folder)
+            if data.tokenizer is not None:
+                data.tokenizer.save_pretrained(folder)
+            losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+            _write(folder / "losses.json", losses)
+            shutil.rmtree(halfway)
+        trainer.accelerator.wait_for_everyone()
     return model.cpu().eval()
 
 
@@ -489,6 +506,18 @@ def _own_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """None of transformers' progress bars, one for each checkpoint, beside that of the training."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"], *, batch_size: int = 16) -> float:

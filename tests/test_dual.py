@@ -532,7 +532,19 @@ def test_a_decay_out_of_range_is_refused(eta):
             momentum(torch.zeros(1, 3, 1, 2), torch.tensor([0.5, eta]))
 
 
-@pytest.mark.parametrize("eta", [torch.tensor(0.5), torch.full((3,), 0.5), torch.full((1,), 0.5)])
-def test_decays_that_are_not_by_query_head_are_refused(eta):
-    with pytest.raises(ValueError, match="expected η by query head"):
-        getattr(dual.momentum, "__wrapped__")(torch.zeros(1, 3, 2, 2), eta)  # noqa: B009 - without its checks of types
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"eta": torch.tensor(0.5)}, "expected η by query head, of which 2 heads of values have as many each, got"),
+        ({"eta": torch.full((3,), 0.5)}, "expected η by query head"),
+        ({"eta": 0.5}, "expected η by query head"),
+        ({"v": torch.zeros(3, 2, 2)}, r"expected values \[batch pos kv_head d_head\], got torch.float32 \[3, 2, 2\]"),
+        ({"state": torch.zeros(1, 2, 3)}, r"expected a state \[1, 2, 2\], got"),
+        ({"documents": torch.zeros(1, 2)}, r"expected a document's number for each of \[1, 3\] positions"),
+        ({"documents": torch.ones(1, 3, dtype=torch.bool)}, "expected a document's number .* got torch.bool"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(given, said):
+    unchecked = getattr(dual.momentum, "__wrapped__")  # noqa: B009 - without its checks of types
+    with pytest.raises(ValueError, match=said):
+        unchecked(**{"v": torch.zeros(1, 3, 2, 2), "eta": torch.full((2,), 0.5), **given})

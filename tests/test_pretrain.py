@@ -267,14 +267,18 @@ def test_text_that_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected other texts to validate than to train, got 'item 1 "):
         pretrain.build_corpus("same", TEXTS, TEXTS[1:2], 300)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="expected text in the training split, got none"):
+    with pytest.raises(ValueError, match=r"expected 40 different texts at least, one a line, .* got 0"):
         pretrain.load_corpus(tmp_path / "empty.txt", 300)
     with pytest.raises(ValueError, match="expected a vocabulary of every byte and a start token, 257 at least, got 10"):
         pretrain.build_corpus("small", TEXTS[:50], TEXTS[50:], 10)
+    with pytest.raises(ValueError, match="expected sequences of two tokens at least, got a length of 1"):
+        pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 1)
+    with pytest.raises(ValueError, match=r"expected agnews, a \.txt file with a text a line, .* got 'rows\.csv'"):
+        pretrain.load_corpus("rows.csv", 300)
     monkeypatch.setattr(pretrain.assets, "hub_rows", lambda *_: iter([{"sentence": "one"}]))
     with pytest.raises(ValueError, match=r"some/set: expected a column 'text', got \['sentence'\]"):
         pretrain.load_corpus("some/set", 300)
     with pytest.raises(icl.AssetError, match="expected a readable UTF-8 file of text"):
         pretrain.load_corpus(tmp_path / "none.txt", 300)
-    with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, and of 1, got \d+"):
+    with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, got \d+: use more"):
         pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 10_000)

@@ -346,7 +346,10 @@ def by_layer_and_head(
     Raises:
         ValueError: η is out of range, or of another shape; or there is no such layer.
     """
-    given = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
+    try:
+        given = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected η as a number or a tensor, got {eta!r}") from error
     if given.shape not in ((), (n_heads,), (n_layers, n_heads)):
         raise ValueError(
             f"expected η as a number, [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], got a tensor of "
@@ -354,6 +357,8 @@ def by_layer_and_head(
         )
     dual.refuse_decay(given)
     chosen = range(n_layers) if layers is None else layers
+    if isinstance(chosen, int):
+        raise ValueError(f"expected a sequence of layers, got {chosen}: say layers=[{chosen}]")
     if not set(chosen) <= set(range(n_layers)):
         raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(chosen)}")
     found = torch.zeros(n_layers, n_heads, dtype=torch.float64)

@@ -31,7 +31,8 @@ def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None =
     if model.momentum is not None:
         raise ValueError(
             f"expected a model without momentum, got {model.name!r} with momentum {momentum_words(model.momentum)}: "
-            "what two would be together is not defined. Ask for one that has both, as η by layer and head"
+            "what two would be together is not defined. Leave the other block first; a decoder that was trained with "
+            "momentum is without it as Model of a bridge to its without_momentum()"
         )
     chosen = by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
     before = model.name, model.pass_residual

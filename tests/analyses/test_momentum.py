@@ -15,7 +15,23 @@ import icl_dual as icl
 from icl_dual import pretrain
 
 ARGUMENTS = (
-    *("--etas", "0", "learned", "--curve", "0.5", "--seeds", "1", "2", "--curve-seeds", "1", "--jobs", "1"),
+    *(
+        "--etas",
+        "0",
+        "learned",
+        "--curve",
+        "0.5",
+        "--seeds",
+        "1",
+        "2",
+        "--mapping-seeds",
+        "1",
+        "2",
+        "--curve-seeds",
+        "1",
+        "--jobs",
+        "1",
+    ),
     *("--tasks", "subj", "--ks", "0", "1", "9", "--queries", "6", "--k", "2", "--draws", "1", "--added", "0", "0.3"),
 )
 
@@ -62,13 +78,13 @@ def test_runs_are_those_of_the_cells(out: Path) -> None:
     frame = pd.read_csv(out / "runs.csv", dtype={"eta": str})
     for path in (out / "cells").glob("*_eta*_seed?.json"):
         cell = json.loads(path.read_text())
-        data = "news" if "perplexity" in cell else "label mapping"
+        data = "text" if "perplexity" in cell else "label mapping"
         chosen = frame.query(
             "data == @data and eta == @eta and seed == @seed",
             local_dict=None,
             global_dict={"data": data, "eta": str(cell["eta"]), "seed": cell["seed"]},
         )
-        expected = cell.get("perplexity", {}).values() if data == "news" else cell["accuracy"]
+        expected = cell.get("perplexity", {}).values() if data == "text" else cell["accuracy"]
         assert chosen["value"].tolist() == pytest.approx(list(expected))
         assert len(cell["etas"]) == 1
     assert len(list((out / "cells").glob("*_eta*_seed?.json"))) == 2 * (2 * 2 + 1)
@@ -84,7 +100,7 @@ def test_differences_are_students_over_seeds() -> None:
     rng = np.random.default_rng(0)
     values = {(eta, seed): rng.normal() for eta in (0.0, 0.1, "learned") for seed in range(5)}
     values[0.5, 0] = 1.0
-    rows = [("news", eta, seed, "perplexity, val 8", value) for (eta, seed), value in values.items()]
+    rows = [("text", eta, seed, "perplexity, val 8", value) for (eta, seed), value in values.items()]
     frame = pd.DataFrame(rows, columns=["data", "eta", "seed", "measure", "value"])
     found = {one["eta"]: one for one in momentum_tables.differences(frame).to_dict("records")}
     for eta in (0.1, "learned"):
