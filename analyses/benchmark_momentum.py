@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
 
 def decoder(args: argparse.Namespace, eta: float | str) -> MomentumForCausalLM:
     preset = replace(pretrain.PRESETS[args.preset], n_ctx=args.length)
+    torch.manual_seed(0)
     return MomentumForCausalLM(pretrain.configuration(preset, preset.d_vocab, eta))
 
 
@@ -110,7 +111,7 @@ def main() -> None:
         return
     training = timed({name: training_step(args, eta) for name, eta in ETAS.items()}, args.repeats)
     decoding = timed({name: decoding_step(args, eta) for name, eta in ETAS.items()}, 5 * args.repeats)
-    memory = {name: peak_of_its_own(args, name) for name in ETAS}
+    memory = {name: statistics.median(peak_of_its_own(args, name) for _ in range(3)) for name in ETAS}
     model = decoder(args, 0.5)
     v = torch.randn(1, args.length, model.config.n_head, model.config.n_embd // model.config.n_head)
     state = dual.momentum(v, model.eta[0]).state
@@ -122,7 +123,7 @@ def main() -> None:
     (args.out / "cost.md").write_text(
         f"Preset `{args.preset}`, {args.batch_size} sequences of {args.length} tokens, float32, "
         f"{torch.get_num_threads()} threads; medians of {args.repeats} turns (decoding: {5 * args.repeats}), memory "
-        f"above what the process held before (`python analyses/benchmark_momentum.py`).\n\n"
+        f"(of three runs) above what the process held before (`python analyses/benchmark_momentum.py`).\n\n"
         f"{table.to_markdown(floatfmt='.3f')}\n\n"
         f"`dual.momentum` goes on from {state[0, 0].numel()} numbers a head (d_head), whatever came before; a decoder "
         f"under transformers' cache keeps no state: it sums the values that the cache holds.\n"

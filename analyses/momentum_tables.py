@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from icl_dual.intervals import Interval, Paired, bootstrap, over_seeds, paired_t
 SHOWN = (1, 2, 4, 8, 15)
 """Demonstrations after which the tables have the label mapping's accuracy."""
 
+ENOUGH = 5
+"""Fewer seeds draw a curve, and are not tested."""
 MEAN = "mean of tasks, in context"
 
 FILES = {
@@ -86,8 +89,8 @@ def table(differences: pd.DataFrame, measures: Sequence[str], digits: int) -> st
 
 def verdict(one: Mapping[Any, Any], better: int, n: int) -> str:
     """Whether momentum makes a number better, of n that are asked about; `better` is the sign of that."""
-    if np.isnan(one["p"]):
-        return "one seed tells nothing"
+    if one["seeds"] < ENOUGH:
+        return "too few seeds to tell"
     if one["p"] * n < 0.05:
         return "better" if one["difference"] * better > 0 else "worse"
     return "no difference beyond that between seeds"
@@ -127,9 +130,10 @@ def added_table(frame: pd.DataFrame) -> str:
 
 
 def spread(values: Sequence[float]) -> Interval:
-    """The mean over seeds with Student's interval."""
+    """The mean over seeds, with Student's interval where they are enough."""
     numbers = np.array(values)
-    return over_seeds(numbers, np.zeros_like(numbers)).difference
+    found = over_seeds(numbers, np.zeros_like(numbers)).difference
+    return found if len(numbers) >= ENOUGH else replace(found, low=np.nan, high=np.nan)
 
 
 def draw_losses(found: Found, ax: Axes) -> None:
@@ -163,11 +167,10 @@ def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
     lines: dict[str, dict[int, Interval]] = {}
     for eta, measure in chosen[["eta", "measure"]].drop_duplicates().itertuples(index=False):
         values = chosen.query("eta == @eta and measure == @measure")["value"].tolist()
-        if len(values) > 1:
-            lines.setdefault(eta_name(eta), {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
+        lines.setdefault(eta_name(eta), {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
     icl.plots.curves(lines, ylabel="accuracy", ax=ax)
     ax.plot(ceiling, color="0.6", linestyle=":", label="ceiling")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, ncols=2, fontsize="small", loc="lower right")
     ax.set(xlabel="demonstrations", title="label mapping", ylim=(0, 1))
 
 
@@ -210,7 +213,7 @@ def conclusions(differences: pd.DataFrame) -> list[str]:
     validation = differences[differences["measure"].str.startswith("perplexity, val")]["measure"].tolist()[-1:]
     signs = {**dict.fromkeys(validation, -1), f"accuracy after {SHOWN[-1]}": 1, MEAN: 1}
     asked = differences.query("measure in @signs and eta != 0").to_dict("records")
-    n = sum(not np.isnan(one["p"]) for one in asked)
+    n = sum(one["seeds"] >= ENOUGH for one in asked)
     lines = []
     for one in asked:
         apart = Interval(one["difference"], one["low"], one["high"], 1)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, no_type_check
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -118,29 +119,39 @@ def momentum_attention_forward(
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """Torch's fused attention plus momentum, as transformers calls it at every layer; cached values come first."""
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    eta, values = _eta_of(module), value.transpose(1, 2)
+    eta = _eta_of(module)
     seen = attention_mask if attention_mask is None or attention_mask.dtype is torch.bool else attention_mask == 0
-    if query.shape[2] == value.shape[2]:
-        added = dual.momentum(values, eta, documents=None if seen is None else _documents(seen)).z
+    if query.shape[2] != value.shape[2]:
+        added = _of_cached(value, eta, query.shape[2], seen)
+    elif eta.requires_grad and torch.is_grad_enabled():
+        # Summed again in the backward pass: its gradient wants another copy of the values, which is more than it adds.
+        added = checkpoint(_of_all, value, eta, seen, use_reentrant=False, preserve_rng_state=False)
     else:
-        added = _of_cached(values, eta, query.shape[2], seen)
+        added = _of_all(value, eta, seen)
     return attended + added.to(attended.dtype), None
 
 
+def _of_all(
+    value: Float[Tensor, "batch head pos d_head"],
+    eta: Float[Tensor, " head"],
+    seen: Bool[Tensor, "batch 1 pos pos"] | None,
+) -> Float[Tensor, "batch pos head d_head"]:
+    return dual.momentum(value.transpose(1, 2), eta, documents=None if seen is None else _documents(seen)).z
+
+
 def _of_cached(
-    values: Float[Tensor, "batch key head d_head"],
+    value: Float[Tensor, "batch head key d_head"],
     eta: Float[Tensor, " head"],
     n_rows: int,
     seen: Bool[Tensor, "#batch 1 row key"] | None,
 ) -> Float[Tensor, "batch row head d_head"]:
     """Momentum of the last rows, which are new, over values of which the cache holds most."""
-    keys = torch.arange(values.shape[1], device=values.device)
+    keys = torch.arange(value.shape[2], device=value.device)
     rows = keys[len(keys) - n_rows :]
     weights = dual.decays(eta, rows, keys)[None]
     if seen is not None:  # up to the next hidden key, where a text begins
-        joined = (seen | (keys >= rows[:, None])).flip(-1).cumprod(-1).flip(-1)
-        weights = weights * joined
-    return torch.einsum("bhti,bihd->bthd", weights.expand(len(values), -1, -1, -1), values.to(weights))
+        weights = weights * (seen | (keys >= rows[:, None])).flip(-1).cumprod(-1).flip(-1)
+    return (weights @ value.to(weights.dtype)).transpose(1, 2)
 
 
 def _eta_of(module: Any) -> Float[Tensor, " head"]:

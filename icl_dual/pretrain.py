@@ -76,7 +76,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(4, 4, 128, 512, 256, 2048, batch_size=8, n_steps=500, n_warmup=50, lr=3e-3),
     "label-mapping": Preset(2, 4, 64, 256, 33, 13, batch_size=64, n_steps=2000, n_warmup=50, lr=3e-3),
-    "small": Preset(6, 8, 256, 1024, 512, 8192, batch_size=16, n_steps=2000, n_warmup=100, lr=1e-3),
+    "small": Preset(6, 8, 256, 1024, 512, 8192, batch_size=16, n_steps=1200, n_warmup=60, lr=1e-3),
     "paper-350m": Preset(
         24, 16, 1024, 4096, 1024, 50257, batch_size=512, n_steps=500_000, n_warmup=20_000, lr=3e-4, micro_batch=8
     ),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from icl_dual import dual
+from icl_dual import decoder, dual
 from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 
 SHAPE: dict[str, Any] = {
@@ -205,3 +205,17 @@ def test_under_autocast_sums_keep_their_precision():
         logits = model(ids).logits
     assert {tensor.dtype for tensor in found} == {torch.float32}
     assert logits.isfinite().all()
+
+
+def test_gradients_are_those_of_sums_that_are_kept(monkeypatch):
+    ids = tokens(2, 40)
+    found = []
+    for kept in (False, True):
+        if kept:
+            monkeypatch.setattr(decoder, "checkpoint", lambda sums, *args, **options: sums(*args))
+        model = make("learned")
+        model(ids, labels=ids).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all((block.attn.eta_logit.grad != 0).all() for block in model.transformer.h)

@@ -120,9 +120,9 @@ def test_differences_are_students_over_seeds() -> None:
     [(-1.0, 0.01, -1, "better"), (-1.0, 0.01, 1, "worse"), (1.0, 0.01, 1, "better"), (-1.0, 0.04, 1, "no difference")],
 )
 def test_a_verdict_counts_how_many_are_asked(difference: float, p: float, better: int, said: str) -> None:
-    one = {"difference": difference, "p": p}
+    one = {"difference": difference, "p": p, "seeds": 5}
     assert momentum_tables.verdict(one, better, 2).startswith(said)
-    assert momentum_tables.verdict({**one, "p": np.nan}, better, 2) == "one seed tells nothing"
+    assert momentum_tables.verdict({**one, "seeds": 4}, better, 2) == "too few seeds to tell"
 
 
 def test_a_cell_of_other_settings_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
