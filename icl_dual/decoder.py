@@ -134,9 +134,10 @@ def momentum_attention_forward(
 def _of_all(
     value: Float[Tensor, "batch head pos d_head"],
     eta: Float[Tensor, " head"],
-    seen: Bool[Tensor, "batch 1 pos pos"] | None,
+    seen: Bool[Tensor, "#batch 1 pos pos"] | None,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    return dual.momentum(value.transpose(1, 2), eta, documents=None if seen is None else _documents(seen)).z
+    documents = None if seen is None else _documents(seen).expand(len(value), -1)
+    return dual.momentum(value.transpose(1, 2), eta, documents=documents).z
 
 
 def _of_cached(

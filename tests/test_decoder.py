@@ -219,3 +219,16 @@ def test_gradients_are_those_of_sums_that_are_kept(monkeypatch):
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
     assert all((block.attn.eta_logit.grad != 0).all() for block in model.transformer.h)
+
+
+def test_one_mask_may_stand_for_a_whole_batch():
+    model, ids = make("learned"), tokens(3, 20)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    mask[8:, :8] = False  # two texts
+    positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
+    one, each = (
+        model(ids, attention_mask=mask.expand(n, 1, 20, 20), position_ids=positions, use_cache=False).logits
+        for n in (1, 3)
+    )
+    assert torch.equal(one, each)
+    torch.testing.assert_close(one[:, 8:], model(ids[:, 8:]).logits, atol=2e-5, rtol=1e-5)
