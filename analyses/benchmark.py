@@ -14,10 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import finish
+from common import finish, positive, sampled_memory
 from contenders import BATCHED, PROMPT_BY_PROMPT, Race
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -155,30 +153,9 @@ def peak_mb(race: Race, name: str) -> float:
         with torch.no_grad():
             run(race)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with torch.no_grad(), _sampled() as found:
+    with torch.no_grad(), sampled_memory() as found:
         run(race)
     return (max(found) - found[0]) / 1e6
-
-
-@contextmanager
-def _sampled() -> Iterator[list[int]]:
-    """This process's resident memory in bytes, first before and then every two milliseconds."""
-    import psutil  # an extra: only memory needs it
-
-    process, done = psutil.Process(), threading.Event()
-    found = [process.memory_info().rss]
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            found.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
 
 
 def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
@@ -263,13 +240,6 @@ def draw(result: dict, path: Path) -> None:
     setting = result["setting"]
     title = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
     finish(fig, [ax], f"{title}, {Path(setting['model']).name}, {setting['dtype']}", path)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def main() -> None:

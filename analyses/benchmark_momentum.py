@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
+from common import sampled_memory
 
 from icl_dual import dual, pretrain
 from icl_dual.decoder import MomentumForCausalLM
@@ -85,13 +85,11 @@ def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float
 
 def peak_mb(args: argparse.Namespace) -> float:
     """What two training steps take at most, above what the process held before."""
-    before = psutil.Process().memory_info().rss / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # Linux' high-water mark begins anew
-    step = training_step(args, ETAS[args.peak])
-    step()
-    step()
-    marks = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(marks["VmHWM"].split()[0]) * 1.024e-3 - before
+    with sampled_memory() as found:
+        step = training_step(args, ETAS[args.peak])
+        step()
+        step()
+    return (max(found) - found[0]) / 1e6
 
 
 def peak_of_its_own(args: argparse.Namespace, name: str) -> float:

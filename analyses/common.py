@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +29,34 @@ def count_or_all(text: str) -> int | None:
     if text != "all" and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a number from 1, or all, got {text!r}")
     return None if text == "all" else int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+@contextmanager
+def sampled_memory() -> Iterator[list[int]]:
+    """This process's resident memory in bytes, first before and then every two milliseconds."""
+    import psutil  # an extra: only memory needs it
+
+    process, done = psutil.Process(), threading.Event()
+    found = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            found.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def cell_parser(description: str | None) -> argparse.ArgumentParser:

@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 import momentum_tables
 import torch
-from common import ERRORS
+from common import ERRORS, positive
 from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual import pretrain
+from icl_dual.assets import write_json
 from icl_dual.study import refuse_different
 
 MAPPING = "label mapping"
@@ -36,12 +37,6 @@ N_PERPLEXITY = 50_000
 
 RANK, N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
 """Of `torchrun`, under which trainings only are shared: the first process does all else."""
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
-    return int(text)
 
 
 def eta(text: str) -> float | Literal["learned"]:
@@ -139,10 +134,7 @@ def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[
         return {}
     versions = {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
     found = {**settings, **compute(), "versions": versions}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(path)
+    write_json(path, found)
     return found
 
 
@@ -161,7 +153,7 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     folder, n_ctx = out / "models" / run.name, run.preset.n_ctx
     lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
     is_text = isinstance(data, pretrain.Corpus)  # whose validation split shows now whether it is long enough
-    blocks = {name: data.blocks(*split)[: N_PERPLEXITY // split[1]] for name, split in lengths.items() if is_text}
+    blocks = {name: data.blocks(*of)[: N_PERPLEXITY // of[1]] for name, of in lengths.items()} if is_text else {}
     show = device == "cuda"
     model: Any = pretrain.train(
         run.preset, data, eta=run.eta, seed=run.seed, folder=folder, device=device, progress=show

@@ -299,6 +299,14 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, A
         (scratch / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1))
+    scratch.replace(path)
+
+
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -224,8 +224,8 @@ class LabelMapping:
     n_x: int = 8
     n_y: int = 4
     n_pairs: int = 16
-    name: str = "label mapping"
-    tokenizer: None = None
+    name: ClassVar[str] = "label mapping"
+    tokenizer: ClassVar[None] = None
 
     @property
     def d_vocab(self) -> int:
@@ -330,7 +330,7 @@ def train(
             if data.tokenizer is not None:
                 data.tokenizer.save_pretrained(folder)
             losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-            _write(folder / "losses.json", losses)
+            assets.write_json(folder / "losses.json", losses)
             shutil.rmtree(halfway)
         trainer.accelerator.wait_for_everyone()
     return model.cpu().eval()
@@ -366,15 +366,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         refuse_different(folder, settings, json.loads(path.read_text()))
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, settings)
-
-
-def _write(path: Path, value: Any) -> None:
-    """A file that is there whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)
+        assets.write_json(path, settings)
 
 
 def _arguments(

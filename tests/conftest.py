@@ -265,8 +265,6 @@ _MOVING = {
     "gpt2": ("attn.c_attn", "attn.c_proj"),
     "neox": ("attention.query_key_value", "attention.dense"),
     "bloom": ("self_attention.query_key_value", "self_attention.dense"),
-    "gptneo-window": ("attention.v_proj", "attention.out_proj"),
-    "opt": ("self_attn.v_proj", "self_attn.out_proj"),
     "xglm": ("self_attn.v_proj", "self_attn.out_proj"),
 }
 """The modules that make a tiny model's values and read its heads' outputs, where they are not Llama's."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_momentum
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from icl_dual import decoder, dual
@@ -34,18 +35,8 @@ def tokens(*shape: int) -> torch.Tensor:
 
 def by_hand(model: MomentumForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """The logits of a GPT-2 of these weights, to whose heads hooks add the definition's sum."""
-    plain: Any = model.without_momentum()
-    for layer, block in enumerate(plain.transformer.h):
-        values: list[torch.Tensor] = []
-
-        def keep(module: Any, args: Any, output: torch.Tensor, values: list[torch.Tensor] = values) -> None:
-            values.append(output.chunk(3, dim=-1)[2].unflatten(-1, (4, 8)))
-
-        def add(module: Any, args: Any, values: list[torch.Tensor] = values, layer: int = layer) -> Any:
-            return (args[0] + dual.momentum_reference(values.pop(), model.eta[layer]).flatten(2),)
-
-        block.attn.c_attn.register_forward_hook(keep)
-        block.attn.c_proj.register_forward_pre_hook(add)
+    plain = model.without_momentum()
+    with_momentum(plain, "gpt2", model.eta)
     with torch.no_grad():
         return plain(ids).logits
 
