@@ -22,10 +22,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,11 +42,12 @@ Field = Literal[
     "demo_scores",
     "query_scores",
     "keys_values",
+    "plain",
     "next_log_probs",
 ]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
 """What the paper's metrics need."""
-DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
+DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values", "plain")
 """What `icl_dual.decompose` needs."""
 
 PREFIX_BLOCK = 256
@@ -54,6 +55,9 @@ PREFIX_BLOCK = 256
 
 BATCH_OVERHEAD = 64
 """What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
+
+PART = "part of the demonstrations,"
+"""What a single block of does not fit in memory, as errors say it."""
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +79,22 @@ class KeysValues:
 
     def __repr__(self) -> str:
         return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
+
+
+class Plain(NamedTuple):
+    """A plain pass over the first query's full prompt, in which nothing is merged: what captures are held against."""
+
+    tokens: Tokens
+    q: Float[Tensor, "layer head d_head"]
+    """Queries as scored, at the recorded position."""
+    k: Float[Tensor, "layer pos kv_head d_head"]
+    """Keys as scored."""
+    v: Float[Tensor, "layer pos kv_head d_head"]
+    attn_out: Float[Tensor, "layer d_model"]
+    """Attention output after W_O, at the recorded position."""
+
+    def __repr__(self) -> str:
+        return f"Plain({len(self.tokens)} tokens)"
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,7 @@ class Capture:
     query_scores: Float[Tensor, "query layer head query_token"] | None
     """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
+    plain: Plain | None
     next_log_probs: Float[Tensor, "query d_vocab"] | None
     """Log-probability in nats of every token of the vocabulary where the label is predicted."""
     residual: float
@@ -185,9 +206,9 @@ def capture(
                     f"got: {error}"
                 ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
-        context = _run_prefix(model, prompts.prefix + head)
-        recorder = _Recorder(model, prompts, fields, context)
         rows = [row[len(head) :] for row in prompts.rows]
+        context, plain = _run_prefix(model, prompts.prefix + head, rows[0] if "plain" in fields else None)
+        recorder = _Recorder(model, prompts, fields, context)
         limit = _BatchLimit(batch_size)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
@@ -201,7 +222,7 @@ def capture(
         asked = [query[len(head) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single):
             log_probs[:, label] = _label_word_log_probs(model, asked, prompts.labels[label], context, limit)
-    return recorder.capture(log_probs)
+    return recorder.capture(log_probs, plain)
 
 
 def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
@@ -260,6 +281,11 @@ class _Context:
         return _Context(keys, values, block.states, max(self.residual, block.residual))
 
 
+def _no_context(model: Model) -> _Context:
+    empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
+    return _Context([empty] * model.n_layers, [empty] * model.n_layers, [None] * model.n_layers, 0.0)
+
+
 @dataclass
 class _BatchLimit:
     """The most queries to run at once, which a capture learns as it goes."""
@@ -275,13 +301,16 @@ class _BatchLimit:
         self.said = True
 
 
-def _run_prefix(model: Model, prefix: Tokens) -> _Context:
-    """Pass what the queries share once, in blocks that each run behind the ones before."""
-    empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
-    context = _Context([empty] * model.n_layers, [empty] * model.n_layers, [None] * model.n_layers, 0.0)
-    # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
-    whole = model.rotation_switch is not None
-    block = len(prefix) if whole else PREFIX_BLOCK
+def _run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[_Context, Plain | None]:
+    """Pass what the queries share once: in blocks that each run behind the ones before, or whole with a row behind it.
+
+    Causality keeps the row out of its prefix, so that one pass serves as context and as a plain pass.
+    """
+    context = _no_context(model)
+    if row is not None or model.rotation_switch is not None:
+        # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
+        return _run_whole(model, prefix, row or (), context)
+    block = PREFIX_BLOCK
     while context.n_pos < len(prefix):
         first = context.n_pos
         tokens = torch.tensor([prefix[first : first + block]], device=model.device)
@@ -297,12 +326,39 @@ def _run_prefix(model: Model, prefix: Tokens) -> _Context:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            if whole or block == 1:
-                raise _does_not_fit(model, "part of the demonstrations,", tokens, context, error) from error
+            if block == 1:
+                raise _does_not_fit(model, PART, tokens, context, error) from error
             block = (block + 1) // 2
             continue
         context = context.with_block(replace(kept, residual=residual))
-    return context
+    return context, None
+
+
+def _run_whole(model: Model, prefix: Tokens, row: Tokens, before: _Context) -> tuple[_Context, Plain]:
+    """Pass a prefix at once, and a row behind it."""
+    tokens, n = torch.tensor([prefix + row], device=model.device), len(prefix)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    states: list[Tensor | None] = []
+    attn_out: list[Tensor] = []
+
+    def show(layer: int, attention: Attention) -> None:
+        seen.append((attention.q[0, -1], attention.k[0], attention.v[0]))
+        eta = model.eta(layer)
+        states.append(None if eta is None else dual.momentum(attention.v[:, :n], eta).state[0])
+
+    def on_output(layer: int, output: Tensor) -> None:
+        attn_out.append(output[0, -1])
+
+    try:
+        _, residual = _run_behind(model, before, tokens, torch.zeros_like(tokens[:, :1]), show, on_output)
+    except (RuntimeError, MemoryError) as error:
+        if _out_of_memory(error):
+            raise _does_not_fit(model, PART, tokens, before, error) from error
+        raise
+    q, k, v = zip(*seen, strict=True)
+    context = _Context([keys[:n] for keys in k], [values[:n] for values in v], states, residual)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return context, Plain(prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out)))
 
 
 def _run_behind(
@@ -345,16 +401,15 @@ def _run_behind(
 
 
 class _Recorder:
-    """Keeps the asked-for fields of every query at its recorded position.
-
-    What concerns the context's tokens, the shared head of the queries among them, is filled in at the end.
-    """
+    """Keeps the asked-for fields of every query at its recorded position."""
 
     def __init__(self, model: Model, prompts: Prompts, fields: Collection[Field], context: _Context) -> None:
         self.model, self.prompts, self.context, self.fields = model, prompts, context, fields
         self.residual = context.residual
-        self.n_head = context.n_pos - len(prompts.prefix)
+        n_prefix = len(prompts.prefix)
+        self.n_head = context.n_pos - n_prefix
         self.n_shared = len(prompts.start) + self.n_head
+        self.shown = prompts.demonstration_positions.to(model.device)
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
         longest = max(map(len, prompts.rows))
         own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
@@ -363,18 +418,19 @@ class _Recorder:
             "z": (n_queries, n_layers, n_heads, model.d_head),
             "q": (n_queries, n_layers, n_heads, model.d_head),
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
+            "context_scores": (n_queries, n_layers, n_prefix),
+            "demo_scores": (n_queries, n_layers, n_heads, len(self.shown)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
             "next_log_probs": (n_queries, model.d_vocab),
         }
-        needed = {*fields, "q_scored"} if {*fields} & {"context_scores", "demo_scores", "query_scores"} else fields
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
-        self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in needed}
+        self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
             self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
         """Keep a layer's attention."""
-        kept, scoring = self.kept, self.model.scoring[layer]
+        kept = self.kept
         rows = torch.arange(len(batch), device=last.device)
         z = attention.output if "z" in kept else attention.z
         for name, tensor in (("z", z), ("q", attention.q_content), ("q_scored", attention.q)):
@@ -382,15 +438,33 @@ class _Recorder:
                 kept[name][batch, layer] = tensor[rows, last].to(kept[name])
         n_pos = attention.k.shape[1]
         past_end = torch.arange(n_pos, device=last.device) > last[:, None]
-        if "query_scores" in kept:
-            q = attention.q[rows, last].unsqueeze(1)
-            found = dual.scores(q, attention.k, scoring.scale, scoring.softcap).flatten(1, 2)
-            found = found.masked_fill(past_end[:, None], 0.0).cpu()
-            kept["query_scores"][batch, layer, :, self.n_head : self.n_head + n_pos] = found
+        self._keep_scores(layer, attention.q[rows, last], attention.k, batch, past_end)
         if "query_keys" in kept:
             for name, tensor in (("query_keys", attention.k), ("query_values", attention.v)):
                 own = tensor.masked_fill(past_end[..., None, None], 0.0).to(kept[name])
                 kept[name][batch, layer, self.n_shared : self.n_shared + n_pos] = own
+
+    def _keep_scores(
+        self,
+        layer: int,
+        q: Float[Tensor, "batch head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        batch: Sequence[int],
+        past_end: Bool[Tensor, "batch pos"],
+    ) -> None:
+        """Keep the recorded rows' scores over the context, and over the tokens that ran."""
+        kept, (scale, softcap, *_) = self.kept, self.model.scoring[layer]
+        keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
+        if "context_scores" in kept:
+            kept["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
+        if "demo_scores" in kept:
+            found = dual.shared_scores(q, keys[self.shown], scale, softcap)
+            kept["demo_scores"][batch, layer] = found.transpose(0, 1).cpu()
+        if "query_scores" in kept:
+            own = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2).masked_fill(past_end[:, None], 0.0)
+            head = dual.shared_scores(q, keys[n_prefix:], scale, softcap).transpose(0, 1)
+            found = torch.cat((head, own), dim=-1)
+            kept["query_scores"][batch, layer, :, : found.shape[-1]] = found.cpu()
 
     def on_output(
         self, layer: int, output: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
@@ -399,44 +473,18 @@ class _Recorder:
             rows = torch.arange(len(batch), device=last.device)
             self.kept["attn_out"][batch, layer] = output[rows, last].to(self.kept["attn_out"])
 
-    def capture(self, log_probs: Float[Tensor, "query label"]) -> Capture:
-        if "query_scores" in self.kept:
-            head = torch.arange(len(self.prompts.prefix), self.context.n_pos)
-            self.kept["query_scores"][..., : self.n_head] = self._scores_over(head)
-        kept = {name: self.kept[name] for name in self.fields if name in self.kept}
-        if "demo_scores" in self.fields:
-            kept["demo_scores"] = self._scores_over(self.prompts.demonstration_positions)
-        if "context_scores" in self.fields:
-            kept["context_scores"] = self._scores_over(torch.arange(len(self.prompts.prefix)), summed=True)
+    def capture(self, log_probs: Float[Tensor, "query label"], plain: Plain | None) -> Capture:
+        found: dict[str, Any] = {name: self.kept.get(name) for name in get_args(Field)}
+        found["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
+        found["plain"] = plain if "plain" in self.fields else None
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
             prompts=self.prompts,
             label_log_probs=log_probs,
-            attn_out=kept.get("attn_out"),
-            z=kept.get("z"),
-            q=kept.get("q"),
-            q_scored=kept.get("q_scored"),
-            context_scores=kept.get("context_scores"),
-            demo_scores=kept.get("demo_scores"),
-            query_scores=kept.get("query_scores"),
-            keys_values=self._keys_values() if "keys_values" in self.fields else None,
-            next_log_probs=kept.get("next_log_probs"),
             residual=self.residual,
+            **found,
         )
-
-    def _scores_over(
-        self, positions: Int[Tensor, " token"], *, summed: bool = False
-    ) -> Float[Tensor, "query layer *head token"]:
-        """All queries' scores over tokens of the context; summed over heads, they are never held by head."""
-        kept, score = self.kept["q_scored"], dual.summed_scores if summed else dual.shared_scores
-        found = kept.new_zeros(*kept.shape[: 2 if summed else 3], len(positions))
-        for layer, (scoring, keys) in enumerate(zip(self.model.scoring, self.context.keys, strict=True)):
-            shown = keys[positions.to(keys.device)]
-            for q, into in zip(kept[:, layer].split(64), found[:, layer].split(64), strict=True):
-                scores = score(q.to(keys), shown, scoring.scale, scoring.softcap)
-                into.copy_(scores if summed else scores.transpose(0, 1))
-        return found
 
     def _keys_values(self) -> KeysValues:
         n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
@@ -573,7 +621,13 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def _residual(got: Tensor, expected: Tensor) -> Tensor:
-    return (got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    return _largest(got - expected) / _largest(expected).clamp_min(1e-30)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest size of an element; NaN where there is one. Reads the tensor once and writes nothing."""
+    low, high = tensor.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _checked(model: Model, residuals: Sequence[Tensor]) -> float:
@@ -609,7 +663,8 @@ def _measure_pass(model: Model, start: Tokens) -> float:
         torch.tensor([[*prompts.prefix, *query] for query in queries], device=model.device),
         on_output=lambda layer, output: plain.append(output[:, -1]),
     )
-    recorder = _Recorder(model, prompts, ("attn_out",), context := _run_prefix(model, prompts.prefix))
+    context, _ = _run_prefix(model, prompts.prefix)
+    recorder = _Recorder(model, prompts, ("attn_out",), context)
     list(_run_queries(model, queries, 1, context, _BatchLimit(2), recorder))
     worst = 0.0
     for layer, expected in enumerate(plain):

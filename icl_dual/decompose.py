@@ -14,6 +14,7 @@ Every decomposition carries its residuals, and is refused where one is more than
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from os import PathLike
@@ -28,14 +29,17 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
-from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, refuse_unpaired
-from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, Plain, refuse_unpaired
+from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
 
 T = TypeVar("T")
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys before the demonstrations, each of which is a group of its own."""
+
+LAYERS_AT_ONCE = 2
+"""Each takes memory of its own."""
 
 LAYER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Largest relative residual that is rounding within a layer. Rotary models take their softmax in float32 also at
@@ -292,7 +296,7 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 
     Args:
-        model: what was captured, with the weights it had; runs once more, over the first query's full prompt.
+        model: what was captured, with the weights it had; does not run.
         icl: a capture of queries behind their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
         zsl: a capture of the same queries without demonstrations, with the same fields, or `attn_out` and `z` alone.
 
@@ -304,20 +308,24 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
     where = _Where.of(icl.prompts)
-    terms: list[_Terms] = []
-    relaxed: list[Relaxation] = []
-    for index, scoring in enumerate(model.scoring):
-        layer = _Layer.captured(icl, index, scoring, model.eta(index))
-        terms.append(_split(layer, where, W_O[index]))
-        relaxed.append(_relax(layer, where, terms[-1]))
+
+    def of_layer(index: int) -> tuple[_Terms, Relaxation]:
+        layer = _Layer.captured(icl, index, model.scoring[index], model.eta(index))
+        terms = _split(layer, where, W_O[index])
+        return terms, _relax(layer, where, terms)
+
+    # Ranking is numpy's, on one thread: the next layer fills the other.
+    with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+        terms, relaxed = zip(*pool.map(of_layer, range(model.n_layers)), strict=True)
     split = _stack(_Terms, terms)
     z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
-    plain, own = _plain(model, icl.prompts, W_O, b_O)
+    assert icl.plain is not None
+    own = icl.plain.attn_out.double()[None]
     residuals = Residuals(
         split=torch.maximum(
             _relative(_through(split.z, W_O, b_O), h_icl), _relative(split.z.flatten(2), _field(icl, "z").flatten(2))
         ),
-        plain=_relative(plain, own),
+        plain=_relative(_through(_plain_z(model, icl.prompts, icl.plain, W_O), W_O, b_O), own),
         run=_relative(h_icl[:1], own),
         realised=_relative(h_zsl + _through(split.z - z_zsl, W_O), h_icl),
     )
@@ -391,13 +399,12 @@ class _Layer(NamedTuple):
 
     @classmethod
     def of_plain(
-        cls, attention: Attention, where: "_Where", scoring: dual.Scoring, eta: Float[Tensor, " head"] | None
+        cls, plain: Plain, layer: int, where: "_Where", scoring: dual.Scoring, eta: Float[Tensor, " head"] | None
     ) -> "_Layer":
-        """From a plain pass over one full prompt, read at its last token."""
-        k, v = (tensor.double().cpu() for tensor in (attention.k, attention.v))
+        """From the plain pass over the first query's full prompt."""
+        q, k, v = (tensor[layer].double() for tensor in (plain.q, plain.k, plain.v))
         own, demo = where.own[0], where.demo
-        q = attention.q[:, -1].double().cpu()
-        return cls(scoring, q, k[:, own], v[:, own], k[0, demo], v[0, demo], eta)
+        return cls(scoring, q[None], k[None, own], v[None, own], k[demo], v[demo], eta)
 
 
 class _Terms(NamedTuple):
@@ -492,30 +499,15 @@ def _weigh(
     return summed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
-def _plain(
-    model: Model,
-    prompts: Prompts,
-    W_O: Float[Tensor, "layer head d_head d_model"],
-    b_O: Float[Tensor, "layer d_model"] | None,
-) -> tuple[Float[Tensor, "1 layer d_model"], Float[Tensor, "1 layer d_model"]]:
-    """A plain forward pass over the first query's full prompt: its attention split and put together, and its own."""
-    prompts = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
-    where = _Where.of(prompts)
-    z: list[Tensor] = []
-    own: list[Tensor] = []
-
-    def on_attention(layer: int, attention: Attention) -> None:
-        kept = _Layer.of_plain(attention, where, model.scoring[layer], model.eta(layer))
-        z.append(_split(kept, where, W_O[layer]).z)
-
-    with torch.no_grad():
-        model.run(
-            torch.tensor([[*prompts.prefix, *prompts.rows[0]]], device=model.device),
-            read=where.rows[None].to(model.device),
-            on_attention=on_attention,
-            on_output=lambda layer, output: own.append(output[:, -1].double().cpu()),
-        )
-    return _through(torch.stack(z, dim=1), W_O, b_O), torch.stack(own, dim=1)
+def _plain_z(
+    model: Model, prompts: Prompts, plain: Plain, W_O: Float[Tensor, "layer head d_head d_model"]
+) -> Float[Tensor, "1 layer head d_head"]:
+    """The plain pass over the first query's full prompt, split and put together again."""
+    where = _Where.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
+    layers = [
+        _Layer.of_plain(plain, index, where, scoring, model.eta(index)) for index, scoring in enumerate(model.scoring)
+    ]
+    return torch.stack([_split(layer, where, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
 
 
 def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
@@ -526,6 +518,11 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
                 raise ValueError(
                     f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}"
                 )
+    if icl.plain is not None and icl.plain.tokens != icl.prompts.prefix + icl.prompts.rows[0]:
+        raise ValueError(
+            f"expected a plain pass over the first query's prompt, got one of {len(icl.plain.tokens)} other tokens: "
+            "the capture was put together from two"
+        )
 
 
 def _refuse_residuals(model: Model, residuals: Residuals) -> None:
@@ -587,10 +584,13 @@ def _centred_ranks(
     x: Float[Tensor, "*batch token"], known: Bool[Tensor, "*#batch token"]
 ) -> Float[Tensor, "*batch token"]:
     """Ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
-    x = x.masked_fill(~known, torch.nan)
+    hidden = None if known.all() else ~known
+    x = x if hidden is None else x.masked_fill(hidden, torch.nan)
     order = torch.from_numpy(x.numpy().argsort(-1))  # many times faster than torch's and scipy's; NaNs come last
     ranks = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype).expand_as(x))
     in_order = x.gather(-1, order)
     tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
-    ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit"))
-    return ranks.sub_((known.sum(-1, keepdim=True) + 1) / 2).masked_fill_(~known, 0.0)
+    if tied.any():
+        ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit"))
+    ranks -= (known.sum(-1, keepdim=True) + 1) / 2
+    return ranks if hidden is None else ranks.masked_fill_(hidden, 0.0)

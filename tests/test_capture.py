@@ -154,6 +154,35 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
 
 @pytest.mark.parametrize("protocol", ["answer", "reference"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_plain_pass_over_the_first_query_is_kept_and_serves_as_context(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    protocol: str,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task if protocol == "answer" else reference_task)
+    got = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+    expected = Plain(model, prompts)
+    assert got.plain is not None
+    assert got.plain.tokens == prompts.prefix + prompts.rows[0]
+    assert relative(got.plain.attn_out, expected.attn_out(0)) < 1e-5
+    for layer, attention in enumerate(expected.attention(0)):
+        assert relative(got.plain.q[layer], attention.q[0, -1]) < 1e-5
+        assert relative(got.plain.k[layer], attention.k[0]) < 1e-5
+        assert relative(got.plain.v[layer], attention.v[0]) < 1e-5
+    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", 7)
+    in_blocks = icl.capture(model, prompts, fields=("z",), progress=False)
+    assert in_blocks.plain is None
+    assert in_blocks.z is not None
+    assert got.z is not None
+    assert relative(in_blocks.z, got.z) < 1e-5
+
+
+@pytest.mark.parametrize("protocol", ["answer", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_next_tokens_are_as_probable_as_in_the_plain_forward_pass(
     models_by_architecture: Callable[[str], icl.Model],
     task: icl.Task,

@@ -327,8 +327,8 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
     run_prefix = module._run_prefix
 
     def rolled(*args):
-        prefix = run_prefix(*args)
-        return dataclasses.replace(prefix, keys=[keys.roll(3, 0) for keys in prefix.keys])
+        prefix, plain = run_prefix(*args)
+        return dataclasses.replace(prefix, keys=[keys.roll(3, 0) for keys in prefix.keys]), plain
 
     monkeypatch.setattr(module, "_run_prefix", rolled)
     wrong = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
@@ -339,8 +339,15 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
 def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Model, task: icl.Task) -> None:
     got, zsl = runs(llama, prompts := build(llama, task))
     other = dataclasses.replace(prompts, demonstrations=prompts.demonstrations[::-1])
-    with pytest.raises(icl.UnsupportedModelError, match=r"\(run\)"):
+    with pytest.raises(ValueError, match="plain pass over the first query's prompt"):
         icl.decompose(llama, dataclasses.replace(got, prompts=other), zsl)
+
+
+def test_a_plain_pass_that_does_not_split_is_refused(llama: icl.Model, prompts: Prompts) -> None:
+    got, zsl = runs(llama, prompts)
+    assert got.plain is not None
+    with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(plain\)"):
+        icl.decompose(llama, dataclasses.replace(got, plain=got.plain._replace(v=1.01 * got.plain.v)), zsl)
 
 
 def test_captures_within_a_delta_are_not_decomposed_outside_of_it(
@@ -365,7 +372,7 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
     """A hook that shows what the model does not compute with: off by 1 % for those who look on."""
     model = make_model("llama")
     prompts = build(model, task)
-    captured = runs(model, prompts)
+    runs(model, prompts)
     point = model.wrapped.hook_dict[f"blocks.1.{hook}"]
     add_hook = point.add_hook
 
@@ -373,12 +380,10 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
         return add_hook(lambda tensor, hook: hook_fn(tensor * 1.01, hook=hook), *args, **kwargs)
 
     monkeypatch.setattr(point, "add_hook", add_corrupted)
-    if hook != "attn.hook_z":  # heads' outputs are held against the model's own by `capture`
-        with pytest.raises(icl.UnsupportedModelError, match=r"layer 1: the terms are off by .* \(plain\)"):
-            icl.decompose(model, *captured)
-    model.pass_residual = None  # as of a model that is captured for the first time
-    with pytest.raises(icl.UnsupportedModelError, match="layer 1"):
-        decomposed(model, prompts)
+    for known in (model.pass_residual, None):  # None of a model that is captured for the first time
+        model.pass_residual = known
+        with pytest.raises(icl.UnsupportedModelError, match="layer 1"):
+            decomposed(model, prompts)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

@@ -222,7 +222,7 @@ class Model:
                 hooks += [*lens.error_hooks(layer, "K", on_error), *lens.error_hooks(layer, "V", on_error)]
         if read is not None:
             hooks.append((lens.points["unembed.hook_in"], _gather(read)))
-        with _hooked(hooks), _evaluating(self.wrapped):
+        with _hooked(hooks), _evaluating(lens.modules):
             return lens.forward(tokens, positions)
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
@@ -441,12 +441,12 @@ def _hooked(hooks: list[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(wrapped: nn.Module) -> Iterator[None]:
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """No dropout during a pass, and every module's own mode again afterwards."""
-    training = [module for module in wrapped.modules() if module.training]
-    if training:
-        wrapped.eval()
+    training = [module for module in modules if module.training]
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
