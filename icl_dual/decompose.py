@@ -23,11 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy import stats
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from icl_dual import dual
+from icl_dual import dual, ranks
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, Plain, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
@@ -487,7 +486,7 @@ def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
         update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
         output_cosine=dual.cosine(output, z),
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
-        rank_agreement=_spearman(logits, weights.abs_(), seen).T,
+        rank_agreement=ranks.spearman(logits, weights.abs_(), seen).T,
     )
 
 
@@ -571,26 +570,3 @@ def _relative(
     got: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, " layer"]:
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
-
-
-def _spearman(
-    a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"], known: Bool[Tensor, "*#batch token"]
-) -> Float[Tensor, "*batch"]:
-    """Rank correlation over the last axis, of the tokens known alone; NaN where nothing varies."""
-    return dual.cosine(_centred_ranks(a, known), _centred_ranks(b, known))
-
-
-def _centred_ranks(
-    x: Float[Tensor, "*batch token"], known: Bool[Tensor, "*#batch token"]
-) -> Float[Tensor, "*batch token"]:
-    """Ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
-    hidden = None if known.all() else ~known
-    x = x if hidden is None else x.masked_fill(hidden, torch.nan)
-    order = torch.from_numpy(x.numpy().argsort(-1))  # many times faster than torch's and scipy's; NaNs come last
-    ranks = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype).expand_as(x))
-    in_order = x.gather(-1, order)
-    tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
-    if tied.any():
-        ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit"))
-    ranks -= (known.sum(-1, keepdim=True) + 1) / 2
-    return ranks if hidden is None else ranks.masked_fill_(hidden, 0.0)

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
@@ -32,6 +31,7 @@ from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
 from icl_dual.intervals import Interval, Table, average, bootstrap, share
+from icl_dual.ranks import kendall
 from icl_dual.recordings import SETTINGS, Recordings
 
 KENDALL_QUERIES = 100
@@ -218,18 +218,6 @@ def top_recall(
     among = np.zeros(ft.shape, dtype=bool)
     np.put_along_axis(among, of_ft, True, axis=-1)
     return torch.from_numpy(np.take_along_axis(among, of_icl, axis=-1).mean(-1))
-
-
-def kendall(
-    m_icl: Float[Tensor, "query layer demo_token"], m_ft: Float[Tensor, "query layer demo_token"]
-) -> Float[Tensor, "query layer"]:
-    """Kendall's τ between ICL's and finetuning's attention to the demonstrations' tokens."""
-    if m_icl.shape[-1] < 2:
-        return torch.full(m_icl.shape[:2], torch.nan, dtype=torch.float64)
-    tau: Any = stats.kendalltau  # typed for single pairs only
-    p_value = "asymptotic" if m_icl.shape[-1] > 2 else "auto"  # which nobody asks for; the exact one takes its time
-    found = tau(m_icl.numpy(), m_ft.numpy(), axis=-1, method=p_value)
-    return torch.as_tensor(found.statistic, dtype=torch.float64).view(m_icl.shape[:2])
 
 
 def kendall_random(m_icl: Float[Tensor, "query layer demo_token"], *, seed: Seed = 0) -> Float[Tensor, "query layer"]:

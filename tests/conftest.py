@@ -4,12 +4,14 @@ from jaxtyping import install_import_hook
 
 install_import_hook("icl_dual", "beartype.beartype")
 
-import os  # noqa: E402 - the hook has to be in place before the library is imported
+import math  # noqa: E402 - the hook has to be in place before the library is imported
+import os  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 import hooked  # noqa: E402
 import matplotlib as mpl  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
@@ -337,3 +339,15 @@ def reference_task() -> icl.Task:
 @pytest.fixture(scope="session")
 def prompts(llama: icl.Model, task: icl.Task) -> icl.Prompts:
     return icl.build_prompts(llama, task, task.demonstrations(4, seed=1), task.queries(7))
+
+
+def slow_tau(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's τ-b by counting every pair."""
+    agreement, ties_a, ties_b = 0, 0, 0
+    pairs = [(i, j) for i in range(len(a)) for j in range(i)]
+    for i, j in pairs:
+        agreement += int(np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]))
+        ties_a += int(a[i] == a[j])
+        ties_b += int(b[i] == b[j])
+    both = (len(pairs) - ties_a) * (len(pairs) - ties_b)
+    return agreement / math.sqrt(both) if both else math.nan

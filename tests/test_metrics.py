@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_settings
+from conftest import run_settings, slow_tau
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,17 +44,6 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / (math.sqrt(a @ a) * math.sqrt(b @ b)))
-
-
-def slow_tau(a: np.ndarray, b: np.ndarray) -> float:
-    """Kendall's τ-b by counting every pair."""
-    agreement, ties_a, ties_b = 0, 0, 0
-    pairs = [(i, j) for i in range(len(a)) for j in range(i)]
-    for i, j in pairs:
-        agreement += int(np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]))
-        ties_a += int(a[i] == a[j])
-        ties_b += int(b[i] == b[j])
-    return agreement / math.sqrt((len(pairs) - ties_a) * (len(pairs) - ties_b))
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -149,30 +138,8 @@ def test_sim_am_equals_its_definition_whatever_the_lengths(seed: int, lengths: l
                 assert random[query, layer, head].item() == pytest.approx(expected, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**20), tokens=st.integers(2, 9), ties=st.booleans())
-def test_kendall_equals_counting_pairs(seed: int, tokens: int, ties: bool) -> None:
-    a, b = draw(seed, 2, 2, tokens), draw(seed + 1, 2, 2, tokens)
-    if ties:
-        a, b = a.round(), b.round()
-    got = kendall(a, b)
-    for query in range(2):
-        for layer in range(2):
-            x, y = a[query, layer].numpy(), b[query, layer].numpy()
-            if len(set(x.tolist())) > 1 and len(set(y.tolist())) > 1:
-                assert got[query, layer].item() == pytest.approx(slow_tau(x, y), abs=1e-12)
-            else:
-                assert got[query, layer].isnan()
-
-
-def test_kendall_by_hand() -> None:
-    up = torch.arange(5.0).view(1, 1, 5)
-    assert kendall(up, up**3).item() == pytest.approx(1.0)
-    assert kendall(up, -up).item() == pytest.approx(-1.0)
-    swapped = torch.tensor([[[1.0, 0.0, 2.0, 3.0, 4.0]]])
-    assert kendall(up, swapped).item() == pytest.approx(0.8)  # one pair of ten disagrees
-    many = draw(0, 40, 2, 60)
-    assert abs(kendall_random(many, seed=1).mean().item()) < 0.03
+def test_kendalls_baseline_is_around_zero() -> None:
+    assert abs(kendall_random(draw(0, 40, 2, 60), seed=1).mean().item()) < 0.03
 
 
 def test_finetunings_attention_sums_heads_of_query_products() -> None:

@@ -1,0 +1,112 @@
+"""Rank correlations of many short rows at once.
+
+scipy takes rows one by one, and a cell has tens of thousands of them. Ranking is numpy's, which sorts many times faster
+than torch.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from scipy import stats
+from torch import Tensor
+
+from icl_dual import dual
+
+AT_ONCE = 1 << 15
+"""Elements ranked at once by Kendall's τ: what its passes over them share stays in a core's cache."""
+
+Rows = Shaped[np.ndarray, "row item"]
+
+
+def spearman(
+    a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
+) -> Float[Tensor, "*batch"]:
+    """Spearman's ρ over the last axis, of the items known alone; NaN where nothing varies."""
+    return dual.cosine(_centred_ranks(a, known), _centred_ranks(b, known))
+
+
+def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) -> Float[Tensor, "*batch"]:
+    """Kendall's τ-b over the last axis, in O(n log² n); NaN where nothing varies, or a number is missing.
+
+    τ = (concordant − discordant pairs) / √(pairs untied in a · pairs untied in b).
+    """
+    *batch, n = a.shape
+    rows = math.prod(batch)
+    if n < 2 or not rows:
+        return torch.full(batch, torch.nan, dtype=torch.float64)
+    step = max(1, AT_ONCE // n)
+    of_a, of_b = a.reshape(rows, n).numpy(), b.reshape(rows, n).numpy()
+    found = [_kendall(of_a[first : first + step], of_b[first : first + step]) for first in range(0, rows, step)]
+    return torch.from_numpy(np.concatenate(found)).view(batch)
+
+
+def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
+    n = a.shape[-1]
+    dtype = np.int32 if n < 1 << 15 else np.int64  # wide enough for a pair of ranks in one number, which sorts as pairs
+    x, y = _dense_ranks(a, dtype), _dense_ranks(b, dtype)
+    both = np.sort(x * dtype(n) + y)
+    y_by_x = both % dtype(n)
+    # Where b's items stand when sorted by a; equal ones in order, so that no tie is an inversion.
+    places = np.sort(y_by_x * dtype(n) + np.arange(n, dtype=dtype)) % dtype(n)
+    pairs = n * (n - 1) // 2
+    tied_x, tied_y, tied_both = (_tied_pairs(found) for found in (np.sort(x), np.sort(y), both))
+    difference = pairs - tied_x - tied_y + tied_both - 2 * _inversions(places)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tau = difference / np.sqrt(pairs - tied_x) / np.sqrt(pairs - tied_y)
+    return np.where(np.isnan(a).any(-1) | np.isnan(b).any(-1), np.nan, tau)
+
+
+def _dense_ranks(rows: Rows, dtype: type) -> Rows:
+    """0, 1, … by size, equal items alike."""
+    order = rows.argsort(-1)
+    in_order = np.take_along_axis(rows, order, -1)
+    ranks, found = np.zeros((2, *rows.shape), dtype)
+    np.cumsum(in_order[:, 1:] != in_order[:, :-1], axis=-1, out=ranks[:, 1:])
+    np.put_along_axis(found, order, ranks, -1)
+    return found
+
+
+def _tied_pairs(in_order: Rows) -> Shaped[np.ndarray, " row"]:
+    """Pairs of equal items in sorted rows: each item with those equal before it."""
+    places = np.arange(in_order.shape[-1])
+    first = np.zeros(in_order.shape, places.dtype)
+    np.copyto(first[:, 1:], places[1:], where=in_order[:, 1:] != in_order[:, :-1])
+    return (places - np.maximum.accumulate(first, -1)).sum(-1)
+
+
+def _inversions(permutations: Rows) -> Shaped[np.ndarray, " row"]:
+    """Pairs of items out of order in permutations of 0 … n − 1.
+
+    Of two items, the highest bit in which they differ says which is larger. So bit by bit: among the items that agree
+    in all higher bits, in the order in which they stand, count those with a 1 before each with a 0.
+    """
+    n, dtype = permutations.shape[-1], permutations.dtype.type
+    n_bits = (n - 1).bit_length()
+    size = 1 << n_bits
+    added = np.broadcast_to(np.arange(n, size, dtype=dtype), (len(permutations), size - n))  # all groups whole
+    items, places = np.concatenate((permutations, added), -1), np.arange(size, dtype=dtype)
+    found = np.zeros(len(permutations), dtype=np.int64)
+    for bit in range(n_bits):
+        # One number of the higher bits, the place and the bit itself: sorted, groups lie together, each in its order.
+        key = np.sort((items >> dtype(bit + 1) << dtype(n_bits + 1)) + (places << dtype(1)) + (items >> dtype(bit) & 1))
+        ones = (key & dtype(1)).reshape(len(key), -1, 2 << bit)
+        found += (np.cumsum(ones, -1, dtype=dtype) * (dtype(1) - ones)).sum((-1, -2), dtype=np.int64)
+    return found
+
+
+def _centred_ranks(
+    x: Float[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
+) -> Float[Tensor, "*batch item"]:
+    """Ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
+    hidden = None if known.all() else ~known
+    x = x if hidden is None else x.masked_fill(hidden, torch.nan)
+    order = torch.from_numpy(x.numpy().argsort(-1))  # NaNs come last
+    ranks = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype).expand_as(x))
+    in_order = x.gather(-1, order)
+    tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
+    if tied.any():
+        ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit")).to(ranks)
+    ranks -= (known.sum(-1, keepdim=True) + 1) / 2
+    return ranks if hidden is None else ranks.masked_fill_(hidden, 0.0)
