@@ -1,6 +1,6 @@
 """Choose a model's default learning rate for each task, on selection queries that no evaluation ever sees.
 
-Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at every learning rate of a grid, and
+Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at all learning rates of a grid, and
 keeps the one with the best accuracy on the selection split; ties go to the lower cross-entropy of the gold label.
 The whole grid goes to figures/lr_selection/, the choice to analyses/data/default_lr.json, which reproduce.py and
 controls.py read. Measured rows are kept, so a stopped run goes on where it was.
@@ -9,7 +9,6 @@ controls.py read. Measured rows are kept, so a stopped run goes on where it was.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -24,10 +23,8 @@ DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
 GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
 
 
-def measure(model: icl.Model, prompts: icl.Prompts, lr: float, variant: dict[str, Any]) -> dict[str, float]:
-    try:
-        delta = icl.finetune(model, prompts, lr=lr, **variant)
-    except icl.DivergedError:
+def measure(model: icl.Model, prompts: icl.Prompts, delta: icl.WeightDelta | icl.DivergedError) -> dict[str, float]:
+    if isinstance(delta, icl.DivergedError):
         return {"accuracy": float("nan"), "cross_entropy": float("nan")}
     with delta.applied(model):
         tuned = icl.capture(model, prompts.zero_shot(), fields=())
@@ -78,9 +75,9 @@ def main() -> None:
         task, k = icl.load_task(task_name), icl.PAPER_K[task_name]
         queries = task.queries(args.queries, split="selection")
         prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=0), queries)
-        for lr in todo:
+        for lr, delta in zip(todo, icl.finetune_many(model, [prompts] * len(todo), todo, **variant), strict=True):
             row = {"model": args.model, "task": task_name, "k": k, "lr": lr, "n": len(queries)}
-            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, lr, variant)])], ignore_index=True)
+            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, delta)])], ignore_index=True)
             rows.to_csv(table, index=False)
             print(rows.iloc[-1].to_dict(), flush=True)
 

@@ -5,7 +5,7 @@ from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
 from icl_dual.decompose import Decomposition, decompose
-from icl_dual.finetune import DivergedError, WeightDelta, finetune
+from icl_dual.finetune import DivergedError, WeightDelta, finetune, finetune_many
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
@@ -50,6 +50,7 @@ __all__ = [
     "dual",
     "export_recordings",
     "finetune",
+    "finetune_many",
     "intervals",
     "load_cell",
     "load_model",

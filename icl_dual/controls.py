@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import capture
-from icl_dual.finetune import Loss, Method, Trained, finetune
+from icl_dual.finetune import DivergedError, Loss, Method, Trained, finetune_many
 from icl_dual.intervals import bootstrap
 from icl_dual.models import Model
 from icl_dual.prompts import Prompts, build_prompts
@@ -218,10 +218,13 @@ def order_sensitivity(
     orders = draw_orders(len(demonstrations), n_orders, seed=seed)
     found: dict[str, list[Tensor]] = {"ICL": [], "FT": []}
     predictions: dict[str, list[Tensor]] = {"ICL": [], "FT": []}
-    for order in tqdm(orders, desc="orders", disable=not progress, leave=False):
-        prompts = build_prompts(model, task, [demonstrations[index] for index in order], queries)
+    shown = [build_prompts(model, task, [demonstrations[index] for index in order], queries) for order in orders]
+    rates = [lr] * n_orders
+    deltas = finetune_many(model, shown, rates, loss=loss, method=method, trained=trained, progress=progress)
+    for prompts, delta in zip(tqdm(shown, desc="orders", disable=not progress, leave=False), deltas, strict=True):
+        if isinstance(delta, DivergedError):
+            raise delta
         runs = {"ICL": capture(model, prompts, fields=("next_log_probs",), progress=progress)}
-        delta = finetune(model, prompts, lr=lr, loss=loss, method=method, trained=trained, progress=progress)
         with delta.applied(model):
             runs["FT"] = capture(model, prompts.zero_shot(), fields=("next_log_probs",), progress=progress)
         for name, run in runs.items():

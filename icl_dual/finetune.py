@@ -10,9 +10,9 @@ those above it, as a forward pass does not (layer-causal, Deutch et al., 2024); 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -230,8 +230,7 @@ def finetune(
         UnsupportedModelError: a step's factors do not make up its gradient (says at which layer), or a layer's output
             is not read out by the final norm and the unembedding alone (`layer-causal`).
     """
-    refuse_unreadable(model, prompts)
-    _refuse_options(prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
+    _refuse(model, prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
     if factors and trained not in ("key-value", "attention"):
         raise ValueError(f"expected keys and values to be trained where factors are kept, got trained={trained!r}")
     weights = _weights(model, trained)
@@ -258,12 +257,8 @@ def finetune(
             if recorder is not None:
                 recorder.check(step)
             change = descent.step(last=step == total)
-            most = EXPLODED_LOSS * max(math.log(model.d_vocab), losses[0])
-            if not (math.isfinite(value) and value <= most and change <= EXPLODED_WEIGHTS):
-                raise DivergedError(
-                    f"finetuning diverged at step {step} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
-                    f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
-                )
+            if (diverged := _diverged(model, losses, change, total, lr)) is not None:
+                raise diverged
         deltas = _deltas(model, weights, before)
     return WeightDelta(
         model=model.name,
@@ -281,7 +276,204 @@ def finetune(
     )
 
 
-def _refuse_options(prompts: Prompts, lr: float, options: dict[str, tuple[str, Any]]) -> None:
+def finetune_many(
+    model: Model,
+    prompts: Sequence[Prompts],
+    lrs: Sequence[float],
+    *,
+    loss: Loss = "all",
+    method: Method = "sgd",
+    trained: Trained = "key-value",
+    at_once: int = 8,
+    progress: bool = True,
+) -> list[WeightDelta | DivergedError]:
+    """Finetune several times: at several rates, on several seeds' demonstrations, or on the same in several orders.
+
+    A step on one demonstration takes about as long as reading the weights does. So runs of SGD go side by side, each
+    with what it has changed so far beside the weights that all read, (W + ΔW) x = W x + ΔW x, and their deltas are
+    `finetune`'s up to rounding. By other methods, in half precision and of a `HookedTransformer`, they go one by one.
+
+    Args:
+        model: what to finetune; comes back as it was.
+        prompts: by run, whose demonstrations to train on.
+        lrs: by run, the learning rate.
+        loss: as in `finetune`.
+        method: the same.
+        trained: the same.
+        at_once: most runs side by side; each takes its delta's memory, and as much for its gradient.
+        progress: show a progress bar.
+
+    Returns:
+        By run, its delta, or the error that says where it diverged.
+
+    Raises:
+        ValueError: there are not as many rates as prompts, at_once is below 1, or as in `finetune`.
+        PromptError: the prompts are not whole, or the model cannot read them.
+        UnsupportedModelError: as in `finetune`.
+    """
+    if len(prompts) != len(lrs):
+        raise ValueError(f"expected a learning rate for each of {len(prompts)} prompts, got {len(lrs)} rates")
+    if at_once < 1:
+        raise ValueError(f"expected at least 1 run at once, got {at_once}")
+    for one, lr in zip(prompts, lrs, strict=True):
+        _refuse(model, one, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
+    found: list[WeightDelta | DivergedError] = []
+    with tqdm(total=len(prompts), desc="finetuning", disable=not progress, unit="run", leave=False) as bar:
+        alone = method != "sgd" or model.dtype.itemsize < 4 or not model.adds
+        step = 1 if alone else at_once
+        for first in range(0, len(prompts), step):
+            some = slice(first, first + step)
+            if alone:
+                try:
+                    options: dict[str, Any] = {"loss": loss, "method": method, "trained": trained}
+                    found.append(finetune(model, prompts[first], lr=lrs[first], **options, progress=progress))
+                except DivergedError as error:
+                    found.append(error)
+            else:
+                found += _SideBySide(model, prompts[some], lrs[some], loss, trained).run(progress)
+            bar.update(len(found) - first)
+    return found
+
+
+def _diverged(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:
+    """What is wrong after the step whose loss is the last, if anything."""
+    most = EXPLODED_LOSS * max(math.log(model.d_vocab), losses[0])
+    if math.isfinite(losses[-1]) and losses[-1] <= most and change <= EXPLODED_WEIGHTS:
+        return None
+    return DivergedError(
+        f"finetuning diverged at step {len(losses)} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
+        f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
+    )
+
+
+@dataclass
+class _Run:
+    """One of several finetunings side by side: its settings, and what its steps have left."""
+
+    prompts: Prompts
+    lr: float
+    losses: list[float] = field(default_factory=list)
+    q: list[Tensor] = field(default_factory=list)
+    k: list[Tensor] = field(default_factory=list)
+    path: float = 0.0
+    result: WeightDelta | DivergedError | None = None
+
+    @property
+    def total(self) -> int:
+        return len(self.prompts.training)
+
+
+class _SideBySide:
+    """Runs of SGD that share each pass, a row of its batch each. Those that are through, or diverged, leave."""
+
+    def __init__(
+        self, model: Model, prompts: Sequence[Prompts], lrs: Sequence[float], loss: Loss, trained: Trained
+    ) -> None:
+        self.model = model
+        self.loss: Loss = loss
+        self.trained: Trained = trained
+        self.runs = [_Run(one, lr) for one, lr in zip(prompts, lrs, strict=True)]
+        self.going = list(self.runs)
+        weights = _weights(model, trained)
+        self.size = _norm([weight.parameter.detach() for by_layer in weights.values() for weight in by_layer])
+        self.moved: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
+        for name, by_layer in weights.items():
+            matrices = [weight.matrix(weight.parameter.detach()) for weight in by_layer]
+            self.moved[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
+
+    def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
+        fingerprint, longest = self.model.fingerprint(), max(run.total for run in self.runs)
+        what = f"finetuning {len(self.runs)} side by side"
+        with _only_trained(self.model, []), tqdm(total=longest, desc=what, disable=not progress, leave=False) as bar:
+            while self.going:
+                self._step()
+                self._leave(fingerprint)
+                bar.update()
+        return [run.result for run in self.runs if run.result is not None]
+
+    def _step(self) -> None:
+        """Each run's next step, along the gradient of its own row's loss."""
+        rows = [(*run.prompts.start, *run.prompts.training[len(run.losses)]) for run in self.going]
+        tensors = [tensor.requires_grad_() for by_layer in self.moved.values() for tensor in by_layer]
+        losses = self._losses(rows)
+        gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True, materialize_grads=True)
+        lrs = torch.tensor([run.lr for run in self.going], dtype=losses.dtype, device=losses.device)
+        with torch.no_grad():
+            sizes = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0) * lrs
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.sub_(gradient * lrs.view(-1, *[1] * (gradient.ndim - 1)))
+        for run, loss, size in zip(self.going, losses.tolist(), sizes.tolist(), strict=True):
+            run.losses.append(loss)
+            run.path += size / self.size
+
+    def _losses(self, rows: Sequence[tuple[int, ...]]) -> Float[Tensor, " run"]:
+        """Each row's mean cross-entropy over its targets; its queries and keys are kept."""
+        model = self.model
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
+        n_targets = torch.tensor([self._n_targets(run, row) for run, row in zip(self.going, rows, strict=True)])
+        back = torch.arange(int(n_targets.max()), 0, -1)  # from a row's last token, behind which nothing is predicted
+        read = (torch.tensor([[len(row) - 1] for row in rows]) - back).clamp_min(0).to(model.device)
+        counted = (back <= n_targets[:, None]).to(model.device)
+        content: dict[str, list[Tensor]] = {"q": [], "k": []}
+        logits = model.run(
+            ids,
+            read=read,
+            on_query=lambda layer, q: content["q"].append(q.detach().cpu()),
+            on_key=lambda layer, k: content["k"].append(k.detach().cpu()),
+            adding=dict.fromkeys(_KINDS[self.trained], self._added),
+        )
+        for name, layers in content.items():
+            for run, row, found in zip(self.going, rows, torch.stack(layers, dim=1), strict=True):
+                getattr(run, name).append(found[:, : len(row)].clone())
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), ids.gather(1, read + 1), reduction="none")
+        return each.where(counted, 0.0).sum(1) / counted.sum(1)
+
+    def _added(self, layer: int, kind: Kind, x: Float[Tensor, "run pos d_in"]) -> Float[Tensor, "run pos d_out"]:
+        """ΔW x + Δb, each run's own."""
+        added = x @ self.moved[f"W_{kind}"][layer].mT
+        return added + self.moved[f"b_{kind}"][layer].unsqueeze(1) if f"b_{kind}" in self.moved else added
+
+    def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
+        label = run.prompts.demonstration_label_lengths[len(run.losses)]
+        return min(label if self.loss == "label" else len(row) - len(run.prompts.start), len(row) - 1)
+
+    def _leave(self, fingerprint: str) -> None:
+        """Runs that are through, or have diverged, leave with their result."""
+        for index, run in enumerate(self.going):
+            change = run.path  # no shorter than the change, which is looked at once it says so
+            if not change <= EXPLODED_WEIGHTS:
+                change = _norm([tensor[index] for by_layer in self.moved.values() for tensor in by_layer]) / self.size
+            run.result = _diverged(self.model, run.losses, change, run.total, run.lr)
+            if run.result is None and len(run.losses) == run.total:
+                run.result = self._delta(index, run, fingerprint)
+        staying = [index for index, run in enumerate(self.going) if run.result is None]
+        if len(staying) < len(self.going):
+            self.going = [self.going[index] for index in staying]
+            for by_layer in self.moved.values():
+                by_layer[:] = [tensor.detach()[staying] for tensor in by_layer]
+
+    def _delta(self, index: int, run: _Run, fingerprint: str) -> WeightDelta:
+        moved = {
+            name: torch.stack([tensor.detach()[index] for tensor in by_layer]).cpu()
+            for name, by_layer in self.moved.items()
+        }
+        return WeightDelta(
+            model=self.model.name,
+            fingerprint=fingerprint,
+            lr=run.lr,
+            loss=self.loss,
+            trained=self.trained,
+            **_with_still(self.model, moved),
+            demonstrations=[list(tokens) for tokens in run.prompts.training],
+            losses=torch.tensor(run.losses, dtype=torch.float64),
+            training_q=torch.cat(run.q, dim=1),
+            training_k=torch.cat(run.k, dim=1),
+        )
+
+
+def _refuse(model: Model, prompts: Prompts, lr: float, options: dict[str, tuple[str, Any]]) -> None:
+    refuse_unreadable(model, prompts)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
     for name, (got, known) in options.items():
@@ -472,12 +664,18 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def _deltas(model: Model, weights: dict[str, list[Weight]], before: list[Tensor]) -> dict[str, Any]:
-    """What the weights have changed by, as matrices, by layer; keys and values that did not move changed by zero."""
+    """What the weights have changed by, as matrices, by layer."""
     then = iter(before)
-    found: dict[str, Any] = {
+    moved = {
         name: torch.stack([weight.matrix(weight.parameter.detach() - next(then)).cpu() for weight in by_layer])
         for name, by_layer in weights.items()
     }
+    return _with_still(model, moved)
+
+
+def _with_still(model: Model, moved: dict[str, Tensor]) -> dict[str, Any]:
+    """What has moved, and zero for keys and values that have not."""
+    found: dict[str, Any] = dict(moved)
     for kind in ("K", "V"):
         W, b = model.projections(kind)[0]
         for name, weight in ((f"W_{kind}", W), (f"b_{kind}", b)):

@@ -25,7 +25,7 @@ PROJECTIONS = {"Q": ("q_proj",), "K": ("k_proj",), "V": ("v_proj",), "O": ("o_pr
 FUSED = {"gpt2": ("attn.c_attn", "attn.c_proj"), "neox": ("query_key_value", "attention.dense")}
 KINDS = {"key-value": "KV", "key": "K", "value": "V", "attention": "QKVO"}
 # Rotary attention takes its softmax in float32 also at float64.
-ACCURACY = {"xglm": 1e-4, "llama": 1e-5, "qwen3": 1e-5, "gemma2-window": 1e-5}
+ACCURACY = {"xglm": 1e-4, "llama": 1e-5, "qwen3": 1e-5, "gemma2-window": 1e-5, "bloom": 1e-5}
 
 
 def dtype_of(architecture: str) -> torch.dtype:
@@ -624,3 +624,111 @@ def model_of(make_model: Callable[..., icl.Model], half: icl.Model) -> icl.Model
         for mine, theirs in zip(model.parameters(), half.parameters(), strict=True):
             mine.copy_(theirs.float())
     return model
+
+
+def equal_to_one_by_one(
+    model: icl.Model, prompts: list[Prompts], lrs: list[float], accuracy: float, **options: Any
+) -> list[icl.WeightDelta | icl.DivergedError]:
+    """Several runs at once, each held against `finetune`."""
+    found = icl.finetune_many(model, prompts, lrs, progress=False, **options)
+    options.pop("at_once", None)
+    for got, one, lr in zip(found, prompts, lrs, strict=True):
+        assert isinstance(got, icl.WeightDelta)
+        expected = icl.finetune(model, one, lr=lr, progress=False, **options)
+        for name, value in vars(expected).items():
+            other = getattr(got, name)
+            if isinstance(value, torch.Tensor):
+                assert other.shape == value.shape
+                assert other.dtype == value.dtype
+                # Δb_K is nothing but rounding, for it moves all scores alike.
+                size = value.norm() + 1e-3 * (expected.W_K.norm() + expected.W_V.norm())
+                assert (other - value).norm() <= accuracy * size, name
+            else:
+                assert other == value, name
+    return found
+
+
+def several(model: icl.Model, task: icl.Task) -> list[Prompts]:
+    """Prompts of other seeds, and of other numbers of demonstrations."""
+    drawn = [task.demonstrations(k, seed=seed) for k, seed in ((4, 1), (2, 2), (5, 3), (4, 1))]
+    return [icl.build_prompts(model, task, shown, task.queries(2)) for shown in drawn]
+
+
+@pytest.mark.parametrize("loss", ["all", "label"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm", "qwen3", "gemma2-window", "bloom"])
+def test_several_at_once_are_as_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, loss: Loss
+) -> None:
+    model = make_model(architecture, dtype_of(architecture))
+    before = snapshot(model)
+    accuracy = ACCURACY.get(architecture, 1e-7)
+    equal_to_one_by_one(model, several(model, task), [LR, 2 * LR, LR / 3, LR / 2], accuracy, loss=loss)
+    assert same(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("trained", get_args(Trained))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_several_move_what_they_are_told_as_many_at_once_as_they_are_told(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, trained: Trained, at_once: int
+) -> None:
+    model = make_model(architecture, torch.float64)
+    equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-5, trained=trained, at_once=at_once)
+
+
+def test_several_at_once_with_momentum_attention(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    model = make_model("llama", torch.float64)
+    with icl.momentum_attention(model, some_eta()):
+        equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "method"),
+    [
+        ("llama", torch.bfloat16, "sgd"),
+        ("llama", torch.float32, "layer-causal"),
+        ("gpt2", torch.float32, "full-batch"),
+    ],
+)
+def test_what_cannot_go_side_by_side_goes_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, dtype: torch.dtype, method: Method
+) -> None:
+    model = make_model(architecture, dtype)
+    equal_to_one_by_one(model, several(model, task), [LR, LR, LR, 1e-3], 0.0, method=method)
+
+
+@pytest.mark.parametrize("method", ["sgd", "layer-causal"])
+def test_a_run_that_diverges_leaves_the_others_alone(
+    make_model: Callable[..., icl.Model], task: icl.Task, method: Method
+) -> None:
+    model = make_model("llama", torch.float64)
+    before, prompts = snapshot(model), several(model, task)
+    found = icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], method=method, progress=False)
+    assert [type(one) for one in found] == [icl.WeightDelta, icl.DivergedError, icl.DivergedError, icl.WeightDelta]
+    assert re.search(r"step \d of 2 with lr=1e\+38: loss .* weights changed", str(found[1]))
+    assert re.search(r"step \d of 5 with lr=10000: loss .* weights changed", str(found[2]))
+    equal_to_one_by_one(model, [prompts[0], prompts[3]], [LR, LR], 1e-5, method=method)
+    assert same(model, before)
+
+
+def test_an_exploded_loss_is_divergence_side_by_side_too(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = icl.finetune(llama, prompts, lr=LR, progress=False).losses.tolist()
+    limit = sorted(losses)[-2] + 1e-6
+    monkeypatch.setattr(sys.modules["icl_dual.finetune"], "EXPLODED_LOSS", limit / losses[0])
+    (found,) = icl.finetune_many(llama, [prompts], [LR], progress=False)
+    assert re.search(rf"step {1 + losses.index(max(losses))} of 4 with lr=0\.05", str(found))
+
+
+def test_several_ask_for_a_rate_each(llama: icl.Model, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="expected a learning rate for each of 2 prompts, got 1 rates"):
+        icl.finetune_many(llama, [prompts, prompts], [LR])
+    with pytest.raises(ValueError, match="expected at least 1 run at once, got 0"):
+        icl.finetune_many(llama, [prompts], [LR], at_once=0)
+    with pytest.raises(ValueError, match=r"expected a learning rate above 0, got -1"):
+        icl.finetune_many(llama, [prompts, prompts], [LR, -1.0])
+    with pytest.raises(ValueError, match="expected demonstrations to finetune on"):
+        icl.finetune_many(llama, [prompts, prompts.zero_shot()], [LR, LR])
+    assert icl.finetune_many(llama, [], []) == []

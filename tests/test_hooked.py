@@ -180,6 +180,14 @@ def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str, start: 
             torch.testing.assert_close(getattr(delta, field)[layer], -TOY_LR * gradient, atol=1e-12, rtol=1e-7)
 
 
+def test_several_finetunings_go_one_by_one() -> None:
+    """The class multiplies with its parameters in no module of their own, to which something could be added."""
+    model, prompts, rates = icl.Model(toy()), toy_prompts(), [TOY_LR, TOY_LR / 2]
+    for found, lr in zip(icl.finetune_many(model, [prompts] * 2, rates, progress=False), rates, strict=True):
+        assert isinstance(found, icl.WeightDelta)
+        assert torch.equal(found.W_V, icl.finetune(model, prompts, lr=lr, progress=False).W_V)
+
+
 def test_factors_of_keys_and_values_with_inputs_of_their_own_are_refused() -> None:
     """Shortformers add positions to what queries and keys are projected from, and not to what values are."""
     model = icl.Model(toy(**TOYS["shortformer"]))

@@ -18,6 +18,7 @@ from icl_dual.models.lens import (
     Kind,
     Lens,
     OnError,
+    OnProjection,
     OnResidual,
     OnTensor,
     Projection,
@@ -30,6 +31,8 @@ from icl_dual.models.lens import (
 
 class BridgeLens(Lens):
     """A `TransformerBridge` with raw weights."""
+
+    adds = True
 
     SEEN: ClassVar[dict[str, str]] = {
         "q": "hook_q",
@@ -175,6 +178,14 @@ class BridgeLens(Lens):
             output.register_hook(partial(show, layer, kind, args[0].detach()))
 
         return [(self._linear(layer, kind), hook_fn)]
+
+    def addition_hook(self, layer: int, kind: Kind, added: OnProjection) -> Hook:
+        """At the linear layer that runs."""
+
+        def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            return output + added(layer, kind, args[0])
+
+        return self._linear(layer, kind), hook_fn
 
     def output_hook(self, layer: int, show: OnTensor) -> Hook:
         """At the output projection: the attention's own hook_out has the residual stream in it on Bloom."""

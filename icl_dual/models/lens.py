@@ -43,6 +43,7 @@ OnAttention = Callable[[int, Attention], Tensor | None]
 OnTensor = Callable[[int, Tensor], None]
 OnResidual = Callable[[int, Tensor], Tensor | None]
 OnError = Callable[[int, "Kind", Tensor, Tensor], None]
+OnProjection = Callable[[int, "Kind", Tensor], Tensor]
 
 HOOK_LEVEL = 1 << 20
 """What tells the hooks of a run from anyone else's."""
@@ -104,6 +105,9 @@ class Lens(ABC):
 
     SEEN: ClassVar[dict[str, str]]
     """What attention is put together from, and the hooks that show it, where a layer has them."""
+
+    adds: ClassVar[bool] = False
+    """Whether something can be added to what its projections make."""
 
     wrapped: Any
     tokenizer: Any
@@ -182,6 +186,10 @@ class Lens(ABC):
     @abstractmethod
     def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
         """Hooks that, in the backward pass, show a projection's input and the gradient at its output."""
+
+    def addition_hook(self, layer: int, kind: Kind, added: OnProjection) -> Hook:
+        """A hook that adds to a projection's output what is made of its input, where the class `adds`."""
+        raise NotImplementedError(f"{type(self).__name__} adds nothing")
 
     @abstractmethod
     def output_hook(self, layer: int, show: OnTensor) -> Hook:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from icl_dual.models.lens import (
     Lens,
     OnAttention,
     OnError,
+    OnProjection,
     OnResidual,
     OnTensor,
     Projection,
@@ -82,6 +83,8 @@ class Model:
         self.d_head = self.lens.d_head
         self.n_ctx = self.lens.n_ctx
         self.d_vocab = self.lens.d_vocab
+        self.adds = self.lens.adds
+        """Whether `run` can add to what projections make: a bridge's are layers of their own."""
         self.rotation_switch = self.lens.rotation_switch
         """Length past which long-context scaling rotates every position anew; `None` where it never does."""
         self.scoring = [self.lens.scoring(layer) for layer in range(self.n_layers)]
@@ -169,6 +172,7 @@ class Model:
         on_output: OnTensor | None = None,
         on_residual: OnResidual | None = None,
         on_error: OnError | None = None,
+        adding: Mapping[Kind, OnProjection] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
@@ -190,6 +194,8 @@ class Model:
                 returns, if anything, goes on in its place.
             on_error: called in the backward pass, at every layer, with K's and with V's projection's input,
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
+            adding: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
+                added to its output, `[batch pos d_out]`; where the model `adds`.
             momentum_states: by layer, what the values of tokens before these have left (`dual.Momentum.state`), the
                 same for every row; nothing where not given.
             add_momentum: leave momentum out where false, as where `on_attention` returns what has it.
@@ -220,6 +226,7 @@ class Model:
                 hooks.append(lens.residual_hook(layer, on_residual))
             if on_error is not None:
                 hooks += [*lens.error_hooks(layer, "K", on_error), *lens.error_hooks(layer, "V", on_error)]
+            hooks += [lens.addition_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
         if read is not None:
             hooks.append((lens.points["unembed.hook_in"], _gather(read)))
         with _hooked(hooks), _evaluating(lens.modules):
