@@ -26,14 +26,14 @@ import numpy as np
 import pandas as pd
 import torch
 from common import finish, positive, sampled_memory
-from contenders import BATCHED, PROMPT_BY_PROMPT, Race
+from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import icl_dual as icl
 from icl_dual import assets
 
-SAME = {"W_K": 1e-2}
+SAME = {"W_K": 1e-2, "W_V": 1e-2}
 """Relative differences that are rounding; 1e-4 where not given. Deltas are small differences of large weights."""
 
 RATIOS = {
@@ -50,6 +50,7 @@ RATIOS = {
     "nnsight_prompts/ours": "{:.1f} times as fast as nnsight prompt by prompt",
     "nnsight_prefix/ours": "{:.1f} times as fast as nnsight behind a cached prefix",
     "finetune/kv_sgd": "finetuning takes {:.2f} times the bare loop",
+    "finetune_many/kv_sgd": f"and {{:.2f}} times it each, {RATES} learning rates side by side",
     "cell/floors": "a whole cell takes {:.2f} times its floors",
     "measure/cell": "of which metrics and decomposition take {:.0%}",
     "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
@@ -60,7 +61,10 @@ RATIOS = {
 def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
     """Relative differences of all that contenders capture from ours; an error where they are more than rounding."""
     race = race.subset(list(range(min(4, len(race.prompts.queries)))))
-    expected = {**contenders.ours(race, "demo_scores"), **(contenders.finetune(race) if "kv_sgd" in names else {})}
+    expected = {
+        **contenders.ours(race, "demo_scores"),
+        **(contenders.finetune(race) if {*FINETUNING} & {*names} else {}),
+    }
     expected["demo_attention"] = expected["demo_scores"].softmax(-1)
     differences: dict[str, dict[str, float]] = {}
     for name in tqdm(names, desc="checking", leave=False):
@@ -107,7 +111,8 @@ def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[
         timed["measure"] = lambda: contenders.measure_cell(race, cell)
     if "ours" in names:
         timed |= delta_w_steps(race)
-    return timed, {name: scale if name in PROMPT_BY_PROMPT else 1.0 for name in timed}
+    by_name = dict.fromkeys(PROMPT_BY_PROMPT, scale) | {"finetune_many": 1 / RATES}
+    return timed, {name: by_name.get(name, 1.0) for name in timed}
 
 
 def time_all(race: Race, timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -213,7 +218,7 @@ def table(result: dict) -> pd.DataFrame:
             "peak MB": result["peak_mb"].get(name),
         }
         for name in sorted(BATCHED | PROMPT_BY_PROMPT, key=lambda name: medians.get(name, 0))
-        if name in medians and name not in {"kv_sgd", "finetune"}
+        if name in medians and name not in FINETUNING
     ]
     return pd.DataFrame(rows).dropna(axis=1, how="all")
 
@@ -221,7 +226,7 @@ def table(result: dict) -> pd.DataFrame:
 def draw(result: dict, path: Path) -> None:
     """Each contender's time as a bar, in multiples of ours."""
     names = [name for name in (*BATCHED, *PROMPT_BY_PROMPT) if name in result["medians_s"]]
-    names = [name for name in names if name not in {"kv_sgd", "finetune", "floor_zero_shot"}]
+    names = [name for name in names if name not in {*FINETUNING, "floor_zero_shot"}]
     names.sort(key=lambda name: -result["medians_s"][name])
     fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.32 * len(names)), layout="constrained")
     medians = np.array([result["medians_s"][name] for name in names]) / result["medians_s"]["ours"]

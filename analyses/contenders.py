@@ -25,6 +25,8 @@ Captured = dict[str, Tensor]
 demonstrations; from us `demo_scores`, of which it is the softmax): [query layer …]."""
 
 BATCH_SIZE = 64
+RATES = 4
+"""Finetunings that `finetune_many` does at once; its time is counted by one of them."""
 
 
 @dataclass
@@ -364,7 +366,16 @@ def kv_sgd(race: Race) -> Captured:
 
 def finetune(race: Race) -> Captured:
     """`finetune`, with the queries of the training tokens."""
-    return {"W_K": icl.finetune(race.model, race.prompts, lr=race.lr, progress=False).W_K}
+    delta = icl.finetune(race.model, race.prompts, lr=race.lr, progress=False)
+    return {"W_K": delta.W_K, "W_V": delta.W_V}
+
+
+def finetune_many(race: Race) -> Captured:
+    """`finetune_many`, at several rates."""
+    lrs = [race.lr / (1 + index) for index in range(RATES)]
+    first, *_ = icl.finetune_many(race.model, [race.prompts] * RATES, lrs, progress=False)
+    assert isinstance(first, icl.WeightDelta)
+    return {"W_V": first.W_V}
 
 
 @dataclass
@@ -407,7 +418,9 @@ BATCHED: dict[str, Callable[[Race], Captured]] = {
     "nnsight_prefix": nnsight_prefix,
     "kv_sgd": kv_sgd,
     "finetune": finetune,
+    "finetune_many": finetune_many,
 }
+FINETUNING = ("kv_sgd", "finetune", "finetune_many")
 PROMPT_BY_PROMPT: dict[str, Callable[[Race], Captured]] = {
     "tl_filtered": tl_filtered,
     "tl_full": tl_full,

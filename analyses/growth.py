@@ -30,7 +30,7 @@ import icl_dual as icl
 from icl_dual import assets
 
 QUERIES, DEMONSTRATIONS, LAYERS = (16, 32, 64, 128, 256), (0, 4, 8, 16, 32), (6, 12, 18, 24, 30)
-MEMORY_QUERIES = (64, 256, 1024)
+MEMORY_QUERIES = (64, 128, 256, 512, 1024)
 DEFAULT = {"queries": 64, "demonstrations": 32}
 
 
@@ -105,15 +105,16 @@ def grow(name: str, task: icl.Task, repeats: int) -> list[Point]:
     return points
 
 
-def memory(name: str, task: str) -> dict[int, float]:
-    """Peak memory of a capture beyond the loaded model, in MB, by queries; what the capture returns included."""
-    script = str(Path(__file__).with_name("benchmark.py"))
-    found = {}
+def memory(name: str, task: icl.Task) -> pd.DataFrame:
+    """Peak memory of a capture beyond the loaded model, and what of it the capture returns, in MB, by queries."""
+    script, model = str(Path(__file__).with_name("benchmark.py")), icl.load_model(name)
+    rows = []
     for n in tqdm(MEMORY_QUERIES, desc="memory"):
-        command = [sys.executable, script, "--model", name, "--task", task, "--queries", str(n), "--peak", "ours"]
+        command = [sys.executable, script, "--model", name, "--task", task.name, "--queries", str(n), "--peak", "ours"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[n] = float(done.stdout.split()[-1])
-    return found
+        kept = icl.capture(model, prompts(model, task, n, DEFAULT["demonstrations"]), progress=False)
+        rows.append((n, float(done.stdout.split()[-1]), result_mb(kept)))
+    return pd.DataFrame(rows, columns=["queries", "peak_mb", "kept_mb"])
 
 
 def result_mb(run: icl.Capture) -> float:
@@ -149,7 +150,7 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "GFLOP", "seconds", "GFLOP/s", "kept, MB"])
 
 
-def draw(points: pd.DataFrame, peak: dict[int, float], rate: float, path: Path) -> None:
+def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> None:
     fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     for ax, (axis, found) in zip(axes, points.groupby("axis", sort=False), strict=False):
         ax.plot(found["x"], found["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
@@ -158,9 +159,11 @@ def draw(points: pd.DataFrame, peak: dict[int, float], rate: float, path: Path) 
         ax.set_ylabel("seconds")
         ax.set_ylim(0)
     ax = axes[-1]
-    ax.plot(list(peak), list(peak.values()), "o", color="C0")
+    ax.plot(peak["queries"], peak["peak_mb"], "o", color="C0", label="peak")
+    ax.plot(peak["queries"], peak["kept_mb"], color="0.5", label="what is kept of it")
     ax.set_xlabel("queries")
-    ax.set_ylabel("peak memory, MB")
+    ax.set_ylabel("memory, MB")
+    ax.legend(frameon=False)
     ax.set_ylim(0)
     fixed = ", ".join(f"{n} {what}" for what, n in DEFAULT.items())
     finish(fig, list(axes), f"What a capture costs as one of these grows: {fixed}, all layers", path)
@@ -180,8 +183,8 @@ def main() -> None:
     (args.out / "cost.md").write_text(cost.to_markdown(index=False, floatfmt=".2f") + "\n")
     points = pd.DataFrame([asdict(point) for point in grow(args.model, task, args.repeats)])
     points.to_csv(args.out / "growth.csv", index=False)
-    peak = memory(args.model, args.task)
-    pd.Series(peak, name="peak_mb").rename_axis("queries").to_csv(args.out / "memory.csv")
+    peak = memory(args.model, task)
+    peak.to_csv(args.out / "memory.csv", index=False)
     draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.out / "growth")
     print(cost.to_markdown(index=False, floatfmt=".2f"))
     print(points.to_markdown(index=False))

@@ -53,7 +53,7 @@ DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values
 PREFIX_BLOCK = 256
 """Prefix tokens run at once: a model's own attention takes memory by their square."""
 
-BATCH_OVERHEAD = 64
+BATCH_OVERHEAD = 96
 """What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
 
 PART = "part of the demonstrations,"

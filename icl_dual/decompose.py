@@ -391,7 +391,8 @@ class _Layer(NamedTuple):
         kept = icl.keys_values
         assert kept is not None
         # Each head's own keys side by side in memory, or every product over them copies them anew.
-        own = (t[:, layer].transpose(1, 2).contiguous().double() for t in (kept.query_keys, kept.query_values))
+        side_by_side = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+        own = (t[:, layer].transpose(1, 2).to(**side_by_side) for t in (kept.query_keys, kept.query_values))
         demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
         q = _field(icl, "q_scored")[:, layer].double()
         return cls(scoring, q, *(t.transpose(1, 2) for t in own), *demo, eta=eta)
