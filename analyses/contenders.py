@@ -341,27 +341,42 @@ def kv_sgd(race: Race) -> Captured:
     """The bare finetuning loop: SGD on W_K and W_V of the model as transformers has it."""
     race.hf.set_attn_implementation("sdpa")
     attention = [layer.self_attn for layer in race.hf.base_model.layers]
-    trained = [
-        parameter for part in attention for side in (part.k_proj, part.v_proj) for parameter in side.parameters()
-    ]
-    before = [parameter.detach().clone() for parameter in trained]
-    race.hf.requires_grad_(False)
-    for parameter in trained:
+
+    def logits(ids: Tensor) -> Tensor:
+        return race.hf.get_output_embeddings()(race.hf.base_model(ids, use_cache=False).last_hidden_state[0, :-1])
+
+    return _sgd(race, race.hf, [part for layer in attention for part in (layer.k_proj, layer.v_proj)], logits)
+
+
+def bridge_sgd(race: Race) -> Captured:
+    """The same loop on the model as TransformerLens's bridge has it, with no hook on."""
+    bridge = race.model.wrapped
+    attention = [block.attn for block in bridge.blocks]
+    trained = [part.original_component for layer in attention for part in (layer.k, layer.v)]
+    return _sgd(race, bridge.original_model, trained, lambda ids: bridge(ids, use_cache=False)[0, :-1])
+
+
+def _sgd(race: Race, model: Any, trained: list[Any], logits: Callable[[Tensor], Tensor]) -> Captured:
+    """SGD on the parameters of keys' and values' projections, which come in turns, layer by layer."""
+    parameters = [parameter for part in trained for parameter in part.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    model.requires_grad_(False)
+    for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(trained, lr=race.lr, foreach=True)
+    optimizer = torch.optim.SGD(parameters, lr=race.lr, foreach=True)
     with torch.enable_grad():
         for demonstration in race.prompts.demonstrations:
             ids = torch.tensor([[*race.prompts.start, *demonstration]], device=race.device)
-            hidden = race.hf.base_model(ids, use_cache=False).last_hidden_state
-            logits = race.hf.get_output_embeddings()(hidden[0, :-1])
+            loss = torch.nn.functional.cross_entropy(logits(ids).float(), ids[0, 1:])
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:]).backward()
+            loss.backward()
             optimizer.step()
-    deltas = [after.detach() - then for after, then in zip(trained, before, strict=True)]
+    deltas = [after.detach() - then for after, then in zip(parameters, before, strict=True)]
     with torch.no_grad():
-        for parameter, then in zip(trained, before, strict=True):
+        for parameter, then in zip(parameters, before, strict=True):
             parameter.copy_(then)
-    return {"W_K": torch.stack(deltas[:: len(deltas) // len(attention)]).cpu()}
+    model.requires_grad_(True)
+    return {"W_K": torch.stack(deltas[:: 2 * len(deltas) // len(trained)]).cpu()}
 
 
 def finetune(race: Race) -> Captured:
@@ -417,10 +432,11 @@ BATCHED: dict[str, Callable[[Race], Captured]] = {
     "tl_prefix": tl_prefix,
     "nnsight_prefix": nnsight_prefix,
     "kv_sgd": kv_sgd,
+    "bridge_sgd": bridge_sgd,
     "finetune": finetune,
     "finetune_many": finetune_many,
 }
-FINETUNING = ("kv_sgd", "finetune", "finetune_many")
+FINETUNING = ("kv_sgd", "bridge_sgd", "finetune", "finetune_many")
 PROMPT_BY_PROMPT: dict[str, Callable[[Race], Captured]] = {
     "tl_filtered": tl_filtered,
     "tl_full": tl_full,

@@ -40,6 +40,8 @@ def test_the_examples_run_on_the_real_model(capsys: pytest.CaptureFixture[str]) 
     exec(PYTHON[4], scope)
     assert scope["model"].momentum is None
     assert "momentum norm=" in capsys.readouterr().out
+    exec(PYTHON[5], scope)
+    assert capsys.readouterr().out.count("WeightDelta('smollm2-135m', lr=0.0") == 3
     plt.close("all")
 
 
@@ -98,5 +100,5 @@ def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
     scope: dict = {"icl": icl}
-    exec(PYTHON[5], scope)
+    exec(PYTHON[6], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
