@@ -56,8 +56,8 @@ PREFIX_BLOCK = 256
 BATCH_OVERHEAD = 96
 """What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
 
-PART = "part of the demonstrations,"
-"""What a single block of does not fit in memory, as errors say it."""
+PART, WHOLE = "part of the demonstrations,", "prompt, run whole for the field 'plain',"
+"""What a single one of does not fit in memory, as errors say it."""
 
 log = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ def _run_whole(model: Model, prefix: Tokens, row: Tokens, before: _Context) -> t
         _, residual = _run_behind(model, before, tokens, torch.zeros_like(tokens[:, :1]), show, on_output)
     except (RuntimeError, MemoryError) as error:
         if _out_of_memory(error):
-            raise _does_not_fit(model, PART, tokens, before, error) from error
+            raise _does_not_fit(model, WHOLE if row else PART, tokens, before, error) from error
         raise
     q, k, v = zip(*seen, strict=True)
     context = _Context([keys[:n] for keys in k], [values[:n] for values in v], states, residual)

@@ -13,13 +13,13 @@ are: the start token's and the query's own belong to z_0, the demonstrations' to
 Every decomposition carries its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,8 +31,6 @@ from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, Plain, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
-
-T = TypeVar("T")
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys before the demonstrations, each of which is a group of its own."""
@@ -308,28 +306,32 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
     where = _Where.of(icl.prompts)
 
-    def of_layer(index: int) -> tuple[_Terms, Relaxation]:
-        layer = _Layer.captured(icl, index, model.scoring[index], model.eta(index))
+    def of_layer(index: int) -> tuple[Tensor | None, ...]:
+        layer = _Layer.captured(icl, index, model)
         terms = _split(layer, where, W_O[index])
-        return terms, _relax(layer, where, terms)
+        return *terms, *_relax(layer, where, terms)
 
     # Ranking is numpy's, on one thread: the next layer fills the other.
     with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-        terms, relaxed = zip(*pool.map(of_layer, range(model.n_layers)), strict=True)
-    split = _stack(_Terms, terms)
+        found = _stacked(pool.map(of_layer, range(model.n_layers)), model.n_layers)
+    n_terms = len(_Terms._fields)
+    split, relaxation = _Terms(*found[:n_terms]), Relaxation(*found[n_terms:])
+    z = split.z
     z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
     assert icl.plain is not None
     own = icl.plain.attn_out.double()[None]
     residuals = Residuals(
         split=torch.maximum(
-            _relative(_through(split.z, W_O, b_O), h_icl), _relative(split.z.flatten(2), _field(icl, "z").flatten(2))
+            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(icl, "z").flatten(2))
         ),
         plain=_relative(_through(_plain_z(model, icl.prompts, icl.plain, W_O), W_O, b_O), own),
         run=_relative(h_icl[:1], own),
-        realised=_relative(h_zsl + _through(split.z - z_zsl, W_O), h_icl),
+        realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
     )
     _refuse_residuals(model, residuals)
-    eta = model.momentum
+    momentum = None
+    if split.own_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
+        momentum = MomentumTerms(split.own_momentum, split.demo_momentum, model.momentum.clone())
     return Decomposition(
         model=model.name,
         prompts=icl.prompts,
@@ -339,12 +341,12 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
         z_zsl=z_zsl,
         mass=split.mass,
         icl_share=split.icl_share,
-        relaxation=_stack(Relaxation, relaxed),
+        relaxation=relaxation,
         W_O=W_O,
         b_O=b_O,
         b_V=None if (b_V := model.value_biases()) is None else b_V.double().cpu(),
         residuals=residuals,
-        momentum=None if eta is None else MomentumTerms(split.own_momentum, split.demo_momentum, eta.clone()),
+        momentum=momentum,
     )
 
 
@@ -387,7 +389,7 @@ class _Layer(NamedTuple):
     eta: Float[Tensor, " head"] | None
 
     @classmethod
-    def captured(cls, icl: Capture, layer: int, scoring: dual.Scoring, eta: Float[Tensor, " head"] | None) -> "_Layer":
+    def captured(cls, icl: Capture, layer: int, model: Model) -> "_Layer":
         kept = icl.keys_values
         assert kept is not None
         # Each head's own keys side by side in memory, or every product over them copies them anew.
@@ -395,16 +397,19 @@ class _Layer(NamedTuple):
         own = (t[:, layer].transpose(1, 2).to(**side_by_side) for t in (kept.query_keys, kept.query_values))
         demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
         q = _field(icl, "q_scored")[:, layer].double()
-        return cls(scoring, q, *(t.transpose(1, 2) for t in own), *demo, eta=eta)
+        return cls(model.scoring[layer], q, *(t.transpose(1, 2) for t in own), *demo, eta=_eta(model, layer))
 
     @classmethod
-    def of_plain(
-        cls, plain: Plain, layer: int, where: "_Where", scoring: dual.Scoring, eta: Float[Tensor, " head"] | None
-    ) -> "_Layer":
+    def of_plain(cls, plain: Plain, layer: int, where: "_Where", model: Model) -> "_Layer":
         """From the plain pass over the first query's full prompt."""
         q, k, v = (tensor[layer].double() for tensor in (plain.q, plain.k, plain.v))
         own, demo = where.own[0], where.demo
-        return cls(scoring, q[None], k[None, own], v[None, own], k[demo], v[demo], eta)
+        return cls(model.scoring[layer], q[None], k[None, own], v[None, own], k[demo], v[demo], eta=_eta(model, layer))
+
+
+def _eta(model: Model, layer: int) -> Float[Tensor, " head"] | None:
+    """A layer's η, zero or not, where the model has momentum: the terms of all its layers are alike."""
+    return None if model.momentum is None else model.momentum[layer]
 
 
 class _Terms(NamedTuple):
@@ -413,8 +418,8 @@ class _Terms(NamedTuple):
     start: Float[Tensor, "query *layer head d_head"]
     query: Float[Tensor, "query *layer head d_head"]
     delta_icl: Float[Tensor, "query *layer head d_head"]
-    own_momentum: Float[Tensor, "query *layer head d_head"]
-    demo_momentum: Float[Tensor, "query *layer head d_head"]
+    own_momentum: Float[Tensor, "query *layer head d_head"] | None
+    demo_momentum: Float[Tensor, "query *layer head d_head"] | None
     mass: Float[Tensor, "query *layer head group"]
     icl_share: Float[Tensor, "query *layer group"]
 
@@ -425,7 +430,8 @@ class _Terms(NamedTuple):
 
     @property
     def z(self) -> Float[Tensor, "query *layer head d_head"]:
-        return self.softmax + self.own_momentum + self.demo_momentum
+        momentum = (term for term in (self.own_momentum, self.demo_momentum) if term is not None)
+        return sum(momentum, start=self.softmax)
 
 
 def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
@@ -446,8 +452,8 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
 
     decays = None if eta is None else dual.decays(eta, where.rows, where.demo)
-    demo_momentum = torch.zeros_like(q) if decays is None else _weigh(decays, demo_v)
-    direct = torch.einsum("qhd,hdm->qm", delta_icl + demo_momentum, W_O)
+    demo_momentum = None if decays is None else _weigh(decays, demo_v)
+    direct = torch.einsum("qhd,hdm->qm", delta_icl if demo_momentum is None else delta_icl + demo_momentum, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
     of_values = dual.shared_scores(along, demo_v, 1.0)
     pulled = 0.0 if decays is None else (of_values * decays).sum(0)
@@ -457,7 +463,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
         start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
         query=own[1].z * (own[1].lse - z_0.lse).exp().unsqueeze(-1),
         delta_icl=delta_icl,
-        own_momentum=torch.zeros_like(q) if eta is None else _own_momentum(eta, own_v, where),
+        own_momentum=None if eta is None else _own_momentum(eta, own_v, where),
         demo_momentum=demo_momentum,
         mass=torch.cat((mass, (weights @ where.groups).transpose(0, 1)), dim=-1),
         icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
@@ -504,9 +510,7 @@ def _plain_z(
 ) -> Float[Tensor, "1 layer head d_head"]:
     """The plain pass over the first query's full prompt, split and put together again."""
     where = _Where.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
-    layers = [
-        _Layer.of_plain(plain, index, where, scoring, model.eta(index)) for index, scoring in enumerate(model.scoring)
-    ]
+    layers = (_Layer.of_plain(plain, index, where, model) for index in range(model.n_layers))
     return torch.stack([_split(layer, where, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
 
 
@@ -549,9 +553,16 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _stack(kind: Callable[..., T], layers: Sequence[tuple[Tensor, ...]]) -> T:
-    """One of a kind with a layer axis, from one for each layer."""
-    return kind(*(torch.stack(found, dim=1) for found in zip(*layers, strict=True)))
+def _stacked(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:
+    """Each of what layers have, with a layer axis: put in its place as it comes, so that none is held twice."""
+    stacked: list[Any] = []
+    for index, found in enumerate(layers):
+        if not index:
+            stacked = [None if own is None else own.new_empty(len(own), n_layers, *own.shape[1:]) for own in found]
+        for whole, own in zip(stacked, found, strict=True):
+            if whole is not None and own is not None:
+                whole[:, index] = own
+    return stacked
 
 
 def _field(run: Capture, name: Field) -> Tensor:

@@ -310,6 +310,8 @@ def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
     monkeypatch.setattr(llama, "run", full)
     with pytest.raises(MemoryError, match=r"single part of the demonstrations, \d+ tokens behind 0 tokens .* 8 bytes"):
         icl.capture(llama, prompts, progress=False)
+    with pytest.raises(MemoryError, match=r"single prompt, run whole for the field 'plain', \d+ tokens .* 8 bytes"):
+        icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     fits = len(prompts.prefix)
     with pytest.raises(MemoryError, match=r"single query, \d+ tokens behind \d+ tokens in Model.* allocate 8 bytes"):
         icl.capture(llama, prompts, progress=False)
