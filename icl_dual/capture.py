@@ -3,7 +3,8 @@
 Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the shared part runs once:
 
 1. Start token, demonstrations and the tokens with which all queries begin (their template's) go through the model once,
-   in blocks; their keys and values at every layer are kept.
+   in blocks, or whole with the first query behind them where that plain pass is kept (`PlainPass`); their keys and
+   values at every layer are kept.
 2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
    tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
    the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
@@ -81,7 +82,7 @@ class KeysValues:
         return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
 
 
-class Plain(NamedTuple):
+class PlainPass(NamedTuple):
     """A plain pass over the first query's full prompt, in which nothing is merged: what captures are held against."""
 
     tokens: Tokens
@@ -94,7 +95,7 @@ class Plain(NamedTuple):
     """Attention output after W_O, at the recorded position."""
 
     def __repr__(self) -> str:
-        return f"Plain({len(self.tokens)} tokens)"
+        return f"PlainPass({len(self.tokens)} tokens)"
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Capture:
     model: str
     fingerprint: str
     """Of the weights it was made with: another with a delta applied, or with momentum."""
+    hooks: str
+    """Of the hooks that others had on the model; empty where there were none."""
     prompts: Prompts
     label_log_probs: Float[Tensor, "query label"]
     """Mean log-probability per token of each label word, in nats."""
@@ -125,7 +128,7 @@ class Capture:
     query_scores: Float[Tensor, "query layer head query_token"] | None
     """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
-    plain: Plain | None
+    plain: PlainPass | None
     next_log_probs: Float[Tensor, "query d_vocab"] | None
     """Log-probability in nats of every token of the vocabulary where the label is predicted."""
     residual: float
@@ -184,7 +187,8 @@ def capture(
     Raises:
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
         PromptError: the prompts are not whole, or the model cannot read them.
-        MemoryError: a single query does not fit in memory; says its size.
+        MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `plain` is
+            asked for; says its size.
     """
     unknown = {fields} if isinstance(fields, str) else set(fields) - set(get_args(Field))
     if unknown:
@@ -199,7 +203,7 @@ def capture(
             try:
                 model.pass_residual = _measure_pass(model, prompts.start)
             except RuntimeError as error:
-                if _out_of_memory(error):
+                if out_of_memory(error):
                     raise MemoryError(f"expected memory to check {model!r} on a short prompt, got: {error}") from error
                 raise UnsupportedModelError(
                     f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, "
@@ -236,6 +240,12 @@ def refuse_unpaired(model: Model, icl: Capture, zsl: Capture) -> None:
             f"expected captures of the model as it is now, got other weights or another dtype ({weights}): was one "
             "made within `with delta.applied(model):` or `with momentum_attention(model, eta):` and the other not, or "
             "with another η?"
+        )
+    hooks = {"model": model.others_hooks(), "icl": icl.hooks, "zsl": zsl.hooks}
+    if len(set(hooks.values())) > 1:
+        raise ValueError(
+            f"expected captures with the hooks that are on the model now, got others ({hooks}; empty: none): capture "
+            "and decompose all with your own hooks on, or all without"
         )
     if zsl.prompts.demonstrations:
         raise ValueError(
@@ -301,15 +311,15 @@ class _BatchLimit:
         self.said = True
 
 
-def _run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[_Context, Plain | None]:
+def _run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[_Context, PlainPass | None]:
     """Pass what the queries share once: in blocks that each run behind the ones before, or whole with a row behind it.
 
     Causality keeps the row out of its prefix, so that one pass serves as context and as a plain pass.
     """
     context = _no_context(model)
-    if row is not None or model.rotation_switch is not None:
+    if row is not None or (prefix and model.rotation_switch is not None):
         # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
-        return _run_whole(model, prefix, row or (), context)
+        return _run_whole(model, prefix, row, context)
     block = PREFIX_BLOCK
     while context.n_pos < len(prefix):
         first = context.n_pos
@@ -324,7 +334,7 @@ def _run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tupl
         try:
             _, residual = _run_behind(model, context, tokens, torch.zeros_like(tokens[:, :1]), show)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if block == 1:
                 raise _does_not_fit(model, PART, tokens, context, error) from error
@@ -334,31 +344,33 @@ def _run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tupl
     return context, None
 
 
-def _run_whole(model: Model, prefix: Tokens, row: Tokens, before: _Context) -> tuple[_Context, Plain]:
+def _run_whole(model: Model, prefix: Tokens, row: Tokens | None, before: _Context) -> tuple[_Context, PlainPass | None]:
     """Pass a prefix at once, and a row behind it."""
-    tokens, n = torch.tensor([prefix + row], device=model.device), len(prefix)
+    tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     states: list[Tensor | None] = []
     attn_out: list[Tensor] = []
 
     def show(layer: int, attention: Attention) -> None:
-        seen.append((attention.q[0, -1], attention.k[0], attention.v[0]))
+        seen.append((attention.q[0, -1].clone(), attention.k[0], attention.v[0]))  # a view would keep all of q
         eta = model.eta(layer)
         states.append(None if eta is None else dual.momentum(attention.v[:, :n], eta).state[0])
 
     def on_output(layer: int, output: Tensor) -> None:
-        attn_out.append(output[0, -1])
+        attn_out.append(output[0, -1].clone())
 
     try:
         _, residual = _run_behind(model, before, tokens, torch.zeros_like(tokens[:, :1]), show, on_output)
     except (RuntimeError, MemoryError) as error:
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise _does_not_fit(model, WHOLE if row else PART, tokens, before, error) from error
         raise
     q, k, v = zip(*seen, strict=True)
     context = _Context([keys[:n] for keys in k], [values[:n] for values in v], states, residual)
+    if row is None:
+        return context, None
     dtype = torch.promote_types(model.dtype, torch.float32)
-    return context, Plain(prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out)))
+    return context, PlainPass(prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out)))
 
 
 def _run_behind(
@@ -409,7 +421,8 @@ class _Recorder:
         n_prefix = len(prompts.prefix)
         self.n_head = context.n_pos - n_prefix
         self.n_shared = len(prompts.start) + self.n_head
-        self.shown = prompts.demonstration_positions.to(model.device)
+        shown = prompts.demonstration_positions.to(model.device)
+        self.shown_keys = [keys[shown] for keys in context.keys] if "demo_scores" in fields else []
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
         longest = max(map(len, prompts.rows))
         own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
@@ -419,7 +432,7 @@ class _Recorder:
             "q": (n_queries, n_layers, n_heads, model.d_head),
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
             "context_scores": (n_queries, n_layers, n_prefix),
-            "demo_scores": (n_queries, n_layers, n_heads, len(self.shown)),
+            "demo_scores": (n_queries, n_layers, n_heads, len(shown)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
             "next_log_probs": (n_queries, model.d_vocab),
         }
@@ -458,7 +471,7 @@ class _Recorder:
         if "context_scores" in kept:
             kept["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
         if "demo_scores" in kept:
-            found = dual.shared_scores(q, keys[self.shown], scale, softcap)
+            found = dual.shared_scores(q, self.shown_keys[layer], scale, softcap)
             kept["demo_scores"][batch, layer] = found.transpose(0, 1).cpu()
         if "query_scores" in kept:
             own = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2).masked_fill(past_end[:, None], 0.0)
@@ -473,13 +486,14 @@ class _Recorder:
             rows = torch.arange(len(batch), device=last.device)
             self.kept["attn_out"][batch, layer] = output[rows, last].to(self.kept["attn_out"])
 
-    def capture(self, log_probs: Float[Tensor, "query label"], plain: Plain | None) -> Capture:
+    def capture(self, log_probs: Float[Tensor, "query label"], plain: PlainPass | None) -> Capture:
         found: dict[str, Any] = {name: self.kept.get(name) for name in get_args(Field)}
         found["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
-        found["plain"] = plain if "plain" in self.fields else None
+        found["plain"] = plain
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
+            hooks=self.model.others_hooks(),
             prompts=self.prompts,
             label_log_probs=log_probs,
             residual=self.residual,
@@ -529,7 +543,7 @@ def _run_queries(
         try:
             logits, residual = _run_behind(model, context, tokens, read, show, on_output)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise _does_not_fit(model, "query,", tokens, context, error) from error
@@ -563,8 +577,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return found
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """torch has a type for this on some accelerators; elsewhere it is the words that tell."""
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch has a type for this on some accelerators; elsewhere it is the words that tell."""
     said = (
         "can't allocate memory",
         "cannot allocate memory",

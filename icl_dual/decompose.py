@@ -28,7 +28,7 @@ from torch import Tensor
 
 from icl_dual import dual, ranks
 from icl_dual.assets import load_tensors, reading, save_tensors
-from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, Plain, refuse_unpaired
+from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, PlainPass, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.prompts import SEPARATOR, Prompts
 
@@ -400,7 +400,7 @@ class _Layer(NamedTuple):
         return cls(model.scoring[layer], q, *(t.transpose(1, 2) for t in own), *demo, eta=_eta(model, layer))
 
     @classmethod
-    def of_plain(cls, plain: Plain, layer: int, where: "_Where", model: Model) -> "_Layer":
+    def of_plain(cls, plain: PlainPass, layer: int, where: "_Where", model: Model) -> "_Layer":
         """From the plain pass over the first query's full prompt."""
         q, k, v = (tensor[layer].double() for tensor in (plain.q, plain.k, plain.v))
         own, demo = where.own[0], where.demo
@@ -506,7 +506,7 @@ def _weigh(
 
 
 def _plain_z(
-    model: Model, prompts: Prompts, plain: Plain, W_O: Float[Tensor, "layer head d_head d_model"]
+    model: Model, prompts: Prompts, plain: PlainPass, W_O: Float[Tensor, "layer head d_head d_model"]
 ) -> Float[Tensor, "1 layer head d_head"]:
     """The plain pass over the first query's full prompt, split and put together again."""
     where = _Where.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))

@@ -9,6 +9,7 @@ from whose gradients equations 7–9 read the dual form; each layer trained by i
 those above it, as a forward pass does not (layer-causal, Deutch et al., 2024); keys or values alone; all of attention.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.assets import AssetError, load_tensors, reading, save_tensors
+from icl_dual.capture import out_of_memory
 from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
 from icl_dual.prompts import Prompts, refuse_unreadable
 
@@ -54,6 +56,9 @@ LAYOUT = "d_out d_in"
 
 READOUT_TOKENS = 512
 """Layers are read out together up to so many tokens: each reading takes the whole unembedding through memory."""
+
+
+log = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -286,12 +291,13 @@ def finetune_many(
     trained: Trained = "key-value",
     at_once: int = 8,
     progress: bool = True,
-) -> list[WeightDelta | DivergedError]:
+) -> Iterator[WeightDelta | DivergedError]:
     """Finetune several times: at several rates, on several seeds' demonstrations, or on the same in several orders.
 
     A step on one demonstration takes about as long as reading the weights does. So runs of SGD go side by side, each
     with what it has changed so far beside the weights that all read, (W + ΔW) x = W x + ΔW x, and their deltas are
-    `finetune`'s up to rounding. By other methods, in half precision and of a `HookedTransformer`, they go one by one.
+    `finetune`'s up to rounding. By other methods, in half precision, of a `HookedTransformer`, and of models that turn
+    keys by the length of what runs, they go one by one.
 
     Args:
         model: what to finetune; comes back as it was.
@@ -300,39 +306,67 @@ def finetune_many(
         loss: as in `finetune`.
         method: the same.
         trained: the same.
-        at_once: most runs side by side; each takes its delta's memory, and as much for its gradient.
-        progress: show a progress bar.
+        at_once: most runs side by side; each takes its delta's memory, and as much for its gradient. Fewer where memory
+            runs out.
+        progress: show progress bars.
 
     Returns:
-        By run, its delta, or the error that says where it diverged.
+        An iterator: by run, its delta, or the error that says where it diverged. Runs are made as they are asked for,
+        as many as go side by side at a time.
 
     Raises:
         ValueError: there are not as many rates as prompts, at_once is below 1, or as in `finetune`.
         PromptError: the prompts are not whole, or the model cannot read them.
-        UnsupportedModelError: as in `finetune`.
+        UnsupportedModelError: as in `finetune`, or a projection that is to move is not called as a layer of its own.
     """
     if len(prompts) != len(lrs):
-        raise ValueError(f"expected a learning rate for each of {len(prompts)} prompts, got {len(lrs)} rates")
+        raise ValueError(
+            f"expected a prompts and a learning rate for each run, got {len(prompts)} prompts and {len(lrs)} rates"
+        )
     if at_once < 1:
         raise ValueError(f"expected at least 1 run at once, got {at_once}")
     for one, lr in zip(prompts, lrs, strict=True):
         _refuse(model, one, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)})
-    found: list[WeightDelta | DivergedError] = []
+    one_by_one = method != "sgd" or model.dtype.itemsize < 4 or not model.adds or model.rotation_switch is not None
+    if one_by_one:
+        options: dict[str, Any] = {"loss": loss, "method": method, "trained": trained, "progress": progress}
+        return (_or_diverged(model, one, lr, options) for one, lr in zip(prompts, lrs, strict=True))
+    return _in_groups(model, prompts, lrs, loss, trained, at_once, progress)
+
+
+def _or_diverged(model: Model, prompts: Prompts, lr: float, options: dict[str, Any]) -> WeightDelta | DivergedError:
+    try:
+        return finetune(model, prompts, lr=lr, **options)
+    except DivergedError as error:
+        return error.with_traceback(None)  # which holds on to the run's memory
+
+
+def _in_groups(
+    model: Model,
+    prompts: Sequence[Prompts],
+    lrs: Sequence[float],
+    loss: Loss,
+    trained: Trained,
+    at_once: int,
+    progress: bool,
+) -> Iterator[WeightDelta | DivergedError]:
+    first = 0
     with tqdm(total=len(prompts), desc="finetuning", disable=not progress, unit="run", leave=False) as bar:
-        alone = method != "sgd" or model.dtype.itemsize < 4 or not model.adds
-        step = 1 if alone else at_once
-        for first in range(0, len(prompts), step):
-            some = slice(first, first + step)
-            if alone:
-                try:
-                    options: dict[str, Any] = {"loss": loss, "method": method, "trained": trained}
-                    found.append(finetune(model, prompts[first], lr=lrs[first], **options, progress=progress))
-                except DivergedError as error:
-                    found.append(error)
-            else:
-                found += _SideBySide(model, prompts[some], lrs[some], loss, trained).run(progress)
-            bar.update(len(found) - first)
-    return found
+        while first < len(prompts):
+            group = slice(first, first + at_once)
+            try:
+                found = _SideBySide(model, prompts[group], lrs[group], loss, trained).run(progress)
+            except (RuntimeError, MemoryError) as error:
+                if at_once == 1 or not out_of_memory(error):
+                    raise
+                log.warning("%d finetunings do not fit in memory side by side: running fewer", len(prompts[group]))
+                found = []
+            if not found:  # out of the handler, whose traceback holds on to the memory of what failed
+                at_once = (min(at_once, len(prompts) - first) + 1) // 2
+                continue
+            first += len(found)
+            bar.update(len(found))
+            yield from found
 
 
 def _diverged(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:
@@ -396,7 +430,12 @@ class _SideBySide:
         rows = [(*run.prompts.start, *run.prompts.training[len(run.losses)]) for run in self.going]
         tensors = [tensor.requires_grad_() for by_layer in self.moved.values() for tensor in by_layer]
         losses = self._losses(rows)
-        gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            raise UnsupportedModelError(
+                f"{self.model.name} ({self.model.architecture}): expected every projection that is to move to be a "
+                "layer that runs, got one that does not. Finetune one by one, with icl_dual.finetune"
+            )
         lrs = torch.tensor([run.lr for run in self.going], dtype=losses.dtype, device=losses.device)
         with torch.no_grad():
             sizes = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0) * lrs

@@ -93,7 +93,7 @@ class Prompts:
         owners = [START] * len(self.start)
         for index, demonstration in enumerate(self.demonstrations):
             owners += [index] * len(demonstration) + [SEPARATOR] * len(self.separator)
-        return torch.tensor(owners)
+        return torch.tensor(owners, dtype=torch.long)
 
     @property
     def demonstration_positions(self) -> Int[Tensor, " demo_token"]:

@@ -55,7 +55,8 @@ def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
     difference = pairs - tied_x - tied_y + tied_both - 2 * _inversions(places)
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = difference / np.sqrt(pairs - tied_x) / np.sqrt(pairs - tied_y)
-    return np.where(np.isnan(a).any(-1) | np.isnan(b).any(-1), np.nan, tau)
+    missing = np.isnan(a).any(-1) | np.isnan(b).any(-1)
+    return np.where(missing, np.nan, tau.clip(-1.0, 1.0))  # square roots may round beyond
 
 
 def _dense_ranks(rows: Rows, dtype: type) -> Rows:

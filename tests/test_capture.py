@@ -333,6 +333,40 @@ def test_a_prefix_block_that_does_not_fit_is_halved(
     torch.testing.assert_close(got.attn_out, expected.attn_out, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("switch", [None, 10_000])
+def test_a_prefix_of_no_tokens_leaves_queries_by_themselves(
+    make_model: Callable[..., icl.Model], prompts: Prompts, switch: int | None
+) -> None:
+    model = make_model("llama")
+    alone = dataclasses.replace(prompts.zero_shot(), start=(), queries=((5, 7, 9), (6, 2), (9, 9, 1)), gold=(0, 1, 0))
+    model.rotation_switch = switch
+    for fields in (METRIC_FIELDS, icl.DECOMPOSE_FIELDS):
+        got = icl.capture(model, alone, fields=fields, progress=False)
+        assert (got.plain is None) == ("plain" not in fields)
+        for query in range(3):
+            assert got.attn_out is not None
+            assert relative(got.attn_out[query], Plain(model, alone).attn_out(query)) < 1e-5
+
+
+def test_dropout_that_is_put_in_later_is_off_during_a_run(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    model = make_model("llama")
+    expected = icl.capture(model, prompts, progress=False).label_log_probs
+    model.wrapped.original_model.model.layers[1].late = dropout = torch.nn.Dropout(0.5).train()
+    seen = []
+    dropout.register_forward_hook(lambda *of: seen.append(dropout.training))
+
+    def drop(module: Any, args: Any, output: torch.Tensor) -> None:
+        dropout(output)
+
+    model.wrapped.original_model.model.layers[1].register_forward_hook(drop)
+    assert torch.equal(icl.capture(model, prompts, progress=False).label_log_probs, expected)
+    assert dropout.training
+    assert seen
+    assert not any(seen)
+
+
 def test_an_empty_query_is_refused(llama: icl.Model, prompts: Prompts) -> None:
     with pytest.raises(ValueError, match="one token in each of the queries, got none in number 6"):
         icl.capture(llama, dataclasses.replace(prompts, queries=(*prompts.queries[:6], ())), progress=False)

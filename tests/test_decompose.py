@@ -343,6 +343,33 @@ def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Mo
         icl.decompose(llama, dataclasses.replace(got, prompts=other), zsl)
 
 
+def test_decomposing_runs_no_model(llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = runs(llama, prompts)
+    monkeypatch.setattr(llama.wrapped, "forward", None)
+    assert icl.decompose(llama, *captured).residual <= EXACT
+
+
+@pytest.mark.parametrize("hooked", [(True, True, False), (True, False, False), (False, False, True)])
+def test_captures_under_hooks_that_are_not_on_now_are_refused(
+    make_model: Callable[..., icl.Model], task: icl.Task, hooked: tuple[bool, bool, bool]
+) -> None:
+    """One of the user's own, on in context, in the zero-shot run, or while it is decomposed."""
+    model = make_model("llama")
+    prompts, hook = build(model, task), ("blocks.0.hook_out", lambda tensor, hook: tensor / 2)
+
+    def under(on: bool) -> Any:
+        return model.wrapped.hooks(fwd_hooks=[hook] if on else [])
+
+    with under(hooked[0]):
+        in_context = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+    with under(hooked[1]):
+        zsl = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
+    with under(hooked[2]), pytest.raises(ValueError, match="with the hooks that are on the model now, got others"):
+        icl.decompose(model, in_context, zsl)
+    with under(True):
+        assert icl.decompose(model, *runs(model, prompts)).residual <= EXACT
+
+
 def test_a_plain_pass_that_does_not_split_is_refused(llama: icl.Model, prompts: Prompts) -> None:
     got, zsl = runs(llama, prompts)
     assert got.plain is not None

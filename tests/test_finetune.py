@@ -630,7 +630,7 @@ def equal_to_one_by_one(
     model: icl.Model, prompts: list[Prompts], lrs: list[float], accuracy: float, **options: Any
 ) -> list[icl.WeightDelta | icl.DivergedError]:
     """Several runs at once, each held against `finetune`."""
-    found = icl.finetune_many(model, prompts, lrs, progress=False, **options)
+    found = list(icl.finetune_many(model, prompts, lrs, progress=False, **options))
     options.pop("at_once", None)
     for got, one, lr in zip(found, prompts, lrs, strict=True):
         assert isinstance(got, icl.WeightDelta)
@@ -704,7 +704,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(
 ) -> None:
     model = make_model("llama", torch.float64)
     before, prompts = snapshot(model), several(model, task)
-    found = icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], method=method, progress=False)
+    found = list(icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], method=method, progress=False))
     assert [type(one) for one in found] == [icl.WeightDelta, icl.DivergedError, icl.DivergedError, icl.WeightDelta]
     assert re.search(r"step \d of 2 with lr=1e\+38: loss .* weights changed", str(found[1]))
     assert re.search(r"step \d of 5 with lr=10000: loss .* weights changed", str(found[2]))
@@ -723,7 +723,7 @@ def test_an_exploded_loss_is_divergence_side_by_side_too(
 
 
 def test_several_ask_for_a_rate_each(llama: icl.Model, prompts: Prompts) -> None:
-    with pytest.raises(ValueError, match="expected a learning rate for each of 2 prompts, got 1 rates"):
+    with pytest.raises(ValueError, match="a learning rate for each run, got 2 prompts and 1 rates"):
         icl.finetune_many(llama, [prompts, prompts], [LR])
     with pytest.raises(ValueError, match="expected at least 1 run at once, got 0"):
         icl.finetune_many(llama, [prompts], [LR], at_once=0)
@@ -731,4 +731,72 @@ def test_several_ask_for_a_rate_each(llama: icl.Model, prompts: Prompts) -> None
         icl.finetune_many(llama, [prompts, prompts], [LR, -1.0])
     with pytest.raises(ValueError, match="expected demonstrations to finetune on"):
         icl.finetune_many(llama, [prompts, prompts.zero_shot()], [LR, LR])
-    assert icl.finetune_many(llama, [], []) == []
+    assert list(icl.finetune_many(llama, [], [])) == []
+
+
+@pytest.mark.parametrize(("at_once", "passes"), [(8, 5), (2, 4 + 5), (1, 4 + 2 + 5 + 4)])
+def test_runs_share_passes(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    passes: int,
+) -> None:
+    """Of 4, 2, 5 and 4 steps: as many passes as the longest of a group has steps."""
+    model, counted = make_model("llama"), []
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda *args, **kwargs: counted.append(1) or run(*args, **kwargs))
+    list(icl.finetune_many(model, several(model, task), [LR] * 4, at_once=at_once, progress=False))
+    assert len(counted) == passes
+
+
+def test_runs_that_do_not_fit_side_by_side_are_halved(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_model("llama", torch.float64)
+    prompts, run = several(model, task), model.run
+    expected = list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+
+    def full(tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(model, "run", full)
+    found = list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+    for got, one in zip(found, expected, strict=True):
+        assert isinstance(got, icl.WeightDelta)
+        assert isinstance(one, icl.WeightDelta)
+        assert (got.W_V - one.W_V).norm() <= 1e-5 * one.W_V.norm()
+    assert "4 finetunings do not fit in memory side by side" in caplog.text
+    monkeypatch.setattr(model, "run", lambda *args, **kwargs: full(torch.zeros(2, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+
+
+def test_models_that_turn_keys_by_length_are_finetuned_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding would make a short demonstration as long as the longest."""
+    model = make_model("llama")
+    model.rotation_switch = 20
+    lengths, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda ids, **kwargs: lengths.append(tuple(ids.shape)) or run(ids, **kwargs))
+    prompts = several(model, task)
+    list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+    assert lengths == [(1, len(one.start) + len(shown)) for one in prompts for shown in one.demonstrations]
+
+
+def test_a_projection_that_does_not_run_is_refused(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    elsewhere, hook = nn.Linear(1, 1), model.lens.addition_hook
+    monkeypatch.setattr(
+        model.lens, "addition_hook", lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of)
+    )
+    with pytest.raises(icl.UnsupportedModelError, match="layer that runs, got one that does not"):
+        list(icl.finetune_many(model, [prompts], [LR], progress=False))

@@ -46,6 +46,13 @@ def test_kendall_of_long_rows_does_not_overflow(n: int) -> None:
     np.testing.assert_allclose(kendall(a, b).numpy(), scipys(stats.kendalltau, a, b), atol=1e-12)
 
 
+def test_kendall_is_never_beyond_one() -> None:
+    """Square roots of counts of untied pairs round."""
+    a = drawn(0, 12, 4, rows=3000)
+    assert kendall(a, a).max() <= 1
+    assert kendall(a, -a).min() >= -1
+
+
 def test_kendall_by_hand() -> None:
     up = torch.arange(5.0).view(1, 1, 5)
     assert kendall(up, up**3).item() == pytest.approx(1.0)

@@ -121,7 +121,6 @@ class Lens(ABC):
     d_vocab: int
     rotation_switch: int | None
     points: dict[str, Any]
-    modules: list[nn.Module]
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
@@ -135,9 +134,7 @@ class Lens(ABC):
         self.d_head = int(cfg.d_head)
         self.n_ctx = int(cfg.n_ctx)
         self.d_vocab = int(cfg.d_vocab)
-        # Kept: collecting a bridge's hooks, or its modules, takes as long as a layer.
-        self.points = wrapped.hook_dict
-        self.modules = list(wrapped.modules())
+        self.points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
 
     @abstractmethod
     def refuse_unsupported(self) -> None:

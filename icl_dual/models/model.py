@@ -229,7 +229,7 @@ class Model:
             hooks += [lens.addition_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
         if read is not None:
             hooks.append((lens.points["unembed.hook_in"], _gather(read)))
-        with _hooked(hooks), _evaluating(lens.modules):
+        with _hooked(hooks), _evaluating(self.wrapped):
             return lens.forward(tokens, positions)
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
@@ -284,6 +284,15 @@ class Model:
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())
         return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
+
+    def others_hooks(self) -> str:
+        """What tells the hooks that others have on the model from none, or from as many elsewhere: a short hash."""
+        found = [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in self.wrapped.named_modules()
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
 
 
 def load_model(
@@ -448,12 +457,12 @@ def _hooked(hooks: list[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluating(wrapped: nn.Module) -> Iterator[None]:
     """No dropout during a pass, and every module's own mode again afterwards."""
-    training = [module for module in modules if module.training]
+    training = [module for module in wrapped.modules() if module.training]
+    if training:
+        wrapped.eval()
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
         for module in training:
