@@ -129,6 +129,7 @@ class Capture:
     """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
     plain: PlainPass | None
+    """The plain pass over the first query's full prompt that a decomposition is held against."""
     next_log_probs: Float[Tensor, "query d_vocab"] | None
     """Log-probability in nats of every token of the vocabulary where the label is predicted."""
     residual: float
@@ -180,7 +181,8 @@ def capture(
     Args:
         model: what to run; comes back as it was.
         prompts: queries with their demonstrations; `prompts.zero_shot()` for the zero-shot setting.
-        fields: which tensors to keep; memory grows with the number of queries only by these.
+        fields: which of a `Capture`'s fields to keep, such as `METRIC_FIELDS` or `DECOMPOSE_FIELDS`; memory grows with
+            the number of queries by these.
         batch_size: most queries to run at once; fewer where their lengths differ much, or where memory runs out.
         progress: show a progress bar.
 
@@ -190,8 +192,9 @@ def capture(
         MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `plain` is
             asked for; says its size.
     """
-    unknown = {fields} if isinstance(fields, str) else set(fields) - set(get_args(Field))
-    if unknown:
+    if isinstance(fields, str):
+        raise ValueError(f"expected a collection of fields, such as ({fields!r},), got {fields!r}")
+    if unknown := set(fields) - set(get_args(Field)):
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")

@@ -296,7 +296,8 @@ def finetune_many(
 
     A step on one demonstration takes about as long as reading the weights does. So runs of SGD go side by side, each
     with what it has changed so far beside the weights that all read, (W + ΔW) x = W x + ΔW x, and their deltas are
-    `finetune`'s up to rounding. By other methods, in half precision, of a `HookedTransformer`, and of models that turn
+    `finetune`'s up to rounding, which is less here: no small change is lost in a large weight. SGD amplifies rounding,
+    step by step, also that of another number of threads: hold runs against each other in float64. By other methods, in half precision, of a `HookedTransformer`, and of models that turn
     keys by the length of what runs, they go one by one.
 
     Args:
@@ -418,7 +419,10 @@ class _SideBySide:
     def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
         fingerprint, longest = self.model.fingerprint(), max(run.total for run in self.runs)
         what = f"finetuning {len(self.runs)} side by side"
-        with _only_trained(self.model, []), tqdm(total=longest, desc=what, disable=not progress, leave=False) as bar:
+        with (
+            _only_trained(self.model, []),
+            tqdm(total=longest, desc=what, disable=not progress, unit="step", leave=False) as bar,
+        ):
             while self.going:
                 self._step()
                 self._leave(fingerprint)
@@ -465,7 +469,10 @@ class _SideBySide:
         for name, layers in content.items():
             for run, row, found in zip(self.going, rows, torch.stack(layers, dim=1), strict=True):
                 getattr(run, name).append(found[:, : len(row)].clone())
-        each = nn.functional.cross_entropy(logits.transpose(1, 2), ids.gather(1, read + 1), reduction="none")
+        targets = ids.gather(1, read + 1)
+        # Flat: over an axis that is not the last, torch sums a vocabulary one by one, and loses digits.
+        flat = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        each = flat.view(targets.shape)
         return each.where(counted, 0.0).sum(1) / counted.sum(1)
 
     def _added(self, layer: int, kind: Kind, x: Float[Tensor, "run pos d_in"]) -> Float[Tensor, "run pos d_out"]:

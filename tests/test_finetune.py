@@ -800,3 +800,22 @@ def test_a_projection_that_does_not_run_is_refused(
     )
     with pytest.raises(icl.UnsupportedModelError, match="layer that runs, got one that does not"):
         list(icl.finetune_many(model, [prompts], [LR], progress=False))
+
+
+def test_losses_over_a_large_vocabulary_lose_no_digits(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as a real one's, in float32, against float64."""
+    model, row = make_model("llama"), (*prompts.start, *prompts.training[0])
+    logits = torch.randn(1, len(row), 49152, generator=torch.Generator().manual_seed(0))
+
+    def run(ids: torch.Tensor, *, read: torch.Tensor, on_query: Callable, on_key: Callable, **kwargs: Any):
+        for show in (on_query, on_key):
+            show(0, torch.zeros(1, len(row), 4, 8))
+        return logits[0, read]
+
+    monkeypatch.setattr(model, "run", run)
+    found = sys.modules["icl_dual.finetune"]._SideBySide(model, [prompts], [LR], "all", "key-value")._losses([row])
+    targets = torch.tensor(row[len(prompts.start) :])
+    expected = nn.functional.cross_entropy(logits[0, len(prompts.start) - 1 : -1].double(), targets)
+    assert found.item() == pytest.approx(expected.item(), abs=5e-6)
