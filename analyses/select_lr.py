@@ -81,7 +81,7 @@ def main() -> None:
             rows.to_csv(table, index=False)
             print(rows.iloc[-1].to_dict(), flush=True)
 
-    rows = rows[rows["n"] == args.queries]  # those of other runs were measured on other queries
+    rows = rows.query("n == @args.queries")  # those of other runs were measured on other queries
     chosen = choose(rows)
     draw(rows, chosen, table.with_suffix(".png"))
     known = json.loads(DEFAULT_LR.read_text()) if DEFAULT_LR.exists() else {}

@@ -297,8 +297,9 @@ def finetune_many(
     A step on one demonstration takes about as long as reading the weights does. So runs of SGD go side by side, each
     with what it has changed so far beside the weights that all read, (W + ΔW) x = W x + ΔW x, and their deltas are
     `finetune`'s up to rounding, which is less here: no small change is lost in a large weight. SGD amplifies rounding,
-    step by step, also that of another number of threads: hold runs against each other in float64. By other methods, in half precision, of a `HookedTransformer`, and of models that turn
-    keys by the length of what runs, they go one by one.
+    step by step, also that of another number of threads: hold runs against each other in float64. By other methods, in
+    half precision, of a `HookedTransformer`, and of models that turn keys by the length of what runs, runs go one by
+    one.
 
     Args:
         model: what to finetune; comes back as it was.
