@@ -182,7 +182,7 @@ def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str, start: 
 
 def test_several_finetunings_go_one_by_one() -> None:
     """The class multiplies with its parameters in no module of their own, to which something could be added."""
-    model, prompts, rates = icl.Model(toy()), toy_prompts(), [1e-5, 2e-5]
+    model, prompts, rates = icl.Model(toy()), toy_prompts(n_pairs=2), [1e-4, 2e-4]
     for found, lr in zip(icl.finetune_many(model, [prompts] * 2, rates, progress=False), rates, strict=True):
         assert isinstance(found, icl.WeightDelta)
         assert torch.equal(found.W_V, icl.finetune(model, prompts, lr=lr, progress=False).W_V)
