@@ -352,7 +352,7 @@ def _in_groups(
     at_once: int,
     progress: bool,
 ) -> Iterator[WeightDelta | DivergedError]:
-    first = 0
+    first, said = 0, False
     with tqdm(total=len(prompts), desc="finetuning", disable=not progress, unit="run", leave=False) as bar:
         while first < len(prompts):
             group = slice(first, first + at_once)
@@ -361,7 +361,9 @@ def _in_groups(
             except (RuntimeError, MemoryError) as error:
                 if at_once == 1 or not out_of_memory(error):
                     raise
-                log.warning("%d finetunings do not fit in memory side by side: running fewer", len(prompts[group]))
+                if not said:
+                    log.warning("%d finetunings do not fit in memory side by side: running fewer", len(prompts[group]))
+                said = True
                 found = []
             if not found:  # out of the handler, whose traceback holds on to the memory of what failed
                 at_once = (min(at_once, len(prompts) - first) + 1) // 2
