@@ -20,7 +20,7 @@ import torch
 from common import sampled_memory
 
 from icl_dual import dual, pretrain
-from icl_dual.decoder import MomentumForCausalLM
+from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 
 ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "learned"}
 

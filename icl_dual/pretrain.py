@@ -34,8 +34,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as hf_logging
 
 from icl_dual import assets, tasks
-from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 from icl_dual.finetune import DivergedError
+from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 from icl_dual.study import refuse_different
 
 N_BYTES = 256

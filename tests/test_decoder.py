@@ -7,8 +7,9 @@ import torch
 from conftest import with_momentum
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from icl_dual import decoder, dual
-from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
+from icl_dual import dual
+from icl_dual.models import momentum_gpt2 as decoder
+from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50,

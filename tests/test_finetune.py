@@ -795,9 +795,9 @@ def test_a_projection_that_does_not_run_is_refused(
     make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama")
-    elsewhere, hook = nn.Linear(1, 1), model.lens.addition_hook
+    elsewhere, hook = nn.Linear(1, 1), model.backend.addition_hook
     monkeypatch.setattr(
-        model.lens, "addition_hook", lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of)
+        model.backend, "addition_hook", lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of)
     )
     with pytest.raises(icl.UnsupportedModelError, match="layer that runs, got one that does not"):
         list(icl.finetune_many(model, [prompts], [LR], progress=False))

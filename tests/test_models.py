@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import icl_dual as icl
-from icl_dual.decoder import MomentumConfig, MomentumForCausalLM
 from icl_dual.models import WORKS_WITH, Control, Kind, Weight
+from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 
 
 def boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
@@ -238,7 +238,7 @@ def test_untrained_weights_are_distributed_as_a_plainly_constructed_models(
     control = control_of(architecture, "untrained")
     expected = {name: parameter.detach() for name, parameter in plain_model(control).named_parameters()}
     got = weights(control)
-    added = {name: got.pop(name) for name in got.keys() - expected.keys()}  # by the bridge of transformer-lens 3
+    added = {name: got.pop(name) for name in got.keys() - expected.keys()}  # by the bridge of transformer-backend 3
     assert added.keys() <= {"lm_head.bias"}
     assert not any(bias.any() for bias in added.values())
     assert got.keys() == expected.keys()
@@ -391,7 +391,7 @@ def test_a_model_that_is_not_transformers_own_has_no_untrained_control(
     make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama")
-    monkeypatch.setattr(model.lens, "original", torch.nn.Linear(2, 2))
+    monkeypatch.setattr(model.backend, "original", torch.nn.Linear(2, 2))
     with pytest.raises(icl.UnsupportedModelError, match=r"expected a transformers model, .* got Linear"):
         icl.control_model(model, "untrained", seed=0)
 
@@ -487,7 +487,7 @@ def test_another_transformer_lens_is_refused() -> None:
 import importlib.metadata as metadata
 installed = metadata.version
 for got in {versions}:
-    metadata.version = lambda name: got if name == "transformer-lens" else installed(name)
+    metadata.version = lambda name: got if name == "transformer-backend" else installed(name)
     try:
         import icl_dual
     except ImportError as error:
@@ -495,13 +495,13 @@ for got in {versions}:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines() == [
-        f"expected transformer-lens >=3.9,<5, got transformer-lens {version}: pip install 'transformer-lens>=3.9,<5'"
+        f"expected transformer-backend >=3.9,<5, got transformer-backend {version}: pip install 'transformer-backend>=3.9,<5'"
         for version in versions
     ]
 
 
 def test_the_range_is_the_packages_own() -> None:
-    (line,) = re.findall(r'"transformer-lens(.*?)"', (ROOT / "pyproject.toml").read_text())
+    (line,) = re.findall(r'"transformer-backend(.*?)"', (ROOT / "pyproject.toml").read_text())
     assert line == WORKS_WITH
 
 
@@ -510,8 +510,8 @@ def test_the_second_environment_is_the_first_with_another_transformer_lens() -> 
         [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
         for name in ("constraints.txt", "constraints-tl3.txt")
     )
-    assert set(second) - set(first) == {"transformer-lens==3.9.0", "better-abc==0.0.3"}
-    assert set(first) - set(second) == {"transformer-lens==4.3.0"}
+    assert set(second) - set(first) == {"transformer-backend==3.9.0", "better-abc==0.0.3"}
+    assert set(first) - set(second) == {"transformer-backend==4.3.0"}
 
 
 LAYOUTS = [
@@ -628,13 +628,13 @@ def test_momentum_that_is_none_is_refused(llama: icl.Model, eta: Any, layers: An
         pass
     if layers is None:
         with pytest.raises(ValueError, match=message):
-            icl.Model(llama.lens, momentum=eta)
+            icl.Model(llama.backend, momentum=eta)
     assert (llama.name, llama.momentum) == ("llama", None)
 
 
 def test_a_model_may_have_momentum_of_its_own_and_no_second(llama: icl.Model) -> None:
     ids, eta = torch.arange(6)[None], some_eta()
-    own = icl.Model(llama.lens, name="own", momentum=eta)
+    own = icl.Model(llama.backend, name="own", momentum=eta)
     with torch.no_grad():
         with icl.momentum_attention(llama, eta):
             expected = llama.run(ids)

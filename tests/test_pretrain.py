@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import icl_dual as icl
 from icl_dual import pretrain
-from icl_dual.decoder import MomentumForCausalLM
+from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 
 TASK = pretrain.LabelMapping(n_x=3, n_y=2, n_pairs=4)
 PRESET = pretrain.Preset(

@@ -6,7 +6,7 @@ forward pass that shows each layer's attention to a callback and lets the callba
 | module | holds |
 |---|---|
 | `model` | `Model`, and loading one |
-| `lens` | what `Model` asks of a TransformerLens class |
+| `backend` | what `Model` asks of a TransformerLens class |
 | `bridge` | the answers of `TransformerBridge` (3.9 to 4.x) |
 | `hooked` | the answers of `HookedTransformer` (3.9 to 3.x) |
 | `blank` | models that have learned nothing |
@@ -18,16 +18,15 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 
 WORKS_WITH = ">=3.9,<5"
-"""The versions of transformer-lens whose classes and hooks this room knows."""
+"""The versions of transformer-backend whose classes and hooks this room knows."""
 
-if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prereleases=True):
+if not SpecifierSet(WORKS_WITH).contains(version("transformer-backend"), prereleases=True):
     raise ImportError(
-        f"expected transformer-lens {WORKS_WITH}, got transformer-lens {version('transformer-lens')}: "
-        f"pip install 'transformer-lens{WORKS_WITH}'"
+        f"expected transformer-backend {WORKS_WITH}, got transformer-backend {version('transformer-backend')}: "
+        f"pip install 'transformer-backend{WORKS_WITH}'"
     )
 
-from icl_dual.models.blank import Control, control_model, control_name  # noqa: E402 - the right version comes first
-from icl_dual.models.lens import (  # noqa: E402
+from icl_dual.models.backend import (  # noqa: E402
     Attention,
     Kind,
     OnAttention,
@@ -36,6 +35,7 @@ from icl_dual.models.lens import (  # noqa: E402
     UnsupportedModelError,
     Weight,
 )
+from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the right version comes first
 from icl_dual.models.model import Model, load_model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM, momentum_attention  # noqa: E402
 

@@ -13,10 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from icl_dual import dual
-from icl_dual.models.lens import (
+from icl_dual.models.backend import (
+    Backend,
     Hook,
     Kind,
-    Lens,
     OnError,
     OnProjection,
     OnResidual,
@@ -29,7 +29,7 @@ from icl_dual.models.lens import (
 )
 
 
-class BridgeLens(Lens):
+class BridgeBackend(Backend):
     """A `TransformerBridge` with raw weights."""
 
     adds = True
@@ -136,14 +136,14 @@ class BridgeLens(Lens):
         cap = getattr(self.original.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def drawn_anew(self, seed: int) -> "BridgeLens":
+    def drawn_anew(self, seed: int) -> "BridgeBackend":
         """A bridge to a new Hugging Face model, drawn by transformers."""
         drawn: Any = _drawn_anew(self.original, seed)
         drawn.to(next(self.parameters()).device)
         made = TransformerBridge.boot_transformers(
             self.architecture, hf_model=drawn, tokenizer=self.tokenizer, device=drawn.device, dtype=drawn.dtype
         )
-        return BridgeLens(made)
+        return BridgeBackend(made)
 
     def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
         """From rotated queries and keys where hooks show these; else rotated here."""

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from icl_dual import dual
-from icl_dual.models.lens import (
+from icl_dual.models.backend import (
     HOOK_LEVEL,
+    Backend,
     Hook,
     Kind,
-    Lens,
     OnError,
     OnResidual,
     OnTensor,
@@ -47,7 +47,7 @@ BIASED: dict[str, str] = {
 
 
 def is_hooked_transformer(wrapped: object) -> bool:
-    """Whether this is a `HookedTransformer`, a class that transformer-lens 4 no longer has."""
+    """Whether this is a `HookedTransformer`, a class that transformer-backend 4 no longer has."""
     try:
         cls: Any = transformer_lens.HookedTransformer
     except (ImportError, AttributeError):  # which of them, the version decides
@@ -55,7 +55,7 @@ def is_hooked_transformer(wrapped: object) -> bool:
     return isinstance(wrapped, cls)
 
 
-class HookedLens(Lens):
+class HookedBackend(Backend):
     """A `HookedTransformer` with raw weights."""
 
     SEEN: ClassVar[dict[str, str]] = {
@@ -160,7 +160,7 @@ class HookedLens(Lens):
         logits, cap = self.wrapped.unembed(normed), cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def drawn_anew(self, seed: int) -> "HookedLens":
+    def drawn_anew(self, seed: int) -> "HookedBackend":
         """A new model, drawn by its class as its configuration says."""
         model = self.wrapped
         cfg = copy.deepcopy(model.cfg)
@@ -177,7 +177,7 @@ class HookedLens(Lens):
                 ) from error
         drawn.to(next(self.parameters()).device, print_details=False)
         drawn.train(model.training)
-        made = HookedLens(drawn)
+        made = HookedBackend(drawn)
         made.tokenizer, made.biased = self.tokenizer, self.biased
         return made
 

@@ -17,14 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from icl_dual import assets, dual
-from icl_dual.decoder import MomentumForCausalLM
-from icl_dual.models.bridge import BridgeLens
-from icl_dual.models.hooked import HookedLens, is_hooked_transformer
-from icl_dual.models.lens import (
+from icl_dual.models.backend import (
     HOOK_LEVEL,
+    Backend,
     Hook,
     Kind,
-    Lens,
     OnAttention,
     OnError,
     OnProjection,
@@ -33,6 +30,9 @@ from icl_dual.models.lens import (
     Projection,
     UnsupportedModelError,
 )
+from icl_dual.models.bridge import BridgeBackend
+from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
+from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
@@ -50,7 +50,7 @@ class Model:
     """A decoder with its hooks: raw weights, every attention layer readable and its heads' output replaceable.
 
     Args:
-        wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-lens 3.9, with raw
+        wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-backend 3.9, with raw
             weights (nothing folded, centred or refactored).
         name: what to call it in results.
         provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
@@ -64,30 +64,30 @@ class Model:
 
     def __init__(
         self,
-        wrapped: TransformerLensModel | Lens,
+        wrapped: TransformerLensModel | Backend,
         name: str = "handed-in",
         provenance: str = "unknown",
         *,
         momentum: Eta | None = None,
     ) -> None:
-        self.lens = wrapped if isinstance(wrapped, Lens) else _lens_of(wrapped)
-        self.wrapped: Any = self.lens.wrapped
+        self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped)
+        self.wrapped: Any = self.backend.wrapped
         self.name = name
         self.provenance = provenance
-        self.tokenizer: Any = self.lens.tokenizer
-        self.architecture = self.lens.architecture
-        self.n_layers = self.lens.n_layers
-        self.n_heads = self.lens.n_heads
-        self.n_key_value_heads = self.lens.n_key_value_heads
-        self.d_model = self.lens.d_model
-        self.d_head = self.lens.d_head
-        self.n_ctx = self.lens.n_ctx
-        self.d_vocab = self.lens.d_vocab
-        self.adds = self.lens.adds
+        self.tokenizer: Any = self.backend.tokenizer
+        self.architecture = self.backend.architecture
+        self.n_layers = self.backend.n_layers
+        self.n_heads = self.backend.n_heads
+        self.n_key_value_heads = self.backend.n_key_value_heads
+        self.d_model = self.backend.d_model
+        self.d_head = self.backend.d_head
+        self.n_ctx = self.backend.n_ctx
+        self.d_vocab = self.backend.d_vocab
+        self.adds = self.backend.adds
         """Whether `run` can add to what projections make: a bridge's are layers of their own."""
-        self.rotation_switch = self.lens.rotation_switch
+        self.rotation_switch = self.backend.rotation_switch
         """Length past which long-context scaling rotates every position anew; `None` where it never does."""
-        self.scoring = [self.lens.scoring(layer) for layer in range(self.n_layers)]
+        self.scoring = [self.backend.scoring(layer) for layer in range(self.n_layers)]
         self.pass_residual: float | None = None
         """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
         self.momentum: Float[Tensor, "layer head"] | None = None
@@ -115,7 +115,7 @@ class Model:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every weight of the model; fused projections whole."""
-        return self.lens.parameters()
+        return self.backend.parameters()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token.
@@ -206,7 +206,7 @@ class Model:
         Raises:
             ValueError: positions leave some out, where there is momentum.
         """
-        lens, hooks = self.lens, list[Hook]()
+        backend, hooks = self.backend, list[Hook]()
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
             _refuse_gaps(self.name, positions)
@@ -215,22 +215,22 @@ class Model:
             if on_attention is not None or eta is not None:
                 state = None if momentum_states is None else momentum_states[layer]
                 added = None if eta is None else partial(_momentum, eta=eta, state=state)
-                hooks += lens.attention_hooks(layer, on_attention, positions, added)
+                hooks += backend.attention_hooks(layer, on_attention, positions, added)
             if on_query is not None:
-                hooks += lens.content_hooks(layer, "Q", on_query)
+                hooks += backend.content_hooks(layer, "Q", on_query)
             if on_key is not None:
-                hooks += lens.content_hooks(layer, "K", on_key)
+                hooks += backend.content_hooks(layer, "K", on_key)
             if on_output is not None:
-                hooks.append(lens.output_hook(layer, on_output))
+                hooks.append(backend.output_hook(layer, on_output))
             if on_residual is not None:
-                hooks.append(lens.residual_hook(layer, on_residual))
+                hooks.append(backend.residual_hook(layer, on_residual))
             if on_error is not None:
-                hooks += [*lens.error_hooks(layer, "K", on_error), *lens.error_hooks(layer, "V", on_error)]
-            hooks += [lens.addition_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
+                hooks += [*backend.error_hooks(layer, "K", on_error), *backend.error_hooks(layer, "V", on_error)]
+            hooks += [backend.addition_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
         if read is not None:
-            hooks.append((lens.points["unembed.hook_in"], _gather(read)))
+            hooks.append((backend.points["unembed.hook_in"], _gather(read)))
         with _hooked(hooks), _evaluating(self.wrapped):
-            return lens.forward(tokens, positions)
+            return backend.forward(tokens, positions)
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
         """η of a layer's heads; `None` where they have no momentum, which is also where all of them are 0."""
@@ -238,7 +238,7 @@ class Model:
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a residual stream, by the final norm and the unembedding."""
-        return self.lens.unembed(residual)
+        return self.backend.unembed(residual)
 
     def projections(self, kind: Kind) -> list[Projection]:
         """Each layer's projection onto queries, keys or values, or of the heads' outputs, as the forward pass uses it.
@@ -248,7 +248,7 @@ class Model:
         Raises:
             UnsupportedModelError: a projection is no plain linear map.
         """
-        return [self.lens.projection(layer, kind) for layer in range(self.n_layers)]
+        return [self.backend.projection(layer, kind) for layer in range(self.n_layers)]
 
     def output_projections(
         self,
@@ -266,7 +266,7 @@ class Model:
     @property
     def rotary(self) -> bool:
         """Whether queries and keys are rotated by position, so that attention knows distances only."""
-        return any(f"blocks.{layer}.attn.hook_rot_q" in self.lens.points for layer in range(self.n_layers))
+        return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
         """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
@@ -275,7 +275,7 @@ class Model:
         Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
         """
         digest = hashlib.sha256()
-        for parameter in self.lens.running_weights():
+        for parameter in self.backend.running_weights():
             flat = parameter.detach().reshape(-1)
             stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
             while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
@@ -412,11 +412,11 @@ def _refuse_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
         )
 
 
-def _lens_of(wrapped: Any) -> Lens:
+def _backend_of(wrapped: Any) -> Backend:
     if isinstance(wrapped, TransformerBridge):
-        return BridgeLens(wrapped)
+        return BridgeBackend(wrapped)
     if is_hooked_transformer(wrapped):
-        return HookedLens(wrapped)
+        return HookedBackend(wrapped)
     got = type(wrapped).__name__
     if isinstance(wrapped, str):
         got, advice = repr(wrapped), "load it with icl_dual.load_model"
@@ -427,7 +427,7 @@ def _lens_of(wrapped: Any) -> Lens:
     else:
         advice = "hand in the model itself, a decoder, or load one with icl_dual.load_model"
     raise UnsupportedModelError(
-        f"expected a TransformerBridge of transformer-lens, or a HookedTransformer of 3.9, got {got}: {advice}"
+        f"expected a TransformerBridge of transformer-backend, or a HookedTransformer of 3.9, got {got}: {advice}"
     )
 
 

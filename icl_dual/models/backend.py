@@ -96,7 +96,7 @@ class Projection(NamedTuple):
         return None if self.b is None else self.b.matrix(self.b.parameter.detach())
 
 
-class Lens(ABC):
+class Backend(ABC):
     """One TransformerLens model, asked.
 
     Raises:
@@ -169,7 +169,7 @@ class Lens(ABC):
         """Logits of a residual stream, by the final norm and the unembedding."""
 
     @abstractmethod
-    def drawn_anew(self, seed: int) -> "Lens":
+    def drawn_anew(self, seed: int) -> "Backend":
         """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from icl_dual.models.lens import UnsupportedModelError
+from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.model import Model
 
 Control = Literal["untrained", "random-blocks"]
@@ -40,7 +40,7 @@ def control_model(model: Model, control: Control, *, seed: int) -> Model:
     if control not in get_args(Control):
         raise ValueError(f"expected a control out of {get_args(Control)}, got {control!r}")
     try:
-        drawn = model.lens.drawn_anew(seed)
+        drawn = model.backend.drawn_anew(seed)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{model.name}: {error}") from error
     name, provenance = control_name(model.name, control, seed), f"{model.provenance}, {control}, seed {seed}"
