@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from common import sampled_memory
 
-from icl_dual import dual, pretrain
+from icl_dual import pretrain
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.momentum import decaying_sum
 
 ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "learned"}
 
@@ -112,7 +113,7 @@ def main() -> None:
     memory = {name: statistics.median(peak_of_its_own(args, name) for _ in range(3)) for name in ETAS}
     model = decoder(args, 0.5)
     v = torch.randn(1, args.length, model.config.n_head, model.config.n_embd // model.config.n_head)
-    state = dual.momentum(v, model.eta[0]).state
+    state = decaying_sum(v, model.eta[0]).state
     measured = {"training step": training, "decoded token": decoding, "peak memory of training": memory}
     ratios = {what: {name: found[name] / found["vanilla"] for name in ETAS} for what, found in measured.items()}
     args.out.mkdir(parents=True, exist_ok=True)

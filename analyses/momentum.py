@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 import icl_dual as icl
 from icl_dual import pretrain
 from icl_dual.assets import write_json
+from icl_dual.momentum import check_eta
 from icl_dual.study import refuse_different
 
 MAPPING = "label mapping"
@@ -249,7 +250,7 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
 def main() -> None:
     args = parse()
     for one in (*args.etas, *args.curve, *args.added):
-        icl.dual.refuse_decay(torch.tensor([0.0 if one == "learned" else one]))
+        check_eta(torch.tensor([0.0 if one == "learned" else one]))
     runs = plan(args)
     found = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
     if RANK:

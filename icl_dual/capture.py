@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
+from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens, refuse_unreadable
 
 Field = Literal[
@@ -357,7 +358,7 @@ def _run_whole(model: Model, prefix: Tokens, row: Tokens | None, before: _Contex
     def show(layer: int, attention: Attention) -> None:
         seen.append((attention.q[0, -1].clone(), attention.k[0], attention.v[0]))  # a view would keep all of q
         eta = model.eta(layer)
-        states.append(None if eta is None else dual.momentum(attention.v[:, :n], eta).state[0])
+        states.append(None if eta is None else decaying_sum(attention.v[:, :n], eta).state[0])
 
     def on_output(layer: int, output: Tensor) -> None:
         attn_out.append(output[0, -1].clone())

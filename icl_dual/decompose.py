@@ -30,6 +30,7 @@ from icl_dual import dual, ranks
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, PlainPass, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
+from icl_dual.momentum import decays
 from icl_dual.prompts import SEPARATOR, Prompts
 
 GROUPS = ("sink", "start", "query", "separators")
@@ -451,12 +452,12 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
 
-    decays = None if eta is None else dual.decays(eta, where.rows, where.demo)
-    demo_momentum = None if decays is None else _weigh(decays, demo_v)
+    decay_weights = None if eta is None else decays(eta, where.rows, where.demo)
+    demo_momentum = None if decay_weights is None else _weigh(decay_weights, demo_v)
     direct = torch.einsum("qhd,hdm->qm", delta_icl if demo_momentum is None else delta_icl + demo_momentum, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
     of_values = dual.shared_scores(along, demo_v, 1.0)
-    pulled = 0.0 if decays is None else (of_values * decays).sum(0)
+    pulled = 0.0 if decay_weights is None else (of_values * decay_weights).sum(0)
     added = of_values.sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0) + pulled
     share = added @ where.groups / (direct * direct).sum(-1, keepdim=True)
     return _Terms(
@@ -474,8 +475,8 @@ def _own_momentum(
     eta: Float[Tensor, " head"], own_v: Float[Tensor, "query own_pos kv_head d_head"], where: _Where
 ) -> Float[Tensor, "query head d_head"]:
     """Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded row t."""
-    decays = dual.decays(eta, where.rows[:, None], where.own)[:, :, 0]
-    return (decays.unflatten(1, (own_v.shape[2], -1)) @ own_v.transpose(1, 2)).flatten(1, 2)
+    decay_weights = decays(eta, where.rows[:, None], where.own)[:, :, 0]
+    return (decay_weights.unflatten(1, (own_v.shape[2], -1)) @ own_v.transpose(1, 2)).flatten(1, 2)
 
 
 def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:

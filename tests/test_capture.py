@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_rows, some_eta, with_momentum
+from helpers import make_rows, some_eta, with_momentum
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.capture import BATCH_OVERHEAD, METRIC_FIELDS, batches

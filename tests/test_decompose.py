@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, BRIDGED, REFUSED, some_eta
+from helpers import some_eta
 from scipy import stats
+from toys import ARCHITECTURES, BRIDGED, REFUSED
 
 import icl_dual as icl
 from icl_dual.decompose import GROUPS

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
-from conftest import some_eta, with_momentum
+from helpers import some_eta, with_momentum
 from torch import nn
 from transformers import PreTrainedModel
 

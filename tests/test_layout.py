@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import released
 import torch
-from conftest import run_settings
+from helpers import run_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import run_settings, slow_tau
+from helpers import run_settings, slow_tau
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

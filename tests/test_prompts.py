@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from conftest import make_rows
+from helpers import make_rows
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START, Prompts, refuse_unreadable

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import slow_tau
+from helpers import slow_tau
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_settings
+from helpers import run_settings
 
 import icl_dual as icl
 from icl_dual.recordings import SETTINGS

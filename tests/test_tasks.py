@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
 from datasets import Dataset
+from helpers import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -18,12 +18,12 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 
 WORKS_WITH = ">=3.9,<5"
-"""The versions of transformer-backend whose classes and hooks this room knows."""
+"""The versions of transformer-lens whose classes and hooks this room knows."""
 
-if not SpecifierSet(WORKS_WITH).contains(version("transformer-backend"), prereleases=True):
+if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prereleases=True):
     raise ImportError(
-        f"expected transformer-backend {WORKS_WITH}, got transformer-backend {version('transformer-backend')}: "
-        f"pip install 'transformer-backend{WORKS_WITH}'"
+        f"expected transformer-lens {WORKS_WITH}, got transformer-lens {version('transformer-lens')}: "
+        f"pip install 'transformer-lens{WORKS_WITH}'"
     )
 
 from icl_dual.models.backend import (  # noqa: E402

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icl_dual import dual
+from icl_dual.momentum import Momentum
 
 
 class UnsupportedModelError(ValueError):
@@ -30,7 +31,7 @@ class Attention(NamedTuple):
     """The heads' outputs, before W_O and before momentum."""
     q_content: Float[Tensor, "batch pos head d_head"]
     """Queries after norms but before rotation: what they say, apart from where they stand."""
-    momentum: dual.Momentum | None = None
+    momentum: Momentum | None = None
     """What momentum adds to z, and its state after the last position; `None` where the layer has none."""
 
     @property
@@ -205,7 +206,7 @@ class Backend(ABC):
         layer: int,
         on_attention: OnAttention | None,
         positions: Int[Tensor, " pos"],
-        momentum_of: Callable[[Tensor], dual.Momentum] | None = None,
+        momentum_of: Callable[[Tensor], Momentum] | None = None,
     ) -> list[Hook]:
         """Hooks that collect a layer's queries, keys and values as it computes them, and show them when z arrives.
 

@@ -47,7 +47,7 @@ BIASED: dict[str, str] = {
 
 
 def is_hooked_transformer(wrapped: object) -> bool:
-    """Whether this is a `HookedTransformer`, a class that transformer-backend 4 no longer has."""
+    """Whether this is a `HookedTransformer`, a class that transformer-lens 4 no longer has."""
     try:
         cls: Any = transformer_lens.HookedTransformer
     except (ImportError, AttributeError):  # which of them, the version decides

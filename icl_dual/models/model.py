@@ -1,7 +1,6 @@
 """`Model`: a decoder with its hooks, as everything above this room sees it."""
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from icl_dual import assets, dual
+from icl_dual import assets
 from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
@@ -33,14 +32,13 @@ from icl_dual.models.backend import (
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
 else:
     TransformerLensModel = Any  # 3.x has no such type; what is no model is refused by name
 
-Eta = float | int | Float[Tensor, "*layer head"]
-"""η of momentum attention: one for all heads, one by head, or one by layer and head."""
 
 FINGERPRINT_ELEMENTS = 16384
 """Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
@@ -50,7 +48,7 @@ class Model:
     """A decoder with its hooks: raw weights, every attention layer readable and its heads' output replaceable.
 
     Args:
-        wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-backend 3.9, with raw
+        wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-lens 3.9, with raw
             weights (nothing folded, centred or refactored).
         name: what to call it in results.
         provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
@@ -93,10 +91,10 @@ class Model:
         self.momentum: Float[Tensor, "layer head"] | None = None
         """η of momentum attention: every head's output has Σ_{i<t} η^{t−i} v_i added; `None` for softmax alone."""
         if momentum is not None:
-            self.momentum = by_layer_and_head(momentum, self.n_layers, self.n_heads)
+            self.momentum = eta_by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
     def __repr__(self) -> str:
-        momentum = "" if self.momentum is None else f"momentum {momentum_words(self.momentum)}, "
+        momentum = "" if self.momentum is None else f"momentum {describe_eta(self.momentum)}, "
         return (
             f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, {momentum}"
@@ -196,7 +194,7 @@ class Model:
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
             adding: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
                 added to its output, `[batch pos d_out]`; where the model `adds`.
-            momentum_states: by layer, what the values of tokens before these have left (`dual.Momentum.state`), the
+            momentum_states: by layer, what the values of tokens before these have left (`Momentum.state`), the
                 same for every row; nothing where not given.
             add_momentum: leave momentum out where false, as where `on_attention` returns what has it.
 
@@ -354,54 +352,12 @@ def _momentum_apart(hf_model: Any) -> tuple[Any, Float[Tensor, "layer head"] | N
     return hf_model.without_momentum(), hf_model.eta if hf_model.eta.any() else None
 
 
-def by_layer_and_head(
-    eta: Eta, n_layers: int, n_heads: int, layers: Sequence[int] | None = None
-) -> Float[Tensor, "layer head"]:
-    """η of momentum attention by layer and head, 0 at layers not chosen.
-
-    Raises:
-        ValueError: η is out of range, or of another shape; or there is no such layer.
-    """
-    try:
-        given = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected η as a number or a tensor, got {eta!r}") from error
-    if given.shape not in ((), (n_heads,), (n_layers, n_heads)):
-        raise ValueError(
-            f"expected η as a number, [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], got a tensor of "
-            f"shape {list(given.shape)}"
-        )
-    dual.refuse_decay(given)
-    chosen = range(n_layers) if layers is None else layers
-    if isinstance(chosen, int):
-        raise ValueError(f"expected a sequence of layers, got {chosen}: say layers=[{chosen}]")
-    if not set(chosen) <= set(range(n_layers)):
-        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(chosen)}")
-    found = torch.zeros(n_layers, n_heads, dtype=torch.float64)
-    found[list(chosen)] = given.expand(n_layers, n_heads)[list(chosen)]
-    return found
-
-
-def momentum_words(eta: Float[Tensor, "layer head"]) -> str:
-    """η in a few words: its size, or the sizes it lies between, and at which layers, unless at all."""
-    there = eta.any(1)
-    if not there.any():
-        return "η=0"
-    low, high = (f"{bound:.3g}" for bound in eta[there].aminmax())
-    layers = there.nonzero().flatten().tolist()
-    # Of layers that follow each other, layer and rank differ by the same.
-    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda found: found[1] - found[0])]
-    at = ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
-    size = low if low == high else f"{low} to {high}"
-    return f"η={size}" if there.all() else f"η={size} in {'layer' if len(layers) == 1 else 'layers'} {at}"
-
-
 def _momentum(
     v: Float[Tensor, "batch pos kv_head d_head"],
     eta: Float[Tensor, " head"],
     state: Float[Tensor, "head d_head"] | None,
-) -> dual.Momentum:
-    return dual.momentum(v, eta, state=None if state is None else state.expand(len(v), -1, -1))
+) -> Momentum:
+    return decaying_sum(v, eta, state=None if state is None else state.expand(len(v), -1, -1))
 
 
 def _refuse_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
@@ -427,7 +383,7 @@ def _backend_of(wrapped: Any) -> Backend:
     else:
         advice = "hand in the model itself, a decoder, or load one with icl_dual.load_model"
     raise UnsupportedModelError(
-        f"expected a TransformerBridge of transformer-backend, or a HookedTransformer of 3.9, got {got}: {advice}"
+        f"expected a TransformerBridge of transformer-lens, or a HookedTransformer of 3.9, got {got}: {advice}"
     )
 
 

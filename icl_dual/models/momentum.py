@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from icl_dual.models.model import Eta, Model, by_layer_and_head, momentum_words
+from icl_dual.models.model import Model
+from icl_dual.momentum import Eta, describe_eta, eta_by_layer_and_head
 
 MOMENTUM = " + momentum "
 """What stands between a model's name and what momentum it runs with."""
@@ -30,14 +31,14 @@ def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None =
     """
     if model.momentum is not None:
         raise ValueError(
-            f"expected a model without momentum, got {model.name!r} with momentum {momentum_words(model.momentum)}: "
+            f"expected a model without momentum, got {model.name!r} with momentum {describe_eta(model.momentum)}: "
             "what two would be together is not defined. Leave the other block first; a decoder that was trained with "
             "momentum is without it as Model of a bridge to its without_momentum()"
         )
-    chosen = by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
+    chosen = eta_by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
     before = model.name, model.pass_residual
     model.momentum, model.pass_residual = chosen, None
-    model.name += MOMENTUM + momentum_words(chosen)
+    model.name += MOMENTUM + describe_eta(chosen)
     try:
         yield model
     finally:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from icl_dual import dual
+from icl_dual.momentum import check_eta, decaying_sum, decays
 
 LEARNED = "learned"
 """The value of `eta` by which every head learns its own, from `FIRST`."""
@@ -40,7 +40,7 @@ class MomentumConfig(GPT2Config):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if isinstance(self.eta, float | int):
-            dual.refuse_decay(torch.tensor([float(self.eta)]))
+            check_eta(torch.tensor([float(self.eta)]))
         elif self.eta != LEARNED:
             raise ValueError(f"expected η as a number from 0 to below 1, or {LEARNED!r}, got {self.eta!r}")
 
@@ -137,7 +137,7 @@ def _of_all(
     seen: Bool[Tensor, "#batch 1 pos pos"] | None,
 ) -> Float[Tensor, "batch pos head d_head"]:
     documents = None if seen is None else _documents(seen).expand(len(value), -1)
-    return dual.momentum(value.transpose(1, 2), eta, documents=documents).z
+    return decaying_sum(value.transpose(1, 2), eta, documents=documents).z
 
 
 def _of_cached(
@@ -149,7 +149,7 @@ def _of_cached(
     """Momentum of the last rows, which are new, over values of which the cache holds most."""
     keys = torch.arange(value.shape[2], device=value.device)
     rows = keys[len(keys) - n_rows :]
-    weights = dual.decays(eta, rows, keys)[None]
+    weights = decays(eta, rows, keys)[None]
     if seen is not None:  # up to the next hidden key, where a text begins
         weights = weights * (seen | (keys >= rows[:, None])).flip(-1).cumprod(-1).flip(-1)
     return (weights @ value.to(weights.dtype)).transpose(1, 2)

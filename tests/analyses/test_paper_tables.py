@@ -15,7 +15,7 @@ import paper_tables
 import pytest
 import released
 import torch
-from conftest import make_rows
+from helpers import make_rows
 from scipy import stats
 
 import icl_dual as icl

@@ -9,10 +9,11 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, BRIDGED, past_sum, some_eta
+from helpers import past_sum, some_eta
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from toys import ARCHITECTURES, BRIDGED
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -238,7 +239,7 @@ def test_untrained_weights_are_distributed_as_a_plainly_constructed_models(
     control = control_of(architecture, "untrained")
     expected = {name: parameter.detach() for name, parameter in plain_model(control).named_parameters()}
     got = weights(control)
-    added = {name: got.pop(name) for name in got.keys() - expected.keys()}  # by the bridge of transformer-backend 3
+    added = {name: got.pop(name) for name in got.keys() - expected.keys()}  # by the bridge of transformer-lens 3
     assert added.keys() <= {"lm_head.bias"}
     assert not any(bias.any() for bias in added.values())
     assert got.keys() == expected.keys()
@@ -487,7 +488,7 @@ def test_another_transformer_lens_is_refused() -> None:
 import importlib.metadata as metadata
 installed = metadata.version
 for got in {versions}:
-    metadata.version = lambda name: got if name == "transformer-backend" else installed(name)
+    metadata.version = lambda name: got if name == "transformer-lens" else installed(name)
     try:
         import icl_dual
     except ImportError as error:
@@ -495,13 +496,13 @@ for got in {versions}:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines() == [
-        f"expected transformer-backend >=3.9,<5, got transformer-backend {version}: pip install 'transformer-backend>=3.9,<5'"
+        f"expected transformer-lens >=3.9,<5, got transformer-lens {version}: pip install 'transformer-lens>=3.9,<5'"
         for version in versions
     ]
 
 
 def test_the_range_is_the_packages_own() -> None:
-    (line,) = re.findall(r'"transformer-backend(.*?)"', (ROOT / "pyproject.toml").read_text())
+    (line,) = re.findall(r'"transformer-lens(.*?)"', (ROOT / "pyproject.toml").read_text())
     assert line == WORKS_WITH
 
 
@@ -510,8 +511,8 @@ def test_the_second_environment_is_the_first_with_another_transformer_lens() -> 
         [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
         for name in ("constraints.txt", "constraints-tl3.txt")
     )
-    assert set(second) - set(first) == {"transformer-backend==3.9.0", "better-abc==0.0.3"}
-    assert set(first) - set(second) == {"transformer-backend==4.3.0"}
+    assert set(second) - set(first) == {"transformer-lens==3.9.0", "better-abc==0.0.3"}
+    assert set(first) - set(second) == {"transformer-lens==4.3.0"}
 
 
 LAYOUTS = [

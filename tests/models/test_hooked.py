@@ -29,7 +29,7 @@ TOY_LR = 1e-3
 FIELDS = (*icl.DECOMPOSE_FIELDS, "q", "context_scores", "query_scores", "next_log_probs")
 
 if hooked.HookedTransformer is None:
-    pytest.skip("transformer-backend 4 has no HookedTransformer", allow_module_level=True)
+    pytest.skip("transformer-lens 4 has no HookedTransformer", allow_module_level=True)
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

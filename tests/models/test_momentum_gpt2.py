@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import with_momentum
+from helpers import with_momentum
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from icl_dual import dual
-from icl_dual.models import momentum_gpt2 as decoder
+from icl_dual.models import momentum_gpt2
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
+from icl_dual.momentum import Momentum, decaying_sum_reference
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50,
@@ -184,16 +184,16 @@ def test_a_learned_decay_stays_below_one_and_in_float32():
 def test_under_autocast_sums_keep_their_precision():
     model, ids = make(0.99), tokens(1, 60)
     found: list[torch.Tensor] = []
-    own = dual.momentum
+    own = momentum_gpt2.decaying_sum
 
-    def momentum(*args: Any, **kwargs: Any) -> dual.Momentum:
+    def summed(*args: Any, **kwargs: Any) -> Momentum:
         found.append(own(*args, **kwargs).z)
-        expected = dual.momentum_reference(args[0].double(), args[1].double())
+        expected = decaying_sum_reference(args[0].double(), args[1].double())
         torch.testing.assert_close(found[-1].double(), expected, atol=1e-5, rtol=1e-5)
         return own(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(dual, "momentum", momentum)
+        patch.setattr(momentum_gpt2, "decaying_sum", summed)
         logits = model(ids).logits
     assert {tensor.dtype for tensor in found} == {torch.float32}
     assert logits.isfinite().all()
@@ -204,7 +204,7 @@ def test_gradients_are_those_of_sums_that_are_kept(monkeypatch):
     found = []
     for kept in (False, True):
         if kept:
-            monkeypatch.setattr(decoder, "checkpoint", lambda sums, *args, **options: sums(*args))
+            monkeypatch.setattr(momentum_gpt2, "checkpoint", lambda sums, *args, **options: sums(*args))
         model = make("learned")
         model(ids, labels=ids).loss.backward()
         found.append([parameter.grad for parameter in model.parameters()])
