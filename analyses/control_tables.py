@@ -13,8 +13,8 @@ from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.controls import PAIRS
-from icl_dual.intervals import Interval, Paired, paired_test
 from icl_dual.metrics import estimate
+from icl_dual.statistics.intervals import Interval, Paired, paired_test
 
 CLAIM = "ICL and FT"
 NULLS = {

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 import icl_dual as icl
 from icl_dual.assets import load_tensors
 from icl_dual.controls import draw_orders
-from icl_dual.intervals import Interval
 from icl_dual.metrics import estimate
+from icl_dual.statistics.intervals import Interval
 from icl_dual.study import refuse_different
 
 OTHER_TASK = {"agnews": "sst2"}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import icl_dual as icl
 from icl_dual.assets import load_tensors, save_tensors
-from icl_dual.decompose import tidy
+from icl_dual.statistics.frames import summary_frame
 from icl_dual.study import refuse_different
 
 ROWS = {
@@ -160,7 +160,7 @@ def by_layer(found: list[Result]) -> pd.DataFrame:
     frames = []
     for result in found:
         tensors = {name: result.tensors[name] for name in ROWS}
-        frame = tidy({name: values[None] if values.ndim == 1 else values for name, values in tensors.items()})
+        frame = summary_frame({name: values[None] if values.ndim == 1 else values for name, values in tensors.items()})
         frame.insert(0, "task", result.task)
         frames.append(frame)
     return pd.concat(frames)

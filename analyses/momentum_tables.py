@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import icl_dual as icl
-from icl_dual.intervals import Interval, Paired, bootstrap, over_seeds, paired_test
+from icl_dual.statistics.intervals import Interval, Paired, bootstrap, over_seeds, paired_test
 
 SHOWN = (1, 2, 4, 8, 15)
 """Demonstrations after which the tables have the label mapping's accuracy."""
@@ -26,7 +26,7 @@ ENOUGH = 5
 MEAN = "mean of tasks, in context"
 
 FILES = {
-    "runs.csv": "every decoder's numbers, tidy",
+    "runs.csv": "every decoder's numbers, summary_frame",
     "differences.csv": "every η against vanilla",
     "intervention.csv": "the pretrained model under momentum",
     "cost.md": "what a training step and a decoded token cost (`python analyses/benchmark_momentum.py`)",
@@ -40,7 +40,7 @@ def eta_name(eta: float | str) -> str:
 
 
 def trained(found: Found) -> pd.DataFrame:
-    """Every decoder's numbers, tidy: data, η, seed, measure, value."""
+    """Every decoder's numbers, summary_frame: data, η, seed, measure, value."""
     rows = []
     for one in found.get("text", []):
         measures = {f"perplexity, {name}": value for name, value in one["perplexity"].items()}

@@ -1,6 +1,6 @@
 """In-context learning held against finetuning, layer by layer, on any decoder model."""
 
-from icl_dual import dual, intervals, plots
+from icl_dual import dual, plots
 from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
@@ -11,6 +11,7 @@ from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
+from icl_dual.statistics import intervals
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise

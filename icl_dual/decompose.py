@@ -13,7 +13,7 @@ are: the start token's and the query's own belong to z_0, the demonstrations' to
 Every decomposition carries its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -26,12 +26,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from icl_dual import dual, ranks
+from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, PlainPass, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decays
 from icl_dual.prompts import SEPARATOR, Prompts
+from icl_dual.statistics import ranks
+from icl_dual.statistics.frames import summary_frame
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys before the demonstrations, each of which is a group of its own."""
@@ -229,7 +231,9 @@ class Decomposition:
         masses = {f"{name}_mass": self.mass[..., index] for index, name in enumerate(GROUPS)}
         shares = {"direct_share": self.direct_share, "inherited_share": self.inherited_share}
         shares |= {} if self.momentum is None else {"momentum_norm": self.momentum_norm}
-        return tidy({"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()})
+        return summary_frame(
+            {"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()}
+        )
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the decomposition into a folder, as safetensors and JSON."""
@@ -269,25 +273,6 @@ class Decomposition:
             f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, {momentum}"
             f"residual={self.residual:.1e})"
         )
-
-
-def tidy(values: Mapping[str, Float[Tensor, "query layer ..."]]) -> pd.DataFrame:
-    """One row for each metric, layer and head (empty where there is none): mean and deviation over queries, and n.
-
-    A fourth axis is averaged first; NaNs are left out.
-    """
-    rows = []
-    for name, found in values.items():
-        found = found.flatten(3).mean(-1) if found.ndim == 4 else found
-        by_head = found.unsqueeze(2) if found.ndim == 2 else found
-        for layer in range(found.shape[1]):
-            for head, column in enumerate(by_head[:, layer].double().T):
-                known = column[column.isfinite()].numpy()
-                spread = known.std(ddof=1) if len(known) > 1 else None
-                of_head = head if found.ndim > 2 else None
-                rows.append((name, layer, of_head, known.mean() if len(known) else None, spread, len(known)))
-    frame = pd.DataFrame(rows, columns=["metric", "layer", "head", "mean", "std", "n"])
-    return frame.astype({"head": "Int64", "mean": float, "std": float})
 
 
 def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:

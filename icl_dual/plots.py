@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from icl_dual.intervals import Interval
 from icl_dual.metrics import PER_LAYER, Comparison
+from icl_dual.statistics.intervals import Interval
 
 _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "SimAOU": (

@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 from icl_dual import dual
 from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture, refuse_unpaired
-from icl_dual.decompose import tidy
 from icl_dual.finetune import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
+from icl_dual.statistics.frames import summary_frame
 
 BATCH_SIZE = 16
 
@@ -72,7 +72,7 @@ class UpdateComparison:
 
     def to_frame(self) -> pd.DataFrame:
         """Tidy: metric, layer, head (key-value heads, but for the action), mean and deviation over queries, and n."""
-        return tidy(_tensors(self))
+        return summary_frame(_tensors(self))
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the comparison into a folder, as safetensors and JSON."""

@@ -8,7 +8,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
-from icl_dual.intervals import Interval
+from icl_dual.statistics.intervals import Interval
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from helpers import make_rows
 from scipy import stats
 
 import icl_dual as icl
-from icl_dual.intervals import bootstrap
 from icl_dual.metrics import PER_LAYER, rec2ftp
+from icl_dual.statistics.intervals import bootstrap
 
 SCRIPT = Path(paper_tables.__file__)
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")

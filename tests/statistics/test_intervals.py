@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.intervals import MIN_QUERIES, Interval, Paired, average, bootstrap, over_seeds, paired_test, wilson
 from icl_dual.metrics import estimate
+from icl_dual.statistics.intervals import (
+    MIN_QUERIES,
+    Interval,
+    Paired,
+    average,
+    bootstrap,
+    over_seeds,
+    paired_test,
+    wilson,
+)
 
 Z = 1.959963984540054
 SEEDS = st.integers(0, 2**16)

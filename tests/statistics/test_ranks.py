@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.ranks import kendall, spearman
+from icl_dual.statistics.ranks import kendall, spearman
 
 
 def drawn(seed: int, n: int, distinct: int, rows: int = 6) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_kendall_keeps_the_batchs_shape_and_takes_any_number_of_rows(monkeypatch
     a, b = torch.randn(3, 4, 7, 9), torch.randn(3, 4, 7, 9)
     expected = kendall(a, b)
     assert expected.shape == (3, 4, 7)
-    monkeypatch.setattr(sys.modules["icl_dual.ranks"], "AT_ONCE", 20)
+    monkeypatch.setattr(sys.modules["icl_dual.statistics.ranks"], "AT_ONCE", 20)
     assert torch.equal(kendall(a, b), expected)
     assert kendall(a[:0], b[:0]).shape == (0, 4, 7)
     for n in (0, 1):
