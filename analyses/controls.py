@@ -21,11 +21,10 @@ from paper_tables import by_query, short
 from tqdm.auto import tqdm
 
 import icl_dual as icl
-from icl_dual.assets import load_tensors
 from icl_dual.controls import draw_orders
 from icl_dual.metrics import estimate
 from icl_dual.statistics.intervals import Interval
-from icl_dual.study import refuse_different
+from icl_dual.storage import check_same_settings, load_tensors
 
 OTHER_TASK = {"agnews": "sst2"}
 """Whose demonstrations stand in context as another task's, where that is not AG News."""
@@ -108,7 +107,7 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
         origin = {name: result.provenance[name] for name in ("model", "dtype")}
         settings = {"n_orders": args.orders, "settings": asdict(cell), "origin": origin}
         if folder.exists():
-            refuse_different(folder, settings, load_tensors(folder)[1])
+            check_same_settings(folder, settings, load_tensors(folder)[1])
         else:
             started = time.perf_counter()
             model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))

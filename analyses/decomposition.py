@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import icl_dual as icl
-from icl_dual.assets import load_tensors, save_tensors
 from icl_dual.statistics.frames import summary_frame
-from icl_dual.study import refuse_different
+from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 
 ROWS = {
     "demonstration_mass": "softmax share of the demonstrations, w",
@@ -131,8 +130,8 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         folder = args.out / "cells" / cell.name
         if folder.exists():
             tensors, metadata = load_tensors(folder)
-            refuse_different(folder, settings, metadata["settings"])
-            refuse_different(folder, {"dtype": args.dtype}, metadata["about"])
+            check_same_settings(folder, settings, metadata["settings"])
+            check_same_settings(folder, {"dtype": args.dtype}, metadata["about"])
             yield Result(name, tensors, metadata["about"])
             continue
         model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))

@@ -26,9 +26,8 @@ from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual import pretrain
-from icl_dual.assets import write_json
 from icl_dual.momentum import check_eta
-from icl_dual.study import refuse_different
+from icl_dual.storage import check_same_settings, write_json
 
 MAPPING = "label mapping"
 PARTS = ("text", "mapping", "tasks", "intervention")
@@ -129,7 +128,7 @@ def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[
     """
     if path.exists():
         found = json.loads(path.read_text())
-        refuse_different(path, settings, found)
+        check_same_settings(path, settings, found)
         return found
     if compute is None:
         return {}

@@ -17,8 +17,9 @@ from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
 from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
-from icl_dual.assets import atomic_folder, model_files
+from icl_dual.assets import model_files
 from icl_dual.plots import LAYERWISE
+from icl_dual.storage import atomic_folder
 
 PAPER = json.loads((DATA / "paper.json").read_text())
 PRESETS = {model["preset"]: model for model in PAPER["models"].values()}

@@ -1,7 +1,6 @@
 """In-context learning held against finetuning, layer by layer, on any decoder model."""
 
 from icl_dual import dual, plots
-from icl_dual.assets import AssetError
 from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
 from icl_dual.decompose import Decomposition, decompose
@@ -12,6 +11,7 @@ from icl_dual.models import Model, UnsupportedModelError, control_model, load_mo
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
 from icl_dual.statistics import intervals
+from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
@@ -35,6 +35,7 @@ __all__ = [
     "Prompts",
     "RecordingError",
     "Recordings",
+    "SettingsError",
     "StudyError",
     "Task",
     "TaskError",

@@ -19,19 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from icl_dual.storage import AssetError, atomic_folder, first_line
 
 logger = logging.getLogger(__name__)
-
-
-class AssetError(RuntimeError):
-    """Bytes that were wanted are missing, damaged, or not what they are said to be."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ def _hub_model(name: str, revision: str | None) -> ModelFiles:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AssetError(
             f"wanted the model {name!r} from the Hugging Face hub, which cannot be reached or does not have it "
-            f"({_first_line(error)}). Pass a local folder instead, or fill the hub's own cache on a machine that "
+            f"({first_line(error)}). Pass a local folder instead, or fill the hub's own cache on a machine that "
             f"reaches it: hf download {name}"
         ) from error
     return ModelFiles(folder, f"revision:{folder.name}")
@@ -255,86 +249,11 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(
             f"wanted split {split!r} of the data set {repository!r} from the Hugging Face hub, which cannot be reached "
-            f"or does not have it ({_first_line(error)}). Pass the rows as a JSONL or CSV file instead: "
+            f"or does not have it ({first_line(error)}). Pass the rows as a JSONL or CSV file instead: "
             "load_task(..., source='rows.jsonl')"
         ) from error
     for row in rows:
         yield dict(row)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
-
-    Raises:
-        AssetError: `folder` is there and holds other files than the ones that would replace them.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if folder.exists():
-            foreign = {path.name for path in folder.iterdir()} - {path.name for path in scratch.iterdir()}
-            if foreign:
-                raise AssetError(
-                    f"expected a new folder, or one to write again, got {folder} with other files in it "
-                    f"({sorted(foreign)[0]!r}, …). Choose another folder"
-                )
-            aside = scratch.with_name(f"{scratch.name}-old")
-            folder.replace(aside)
-            scratch.replace(folder)
-            shutil.rmtree(aside)
-        else:
-            scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def save_tensors(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write `tensors.safetensors` and `metadata.json` into a folder that appears complete or not at all."""
-    with atomic_folder(folder) as scratch:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, scratch / "tensors.safetensors")
-        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=1))
-    scratch.replace(path)
-
-
-def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
-
-    Raises:
-        AssetError: the folder is missing, incomplete or damaged.
-    """
-    if not folder.is_dir():
-        raise AssetError(f"expected a folder with tensors.safetensors and metadata.json, found no {folder}")
-    try:
-        metadata = json.loads((folder / "metadata.json").read_text())
-        with safe_open(folder / "tensors.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise AssetError(
-            f"expected tensors.safetensors and metadata.json in {folder}, got {_first_line(error)}. Delete the folder "
-            "to have it made again."
-        ) from error
-
-
-@contextmanager
-def reading(what: str, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong when tensors and metadata are not those of `what` into an AssetError that says so."""
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise AssetError(
-            f"expected a saved {what} in {folder}, got something else, or of another version ({error!r})"
-        ) from error
 
 
 @contextmanager
@@ -373,7 +292,7 @@ def _check_manifest(folder: Path) -> None:
             _check_sha256(folder / name, sha256, f"Delete {folder} and run again to unpack it anew.")
     except (OSError, json.JSONDecodeError) as error:
         raise AssetError(
-            f"expected a whole unpacked model in {folder}, got {_first_line(error)}. Delete the folder and run again "
+            f"expected a whole unpacked model in {folder}, got {first_line(error)}. Delete the folder and run again "
             "to unpack it anew."
         ) from error
 
@@ -390,7 +309,3 @@ def _folder_sha256(folder: Path) -> str:
         if path.suffix in {".safetensors", ".bin", ".json", ".model", ".txt"} and path.is_file():
             digest.update(f"{path.name}\0{_file_sha256(path)}\0".encode())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

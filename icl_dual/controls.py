@@ -23,12 +23,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import capture
 from icl_dual.finetune import DivergedError, Loss, Method, Trained, finetune_many
 from icl_dual.models import Model
 from icl_dual.prompts import Prompts, build_prompts
 from icl_dual.statistics.intervals import bootstrap
+from icl_dual.storage import load_tensors, reading, save_tensors
 from icl_dual.tasks import Example, Task
 
 Context = Literal["own", "shuffled labels", "flipped labels", "random labels", "reordered"]

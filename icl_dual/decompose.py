@@ -27,13 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, PlainPass, refuse_unpaired
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decays
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
+from icl_dual.storage import load_tensors, reading, save_tensors
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys before the demonstrations, each of which is a group of its own."""

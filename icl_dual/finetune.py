@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.assets import AssetError, load_tensors, reading, save_tensors
 from icl_dual.capture import out_of_memory
 from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
 from icl_dual.prompts import Prompts, refuse_unreadable
+from icl_dual.storage import AssetError, load_tensors, reading, save_tensors
 
 Loss = Literal["all", "label"]
 Method = Literal["sgd", "full-batch", "layer-causal"]

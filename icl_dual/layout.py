@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from icl_dual.assets import atomic_folder
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings import SETTINGS, RecordingError, Recordings, label_limit
+from icl_dual.storage import atomic_folder
 
 FOLDERS = {"ZSL": "zs", "ICL": "icl", "FT": "ftzs"}
 """Where each setting is recorded. The fourth folder, `ft`, has finetuning's steps."""

@@ -27,12 +27,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture
 from icl_dual.finetune import WeightDelta
 from icl_dual.recordings import SETTINGS, Recordings
 from icl_dual.statistics.intervals import Interval, Table, average, bootstrap, share
 from icl_dual.statistics.ranks import kendall
+from icl_dual.storage import load_tensors, reading, save_tensors
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""

@@ -36,7 +36,7 @@ from transformers.utils import logging as hf_logging
 from icl_dual import assets, tasks
 from icl_dual.finetune import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
-from icl_dual.study import refuse_different
+from icl_dual.storage import AssetError, check_same_settings, write_json
 
 N_BYTES = 256
 MIN_TEXTS = 40
@@ -201,7 +201,7 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise assets.AssetError(f"expected a readable UTF-8 file of text at {path}, got {error}") from error
+            raise AssetError(f"expected a readable UTF-8 file of text at {path}, got {error}") from error
     else:
         rows = list(assets.hub_rows(str(source), "train"))
         if rows and "text" not in rows[0]:
@@ -330,7 +330,7 @@ def train(
             if data.tokenizer is not None:
                 data.tokenizer.save_pretrained(folder)
             losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-            assets.write_json(folder / "losses.json", losses)
+            write_json(folder / "losses.json", losses)
             shutil.rmtree(halfway)
         trainer.accelerator.wait_for_everyone()
     return model.cpu().eval()
@@ -364,9 +364,9 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note a folder's settings, or hold these against what it was begun with."""
     path = folder / "settings.json"
     if path.exists():
-        refuse_different(folder, settings, json.loads(path.read_text()))
+        check_same_settings(folder, settings, json.loads(path.read_text()))
     else:
-        assets.write_json(path, settings)
+        write_json(path, settings)
 
 
 def _arguments(

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.finetune import WeightDelta
 from icl_dual.prompts import SEPARATOR, START
+from icl_dual.storage import load_tensors, reading, save_tensors
 from icl_dual.tasks import PAPER_LABELS
 
 SETTINGS = ("ZSL", "ICL", "FT")

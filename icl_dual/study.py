@@ -6,7 +6,7 @@ A cell's folder appears complete or not at all, so a study that is stopped goes 
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from icl_dual.assets import atomic_folder, load_tensors
 from icl_dual.capture import Capture, capture
 from icl_dual.controls import Context, relabel, steps_of
 from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
@@ -27,6 +26,7 @@ from icl_dual.metrics import Comparison, compare
 from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings import Recordings
+from icl_dual.storage import atomic_folder, check_same_settings, load_tensors
 from icl_dual.tasks import Example, Protocol, Split, Task, load_task
 
 RECORDINGS = "recordings"
@@ -471,23 +471,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
     result = load_cell(folder)
-    refuse_different(folder, asdict(cell), asdict(result.cell))
-    refuse_different(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
+    check_same_settings(folder, asdict(cell), asdict(result.cell))
+    check_same_settings(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
     return result
 
 
 def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
     for cell, result in done.items():
         if cell.model_name == model.name:
-            refuse_different(Path(cell.name), _origin(model), result.provenance)
-
-
-def refuse_different(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise a StudyError where what a folder or file holds was made with other settings than are wanted now."""
-    pairs = {key: (found.get(key), value) for key, value in wanted.items()}
-    different = [f"{key}={was!r} (wanted {now!r})" for key, (was, now) in pairs.items() if was != now]
-    if different:
-        raise StudyError(
-            f"{folder} was made with other settings: {', '.join(different)}. Use another output folder, or delete this "
-            "one"
-        )
+            check_same_settings(Path(cell.name), _origin(model), result.provenance)

@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.assets import load_tensors, reading, save_tensors
 from icl_dual.capture import Capture, refuse_unpaired
 from icl_dual.finetune import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
 from icl_dual.statistics.frames import summary_frame
+from icl_dual.storage import load_tensors, reading, save_tensors
 
 BATCH_SIZE = 16
 

@@ -1,3 +1,5 @@
+"""Wheels, unpacked models and what identifies their bytes."""
+
 import hashlib
 import json
 import subprocess
@@ -7,7 +9,6 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-import torch
 
 import icl_dual as icl
 from icl_dual import assets
@@ -136,34 +137,6 @@ def test_a_damaged_unpacked_model_is_refused(cache: Path, damage: str) -> None:
         assets.model_files("smollm2-135m")
 
 
-def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    def write(content: str, then: BaseException | None = None) -> None:
-        with assets.atomic_folder(tmp_path / "made") as scratch:
-            (scratch / "file").write_text(content)
-            if then:
-                raise then
-
-    write("first")
-    with pytest.raises(KeyboardInterrupt):
-        write("second", KeyboardInterrupt())
-    assert (tmp_path / "made" / "file").read_text() == "first"
-    write("third")
-    assert (tmp_path / "made" / "file").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-
-
-def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6).view(2, 3).T, "b/c": torch.tensor([float("nan"), 1.0], dtype=torch.float64)}
-    assets.save_tensors(tmp_path / "x", tensors, {"λ": [1, None]})
-    loaded, metadata = assets.load_tensors(tmp_path / "x")
-    assert metadata == {"λ": [1, None]}
-    assert torch.equal(loaded["a"], tensors["a"])
-    torch.testing.assert_close(loaded["b/c"], tensors["b/c"], equal_nan=True)
-    (tmp_path / "x" / "tensors.safetensors").write_bytes(b"broken")
-    with pytest.raises(icl.AssetError, match="Delete the folder to have it made again"):
-        assets.load_tensors(tmp_path / "x")
-
-
 def test_a_gguf_is_unpacked_once_and_its_terms_are_shown_then(
     cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,12 +167,3 @@ def test_wheels_that_join_to_other_bytes_are_refused(cache: Path, index: Path, m
     with pytest.raises(icl.AssetError, match="The wheels do not hold the model this library pins"):
         assets.model_files("made-up")
     assert not (cache / "models" / ("f" * 16)).exists()
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
-    with pytest.raises(icl.AssetError, match=r"got .*thesis with other files in it \('chapter\.tex'"):
-        assets.save_tensors(tmp_path / "thesis", {"a": torch.ones(1)}, {})
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]

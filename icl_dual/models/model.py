@@ -33,6 +33,7 @@ from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
+from icl_dual.storage import AssetError
 
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
@@ -327,17 +328,15 @@ def load_model(
         hf_model, report = loaded
         missing = sorted(report["missing_keys"])
         if missing:  # transformers would leave these as random numbers
-            raise assets.AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
+            raise AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
         hf_model, momentum = _momentum_apart(hf_model)
         bridge = TransformerBridge.boot_transformers(
             str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
         )
     except SafetensorError as error:
-        raise assets.AssetError(
-            f"{name}: expected whole weights in {files.folder}, got: {error}. Fetch it anew"
-        ) from error
+        raise AssetError(f"{name}: expected whole weights in {files.folder}, got: {error}. Fetch it anew") from error
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, assets.AssetError):
+        if isinstance(error, AssetError):
             raise
         raise UnsupportedModelError(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
