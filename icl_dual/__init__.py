@@ -8,12 +8,13 @@ from icl_dual.finetune import DivergedError, WeightDelta, finetune, finetune_man
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
+from icl_dual.paper_tasks import PAPER_K, TASKS, load_task
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
 from icl_dual.statistics import intervals
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
-from icl_dual.tasks import PAPER_K, TASKS, Task, TaskError, load_task
+from icl_dual.tasks import Task, TaskError
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 
 __all__ = [

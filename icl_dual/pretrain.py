@@ -33,9 +33,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as hf_logging
 
-from icl_dual import assets, tasks
+from icl_dual import assets
 from icl_dual.finetune import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
+from icl_dual.paper_tasks import load_task
 from icl_dual.storage import AssetError, check_same_settings, write_json
 
 N_BYTES = 256
@@ -188,7 +189,7 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
         AssetError: it cannot be had.
     """
     if source == "agnews":
-        task = tasks.load_task("agnews")
+        task = load_task("agnews")
         pools = task.demonstrations(task.n_demonstrations, seed=0), task.queries(split="selection")
         train, validation = ([dict(example.fields)["text"] for example in pool] for pool in pools)
         return build_corpus("agnews", train, validation, d_vocab)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from icl_dual.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.finetune import WeightDelta
+from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.storage import load_tensors, reading, save_tensors
-from icl_dual.tasks import PAPER_LABELS
 
 SETTINGS = ("ZSL", "ICL", "FT")
 """The three settings that are asked the queries."""

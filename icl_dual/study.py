@@ -24,10 +24,11 @@ from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
 from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
+from icl_dual.paper_tasks import load_task
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings import Recordings
 from icl_dual.storage import atomic_folder, check_same_settings, load_tensors
-from icl_dual.tasks import Example, Protocol, Split, Task, load_task
+from icl_dual.tasks import Example, Protocol, Split, Task
 
 RECORDINGS = "recordings"
 """Where in a cell's folder its recordings are, if they were kept."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.tasks import _PlainUnpickler, _staicc_rows
+from icl_dual.paper_tasks import _PlainUnpickler, _staicc_rows
 
 TEMPLATE = "Text: {text} Label:"
 texts = st.lists(st.text("ab cD", min_size=1, max_size=6).filter(str.strip), min_size=4, max_size=40)
