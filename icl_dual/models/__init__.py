@@ -36,7 +36,8 @@ from icl_dual.models.backend import (  # noqa: E402
     Weight,
 )
 from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the right version comes first
-from icl_dual.models.model import Model, load_model  # noqa: E402
+from icl_dual.models.loading import load_model  # noqa: E402
+from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM, momentum_attention  # noqa: E402
 
 __all__ = [
