@@ -21,7 +21,7 @@ from paper_tables import by_query, short
 from tqdm.auto import tqdm
 
 import icl_dual as icl
-from icl_dual.controls import draw_orders
+from icl_dual.contexts import draw_orders
 from icl_dual.metrics import estimate
 from icl_dual.statistics.intervals import Interval
 from icl_dual.storage import check_same_settings, load_tensors
@@ -113,7 +113,9 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
             model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))
             of = icl.load_task(task, cell.source, protocol=cell.protocol)
             shown, asked = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
-            made = icl.order_sensitivity(model, of, shown, asked, n_orders=args.orders, lr=cell.lr, seed=cell.seed)
+            made = icl.measure_order_sensitivity(
+                model, of, shown, asked, n_orders=args.orders, lr=cell.lr, seed=cell.seed
+            )
             versions = result.provenance["versions"]
             made.save(folder, settings | {"versions": versions, "seconds": time.perf_counter() - started})
         found.setdefault(task, []).append(icl.OrderSensitivity.load(folder))

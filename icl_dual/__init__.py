@@ -2,12 +2,13 @@
 
 from icl_dual import dual, plots
 from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
-from icl_dual.controls import OrderSensitivity, order_sensitivity, relabel
+from icl_dual.contexts import relabel
 from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetune import DivergedError, WeightDelta, finetune, finetune_many
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
+from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings
@@ -60,7 +61,7 @@ __all__ = [
     "load_recordings",
     "load_task",
     "momentum_attention",
-    "order_sensitivity",
+    "measure_order_sensitivity",
     "plots",
     "relabel",
     "run_cell",

@@ -195,7 +195,7 @@ def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta
     elif delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
         raise ValueError(
             "expected a delta finetuned on the demonstrations of icl's prompts, in their order. For a control, whose "
-            "context holds others, pass steps=, which icl_dual.controls.steps_of finds"
+            "context holds others, pass steps=, which icl_dual.contexts.steps_of finds"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from icl_dual.capture import Capture, capture
-from icl_dual.controls import Context, relabel, steps_of
+from icl_dual.contexts import Context, relabel, steps_of
 from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
 from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare

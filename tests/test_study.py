@@ -11,7 +11,7 @@ import released
 import torch
 
 import icl_dual as icl
-from icl_dual.controls import Context
+from icl_dual.contexts import Context
 from icl_dual.finetune import Method, Trained
 from icl_dual.models import Control
 

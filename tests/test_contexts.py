@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.controls import (
-    PAIRS,
-    Context,
-    draw_orders,
-    overlap_cosine,
-    steps_of,
-    token_overlap,
-    total_variation,
-)
+from icl_dual.contexts import Context, draw_orders, steps_of
+from icl_dual.order_sensitivity import PAIRS, overlap_cosine, token_overlap, total_variation
 from icl_dual.tasks import Example
 
 LR = 0.05
@@ -230,7 +223,7 @@ def test_overlaps_equal_counting_sets_of_tokens(seed: int, tokens: int, k: int) 
 
 @pytest.fixture(scope="module")
 def sensitivity(llama: icl.Model, task: icl.Task) -> icl.OrderSensitivity:
-    return icl.order_sensitivity(
+    return icl.measure_order_sensitivity(
         llama, task, task.demonstrations(3, 1), task.queries(4), n_orders=3, lr=LR, seed=2, progress=False
     )
 
@@ -303,7 +296,7 @@ def test_order_sensitivity_finetunes_as_it_is_told(
     before = llama.fingerprint()
     shown, asked = task.demonstrations(3, 1), task.queries(4)
     options: dict[str, Any] = {"n_orders": 3, "lr": LR, "seed": 2, "progress": False}
-    whole = icl.order_sensitivity(llama, task, shown, asked, method="full-batch", **options)
+    whole = icl.measure_order_sensitivity(llama, task, shown, asked, method="full-batch", **options)
     assert whole.distance["FT and FT"].max() < 1e-5 < sensitivity.distance["FT and FT"].min()
     torch.testing.assert_close(whole.distance["ICL and ICL"], sensitivity.distance["ICL and ICL"])
     assert llama.fingerprint() == before
@@ -355,7 +348,7 @@ def test_too_few_or_too_many_orders_are_refused_before_anything_runs(
 
     monkeypatch.setattr(llama, "run", run)
     with pytest.raises(ValueError, match=message):
-        icl.order_sensitivity(
+        icl.measure_order_sensitivity(
             llama, task, task.demonstrations(3, 1), task.queries(2), n_orders=n_orders, lr=LR, progress=False
         )
 
@@ -364,7 +357,7 @@ def test_an_architecture_without_rotation_and_a_loss_of_the_label_alone_have_ord
     models_by_architecture: Callable[[str], icl.Model], task: icl.Task
 ) -> None:
     model = models_by_architecture("gpt2")
-    got = icl.order_sensitivity(
+    got = icl.measure_order_sensitivity(
         model, task, task.demonstrations(2, 1), task.queries(3), n_orders=2, lr=LR, loss="label", progress=False
     )
     runs = plain_runs(model, task, [[0, 1], [1, 0]], 2, 3, loss="label")
