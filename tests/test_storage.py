@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import icl_dual as icl
+from icl_dual.storage import atomic_folder, load_tensors, save_tensors
 
 
 def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
