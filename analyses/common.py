@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import icl_dual as icl
-from icl_dual.finetune import Loss, Method, Trained
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}

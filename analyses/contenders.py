@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.capture import METRIC_FIELDS, Field, batches, shared_head
+from icl_dual.captures.capture import METRIC_FIELDS, Field
+from icl_dual.captures.shared_prefix import batches, shared_head
 
 Captured = dict[str, Tensor]
 """`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention` (within the

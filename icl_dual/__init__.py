@@ -1,10 +1,12 @@
 """In-context learning held against finetuning, layer by layer, on any decoder model."""
 
 from icl_dual import dual, plots
-from icl_dual.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
+from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
 from icl_dual.decompose import Decomposition, decompose
-from icl_dual.finetune import DivergedError, WeightDelta, finetune, finetune_many
+from icl_dual.finetuning.parallel import finetune_many
+from icl_dual.finetuning.sgd import DivergedError, finetune
+from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention

@@ -27,7 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.capture import DECOMPOSE_FIELDS, TOLERANCE, Capture, Field, PlainPass, refuse_unpaired
+from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
+from icl_dual.captures.pairing import refuse_unpaired
+from icl_dual.captures.shared_prefix import TOLERANCE, PlainPass
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decays
 from icl_dual.prompts import SEPARATOR, Prompts
@@ -43,7 +45,7 @@ LAYERS_AT_ONCE = 2
 
 LAYER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Largest relative residual that is rounding within a layer. Rotary models take their softmax in float32 also at
-float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.capture.TOLERANCE`."""
+float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.captures.capture.TOLERANCE`."""
 
 
 class MomentumTerms(NamedTuple):

@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from icl_dual.capture import capture
+from icl_dual.captures.capture import capture
 from icl_dual.contexts import draw_orders
-from icl_dual.finetune import DivergedError, Loss, Method, Trained, finetune_many
+from icl_dual.finetuning.parallel import finetune_many
+from icl_dual.finetuning.sgd import DivergedError
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained
 from icl_dual.models import Model
 from icl_dual.prompts import build_prompts
 from icl_dual.statistics.intervals import bootstrap

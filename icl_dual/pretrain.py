@@ -34,7 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as hf_logging
 
 from icl_dual import assets
-from icl_dual.finetune import DivergedError
+from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 from icl_dual.paper_tasks import load_task
 from icl_dual.storage import AssetError, check_same_settings, write_json

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from icl_dual.capture import METRIC_FIELDS, Capture, Field
-from icl_dual.finetune import WeightDelta
+from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
+from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.storage import load_tensors, reading, save_tensors

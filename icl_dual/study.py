@@ -18,9 +18,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from icl_dual.capture import Capture, capture
+from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, relabel, steps_of
-from icl_dual.finetune import Loss, Method, Trained, WeightDelta, finetune
+from icl_dual.finetuning.sgd import finetune
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained, WeightDelta
 from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model

@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.capture import Capture, refuse_unpaired
-from icl_dual.finetune import Factors, WeightDelta
+from icl_dual.captures.capture import Capture
+from icl_dual.captures.pairing import refuse_unpaired
+from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
 from icl_dual.statistics.frames import summary_frame

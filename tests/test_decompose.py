@@ -1,6 +1,5 @@
 import dataclasses
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from scipy import stats
 from toys import ARCHITECTURES, BRIDGED, REFUSED
 
 import icl_dual as icl
+from icl_dual.captures import capture as capture_module
 from icl_dual.decompose import GROUPS
 from icl_dual.prompts import SEPARATOR, Prompts
 
@@ -324,14 +324,14 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
     model = make_model(architecture)
     prompts = build(model, task)
     _, zsl = runs(model, prompts)
-    module = sys.modules["icl_dual.capture"]
-    run_prefix = module._run_prefix
+    module = capture_module
+    run_prefix = module.run_prefix
 
     def rolled(*args):
         prefix, plain = run_prefix(*args)
         return dataclasses.replace(prefix, keys=[keys.roll(3, 0) for keys in prefix.keys]), plain
 
-    monkeypatch.setattr(module, "_run_prefix", rolled)
+    monkeypatch.setattr(module, "run_prefix", rolled)
     wrong = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(run\); .* not a plain pass"):
         icl.decompose(model, wrong, zsl)

@@ -12,7 +12,7 @@ import torch
 
 import icl_dual as icl
 from icl_dual.contexts import Context
-from icl_dual.finetune import Method, Trained
+from icl_dual.finetuning.weight_delta import Method, Trained
 from icl_dual.models import Control
 
 study = sys.modules["icl_dual.study"]

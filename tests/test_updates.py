@@ -11,6 +11,7 @@ from scipy.linalg import subspace_angles
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import icl_dual as icl
+from icl_dual.finetuning import sgd
 from icl_dual.prompts import Prompts
 
 LR = 0.05
@@ -326,7 +327,7 @@ def test_wrong_factors_are_seen_at_any_learning_rate(
     model = make_model("llama", dtype)
     prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(1))
     assert icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False).factors is not None
-    recorder = sys.modules["icl_dual.finetune"]._FactorRecorder
+    recorder = sgd._FactorRecorder
     keep = recorder.on_error
     if (dtype, wrong) == (torch.bfloat16, 1.1):
         wrong = 3.0  # bfloat16's gradients are not that sure of themselves

@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import icl_dual as icl
-from icl_dual.finetune import Loss, Method, Trained
+from icl_dual.finetuning import parallel, sgd
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained
 from icl_dual.models import Kind
 from icl_dual.prompts import Prompts
 
@@ -233,7 +233,7 @@ def test_layers_may_be_read_out_in_parts(
 ) -> None:
     model = make_model("llama", torch.float64)
     expected = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
-    monkeypatch.setattr(sys.modules["icl_dual.finetune"], "READOUT_TOKENS", at_once)
+    monkeypatch.setattr(sgd, "READOUT_TOKENS", at_once)
     got = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
     torch.testing.assert_close(got.W_K, expected.W_K, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(got.W_V, expected.W_V, rtol=1e-9, atol=1e-14)
@@ -444,7 +444,7 @@ def test_divergence_names_the_step_and_the_rate_and_leaves_the_model(
 def test_an_exploded_loss_is_divergence(llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = icl.finetune(llama, prompts, lr=LR, progress=False).losses.tolist()
     limit = sorted(losses)[-2] + 1e-6
-    module = sys.modules["icl_dual.finetune"]
+    module = sgd
     assert losses[0] > math.log(llama.d_vocab), "it begins with knowing less than nothing"
     monkeypatch.setattr(module, "EXPLODED_LOSS", limit / losses[0])
     with pytest.raises(icl.DivergedError, match=rf"step {1 + losses.index(max(losses))} of 4 with lr=0\.05"):
@@ -458,7 +458,7 @@ def test_a_model_that_begins_far_from_knowing_anything_is_finetuned_all_the_same
     with torch.no_grad():
         model.wrapped.original_model.get_output_embeddings().weight.mul_(30)
     losses = icl.finetune(model, prompts, lr=1e-5, progress=False).losses
-    assert losses.min() > sys.modules["icl_dual.finetune"].EXPLODED_LOSS * math.log(model.d_vocab)
+    assert losses.min() > sgd.EXPLODED_LOSS * math.log(model.d_vocab)
 
 
 @pytest.mark.parametrize("method", ["full-batch", "layer-causal"])
@@ -717,7 +717,7 @@ def test_an_exploded_loss_is_divergence_side_by_side_too(
 ) -> None:
     losses = icl.finetune(llama, prompts, lr=LR, progress=False).losses.tolist()
     limit = sorted(losses)[-2] + 1e-6
-    monkeypatch.setattr(sys.modules["icl_dual.finetune"], "EXPLODED_LOSS", limit / losses[0])
+    monkeypatch.setattr(sgd, "EXPLODED_LOSS", limit / losses[0])
     (found,) = icl.finetune_many(llama, [prompts], [LR], progress=False)
     assert re.search(rf"step {1 + losses.index(max(losses))} of 4 with lr=0\.05", str(found))
 
@@ -816,7 +816,7 @@ def test_losses_over_a_large_vocabulary_lose_no_digits(
         return logits[torch.arange(3)[:, None], read]
 
     monkeypatch.setattr(model, "run", run)
-    runs = sys.modules["icl_dual.finetune"]._SideBySide(model, [prompts] * 3, [LR] * 3, "all", "key-value")
+    runs = parallel._SideBySide(model, [prompts] * 3, [LR] * 3, "all", "key-value")
     found = runs._losses([row] * 3)
     targets = torch.tensor(row[len(prompts.start) :])
     for got, one in zip(found.tolist(), logits[:, len(prompts.start) - 1 : -1].double(), strict=True):

@@ -1,5 +1,4 @@
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,9 @@ from hypothesis import strategies as st
 from toys import ARCHITECTURES
 
 import icl_dual as icl
-from icl_dual.capture import BATCH_OVERHEAD, METRIC_FIELDS, batches
+from icl_dual.captures import shared_prefix
+from icl_dual.captures.capture import METRIC_FIELDS
+from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, batches
 from icl_dual.prompts import Prompts
 
 OOM = torch.OutOfMemoryError("CUDA out of memory")
@@ -174,7 +175,7 @@ def test_a_plain_pass_over_the_first_query_is_kept_and_serves_as_context(
         assert relative(got.plain.q[layer], attention.q[0, -1]) < 1e-5
         assert relative(got.plain.k[layer], attention.k[0]) < 1e-5
         assert relative(got.plain.v[layer], attention.v[0]) < 1e-5
-    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", 7)
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", 7)
     in_blocks = icl.capture(model, prompts, fields=("z",), progress=False)
     assert in_blocks.plain is None
     assert in_blocks.z is not None
@@ -287,7 +288,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_once(
         return run(tokens, **kwargs)
 
     monkeypatch.setattr(llama, "run", fits_two)
-    monkeypatch.setattr(sys.modules["icl_dual.capture"], "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)  # as few batches as may be
     got = icl.capture(llama, prompts, batch_size=7, progress=False)
     assert sizes[:7] == [1, 7, 4, 2, 2, 2, 1]
     assert max(sizes[7:]) <= 2  # the passes of label words of several tokens
@@ -416,7 +417,7 @@ def test_the_prefix_may_run_in_blocks(
 ) -> None:
     model = models_by_architecture(architecture)
     prompts = build(model, task)
-    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", block)
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", block)
     got = icl.capture(model, prompts, progress=False)
     assert got.attn_out is not None
     for query in (0, 3):
@@ -503,7 +504,7 @@ def test_captures_with_momentum_are_those_of_a_plain_model_that_has_it(
     outputs = with_momentum(twin, architecture, eta)
     prompts = build(model, task)
     assert len(set(map(len, prompts.queries))) > 1
-    monkeypatch.setattr(sys.modules["icl_dual.capture"], "PREFIX_BLOCK", len(prompts.prefix) // 3)
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", len(prompts.prefix) // 3)
     with icl.momentum_attention(model, eta):
         got, zsl = (icl.capture(model, one, batch_size=3, progress=False) for one in (prompts, prompts.zero_shot()))
         assert model.pass_residual is not None
