@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 import icl_dual as icl
-from icl_dual.layout import write_recordings
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.recordings import SETTINGS
+from icl_dual.recordings.recordings import SETTINGS
+from icl_dual.recordings.released_layout import write_recordings
 
 
 def parse() -> argparse.Namespace:

@@ -7,13 +7,13 @@ from icl_dual.decompose import Decomposition, decompose
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
 from icl_dual.finetuning.weight_delta import WeightDelta
-from icl_dual.layout import load_recordings
 from icl_dual.metrics import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task
 from icl_dual.prompts import PromptError, Prompts, build_prompts
-from icl_dual.recordings import RecordingError, Recordings
+from icl_dual.recordings.recordings import RecordingError, Recordings
+from icl_dual.recordings.released_layout import load_recordings
 from icl_dual.statistics import intervals
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study

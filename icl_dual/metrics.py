@@ -29,7 +29,7 @@ from torch import Tensor
 from icl_dual import dual
 from icl_dual.captures.capture import Capture
 from icl_dual.finetuning.weight_delta import WeightDelta
-from icl_dual.recordings import SETTINGS, Recordings
+from icl_dual.recordings.recordings import SETTINGS, Recordings
 from icl_dual.statistics.intervals import Interval, Table, average, bootstrap, share
 from icl_dual.statistics.ranks import kendall
 from icl_dual.storage import load_tensors, reading, save_tensors

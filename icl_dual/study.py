@@ -22,12 +22,12 @@ from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, relabel, steps_of
 from icl_dual.finetuning.sgd import finetune
 from icl_dual.finetuning.weight_delta import Loss, Method, Trained, WeightDelta
-from icl_dual.layout import write_recordings
 from icl_dual.metrics import Comparison, compare
 from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
 from icl_dual.paper_tasks import load_task
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
-from icl_dual.recordings import Recordings
+from icl_dual.recordings.recordings import Recordings
+from icl_dual.recordings.released_layout import write_recordings
 from icl_dual.storage import atomic_folder, check_same_settings, load_tensors
 from icl_dual.tasks import Example, Protocol, Split, Task
 

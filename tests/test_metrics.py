@@ -35,7 +35,7 @@ from icl_dual.metrics import (
     top_recall,
 )
 from icl_dual.prompts import SEPARATOR, Prompts
-from icl_dual.recordings import SETTINGS
+from icl_dual.recordings.recordings import SETTINGS
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:

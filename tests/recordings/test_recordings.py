@@ -6,7 +6,7 @@ import torch
 from helpers import run_settings
 
 import icl_dual as icl
-from icl_dual.recordings import SETTINGS
+from icl_dual.recordings.recordings import SETTINGS
 
 
 @pytest.fixture(scope="module")

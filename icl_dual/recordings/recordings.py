@@ -1,5 +1,5 @@
 """What the metrics are computed from → `Recordings`: attention outputs, scores and queries of the three settings, and
-finetuning's queries; of a model's captures, or read from what was recorded elsewhere (`icl_dual.layout`).
+finetuning's queries; of a model's captures, or read from what was recorded elsewhere (`icl_dual.recordings.released_layout`).
 """
 
 from collections.abc import Sequence

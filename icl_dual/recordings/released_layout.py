@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.recordings import SETTINGS, RecordingError, Recordings, label_limit
+from icl_dual.recordings.recordings import SETTINGS, RecordingError, Recordings, label_limit
 from icl_dual.storage import atomic_folder
 
 FOLDERS = {"ZSL": "zs", "ICL": "icl", "FT": "ftzs"}

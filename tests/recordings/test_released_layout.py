@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.layout import FOLDERS as SETTING_FOLDERS
-from icl_dual.layout import write_recordings
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.recordings import SETTINGS
+from icl_dual.recordings.recordings import SETTINGS
+from icl_dual.recordings.released_layout import FOLDERS as SETTING_FOLDERS
+from icl_dual.recordings.released_layout import write_recordings
 
 FOLDERS = (*SETTING_FOLDERS.values(), "ft")
 SMALL: Any = {
