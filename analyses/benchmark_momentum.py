@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from common import sampled_memory
 
-from icl_dual import pretrain
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.momentum import decaying_sum
 
@@ -29,7 +28,7 @@ ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", default="small", choices=pretrain.PRESETS, help="the decoders' shape (%(default)s)")
+    add("--preset", default="small", choices=pretraining.PRESETS, help="the decoders' shape (%(default)s)")
     add("--length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
     add("--batch-size", type=int, default=2, help="sequences a step (%(default)s)")
     add("--repeats", type=int, default=7, help="turns (%(default)s)")
@@ -39,9 +38,9 @@ def parse() -> argparse.Namespace:
 
 
 def decoder(args: argparse.Namespace, eta: float | str) -> MomentumForCausalLM:
-    preset = replace(pretrain.PRESETS[args.preset], n_ctx=args.length)
+    preset = replace(pretraining.PRESETS[args.preset], n_ctx=args.length)
     torch.manual_seed(0)
-    return MomentumForCausalLM(pretrain.configuration(preset, preset.d_vocab, eta))
+    return MomentumForCausalLM(pretraining.configuration(preset, preset.d_vocab, eta))
 
 
 def training_step(args: argparse.Namespace, eta: float | str) -> Callable[[], None]:

@@ -25,7 +25,6 @@ from common import ERRORS, positive
 from tqdm.auto import tqdm
 
 import icl_dual as icl
-from icl_dual import pretrain
 from icl_dual.momentum import check_eta
 from icl_dual.storage import check_same_settings, write_json
 
@@ -46,7 +45,7 @@ def eta(text: str) -> float | Literal["learned"]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    shapes = [name for name in pretrain.PRESETS if name != "label-mapping"]
+    shapes = [name for name in pretraining.PRESETS if name != "label-mapping"]
     add("--preset", default="tiny", choices=shapes, help="of the decoders trained on text (%(default)s)")
     add("--corpus", default="agnews", help="agnews, a .txt file with a text a line, or a hub data set (%(default)s)")
     add("--etas", type=eta, nargs="+", default=[0.0, 0.1, "learned"], help="to train with; 0 is vanilla (%(default)s)")
@@ -90,7 +89,7 @@ class Run:
     """One decoder to be trained."""
 
     data: str
-    preset: pretrain.Preset
+    preset: pretraining.Preset
     eta: float | Literal["learned"]
     seed: int
 
@@ -102,21 +101,21 @@ class Run:
 
 def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
     """The decoders to train, by part; those of the paper's comparison come first."""
-    preset = pretrain.PRESETS[args.preset]
+    preset = pretraining.PRESETS[args.preset]
     if args.steps is not None:  # the same share of them to warm up
         preset = replace(preset, n_steps=args.steps, n_warmup=preset.n_warmup * args.steps // preset.n_steps)
     if args.batch_size is not None:
         preset = replace(preset, batch_size=args.batch_size)
     etas, more = dict.fromkeys(args.etas), [one for one in args.curve if one not in args.etas]
 
-    def runs(data: str, preset: pretrain.Preset, seeds: list[int]) -> list[Run]:
+    def runs(data: str, preset: pretraining.Preset, seeds: list[int]) -> list[Run]:
         points = [(one, seed) for seed in seeds for one in etas]
         points += [(one, seed) for seed in seeds[: args.curve_seeds] for one in more]
         return [Run(data, preset, *point) for point in points]
 
     return {
         "text": runs(args.corpus, preset, args.seeds),
-        "mapping": runs(MAPPING, pretrain.PRESETS["label-mapping"], args.mapping_seeds),
+        "mapping": runs(MAPPING, pretraining.PRESETS["label-mapping"], args.mapping_seeds),
     }
 
 
@@ -142,20 +141,20 @@ load_task = cache(icl.load_task)
 
 
 @cache
-def corpus(source: str, d_vocab: int) -> pretrain.Corpus:
+def corpus(source: str, d_vocab: int) -> pretraining.Corpus:
     """Read once in a process."""
-    return pretrain.load_corpus(source, d_vocab)
+    return pretraining.load_corpus(source, d_vocab)
 
 
 def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     """Train a decoder, if it is not yet, and measure it."""
-    data: Any = pretrain.LabelMapping() if run.data == MAPPING else corpus(run.data, run.preset.d_vocab)
+    data: Any = pretraining.LabelMapping() if run.data == MAPPING else corpus(run.data, run.preset.d_vocab)
     folder, n_ctx = out / "models" / run.name, run.preset.n_ctx
     lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
-    is_text = isinstance(data, pretrain.Corpus)  # whose validation split shows now whether it is long enough
+    is_text = isinstance(data, pretraining.Corpus)  # whose validation split shows now whether it is long enough
     blocks = {name: data.blocks(*of)[: N_PERPLEXITY // of[1]] for name, of in lengths.items()} if is_text else {}
     show = device == "cuda"
-    model: Any = pretrain.train(
+    model: Any = pretraining.train(
         run.preset, data, eta=run.eta, seed=run.seed, folder=folder, device=device, progress=show
     )
     if RANK:
@@ -164,8 +163,8 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     losses = json.loads((folder / "losses.json").read_text())
     found: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
     if is_text:
-        return found | {"perplexity": {name: pretrain.perplexity(model, chosen) for name, chosen in blocks.items()}}
-    right = pretrain.in_context_accuracy(model, data, n=2000, seed=10_000)
+        return found | {"perplexity": {name: pretraining.perplexity(model, chosen) for name, chosen in blocks.items()}}
+    right = pretraining.in_context_accuracy(model, data, n=2000, seed=10_000)
     ceiling = [data.ceiling(n) for n in range(data.n_pairs)]
     return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
 

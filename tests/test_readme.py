@@ -8,8 +8,6 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
 
-from icl_dual import pretrain
-
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -50,8 +48,8 @@ def test_the_page_on_momentum_runs(
 ) -> None:
     """As printed, but for the presets' numbers of steps."""
     monkeypatch.chdir(tmp_path)
-    shorter = {name: replace(preset, n_steps=4, n_warmup=1) for name, preset in pretrain.PRESETS.items()}
-    monkeypatch.setattr(pretrain, "PRESETS", shorter)
+    shorter = {name: replace(preset, n_steps=4, n_warmup=1) for name, preset in pretraining.PRESETS.items()}
+    monkeypatch.setattr(pretraining, "PRESETS", shorter)
     Path("texts.txt").write_text("\n".join(f"item {n} is {'good' if n % 3 else 'bad'}" for n in range(2000)))
     scope: dict = {}
     page = (Path(__file__).parents[1] / "docs/momentum.md").read_text()

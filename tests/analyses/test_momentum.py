@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 
 import icl_dual as icl
-from icl_dual import pretrain
 
 ARGUMENTS = (
     *(
@@ -47,9 +46,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "lines.txt"
     text.write_text("\n".join(f"Sentence: item {n} is {'good' if n % 3 else 'bad'} Label: {n * 7}" for n in range(900)))
     with pytest.MonkeyPatch.context() as patch:
-        tiny = pretrain.Preset(1, 2, 16, 32, 512, 300, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
-        toy = pretrain.Preset(1, 2, 16, 32, 33, 13, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
-        patch.setattr(pretrain, "PRESETS", {**pretrain.PRESETS, "tiny": tiny, "label-mapping": toy})
+        tiny = pretraining.Preset(1, 2, 16, 32, 512, 300, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
+        toy = pretraining.Preset(1, 2, 16, 32, 33, 13, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
+        patch.setattr(pretraining, "PRESETS", {**pretraining.PRESETS, "tiny": tiny, "label-mapping": toy})
         run(folder / "out", "--corpus", str(text), monkeypatch=patch)
         made = {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()}
         text.unlink()  # finished runs need nothing but what they have written

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from transformers.trainer_utils import get_last_checkpoint
 
 import icl_dual as icl
-from icl_dual import pretrain
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.pretraining import corpus as corpus_module
+from icl_dual.pretraining import training
 
-TASK = pretrain.LabelMapping(n_x=3, n_y=2, n_pairs=4)
-PRESET = pretrain.Preset(
+TASK = pretraining.LabelMapping(n_x=3, n_y=2, n_pairs=4)
+PRESET = pretraining.Preset(
     2, 2, 16, 32, TASK.length, TASK.d_vocab, batch_size=4, n_steps=12, n_warmup=2, lr=3e-3, micro_batch=2
 )
 TEXTS = [f"item {n} is {'good' if n % 3 else 'bad'} and number {n * 7}" for n in range(60)]
@@ -27,7 +28,7 @@ TEXTS = [f"item {n} is {'good' if n % 3 else 'bad'} and number {n * 7}" for n in
 
 def run(folder: Path, **options) -> MomentumForCausalLM:
     options = {"eta": 0.5, "seed": 1, **options}
-    return pretrain.train(options.pop("preset", PRESET), TASK, folder=folder, progress=False, **options)
+    return pretraining.train(options.pop("preset", PRESET), TASK, folder=folder, progress=False, **options)
 
 
 def losses(folder: Path) -> list:
@@ -40,14 +41,14 @@ class KilledError(Exception):
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training end like a killed process: in the middle of a step, with nothing written."""
-    own = pretrain._Trainer.training_step
+    own = training._Trainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
             raise KilledError
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+    monkeypatch.setattr(training._Trainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize("eta", [0.0, "learned"])
@@ -79,8 +80,8 @@ def test_models_of_a_seed_start_alike_and_see_the_same_in_the_same_order(tmp_pat
         seen[name].append(inputs["input_ids"].clone())
         return own(self, model, inputs, *args)
 
-    own = pretrain._Trainer.training_step
-    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+    own = training._Trainer.training_step
+    monkeypatch.setattr(training._Trainer, "training_step", training_step)
     for eta in (0.0, 0.5, "learned"):
         run(tmp_path / str(eta), eta=eta)
     run(tmp_path / "other", eta=0.9, seed=2)
@@ -99,7 +100,7 @@ def test_training_learns_and_leaves_random_states_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), of_torch)
     found = losses(tmp_path)
     assert found[-1][1] < 0.8 < found[0][1]
-    assert pretrain.in_context_accuracy(model, TASK).shape == (512, 4)
+    assert pretraining.in_context_accuracy(model, TASK).shape == (512, 4)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
@@ -137,8 +138,8 @@ def test_a_gradient_that_is_not_a_number_moves_no_weight(tmp_path, monkeypatch):
         models[:] = [model]
         return loss
 
-    own = pretrain._Trainer.training_step
-    monkeypatch.setattr(pretrain._Trainer, "training_step", training_step)
+    own = training._Trainer.training_step
+    monkeypatch.setattr(training._Trainer, "training_step", training_step)
     with pytest.raises(
         icl.DivergedError, match=r"step 6: expected finite gradients, got a norm of nan; .*checkpoint-4"
     ):
@@ -197,7 +198,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(seed):
-    task = pretrain.LabelMapping()
+    task = pretraining.LabelMapping()
     sequences = task.training(task.length, 40, seed)
     labels = task.labels(sequences)
     mappings = []
@@ -214,7 +215,7 @@ def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(
 
 
 def test_the_ceiling_is_reached_by_looking_labels_up_and_guessing_at_others():
-    task, n = pretrain.LabelMapping(), 4000
+    task, n = pretraining.LabelMapping(), 4000
     rows = task.training(task.length, n, seed=0).tolist()
     seen = np.mean([[row[1 + 2 * pair] in row[1 : 1 + 2 * pair : 2] for pair in range(16)] for row in rows], axis=0)
     best = np.array([task.ceiling(pair) for pair in range(16)])
@@ -225,7 +226,7 @@ def test_the_ceiling_is_reached_by_looking_labels_up_and_guessing_at_others():
 def test_accuracy_counts_the_labels_that_are_most_likely(tmp_path):
     model = run(tmp_path)
     sequences = TASK.training(TASK.length, 6, seed=3)
-    found = pretrain.in_context_accuracy(model, TASK, n=6, seed=3)
+    found = pretraining.in_context_accuracy(model, TASK, n=6, seed=3)
     for row, right in zip(sequences, found, strict=True):
         for pair in range(4):
             logits = model(row[None, : 2 + 2 * pair]).logits[0, -1]
@@ -234,7 +235,7 @@ def test_accuracy_counts_the_labels_that_are_most_likely(tmp_path):
 
 
 def test_a_corpus_is_lines_of_its_texts_and_perplexity_their_likelihood():
-    corpus = pretrain.build_corpus("items", TEXTS[:50], TEXTS[50:], 300)
+    corpus = pretraining.build_corpus("items", TEXTS[:50], TEXTS[50:], 300)
     assert corpus.tokenizer.decode(corpus.train) == "".join(f"{text}\n" for text in TEXTS[:50])
     assert corpus.tokenizer.decode(corpus.validation) == "".join(f"{text}\n" for text in TEXTS[50:])
     assert corpus.d_vocab == 300
@@ -242,47 +243,47 @@ def test_a_corpus_is_lines_of_its_texts_and_perplexity_their_likelihood():
     assert (blocks[:, 0] == 0).all()
     assert torch.equal(blocks[:, 1:].flatten(), corpus.validation[: blocks[:, 1:].numel()])
     torch.manual_seed(0)
-    model = MomentumForCausalLM(pretrain.configuration(replace(PRESET, n_ctx=16), corpus.d_vocab, 0.5)).eval()
+    model = MomentumForCausalLM(pretraining.configuration(replace(PRESET, n_ctx=16), corpus.d_vocab, 0.5)).eval()
     total = 0.0
     for row in blocks:
         for position in range(1, 16):
             total -= model(row[None, :position]).logits[0, -1].log_softmax(-1)[row[position]].item()
     expected = math.exp(total / (15 * len(blocks)))
-    assert pretrain.perplexity(model, blocks, batch_size=3) == pytest.approx(expected, rel=1e-5)
+    assert pretraining.perplexity(model, blocks, batch_size=3) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_corpus_of_a_file_holds_out_texts_of_their_own(tmp_path):
     path = tmp_path / "items.txt"
     path.write_text("\n".join([*TEXTS, "", *TEXTS]))
-    corpus = pretrain.load_corpus(path, 300)
+    corpus = pretraining.load_corpus(path, 300)
     decode: Any = corpus.tokenizer.decode
     train, validation = (decode(tokens).splitlines() for tokens in (corpus.train, corpus.validation))
     assert sorted([*train, *validation]) == sorted(TEXTS)
     assert not set(train) & set(validation)
     assert 0 < len(validation) < 12
-    assert corpus.digest == pretrain.load_corpus(path, 300).digest
+    assert corpus.digest == pretraining.load_corpus(path, 300).digest
 
 
 def test_text_that_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="empty: expected text in the training split, got none"):
-        pretrain.build_corpus("empty", ["", " "], TEXTS, 300)
+        pretraining.build_corpus("empty", ["", " "], TEXTS, 300)
     with pytest.raises(ValueError, match="expected text in the validation split, got none"):
-        pretrain.build_corpus("empty", TEXTS, [], 300)
+        pretraining.build_corpus("empty", TEXTS, [], 300)
     with pytest.raises(ValueError, match="expected other texts to validate than to train, got 'item 1 "):
-        pretrain.build_corpus("same", TEXTS, TEXTS[1:2], 300)
+        pretraining.build_corpus("same", TEXTS, TEXTS[1:2], 300)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"expected 40 different texts at least, one a line, .* got 0"):
-        pretrain.load_corpus(tmp_path / "empty.txt", 300)
+        pretraining.load_corpus(tmp_path / "empty.txt", 300)
     with pytest.raises(ValueError, match="expected a vocabulary of every byte and a start token, 257 at least, got 10"):
-        pretrain.build_corpus("small", TEXTS[:50], TEXTS[50:], 10)
+        pretraining.build_corpus("small", TEXTS[:50], TEXTS[50:], 10)
     with pytest.raises(ValueError, match="expected sequences of two tokens at least, got a length of 1"):
-        pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 1)
+        pretraining.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 1)
     with pytest.raises(ValueError, match=r"expected agnews, a \.txt file with a text a line, .* got 'rows\.csv'"):
-        pretrain.load_corpus("rows.csv", 300)
-    monkeypatch.setattr(pretrain.assets, "hub_rows", lambda *_: iter([{"sentence": "one"}]))
+        pretraining.load_corpus("rows.csv", 300)
+    monkeypatch.setattr(corpus_module.assets, "hub_rows", lambda *_: iter([{"sentence": "one"}]))
     with pytest.raises(ValueError, match=r"some/set: expected a column 'text', got \['sentence'\]"):
-        pretrain.load_corpus("some/set", 300)
+        pretraining.load_corpus("some/set", 300)
     with pytest.raises(icl.AssetError, match="expected a readable UTF-8 file of text"):
-        pretrain.load_corpus(tmp_path / "none.txt", 300)
+        pretraining.load_corpus(tmp_path / "none.txt", 300)
     with pytest.raises(ValueError, match=r"expected a validation split of 9999 tokens at least, got \d+: use more"):
-        pretrain.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 10_000)
+        pretraining.build_corpus("short", TEXTS[:50], TEXTS[50:], 300).blocks("validation", 10_000)
