@@ -3,7 +3,7 @@
 from icl_dual import dual, plots
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
-from icl_dual.decompose import Decomposition, decompose
+from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
 from icl_dual.finetuning.weight_delta import WeightDelta

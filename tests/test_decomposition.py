@@ -13,7 +13,7 @@ from toys import ARCHITECTURES, BRIDGED, REFUSED
 
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
-from icl_dual.decompose import GROUPS
+from icl_dual.decomposition import GROUPS
 from icl_dual.prompts import SEPARATOR, Prompts
 
 DOCS = Path(__file__).parents[1] / "docs"
