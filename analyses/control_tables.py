@@ -12,7 +12,7 @@ from paper_tables import ACCURACY_ROWS, Results, by_query, style
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.metrics import estimate
+from icl_dual.metrics.comparison import estimate
 from icl_dual.order_sensitivity import PAIRS
 from icl_dual.statistics.intervals import Interval, Paired, paired_test
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual.contexts import draw_orders
-from icl_dual.metrics import estimate
+from icl_dual.metrics.comparison import estimate
 from icl_dual.statistics.intervals import Interval
 from icl_dual.storage import check_same_settings, load_tensors
 

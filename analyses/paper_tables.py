@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.metrics import KENDALL_QUERIES, estimate
+from icl_dual.metrics.comparison import KENDALL_QUERIES, estimate
 from icl_dual.statistics.intervals import MIN_QUERIES, Interval
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")

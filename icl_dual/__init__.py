@@ -7,7 +7,7 @@ from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
 from icl_dual.finetuning.weight_delta import WeightDelta
-from icl_dual.metrics import Comparison, compare, compare_recordings
+from icl_dual.metrics.comparison import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task

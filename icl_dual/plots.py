@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from icl_dual.metrics import PER_LAYER, Comparison
+from icl_dual.metrics.comparison import PER_LAYER, Comparison
 from icl_dual.statistics.intervals import Interval
 
 _LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {

@@ -22,7 +22,7 @@ from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, relabel, steps_of
 from icl_dual.finetuning.sgd import finetune
 from icl_dual.finetuning.weight_delta import Loss, Method, Trained, WeightDelta
-from icl_dual.metrics import Comparison, compare
+from icl_dual.metrics.comparison import Comparison, compare
 from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
 from icl_dual.paper_tasks import load_task
 from icl_dual.prompts import Prompts, build_prompts, shared_texts

@@ -19,7 +19,8 @@ from helpers import make_rows
 from scipy import stats
 
 import icl_dual as icl
-from icl_dual.metrics import PER_LAYER, rec2ftp
+from icl_dual.metrics.comparison import PER_LAYER
+from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.statistics.intervals import bootstrap
 
 SCRIPT = Path(paper_tables.__file__)

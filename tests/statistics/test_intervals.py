@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.metrics import estimate
+from icl_dual.metrics.comparison import estimate
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     Interval,

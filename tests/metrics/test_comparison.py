@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.metrics import (
+from icl_dual.metrics import comparison as comparison_module
+from icl_dual.metrics import kendall
+from icl_dual.metrics.comparison import PER_LAYER, RELEASED_NAMES
+from icl_dual.metrics.formulas import (
     NULL_DRAWS,
-    PER_LAYER,
-    RELEASED_NAMES,
     ROUNDING,
     by_demonstration,
     demonstration_weights,
     finetuning_attention,
-    kendall,
     kendall_random,
     query_by_kv_head,
     random_updates,
@@ -377,7 +376,7 @@ def test_random_updates_have_no_direction_in_common() -> None:
 def test_no_number_depends_on_the_queries_taken_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     recordings = dataclasses.replace(noisy_recordings(7, 2, 16, 1.0), training_k=draw(40, 2, 5, 3))
     expected = icl.compare_recordings(recordings, seed=2, kendall_queries=4).per_layer
-    monkeypatch.setattr(sys.modules["icl_dual.metrics"], "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(comparison_module, "QUERIES_AT_ONCE", at_once)
     got = icl.compare_recordings(recordings, seed=2, kendall_queries=4).per_layer
     other = icl.compare_recordings(recordings, seed=3, kendall_queries=4).per_layer
     assert tuple(got) == PER_LAYER
