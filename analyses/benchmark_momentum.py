@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from common import sampled_memory
 
+from icl_dual import pretraining
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.momentum import decaying_sum
 

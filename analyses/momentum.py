@@ -25,6 +25,7 @@ from common import ERRORS, positive
 from tqdm.auto import tqdm
 
 import icl_dual as icl
+from icl_dual import pretraining
 from icl_dual.momentum import check_eta
 from icl_dual.storage import check_same_settings, write_json
 

@@ -49,7 +49,9 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
         The Axes drawn on.
     """
     if metric not in (*_LINES, *PER_LAYER):
-        raise ValueError(f"expected a metric out of {LAYERWISE} or of icl_dual.metrics.PER_LAYER, got {metric!r}")
+        raise ValueError(
+            f"expected a metric out of {LAYERWISE} or of icl_dual.metrics.comparison.PER_LAYER, got {metric!r}"
+        )
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax, alone = _axes(ax)
     for name, label, style in _LINES.get(metric, ((metric, metric, {"color": "C0"}),)):

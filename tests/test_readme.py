@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
 
+from icl_dual import pretraining
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

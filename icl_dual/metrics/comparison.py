@@ -32,6 +32,8 @@ from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.metrics.formulas import (
     NULL_DRAWS,
     ROUNDING,
+    TOP_DEMONSTRATIONS,
+    TOP_TOKENS,
     Rec2FTP,
     by_demonstration,
     changed,

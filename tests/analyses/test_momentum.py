@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 import icl_dual as icl
+from icl_dual import pretraining
 
 ARGUMENTS = (
     *(

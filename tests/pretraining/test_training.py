@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers.trainer_utils import get_last_checkpoint
 
 import icl_dual as icl
+from icl_dual import pretraining
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.pretraining import corpus as corpus_module
 from icl_dual.pretraining import training
