@@ -87,13 +87,13 @@ def delta_w_steps(race: Race) -> dict[str, Callable[[], object]]:
     assert run.keys_values is not None
     assert run.q_scored is not None
     k, v, q = run.keys_values.demo_keys, run.keys_values.demo_values, run.q_scored[0]
-    formed, unformed = icl.dual.act(icl.dual.head_weights(k, v), q), icl.dual.act_unformed(k, v, q)
+    formed, unformed = icl.dual.act(icl.dual.head_weights(k, v), q), icl.dual.act_unformed(q, k, v)
     if not (formed - unformed).norm() <= 1e-4 * formed.norm():
         raise RuntimeError("expected ΔW_ICL q to be the same whether it is formed or not")
     return {
         "prefix": lambda: contenders.bare_prefix(race),
         "form_delta_w_icl": lambda: icl.dual.head_weights(k, v),
-        "act_unformed": lambda: icl.dual.act_unformed(k, v, q),
+        "act_unformed": lambda: icl.dual.act_unformed(q, k, v),
     }
 
 

@@ -195,7 +195,7 @@ def ours_decomposed(race: Race) -> Captured:
     """The same with keys and values kept, and decomposed."""
     fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
     run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
-    icl.decompose(race.model, run, race.zsl)
+    icl.decompose(race.model, zero_shot=race.zsl, in_context=run)
     return {"log_probs": run.label_log_probs}
 
 
@@ -418,8 +418,10 @@ def run_cell(race: Race) -> Cell:
 
 def measure_cell(race: Race, cell: Cell) -> None:
     """A cell's metrics and its decomposition."""
-    icl.compare(cell.zero_shot, cell.in_context, cell.tuned, cell.delta, seed=race.seed)
-    icl.decompose(race.model, cell.in_context, cell.zero_shot)
+    icl.compare(
+        zero_shot=cell.zero_shot, in_context=cell.in_context, finetuned=cell.tuned, delta=cell.delta, seed=race.seed
+    )
+    icl.decompose(race.model, zero_shot=cell.zero_shot, in_context=cell.in_context)
 
 
 BATCHED: dict[str, Callable[[Race], Captured]] = {

@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
     """The cells of each row, by task and seed."""
-    _refuse_counts(args)
+    _check_counts(args)
     rows = MODELS | {CLAIM: {}} | WEIGHTS | CONTEXTS | VARIANTS | {f"k = {k}": {"k": k} for k in args.ks}
     found: dict[str, dict[str, list[icl.Cell]]] = {row: {} for row in rows}
     for task in dict.fromkeys(args.tasks):
@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
     return found
 
 
-def _refuse_counts(args: argparse.Namespace) -> None:
+def _check_counts(args: argparse.Namespace) -> None:
     """What cannot be run is said before anything is."""
     ks = {icl.PAPER_K[task] if args.k is None else args.k for task in args.tasks}
     if min(ks) < 2:

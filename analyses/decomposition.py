@@ -80,8 +80,8 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
     delta = icl.finetune(model, prompts, lr=cell.lr, factors=True)
     in_context = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS)
     zsl = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS)
-    split = icl.decompose(model, in_context, zsl)
-    updates = icl.compare_updates(model, in_context, zsl, delta, rank=rank, seed=cell.seed)
+    split = icl.decompose(model, zero_shot=zsl, in_context=in_context)
+    updates = icl.compare_updates(model, zero_shot=zsl, in_context=in_context, delta=delta, rank=rank, seed=cell.seed)
     assert delta.factors is not None
     tensors = {
         "demonstration_mass": split.demonstration_mass,
@@ -294,7 +294,7 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
         {
             "task": TITLES[result.task],
             "exact split": f"{result.about['residuals']['split']:.1e}",
-            "exact split, plain pass": f"{result.about['residuals']['plain']:.1e}",
+            "exact split, plain pass": f"{result.about['residuals']['full_prompt']:.1e}",
             "realised = direct + inherited": f"{result.about['residuals']['realised']:.1e}",
             "whole run against a plain pass": f"{result.about['residuals']['run']:.1e}",
             "ΔW_FT's run against the zero-shot run": f"{result.about['held_residual']:.1e}",

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
-from icl_dual.captures.pairing import refuse_unpaired
-from icl_dual.captures.shared_prefix import TOLERANCE, PlainPass
+from icl_dual.captures.pairing import check_paired
+from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decays
 from icl_dual.prompts import SEPARATOR, Prompts
@@ -90,7 +90,7 @@ class Residuals(NamedTuple):
 
     split: Float[Tensor, " layer"]
     """z_0 + ΔICL, and momentum, through W_O, plus b_O, against the captured run's attention output; and before W_O."""
-    plain: Float[Tensor, " layer"]
+    full_prompt: Float[Tensor, " layer"]
     """The same split inside a plain forward pass over the first query's full prompt, against the model's own output."""
     run: Float[Tensor, " layer"]
     """The captured run against that plain pass: rounding of all layers up to this one, in two orders of summation."""
@@ -106,19 +106,19 @@ class Residuals(NamedTuple):
 class Decomposition:
     """In-context attention at each query's recorded position: zero-shot part, ΔICL, and what each is made of.
 
-    Terms by head are before W_O; `through_W_O` takes any of them into the residual stream. z_0 is `start` + `query`,
+    Terms by head are before W_O; `through_W_O` takes any of them into the residual stream. z_0 is `from_start` + `from_query`,
     z is z_0 + `delta_icl`, and the attention output is Σ_heads z W_O + b_O. With momentum, z_0 has `momentum.own`, too,
-    and z = start + query + ΔICL + momentum.own + momentum.demonstrations.
+    and z = from_start + from_query + ΔICL + momentum.own + momentum.demonstrations.
     """
 
     model: str
     prompts: Prompts
-    start: Float[Tensor, "query layer head d_head"]
+    from_start: Float[Tensor, "query layer head d_head"]
     """The start token's part of softmax attention over everything but the demonstrations."""
-    query: Float[Tensor, "query layer head d_head"]
+    from_query: Float[Tensor, "query layer head d_head"]
     """The part of the same that comes from the query's own tokens."""
     delta_icl: Float[Tensor, "query layer head d_head"]
-    """ΔICL = w (z_demo − start − query), what the demonstrations add to softmax attention."""
+    """ΔICL = w (z_demo − z_0), what the demonstrations add to softmax attention."""
     z_zsl: Float[Tensor, "query layer head d_head"]
     """Attention in the zero-shot run."""
     mass: Float[Tensor, "query layer head group"]
@@ -147,7 +147,7 @@ class Decomposition:
     @property
     def z_0(self) -> Float[Tensor, "query layer head d_head"]:
         """Attention over everything but the demonstrations, inside the in-context pass; with its momentum."""
-        z_0 = self.start + self.query
+        z_0 = self.from_start + self.from_query
         return z_0 if self.momentum is None else z_0 + self.momentum.own
 
     @property
@@ -277,25 +277,26 @@ class Decomposition:
         )
 
 
-def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
+def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decomposition:
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 
     Args:
         model: what was captured, with the weights it had; does not run.
-        icl: a capture of queries behind their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
-        zsl: a capture of the same queries without demonstrations, with the same fields, or `attn_out` and `z` alone.
+        zero_shot: a capture of the queries without demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`, or with
+            `attn_out` and `z` alone.
+        in_context: a capture of the same queries behind their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
 
     Raises:
         ValueError: the captures are of different models, weights, prompts or positions, or lack a field.
         UnsupportedModelError: the terms do not add up to the model's own attention output; says at which layer.
     """
-    _refuse_mismatch(model, icl, zsl)
+    _check_match(model, zero_shot, in_context)
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
-    where = _Where.of(icl.prompts)
+    where = _Where.of(in_context.prompts)
 
     def of_layer(index: int) -> tuple[Tensor | None, ...]:
-        layer = _Layer.captured(icl, index, model)
+        layer = _Layer.captured(in_context, index, model)
         terms = _split(layer, where, W_O[index])
         return *terms, *_relax(layer, where, terms)
 
@@ -305,26 +306,32 @@ def decompose(model: Model, icl: Capture, zsl: Capture) -> Decomposition:
     n_terms = len(_Terms._fields)
     split, relaxation = _Terms(*found[:n_terms]), Relaxation(*found[n_terms:])
     z = split.z
-    z_zsl, h_zsl, h_icl = _field(zsl, "z").double(), _field(zsl, "attn_out").double(), _field(icl, "attn_out").double()
-    assert icl.plain is not None
-    own = icl.plain.attn_out.double()[None]
+    z_zsl, h_zsl, h_icl = (
+        _field(zero_shot, "z").double(),
+        _field(zero_shot, "attn_out").double(),
+        _field(in_context, "attn_out").double(),
+    )
+    assert in_context.full_prompt is not None
+    own = in_context.full_prompt.attn_out.double()[None]
     residuals = Residuals(
         split=torch.maximum(
-            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(icl, "z").flatten(2))
+            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
         ),
-        plain=_relative(_through(_plain_z(model, icl.prompts, icl.plain, W_O), W_O, b_O), own),
+        full_prompt=_relative(
+            _through(_full_prompt_z(model, in_context.prompts, in_context.full_prompt, W_O), W_O, b_O), own
+        ),
         run=_relative(h_icl[:1], own),
         realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
     )
-    _refuse_residuals(model, residuals)
+    _check_residuals(model, residuals)
     momentum = None
     if split.own_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
         momentum = MomentumTerms(split.own_momentum, split.demo_momentum, model.momentum.clone())
     return Decomposition(
         model=model.name,
-        prompts=icl.prompts,
-        start=split.start,
-        query=split.query,
+        prompts=in_context.prompts,
+        from_start=split.start,
+        from_query=split.query,
         delta_icl=split.delta_icl,
         z_zsl=z_zsl,
         mass=split.mass,
@@ -368,7 +375,7 @@ class _Where:
 class _Layer(NamedTuple):
     """One layer's queries at the recorded rows, and all their keys and values, in float64."""
 
-    scoring: dual.Scoring
+    rule: dual.AttentionRule
     q: Float[Tensor, "query head d_head"]
     own_k: Float[Tensor, "query own_pos kv_head d_head"]
     own_v: Float[Tensor, "query own_pos kv_head d_head"]
@@ -377,22 +384,24 @@ class _Layer(NamedTuple):
     eta: Float[Tensor, " head"] | None
 
     @classmethod
-    def captured(cls, icl: Capture, layer: int, model: Model) -> "_Layer":
-        kept = icl.keys_values
+    def captured(cls, in_context: Capture, layer: int, model: Model) -> "_Layer":
+        kept = in_context.keys_values
         assert kept is not None
         # Each head's own keys side by side in memory, or every product over them copies them anew.
         side_by_side = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
         own = (t[:, layer].transpose(1, 2).to(**side_by_side) for t in (kept.query_keys, kept.query_values))
         demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
-        q = _field(icl, "q_scored")[:, layer].double()
-        return cls(model.scoring[layer], q, *(t.transpose(1, 2) for t in own), *demo, eta=_eta(model, layer))
+        q = _field(in_context, "q_scored")[:, layer].double()
+        return cls(model.attention_rules[layer], q, *(t.transpose(1, 2) for t in own), *demo, eta=_eta(model, layer))
 
     @classmethod
-    def of_plain(cls, plain: PlainPass, layer: int, where: "_Where", model: Model) -> "_Layer":
+    def of_full_prompt(cls, full_prompt: FullPromptPass, layer: int, where: "_Where", model: Model) -> "_Layer":
         """From the plain pass over the first query's full prompt."""
-        q, k, v = (tensor[layer].double() for tensor in (plain.q, plain.k, plain.v))
+        q, k, v = (tensor[layer].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
         own, demo = where.own[0], where.demo
-        return cls(model.scoring[layer], q[None], k[None, own], v[None, own], k[demo], v[demo], eta=_eta(model, layer))
+        return cls(
+            model.attention_rules[layer], q[None], k[None, own], v[None, own], k[demo], v[demo], eta=_eta(model, layer)
+        )
 
 
 def _eta(model: Model, layer: int) -> Float[Tensor, " head"] | None:
@@ -423,17 +432,17 @@ class _Terms(NamedTuple):
 
 
 def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
-    scoring, q, own_k, own_v, demo_k, demo_v, eta = layer
+    rule, q, own_k, own_v, demo_k, demo_v, eta = layer
     own = []
     for at in (slice(where.n_start), slice(where.n_start, None)):
-        part = scoring.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
-        own.append(dual.Part(part.z[:, 0], part.lse[:, 0]))
-    sink = scoring.with_sink(dual.Part(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
+        part = rule.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
+        own.append(dual.AttentionPart(part.z[:, 0], part.lse[:, 0]))
+    sink = rule.with_sink(dual.AttentionPart(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
     z_0 = reduce(dual.merge, (sink, *own))
 
     # Each demonstration token's share of the whole softmax, of which groups are sums; in place, for there are many.
-    scores = dual.shared_scores(q, demo_k, scoring.scale, scoring.softcap)
-    scores += scoring.bias(where.rows[None], where.demo[None])[0]
+    scores = dual.shared_scores(q, demo_k, rule.scale, rule.softcap)
+    scores += rule.bias(where.rows[None], where.demo[None])[0]
     lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
     weights = scores.sub_(lse.T.unsqueeze(-1)).exp_()
     delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
@@ -468,14 +477,14 @@ def _own_momentum(
 
 def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
     """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and softmax attention."""
-    scoring, q, own_k, own_v, demo_k, demo_v, _ = layer
+    rule, q, own_k, own_v, demo_k, demo_v, _ = layer
     delta_icl, z = terms.delta_icl, terms.softmax
-    seen = scoring.visible(where.rows[None], where.demo[None])
-    own_seen = scoring.visible(where.rows[:, None], where.own).unsqueeze(1)
+    seen = rule.visible(where.rows[None], where.demo[None])
+    own_seen = rule.visible(where.rows[:, None], where.own).unsqueeze(1)
     weights = dual.shared_scores(q, demo_k, 1.0).mul_(seen)
     update = _weigh(weights, demo_v)
     output = update + (dual.scores(q[:, None], own_k, 1.0) * own_seen @ own_v.transpose(1, 2)).flatten(1, 2)
-    logits = weights * scoring.scale + scoring.bias(where.rows[None], where.demo[None])[0]
+    logits = weights * rule.scale + rule.bias(where.rows[None], where.demo[None])[0]
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),
         update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
@@ -493,34 +502,37 @@ def _weigh(
     return summed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
-def _plain_z(
-    model: Model, prompts: Prompts, plain: PlainPass, W_O: Float[Tensor, "layer head d_head d_model"]
+def _full_prompt_z(
+    model: Model, prompts: Prompts, full_prompt: FullPromptPass, W_O: Float[Tensor, "layer head d_head d_model"]
 ) -> Float[Tensor, "1 layer head d_head"]:
     """The plain pass over the first query's full prompt, split and put together again."""
     where = _Where.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
-    layers = (_Layer.of_plain(plain, index, where, model) for index in range(model.n_layers))
+    layers = (_Layer.of_full_prompt(full_prompt, index, where, model) for index in range(model.n_layers))
     return torch.stack([_split(layer, where, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
 
 
-def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture) -> None:
-    refuse_unpaired(model, icl, zsl)
-    for run, fields in ((icl, DECOMPOSE_FIELDS), (zsl, ("attn_out", "z"))):
+def _check_match(model: Model, zero_shot: Capture, in_context: Capture) -> None:
+    check_paired(model, zero_shot=zero_shot, in_context=in_context)
+    for run, fields in ((in_context, DECOMPOSE_FIELDS), (zero_shot, ("attn_out", "z"))):
         for name in fields:
             if getattr(run, name) is None:
                 raise ValueError(
                     f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}"
                 )
-    if icl.plain is not None and icl.plain.tokens != icl.prompts.prefix + icl.prompts.rows[0]:
+    if (
+        in_context.full_prompt is not None
+        and in_context.full_prompt.tokens != in_context.prompts.prefix + in_context.prompts.rows[0]
+    ):
         raise ValueError(
-            f"expected a plain pass over the first query's prompt, got one of {len(icl.plain.tokens)} other tokens: "
+            f"expected a plain pass over the first query's prompt, got one of {len(in_context.full_prompt.tokens)} other tokens: "
             "the capture was put together from two"
         )
 
 
-def _refuse_residuals(model: Model, residuals: Residuals) -> None:
+def _check_residuals(model: Model, residuals: Residuals) -> None:
     causes = {
         "split": "the keys, values or queries captured are not those of the attention output captured with them",
-        "plain": "its attention does more than softmax over scaled scores and a linear W_O, or a hook changes it",
+        "full_prompt": "its attention does more than softmax over scaled scores and a linear W_O, or a hook changes it",
         "run": "what was captured is not a plain pass over the first query's prompt",
         "realised": "the zero-shot capture's heads do not give its attention output",
     }

@@ -31,16 +31,22 @@ FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def linear_attention(
-    v: Float[Tensor, "*batch key d_v"], k: Float[Tensor, "*batch key d_k"], q: Float[Tensor, "*batch pos d_k"]
+    q: Float[Tensor, "*batch pos d_k"], k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch pos d_v"]:
-    """LinearAttn(V, K, q) = Σ_i v_i (k_iᵀ q): attention without softmax and without scale."""
+    """Return LinearAttn(V, K, q) = Σ_i v_i (k_iᵀ q): attention without softmax and without scale.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4)
+    >>> torch.allclose(linear_attention(q, k, v), q @ outer_sum(k, v).T, atol=1e-5)
+    True
+    """
     return (q @ k.mT) @ v
 
 
 def outer_sum(
-    v: Float[Tensor, "*batch key d_v"], k: Float[Tensor, "*batch key d_k"]
+    k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch d_v d_k"]:
-    """ΔW = Σ_i v_i ⊗ k_i, the matrix whose action on q is `linear_attention(v, k, q)` (equations 7–9, 12)."""
+    """Return ΔW = Σ_i v_i ⊗ k_i, the matrix whose action on q is `linear_attention(q, k, v)` (equations 7–9, 12)."""
     return v.mT @ k
 
 
@@ -69,7 +75,7 @@ def sgd(
         momentum: η, by which each step repeats the one before.
 
     Returns:
-        The trained weights, and error signals with W x = W_0 x + LinearAttn(errors, inputs, x) for every x
+        The trained weights, and error signals with W x = W_0 x + linear_attention(x, inputs, errors) for every x
         (equations 7–9); with momentum, `momentum_linear_attention` in its place.
     """
     W, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
@@ -82,7 +88,7 @@ def sgd(
 
 
 def sgd_targets(
-    W_0: Float[Tensor, "d_out d_in"], v: Float[Tensor, "step d_out"], k: Float[Tensor, "step d_in"], lr: float
+    W_0: Float[Tensor, "d_out d_in"], k: Float[Tensor, "step d_in"], v: Float[Tensor, "step d_out"], lr: float
 ) -> Float[Tensor, "step d_out"]:
     """The other direction of equations 7–9: targets y_i for which SGD is linear attention over given values and keys.
 
@@ -105,7 +111,7 @@ class LinearSelfAttention(NamedTuple):
         self, context: Float[Tensor, "token d_token"], queries: Float[Tensor, "query d_token"]
     ) -> Float[Tensor, "query d_token"]:
         """The queries after the layer, having attended to the context tokens."""
-        attended = linear_attention(context @ self.W_V.mT, context @ self.W_K.mT, queries @ self.W_Q.mT)
+        attended = linear_attention(queries @ self.W_Q.mT, context @ self.W_K.mT, context @ self.W_V.mT)
         return queries + attended @ self.P.mT
 
 
@@ -131,7 +137,7 @@ def head_weights(
     k: Float[Tensor, "*batch key kv_head d_head"], v: Float[Tensor, "*batch key kv_head d_head"]
 ) -> Float[Tensor, "*batch kv_head d_head d_head"]:
     """Σ_j v_j ⊗ k_j per head: over the demonstrations ΔW_ICL, over the query's own prompt W_ZSL (equations 11–12)."""
-    return outer_sum(v.transpose(-3, -2), k.transpose(-3, -2))
+    return outer_sum(k.transpose(-3, -2), v.transpose(-3, -2))
 
 
 def delta_w_ft(
@@ -153,19 +159,19 @@ def act(
 
 
 def act_unformed(
+    q: Float[Tensor, "*batch head d_head"],
     k: Float[Tensor, "*batch key kv_head d_head"],
     v: Float[Tensor, "*batch key kv_head d_head"],
-    q: Float[Tensor, "*batch head d_head"],
 ) -> Float[Tensor, "*batch head d_head"]:
     """(Σ_j v_j ⊗ k_j) q for every query head without forming the matrix: linear attention over the keys."""
     heads = q.unflatten(-2, (k.shape[-2], -1))
-    return linear_attention(v.transpose(-3, -2), k.transpose(-3, -2), heads).flatten(-3, -2)
+    return linear_attention(heads, k.transpose(-3, -2), v.transpose(-3, -2)).flatten(-3, -2)
 
 
 # 3. Softmax attention, split
 
 
-class Part(NamedTuple):
+class AttentionPart(NamedTuple):
     """Attention restricted to one group of keys: its output, and the log-sum-exp of its scores."""
 
     z: Float[Tensor, "*batch head d_head"]
@@ -226,7 +232,7 @@ def attend(
     softcap: float | None = None,
     bias: Float[Tensor, "#batch #head #pos key"] | None = None,
     causal: bool = False,
-) -> Part:
+) -> AttentionPart:
     """Attention of every row over one group of keys.
 
     `bias` is added to the scores: position biases, and −∞ for a key that a row does not see. `causal` says that the
@@ -238,7 +244,7 @@ def attend(
     group = n_heads // n_kv_heads
     if n_keys == 0:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        return Part(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
+        return AttentionPart(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
     if softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED:
         return _attend_fused(q, k, v, scale, causal)
     weights = scores(q, k, scale, softcap)
@@ -254,34 +260,34 @@ def attend(
     z = torch.bmm(weights.view(batch * n_kv_heads, group * n_pos, n_keys), values)
     z = z.view(batch, n_kv_heads, group * n_pos, d_head) / total.clamp_min(torch.finfo(total.dtype).tiny)
     lse = (top + total.log()).squeeze(-1)
-    return Part(
+    return AttentionPart(
         z.view(batch, n_kv_heads, group, n_pos, d_head).permute(0, 3, 1, 2, 4).reshape(q.shape),
         lse.view(batch, n_kv_heads, group, n_pos).permute(0, 3, 1, 2).reshape(batch, n_pos, n_heads),
     )
 
 
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionPart:
     """`attend` in torch's own fused kernel, which gives up its log-sum-exp."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     # The kernel takes it that a head's dimensions lie side by side.
     own = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in own)
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
-    return Part(z.transpose(1, 2), lse.transpose(1, 2))
+    return AttentionPart(z.transpose(1, 2), lse.transpose(1, 2))
 
 
-def add_sink(part: Part, sink: Float[Tensor, " head"]) -> Part:
+def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart:
     """A group with a sink in it: a learned score per head that takes a share of the softmax and has no value."""
     lse = torch.logaddexp(part.lse, sink.to(part.lse))
-    return Part(part.z * (part.lse - lse).exp().unsqueeze(-1), lse)
+    return AttentionPart(part.z * (part.lse - lse).exp().unsqueeze(-1), lse)
 
 
-def share(part: Part, rest: Part) -> Float[Tensor, "*batch head"]:
+def share(part: AttentionPart, rest: AttentionPart) -> Float[Tensor, "*batch head"]:
     """The share w = σ(lse − lse_rest) of the softmax that a group takes from the rest; 0 where neither has a key."""
     return torch.sigmoid((part.lse - rest.lse).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
 
 
-def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch head d_head"]:
+def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[Tensor, "*batch head d_head"]:
     """What the demonstrations add to zero-shot attention: ΔICL = w (z_demo − z_0), w = σ(lse_demo − lse_0).
 
     Zero-shot attention plus ΔICL is softmax attention over both groups, exactly.
@@ -289,12 +295,12 @@ def delta_icl(zero_shot: Part, demonstrations: Part) -> Float[Tensor, "*batch he
     return share(demonstrations, zero_shot).unsqueeze(-1) * (demonstrations.z - zero_shot.z)
 
 
-def merge(a: Part, b: Part) -> Part:
+def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     """Softmax attention over the keys of two groups, from the attention over each."""
-    return Part(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
+    return AttentionPart(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
 
 
-class Scoring(NamedTuple):
+class AttentionRule(NamedTuple):
     """How a layer turns qᵀk into attention weights."""
 
     scale: float
@@ -313,7 +319,7 @@ class Scoring(NamedTuple):
         v: Float[Tensor, "batch key kv_head d_head"],
         rows: Int[Tensor, "#batch pos"],
         keys: Int[Tensor, "#batch key"],
-    ) -> Part:
+    ) -> AttentionPart:
         """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
         bias, causal = None, False
         if self.slopes is not None or self._hides(rows, keys):
@@ -342,7 +348,7 @@ class Scoring(NamedTuple):
         distance = rows[..., None] - keys[:, None]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
-    def with_sink(self, part: Part) -> Part:
+    def with_sink(self, part: AttentionPart) -> AttentionPart:
         """A group of keys together with the layer's sink, if it has one."""
         return part if self.sink is None else add_sink(part, self.sink)
 

@@ -53,7 +53,7 @@ def decaying_sum(
     Raises:
         ValueError: η is out of range or not by head, or shapes do not fit.
     """
-    _refuse_shapes(v, eta, state, documents)
+    _check_shapes(v, eta, state, documents)
     check_eta(eta)
     with torch.autocast(v.device.type, enabled=False):  # which would sum in half precision
         return _decaying_sum(*_as_heads(v, eta), state, documents)
@@ -105,9 +105,9 @@ def decays(
 
 
 def momentum_linear_attention(
-    v: Float[Tensor, "*batch key d_v"],
-    k: Float[Tensor, "*batch key d_k"],
     q: Float[Tensor, "*batch pos d_k"],
+    k: Float[Tensor, "*batch key d_k"],
+    v: Float[Tensor, "*batch key d_v"],
     eta: float,
 ) -> Float[Tensor, "*batch pos d_v"]:
     """Linear attention with momentum over its terms: Σ_t (u_t + Σ_{i<t} η^{t−i} u_i), u_i = v_i (k_iᵀ q).
@@ -127,7 +127,7 @@ def check_eta(eta: Float[Tensor, "*shape"]) -> None:
         raise ValueError(f"expected η from 0 to below 1, got {wrong[0].item():g}")
 
 
-def _refuse_shapes(v: Any, eta: Any, state: Any, documents: Any) -> None:
+def _check_shapes(v: Any, eta: Any, state: Any, documents: Any) -> None:
     if not isinstance(v, Tensor) or v.ndim != 4:
         raise ValueError(f"expected values [batch pos kv_head d_head], got {_shape(v)}")
     if not isinstance(eta, Tensor) or eta.ndim != 1 or not len(eta) or len(eta) % v.shape[2]:

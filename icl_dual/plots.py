@@ -74,7 +74,7 @@ def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str 
     """
     ax, alone = _axes(ax)
     for index, (label, values) in enumerate(series.items()):
-        _refuse_shape(values, "query layer")
+        _check_shape(values, "query layer")
         _mean_by_layer(values, ax, label=label, color=f"C{index}")
     _finish(ax, alone, ylabel=ylabel)
     return ax
@@ -95,8 +95,8 @@ def against_null(
         ylabel: what the values are.
         ax: where to draw; new Axes with a legend where not given.
     """
-    _refuse_shape(values, "query layer head")
-    _refuse_shape(null, "query layer head")
+    _check_shape(values, "query layer head")
+    _check_shape(null, "query layer head")
     ax, alone = _axes(ax)
     for label, found, color in (("random directions", null, "0.5"), ("ΔW_ICL and ΔW_FT", values, "C0")):
         flat = found.transpose(0, 1).flatten(1).double()
@@ -123,7 +123,7 @@ def heads(
         limits: the values at the colours' ends; with a negative first, colours diverge from 0.
         ax: where to draw; new Axes where not given.
     """
-    _refuse_shape(values, "query layer head")
+    _check_shape(values, "query layer head")
     ax, _ = _axes(ax)
     colours = "RdBu_r" if limits[0] < 0 else "viridis"
     image = ax.imshow(
@@ -148,7 +148,7 @@ def demonstrations(
         label: what the shares are of, beside the colour bar.
         ax: where to draw; new Axes where not given.
     """
-    _refuse_shape(shares, "layer demo")
+    _check_shape(shares, "layer demo")
     ax, _ = _axes(ax)
     if len(names) != shares.shape[1] or not names:
         raise ValueError(
@@ -242,7 +242,7 @@ def label_counts(
     return ax
 
 
-def _refuse_shape(values: Tensor, axes: str) -> None:
+def _check_shape(values: Tensor, axes: str) -> None:
     if values.ndim != len(axes.split()):
         raise ValueError(f"expected values by [{axes}], got a tensor of shape {list(values.shape)}")
 

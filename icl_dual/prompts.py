@@ -191,7 +191,7 @@ def build_prompts(
     return prompts
 
 
-def refuse_unreadable(model: Model, prompts: Prompts) -> None:
+def check_prompts(model: Model, prompts: Prompts) -> None:
     """Raise a PromptError unless prompts are whole and the model can read them: made by hand, they may not be.
 
     Raises:

@@ -220,7 +220,7 @@ class _Prepared:
 
     @classmethod
     def of(cls, model: Model, task: Task, context_task: Task | None, cell: Cell) -> "_Prepared":
-        _refuse_others(model, task, context_task, cell)
+        _check_cell(model, task, context_task, cell)
         demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
         queries = task.queries(cell.n_queries, split=cell.split)
         options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch}
@@ -239,7 +239,7 @@ class _Prepared:
         return cls(demonstrations, context, queries, own, shown, own, steps)
 
 
-def _refuse_others(model: Model, task: Task, context_task: Task | None, cell: Cell) -> None:
+def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell) -> None:
     wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
     if got != wanted:
         made = (
@@ -274,7 +274,7 @@ def _run_cell(
         applied = cell.lr, cell.loss, cell.method, cell.trained, cell.delta, prepared.trained.training
         ft = runs.captured("FT", model, zero_shot, with_delta=applied)
     with runs.clock("metrics"):
-        comparison = compare(zsl, icl, ft, delta, steps=steps, seed=cell.seed)
+        comparison = compare(zero_shot=zsl, in_context=icl, finetuned=ft, delta=delta, steps=steps, seed=cell.seed)
 
     provenance = {
         **_origin(model),
@@ -299,7 +299,7 @@ def _run_cell(
     with atomic_folder(folder) as scratch:
         comparison.save(scratch, about)
         if keep_recordings:
-            recordings = Recordings.of(zsl, icl, ft, delta, steps=steps)
+            recordings = Recordings.of(zero_shot=zsl, in_context=icl, finetuned=ft, delta=delta, steps=steps)
             replace(recordings, metadata=recordings.metadata | about).save(scratch / RECORDINGS)
     return load_cell(folder)
 
@@ -363,7 +363,7 @@ def run_study(
             if cell.model_name not in models:
                 models.clear()
                 models[cell.model_name] = _load(cell, device, dtype)
-                _refuse_other_origin(models[cell.model_name], found)
+                _check_same_origin(models[cell.model_name], found)
             model, task = models[cell.model_name], task_of(cell.task, cell)
             context_task = None if cell.context_task is None else task_of(cell.context_task, cell)
             prepared = _Prepared.of(model, task, context_task, cell)
@@ -478,7 +478,7 @@ def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
     return result
 
 
-def _refuse_other_origin(model: Model, done: dict[Cell, CellResult]) -> None:
+def _check_same_origin(model: Model, done: dict[Cell, CellResult]) -> None:
     for cell, result in done.items():
         if cell.model_name == model.name:
             check_same_settings(Path(cell.name), _origin(model), result.provenance)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.captures.capture import Capture
-from icl_dual.captures.pairing import refuse_unpaired
+from icl_dual.captures.pairing import check_paired
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.prompts import Prompts
@@ -100,7 +100,14 @@ class UpdateComparison:
 
 
 def compare_updates(
-    model: Model, icl: Capture, zsl: Capture, delta: WeightDelta, *, rank: int = 4, seed: int = 0, progress: bool = True
+    model: Model,
+    *,
+    zero_shot: Capture,
+    in_context: Capture,
+    delta: WeightDelta,
+    rank: int = 4,
+    seed: int = 0,
+    progress: bool = True,
 ) -> UpdateComparison:
     """Hold ΔW_ICL against ΔW_FT at every query, layer and head, each beside its null.
 
@@ -108,8 +115,9 @@ def compare_updates(
 
     Args:
         model: the untuned model; comes back as it was.
-        icl: a capture of queries behind their demonstrations, with the fields `q_scored` and `keys_values`.
-        zsl: a capture of the same queries without demonstrations, with `attn_out`.
+        zero_shot: a capture of the queries without demonstrations, with `attn_out`.
+        in_context: a capture of the same queries behind their demonstrations, with the fields `q_scored` and
+            `keys_values`.
         delta: the finetuning on the same demonstrations.
         rank: how many leading singular directions to compare by their principal angles.
         seed: of the null's directions.
@@ -120,18 +128,20 @@ def compare_updates(
             demonstrations, the rank is not between 1 and d_head, or the model is in half precision.
         UnsupportedModelError: the prompts moved to their in-context positions are not the zero-shot run.
     """
-    _refuse_mismatch(model, icl, zsl, delta, rank)
+    _check_match(model, zero_shot, in_context, delta, rank)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
     residual = 0.0
-    bar = tqdm(total=len(icl.prompts.queries), desc="ΔW_FT", disable=not progress, unit="query", leave=False)
+    bar = tqdm(total=len(in_context.prompts.queries), desc="ΔW_FT", disable=not progress, unit="query", leave=False)
     with torch.no_grad(), bar:
-        for first in range(0, len(icl.prompts.queries), BATCH_SIZE):
-            batch = torch.arange(first, min(first + BATCH_SIZE, len(icl.prompts.queries)))
-            held = _HeldPass(model, icl.prompts, batch)
-            residual = max(residual, held.base(zsl))
+        for first in range(0, len(in_context.prompts.queries), BATCH_SIZE):
+            batch = torch.arange(first, min(first + BATCH_SIZE, len(in_context.prompts.queries)))
+            held = _HeldPass(model, in_context.prompts, batch)
+            residual = max(residual, held.base(zero_shot))
             layers = [
-                _compare_layer(_delta_w_icl(model, icl, layer, batch), W_FT, icl, layer, batch, rank, generator)
+                _compare_layer(
+                    _delta_w_icl(model, in_context, layer, batch), W_FT, in_context, layer, batch, rank, generator
+                )
                 for layer, W_FT in enumerate(held.tuned(delta))
             ]
             for name in layers[0]:
@@ -155,7 +165,7 @@ class _HeldPass:
             self.positions += len(prompts.prefix) - len(prompts.start)
         self.attention: list[Attention] = []
 
-    def base(self, zsl: Capture) -> float:
+    def base(self, zero_shot: Capture) -> float:
         """The untuned run, kept; returns how far its attention output is off the zero-shot capture's."""
         worst = 0.0
         tolerance = MOVED_TOLERANCE[0] * max(1.0, int(self.positions[-1]) / MOVED_TOLERANCE[1])
@@ -165,8 +175,8 @@ class _HeldPass:
 
         def check(layer: int, output: Tensor) -> None:
             nonlocal worst
-            assert zsl.attn_out is not None
-            expected = zsl.attn_out[self.batch, layer]
+            assert zero_shot.attn_out is not None
+            expected = zero_shot.attn_out[self.batch, layer]
             off = output[torch.arange(len(self.batch), device=self.last.device), self.last].to(expected) - expected
             residual = (off.norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not residual <= tolerance:
@@ -190,8 +200,8 @@ class _HeldPass:
 
         with delta.applied(self.model):
             self._run(hold, add_momentum=False)  # the tuned values' own would move the inputs
-        for scoring, before, after in zip(self.model.scoring, self.attention, tuned, strict=True):
-            seen = scoring.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
+        for rule, before, after in zip(self.model.attention_rules, self.attention, tuned, strict=True):
+            seen = rule.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
             keys_values = before.k, before.v * seen, after.k, after.v * seen
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
@@ -211,14 +221,14 @@ def _tensors(result: UpdateComparison) -> dict[str, Tensor]:
 
 
 def _delta_w_icl(
-    model: Model, icl: Capture, layer: int, batch: Int[Tensor, " batch"]
+    model: Model, in_context: Capture, layer: int, batch: Int[Tensor, " batch"]
 ) -> Float[Tensor, "#batch kv_head d_head d_head"]:
     """ΔW_ICL over the demonstrations that the layer's mask shows: one for all queries where that is all of them."""
-    prompts, kept = icl.prompts, icl.keys_values
+    prompts, kept = in_context.prompts, in_context.keys_values
     assert kept is not None
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
     rows = torch.tensor([n_prefix + len(prompts.rows[index]) - 1 for index in batch.tolist()])
-    seen = model.scoring[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
+    seen = model.attention_rules[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
     seen = seen[:1] if (seen == seen[:1]).all() else seen
     k, v = kept.demo_keys[layer].double(), kept.demo_values[layer].double()
     return dual.head_weights(k.expand(len(seen), *k.shape), v * seen[..., None, None])
@@ -227,14 +237,14 @@ def _delta_w_icl(
 def _compare_layer(
     W_ICL: Float[Tensor, "#batch kv_head d_head d_head"],
     W_FT: Float[Tensor, "batch kv_head d_head d_head"],
-    icl: Capture,
+    in_context: Capture,
     layer: int,
     batch: Int[Tensor, " batch"],
     rank: int,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
-    assert icl.q_scored is not None
-    q = icl.q_scored[batch, layer].double()
+    assert in_context.q_scored is not None
+    q = in_context.q_scored[batch, layer].double()
     a, b = dual.Svd.of(W_ICL), dual.Svd.of(W_FT)
     found = {
         "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
@@ -293,7 +303,7 @@ def summarise(delta: WeightDelta) -> DeltaSummary:
     factors, weights, shares = delta.factors, [delta.W_K.double(), delta.W_V.double()], [None, None]
     if factors is not None:
         errors = [e.double() for e in (factors.e_K, factors.e_V)]
-        weights = [dual.outer_sum(e, factors.x.double()) for e in errors]
+        weights = [dual.outer_sum(factors.x.double(), e) for e in errors]
         shares = [_shares(e, factors, W) for e, W in zip(errors, weights, strict=True)]
     spectra = [torch.linalg.svdvals(W) for W in weights]
     return DeltaSummary(*(S.norm(dim=-1) for S in spectra), *(dual.effective_rank(S) for S in spectra), *shares)
@@ -309,11 +319,11 @@ def _shares(
     return by_step / (W * W).sum((-2, -1)).unsqueeze(-1)
 
 
-def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelta, rank: int) -> None:
-    refuse_unpaired(model, icl, zsl)
-    if (delta.model, delta.fingerprint) != (model.name, icl.fingerprint):
+def _check_match(model: Model, zero_shot: Capture, in_context: Capture, delta: WeightDelta, rank: int) -> None:
+    check_paired(model, zero_shot=zero_shot, in_context=in_context)
+    if (delta.model, delta.fingerprint) != (model.name, in_context.fingerprint):
         raise ValueError(
-            f"expected a delta finetuned from the weights of {model.name!r} (fingerprint {icl.fingerprint}), got one "
+            f"expected a delta finetuned from the weights of {model.name!r} (fingerprint {in_context.fingerprint}), got one "
             f"from {delta.model!r} ({delta.fingerprint})"
         )
     if delta.W_Q is not None:
@@ -321,14 +331,14 @@ def _refuse_mismatch(model: Model, icl: Capture, zsl: Capture, delta: WeightDelt
             "expected a delta of keys and values, got one of all attention: equation 13 has no change of queries. "
             "Finetune with trained='key-value'"
         )
-    if not icl.prompts.demonstrations:
-        raise ValueError("expected icl's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
-    if delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
+    if not in_context.prompts.demonstrations:
+        raise ValueError("expected in_context's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
+    if delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training]:
         raise ValueError(
-            f"expected a delta finetuned on the {len(icl.prompts.demonstrations)} demonstrations of icl's prompts, in "
-            f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on icl's prompts"
+            f"expected a delta finetuned on the {len(in_context.prompts.demonstrations)} demonstrations of in_context's prompts, in "
+            f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on in_context's prompts"
         )
-    for run, name in ((icl, "q_scored"), (icl, "keys_values"), (zsl, "attn_out")):
+    for run, name in ((in_context, "q_scored"), (in_context, "keys_values"), (zero_shot, "attn_out")):
         if getattr(run, name) is None:
             raise ValueError(f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}")
     if not 1 <= rank <= model.d_head:

@@ -27,7 +27,7 @@ def run_settings(model: icl.Model, prompts: icl.Prompts) -> dict[str, Any]:
     delta = icl.finetune(model, prompts, lr=0.05, progress=False)
     with delta.applied(model):
         ft = icl.capture(model, prompts.zero_shot(), progress=False)
-    return {"zsl": zsl, "icl": in_context, "ft": ft, "delta": delta}
+    return {"zero_shot": zsl, "in_context": in_context, "finetuned": ft, "delta": delta}
 
 
 _MOVING = {

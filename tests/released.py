@@ -244,7 +244,7 @@ def random_steps(
     rng: np.random.Generator, counts: list[int], n_layers: int, d_model: int, repeats: list[tuple[int, int]]
 ) -> list[dict]:
     """Draw the training steps' query vectors, making each copied token's vector equal to its original's."""
-    owns = rng.standard_normal((n_layers, sum(counts), d_model))
+    owns = few_bits(rng.standard_normal((n_layers, sum(counts), d_model)))
     for copy, original in repeats:
         owns[:, copy] = owns[:, original]
     steps = []
@@ -268,6 +268,11 @@ def random_line(
         "attn_map_ctx": rng.standard_normal((n_layers, n_context)).tolist(),
         "pred_label": int(rng.integers(n_labels)),
     }
+
+
+def few_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers whose products and sums are exact, so that tokens that tie do so in every order of summation."""
+    return np.round(values * 64) / 64
 
 
 def repeat_scores(rows: list[list[float]], positions: list[int], repeats: list[tuple[int, int]]) -> None:
@@ -308,7 +313,7 @@ def write_random(
             if setting == "icl":
                 repeat_scores(line["attn_map_ctx"], positions, repeats)
             if setting == "ftzs":
-                line["attn_q"] = rng.standard_normal((n_layers, d_model)).tolist()
+                line["attn_q"] = few_bits(rng.standard_normal((n_layers, d_model))).tolist()
             lines[setting].append(line)
     lines["ft"] = random_steps(rng, counts, n_layers, d_model, repeats)
     for setting, of_setting in lines.items():

@@ -33,8 +33,12 @@ def runs(model: icl.Model, prompts: Prompts) -> tuple[icl.Capture, icl.Capture]:
     return icl_run, zsl
 
 
+def decompose_runs(model: icl.Model, in_context: icl.Capture, zero_shot: icl.Capture) -> icl.Decomposition:
+    return icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
+
+
 def decomposed(model: icl.Model, prompts: Prompts) -> icl.Decomposition:
-    return icl.decompose(model, *runs(model, prompts))
+    return decompose_runs(model, *runs(model, prompts))
 
 
 class Reference:
@@ -57,22 +61,22 @@ class Reference:
 
     def head(self, layer: int, head: int):
         """Its scores before the softmax, its softmax weights, its values, its q and its keys."""
-        scoring, seen = self.model.scoring[layer], self.attention[layer]
+        rule, seen = self.model.attention_rules[layer], self.attention[layer]
         kv_head = head // (self.model.n_heads // self.model.n_key_value_heads)
         q, k, v = seen.q[0, -1, head], seen.k[0, :, kv_head], seen.v[0, :, kv_head]
         q, k, v = (tensor.double().numpy() for tensor in (q, k, v))
         n_keys = len(k)
         scores = []
         for at in range(n_keys):
-            score = scoring.scale * float(k[at] @ q)
-            if scoring.softcap is not None:
-                score = scoring.softcap * np.tanh(score / scoring.softcap)
-            if scoring.slopes is not None:
-                score -= float(scoring.slopes[head]) * (n_keys - 1 - at)
-            if scoring.window is not None and n_keys - 1 - at >= scoring.window:
+            score = rule.scale * float(k[at] @ q)
+            if rule.softcap is not None:
+                score = rule.softcap * np.tanh(score / rule.softcap)
+            if rule.slopes is not None:
+                score -= float(rule.slopes[head]) * (n_keys - 1 - at)
+            if rule.window is not None and n_keys - 1 - at >= rule.window:
                 score = -np.inf
             scores.append(score)
-        sink = 0.0 if scoring.sink is None else float(np.exp(float(scoring.sink[head])))
+        sink = 0.0 if rule.sink is None else float(np.exp(float(rule.sink[head])))
         weights = np.exp(scores)
         return np.array(scores), weights / (weights.sum() + sink), sink / (weights.sum() + sink), v, q, k
 
@@ -109,7 +113,7 @@ def test_terms_are_those_of_attention_written_out_in_a_plain_full_prompt(
                 z = weights @ v
                 scale = float(np.abs(z).max())
                 assert close(got.z_0[at], z_0, scale)
-                assert close(got.start[at], weights[:1] @ v[:1] / (1 - w), scale)
+                assert close(got.from_start[at], weights[:1] @ v[:1] / (1 - w), scale)
                 assert close(got.delta_icl[at], z - z_0, scale)
                 linear = np.where(np.isinf(scores), 0.0, k @ q)
                 update, output = linear[plain.demonstrations] @ v[plain.demonstrations], linear @ v
@@ -130,7 +134,7 @@ def test_realised_is_direct_plus_inherited_and_shares_sum_to_one(
 ) -> None:
     model = models_by_architecture(architecture)
     icl_run, zsl = runs(model, build(model, task))
-    got = icl.decompose(model, icl_run, zsl)
+    got = icl.decompose(model, zero_shot=zsl, in_context=icl_run)
     assert icl_run.attn_out is not None
     assert zsl.attn_out is not None
     torch.testing.assert_close(got.realised.float(), icl_run.attn_out - zsl.attn_out, atol=1e-5, rtol=1e-4)
@@ -202,7 +206,7 @@ def test_a_sink_has_no_part_of_b_v(models_by_architecture: Callable[[str], icl.M
 
 def test_without_demonstrations_nothing_is_added(llama: icl.Model, prompts: Prompts) -> None:
     zsl, _ = runs(llama, prompts.zero_shot())
-    got = icl.decompose(llama, zsl, zsl)
+    got = icl.decompose(llama, zero_shot=zsl, in_context=zsl)
     for nothing in (got.delta_icl, got.direct, got.demonstration_mass):
         assert (nothing == 0).all()
     assert got.inherited.abs().max() < 1e-5
@@ -256,7 +260,7 @@ def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
     assert shares["head"].isna().tolist() == [True] * 3
     assert shares["mean"].tolist() == pytest.approx(got.direct_share.mean(0).tolist())
     assert shares["n"].tolist() == [7, 7, 7]
-    undefined = icl.decompose(llama, *[runs(llama, prompts.zero_shot())[1]] * 2).to_frame()
+    undefined = decompose_runs(llama, *[runs(llama, prompts.zero_shot())[1]] * 2).to_frame()
     cosines = undefined.query("metric == 'update_cosine'")
     assert cosines["mean"].isna().tolist() == [True] * 12
     assert cosines["n"].tolist() == [0] * 12
@@ -280,7 +284,7 @@ def test_captures_that_do_not_belong_together_are_refused(
     got, zsl = runs(llama, prompts)
     change = {name: new(getattr(got, name)) if callable(new) else new for name, new in change.items()}
     with pytest.raises(error, match=message.replace("\\\\", "\\")):
-        icl.decompose(llama, dataclasses.replace(got, **change), zsl)
+        icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, **change))
 
 
 def test_a_zero_shot_capture_of_other_queries_positions_or_heads_is_refused(
@@ -288,12 +292,14 @@ def test_a_zero_shot_capture_of_other_queries_positions_or_heads_is_refused(
 ) -> None:
     got, zsl = runs(llama, prompts)
     with pytest.raises(ValueError, match="same queries at the same positions"):
-        icl.decompose(llama, got, runs(llama, build(llama, task, n=3))[1])
-    with pytest.raises(ValueError, match=r"zsl to be without demonstrations, got .*: are icl and zsl swapped"):
-        icl.decompose(llama, zsl, got)
+        icl.decompose(llama, zero_shot=runs(llama, build(llama, task, n=3))[1], in_context=got)
+    with pytest.raises(
+        ValueError, match=r"zero_shot to be without demonstrations, got .*: are in_context and zero_shot swapped"
+    ):
+        icl.decompose(llama, zero_shot=got, in_context=zsl)
     assert zsl.z is not None
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(realised\)"):
-        icl.decompose(llama, got, dataclasses.replace(zsl, z=zsl.z * 1.01))
+        icl.decompose(llama, zero_shot=dataclasses.replace(zsl, z=zsl.z * 1.01), in_context=got)
 
 
 def test_captures_of_changed_weights_are_refused(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
@@ -312,7 +318,7 @@ def test_captures_of_changed_weights_are_refused(make_model: Callable[..., icl.M
         before = weight.data.clone()
         weight.data.copy_(change(before))
         with pytest.raises(ValueError, match="got other weights"):
-            icl.decompose(model, got, runs(model, prompts)[1])
+            icl.decompose(model, zero_shot=runs(model, prompts)[1], in_context=got)
         weight.data.copy_(before)
 
 
@@ -334,20 +340,20 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
     monkeypatch.setattr(module, "run_prefix", rolled)
     wrong = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(run\); .* not a plain pass"):
-        icl.decompose(model, wrong, zsl)
+        icl.decompose(model, zero_shot=zsl, in_context=wrong)
 
 
 def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Model, task: icl.Task) -> None:
     got, zsl = runs(llama, prompts := build(llama, task))
     other = dataclasses.replace(prompts, demonstrations=prompts.demonstrations[::-1])
     with pytest.raises(ValueError, match="plain pass over the first query's prompt"):
-        icl.decompose(llama, dataclasses.replace(got, prompts=other), zsl)
+        icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, prompts=other))
 
 
 def test_decomposing_runs_no_model(llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = runs(llama, prompts)
     monkeypatch.setattr(llama.wrapped, "forward", None)
-    assert icl.decompose(llama, *captured).residual <= EXACT
+    assert decompose_runs(llama, *captured).residual <= EXACT
 
 
 @pytest.mark.parametrize("hooked", [(True, True, False), (True, False, False), (False, False, True)])
@@ -366,16 +372,20 @@ def test_captures_under_hooks_that_are_not_on_now_are_refused(
     with under(hooked[1]):
         zsl = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
     with under(hooked[2]), pytest.raises(ValueError, match="with the hooks that are on the model now, got others"):
-        icl.decompose(model, in_context, zsl)
+        icl.decompose(model, zero_shot=zsl, in_context=in_context)
     with under(True):
-        assert icl.decompose(model, *runs(model, prompts)).residual <= EXACT
+        assert decompose_runs(model, *runs(model, prompts)).residual <= EXACT
 
 
 def test_a_plain_pass_that_does_not_split_is_refused(llama: icl.Model, prompts: Prompts) -> None:
     got, zsl = runs(llama, prompts)
-    assert got.plain is not None
-    with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(plain\)"):
-        icl.decompose(llama, dataclasses.replace(got, plain=got.plain._replace(v=1.01 * got.plain.v)), zsl)
+    assert got.full_prompt is not None
+    with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(full_prompt\)"):
+        icl.decompose(
+            llama,
+            zero_shot=zsl,
+            in_context=dataclasses.replace(got, full_prompt=got.full_prompt._replace(v=1.01 * got.full_prompt.v)),
+        )
 
 
 def test_captures_within_a_delta_are_not_decomposed_outside_of_it(
@@ -386,9 +396,9 @@ def test_captures_within_a_delta_are_not_decomposed_outside_of_it(
     delta = icl.finetune(model, prompts, lr=0.05, progress=False)
     with delta.applied(model):
         tuned = runs(model, prompts)
-        assert icl.decompose(model, *tuned).residual <= EXACT
+        assert decompose_runs(model, *tuned).residual <= EXACT
     with pytest.raises(ValueError, match="got other weights"):
-        icl.decompose(model, *tuned)
+        decompose_runs(model, *tuned)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +443,7 @@ def test_momentum_is_split_by_whose_values_it_sums(
     prompts = build(model, task)
     with icl.momentum_attention(model, eta):
         icl_run, zsl = runs(model, prompts)
-        got, plain = icl.decompose(model, icl_run, zsl), Reference(model, prompts, 2)
+        got, plain = icl.decompose(model, zero_shot=zsl, in_context=icl_run), Reference(model, prompts, 2)
     assert got.residual <= EXACT
     assert got.momentum is not None
     assert icl_run.attn_out is not None

@@ -37,8 +37,8 @@ def test_a_layer_trained_by_sgd_is_the_untrained_layer_plus_linear_attention(see
     W, errors = dual.sgd(W_0, inputs, lambda out, step: torch.tanh(out - targets[step]), lr=0.05)
     x = draw(seed + 3, 3, d_in)
     assert_exact(W, layer.weight.detach())
-    assert_exact(x @ W_0.mT + dual.linear_attention(errors, inputs, x), layer(x).detach())
-    assert_exact(W_0 + dual.outer_sum(errors, inputs), W)
+    assert_exact(x @ W_0.mT + dual.linear_attention(x, inputs, errors), layer(x).detach())
+    assert_exact(W_0 + dual.outer_sum(inputs, errors), W)
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,11 +48,11 @@ def test_any_linear_attention_is_an_sgd_run(seed, n, d_in, d_out, repeated):
     if repeated and n:
         k = k[:1].expand(n, -1)
     k = torch.nn.functional.normalize(k, dim=1)  # longer ones make SGD diverge, and its rounding with it
-    targets = dual.sgd_targets(W_0, v, k, lr=0.5)
+    targets = dual.sgd_targets(W_0, k, v, lr=0.5)
     W, errors = dual.sgd(W_0, k, lambda out, step: out - targets[step], lr=0.5)
     assert_exact(errors, v)
     q = draw(seed + 3, 2, d_in)
-    expected = q @ W_0.mT + dual.linear_attention(v, k, q)
+    expected = q @ W_0.mT + dual.linear_attention(q, k, v)
     assert_exact(q @ W.mT, expected)
 
 
@@ -64,8 +64,8 @@ def test_linear_attention_written_out(seed, n, d_in, d_out):
     for pos in range(2):
         for i in range(n):
             expected[pos] += v[i].numpy() * float(k[i].numpy() @ q[pos].numpy())
-    np.testing.assert_allclose(dual.linear_attention(v, k, q), expected, atol=1e-12)
-    np.testing.assert_allclose(q @ dual.outer_sum(v, k).mT, expected, atol=1e-12)
+    np.testing.assert_allclose(dual.linear_attention(q, k, v), expected, atol=1e-12)
+    np.testing.assert_allclose(q @ dual.outer_sum(k, v).mT, expected, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,7 +103,7 @@ def test_weights_per_head_and_their_action_written_out(seed, n, kv_heads, group,
             expected += np.outer(v[j, kv_head].numpy(), k[j, kv_head].numpy())
         np.testing.assert_allclose(W[kv_head], expected, atol=1e-12)
         np.testing.assert_allclose(dual.act(W, q)[head], expected @ q[head].numpy(), atol=1e-12)
-    assert_exact(dual.act_unformed(k, v, q), dual.act(W, q))
+    assert_exact(dual.act_unformed(q, k, v), dual.act(W, q))
 
 
 @settings(max_examples=40, deadline=None)
@@ -260,15 +260,15 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
     q, k, v = draw(seed, 2, 1, heads, d), draw(seed + 1, 2, n, 2, d), draw(seed + 2, 2, n, 2, d)
     slopes = torch.tensor([0.5, 0.25, 0.1, 2.0]).double() if alibi else None
     sinks = draw(seed + 3, heads) if sink else None
-    scoring = dual.Scoring(0.7, softcap, window, slopes, sinks)
+    rule = dual.AttentionRule(0.7, softcap, window, slopes, sinks)
     keys = torch.arange(n) + gap * (torch.arange(n) >= cuts[1])
     rows = keys[None, -1:]
     groups = [slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], n)]
-    parts = [scoring.attend(q, k[:, at], v[:, at], rows, keys[None, at]) for at in groups]
-    own = scoring.with_sink(dual.merge(parts[0], parts[2]))
+    parts = [rule.attend(q, k[:, at], v[:, at], rows, keys[None, at]) for at in groups]
+    own = rule.with_sink(dual.merge(parts[0], parts[2]))
     split = own.z + dual.delta_icl(own, parts[1])
-    nothing = dual.Part(torch.zeros_like(q), torch.full((2, 1, heads), -torch.inf).double())
-    mass = torch.stack([part.lse for part in (*parts, scoring.with_sink(nothing))], dim=-1).softmax(-1)
+    nothing = dual.AttentionPart(torch.zeros_like(q), torch.full((2, 1, heads), -torch.inf).double())
+    mass = torch.stack([part.lse for part in (*parts, rule.with_sink(nothing))], dim=-1).softmax(-1)
     weighted = [mass[..., index, None] * part.z for index, part in enumerate(parts)]
     assert_exact(torch.stack(weighted).sum(0), split)
     for b in range(2):

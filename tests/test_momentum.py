@@ -29,7 +29,7 @@ def test_sgd_with_momentum_unrolled_is_linear_attention_with_momentum(seed, n, d
     W, errors = dual.sgd(W_0, inputs, lambda out, step: torch.tanh(out - targets[step]), lr=0.05, momentum=eta)
     x = draw(seed + 3, 3, d_in)
     assert_exact(W, layer.weight.detach())
-    assert_exact(x @ W_0.mT + momentum.momentum_linear_attention(errors, inputs, x, eta), layer(x).detach())
+    assert_exact(x @ W_0.mT + momentum.momentum_linear_attention(x, inputs, errors, eta), layer(x).detach())
 
 
 def test_the_papers_momentum_is_that_of_sgd():
@@ -44,7 +44,7 @@ def test_the_papers_momentum_is_that_of_sgd():
     W, errors = dual.sgd(W_1, inputs, lambda out, i: torch.tanh(out - targets[i]), lr=gamma * eta, momentum=eta)
     assert_exact(W, thetas[-1])
     x = draw(3, 2, 4)
-    assert_exact(x @ W_1.mT + momentum.momentum_linear_attention(errors, inputs, x, eta), x @ thetas[-1].mT)
+    assert_exact(x @ W_1.mT + momentum.momentum_linear_attention(x, inputs, errors, eta), x @ thetas[-1].mT)
 
 
 def plain_momentum(v: np.ndarray, eta: np.ndarray) -> np.ndarray:

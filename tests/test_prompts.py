@@ -7,7 +7,7 @@ import pytest
 from helpers import make_rows
 
 import icl_dual as icl
-from icl_dual.prompts import SEPARATOR, START, Prompts, refuse_unreadable
+from icl_dual.prompts import SEPARATOR, START, Prompts, check_prompts
 
 
 def test_segments_say_whose_each_token_is(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
@@ -220,7 +220,7 @@ def test_prompts_made_by_hand_are_checked_before_anything_runs(
 ) -> None:
     model = make_model("llama", name="model")
     whole = icl.Prompts((0,), ((1, 2), (3, 4)), (1, 1), (9,), ((5,), (6,)), ((7,), (8,)), (0, 1))
-    refuse_unreadable(model, whole)
+    check_prompts(model, whole)
     broken = copy.copy(whole)
     for name, value in damage.items():
         object.__setattr__(broken, name, value)  # not by `replace`, whose types tests check
@@ -229,6 +229,6 @@ def test_prompts_made_by_hand_are_checked_before_anything_runs(
 
 
 def test_a_model_that_is_not_wrapped_is_said(make_model: Callable[..., icl.Model], prompts: Prompts) -> None:
-    unchecked: Any = getattr(refuse_unreadable, "__wrapped__", refuse_unreadable)
+    unchecked: Any = getattr(check_prompts, "__wrapped__", check_prompts)
     with pytest.raises(TypeError, match=r"expected an icl_dual\.Model, got TransformerBridge: wrap it, as"):
         unchecked(make_model("llama").wrapped, prompts)

@@ -68,7 +68,7 @@ def test_the_page_on_momentum_runs(
 def test_recordings_go_out_and_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import icl_dual as icl
 
-    scope: dict = {"icl": icl}
+    scope: dict = {"in_context": icl}
     monkeypatch.chdir(tmp_path)
     exec(PYTHON[2], scope)
     expected = scope["results"][0].comparison.released()
@@ -84,7 +84,7 @@ def test_recordings_go_out_and_come_in(tmp_path: Path, monkeypatch: pytest.Monke
 def test_controls_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import icl_dual as icl
 
-    scope: dict = {"icl": icl}
+    scope: dict = {"in_context": icl}
     monkeypatch.chdir(tmp_path)
     exec(PYTHON[3], scope)
     said = capsys.readouterr().out
@@ -99,6 +99,6 @@ def test_controls_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_task_of_ones_own_runs() -> None:
     import icl_dual as icl
 
-    scope: dict = {"icl": icl}
+    scope: dict = {"in_context": icl}
     exec(PYTHON[6], scope)
     assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")

@@ -43,10 +43,10 @@ def test_a_cell_is_what_its_stages_give_and_says_where_it_came_from(
     with delta.applied(llama):
         ft = icl.capture(llama, prompts.zero_shot(), progress=False)
     expected = icl.compare(
-        icl.capture(llama, prompts.zero_shot(), progress=False),
-        icl.capture(llama, prompts, progress=False),
-        ft,
-        delta,
+        zero_shot=icl.capture(llama, prompts.zero_shot(), progress=False),
+        in_context=icl.capture(llama, prompts, progress=False),
+        finetuned=ft,
+        delta=delta,
         seed=1,
     )
     for metric, values in expected.per_layer.items():
@@ -312,7 +312,7 @@ def test_a_context_control_is_compared_with_the_own_finetuning(
     with delta.applied(llama):
         ft = icl.capture(llama, prompts.zero_shot(), progress=False)
     zsl, in_context = (icl.capture(llama, one, progress=False) for one in (prompts.zero_shot(), other))
-    expected = icl.compare(zsl, in_context, ft, delta, steps=steps, seed=1)
+    expected = icl.compare(zero_shot=zsl, in_context=in_context, finetuned=ft, delta=delta, steps=steps, seed=1)
     assert steps != sorted(steps)
     for metric, values in expected.per_layer.items():
         torch.testing.assert_close(result.comparison.per_layer[metric], values, equal_nan=True)
@@ -330,7 +330,7 @@ def test_a_cell_finetuned_on_its_context_is_the_cell_of_those_demonstrations(
     with delta.applied(llama):
         ft = icl.capture(llama, prompts.zero_shot(), progress=False)
     zsl, in_context = (icl.capture(llama, one, progress=False) for one in (prompts.zero_shot(), prompts))
-    expected = icl.compare(zsl, in_context, ft, delta, seed=1)
+    expected = icl.compare(zero_shot=zsl, in_context=in_context, finetuned=ft, delta=delta, seed=1)
     for metric, values in expected.per_layer.items():
         torch.testing.assert_close(result.comparison.per_layer[metric], values, equal_nan=True)
 
@@ -470,7 +470,7 @@ def test_a_random_delta_moves_as_far_as_the_finetuned_one(
 
     def kept(zsl: Any, in_context: Any, ft: Any, delta: icl.WeightDelta, **kwargs: Any) -> icl.Comparison:
         deltas.append(delta)
-        return compare(zsl, in_context, ft, delta, **kwargs)
+        return compare(zero_shot=zsl, in_context=in_context, finetuned=ft, delta=delta, **kwargs)
 
     monkeypatch.setattr(study, "compare", kept)
     first, second = icl.run_study([CELL, dataclasses.replace(CELL, delta="random")], tmp_path, progress=False)

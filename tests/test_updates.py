@@ -29,8 +29,8 @@ class Runs:
     def compare(self, **changes) -> icl.UpdateComparison:
         given = {
             "model": self.model,
-            "icl": self.in_context,
-            "zsl": self.zsl,
+            "in_context": self.in_context,
+            "zero_shot": self.zsl,
             "delta": self.delta,
             "rank": RANK,
         } | changes
@@ -85,7 +85,7 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
                 for t in (k, tuned_k)
             )
         k, v, tuned_k, tuned_v = (t.double().numpy() for t in (k, v, tuned_k, v + delta_v))
-        window = model.scoring[layer].window
+        window = model.attention_rules[layer].window
         seen = slice(0 if window is None else max(0, len(x) - window), None)
         found.append(
             np.einsum("jhv,jhk->hvk", tuned_v[seen], tuned_k[seen]) - np.einsum("jhv,jhk->hvk", v[seen], k[seen])
@@ -122,7 +122,7 @@ def hold_to_matrices(runs: Runs) -> None:
         W_FT = equation_13(runs, query)
         at = n_prefix + len(prompts.rows[query]) - 1
         for layer in range(model.n_layers):
-            window = model.scoring[layer].window
+            window = model.attention_rules[layer].window
             seen = slice(0 if window is None else max(0, at - window + 1 - len(prompts.start)), None)
             k, v = (t[layer, seen].double().numpy() for t in (kept.demo_keys, kept.demo_values))
             for head in range(model.n_key_value_heads):
@@ -161,7 +161,7 @@ def test_the_windowed_model_tested_has_lost_demonstrations(
     make_model: Callable[..., icl.Model], task: icl.Task
 ) -> None:
     runs = make_runs(make_model("mistral-window"), task)
-    assert all((s.window or 0) < len(runs.prompts.prefix) for s in runs.model.scoring)
+    assert all((s.window or 0) < len(runs.prompts.prefix) for s in runs.model.attention_rules)
 
 
 def test_demonstrations_out_of_sight_leave_nothing_to_compare(
@@ -235,14 +235,16 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     half = make_runs(make_model("llama", torch.bfloat16), task)
     with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
         half.compare()
-    with pytest.raises(ValueError, match="finetuned on the 5 demonstrations of icl's prompts, in their order, got"):
+    with pytest.raises(
+        ValueError, match="finetuned on the 5 demonstrations of in_context's prompts, in their order, got"
+    ):
         runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]]))
     with runs.delta.applied(runs.model), pytest.raises(ValueError, match="got other weights"):
         runs.compare()
     with pytest.raises(ValueError, match=r"prompts\.zero_shot\(\)"):
-        runs.compare(zsl=runs.in_context)
+        runs.compare(zero_shot=runs.in_context)
     with pytest.raises(ValueError, match="to have demonstrations"):
-        runs.compare(icl=runs.zsl)
+        runs.compare(in_context=runs.zsl)
     other = Runs(
         make_model("llama", name="llama"), *(getattr(runs, name) for name in ("prompts", "in_context", "zsl", "delta"))
     )
@@ -253,13 +255,13 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     with pytest.raises(ValueError, match="delta finetuned from these weights"), runs.delta.applied(other.model):
         pass
     with pytest.raises(ValueError, match="without 'keys_values'"):
-        runs.compare(icl=dataclasses.replace(runs.in_context, keys_values=None))
+        runs.compare(in_context=dataclasses.replace(runs.in_context, keys_values=None))
     with pytest.raises(ValueError, match="rank from 1 to d_head = 8, got 9"):
         runs.compare(rank=9)
     assert runs.zsl.attn_out is not None
     moved = dataclasses.replace(runs.zsl, attn_out=runs.zsl.attn_out * 1.01)
     with pytest.raises(icl.UnsupportedModelError, match="layer 0: zero-shot prompts at in-context positions are off"):
-        runs.compare(zsl=moved)
+        runs.compare(zero_shot=moved)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox"])
@@ -278,7 +280,7 @@ def test_a_delta_is_the_sum_of_its_factors(
     for layer, pair in enumerate(linear_layers(model)):
         for projection, errors, W in zip(pair, (factors.e_K, factors.e_V), (delta.W_K, delta.W_V), strict=True):
             torch.testing.assert_close(errors[layer].mT @ factors.x[layer], W[layer], atol=1e-13, rtol=1e-10)
-            dual_form = projection(x) + icl.dual.linear_attention(errors[layer], factors.x[layer], x)
+            dual_form = projection(x) + icl.dual.linear_attention(x, factors.x[layer], errors[layer])
             if projection.bias is not None:
                 dual_form = dual_form + errors[layer].sum(0)
             with delta.applied(model):

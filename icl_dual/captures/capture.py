@@ -3,7 +3,7 @@
 Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the shared part runs once:
 
 1. Start token, demonstrations and the tokens with which all queries begin (their template's) go through the model once,
-   in blocks, or whole with the first query behind them where that plain pass is kept (`PlainPass`); their keys and
+   in blocks, or whole with the first query behind them where that plain pass is kept (`FullPromptPass`); their keys and
    values at every layer are kept.
 2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
    tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
@@ -14,7 +14,7 @@ Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). S
    protocol the end of the label word that follows every query. Labels are read where they are predicted under both.
 
 Nothing is taken on trust: every pass recomputes the heads' output over the tokens it runs from their queries, keys and
-values and holds it against the model's own, and a model's first capture holds the whole pass against a plain forward
+values and holds it against the model's own, and a model's first capture holds the whole pass against a full_prompt forward
 pass over a full prompt. A model that fails either is refused.
 """
 
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from icl_dual import dual
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
-    PlainPass,
+    FullPromptPass,
     PrefixCache,
     check_rope_scaling,
     label_word_log_probs,
@@ -41,7 +41,7 @@ from icl_dual.captures.shared_prefix import (
     shared_head,
 )
 from icl_dual.models import Attention, Model, UnsupportedModelError
-from icl_dual.prompts import Prompts, refuse_unreadable
+from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.torch_utils import out_of_memory
 
 Field = Literal[
@@ -53,12 +53,12 @@ Field = Literal[
     "demo_scores",
     "query_scores",
     "keys_values",
-    "plain",
+    "full_prompt",
     "next_log_probs",
 ]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
 """What the paper's metrics need."""
-DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values", "plain")
+DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values", "full_prompt")
 """What `icl_dual.decompose` needs."""
 
 
@@ -107,7 +107,7 @@ class Capture:
     query_scores: Float[Tensor, "query layer head query_token"] | None
     """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
     keys_values: KeysValues | None
-    plain: PlainPass | None
+    full_prompt: FullPromptPass | None
     """The plain pass over the first query's full prompt that a decomposition is held against."""
     next_log_probs: Float[Tensor, "query d_vocab"] | None
     """Log-probability in nats of every token of the vocabulary where the label is predicted."""
@@ -168,7 +168,7 @@ def capture(
     Raises:
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
         PromptError: the prompts are not whole, or the model cannot read them.
-        MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `plain` is
+        MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `full_prompt` is
             asked for; says its size.
     """
     if isinstance(fields, str):
@@ -177,7 +177,7 @@ def capture(
         raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    refuse_unreadable(model, prompts)
+    check_prompts(model, prompts)
     head = shared_head(prompts)
     check_rope_scaling(model, prompts, head)
     with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
@@ -193,7 +193,7 @@ def capture(
                 ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         rows = [row[len(head) :] for row in prompts.rows]
-        context, plain = run_prefix(model, prompts.prefix + head, rows[0] if "plain" in fields else None)
+        context, full_prompt = run_prefix(model, prompts.prefix + head, rows[0] if "full_prompt" in fields else None)
         recorder = _Recorder(model, prompts, fields, context)
         limit = BatchLimit(batch_size)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
@@ -211,7 +211,7 @@ def capture(
         asked = [query[len(head) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single):
             log_probs[:, label] = label_word_log_probs(model, asked, prompts.labels[label], context, limit)
-    return recorder.capture(log_probs, plain)
+    return recorder.capture(log_probs, full_prompt)
 
 
 class _Recorder:
@@ -268,7 +268,7 @@ class _Recorder:
         past_end: Bool[Tensor, "batch pos"],
     ) -> None:
         """Keep the recorded rows' scores over the context, and over the tokens that ran."""
-        kept, (scale, softcap, *_) = self.kept, self.model.scoring[layer]
+        kept, (scale, softcap, *_) = self.kept, self.model.attention_rules[layer]
         keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
         if "context_scores" in kept:
             kept["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
@@ -288,14 +288,14 @@ class _Recorder:
             rows = torch.arange(len(batch), device=last.device)
             self.kept["attn_out"][batch, layer] = output[rows, last].to(self.kept["attn_out"])
 
-    def capture(self, log_probs: Float[Tensor, "query label"], plain: PlainPass | None) -> Capture:
+    def capture(self, log_probs: Float[Tensor, "query label"], full_prompt: FullPromptPass | None) -> Capture:
         found: dict[str, Any] = {name: self.kept.get(name) for name in get_args(Field)}
         found["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
-        found["plain"] = plain
+        found["full_prompt"] = full_prompt
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
-            hooks=self.model.others_hooks(),
+            hooks=self.model.foreign_hooks(),
             prompts=self.prompts,
             label_log_probs=log_probs,
             residual=self.residual,

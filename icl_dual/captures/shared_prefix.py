@@ -23,7 +23,7 @@ PREFIX_BLOCK = 256
 BATCH_OVERHEAD = 96
 """What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
 
-PART, WHOLE = "part of the demonstrations,", "prompt, run whole for the field 'plain',"
+PART, WHOLE = "part of the demonstrations,", "prompt, run whole for the field 'full_prompt',"
 """What a single one of does not fit in memory, as errors say it."""
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-1, torc
 layers of a real model, bfloat16's rounding adds up to 7e-2."""
 
 
-class PlainPass(NamedTuple):
+class FullPromptPass(NamedTuple):
     """A plain pass over the first query's full prompt, in which nothing is merged: what captures are held against."""
 
     tokens: Tokens
@@ -46,7 +46,7 @@ class PlainPass(NamedTuple):
     """Attention output after W_O, at the recorded position."""
 
     def __repr__(self) -> str:
-        return f"PlainPass({len(self.tokens)} tokens)"
+        return f"FullPromptPass({len(self.tokens)} tokens)"
 
 
 OnBatchAttention = Callable[[int, Attention, Sequence[int], Int[Tensor, " batch"]], None]
@@ -68,17 +68,19 @@ class PrefixCache:
     def n_pos(self) -> int:
         return len(self.keys[0])
 
-    def attend(self, scoring: dual.Scoring, layer: int, q: Tensor, positions: Int[Tensor, "1 pos"]) -> dual.Part:
+    def attend(
+        self, rule: dual.AttentionRule, layer: int, q: Tensor, positions: Int[Tensor, "1 pos"]
+    ) -> dual.AttentionPart:
         """A batch's attention over the context: its rows, stacked, share one matrix product."""
         batch, n_pos = q.shape[:2]
-        z, lse = scoring.attend(
+        z, lse = rule.attend(
             q.reshape(1, batch * n_pos, *q.shape[2:]),
             self.keys[layer][None],
             self.values[layer][None],
             positions.repeat(1, batch),
             torch.arange(self.n_pos)[None],
         )
-        return dual.Part(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
+        return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
     def with_block(self, block: "PrefixCache") -> "PrefixCache":
         """The context with more tokens behind it, which ran behind it."""
@@ -107,13 +109,13 @@ class BatchLimit:
         self.said = True
 
 
-def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[PrefixCache, PlainPass | None]:
+def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[PrefixCache, FullPromptPass | None]:
     """Pass what the queries share once: in blocks that each run behind the ones before, or whole with a row behind it.
 
     Causality keeps the row out of its prefix, so that one pass serves as context and as a plain pass.
     """
     context = no_context(model)
-    if row is not None or (prefix and model.rotation_switch is not None):
+    if row is not None or (prefix and model.rope_scaling_threshold is not None):
         # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
         return _run_whole(model, prefix, row, context)
     block = PREFIX_BLOCK
@@ -142,7 +144,7 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
 
 def _run_whole(
     model: Model, prefix: Tokens, row: Tokens | None, before: PrefixCache
-) -> tuple[PrefixCache, PlainPass | None]:
+) -> tuple[PrefixCache, FullPromptPass | None]:
     """Pass a prefix at once, and a row behind it."""
     tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -168,7 +170,9 @@ def _run_whole(
     if row is None:
         return context, None
     dtype = torch.promote_types(model.dtype, torch.float32)
-    return context, PlainPass(prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out)))
+    return context, FullPromptPass(
+        prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out))
+    )
 
 
 def _run_behind(
@@ -187,15 +191,15 @@ def _run_behind(
     residuals: list[Tensor] = []
 
     def on_attention(layer: int, attention: Attention) -> Tensor | None:
-        scoring, (q, k, v, z, *_) = model.scoring[layer], attention
+        rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not context.n_pos:  # nothing to merge: the last row, which sees all, is enough to check
-            last = scoring.with_sink(scoring.attend(q[:, -1:], k, v, positions[:, -1:], positions))
+            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions))
             residuals.append(_residual(last.z, z[:, -1:]))
             show(layer, attention)
             return None
-        own = scoring.with_sink(scoring.attend(q, k, v, positions, positions))
+        own = rule.with_sink(rule.attend(q, k, v, positions, positions))
         residuals.append(_residual(own.z, z))
-        z = dual.merge(own, context.attend(scoring, layer, q, positions)).z
+        z = dual.merge(own, context.attend(rule, layer, q, positions)).z
         show(layer, attention._replace(z=z))
         return z
 
@@ -332,7 +336,7 @@ def shared_head(prompts: Prompts) -> Tokens:
 
 def check_rope_scaling(model: Model, prompts: Prompts, head: Tokens) -> None:
     """Keys kept from a short prefix are wrong for a model that turns all its keys anew once the prompt is long."""
-    switch, shared = model.rotation_switch, len(prompts.prefix) + len(head)
+    switch, shared = model.rope_scaling_threshold, len(prompts.prefix) + len(head)
     longest = len(prompts.prefix) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
     if switch is not None and shared <= switch < longest:
         raise UnsupportedModelError(
@@ -377,20 +381,20 @@ def measure_pass(model: Model, start: Tokens) -> float:
     Raises:
         UnsupportedModelError: they differ beyond rounding, e.g. where a model does not take positions that jump.
     """
-    room = min(model.n_ctx, model.rotation_switch or model.n_ctx) - len(start)
+    room = min(model.n_ctx, model.rope_scaling_threshold or model.n_ctx) - len(start)
     n_query = min(6, max(1, room // 5))
     n_demo = min(24, room - n_query)
     drawn = torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=torch.Generator().manual_seed(0))
     ids = tuple(drawn.tolist())
     queries = (ids[n_demo : n_demo + n_query], ids[n_demo + n_query :])
     prompts = Prompts(start, (ids[:n_demo],), (0,), (), queries, (ids[:1],), (0, 0))
-    plain: list[Tensor] = []
+    full_prompt: list[Tensor] = []
     model.run(
         torch.tensor([[*prompts.prefix, *query] for query in queries], device=model.device),
-        on_output=lambda layer, output: plain.append(output[:, -1]),
+        on_output=lambda layer, output: full_prompt.append(output[:, -1]),
     )
     context, _ = run_prefix(model, prompts.prefix)
-    outputs: list[Tensor] = [torch.zeros_like(output) for output in plain]
+    outputs: list[Tensor] = [torch.zeros_like(output) for output in full_prompt]
 
     def keep(layer: int, output: Tensor, batch: Sequence[int], last: Tensor) -> None:
         outputs[layer][batch] = output[torch.arange(len(batch), device=last.device), last]
@@ -398,7 +402,7 @@ def measure_pass(model: Model, start: Tokens) -> float:
     for _ in run_queries(model, queries, 1, context, BatchLimit(2), on_output=keep):
         pass
     worst = 0.0
-    for layer, (got, expected) in enumerate(zip(outputs, plain, strict=True)):
+    for layer, (got, expected) in enumerate(zip(outputs, full_prompt, strict=True)):
         worst = max(worst, residual := _residual(got, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(

@@ -78,7 +78,12 @@ def finetune_many(
         check_arguments(
             model, one, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)}
         )
-    one_by_one = method != "sgd" or model.dtype.itemsize < 4 or not model.adds or model.rotation_switch is not None
+    one_by_one = (
+        method != "sgd"
+        or model.dtype.itemsize < 4
+        or not model.supports_projection_deltas
+        or model.rope_scaling_threshold is not None
+    )
     if one_by_one:
         options: dict[str, Any] = {"loss": loss, "method": method, "trained": trained, "progress": progress}
         return (_or_diverged(model, one, lr, options) for one, lr in zip(prompts, lrs, strict=True))

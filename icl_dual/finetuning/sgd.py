@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from icl_dual import dual
 from icl_dual.finetuning.weight_delta import Factors, Loss, Method, Trained, WeightDelta, restored, trained_weights
 from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
-from icl_dual.prompts import Prompts, refuse_unreadable
+from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.torch_utils import at_least_float32
 
 EXPLODED_LOSS = 3.0
@@ -133,7 +133,7 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
 
 
 def check_arguments(model: Model, prompts: Prompts, lr: float, options: dict[str, tuple[str, Any]]) -> None:
-    refuse_unreadable(model, prompts)
+    check_prompts(model, prompts)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
     for name, (got, known) in options.items():
@@ -210,7 +210,7 @@ class _FactorRecorder:
                 found = projection.W.parameter.grad
                 assert found is not None
                 gradient = -self.lr * at_least_float32(projection.W.matrix(found)).cpu()
-                missing = (dual.outer_sum(self.errors[kind][layer][-1], self.x[layer][-1]) - gradient).norm()
+                missing = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - gradient).norm()
                 if not missing <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * gradient.norm():
                     raise UnsupportedModelError(
                         f"{self.model.name}, layer {layer}: expected the gradient of W_{kind} to be the sum of its "
@@ -224,7 +224,7 @@ class _FactorRecorder:
             for layers in (self.x, self.errors["K"], self.errors["V"])
         )
         steps = torch.cat([torch.full((len(tokens),), step) for step, tokens in enumerate(self.x[0])])
-        missing = [(dual.outer_sum(e, x) - W).flatten(1).norm(dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
+        missing = [(dual.outer_sum(x, e) - W).flatten(1).norm(dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
         size = [W.flatten(1).norm(dim=1) for W in (W_K, W_V)]
         return Factors(x, e_K, e_V, steps, (torch.stack(missing) / torch.stack(size)).max().item())
 
@@ -286,10 +286,10 @@ def _backward_locally(
         own = at_least_float32(model.unembed(torch.stack(some)))
         loss = nn.functional.cross_entropy(own.flatten(0, 1), targets.repeat(len(some)), reduction="sum")
         (loss / len(targets)).backward()
-    _refuse_other_readout(model, own[-1].detach(), logits)
+    _check_readout(model, own[-1].detach(), logits)
 
 
-def _refuse_other_readout(model: Model, got: Tensor, expected: Tensor) -> None:
+def _check_readout(model: Model, got: Tensor, expected: Tensor) -> None:
     off = (got - expected).abs().max() / expected.abs().max()
     if not off <= 10 * math.sqrt(torch.finfo(model.dtype).eps):
         raise UnsupportedModelError(

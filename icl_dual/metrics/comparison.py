@@ -53,7 +53,7 @@ from icl_dual.metrics.formulas import (
     top_recall,
 )
 from icl_dual.recordings.recordings import SETTINGS, Recordings
-from icl_dual.statistics.intervals import Interval, Table, average, bootstrap, share
+from icl_dual.statistics.intervals import Interval, Table, bootstrap, mean_of_intervals, proportion
 from icl_dual.statistics.ranks import kendall
 from icl_dual.storage import load_tensors, reading, save_tensors
 
@@ -105,8 +105,8 @@ PER_LAYER = (
 def estimate(*groups: Table, of: str) -> Interval:
     """A metric of one task, or its mean over several, with the interval that suits it.
 
-    Rec2FTP is a share of few queries: its interval is Wilson's (`intervals.share`), also where it is the mean of
-    several tasks (`intervals.average`). Of one task, so is that of an accuracy of 0 or 1, which the bootstrap would
+    Rec2FTP is a share of few queries: its interval is Wilson's (`intervals.proportion`), also where it is the mean of
+    several tasks (`intervals.mean_of_intervals`). Of one task, so is that of an accuracy of 0 or 1, which the bootstrap would
     give no width. All others are `intervals.bootstrap`'s.
 
     Args:
@@ -114,10 +114,10 @@ def estimate(*groups: Table, of: str) -> Interval:
         of: the metric's name.
     """
     if of.startswith("Rec2FTP"):
-        return average(*(share(group) for group in groups))
+        return mean_of_intervals(*(proportion(group) for group in groups))
     found = bootstrap(*groups)
     extreme = of.endswith("accuracy") and len(groups) == 1 and found.value in (0.0, 1.0)
-    return share(*groups) if extreme else found
+    return proportion(*groups) if extreme else found
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,20 +246,20 @@ class Comparison:
 
 
 def compare(
-    zsl: Capture,
-    icl: Capture,
-    ft: Capture,
-    delta: WeightDelta,
     *,
+    zero_shot: Capture,
+    in_context: Capture,
+    finetuned: Capture,
+    delta: WeightDelta,
     steps: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Hold in-context learning against finetuning, query by query and layer by layer.
 
     Args:
-        zsl: a capture of the zero-shot prompts.
-        icl: a capture of the same queries behind their demonstrations.
-        ft: a capture of the zero-shot prompts with the delta applied.
+        zero_shot: a capture of the zero-shot prompts.
+        in_context: a capture of the same queries behind their demonstrations.
+        finetuned: a capture of the zero-shot prompts with the delta applied.
         delta: the finetuning on the same demonstrations.
         steps: where a control's context holds other demonstrations, which training step each of them stands for; −1
             for none (`icl_dual.contexts.steps_of`).
@@ -268,8 +268,11 @@ def compare(
     Raises:
         ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field.
     """
-    found = compare_recordings(Recordings.of(zsl, icl, ft, delta, steps=steps), seed=seed)
-    runs = {"ZSL": zsl, "ICL": icl, "FT": ft}
+    found = compare_recordings(
+        Recordings.of(zero_shot=zero_shot, in_context=in_context, finetuned=finetuned, delta=delta, steps=steps),
+        seed=seed,
+    )
+    runs = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}
     return replace(found, label_log_probs={name: run.label_log_probs for name, run in runs.items()})
 
 

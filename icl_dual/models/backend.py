@@ -107,7 +107,7 @@ class Backend(ABC):
     SEEN: ClassVar[dict[str, str]]
     """What attention is put together from, and the hooks that show it, where a layer has them."""
 
-    adds: ClassVar[bool] = False
+    supports_projection_deltas: ClassVar[bool] = False
     """Whether something can be added to what its projections make."""
 
     wrapped: Any
@@ -120,12 +120,12 @@ class Backend(ABC):
     d_head: int
     n_ctx: int
     d_vocab: int
-    rotation_switch: int | None
+    rope_scaling_threshold: int | None
     points: dict[str, Any]
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
-        self.refuse_unsupported()
+        self.check_supported()
         cfg = wrapped.cfg
         self.tokenizer = wrapped.tokenizer
         self.n_layers = int(cfg.n_layers)
@@ -138,7 +138,7 @@ class Backend(ABC):
         self.points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
 
     @abstractmethod
-    def refuse_unsupported(self) -> None:
+    def check_supported(self) -> None:
         """Raise an UnsupportedModelError that says what is in the way, where that is known from the model's parts."""
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def scoring(self, layer: int) -> dual.Scoring:
+    def attention_rule(self, layer: int) -> dual.AttentionRule:
         """How a layer's softmax weighs keys."""
 
     @abstractmethod
@@ -170,7 +170,7 @@ class Backend(ABC):
         """Logits of a residual stream, by the final norm and the unembedding."""
 
     @abstractmethod
-    def drawn_anew(self, seed: int) -> "Backend":
+    def reinitialised(self, seed: int) -> "Backend":
         """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
 
     @abstractmethod
@@ -186,7 +186,7 @@ class Backend(ABC):
         """Hooks that, in the backward pass, show a projection's input and the gradient at its output."""
 
     def addition_hook(self, layer: int, kind: Kind, added: OnProjection) -> Hook:
-        """A hook that adds to a projection's output what is made of its input, where the class `adds`."""
+        """A hook that adds to a projection's output what is made of its input, where the class `supports_projection_deltas`."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing")
 
     @abstractmethod
@@ -238,7 +238,7 @@ class Backend(ABC):
         return [*watched, (self.points[f"blocks.{layer}.attn.hook_z"], show)]
 
 
-def refuse_any(where: str, known: dict[str, bool]) -> None:
+def check_none_of(where: str, known: dict[str, bool]) -> None:
     """Refuse a model for the first of these that is true of it.
 
     Raises:

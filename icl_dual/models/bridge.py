@@ -24,7 +24,7 @@ from icl_dual.models.backend import (
     Projection,
     UnsupportedModelError,
     Weight,
-    refuse_any,
+    check_none_of,
     watch,
 )
 
@@ -32,7 +32,7 @@ from icl_dual.models.backend import (
 class BridgeBackend(Backend):
     """A `TransformerBridge` with raw weights."""
 
-    adds = True
+    supports_projection_deltas = True
 
     SEEN: ClassVar[dict[str, str]] = {
         "q": "hook_q",
@@ -49,9 +49,9 @@ class BridgeBackend(Backend):
         super().__init__(wrapped)
         self.original: Any = wrapped.original_model
         self.architecture = str(self.wrapped.cfg.architecture)
-        self.rotation_switch = _rotation_switch(self.original.config)
+        self.rope_scaling_threshold = _rope_scaling_threshold(self.original.config)
 
-    def refuse_unsupported(self) -> None:
+    def check_supported(self) -> None:
         """Processed weights, what is no decoder, and attention that is known not to split."""
         bridge, cfg = self.wrapped, self.wrapped.cfg
         if bridge.compatibility_mode:
@@ -66,7 +66,7 @@ class BridgeBackend(Backend):
         wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
         hooks = frozenset(bridge.hook_dict)
         for layer in range(cfg.n_layers):
-            _refuse_attention(bridge, cfg.architecture, layer)
+            _check_attention(bridge, cfg.architecture, layer)
             missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in hooks]
             if missing:
                 raise UnsupportedModelError(
@@ -102,7 +102,7 @@ class BridgeBackend(Backend):
         W = Weight(weight, "d_in d_out" if transposed else "d_out d_in", "d_out d_in")
         return Projection(W, None if bias is None else Weight(bias, "d_out", "d_out"))
 
-    def scoring(self, layer: int) -> dual.Scoring:
+    def attention_rule(self, layer: int) -> dual.AttentionRule:
         """From the attention's own attributes, or its configuration's."""
         attn: Any = self._attn(layer).original_component
         scale = getattr(attn, "scaling", None)
@@ -112,7 +112,7 @@ class BridgeBackend(Backend):
         if self.architecture == "GPTNeoForCausalLM":  # unscaled scores, and windows on alternate layers
             scale, window = 1.0, config.window_size if attn.attention_type == "local" else None
         sink = getattr(attn, "sinks", None)
-        return dual.Scoring(
+        return dual.AttentionRule(
             scale=float(self.d_head**-0.5 if scale is None else scale),
             softcap=getattr(attn, "attn_logit_softcapping", None),
             window=window,
@@ -136,9 +136,9 @@ class BridgeBackend(Backend):
         cap = getattr(self.original.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def drawn_anew(self, seed: int) -> "BridgeBackend":
+    def reinitialised(self, seed: int) -> "BridgeBackend":
         """A bridge to a new Hugging Face model, drawn by transformers."""
-        drawn: Any = _drawn_anew(self.original, seed)
+        drawn: Any = _reinitialised(self.original, seed)
         drawn.to(next(self.parameters()).device)
         made = TransformerBridge.boot_transformers(
             self.architecture, hf_model=drawn, tokenizer=self.tokenizer, device=drawn.device, dtype=drawn.dtype
@@ -216,7 +216,7 @@ class BridgeBackend(Backend):
         return decoder.build_alibi_tensor(mask, self.n_heads, torch.float32)[:, 0, 1]
 
 
-def _refuse_attention(bridge: TransformerBridge, architecture: str, layer: int) -> None:
+def _check_attention(bridge: TransformerBridge, architecture: str, layer: int) -> None:
     """Name what a layer's attention does beyond softmax over scaled scores, where that is known from its parts."""
     attn: Any = getattr(bridge.blocks[layer], "attn", None)
     original = getattr(attn, "original_component", None)
@@ -232,10 +232,10 @@ def _refuse_attention(bridge: TransformerBridge, architecture: str, layer: int) 
         "ALiBi in half precision, whose biases are rounded": architecture == "BloomForCausalLM"
         and next(bridge.original_model.parameters()).dtype.itemsize < 4,
     }
-    refuse_any(f"{architecture}, layer {layer}", known)
+    check_none_of(f"{architecture}, layer {layer}", known)
 
 
-def _rotation_switch(config: Any) -> int | None:
+def _rope_scaling_threshold(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
         return None
@@ -243,7 +243,7 @@ def _rotation_switch(config: Any) -> int | None:
     return int(switch or config.max_position_embeddings)
 
 
-def _drawn_anew(original: Any, seed: int) -> PreTrainedModel:
+def _reinitialised(original: Any, seed: int) -> PreTrainedModel:
     """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
     name = type(original).__name__
     if not isinstance(original, PreTrainedModel):

@@ -40,7 +40,7 @@ def control_model(model: Model, control: Control, *, seed: int) -> Model:
     if control not in get_args(Control):
         raise ValueError(f"expected a control out of {get_args(Control)}, got {control!r}")
     try:
-        drawn = model.backend.drawn_anew(seed)
+        drawn = model.backend.reinitialised(seed)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{model.name}: {error}") from error
     name, provenance = control_name(model.name, control, seed), f"{model.provenance}, {control}, seed {seed}"

@@ -28,7 +28,7 @@ from icl_dual.models.backend import (
     Projection,
     UnsupportedModelError,
     Weight,
-    refuse_any,
+    check_none_of,
     watch,
 )
 
@@ -72,11 +72,11 @@ class HookedBackend(Backend):
         super().__init__(wrapped)
         cfg = wrapped.cfg
         self.architecture = cfg.original_architecture or "HookedTransformer"
-        self.rotation_switch = int(cfg.train_seq_length or cfg.n_ctx) if cfg.use_dynamic_ntk_rope else None
+        self.rope_scaling_threshold = int(cfg.train_seq_length or cfg.n_ctx) if cfg.use_dynamic_ntk_rope else None
         self.biased = {kind for kind in ("Q", "K", "V", "O") if self._has_bias(kind)}
         """The projections that have a bias, whatever the class gives them."""
 
-    def refuse_unsupported(self) -> None:
+    def check_supported(self) -> None:
         """Processed weights, what is no decoder on one device, and attention that does not split."""
         model, cfg = self.wrapped, self.wrapped.cfg
         name = f"HookedTransformer {cfg.model_name!r}"
@@ -101,7 +101,7 @@ class HookedBackend(Backend):
             "queries scaled by the logarithm of their position": cfg.use_logn_attn,
             "weights in four bits": cfg.load_in_4bit,
         }
-        refuse_any(name, known)
+        check_none_of(name, known)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's own."""
@@ -123,13 +123,13 @@ class HookedBackend(Backend):
             b = Weight(bias, "head d_head", "(head d_head)")
         return Projection(W, b if kind in self.biased else None)
 
-    def scoring(self, layer: int) -> dual.Scoring:
+    def attention_rule(self, layer: int) -> dual.AttentionRule:
         """From the configuration, as far as it holds for the layer."""
         attn, cfg = self._attn(layer), self.wrapped.cfg
         slopes = None
         if cfg.positional_embedding_type == "alibi":
             slopes = attn.create_alibi_multipliers(self.n_heads, next(self.parameters()).device)
-        return dual.Scoring(
+        return dual.AttentionRule(
             scale=1 / float(attn.attn_scale),
             softcap=float(cfg.attn_scores_soft_cap) if cfg.attn_scores_soft_cap > 0 else None,
             window=cfg.window_size if attn.attn_type == "local" else None,
@@ -160,7 +160,7 @@ class HookedBackend(Backend):
         logits, cap = self.wrapped.unembed(normed), cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def drawn_anew(self, seed: int) -> "HookedBackend":
+    def reinitialised(self, seed: int) -> "HookedBackend":
         """A new model, drawn by its class as its configuration says."""
         model = self.wrapped
         cfg = copy.deepcopy(model.cfg)

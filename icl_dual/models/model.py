@@ -78,11 +78,11 @@ class Model:
         self.d_head = self.backend.d_head
         self.n_ctx = self.backend.n_ctx
         self.d_vocab = self.backend.d_vocab
-        self.adds = self.backend.adds
+        self.supports_projection_deltas = self.backend.supports_projection_deltas
         """Whether `run` can add to what projections make: a bridge's are layers of their own."""
-        self.rotation_switch = self.backend.rotation_switch
+        self.rope_scaling_threshold = self.backend.rope_scaling_threshold
         """Length past which long-context scaling rotates every position anew; `None` where it never does."""
-        self.scoring = [self.backend.scoring(layer) for layer in range(self.n_layers)]
+        self.attention_rules = [self.backend.attention_rule(layer) for layer in range(self.n_layers)]
         self.pass_residual: float | None = None
         """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
         self.momentum: Float[Tensor, "layer head"] | None = None
@@ -190,7 +190,7 @@ class Model:
             on_error: called in the backward pass, at every layer, with K's and with V's projection's input,
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
             adding: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
-                added to its output, `[batch pos d_out]`; where the model `adds`.
+                added to its output, `[batch pos d_out]`; where the model `supports_projection_deltas`.
             momentum_states: by layer, what the values of tokens before these have left (`Momentum.state`), the
                 same for every row; nothing where not given.
             add_momentum: leave momentum out where false, as where `on_attention` returns what has it.
@@ -204,7 +204,7 @@ class Model:
         backend, hooks = self.backend, list[Hook]()
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
-            _refuse_gaps(self.name, positions)
+            _check_no_gaps(self.name, positions)
         for layer in range(self.n_layers):
             eta = self.eta(layer) if add_momentum else None
             if on_attention is not None or eta is not None:
@@ -280,7 +280,7 @@ class Model:
             digest.update(self.momentum.numpy().tobytes())
         return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
 
-    def others_hooks(self) -> str:
+    def foreign_hooks(self) -> str:
         """What tells the hooks that others have on the model from none, or from as many elsewhere: a short hash."""
         found = [
             (name, len(module._forward_hooks), len(module._forward_pre_hooks))
@@ -298,7 +298,7 @@ def _momentum(
     return decaying_sum(v, eta, state=None if state is None else state.expand(len(v), -1, -1))
 
 
-def _refuse_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
+def _check_no_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
     if (positions.diff() != 1).any():
         raise ValueError(
             f"expected positions one after another, got {positions.tolist()}: momentum, which {name} has, sums over "

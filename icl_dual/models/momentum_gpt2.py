@@ -59,7 +59,7 @@ class MomentumForCausalLM(GPT2LMHeadModel):
     def __init__(self, config: MomentumConfig) -> None:
         config._attn_implementation = _implementation(config)
         super().__init__(config)
-        self.register_forward_pre_hook(_refuse_unfit, with_kwargs=True)
+        self.register_forward_pre_hook(_check_runs_whole, with_kwargs=True)
         for attention in self._attentions():
             if config.eta == LEARNED:
                 attention.eta_logit = nn.Parameter(torch.full((config.n_head,), math.log(FIRST / (1 - FIRST))))
@@ -90,7 +90,7 @@ def _implementation(config: Any) -> str:
     return "sdpa" if config.eta == 0 else ATTENTION
 
 
-def _refuse_unfit(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_runs_whole(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     tokens, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
     n_pos = (0 if tokens is None else tokens.shape[1]) + (0 if cache is None else cache.get_seq_length())
     if n_pos > model.config.n_positions:

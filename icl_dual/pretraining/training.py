@@ -121,7 +121,7 @@ def train(
         settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
         settings["precision"] = "bfloat16" if arguments.bf16 else "float32"
         if RANK == 0:
-            _refuse_other_settings(folder, settings)
+            _check_settings(folder, settings)
         if (folder / "losses.json").exists():
             return MomentumForCausalLM.from_pretrained(folder).eval()
         torch.manual_seed(seed)
@@ -169,7 +169,7 @@ def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumCon
     )
 
 
-def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Note a folder's settings, or hold these against what it was begun with."""
     path = folder / "settings.json"
     if path.exists():

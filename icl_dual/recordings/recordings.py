@@ -63,43 +63,49 @@ class Recordings:
 
     @classmethod
     def of(
-        cls, zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, *, steps: Sequence[int] | None = None
+        cls,
+        *,
+        zero_shot: Capture,
+        in_context: Capture,
+        finetuned: Capture,
+        delta: WeightDelta,
+        steps: Sequence[int] | None = None,
     ) -> "Recordings":
         """The recordings of three captures and the finetuning between them.
 
         Args:
-            zsl: a capture of the zero-shot prompts.
-            icl: a capture of the same queries behind their demonstrations.
-            ft: a capture of the zero-shot prompts with the delta applied.
+            zero_shot: a capture of the zero-shot prompts.
+            in_context: a capture of the same queries behind their demonstrations.
+            finetuned: a capture of the zero-shot prompts with the delta applied.
             delta: the finetuning.
-            steps: for a control whose context is not what was finetuned on: which training step each of icl's
+            steps: for a control whose context is not what was finetuned on: which training step each of in_context's
                 demonstrations stands for, token by token; −1 for none.
 
         Raises:
             ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field;
                 or steps do not match their demonstrations.
         """
-        _refuse_mismatch(zsl, icl, ft, delta, steps)
-        runs, prompts = {"ZSL": zsl, "ICL": icl, "FT": ft}, icl.prompts
+        _check_match(zero_shot, in_context, finetuned, delta, steps)
+        runs, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
         trained = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
         n_start = torch.full((len(prompts.start),), START)
-        scale = _field(ft, "q").shape[-1] ** -0.5
+        scale = _field(finetuned, "q").shape[-1] ** -0.5
         return cls(
-            gold=icl.gold,
+            gold=in_context.gold,
             predictions={name: run.predictions for name, run in runs.items()},
             attn_out={name: _field(run, "attn_out") for name, run in runs.items()},
             query_scores={name: _field(run, "query_scores") for name, run in runs.items()},
             query_lengths=torch.tensor([len(row) for row in prompts.rows]),
             context_scores={name: _field(run, "context_scores") for name, run in runs.items()},
             segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
-            q=_field(ft, "q").flatten(2) * scale,
+            q=_field(finetuned, "q").flatten(2) * scale,
             training_q=delta.training_q.flatten(2) * scale,
             training_segments=torch.cat([part for step in trained for part in (n_start, step)]),
             training_k=delta.training_k.flatten(2),
             metadata={
                 "protocol": prompts.protocol,
                 "n_labels": len(prompts.labels),
-                "dtype": zsl.fingerprint.partition(":")[0],
+                "dtype": zero_shot.fingerprint.partition(":")[0],
             },
         )
 
@@ -176,31 +182,46 @@ def _of_steps(segments: Int[Tensor, " prefix_pos"], steps: Sequence[int]) -> Int
     return found.where((found >= 0) | ~shown, SEPARATOR)
 
 
-def _refuse_mismatch(zsl: Capture, icl: Capture, ft: Capture, delta: WeightDelta, steps: Sequence[int] | None) -> None:
-    models = {"zsl": zsl.model, "icl": icl.model, "ft": ft.model, "delta": delta.model}
+def _check_match(
+    zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta, steps: Sequence[int] | None
+) -> None:
+    models = {
+        "zero_shot": zero_shot.model,
+        "in_context": in_context.model,
+        "finetuned": finetuned.model,
+        "delta": delta.model,
+    }
     if len(set(models.values())) > 1:
         raise ValueError(f"expected captures and delta of one model, got {models}")
-    if zsl.prompts != icl.prompts.zero_shot() or ft.prompts != zsl.prompts:
-        raise ValueError("expected captures of the same queries: zsl and ft of icl's prompts without demonstrations")
-    if zsl.fingerprint != icl.fingerprint:
-        raise ValueError("expected zsl and icl captured with the same weights: both outside of `delta.applied(model)`")
-    if delta.fingerprint != zsl.fingerprint:
-        raise ValueError("expected a delta finetuned from the weights that zsl and icl were captured with, got another")
-    if ft.fingerprint == zsl.fingerprint:
-        raise ValueError("expected ft captured within `with delta.applied(model):`, got a run with zsl's weights")
-    if not icl.prompts.demonstrations:
-        raise ValueError("expected icl's prompts to have demonstrations, got none")
-    if steps is not None:
-        _refuse_steps(icl, delta, steps)
-    elif delta.demonstrations != [list(tokens) for tokens in icl.prompts.training]:
+    if zero_shot.prompts != in_context.prompts.zero_shot() or finetuned.prompts != zero_shot.prompts:
         raise ValueError(
-            "expected a delta finetuned on the demonstrations of icl's prompts, in their order. For a control, whose "
+            "expected captures of the same queries: zero_shot and finetuned of in_context's prompts without demonstrations"
+        )
+    if zero_shot.fingerprint != in_context.fingerprint:
+        raise ValueError(
+            "expected zero_shot and in_context captured with the same weights: both outside of `delta.applied(model)`"
+        )
+    if delta.fingerprint != zero_shot.fingerprint:
+        raise ValueError(
+            "expected a delta finetuned from the weights that zero_shot and in_context were captured with, got another"
+        )
+    if finetuned.fingerprint == zero_shot.fingerprint:
+        raise ValueError(
+            "expected finetuned captured within `with delta.applied(model):`, got a run with zero_shot's weights"
+        )
+    if not in_context.prompts.demonstrations:
+        raise ValueError("expected in_context's prompts to have demonstrations, got none")
+    if steps is not None:
+        _check_steps(in_context, delta, steps)
+    elif delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training]:
+        raise ValueError(
+            "expected a delta finetuned on the demonstrations of in_context's prompts, in their order. For a control, whose "
             "context holds others, pass steps=, which icl_dual.contexts.steps_of finds"
         )
 
 
-def _refuse_steps(icl: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
-    shown = icl.prompts.demonstrations
+def _check_steps(in_context: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
+    shown = in_context.prompts.demonstrations
     if len(steps) != len(shown) or len({step for step in steps if step >= 0}) < sum(step >= 0 for step in steps):
         raise ValueError(f"expected a training step of its own, or -1, for each of {len(shown)} demonstrations")
     lengths = dict(enumerate(map(len, delta.demonstrations)))

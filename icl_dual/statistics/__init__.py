@@ -4,12 +4,22 @@ from icl_dual.statistics.intervals import (
     Interval,
     Paired,
     Table,
-    average,
     bootstrap,
+    mean_of_intervals,
     over_seeds,
     paired_test,
-    share,
+    proportion,
     wilson,
 )
 
-__all__ = ["Interval", "Paired", "Table", "average", "bootstrap", "over_seeds", "paired_test", "share", "wilson"]
+__all__ = [
+    "Interval",
+    "Paired",
+    "Table",
+    "mean_of_intervals",
+    "bootstrap",
+    "over_seeds",
+    "paired_test",
+    "proportion",
+    "wilson",
+]

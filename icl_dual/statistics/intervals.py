@@ -131,7 +131,7 @@ def wilson(successes: float | int, n: int) -> Interval:
     return Interval(share, float(low) if successes else 0.0, float(high) if successes < n else 1.0, n)
 
 
-def average(*estimates: Interval) -> Interval:
+def mean_of_intervals(*estimates: Interval) -> Interval:
     """The mean of independent estimates; its ends are as far off as theirs together: mean ± √Σ (end − value)² / n.
 
     That is the method of variance estimates recovery (Zou and Donner, 2008). It is for shares: the bootstrap of one
@@ -223,7 +223,7 @@ def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:
     return Paired(Interval(value, low, high, 1, n), p, tuple(differences.tolist()))
 
 
-def share(found: Table) -> Interval:
+def proportion(found: Table) -> Interval:
     """The share of all defined values that is 1, with Wilson's interval of as many queries as have one.
 
     A query counts once for it, however many seeds it has a value of: those of one query are no independent trials.

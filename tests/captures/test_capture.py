@@ -82,7 +82,7 @@ def test_the_windowed_models_tested_do_lose_demonstrations_to_their_window(
     models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
 ) -> None:
     model = models_by_architecture(architecture)
-    windows = [scoring.window for scoring in model.scoring if scoring.window is not None]
+    windows = [rule.window for rule in model.attention_rules if rule.window is not None]
     assert windows
     assert min(map(len, build(model, task).queries)) < max(windows) < len(build(model, task).prefix)
 
@@ -135,11 +135,11 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
     for query in (0, 4):
         n_query = len(prompts.rows[query])
         for layer, attention in enumerate(Plain(model, prompts).attention(query)):
-            scoring = model.scoring[layer]
+            rule = model.attention_rules[layer]
             keys = attention.k[0].repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,phd->hp", attention.q[0, -1], keys) * scoring.scale
-            if scoring.softcap is not None:
-                scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+            scores = torch.einsum("hd,phd->hp", attention.q[0, -1], keys) * rule.scale
+            if rule.softcap is not None:
+                scores = rule.softcap * torch.tanh(scores / rule.softcap)
             demo = scores[:, prompts.demonstration_positions]
             assert relative(got.demo_scores[query, layer], demo) < 1e-5
             assert relative(got.context_scores[query, layer], scores[:, :n_prefix].sum(0)) < 1e-5
@@ -168,16 +168,16 @@ def test_a_plain_pass_over_the_first_query_is_kept_and_serves_as_context(
     prompts = build(model, task if protocol == "answer" else reference_task)
     got = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     expected = Plain(model, prompts)
-    assert got.plain is not None
-    assert got.plain.tokens == prompts.prefix + prompts.rows[0]
-    assert relative(got.plain.attn_out, expected.attn_out(0)) < 1e-5
+    assert got.full_prompt is not None
+    assert got.full_prompt.tokens == prompts.prefix + prompts.rows[0]
+    assert relative(got.full_prompt.attn_out, expected.attn_out(0)) < 1e-5
     for layer, attention in enumerate(expected.attention(0)):
-        assert relative(got.plain.q[layer], attention.q[0, -1]) < 1e-5
-        assert relative(got.plain.k[layer], attention.k[0]) < 1e-5
-        assert relative(got.plain.v[layer], attention.v[0]) < 1e-5
+        assert relative(got.full_prompt.q[layer], attention.q[0, -1]) < 1e-5
+        assert relative(got.full_prompt.k[layer], attention.k[0]) < 1e-5
+        assert relative(got.full_prompt.v[layer], attention.v[0]) < 1e-5
     monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", 7)
     in_blocks = icl.capture(model, prompts, fields=("z",), progress=False)
-    assert in_blocks.plain is None
+    assert in_blocks.full_prompt is None
     assert in_blocks.z is not None
     assert got.z is not None
     assert relative(in_blocks.z, got.z) < 1e-5
@@ -312,7 +312,9 @@ def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
     monkeypatch.setattr(llama, "run", full)
     with pytest.raises(MemoryError, match=r"single part of the demonstrations, \d+ tokens behind 0 tokens .* 8 bytes"):
         icl.capture(llama, prompts, progress=False)
-    with pytest.raises(MemoryError, match=r"single prompt, run whole for the field 'plain', \d+ tokens .* 8 bytes"):
+    with pytest.raises(
+        MemoryError, match=r"single prompt, run whole for the field 'full_prompt', \d+ tokens .* 8 bytes"
+    ):
         icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     fits = len(prompts.prefix)
     with pytest.raises(MemoryError, match=r"single query, \d+ tokens behind \d+ tokens in Model.* allocate 8 bytes"):
@@ -341,10 +343,10 @@ def test_a_prefix_of_no_tokens_leaves_queries_by_themselves(
 ) -> None:
     model = make_model("llama")
     alone = dataclasses.replace(prompts.zero_shot(), start=(), queries=((5, 7, 9), (6, 2), (9, 9, 1)), gold=(0, 1, 0))
-    model.rotation_switch = switch
+    model.rope_scaling_threshold = switch
     for fields in (METRIC_FIELDS, icl.DECOMPOSE_FIELDS):
         got = icl.capture(model, alone, fields=fields, progress=False)
-        assert (got.plain is None) == ("plain" not in fields)
+        assert (got.full_prompt is None) == ("full_prompt" not in fields)
         for query in range(3):
             assert got.attn_out is not None
             assert relative(got.attn_out[query], Plain(model, alone).attn_out(query)) < 1e-5
@@ -478,9 +480,9 @@ def test_long_context_rotation_is_refused_where_it_would_switch_between_prefix_a
     prompts = build(model, task)
     prefix = len(prompts.prefix)
     for switch in (prefix - 1, prefix + 200):
-        model.rotation_switch = switch
+        model.rope_scaling_threshold = switch
         icl.capture(model, prompts, fields=(), progress=False)
-    model.rotation_switch = prefix + 3
+    model.rope_scaling_threshold = prefix + 3
     with pytest.raises(icl.UnsupportedModelError, match=rf"past {prefix + 3} tokens: .* got [0-9]+ tokens"):
         icl.capture(model, prompts, progress=False)
 
@@ -552,10 +554,10 @@ def test_captures_with_and_without_momentum_are_not_paired(llama: icl.Model, pro
     zsl = icl.capture(llama, prompts.zero_shot(), fields=fields, progress=False)
     with icl.momentum_attention(llama, 0.1):
         got = icl.capture(llama, prompts, fields=fields, progress=False)
-        with pytest.raises(ValueError, match=r"captures of the model given, got .*'zsl': 'llama'}"):
-            icl.decompose(llama, got, zsl)
+        with pytest.raises(ValueError, match=r"captures of the model given, got .*'zero_shot': 'llama'}"):
+            icl.decompose(llama, zero_shot=zsl, in_context=got)
         renamed = dataclasses.replace(zsl, model=llama.name)
         with pytest.raises(ValueError, match=r"other weights .* `with momentum_attention\(model, eta\):` and the"):
-            icl.decompose(llama, got, renamed)
-    with pytest.raises(ValueError, match=r"captures of the model given, got .*'icl': 'llama \+ momentum η=0.1'"):
-        icl.decompose(llama, got, zsl)
+            icl.decompose(llama, zero_shot=renamed, in_context=got)
+    with pytest.raises(ValueError, match=r"captures of the model given, got .*'in_context': 'llama \+ momentum η=0.1'"):
+        icl.decompose(llama, zero_shot=zsl, in_context=got)

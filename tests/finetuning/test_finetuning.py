@@ -783,7 +783,7 @@ def test_models_that_turn_keys_by_length_are_finetuned_one_by_one(
 ) -> None:
     """Padding would make a short demonstration as long as the longest."""
     model = make_model("llama")
-    model.rotation_switch = 20
+    model.rope_scaling_threshold = 20
     lengths, run = [], model.run
     monkeypatch.setattr(model, "run", lambda ids, **kwargs: lengths.append(tuple(ids.shape)) or run(ids, **kwargs))
     prompts = several(model, task)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import icl_dual as icl
 from icl_dual.metrics import comparison as comparison_module
-from icl_dual.metrics import kendall
 from icl_dual.metrics.comparison import PER_LAYER, RELEASED_NAMES
 from icl_dual.metrics.formulas import (
     NULL_DRAWS,
@@ -35,6 +34,7 @@ from icl_dual.metrics.formulas import (
 )
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.recordings.recordings import SETTINGS
+from icl_dual.statistics.ranks import kendall
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def of_demonstrations(delta: icl.WeightDelta) -> list[int]:
 
 def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     found = icl.compare(**runs, seed=5)
-    zsl, in_context, ft = (runs[name] for name in ("zsl", "icl", "ft"))
+    zsl, in_context, ft = (runs[name] for name in ("zero_shot", "in_context", "finetuned"))
     torch.testing.assert_close(
         found.per_layer["SimAOU"], sim_aou(*(run.attn_out.double() for run in (zsl, in_context, ft)))
     )
@@ -176,9 +176,12 @@ def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     torch.testing.assert_close(found.per_layer["SimAM before FT"], before)
     torch.testing.assert_close(found.per_layer["SimAM after FT"], after)
     own = runs["delta"].training_q[:, of_demonstrations(runs["delta"])]
-    m_ft = finetuning_attention(own.flatten(2), ft.q.flatten(2)) / ft.q.shape[-1]
+    # By the same steps as `compare`: a token that stands twice has equal scores, which rounding puts in either order.
+    scale = ft.q.shape[-1] ** -0.5
+    m_ft = finetuning_attention(own.flatten(2) * scale, ft.q.flatten(2) * scale)
     m_icl = in_context.context_scores[..., in_context.prompts.demonstration_positions].double()
-    torch.testing.assert_close(found.per_layer["Kendall"], kendall(m_icl, m_ft))
+    weights = demonstration_weights(m_icl), demonstration_weights(m_ft)
+    torch.testing.assert_close(found.per_layer["Kendall"], kendall(*weights))
     assert found.rec2ftp == rec2ftp(zsl.gold, zsl.predictions, in_context.predictions, ft.predictions)
     assert found.accuracy == {"ZSL": zsl.accuracy, "ICL": in_context.accuracy, "FT": ft.accuracy}
     assert tuple(found.per_layer) == PER_LAYER
@@ -202,8 +205,8 @@ def test_comparisons_save_and_load_and_become_a_tidy_frame(runs: dict, tmp_path:
 
 
 def test_what_is_undefined_is_not_counted(runs: dict) -> None:
-    runs = runs | {"ft": dataclasses.replace(runs["ft"], attn_out=runs["ft"].attn_out.clone())}
-    runs["ft"].attn_out[2, 1] = runs["zsl"].attn_out[2, 1]
+    runs = runs | {"finetuned": dataclasses.replace(runs["finetuned"], attn_out=runs["finetuned"].attn_out.clone())}
+    runs["finetuned"].attn_out[2, 1] = runs["zero_shot"].attn_out[2, 1]
     by_layer = icl.compare(**runs).to_frame().set_index(["metric", "layer"]).to_dict(orient="index")
     assert by_layer["SimAOU", 1]["n"] == 6
     assert by_layer["SimAOU", 2]["n"] == 7
@@ -238,7 +241,7 @@ def test_under_the_released_names_means_are_the_scripts(runs: dict) -> None:
 
 
 def n_tokens(runs: dict) -> int:
-    return len(runs["icl"].prompts.demonstration_positions)
+    return len(runs["in_context"].prompts.demonstration_positions)
 
 
 def test_captures_that_do_not_belong_together_are_refused(runs: dict, llama: icl.Model, task: icl.Task) -> None:
@@ -246,12 +249,12 @@ def test_captures_that_do_not_belong_together_are_refused(runs: dict, llama: icl
         with pytest.raises(ValueError, match=message):
             icl.compare(**{**runs, **changed})
 
-    refused("of one model", zsl=dataclasses.replace(runs["zsl"], model="other"))
-    refused("of the same queries", zsl=runs["icl"])
-    refused("with zsl's weights", ft=runs["zsl"])
-    refused("zsl and icl captured with the same weights", zsl=runs["ft"])
-    refused("without 'q'", ft=dataclasses.replace(runs["ft"], q=None))
-    refused("to have demonstrations", icl=runs["zsl"])
+    refused("of one model", zero_shot=dataclasses.replace(runs["zero_shot"], model="other"))
+    refused("of the same queries", zero_shot=runs["in_context"])
+    refused("with zero_shot's weights", finetuned=runs["zero_shot"])
+    refused("zero_shot and in_context captured with the same weights", zero_shot=runs["finetuned"])
+    refused("without 'q'", finetuned=dataclasses.replace(runs["finetuned"], q=None))
+    refused("to have demonstrations", in_context=runs["zero_shot"])
     other = icl.build_prompts(llama, task, task.demonstrations(2, seed=9), task.queries(3))
     reversed_ = dataclasses.replace(runs["delta"], demonstrations=runs["delta"].demonstrations[::-1])
     refused("in their order", delta=reversed_)
@@ -452,8 +455,8 @@ def test_random_changes_of_maps_score_nothing_but_their_maps_are_alike() -> None
 
 def test_compare_holds_the_corrected_metrics_of_its_captures(runs: dict) -> None:
     found = icl.compare(**runs, seed=5)
-    h = [runs[name].attn_out.double() for name in ("zsl", "icl", "ft")]
-    m = [runs[name].query_scores.double() for name in ("zsl", "icl", "ft")]
+    h = [runs[name].attn_out.double() for name in ("zero_shot", "in_context", "finetuned")]
+    m = [runs[name].query_scores.double() for name in ("zero_shot", "in_context", "finetuned")]
     torch.testing.assert_close(found.per_layer["SimAOU unnormalised"], sim_aou_unnormalised(*h))
     torch.testing.assert_close(found.per_layer["SimAMΔ"], sim_am_delta(*m).nanmean(-1), equal_nan=True)
     assert found.per_layer["SimAMΔ"][:, 0].isnan().all(), "rotary scores of the first layer stay as they are"
@@ -478,7 +481,7 @@ def test_kendall_on_keys_scores_the_training_keys_head_by_head(
     model = models_by_architecture(architecture)
     runs = run_settings(model, prompts)
     found = icl.compare(**runs).per_layer["Kendall on keys"]
-    delta, ft, in_context = runs["delta"], runs["ft"], runs["icl"]
+    delta, ft, in_context = runs["delta"], runs["finetuned"], runs["in_context"]
     own, group = of_demonstrations(delta), model.n_heads // model.n_key_value_heads
     assert group == {"llama": 2, "gpt2": 1}[architecture]
     for query, layer in ((0, 0), (3, 1), (6, 2)):
@@ -511,7 +514,7 @@ def reordered(llama: icl.Model, task: icl.Task, runs: dict) -> Callable[[tuple[i
     def run(order: tuple[int, ...]) -> dict:
         shown = task.demonstrations(4, seed=1)
         other = icl.build_prompts(llama, task, [shown[index] for index in order], task.queries(7))
-        return runs | {"icl": icl.capture(llama, other, progress=False)}
+        return runs | {"in_context": icl.capture(llama, other, progress=False)}
 
     return run
 
@@ -534,7 +537,7 @@ def test_another_order_in_context_is_compared_demonstration_by_demonstration(
     runs = reordered(order)
     steps = [-1 if step in left_out else step for step in order]
     found = icl.compare(**runs, steps=steps).per_layer
-    delta, shown, ft = runs["delta"], runs["icl"], runs["ft"]
+    delta, shown, ft = runs["delta"], runs["in_context"], runs["finetuned"]
     context, trained, at = [], [], 0
     for step, tokens in enumerate(delta.demonstrations):
         at += 1  # its start token
@@ -554,7 +557,7 @@ def test_recordings_of_another_order_say_which_step_each_token_is(
     reordered: Callable[[tuple[int, ...]], dict],
 ) -> None:
     runs = reordered((2, 0, 3, 1))
-    prompts = runs["icl"].prompts
+    prompts = runs["in_context"].prompts
     segments = icl.Recordings.of(**runs, steps=[2, -1, 3, 1]).segments
     expected = prompts.segments.tolist()
     for demonstration, step in enumerate((2, SEPARATOR, 3, 1)):

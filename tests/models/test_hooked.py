@@ -139,7 +139,7 @@ def test_captures_and_decompositions_are_what_the_class_itself_shows(name: str, 
     wrapped = toy(**TOYS[name])
     model, prompts = icl.Model(wrapped, name="toy"), toy_prompts(start=start)
     in_context, zsl = (icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot()))
-    split = icl.decompose(model, in_context, zsl)
+    split = icl.decompose(model, zero_shot=zsl, in_context=in_context)
     assert split.residual < 2e-6
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
     for captured in (in_context, zsl):
@@ -259,10 +259,22 @@ def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
         delta = icl.finetune(model, prompts, lr=LR, progress=False)
         with delta.applied(model):
             ft = icl.capture(model, prompts.zero_shot(), progress=False)
-        split, updates = icl.decompose(model, in_context, zsl), icl.compare_updates(model, in_context, zsl, delta)
-        results = {"icl": in_context, "zsl": zsl, "delta": delta, "ft": ft, "split": split, "updates": updates}
+        split, updates = (
+            icl.decompose(model, zero_shot=zsl, in_context=in_context),
+            icl.compare_updates(model, zero_shot=zsl, in_context=in_context, delta=delta),
+        )
+        results = {
+            "in_context": in_context,
+            "zsl": zsl,
+            "delta": delta,
+            "finetuned": ft,
+            "split": split,
+            "updates": updates,
+        }
         kept = {f"{name}.{field}": value for name, one in results.items() for field, value in vars(one).items()}
-        found.append((prompts, kept | icl.compare(zsl, in_context, ft, delta).per_layer))
+        found.append(
+            (prompts, kept | icl.compare(zero_shot=zsl, in_context=in_context, finetuned=ft, delta=delta).per_layer)
+        )
     (prompts, numbers), (other_prompts, others) = found
     assert prompts == other_prompts
     assert {"SimAOU", "Kendall", "split.delta_icl", "updates.cosine", "delta.W_K", "icl.attn_out"} <= numbers.keys()
@@ -292,7 +304,7 @@ def test_the_real_model_converted_gives_what_its_bridge_gives() -> None:
         in_context, zsl = (
             icl.capture(model, one, fields=FIELDS, progress=False) for one in (prompts, prompts.zero_shot())
         )
-        split = icl.decompose(model, in_context, zsl)
+        split = icl.decompose(model, zero_shot=zsl, in_context=in_context)
         assert split.residual < 2e-6
         captures.append((in_context, split))
     (in_context, split), (other_run, other_split) = captures
@@ -590,13 +602,13 @@ def test_the_example_in_the_docs_runs_and_is_exact() -> None:
             exec(block, scope)
     assert scope["split"].residual < 2e-6
     assert scope["in_context"].accuracy > 0.9
-    assert scope["zsl"].accuracy < 0.5
-    assert scope["ft"].accuracy < 0.5
+    assert scope["zero_shot"].accuracy < 0.5
+    assert scope["finetuned"].accuracy < 0.5
     assert scope["updates"].cosine.isfinite().all()
 
 
 def test_the_conversion_in_the_docs_runs() -> None:
-    scope: dict[str, Any] = {"icl": icl, "HookedTransformer": hooked.HookedTransformer}
+    scope: dict[str, Any] = {"in_context": icl, "HookedTransformer": hooked.HookedTransformer}
     (block,) = re.findall(r"```py\n(from transformer_lens import loading.*?)```", PAGE, flags=re.DOTALL)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -62,7 +62,7 @@ def test_a_decoder_trained_with_momentum_loads_with_it(
     zsl, in_context = (
         icl.capture(model, one, fields=icl.DECOMPOSE_FIELDS, progress=False) for one in (prompts.zero_shot(), prompts)
     )
-    assert icl.decompose(model, in_context, zsl).residual < 1e-5
+    assert icl.decompose(model, zero_shot=zsl, in_context=in_context).residual < 1e-5
     if eta == 0.0:
         with icl.momentum_attention(model, 0.6):
             assert (model.run(tokens) - trained(tokens).logits).abs().max() > 0.1

@@ -20,11 +20,11 @@ def recordings(runs: dict) -> icl.Recordings:
 
 
 def test_recordings_are_what_the_captures_and_the_delta_hold(runs: dict, recordings: icl.Recordings) -> None:
-    scale = runs["ft"].q.shape[-1] ** -0.5
-    for setting, run in zip(SETTINGS, ("zsl", "icl", "ft"), strict=True):
+    scale = runs["finetuned"].q.shape[-1] ** -0.5
+    for setting, run in zip(SETTINGS, ("zero_shot", "in_context", "finetuned"), strict=True):
         assert torch.equal(recordings.attn_out[setting], runs[run].attn_out)
         assert torch.equal(recordings.predictions[setting], runs[run].predictions)
-    assert torch.equal(recordings.q, runs["ft"].q.flatten(2) * scale)
+    assert torch.equal(recordings.q, runs["finetuned"].q.flatten(2) * scale)
     lengths = [len(tokens) for tokens in runs["delta"].demonstrations]
     assert recordings.training_segments.tolist() == [o for i, n in enumerate(lengths) for o in [-1] + [i] * n]
     assert recordings.training_q.shape[1] == len(recordings.training_segments)
@@ -57,4 +57,4 @@ def test_saved_recordings_are_checked_like_any(recordings: icl.Recordings, tmp_p
 
 def test_captures_that_do_not_belong_together_have_no_recordings(runs: dict) -> None:
     with pytest.raises(ValueError, match="of the same queries"):
-        icl.Recordings.of(**runs | {"zsl": runs["icl"]})
+        icl.Recordings.of(**runs | {"zero_shot": runs["in_context"]})

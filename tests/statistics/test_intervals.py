@@ -15,8 +15,8 @@ from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     Interval,
     Paired,
-    average,
     bootstrap,
+    mean_of_intervals,
     over_seeds,
     paired_test,
     wilson,
@@ -204,22 +204,22 @@ def test_wilsons_ends_are_the_shares_that_a_score_test_just_keeps(n: int, share:
 
 def test_the_average_of_estimates() -> None:
     one, other = Interval(0.5, 0.2, 0.6, 8, 3), Interval(0.1, 0.1, 0.5, 9, 2)
-    found = average(one, other)
+    found = mean_of_intervals(one, other)
     assert (found.value, found.n_queries, found.n_seeds) == (pytest.approx(0.3), 8, 2)
     assert found.low == pytest.approx(0.3 - 0.3 / 2)
     assert found.high == pytest.approx(0.3 + math.hypot(0.1, 0.4) / 2)
-    alone = average(one)
+    alone = mean_of_intervals(one)
     assert (alone.value, alone.low, alone.high) == pytest.approx((0.5, 0.2, 0.6))
-    few = average(one, wilson(1, 3))
+    few = mean_of_intervals(one, wilson(1, 3))
     assert (few.value, few.known, few.n_queries) == (pytest.approx(5 / 12), False, 3)
-    assert math.isnan(average(one, wilson(0, 0)).value)
+    assert math.isnan(mean_of_intervals(one, wilson(0, 0)).value)
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.5, 0.7), (0.05, 0.1, 0.1)])
 def test_95_of_100_averages_of_shares_hold_the_mean(shares: tuple[float, ...]) -> None:
     sizes = (10, 20, 12)
     counts = np.random.default_rng(0).binomial(sizes, shares, size=(1000, 3)).tolist()
-    found = [average(*map(wilson, of, sizes)) for of in counts]
+    found = [mean_of_intervals(*map(wilson, of, sizes)) for of in counts]
     held = sum(one.low <= sum(shares) / 3 <= one.high for one in found) / len(found)
     assert 0.92 <= held <= 0.98
 
@@ -337,7 +337,7 @@ def test_what_a_caller_can_mend_is_said() -> None:
     with pytest.raises(ValueError, match="expected at least one group of values, got none"):
         bootstrap()
     with pytest.raises(ValueError, match="expected at least one estimate, got none"):
-        average()
+        mean_of_intervals()
     for successes in (-1, 4):
         with pytest.raises(ValueError, match=f"expected from 0 to n=3 successes, got {successes}"):
             wilson(successes, 3)
