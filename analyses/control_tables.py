@@ -50,12 +50,12 @@ CONTEXTS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "both on flipped labels": {"context": "flipped labels", "finetuned_on": "context"},
     "ICL on another order": {"context": "reordered"},
-    "FT on the label's loss": {"loss": "label"},
-    "FT by one full-batch step": {"method": "full-batch"},
-    "FT layer by layer (causal)": {"method": "layer-causal"},
-    "FT of keys": {"trained": "key"},
-    "FT of values": {"trained": "value"},
-    "FT of all attention": {"trained": "attention"},
+    "FT on the label's loss": {"finetuning": icl.FinetuneConfig(loss="label")},
+    "FT by one full-batch step": {"finetuning": icl.FinetuneConfig(method="full-batch")},
+    "FT layer by layer (causal)": {"finetuning": icl.FinetuneConfig(method="layer-causal")},
+    "FT of keys": {"finetuning": icl.FinetuneConfig(trained="key")},
+    "FT of values": {"finetuning": icl.FinetuneConfig(trained="value")},
+    "FT of all attention": {"finetuning": icl.FinetuneConfig(trained="attention")},
 }
 """No controls, but what else could be compared: each row's cells differ from the claim's by these settings."""
 

@@ -70,7 +70,9 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
         chosen = of_preset("lr", task) if args.lr is None else args.lr
         if chosen is not None:
             return chosen
-        return default_lr(args.model, task, icl.Cell(args.model, task, 0, 0, 0.0, loss=args.loss))
+        return default_lr(
+            args.model, task, icl.Cell(args.model, task, 0, 0, 0.0, finetuning=icl.FinetuneConfig(loss=args.loss))
+        )
 
     def seeds(task: str) -> list[int]:
         seed = of_preset("seed", task)
@@ -85,7 +87,7 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
             lr=rate(task),
             n_queries=args.queries,
             protocol=args.protocol,
-            loss=args.loss,
+            finetuning=icl.FinetuneConfig(loss=args.loss),
             balanced=args.balanced,
             source=args.source,
             reference_k_mismatch=args.reference_k_mismatch,
@@ -209,7 +211,7 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
 
 Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}`
 (recorded {paper_tables.RECORDED[cell.protocol]}), loss over
-{"all tokens" if cell.loss == "all" else "the label word"}, {n_queries(results)}. Learning rates: {rates}. {versions}.
+{"all tokens" if cell.finetuning.loss == "all" else "the label word"}, {n_queries(results)}. Learning rates: {rates}. {versions}.
 
 | file | what it shows |
 |---|---|

@@ -4,9 +4,7 @@ from icl_dual import dual, plots
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
-from icl_dual.finetuning.parallel import finetune_many
-from icl_dual.finetuning.sgd import DivergedError, finetune
-from icl_dual.finetuning.weight_delta import WeightDelta
+from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
 from icl_dual.metrics.comparison import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
@@ -33,6 +31,7 @@ __all__ = [
     "Decomposition",
     "DeltaSummary",
     "DivergedError",
+    "FinetuneConfig",
     "Model",
     "OrderSensitivity",
     "PromptError",

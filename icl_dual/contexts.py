@@ -57,13 +57,13 @@ def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, 
     return [replace(shown, label=int(label)) for shown, label in zip(demonstrations, labels, strict=True)]
 
 
-def steps_of(shown: Prompts, trained: Prompts, k: int, context: Context, *, seed: int) -> list[int]:
+def matching_training_steps(shown: Prompts, trained: Prompts, k: int, context: Context, *, seed: int) -> list[int]:
     """Which training step each demonstration in a control's context stands for, token by token; −1 for none.
 
     `relabel` made the context of k demonstrations, of which either may lack some for want of room.
     """
     order = draw_orders(k, 2, seed=seed)[1] if context == "reordered" else range(k)
-    lengths = dict(enumerate(map(len, trained.training)))
+    lengths = dict(enumerate(map(len, trained.training_sequences)))
     pairs = zip(order, shown.demonstrations, strict=False)
     return [step if lengths.get(step) == len(tokens) else -1 for step, tokens in pairs]
 

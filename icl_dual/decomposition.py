@@ -31,7 +31,7 @@ from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
 from icl_dual.captures.pairing import check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.models import Model, UnsupportedModelError
-from icl_dual.momentum import decays
+from icl_dual.momentum import decay_matrix
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
@@ -359,12 +359,12 @@ class _Where:
     @classmethod
     def of(cls, prompts: Prompts) -> "_Where":
         n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-        longest = max(map(len, prompts.rows))
+        longest = max(map(len, prompts.suffixes))
         own = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
         owners = prompts.segments[n_start:]
         kinds = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
         return cls(
-            rows=torch.tensor([n_prefix + len(row) - 1 for row in prompts.rows]),
+            rows=torch.tensor([n_prefix + len(row) - 1 for row in prompts.suffixes]),
             own=own.expand(len(prompts.queries), -1),
             n_start=n_start,
             demo=torch.arange(n_start, n_prefix),
@@ -448,7 +448,7 @@ def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model
     delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
 
-    decay_weights = None if eta is None else decays(eta, where.rows, where.demo)
+    decay_weights = None if eta is None else decay_matrix(eta, where.rows, where.demo)
     demo_momentum = None if decay_weights is None else _weigh(decay_weights, demo_v)
     direct = torch.einsum("qhd,hdm->qm", delta_icl if demo_momentum is None else delta_icl + demo_momentum, W_O)
     along = torch.einsum("qm,hdm->qhd", direct, W_O)
@@ -471,7 +471,7 @@ def _own_momentum(
     eta: Float[Tensor, " head"], own_v: Float[Tensor, "query own_pos kv_head d_head"], where: _Where
 ) -> Float[Tensor, "query head d_head"]:
     """Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded row t."""
-    decay_weights = decays(eta, where.rows[:, None], where.own)[:, :, 0]
+    decay_weights = decay_matrix(eta, where.rows[:, None], where.own)[:, :, 0]
     return (decay_weights.unflatten(1, (own_v.shape[2], -1)) @ own_v.transpose(1, 2)).flatten(1, 2)
 
 
@@ -521,7 +521,7 @@ def _check_match(model: Model, zero_shot: Capture, in_context: Capture) -> None:
                 )
     if (
         in_context.full_prompt is not None
-        and in_context.full_prompt.tokens != in_context.prompts.prefix + in_context.prompts.rows[0]
+        and in_context.full_prompt.tokens != in_context.prompts.prefix + in_context.prompts.suffixes[0]
     ):
         raise ValueError(
             f"expected a plain pass over the first query's prompt, got one of {len(in_context.full_prompt.tokens)} other tokens: "

@@ -93,10 +93,10 @@ def decaying_sum_reference(
             for t, document in enumerate(of_row):
                 own = itertools.takewhile(lambda i, row=of_row, own=document: row[i] == own, range(t - 1, -1, -1))
                 shown[batch, t, list(own)] = document >= 0
-    return torch.einsum("bhti,bihd->bthd", decays(decay, position, position) * shown[:, None], values)
+    return torch.einsum("bhti,bihd->bthd", decay_matrix(decay, position, position) * shown[:, None], values)
 
 
-def decays(
+def decay_matrix(
     eta: Float[Tensor, " head"], rows: Int[Tensor, "*batch pos"], keys: Int[Tensor, "*#batch key"]
 ) -> Float[Tensor, "*batch head pos key"]:
     """η^{t−i} for a row at t and a key at i before it, else 0."""

@@ -21,7 +21,7 @@ from icl_dual.captures.capture import capture
 from icl_dual.contexts import draw_orders
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.models import Model
 from icl_dual.prompts import build_prompts
 from icl_dual.statistics.intervals import bootstrap
@@ -114,9 +114,7 @@ def measure_order_sensitivity(
     *,
     n_orders: int,
     lr: float,
-    loss: Loss = "all",
-    method: Method = "sgd",
-    trained: Trained = "key-value",
+    config: FinetuneConfig = PAPER_FINETUNING,
     seed: int = 0,
     progress: bool = True,
 ) -> OrderSensitivity:
@@ -129,9 +127,7 @@ def measure_order_sensitivity(
         queries: what is asked. Memory takes a distribution over the vocabulary for each, order and setting.
         n_orders: how many orders, 2 at least.
         lr: of the finetuning.
-        loss: the same.
-        method: the same.
-        trained: the same.
+        config: the loss, the method and the trained projections of the finetuning.
         seed: of the orders.
         progress: show progress bars.
 
@@ -145,7 +141,7 @@ def measure_order_sensitivity(
     predictions: dict[str, list[Tensor]] = {"ICL": [], "FT": []}
     shown = [build_prompts(model, task, [demonstrations[index] for index in order], queries) for order in orders]
     rates = [lr] * n_orders
-    deltas = finetune_many(model, shown, rates, loss=loss, method=method, trained=trained, progress=progress)
+    deltas = finetune_many(model, shown, rates, config=config, progress=progress)
     for prompts, delta in zip(tqdm(shown, desc="orders", disable=not progress, leave=False), deltas, strict=True):
         if isinstance(delta, DivergedError):
             raise delta

@@ -72,7 +72,7 @@ class Prompts:
     @cached_property
     def rows(self) -> tuple[Tokens, ...]:
         """Each query's own tokens; the recorded position is the last."""
-        return tuple(query + self.appended for query in self.queries)
+        return tuple(query + self.appended_tokens for query in self.queries)
 
     @property
     def training(self) -> tuple[Tokens, ...]:
@@ -200,7 +200,7 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
     """
     if not isinstance(model, Model):
         raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it, as icl_dual.Model(model)")
-    found = {"demonstrations": prompts.training, "queries": prompts.queries, "labels": prompts.labels}
+    found = {"demonstrations": prompts.training_sequences, "queries": prompts.queries, "labels": prompts.labels}
     for name, sequences in {**found, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
         for at, tokens in enumerate(sequences):
             if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
@@ -218,11 +218,11 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
         raise PromptError(
             f"expected a label of 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} queries, got {gold}"
         )
-    whole = tuple(map(len, prompts.training))
+    whole = tuple(map(len, prompts.training_sequences))
     if len(lengths) != len(whole) or not all(1 <= n <= of for n, of in zip(lengths, whole, strict=True)):
         raise PromptError(f"expected the label length of each demonstration, at most its own {whole}, got {lengths}")
     labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1  # a label's last token never runs
-    in_context = len(prompts.prefix) + max(labelled, *map(len, prompts.rows))
+    in_context = len(prompts.prefix) + max(labelled, *map(len, prompts.suffixes))
     longest = max(in_context, *(len(prompts.start) + n for n in (*whole, 0)))
     if longest > model.n_ctx:
         raise PromptError(

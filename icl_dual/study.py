@@ -6,7 +6,7 @@ A cell's folder appears complete or not at all, so a study that is stopped goes 
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -19,11 +19,11 @@ import torch
 from tqdm.auto import tqdm
 
 from icl_dual.captures.capture import Capture, capture
-from icl_dual.contexts import Context, relabel, steps_of
+from icl_dual.contexts import Context, relabel, matching_training_steps
 from icl_dual.finetuning.sgd import finetune
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained, WeightDelta
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
 from icl_dual.metrics.comparison import Comparison, compare
-from icl_dual.models import MOMENTUM, Control, Model, control_model, control_name, load_model
+from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, load_model
 from icl_dual.paper_tasks import load_task
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings.recordings import Recordings
@@ -56,8 +56,6 @@ class Cell:
     protocol: Protocol = "answer"
     """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label;
     `reference`, all as the released code does, the position being the first label word's, which follows every query."""
-    loss: Loss = "all"
-    """Finetuning's loss: over all tokens of a demonstration, or over its label word."""
     balanced: bool = False
     """Demonstrations balanced over labels, or as they fall (the paper's way)."""
     split: Split = "evaluation"
@@ -75,10 +73,8 @@ class Cell:
     """Another task, whose demonstrations stand in context in their place."""
     finetuned_on: Literal["own", "context"] = "own"
     """The task's own demonstrations whatever stands in context, or those."""
-    method: Method = "sgd"
-    """How is descended: `sgd`, the paper's; `full-batch`; or `layer-causal` (`finetune`)."""
-    trained: Trained = "key-value"
-    """Which projections move: `key-value`, the paper's; `key`; `value`; or `attention`."""
+    finetuning: FinetuneConfig = PAPER_FINETUNING
+    """The loss, the method and the trained projections of finetuning."""
     delta: Literal["finetuned", "random"] = "finetuned"
     """What is applied for FT: what finetuning changed, or as large a change in random directions."""
 
@@ -95,6 +91,16 @@ class Cell:
             raise StudyError(f"expected the demonstrations of another task as context_task, got {self.task!r} itself")
         if (self.context, self.finetuned_on) == ("own", "context"):
             raise StudyError("expected finetuned_on='context' with a context that is not the task's own, got 'own'")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Cell":
+        """Return the cell of settings as they are saved, by this version or by an older one.
+
+        Version 0.1 saved the finetuning's loss, method and trained projections beside the other settings.
+        """
+        given = dict(settings)
+        flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
+        return cls(**given | {"finetuning": FinetuneConfig(**given.get("finetuning", flat))})
 
     @property
     def name(self) -> str:
@@ -116,8 +122,8 @@ class Cell:
             "trained": "{} trained",
             "delta": "{} delta",
         }
-        usual = {field.name: field.default for field in fields(self)}
-        values = {name: getattr(self, name) for name in said}
+        usual = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
+        values = {name: getattr(self.finetuning if name in vars(PAPER_FINETUNING) else self, name) for name in said}
         return {name: said[name].format(value) for name, value in values.items() if value != usual[name]}
 
     @property
@@ -128,13 +134,10 @@ class Cell:
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "protocol": get_args(Protocol),
-    "loss": get_args(Loss),
     "split": get_args(Split),
     "weights": ("trained", *get_args(Control)),
     "context": get_args(Context),
     "finetuned_on": ("own", "context"),
-    "method": get_args(Method),
-    "trained": get_args(Trained),
     "delta": ("finetuned", "random"),
 }
 
@@ -235,7 +238,7 @@ class _Prepared:
         shown = build_prompts(model, task, context, queries, **options)
         if cell.finetuned_on == "context":
             return cls(demonstrations, context, queries, own, shown, shown, None)
-        steps = steps_of(shown, own, cell.k, cell.context, seed=cell.seed)
+        steps = matching_training_steps(shown, own, cell.k, cell.context, seed=cell.seed)
         return cls(demonstrations, context, queries, own, shown, own, steps)
 
 
@@ -245,7 +248,7 @@ def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell)
         made = (
             "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
         )
-        if (MOMENTUM in cell.model) != (MOMENTUM in model.name):
+        if (MOMENTUM_TAG in cell.model) != (MOMENTUM_TAG in model.name):
             made += (
                 ". Within `with momentum_attention(model, eta):`, the model's name has its momentum, and so must the "
                 "cell's: Cell(model=model.name, …)"
@@ -271,7 +274,7 @@ def _run_cell(
     icl = runs.captured("ICL", model, shown)
     zsl = runs.captured("ZSL", model, zero_shot)
     with delta.applied(model):
-        applied = cell.lr, cell.loss, cell.method, cell.trained, cell.delta, prepared.trained.training
+        applied = cell.lr, cell.finetuning, cell.delta, prepared.trained.training_sequences
         ft = runs.captured("FT", model, zero_shot, with_delta=applied)
     with runs.clock("metrics"):
         comparison = compare(zero_shot=zsl, in_context=icl, finetuned=ft, delta=delta, steps=steps, seed=cell.seed)
@@ -286,7 +289,7 @@ def _run_cell(
         "pass_residual": model.pass_residual,
         "seconds": runs.clock.seconds,
         "prefix_tokens": len(shown.prefix),
-        "query_tokens": sum(map(len, shown.rows)),
+        "query_tokens": sum(map(len, shown.suffixes)),
         "k_in_context": len(shown.demonstrations),
         "shared_texts": len(shared_texts([*prepared.demonstrations, *prepared.context], prepared.queries)),
         "label_words": task.label_words,
@@ -313,7 +316,9 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
     """
     _, metadata = load_tensors(Path(folder))
     try:
-        return CellResult(Cell(**metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder))
+        return CellResult(
+            Cell.from_settings(metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder)
+        )
     except (KeyError, TypeError) as error:
         raise StudyError(f"expected a finished cell in {folder}, got something else ({error!r})") from error
 
@@ -434,8 +439,8 @@ class _Runs:
 
     def finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> WeightDelta:
         """The delta of a cell's finetuning, in random directions where the cell says so."""
-        options: dict[str, Any] = {name: getattr(cell, name) for name in ("lr", "loss", "method", "trained")}
-        trained_on = prompts.start, prompts.training, prompts.demonstration_label_lengths
+        options: dict[str, Any] = {"lr": cell.lr, "config": cell.finetuning}
+        trained_on = prompts.start, prompts.training_sequences, prompts.demonstration_label_lengths
         of = model.name, model.fingerprint(), trained_on, options
         delta = self._once("finetuning", of, lambda: finetune(model, prompts, **options, progress=self.progress))
         return delta.randomised(cell.seed) if cell.delta == "random" else delta
@@ -453,7 +458,7 @@ class _Runs:
 
 def _load(cell: Cell, device: str | torch.device, dtype: torch.dtype) -> Model:
     """A cell's model; of a control, the trained one it is made from is let go."""
-    if MOMENTUM in cell.model:
+    if MOMENTUM_TAG in cell.model:
         raise StudyError(
             f"expected cells of models as they are loaded, got one of {cell.model!r}: run it by itself, with "
             "icl_dual.run_cell within `with momentum_attention(model, eta):`"

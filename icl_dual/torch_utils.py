@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: torch has a type for this on some accelerators; elsewhere it is the words that tell."""
     said = (
         "can't allocate memory",

@@ -156,7 +156,7 @@ class _HeldPass:
 
     def __init__(self, model: Model, prompts: Prompts, batch: Int[Tensor, " batch"]) -> None:
         self.model, self.batch = model, batch
-        rows = [[*prompts.start, *prompts.rows[index]] for index in batch.tolist()]
+        rows = [[*prompts.start, *prompts.suffixes[index]] for index in batch.tolist()]
         longest = max(map(len, rows))
         self.tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         self.last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
@@ -227,7 +227,7 @@ def _delta_w_icl(
     prompts, kept = in_context.prompts, in_context.keys_values
     assert kept is not None
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-    rows = torch.tensor([n_prefix + len(prompts.rows[index]) - 1 for index in batch.tolist()])
+    rows = torch.tensor([n_prefix + len(prompts.suffixes[index]) - 1 for index in batch.tolist()])
     seen = model.attention_rules[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
     seen = seen[:1] if (seen == seen[:1]).all() else seen
     k, v = kept.demo_keys[layer].double(), kept.demo_values[layer].double()
@@ -333,7 +333,7 @@ def _check_match(model: Model, zero_shot: Capture, in_context: Capture, delta: W
         )
     if not in_context.prompts.demonstrations:
         raise ValueError("expected in_context's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
-    if delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training]:
+    if delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
         raise ValueError(
             f"expected a delta finetuned on the {len(in_context.prompts.demonstrations)} demonstrations of in_context's prompts, in "
             f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on in_context's prompts"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
-from icl_dual.contexts import Context, draw_orders, steps_of
+from icl_dual.contexts import Context, draw_orders, matching_training_steps
 from icl_dual.tasks import Example
 
 LR = 0.05
@@ -131,17 +131,17 @@ def test_steps_say_which_demonstration_stands_for_which_step(llama: icl.Model, t
     trained = icl.build_prompts(llama, task, shown, asked)
     for seed in range(5):
         reordered = icl.build_prompts(llama, task, icl.relabel(shown, "reordered", 2, seed=seed), asked)
-        steps = steps_of(reordered, trained, 5, "reordered", seed=seed)
+        steps = matching_training_steps(reordered, trained, 5, "reordered", seed=seed)
         assert sorted(steps) == [0, 1, 2, 3, 4]
-        assert [trained.training[step] for step in steps] == list(reordered.demonstrations)
+        assert [trained.training_sequences[step] for step in steps] == list(reordered.demonstrations)
     flipped = icl.build_prompts(llama, task, icl.relabel(shown, "flipped labels", 2, seed=0), asked)
     # The two label words have other numbers of tokens: no token of a flipped demonstration stands for one trained on.
-    assert steps_of(flipped, trained, 5, "flipped labels", seed=0) == [-1] * 5
+    assert matching_training_steps(flipped, trained, 5, "flipped labels", seed=0) == [-1] * 5
     dealt = icl.build_prompts(llama, task, icl.relabel(shown, "shuffled labels", 2, seed=1), asked)
     same = [len(a) == len(b) for a, b in zip(dealt.demonstrations, trained.demonstrations, strict=True)]
     assert set(same) == {True, False}
     expected = [step if kept else -1 for step, kept in enumerate(same)]
-    assert steps_of(dealt, trained, 5, "shuffled labels", seed=1) == expected
+    assert matching_training_steps(dealt, trained, 5, "shuffled labels", seed=1) == expected
 
 
 def test_what_had_no_room_in_training_has_no_step(
@@ -150,16 +150,16 @@ def test_what_had_no_room_in_training_has_no_step(
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", 200)
     shown, asked = reference_task.demonstrations(8, 1), reference_task.queries(3)
     trained = icl.build_prompts(llama, reference_task, shown, asked)
-    assert 0 < len(trained.training) < 8
+    assert 0 < len(trained.training_sequences) < 8
     without = 0
     for seed in range(4):
         other = icl.build_prompts(llama, reference_task, icl.relabel(shown, "reordered", 2, seed=seed), asked)
-        steps = steps_of(other, trained, 8, "reordered", seed=seed)
+        steps = matching_training_steps(other, trained, 8, "reordered", seed=seed)
         assert len(steps) == len(other.demonstrations) < 8
         for step, tokens in zip(steps, other.demonstrations, strict=True):
             if step >= 0:
-                assert trained.training[step] == tokens
+                assert trained.training_sequences[step] == tokens
             else:
-                assert tokens not in trained.training
+                assert tokens not in trained.training_sequences
                 without += 1
     assert without

@@ -46,14 +46,14 @@ class Reference:
 
     def __init__(self, model: icl.Model, prompts: Prompts, query: int) -> None:
         self.model, self.attention = model, []
-        tokens = torch.tensor([[*prompts.prefix, *prompts.rows[query]]])
+        tokens = torch.tensor([[*prompts.prefix, *prompts.suffixes[query]]])
 
         def keep(layer: int, attention) -> None:
             self.attention.append(attention)
 
         with torch.no_grad():
             model.run(tokens, on_attention=keep)
-        owners = [*prompts.segments.tolist(), *[-9] * len(prompts.rows[query])]
+        owners = [*prompts.segments.tolist(), *[-9] * len(prompts.suffixes[query])]
         kinds = [None, -1, -9, SEPARATOR, *range(len(prompts.demonstrations))]
         self.groups = [[at for at, owner in enumerate(owners) if owner == kind] for kind in kinds]
         self.demonstrations = [at for at, owner in enumerate(owners) if owner == SEPARATOR or owner >= 0]

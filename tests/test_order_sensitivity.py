@@ -146,7 +146,9 @@ def test_order_sensitivity_finetunes_as_it_is_told(
     before = llama.fingerprint()
     shown, asked = task.demonstrations(3, 1), task.queries(4)
     options: dict[str, Any] = {"n_orders": 3, "lr": LR, "seed": 2, "progress": False}
-    whole = icl.measure_order_sensitivity(llama, task, shown, asked, method="full-batch", **options)
+    whole = icl.measure_order_sensitivity(
+        llama, task, shown, asked, config=icl.FinetuneConfig(method="full-batch"), **options
+    )
     assert whole.distance["FT and FT"].max() < 1e-5 < sensitivity.distance["FT and FT"].min()
     torch.testing.assert_close(whole.distance["ICL and ICL"], sensitivity.distance["ICL and ICL"])
     assert llama.fingerprint() == before
@@ -208,7 +210,14 @@ def test_an_architecture_without_rotation_and_a_loss_of_the_label_alone_have_ord
 ) -> None:
     model = models_by_architecture("gpt2")
     got = icl.measure_order_sensitivity(
-        model, task, task.demonstrations(2, 1), task.queries(3), n_orders=2, lr=LR, loss="label", progress=False
+        model,
+        task,
+        task.demonstrations(2, 1),
+        task.queries(3),
+        n_orders=2,
+        lr=LR,
+        config=icl.FinetuneConfig(loss="label"),
+        progress=False,
     )
     runs = plain_runs(model, task, [[0, 1], [1, 0]], 2, 3, loss="label")
     expected = (runs["FT"][0] - runs["FT"][1]).abs().sum(-1) / 2

@@ -78,16 +78,16 @@ def test_the_reference_protocol_appends_the_first_label_word_to_every_query(
 ) -> None:
     prompts = icl.build_prompts(llama, reference_task, reference_task.demonstrations(3, 1), reference_task.queries(5))
     assert prompts.protocol == "reference"
-    assert prompts.appended == prompts.labels[0]
-    assert prompts.rows == tuple(query + prompts.labels[0] for query in prompts.queries)
+    assert prompts.appended_tokens == prompts.labels[0]
+    assert prompts.suffixes == tuple(query + prompts.labels[0] for query in prompts.queries)
     assert {query.label for query in reference_task.queries(5)} == {0, 1}, "whatever the label is"
     assert prompts.separator == (llama.tokenizer.eos_token_id,)
-    assert prompts.zero_shot().rows == prompts.rows
+    assert prompts.zero_shot().suffixes == prompts.suffixes
 
 
 def test_the_answer_protocol_appends_nothing(prompts: Prompts) -> None:
     assert prompts.protocol == "answer"
-    assert prompts.rows == prompts.queries
+    assert prompts.suffixes == prompts.queries
 
 
 def reference_fit(llama: icl.Model, reference_task: icl.Task, k: int, n_ctx: int) -> int:
@@ -117,12 +117,12 @@ def test_reference_demonstrations_are_cut_to_what_fits_and_finetuning_to_the_sam
     n_fit = reference_fit(llama, reference_task, 28, n_ctx)
     assert 0 < n_fit < 28
     assert len(prompts.demonstrations) == n_fit
-    assert prompts.training == prompts.demonstrations
+    assert prompts.training_sequences == prompts.demonstrations
     assert len(prompts.demonstration_label_lengths) == n_fit
     assert prompts.demonstrations[:5] == whole.demonstrations[:n_fit]
     mismatched = icl.build_prompts(llama, reference_task, shown, asked, reference_k_mismatch=True)
     assert mismatched.demonstrations == prompts.demonstrations
-    assert len(mismatched.training) == len(mismatched.demonstration_label_lengths) == 28
+    assert len(mismatched.training_sequences) == len(mismatched.demonstration_label_lengths) == 28
     assert mismatched.zero_shot() == prompts.zero_shot()
 
 

@@ -260,9 +260,9 @@ def same_numbers(one: icl.CellResult, other: icl.CellResult) -> None:
 CELLS_OF_ONE_RUN: list[tuple[dict[str, Any], list[str]]] = [
     *[({"context": context}, ["in context"]) for context in get_args(Context) if context != "own"],
     ({"delta": "random"}, ["zero-shot"]),
-    ({"loss": "label"}, ["finetuning", "zero-shot"]),
-    ({"method": "layer-causal"}, ["finetuning", "zero-shot"]),
-    ({"trained": "value"}, ["finetuning", "zero-shot"]),
+    ({"finetuning": icl.FinetuneConfig(loss="label")}, ["finetuning", "zero-shot"]),
+    ({"finetuning": icl.FinetuneConfig(method="layer-causal")}, ["finetuning", "zero-shot"]),
+    ({"finetuning": icl.FinetuneConfig(trained="value")}, ["finetuning", "zero-shot"]),
     ({"lr": 0.01}, ["finetuning", "zero-shot"]),
     ({"context": "flipped labels", "finetuned_on": "context"}, ["finetuning", "in context", "zero-shot"]),
     ({"seed": 2}, ["finetuning", "in context", "zero-shot"]),
@@ -402,7 +402,7 @@ def test_another_context_task_than_the_cells_is_refused(
         ({"finetuned_on": "other"}, "expected finetuned_on out of"),
         ({"weights": "random"}, "expected weights out of"),
         ({"context": "other task"}, "expected context out of"),
-        ({"method": "adam"}, "expected method out of"),
+        ({"finetuning": icl.FinetuneConfig(method="adam")}, "expected method out of"),
         ({"context_task": "toy"}, "expected the demonstrations of another task as context_task, got 'toy' itself"),
         ({"context_task": "digits", "context": "reordered"}, "as they are, in context alone"),
         ({"finetuned_on": "context"}, "with a context that is not the task's own"),
@@ -443,11 +443,15 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
         *({"context": context} for context in get_args(Context) if context != "own"),
         {"context_task": "digits"},
         {"context": "shuffled labels", "finetuned_on": "context"},
-        {"loss": "label"},
-        *({"method": method} for method in get_args(Method) if method != "sgd"),
-        *({"trained": trained} for trained in get_args(Trained) if trained != "key-value"),
+        {"finetuning": icl.FinetuneConfig(loss="label")},
+        *({"finetuning": icl.FinetuneConfig(method=method)} for method in get_args(Method) if method != "sgd"),
+        *(
+            {"finetuning": icl.FinetuneConfig(trained=trained)}
+            for trained in get_args(Trained)
+            if trained != "key-value"
+        ),
         {"delta": "random"},
-        {"delta": "random", "loss": "label"},
+        {"delta": "random", "finetuning": icl.FinetuneConfig(loss="label")},
         {"weights": "untrained", "context": "reordered"},
     ]
     cells = [dataclasses.replace(CELL, k=2, n_queries=2, **changed) for changed in changes]

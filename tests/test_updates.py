@@ -64,7 +64,7 @@ def equation_13(runs: Runs, query: int) -> list[np.ndarray]:
     projections = linear_layers(model)
     hooks = [key.register_forward_pre_hook(lambda module, args: X.append(args[0][0])) for key, _ in projections]
     with torch.no_grad():
-        model.run(torch.tensor([[*prompts.start, *prompts.rows[query]]]))
+        model.run(torch.tensor([[*prompts.start, *prompts.suffixes[query]]]))
     for hook in hooks:
         hook.remove()
     found = []
@@ -120,7 +120,7 @@ def hold_to_matrices(runs: Runs) -> None:
     n_prefix = len(prompts.prefix)
     for query in (0, 3):
         W_FT = equation_13(runs, query)
-        at = n_prefix + len(prompts.rows[query]) - 1
+        at = n_prefix + len(prompts.suffixes[query]) - 1
         for layer in range(model.n_layers):
             window = model.attention_rules[layer].window
             seen = slice(0 if window is None else max(0, at - window + 1 - len(prompts.start)), None)
@@ -309,10 +309,12 @@ def test_factors_that_do_not_make_up_the_delta_are_refused(
 
 def test_a_delta_of_all_attention_is_refused(llama_runs: Runs) -> None:
     options: dict[str, Any] = {"lr": LR, "progress": False}
-    whole = icl.finetune(llama_runs.model, llama_runs.prompts, trained="attention", **options)
+    whole = icl.finetune(
+        llama_runs.model, llama_runs.prompts, config=icl.FinetuneConfig(trained="attention"), **options
+    )
     with pytest.raises(ValueError, match=r"expected a delta of keys and values, .* Finetune with trained='key-value'"):
         llama_runs.compare(delta=whole)
-    values = icl.finetune(llama_runs.model, llama_runs.prompts, trained="value", **options)
+    values = icl.finetune(llama_runs.model, llama_runs.prompts, config=icl.FinetuneConfig(trained="value"), **options)
     assert llama_runs.compare(delta=values).cosine.isfinite().all()
 
 
@@ -330,14 +332,14 @@ def test_wrong_factors_are_seen_at_any_learning_rate(
     prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(1))
     assert icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False).factors is not None
     recorder = sgd._FactorRecorder
-    keep = recorder.on_error
+    keep = recorder.on_gradient
     if (dtype, wrong) == (torch.bfloat16, 1.1):
         wrong = 3.0  # bfloat16's gradients are not that sure of themselves
 
     def keep_wrong(self, layer: int, which: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         keep(self, layer, which, x, gradient * wrong if which == kind else gradient)
 
-    monkeypatch.setattr(recorder, "on_error", keep_wrong)
+    monkeypatch.setattr(recorder, "on_gradient", keep_wrong)
     with pytest.raises(icl.UnsupportedModelError, match=f"layer 0: expected the gradient of W_{kind}"):
         icl.finetune(model, prompts, lr=1e-6, factors=True, progress=False)
 

@@ -42,7 +42,7 @@ from icl_dual.captures.shared_prefix import (
 )
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.torch_utils import out_of_memory
+from icl_dual.torch_utils import is_out_of_memory
 
 Field = Literal[
     "attn_out",
@@ -185,21 +185,21 @@ def capture(
             try:
                 model.pass_residual = measure_pass(model, prompts.start)
             except RuntimeError as error:
-                if out_of_memory(error):
+                if is_out_of_memory(error):
                     raise MemoryError(f"expected memory to check {model!r} on a short prompt, got: {error}") from error
                 raise UnsupportedModelError(
                     f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, "
                     f"got: {error}"
                 ) from error
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
-        rows = [row[len(head) :] for row in prompts.rows]
+        rows = [row[len(head) :] for row in prompts.suffixes]
         context, full_prompt = run_prefix(model, prompts.prefix + head, rows[0] if "full_prompt" in fields else None)
         recorder = _Recorder(model, prompts, fields, context)
         limit = BatchLimit(batch_size)
         single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
-        for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended), **callbacks):
+        for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
             recorder.residual = max(recorder.residual, batch.residual)
             next_log_probs = log_probs_of(batch.logits)[:, 0]
             first = [prompts.labels[label][0] for label in single]
@@ -226,7 +226,7 @@ class _Recorder:
         shown = prompts.demonstration_positions.to(model.device)
         self.shown_keys = [keys[shown] for keys in context.keys] if "demo_scores" in fields else []
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
-        longest = max(map(len, prompts.rows))
+        longest = max(map(len, prompts.suffixes))
         own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
         shapes = {
             "attn_out": (n_queries, n_layers, model.d_model),
@@ -248,7 +248,7 @@ class _Recorder:
         kept = self.kept
         rows = torch.arange(len(batch), device=last.device)
         z = attention.output if "z" in kept else attention.z
-        for name, tensor in (("z", z), ("q", attention.q_content), ("q_scored", attention.q)):
+        for name, tensor in (("z", z), ("q", attention.q_pre_rotary), ("q_scored", attention.q)):
             if name in kept:
                 kept[name][batch, layer] = tensor[rows, last].to(kept[name])
         n_pos = attention.k.shape[1]

@@ -15,7 +15,7 @@ from icl_dual import dual
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
-from icl_dual.torch_utils import out_of_memory, pad_right
+from icl_dual.torch_utils import is_out_of_memory, pad_right
 
 PREFIX_BLOCK = 256
 """Prefix tokens run at once: a model's own attention takes memory by their square."""
@@ -132,7 +132,7 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
         try:
             _, residual = _run_behind(model, context, tokens, torch.zeros_like(tokens[:, :1]), show)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if block == 1:
                 raise _does_not_fit(model, PART, tokens, context, error) from error
@@ -162,7 +162,7 @@ def _run_whole(
     try:
         _, residual = _run_behind(model, before, tokens, torch.zeros_like(tokens[:, :1]), show, on_output)
     except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise _does_not_fit(model, WHOLE if row else PART, tokens, before, error) from error
         raise
     q, k, v = zip(*seen, strict=True)
@@ -271,7 +271,7 @@ def run_queries(
         try:
             logits, residual = _run_behind(model, context, tokens, read, show, show_output)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise _does_not_fit(model, "query,", tokens, context, error) from error

@@ -9,6 +9,16 @@
 
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
-from icl_dual.finetuning.weight_delta import Factors, Loss, Method, Trained, WeightDelta
+from icl_dual.finetuning.weight_delta import Factors, FinetuneConfig, Loss, Method, Trained, WeightDelta
 
-__all__ = ["DivergedError", "Factors", "Loss", "Method", "Trained", "WeightDelta", "finetune", "finetune_many"]
+__all__ = [
+    "DivergedError",
+    "Factors",
+    "FinetuneConfig",
+    "Loss",
+    "Method",
+    "Trained",
+    "WeightDelta",
+    "finetune",
+    "finetune_many",
+]

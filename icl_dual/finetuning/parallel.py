@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,10 +19,16 @@ from icl_dual.finetuning.sgd import (
     total_norm,
     with_untrained,
 )
-from icl_dual.finetuning.weight_delta import PROJECTIONS_TRAINED, Loss, Method, Trained, WeightDelta, trained_weights
-from icl_dual.models import Kind, Model, UnsupportedModelError
+from icl_dual.finetuning.weight_delta import (
+    PAPER_FINETUNING,
+    PROJECTIONS_TRAINED,
+    FinetuneConfig,
+    WeightDelta,
+    trained_weights,
+)
+from icl_dual.models import ProjectionName, Model, UnsupportedModelError
 from icl_dual.prompts import Prompts
-from icl_dual.torch_utils import out_of_memory
+from icl_dual.torch_utils import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +38,7 @@ def finetune_many(
     prompts: Sequence[Prompts],
     lrs: Sequence[float],
     *,
-    loss: Loss = "all",
-    method: Method = "sgd",
-    trained: Trained = "key-value",
+    config: FinetuneConfig = PAPER_FINETUNING,
     at_once: int = 8,
     progress: bool = True,
 ) -> Iterator[WeightDelta | DivergedError]:
@@ -52,9 +55,7 @@ def finetune_many(
         model: what to finetune; comes back as it was.
         prompts: by run, whose demonstrations to train on.
         lrs: by run, the learning rate.
-        loss: as in `finetune`.
-        method: the same.
-        trained: the same.
+        config: the loss, the method and the trained projections, as in `finetune`.
         at_once: most runs side by side; each takes its delta's memory, and as much for its gradient. Fewer where memory
             runs out.
         progress: show progress bars.
@@ -70,29 +71,29 @@ def finetune_many(
     """
     if len(prompts) != len(lrs):
         raise ValueError(
-            f"expected a prompts and a learning rate for each run, got {len(prompts)} prompts and {len(lrs)} rates"
+            f"expected as many learning rates as prompts, got {len(prompts)} prompts and {len(lrs)} rates: pass one rate "
+            "for each"
         )
     if at_once < 1:
         raise ValueError(f"expected at least 1 run at once, got {at_once}")
     for one, lr in zip(prompts, lrs, strict=True):
-        check_arguments(
-            model, one, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)}
-        )
+        check_arguments(model, one, lr)
     one_by_one = (
-        method != "sgd"
+        config.method != "sgd"
         or model.dtype.itemsize < 4
         or not model.supports_projection_deltas
         or model.rope_scaling_threshold is not None
     )
     if one_by_one:
-        options: dict[str, Any] = {"loss": loss, "method": method, "trained": trained, "progress": progress}
-        return (_or_diverged(model, one, lr, options) for one, lr in zip(prompts, lrs, strict=True))
-    return _in_groups(model, prompts, lrs, loss, trained, at_once, progress)
+        return (_or_diverged(model, one, lr, config, progress) for one, lr in zip(prompts, lrs, strict=True))
+    return _in_groups(model, prompts, lrs, config, at_once, progress)
 
 
-def _or_diverged(model: Model, prompts: Prompts, lr: float, options: dict[str, Any]) -> WeightDelta | DivergedError:
+def _or_diverged(
+    model: Model, prompts: Prompts, lr: float, config: FinetuneConfig, progress: bool
+) -> WeightDelta | DivergedError:
     try:
-        return finetune(model, prompts, lr=lr, **options)
+        return finetune(model, prompts, lr=lr, config=config, progress=progress)
     except DivergedError as error:
         return error.with_traceback(None)  # which holds on to the run's memory
 
@@ -101,8 +102,7 @@ def _in_groups(
     model: Model,
     prompts: Sequence[Prompts],
     lrs: Sequence[float],
-    loss: Loss,
-    trained: Trained,
+    config: FinetuneConfig,
     at_once: int,
     progress: bool,
 ) -> Iterator[WeightDelta | DivergedError]:
@@ -111,9 +111,9 @@ def _in_groups(
         while first < len(prompts):
             group = slice(first, first + at_once)
             try:
-                found = _SideBySide(model, prompts[group], lrs[group], loss, trained).run(progress)
+                found = _SideBySide(model, prompts[group], lrs[group], config).run(progress)
             except (RuntimeError, MemoryError) as error:
-                if at_once == 1 or not out_of_memory(error):
+                if at_once == 1 or not is_out_of_memory(error):
                     raise
                 if not said:
                     log.warning("%d finetunings do not fit in memory side by side: running fewer", len(prompts[group]))
@@ -141,25 +141,22 @@ class _Run:
 
     @property
     def total(self) -> int:
-        return len(self.prompts.training)
+        return len(self.prompts.training_sequences)
 
 
 class _SideBySide:
     """Runs of SGD that share each pass, a row of its batch each. Those that are through, or diverged, leave."""
 
-    def __init__(
-        self, model: Model, prompts: Sequence[Prompts], lrs: Sequence[float], loss: Loss, trained: Trained
-    ) -> None:
+    def __init__(self, model: Model, prompts: Sequence[Prompts], lrs: Sequence[float], config: FinetuneConfig) -> None:
         self.model = model
-        self.loss: Loss = loss
-        self.trained: Trained = trained
+        self.config = config
         self.runs = [_Run(one, lr) for one, lr in zip(prompts, lrs, strict=True)]
         self.going = list(self.runs)
-        weights = trained_weights(model, trained)
+        weights = trained_weights(model, config.trained)
         self.size = total_norm([weight.parameter.detach() for by_layer in weights.values() for weight in by_layer])
         self.moved: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
         for name, by_layer in weights.items():
-            matrices = [weight.matrix(weight.parameter.detach()) for weight in by_layer]
+            matrices = [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
             self.moved[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
 
     def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
@@ -177,7 +174,7 @@ class _SideBySide:
 
     def _step(self) -> None:
         """Each run's next step, along the gradient of its own row's loss."""
-        rows = [(*run.prompts.start, *run.prompts.training[len(run.losses)]) for run in self.going]
+        rows = [(*run.prompts.start, *run.prompts.training_sequences[len(run.losses)]) for run in self.going]
         tensors = [tensor.requires_grad_() for by_layer in self.moved.values() for tensor in by_layer]
         losses = self._losses(rows)
         gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
@@ -210,7 +207,7 @@ class _SideBySide:
             read=read,
             on_query=lambda layer, q: content["q"].append(q.detach().cpu()),
             on_key=lambda layer, k: content["k"].append(k.detach().cpu()),
-            adding=dict.fromkeys(PROJECTIONS_TRAINED[self.trained], self._added),
+            projection_deltas=dict.fromkeys(PROJECTIONS_TRAINED[self.config.trained], self._added),
         )
         for name, layers in content.items():
             for run, row, found in zip(self.going, rows, torch.stack(layers, dim=1), strict=True):
@@ -221,14 +218,14 @@ class _SideBySide:
         each = flat.view(targets.shape)
         return each.where(counted, 0.0).sum(1) / counted.sum(1)
 
-    def _added(self, layer: int, kind: Kind, x: Float[Tensor, "run pos d_in"]) -> Float[Tensor, "run pos d_out"]:
+    def _added(self, layer: int, kind: ProjectionName, x: Float[Tensor, "run pos d_in"]) -> Float[Tensor, "run pos d_out"]:
         """ΔW x + Δb, each run's own."""
         added = x @ self.moved[f"W_{kind}"][layer].mT
         return added + self.moved[f"b_{kind}"][layer].unsqueeze(1) if f"b_{kind}" in self.moved else added
 
     def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
         label = run.prompts.demonstration_label_lengths[len(run.losses)]
-        return min(label if self.loss == "label" else len(row) - len(run.prompts.start), len(row) - 1)
+        return min(label if self.config.loss == "label" else len(row) - len(run.prompts.start), len(row) - 1)
 
     def _leave(self, fingerprint: str) -> None:
         """Runs that are through, or have diverged, leave with their result."""
@@ -256,10 +253,9 @@ class _SideBySide:
             model=self.model.name,
             fingerprint=fingerprint,
             lr=run.lr,
-            loss=self.loss,
-            trained=self.trained,
+            config=self.config,
             **with_untrained(self.model, moved),
-            demonstrations=[list(tokens) for tokens in run.prompts.training],
+            demonstrations=[list(tokens) for tokens in run.prompts.training_sequences],
             losses=torch.tensor(run.losses, dtype=torch.float64),
             training_q=torch.cat(run.q, dim=1),
             training_k=torch.cat(run.k, dim=1),

@@ -12,7 +12,7 @@ those above it, as a forward pass does not (layer-causal, Deutch et al., 2024); 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_dual import dual
-from icl_dual.finetuning.weight_delta import Factors, Loss, Method, Trained, WeightDelta, restored, trained_weights
-from icl_dual.models import Kind, Model, OnTensor, Projection, UnsupportedModelError, Weight
+from icl_dual.finetuning.weight_delta import (
+    PAPER_FINETUNING,
+    Factors,
+    FinetuneConfig,
+    WeightDelta,
+    restored,
+    trained_weights,
+)
+from icl_dual.models import ProjectionName, Model, OnTensor, Projection, UnsupportedModelError, Weight
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.torch_utils import at_least_float32
 
@@ -45,9 +52,7 @@ def finetune(
     prompts: Prompts,
     *,
     lr: float,
-    loss: Loss = "all",
-    method: Method = "sgd",
-    trained: Trained = "key-value",
+    config: FinetuneConfig = PAPER_FINETUNING,
     factors: bool = False,
     progress: bool = True,
 ) -> WeightDelta:
@@ -57,11 +62,10 @@ def finetune(
         model: what to finetune, with its momentum where it has any; comes back as it was.
         prompts: whose demonstrations to train on, each behind the start token and without a separator.
         lr: the learning rate of SGD.
-        loss: mean cross-entropy over all tokens of a demonstration (the released code's), or its label word only.
-        method: the paper's `sgd`; `full-batch`, a single step on the sum of the demonstrations' losses, which to first
-            order is as long as the steps of SGD together; or `layer-causal`, where gradients stop at every layer's
-            input, and its output is read out by the final norm and the unembedding, which stay as they are.
-        trained: which projections move.
+        config: the loss, the method and the trained projections. One `full-batch` step on the sum of the
+            demonstrations' losses is, to first order, as long as the steps of `sgd` together. Under `layer-causal`,
+            gradients stop at every layer's input, and its output is read out by the final norm and the unembedding,
+            which stay as they are.
         factors: keep the outer products that the delta of keys and values is the sum of, and check that it is.
         progress: show a progress bar.
 
@@ -73,28 +77,28 @@ def finetune(
         UnsupportedModelError: a step's factors do not make up its gradient (says at which layer), or a layer's output
             is not read out by the final norm and the unembedding alone (`layer-causal`).
     """
-    check_arguments(
-        model, prompts, lr, {"loss": (loss, Loss), "method": (method, Method), "trained": (trained, Trained)}
-    )
-    if factors and trained not in ("key-value", "attention"):
-        raise ValueError(f"expected keys and values to be trained where factors are kept, got trained={trained!r}")
-    weights = trained_weights(model, trained)
+    check_arguments(model, prompts, lr)
+    if factors and config.trained not in ("key-value", "attention"):
+        raise ValueError(
+            f"expected keys and values to be trained where factors are kept, got trained={config.trained!r}"
+        )
+    weights = trained_weights(model, config.trained)
     parameters = [weight.parameter for by_layer in weights.values() for weight in by_layer]
     losses: list[float] = []
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
     with restored(parameters) as before, only_trained(model, parameters):
-        descent = _Descent(model, parameters, before, lr, whole=method == "full-batch")
-        steps = zip(prompts.training, prompts.demonstration_label_lengths, strict=True)
-        total = len(prompts.training)
+        descent = _Descent(model, parameters, before, lr, whole=config.method == "full-batch")
+        steps = zip(prompts.training_sequences, prompts.demonstration_label_lengths, strict=True)
+        total = len(prompts.training_sequences)
         for step, (tokens, label_length) in enumerate(
             tqdm(steps, total=total, desc=f"finetuning, lr {lr:g}", disable=not progress, unit="step", leave=False), 1
         ):
-            n_targets = label_length if loss == "label" else len(tokens)
+            n_targets = label_length if config.loss == "label" else len(tokens)
             for parameter in parameters:
                 parameter.grad = None
-            local = method == "layer-causal"
+            local = config.method == "layer-causal"
             value, q, k = _backward(model, prompts.start, tokens, n_targets, local=local, recorder=recorder)
             losses.append(value)
             training["q"].append(q)
@@ -109,11 +113,9 @@ def finetune(
         model=model.name,
         fingerprint=fingerprint,
         lr=lr,
-        loss=loss,
-        method=method,
-        trained=trained,
+        config=config,
         **deltas,
-        demonstrations=[list(tokens) for tokens in prompts.training],
+        demonstrations=[list(tokens) for tokens in prompts.training_sequences],
         losses=torch.tensor(losses, dtype=torch.float64),
         training_q=torch.cat(training["q"], dim=1),
         training_k=torch.cat(training["k"], dim=1),
@@ -132,16 +134,13 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
     )
 
 
-def check_arguments(model: Model, prompts: Prompts, lr: float, options: dict[str, tuple[str, Any]]) -> None:
+def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
     check_prompts(model, prompts)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}")
-    for name, (got, known) in options.items():
-        if got not in get_args(known):
-            raise ValueError(f"expected {name} out of {get_args(known)}, got {got!r}")
-    if not prompts.training:
+    if not prompts.training_sequences:
         raise ValueError("expected demonstrations to finetune on, got none")
-    if short := [tokens for tokens in prompts.training if len(prompts.start) + len(tokens) < 2]:
+    if short := [tokens for tokens in prompts.training_sequences if len(prompts.start) + len(tokens) < 2]:
         raise ValueError(f"expected demonstrations with a token that others come before, got {short[0]}")
 
 
@@ -187,14 +186,14 @@ class _FactorRecorder:
 
     def __init__(self, model: Model, lr: float) -> None:
         self.model, self.lr = model, lr
-        self.projections: dict[Kind, list[Projection]] = {"K": model.projections("K"), "V": model.projections("V")}
+        self.projections: dict[ProjectionName, list[Projection]] = {"K": model.projections("K"), "V": model.projections("V")}
         self.x: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
-        self.errors: dict[Kind, list[list[Tensor]]] = {kind: [[] for _ in self.x] for kind in self.projections}
+        self.errors: dict[ProjectionName, list[list[Tensor]]] = {kind: [[] for _ in self.x] for kind in self.projections}
 
-    def on_error(
+    def on_gradient(
         self,
         layer: int,
-        kind: Kind,
+        kind: ProjectionName,
         x: Float[Tensor, "batch train_token d_model"],
         gradient: Float[Tensor, "batch train_token d_kv"],
     ) -> None:
@@ -209,7 +208,7 @@ class _FactorRecorder:
             for layer, projection in enumerate(projections):
                 found = projection.W.parameter.grad
                 assert found is not None
-                gradient = -self.lr * at_least_float32(projection.W.matrix(found)).cpu()
+                gradient = -self.lr * at_least_float32(projection.W.to_matrix(found)).cpu()
                 missing = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - gradient).norm()
                 if not missing <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * gradient.norm():
                     raise UnsupportedModelError(
@@ -263,7 +262,7 @@ def _backward(
         on_query=keep("q"),
         on_key=keep("k"),
         on_residual=cut if local else None,
-        on_error=None if recorder is None else recorder.on_error,
+        on_gradient=None if recorder is None else recorder.on_gradient,
     )
     loss = nn.functional.cross_entropy(at_least_float32(logits[0]), targets)
     if local:
@@ -311,7 +310,7 @@ def _deltas(model: Model, weights: dict[str, list[Weight]], before: list[Tensor]
     """What the weights have changed by, as matrices, by layer."""
     then = iter(before)
     moved = {
-        name: torch.stack([weight.matrix(weight.parameter.detach() - next(then)).cpu() for weight in by_layer])
+        name: torch.stack([weight.to_matrix(weight.parameter.detach() - next(then)).cpu() for weight in by_layer])
         for name, by_layer in weights.items()
     }
     return with_untrained(model, moved)
@@ -323,7 +322,7 @@ def with_untrained(model: Model, moved: dict[str, Tensor]) -> dict[str, Any]:
     for kind in ("K", "V"):
         W, b = model.projections(kind)[0]
         for name, weight in ((f"W_{kind}", W), (f"b_{kind}", b)):
-            like = None if weight is None else weight.matrix(weight.parameter.detach())
+            like = None if weight is None else weight.to_matrix(weight.parameter.detach())
             still = None if like is None else like.new_zeros(model.n_layers, *like.shape).cpu()
             found.setdefault(name, still)
     return found

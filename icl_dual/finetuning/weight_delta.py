@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icl_dual.models import Kind, Model, Weight
+from icl_dual.models import ProjectionName, Model, Weight
 from icl_dual.storage import AssetError, load_tensors, reading, save_tensors
 
 Loss = Literal["all", "label"]
@@ -22,7 +22,35 @@ demonstration a step, each layer by its own loss through the final norm and the 
 Trained = Literal["key-value", "key", "value", "attention"]
 """Which projections of attention move; `attention` is all four."""
 
-PROJECTIONS_TRAINED: dict[Trained, tuple[Kind, ...]] = {
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to finetune: the loss, the optimisation method and the trained projections. The default is the paper's.
+
+    >>> FinetuneConfig(loss="label")
+    FinetuneConfig(loss='label', method='sgd', trained='key-value')
+
+    Raises:
+        ValueError: an option is not one of those listed.
+    """
+
+    loss: Loss = "all"
+    """The mean cross-entropy of `all` tokens of a demonstration (the released code's), or of its `label` word alone."""
+    method: Method = "sgd"
+    """The optimisation method: `sgd`, `full-batch` or `layer-causal`."""
+    trained: Trained = "key-value"
+    """The projections that are trained: `key-value` (the paper's), `key`, `value`, or all of `attention`."""
+
+    def __post_init__(self) -> None:
+        for name, options in (("loss", Loss), ("method", Method), ("trained", Trained)):
+            if (value := getattr(self, name)) not in get_args(options):
+                raise ValueError(f"expected {name} out of {get_args(options)}, got {value!r}: choose one of these")
+
+
+PAPER_FINETUNING = FinetuneConfig()
+"""The finetuning of Dai et al. (2023)."""
+
+PROJECTIONS_TRAINED: dict[Trained, tuple[ProjectionName, ...]] = {
     "key-value": ("K", "V"),
     "key": ("K",),
     "value": ("V",),
@@ -60,7 +88,9 @@ class WeightDelta:
     fingerprint: str
     """Of the weights it started from."""
     lr: float
-    loss: Loss
+    """The learning rate."""
+    config: FinetuneConfig
+    """The loss, the method and the trained projections."""
     W_K: Float[Tensor, "layer d_kv d_model"]
     """ΔW_K; d_kv is n_key_value_heads·d_head, heads in order."""
     W_V: Float[Tensor, "layer d_kv d_model"]
@@ -75,10 +105,6 @@ class WeightDelta:
     """Queries W_Q x of each step's start token and demonstration, recorded before the step's update, in order."""
     training_k: Float[Tensor, "layer train_token kv_head d_head"]
     """Their keys W_K x, before rotation."""
-    method: Method = "sgd"
-    """How was descended."""
-    trained: Trained = "key-value"
-    """Which projections moved."""
     W_Q: Float[Tensor, "layer d_q d_model"] | None = None
     W_O: Float[Tensor, "layer d_model d_q"] | None = None
     b_Q: Float[Tensor, "layer d_q"] | None = None
@@ -90,7 +116,7 @@ class WeightDelta:
         sizes = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
         norms = ", ".join(f"‖Δ{name}‖={moved.norm():.3g}" for name, moved in sizes.items() if moved is not None)
         return (
-            f"WeightDelta({self.model!r}, lr={self.lr}, {self.method}, {self.trained} trained, "
+            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.config.trained} trained, "
             f"{len(self.losses)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, {norms})"
         )
 
@@ -112,12 +138,12 @@ class WeightDelta:
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {now}), got one from "
                 f"{self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
-        weights = trained_weights(model, self.trained)
+        weights = trained_weights(model, self.config.trained)
         with restored([weight.parameter for by_layer in weights.values() for weight in by_layer]):
             with torch.no_grad():
                 for name, by_layer in weights.items():
                     for weight, moved in zip(by_layer, getattr(self, name), strict=True):
-                        weight.parameter.add_(weight.stored(moved).to(weight.parameter))
+                        weight.parameter.add_(weight.from_matrix(moved).to(weight.parameter))
             yield model
 
     def save(self, folder: str | PathLike[str]) -> None:

@@ -262,7 +262,7 @@ def compare(
         finetuned: a capture of the zero-shot prompts with the delta applied.
         delta: the finetuning on the same demonstrations.
         steps: where a control's context holds other demonstrations, which training step each of them stands for; −1
-            for none (`icl_dual.contexts.steps_of`).
+            for none (`icl_dual.contexts.matching_training_steps`).
         seed: of the random baselines.
 
     Raises:

@@ -28,7 +28,7 @@ if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prerelease
 
 from icl_dual.models.backend import (  # noqa: E402
     Attention,
-    Kind,
+    ProjectionName,
     OnAttention,
     OnTensor,
     Projection,
@@ -38,13 +38,13 @@ from icl_dual.models.backend import (  # noqa: E402
 from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the right version comes first
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
-from icl_dual.models.momentum import MOMENTUM, momentum_attention  # noqa: E402
+from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
 
 __all__ = [
-    "MOMENTUM",
+    "MOMENTUM_TAG",
     "Attention",
     "Control",
-    "Kind",
+    "ProjectionName",
     "Model",
     "OnAttention",
     "OnTensor",

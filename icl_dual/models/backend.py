@@ -29,7 +29,7 @@ class Attention(NamedTuple):
     v: Float[Tensor, "batch pos kv_head d_head"]
     z: Float[Tensor, "batch pos head d_head"]
     """The heads' outputs, before W_O and before momentum."""
-    q_content: Float[Tensor, "batch pos head d_head"]
+    q_pre_rotary: Float[Tensor, "batch pos head d_head"]
     """Queries after norms but before rotation: what they say, apart from where they stand."""
     momentum: Momentum | None = None
     """What momentum adds to z, and its state after the last position; `None` where the layer has none."""
@@ -43,8 +43,8 @@ class Attention(NamedTuple):
 OnAttention = Callable[[int, Attention], Tensor | None]
 OnTensor = Callable[[int, Tensor], None]
 OnResidual = Callable[[int, Tensor], Tensor | None]
-OnError = Callable[[int, "Kind", Tensor, Tensor], None]
-OnProjection = Callable[[int, "Kind", Tensor], Tensor]
+OnGradient = Callable[[int, "ProjectionName", Tensor, Tensor], None]
+ProjectionDelta = Callable[[int, "ProjectionName", Tensor], Tensor]
 
 HOOK_LEVEL = 1 << 20
 """What tells the hooks of a run from anyone else's."""
@@ -53,7 +53,7 @@ Hook = tuple[nn.Module, Callable[..., Any]]
 """Where a function is called in a forward pass, and the function: at a hook point with its tensor (and `hook=`), at any
 other module with what torch calls forward hooks with: `(module, args, kwargs, output)`."""
 
-Kind = Literal["Q", "K", "V", "O"]
+ProjectionName = Literal["Q", "K", "V", "O"]
 """Attention's projections, by the matrix they multiply with."""
 
 
@@ -67,17 +67,17 @@ class Weight(NamedTuple):
     parameter: nn.Parameter
     axes: str
     """The parameter's axes, e.g. `head d_in d_head`; `head` may come first only."""
-    written: str
+    matrix_axes: str
     """The matrix' axes in terms of these, e.g. `(head d_head) d_in`."""
 
-    def matrix(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def to_matrix(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """A tensor like the parameter, laid out as a matrix."""
-        return rearrange(tensor, f"{self.axes} -> {self.written}")
+        return rearrange(tensor, f"{self.axes} -> {self.matrix_axes}")
 
-    def stored(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def from_matrix(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """A matrix, laid out like the parameter."""
         n_heads = {"head": len(self.parameter)} if self.axes.startswith("head") else {}
-        return rearrange(matrix, f"{self.written} -> {self.axes}", **n_heads)
+        return rearrange(matrix, f"{self.matrix_axes} -> {self.axes}", **n_heads)
 
 
 class Projection(NamedTuple):
@@ -89,12 +89,12 @@ class Projection(NamedTuple):
     @property
     def matrix(self) -> Float[Tensor, "d_out d_in"]:
         """W as it is now."""
-        return self.W.matrix(self.W.parameter.detach())
+        return self.W.to_matrix(self.W.parameter.detach())
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
         """The bias as it is now, where there is one."""
-        return None if self.b is None else self.b.matrix(self.b.parameter.detach())
+        return None if self.b is None else self.b.to_matrix(self.b.parameter.detach())
 
 
 class Backend(ABC):
@@ -104,7 +104,7 @@ class Backend(ABC):
         UnsupportedModelError: what the model does is not softmax attention over raw weights that hooks show whole.
     """
 
-    SEEN: ClassVar[dict[str, str]]
+    HOOK_NAMES: ClassVar[dict[str, str]]
     """What attention is put together from, and the hooks that show it, where a layer has them."""
 
     supports_projection_deltas: ClassVar[bool] = False
@@ -121,7 +121,7 @@ class Backend(ABC):
     n_ctx: int
     d_vocab: int
     rope_scaling_threshold: int | None
-    points: dict[str, Any]
+    hook_points: dict[str, Any]
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
@@ -135,7 +135,7 @@ class Backend(ABC):
         self.d_head = int(cfg.d_head)
         self.n_ctx = int(cfg.n_ctx)
         self.d_vocab = int(cfg.d_vocab)
-        self.points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
+        self.hook_points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
 
     @abstractmethod
     def check_supported(self) -> None:
@@ -146,11 +146,11 @@ class Backend(ABC):
         """Every weight of the model; fused projections whole."""
 
     @abstractmethod
-    def running_weights(self) -> Iterator[nn.Parameter]:
+    def forward_weights(self) -> Iterator[nn.Parameter]:
         """Every weight that a forward pass uses, also those it keeps twice."""
 
     @abstractmethod
-    def projection(self, layer: int, kind: Kind) -> Projection:
+    def projection(self, layer: int, kind: ProjectionName) -> Projection:
         """A layer's projection, as the part that the forward pass uses.
 
         Raises:
@@ -178,14 +178,14 @@ class Backend(ABC):
         """Queries and keys as scored, values, and queries before rotation, `[batch pos head d_head]` each."""
 
     @abstractmethod
-    def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """Hooks that show a layer's queries or keys after norms and before rotation, heads apart."""
 
     @abstractmethod
-    def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
         """Hooks that, in the backward pass, show a projection's input and the gradient at its output."""
 
-    def addition_hook(self, layer: int, kind: Kind, added: OnProjection) -> Hook:
+    def projection_delta_hook(self, layer: int, kind: ProjectionName, added: ProjectionDelta) -> Hook:
         """A hook that adds to a projection's output what is made of its input, where the class `supports_projection_deltas`."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing")
 
@@ -224,21 +224,21 @@ class Backend(ABC):
             momentum = None if momentum_of is None else momentum_of(self.values(seen["v"]))
             by_head, replaced = z.reshape(*z.shape[:2], self.n_heads, self.d_head), None
             if on_attention is not None:
-                q, k, v, q_content = self.read(layer, seen, positions)
+                q, k, v, q_pre_rotary = self.read(layer, seen, positions)
                 seen.clear()
-                replaced = on_attention(layer, Attention(q, k, v, by_head, q_content, momentum))
+                replaced = on_attention(layer, Attention(q, k, v, by_head, q_pre_rotary, momentum))
             seen.clear()
             if momentum is not None:
                 replaced = (by_head if replaced is None else replaced) + momentum.z
             return None if replaced is None else replaced.to(z.dtype).reshape(z.shape)
 
-        wanted = self.SEEN if on_attention is not None else {"v": self.SEEN["v"]}
-        points = {name: self.points.get(f"blocks.{layer}.attn.{hook}") for name, hook in wanted.items()}
+        wanted = self.HOOK_NAMES if on_attention is not None else {"v": self.HOOK_NAMES["v"]}
+        points = {name: self.hook_points.get(f"blocks.{layer}.attn.{hook}") for name, hook in wanted.items()}
         watched: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
-        return [*watched, (self.points[f"blocks.{layer}.attn.hook_z"], show)]
+        return [*watched, (self.hook_points[f"blocks.{layer}.attn.hook_z"], show)]
 
 
-def check_none_of(where: str, known: dict[str, bool]) -> None:
+def check_unsupported(where: str, known: dict[str, bool]) -> None:
     """Refuse a model for the first of these that is true of it.
 
     Raises:
@@ -252,7 +252,7 @@ def check_none_of(where: str, known: dict[str, bool]) -> None:
             )
 
 
-def watch(layer: int, on_tensor: OnTensor | OnResidual) -> Callable[..., Any]:
+def callback_hook(layer: int, on_tensor: OnTensor | OnResidual) -> Callable[..., Any]:
     """What shows a hook point's tensor to a callback, and puts back what it returns."""
 
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:

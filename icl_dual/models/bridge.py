@@ -16,16 +16,16 @@ from icl_dual import dual
 from icl_dual.models.backend import (
     Backend,
     Hook,
-    Kind,
-    OnError,
-    OnProjection,
+    ProjectionName,
+    OnGradient,
+    ProjectionDelta,
     OnResidual,
     OnTensor,
     Projection,
     UnsupportedModelError,
     Weight,
-    check_none_of,
-    watch,
+    check_unsupported,
+    callback_hook,
 )
 
 
@@ -34,7 +34,7 @@ class BridgeBackend(Backend):
 
     supports_projection_deltas = True
 
-    SEEN: ClassVar[dict[str, str]] = {
+    HOOK_NAMES: ClassVar[dict[str, str]] = {
         "q": "hook_q",
         "k": "hook_k",
         "v": "hook_v",
@@ -78,7 +78,7 @@ class BridgeBackend(Backend):
         """The Hugging Face model's."""
         return self.original.parameters()
 
-    def running_weights(self) -> Iterator[nn.Parameter]:
+    def forward_weights(self) -> Iterator[nn.Parameter]:
         """Every parameter, and the projections that the bridge has split out of fused ones and runs instead."""
         yield from self.parameters()
         for layer in range(self.n_layers):
@@ -86,7 +86,7 @@ class BridgeBackend(Backend):
             for part in (attn.q, attn.k, attn.v, attn.o):
                 yield from part.original_component.parameters()
 
-    def projection(self, layer: int, kind: Kind) -> Projection:
+    def projection(self, layer: int, kind: ProjectionName) -> Projection:
         """A linear layer of the model, or of the bridge, which splits fused ones."""
         module: Any = self._linear(layer, kind)
         width = (self.n_key_value_heads if kind in "KV" else self.n_heads) * self.d_head
@@ -160,18 +160,18 @@ class BridgeBackend(Backend):
             scored_q, scored_k = q, seen["k"]
         return scored_q, scored_k, self.values(seen["v"]), q
 
-    def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the hook after norms, where there is one."""
         name = f"blocks.{layer}.attn.hook_{kind.lower()}"
-        normed = f"{name}_normed" in self.points
+        normed = f"{name}_normed" in self.hook_points
         n_heads = self.n_heads if kind == "Q" else self.n_key_value_heads
 
         def hook_fn(content: Tensor, hook: Any) -> None:
             show(layer, self._by_head(content, n_heads, normed))
 
-        return [(self.points[name + "_normed" * normed], hook_fn)]
+        return [(self.hook_points[name + "_normed" * normed], hook_fn)]
 
-    def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
         """At the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -179,7 +179,7 @@ class BridgeBackend(Backend):
 
         return [(self._linear(layer, kind), hook_fn)]
 
-    def addition_hook(self, layer: int, kind: Kind, added: OnProjection) -> Hook:
+    def projection_delta_hook(self, layer: int, kind: ProjectionName, added: ProjectionDelta) -> Hook:
         """At the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -189,16 +189,16 @@ class BridgeBackend(Backend):
 
     def output_hook(self, layer: int, show: OnTensor) -> Hook:
         """At the output projection: the attention's own hook_out has the residual stream in it on Bloom."""
-        return self.points[f"blocks.{layer}.attn.o.hook_out"], watch(layer, show)
+        return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, show)
 
     def residual_hook(self, layer: int, show: OnResidual) -> Hook:
         """At the block's output."""
-        return self.points[f"blocks.{layer}.hook_out"], watch(layer, show)
+        return self.hook_points[f"blocks.{layer}.hook_out"], callback_hook(layer, show)
 
     def _attn(self, layer: int) -> Any:
         return self.wrapped.blocks[layer].attn
 
-    def _linear(self, layer: int, kind: Kind) -> Any:
+    def _linear(self, layer: int, kind: ProjectionName) -> Any:
         return getattr(self._attn(layer), kind.lower()).original_component
 
     def _by_head(self, content: Tensor, n_heads: int, normed: bool) -> Float[Tensor, "batch pos _ d_head"]:
@@ -232,7 +232,7 @@ def _check_attention(bridge: TransformerBridge, architecture: str, layer: int) -
         "ALiBi in half precision, whose biases are rounded": architecture == "BloomForCausalLM"
         and next(bridge.original_model.parameters()).dtype.itemsize < 4,
     }
-    check_none_of(f"{architecture}, layer {layer}", known)
+    check_unsupported(f"{architecture}, layer {layer}", known)
 
 
 def _rope_scaling_threshold(config: Any) -> int | None:

@@ -21,15 +21,15 @@ from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
     Hook,
-    Kind,
-    OnError,
+    ProjectionName,
+    OnGradient,
     OnResidual,
     OnTensor,
     Projection,
     UnsupportedModelError,
     Weight,
-    check_none_of,
-    watch,
+    check_unsupported,
+    callback_hook,
 )
 
 BIASED: dict[str, str] = {
@@ -58,7 +58,7 @@ def is_hooked_transformer(wrapped: object) -> bool:
 class HookedBackend(Backend):
     """A `HookedTransformer` with raw weights."""
 
-    SEEN: ClassVar[dict[str, str]] = {
+    HOOK_NAMES: ClassVar[dict[str, str]] = {
         "q": "hook_q",
         "k": "hook_k",
         "v": "hook_v",
@@ -101,17 +101,17 @@ class HookedBackend(Backend):
             "queries scaled by the logarithm of their position": cfg.use_logn_attn,
             "weights in four bits": cfg.load_in_4bit,
         }
-        check_none_of(name, known)
+        check_unsupported(name, known)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The model's own."""
         return self.wrapped.parameters()
 
-    def running_weights(self) -> Iterator[nn.Parameter]:
+    def forward_weights(self) -> Iterator[nn.Parameter]:
         """The model's own: it keeps none twice."""
         return self.wrapped.parameters()
 
-    def projection(self, layer: int, kind: Kind) -> Projection:
+    def projection(self, layer: int, kind: ProjectionName) -> Projection:
         """Weights by head; keys' and values' by their own heads where queries share them."""
         attn = self._attn(layer)
         own = "_" if kind in ("K", "V") and hasattr(attn, "_W_K") else ""
@@ -148,7 +148,7 @@ class HookedBackend(Backend):
             raise ValueError(f"expected positions that ascend from 0 or above, got {positions.tolist()}")
         if self.wrapped.cfg.positional_embedding_type == "rotary":
             self._rotate_up_to(int(positions[-1]))
-        hooks = (hook for point in self.points.values() for hook in point.fwd_hooks)
+        hooks = (hook for point in self.hook_points.values() for hook in point.fwd_hooks)
         others = any(hook.context_level != HOOK_LEVEL for hook in hooks)  # which may count on copies
         with nullcontext() if others else _AsTheyLie():
             return self.wrapped(tokens, attention_mask=steps.expand(tokens.shape))
@@ -191,10 +191,10 @@ class HookedBackend(Backend):
         """By their own heads, also where the model has repeated them."""
         return self._own_heads(shown)
 
-    def content_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the projection, and at the norm behind it where there is one."""
         at, name = f"blocks.{layer}.attn.", kind.lower()
-        projection, norm = self.points[f"{at}hook_{name}"], self.points.get(f"{at}{name}_norm.hook_normalized")
+        projection, norm = self.hook_points[f"{at}hook_{name}"], self.hook_points.get(f"{at}{name}_norm.hook_normalized")
         projected: list[Tensor] = []
 
         def keep(tensor: Tensor, hook: Any) -> None:
@@ -206,7 +206,7 @@ class HookedBackend(Backend):
 
         return [(projection, show_content)] if norm is None else [(projection, keep), (norm, show_content)]
 
-    def error_hooks(self, layer: int, kind: Literal["K", "V"], show: OnError) -> list[Hook]:
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
         """At the projection's hook, with the input that attention was called with."""
         outputs: list[Tensor] = []
         argument = {"K": "key_input", "V": "value_input"}[kind]
@@ -219,7 +219,7 @@ class HookedBackend(Backend):
             x = x[:, :, 0] if x.ndim == 4 else x  # split by head: copies of one
             outputs.pop().register_hook(lambda gradient: show(layer, kind, x, self._summed_heads(gradient)))
 
-        return [(self.points[f"blocks.{layer}.attn.hook_{kind.lower()}"], keep), (self._attn(layer), attach)]
+        return [(self.hook_points[f"blocks.{layer}.attn.hook_{kind.lower()}"], keep), (self._attn(layer), attach)]
 
     def output_hook(self, layer: int, show: OnTensor) -> Hook:
         """At attention itself: the block's hook_attn_out comes after the norm that some models have there."""
@@ -231,12 +231,12 @@ class HookedBackend(Backend):
 
     def residual_hook(self, layer: int, show: OnResidual) -> Hook:
         """At the block's output."""
-        return self.points[f"blocks.{layer}.hook_resid_post"], watch(layer, show)
+        return self.hook_points[f"blocks.{layer}.hook_resid_post"], callback_hook(layer, show)
 
     def _attn(self, layer: int) -> Any:
         return self.wrapped.blocks[layer].attn
 
-    def _has_bias(self, kind: Kind) -> bool:
+    def _has_bias(self, kind: ProjectionName) -> bool:
         """The class gives every projection a bias: of an architecture that has none, it is zero at every layer."""
         architecture = self.wrapped.cfg.original_architecture
         biases = [getattr(self._attn(layer), f"b_{kind}") for layer in range(self.n_layers)]

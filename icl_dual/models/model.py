@@ -18,10 +18,10 @@ from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
     Hook,
-    Kind,
+    ProjectionName,
     OnAttention,
-    OnError,
-    OnProjection,
+    OnGradient,
+    ProjectionDelta,
     OnResidual,
     OnTensor,
     Projection,
@@ -166,8 +166,8 @@ class Model:
         on_key: OnTensor | None = None,
         on_output: OnTensor | None = None,
         on_residual: OnResidual | None = None,
-        on_error: OnError | None = None,
-        adding: Mapping[Kind, OnProjection] | None = None,
+        on_gradient: OnGradient | None = None,
+        adding: Mapping[ProjectionName, ProjectionDelta] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
@@ -181,13 +181,13 @@ class Model:
             read: positions to unembed, by row; all where not given.
             on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
             on_query: called at every layer with its queries alone, `[batch pos head d_head]`, after norms and before
-                rotation: `Attention.q_content`, for a fraction of the hooks.
+                rotation: `Attention.q_pre_rotary`, for a fraction of the hooks.
             on_key: the same of its keys, `[batch pos kv_head d_head]`.
             on_output: called at every layer with the attention output, after W_O and before the residual sum,
                 `[batch pos d_model]`.
             on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; what it
                 returns, if anything, goes on in its place.
-            on_error: called in the backward pass, at every layer, with K's and with V's projection's input,
+            on_gradient: called in the backward pass, at every layer, with K's and with V's projection's input,
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
             adding: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
                 added to its output, `[batch pos d_out]`; where the model `supports_projection_deltas`.
@@ -212,18 +212,18 @@ class Model:
                 added = None if eta is None else partial(_momentum, eta=eta, state=state)
                 hooks += backend.attention_hooks(layer, on_attention, positions, added)
             if on_query is not None:
-                hooks += backend.content_hooks(layer, "Q", on_query)
+                hooks += backend.pre_rotary_hooks(layer, "Q", on_query)
             if on_key is not None:
-                hooks += backend.content_hooks(layer, "K", on_key)
+                hooks += backend.pre_rotary_hooks(layer, "K", on_key)
             if on_output is not None:
                 hooks.append(backend.output_hook(layer, on_output))
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
-            if on_error is not None:
-                hooks += [*backend.error_hooks(layer, "K", on_error), *backend.error_hooks(layer, "V", on_error)]
-            hooks += [backend.addition_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
+            if on_gradient is not None:
+                hooks += [*backend.gradient_hooks(layer, "K", on_gradient), *backend.gradient_hooks(layer, "V", on_gradient)]
+            hooks += [backend.projection_delta_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
         if read is not None:
-            hooks.append((backend.points["unembed.hook_in"], _gather(read)))
+            hooks.append((backend.hook_points["unembed.hook_in"], _gather(read)))
         with _hooked(hooks), _evaluating(self.wrapped):
             return backend.forward(tokens, positions)
 
@@ -235,7 +235,7 @@ class Model:
         """Logits of a residual stream, by the final norm and the unembedding."""
         return self.backend.unembed(residual)
 
-    def projections(self, kind: Kind) -> list[Projection]:
+    def projections(self, kind: ProjectionName) -> list[Projection]:
         """Each layer's projection onto queries, keys or values, or of the heads' outputs, as the forward pass uses it.
 
         Fused projections come apart, so that changing one's parameters leaves the others alone.
@@ -261,7 +261,7 @@ class Model:
     @property
     def rotary(self) -> bool:
         """Whether queries and keys are rotated by position, so that attention knows distances only."""
-        return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.points for layer in range(self.n_layers))
+        return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.hook_points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
         """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
@@ -270,7 +270,7 @@ class Model:
         Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
         """
         digest = hashlib.sha256()
-        for parameter in self.backend.running_weights():
+        for parameter in self.backend.forward_weights():
             flat = parameter.detach().reshape(-1)
             stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
             while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from icl_dual.models.model import Model
 from icl_dual.momentum import Eta, describe_eta, eta_by_layer_and_head
 
-MOMENTUM = " + momentum "
+MOMENTUM_TAG = " + momentum "
 """What stands between a model's name and what momentum it runs with."""
 
 
@@ -38,7 +38,7 @@ def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None =
     chosen = eta_by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
     before = model.name, model.pass_residual
     model.momentum, model.pass_residual = chosen, None
-    model.name += MOMENTUM + describe_eta(chosen)
+    model.name += MOMENTUM_TAG + describe_eta(chosen)
     try:
         yield model
     finally:

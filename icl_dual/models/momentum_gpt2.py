@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from icl_dual.momentum import check_eta, decaying_sum, decays
+from icl_dual.momentum import check_eta, decaying_sum, decay_matrix
 
 LEARNED = "learned"
 """The value of `eta` by which every head learns its own, from `FIRST`."""
@@ -149,7 +149,7 @@ def _of_cached(
     """Momentum of the last rows, which are new, over values of which the cache holds most."""
     keys = torch.arange(value.shape[2], device=value.device)
     rows = keys[len(keys) - n_rows :]
-    weights = decays(eta, rows, keys)[None]
+    weights = decay_matrix(eta, rows, keys)[None]
     if seen is not None:  # up to the next hidden key, where a text begins
         weights = weights * (seen | (keys >= rows[:, None])).flip(-1).cumprod(-1).flip(-1)
     return (weights @ value.to(weights.dtype)).transpose(1, 2)

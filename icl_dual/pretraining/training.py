@@ -115,7 +115,7 @@ def train(
     folder = Path(folder)
     halfway = folder / "checkpoints"
     config = configuration(preset, data.d_vocab, eta)
-    sequences = data.training(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
+    sequences = data.training_sequences(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
     with _own_randomness(), _without_bars():
         arguments = _arguments(preset, halfway, seed, device, checkpoints)
         settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
@@ -342,7 +342,7 @@ def in_context_accuracy(
     model: MomentumForCausalLM, task: LabelMapping, *, n: int = 512, seed: int = 0
 ) -> Bool[Tensor, "sequence pair"]:
     """Whether the model gives each pair's label right, after as many demonstrations as there are pairs before it."""
-    sequences = task.training(task.length, n, seed)
+    sequences = task.training_sequences(task.length, n, seed)
     found = []
     with torch.no_grad():
         for batch in sequences.split(64):

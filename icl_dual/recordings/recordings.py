@@ -95,7 +95,7 @@ class Recordings:
             predictions={name: run.predictions for name, run in runs.items()},
             attn_out={name: _field(run, "attn_out") for name, run in runs.items()},
             query_scores={name: _field(run, "query_scores") for name, run in runs.items()},
-            query_lengths=torch.tensor([len(row) for row in prompts.rows]),
+            query_lengths=torch.tensor([len(row) for row in prompts.suffixes]),
             context_scores={name: _field(run, "context_scores") for name, run in runs.items()},
             segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
             q=_field(finetuned, "q").flatten(2) * scale,
@@ -213,10 +213,10 @@ def _check_match(
         raise ValueError("expected in_context's prompts to have demonstrations, got none")
     if steps is not None:
         _check_steps(in_context, delta, steps)
-    elif delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training]:
+    elif delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
         raise ValueError(
             "expected a delta finetuned on the demonstrations of in_context's prompts, in their order. For a control, whose "
-            "context holds others, pass steps=, which icl_dual.contexts.steps_of finds"
+            "context holds others, pass steps=, which icl_dual.contexts.matching_training_steps finds"
         )
 
 

@@ -221,7 +221,7 @@ def test_a_table_of_two_protocols_is_refused(cells: Path) -> None:
 def test_cells_of_other_set_ups_share_no_row_and_say_what_differs(
     cells: Path, llama: icl.Model, tmp_path: Path
 ) -> None:
-    label = dataclasses.replace(CELL, task="agnews", loss="label")
+    label = dataclasses.replace(CELL, task="agnews", finetuning=icl.FinetuneConfig(loss="label"))
     task = icl.Task("agnews", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
     found = [icl.load_cell(cells / CELL.name), icl.run_cell(llama, task, label, tmp_path / "x", progress=False)]
     one, other = paper_tables.groups(found)

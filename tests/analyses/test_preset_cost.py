@@ -20,7 +20,7 @@ def test_flops_are_those_that_torch_counts(models_by_architecture: Callable[[str
     prompts = icl.build_prompts(model, task, task.demonstrations(k, 1), task.queries(n))
     assert {len(label) for label in prompts.labels} == {1}
     shape = Shape(model.n_layers, model.d_model, model.n_heads, 48, model.d_vocab)
-    counted = preset_cost.flops(shape, Tokens(n, len(prompts.prefix), sum(map(len, prompts.rows))))
+    counted = preset_cost.flops(shape, Tokens(n, len(prompts.prefix), sum(map(len, prompts.suffixes))))
     icl.capture(model, prompts, progress=False)  # a model's first capture checks it, too
 
     def finetune() -> None:

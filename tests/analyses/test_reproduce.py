@@ -159,7 +159,7 @@ def test_a_preset_is_the_papers_set_up_and_gives_way_to_what_is_asked(monkeypatc
         ("agnews", 22, 3, 0.2),
         ("cb", 19, 3, 0.01),
     ]
-    assert {(cell.model, cell.protocol, cell.source, cell.n_queries, cell.loss) for cell in cells} == {
+    assert {(cell.model, cell.protocol, cell.source, cell.n_queries, cell.finetuning.loss) for cell in cells} == {
         ("KoboldAI/fairseq-dense-2.7B", "reference", "hub", None, "all")
     }
     (one,) = planned(monkeypatch, "--preset", "paper-1.3b", "--tasks", "mr", "--lr", "0.5", "--seeds", "9", "--k", "3")

@@ -36,7 +36,7 @@ class Plain:
 
     def attn_out(self, query: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        self.run(query, self.prompts.appended, on_output=lambda layer, output: found.append(output[0, -1]))
+        self.run(query, self.prompts.appended_tokens, on_output=lambda layer, output: found.append(output[0, -1]))
         return torch.stack(found)
 
     def attention(self, query: int) -> list:
@@ -45,7 +45,7 @@ class Plain:
         def keep(layer, attention) -> None:
             found.append(attention)
 
-        self.run(query, self.prompts.appended, on_attention=keep)
+        self.run(query, self.prompts.appended_tokens, on_attention=keep)
         return found
 
     def label_log_probs(self, query: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
     group = model.n_heads // model.n_key_value_heads
     n_prefix, n_start = len(prompts.prefix), len(prompts.start)
     for query in (0, 4):
-        n_query = len(prompts.rows[query])
+        n_query = len(prompts.suffixes[query])
         for layer, attention in enumerate(Plain(model, prompts).attention(query)):
             rule = model.attention_rules[layer]
             keys = attention.k[0].repeat_interleave(group, dim=1)
@@ -145,7 +145,7 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
             assert relative(got.context_scores[query, layer], scores[:, :n_prefix].sum(0)) < 1e-5
             assert relative(got.query_scores[query, layer, :, :n_query], scores[:, n_prefix:]) < 1e-5
             assert (got.query_scores[query, layer, :, n_query:] == 0).all()
-            assert relative(got.q[query, layer], attention.q_content[0, -1]) < 1e-5
+            assert relative(got.q[query, layer], attention.q_pre_rotary[0, -1]) < 1e-5
             kept = got.keys_values
             assert relative(kept.demo_keys[layer], attention.k[0, n_start:n_prefix]) < 1e-5
             assert relative(kept.demo_values[layer], attention.v[0, n_start:n_prefix]) < 1e-5
@@ -169,7 +169,7 @@ def test_a_plain_pass_over_the_first_query_is_kept_and_serves_as_context(
     got = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     expected = Plain(model, prompts)
     assert got.full_prompt is not None
-    assert got.full_prompt.tokens == prompts.prefix + prompts.rows[0]
+    assert got.full_prompt.tokens == prompts.prefix + prompts.suffixes[0]
     assert relative(got.full_prompt.attn_out, expected.attn_out(0)) < 1e-5
     for layer, attention in enumerate(expected.attention(0)):
         assert relative(got.full_prompt.q[layer], attention.q[0, -1]) < 1e-5
@@ -533,7 +533,7 @@ def test_captures_with_momentum_are_exact_in_float64(
     with icl.momentum_attention(model, eta):
         got = icl.capture(model, prompts, progress=False)
     with torch.no_grad():
-        twin(torch.tensor([[*prompts.prefix, *prompts.rows[2]]]))
+        twin(torch.tensor([[*prompts.prefix, *prompts.suffixes[2]]]))
     assert got.attn_out is not None
     assert relative(got.attn_out[2], torch.stack(outputs)[:, 0, -1]) < 1e-12
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import icl_dual as icl
 from icl_dual.finetuning import parallel, sgd
 from icl_dual.finetuning.weight_delta import Loss, Method, Trained
-from icl_dual.models import Kind
+from icl_dual.models import ProjectionName
 from icl_dual.prompts import Prompts
 
 LR = 0.05
@@ -159,7 +159,7 @@ def test_finetuning_equals_sgd_on_the_bare_model(
     model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_sgd(twin, prompts, targets_of(prompts, loss), architecture)
-    delta = icl.finetune(model, prompts, lr=LR, loss=loss, progress=False)
+    delta = icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(loss=loss), progress=False)
     hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
 
 
@@ -175,7 +175,9 @@ def test_finetuning_with_momentum_attention_equals_that_of_a_bare_model_that_has
     descend = slow_sgd if method == "sgd" else slow_layer_causal
     expected = descend(twin, prompts, targets_of(prompts, "all"), architecture)
     with icl.momentum_attention(model, some_eta()):
-        delta = icl.finetune(model, prompts, lr=LR, method=method, factors=True, progress=False)
+        delta = icl.finetune(
+            model, prompts, lr=LR, config=icl.FinetuneConfig(method=method), factors=True, progress=False
+        )
         hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
     assert delta.factors is not None
     assert delta.factors.residual < 1e-5
@@ -192,7 +194,7 @@ def test_other_projections_equal_sgd_restricted_to_them(
     model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_sgd(twin, prompts, targets_of(prompts, "all"), architecture, trained)
-    delta = icl.finetune(model, prompts, lr=LR, trained=trained, progress=False)
+    delta = icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(trained=trained), progress=False)
     hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
     moved = {kind for kind in "QKVO" if (W := getattr(delta, f"W_{kind}")) is not None and (W != 0).any()}
     assert moved == set(KINDS[trained])
@@ -205,7 +207,7 @@ def test_full_batch_equals_one_step_on_the_sum_of_losses(
     model, twin = make_model(architecture, torch.float64), make_hf_model(architecture, torch.float64)
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_full_batch(twin, prompts, architecture)
-    delta = icl.finetune(model, prompts, lr=LR, method="full-batch", progress=False)
+    delta = icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method="full-batch"), progress=False)
     hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
     # Its step in one go, to first order as long as SGD's together, which are other steps.
     one_by_one = icl.finetune(model, prompts, lr=LR, progress=False)
@@ -223,7 +225,9 @@ def test_layer_causal_equals_each_layers_own_gradient_on_the_bare_model(
             original.config.final_logit_softcapping = 2.0
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_layer_causal(twin, prompts, targets_of(prompts, loss), architecture)
-    delta = icl.finetune(model, prompts, lr=LR, method="layer-causal", loss=loss, progress=False)
+    delta = icl.finetune(
+        model, prompts, lr=LR, config=icl.FinetuneConfig(method="layer-causal", loss=loss), progress=False
+    )
     hold_against(twin, expected, model, prompts, delta, ACCURACY.get(architecture, 1e-8))
 
 
@@ -232,9 +236,9 @@ def test_layers_may_be_read_out_in_parts(
     make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     model = make_model("llama", torch.float64)
-    expected = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+    expected = icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method="layer-causal"), progress=False)
     monkeypatch.setattr(sgd, "READOUT_TOKENS", at_once)
-    got = icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+    got = icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method="layer-causal"), progress=False)
     torch.testing.assert_close(got.W_K, expected.W_K, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(got.W_V, expected.W_V, rtol=1e-9, atol=1e-14)
 
@@ -250,7 +254,9 @@ def test_a_layer_causal_delta_knows_nothing_of_the_layers_above(
                 for parameter in model.wrapped.blocks[1].parameters():
                     parameter.mul_(1.5)
         for method, deltas in found.items():
-            deltas.append(icl.finetune(model, prompts, lr=LR, method=cast(Any, method), progress=False))
+            deltas.append(
+                icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method=cast(Any, method)), progress=False)
+            )
     for name in ("W_K", "W_V"):
         plain, altered_ = (getattr(delta, name) for delta in found["layer-causal"])
         torch.testing.assert_close(altered_[0], plain[0], rtol=1e-9, atol=1e-14)
@@ -271,13 +277,13 @@ def test_layers_that_are_read_out_otherwise_have_no_loss_of_their_own(
     before = snapshot(model)
     model.wrapped.original_model.config.final_logit_softcapping = 1.0  # which a Llama does not heed
     with pytest.raises(icl.UnsupportedModelError, match=r"llama .*: expected the last layer's output to be read out"):
-        icl.finetune(model, prompts, lr=LR, method="layer-causal", progress=False)
+        icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method="layer-causal"), progress=False)
     assert same(model, before)
 
 
 def snapshot(model: icl.Model) -> list[torch.Tensor]:
     fused = list(model.wrapped.original_model.parameters())
-    projections = [projection for kind in get_args(Kind) for projection in model.projections(kind)]
+    projections = [projection for kind in get_args(ProjectionName) for projection in model.projections(kind)]
     split = [weight.parameter for projection in projections for weight in projection if weight is not None]
     return [parameter.detach().clone() for parameter in (*fused, *split)]
 
@@ -298,7 +304,9 @@ def test_the_model_comes_back_bit_for_bit(
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(3))
     before = snapshot(model)
     flags = [parameter.requires_grad for parameter in model.wrapped.original_model.parameters()]
-    delta = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, progress=False)
+    delta = icl.finetune(
+        model, prompts, lr=LR, config=icl.FinetuneConfig(method=method, trained=trained), progress=False
+    )
     assert same(model, before)
     assert flags == [parameter.requires_grad for parameter in model.wrapped.original_model.parameters()]
     assert all(parameter.grad is None for parameter in model.wrapped.original_model.parameters())
@@ -365,7 +373,9 @@ def test_deltas_save_and_load(
     trained: Trained,
 ) -> None:
     model = models_by_architecture(architecture)
-    delta = icl.finetune(model, prompts, lr=LR, method="full-batch", trained=trained, progress=False)
+    delta = icl.finetune(
+        model, prompts, lr=LR, config=icl.FinetuneConfig(method="full-batch", trained=trained), progress=False
+    )
     assert (delta.W_Q is not None) == (delta.W_O is not None) == (trained == "attention")
     assert (delta.b_Q is not None) == (delta.b_O is not None) == (trained == "attention" and architecture == "gpt2")
     delta.save(tmp_path / "delta")
@@ -385,7 +395,7 @@ def test_outputs_of_older_versions_are_refused_never_transposed(
     options: list[tuple[Trained, bool]] = [("attention", True), ("key-value", False)]
     for trained, refused in options:
         folder = tmp_path / trained
-        icl.finetune(llama, prompts, lr=LR, trained=trained, progress=False).save(folder)
+        icl.finetune(llama, prompts, lr=LR, config=icl.FinetuneConfig(trained=trained), progress=False).save(folder)
         (metadata,) = folder.glob("*.json")
         kept = {name: value for name, value in json.loads(metadata.read_text()).items() if name != "layout"}
         metadata.write_text(json.dumps(kept))
@@ -464,7 +474,7 @@ def test_a_model_that_begins_far_from_knowing_anything_is_finetuned_all_the_same
 @pytest.mark.parametrize("method", ["full-batch", "layer-causal"])
 def test_other_methods_diverge_too(llama: icl.Model, prompts: Prompts, method: Method) -> None:
     with pytest.raises(icl.DivergedError, match=r"step \d of 4 with lr=10000: loss .* weights changed"):
-        icl.finetune(llama, prompts, lr=1e4, method=method, progress=False)
+        icl.finetune(llama, prompts, lr=1e4, config=icl.FinetuneConfig(method=method), progress=False)
 
 
 @pytest.mark.parametrize("option", ["loss", "method", "trained"])
@@ -477,7 +487,7 @@ def test_unknown_options_are_refused_with_those_there_are(llama: icl.Model, prom
 @pytest.mark.parametrize("trained", ["key", "value"])
 def test_factors_ask_for_keys_and_values_both(llama: icl.Model, prompts: Prompts, trained: Trained) -> None:
     with pytest.raises(ValueError, match=rf"expected keys and values to be trained .* got trained='{trained}'"):
-        icl.finetune(llama, prompts, lr=LR, trained=trained, factors=True, progress=False)
+        icl.finetune(llama, prompts, lr=LR, config=icl.FinetuneConfig(trained=trained), factors=True, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +499,9 @@ def test_factors_make_up_the_delta_of_any_method(
     make_model: Callable[..., icl.Model], prompts: Prompts, architecture: str, method: Method, trained: Trained
 ) -> None:
     model = make_model(architecture, torch.float64)
-    delta = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, factors=True, progress=False)
+    delta = icl.finetune(
+        model, prompts, lr=LR, config=icl.FinetuneConfig(method=method, trained=trained), factors=True, progress=False
+    )
     factors = delta.factors
     assert factors is not None
     assert factors.residual < 1e-9
@@ -506,7 +518,7 @@ def test_factors_make_up_the_delta_of_any_method(
 @pytest.fixture(scope="module")
 def all_attention(models_by_architecture: Callable[[str], icl.Model], prompts: Prompts) -> icl.WeightDelta:
     model = models_by_architecture("gpt2")
-    return icl.finetune(model, prompts, lr=LR, trained="attention", progress=False)
+    return icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(trained="attention"), progress=False)
 
 
 MOVED = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
@@ -559,7 +571,7 @@ def test_a_random_delta_is_applied_and_taken_off_like_any(
 
 
 def test_what_did_not_move_stays_still_in_random_directions(llama: icl.Model, prompts: Prompts) -> None:
-    delta = icl.finetune(llama, prompts, lr=LR, trained="key", progress=False)
+    delta = icl.finetune(llama, prompts, lr=LR, config=icl.FinetuneConfig(trained="key"), progress=False)
     random = delta.randomised(1)
     assert (random.W_V == 0).all()
     assert random.W_Q is random.b_V is None
@@ -604,10 +616,14 @@ def test_half_precision_finetunes_by_any_method(
     model = make_model("llama", torch.bfloat16)
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(2))
     before = snapshot(model)
-    found = icl.finetune(model, prompts, lr=LR, method=method, trained=trained, progress=False)
+    found = icl.finetune(
+        model, prompts, lr=LR, config=icl.FinetuneConfig(method=method, trained=trained), progress=False
+    )
     assert same(model, before)
     whole = model_of(make_model, model)
-    expected = icl.finetune(whole, prompts, lr=LR, method=method, trained=trained, progress=False)
+    expected = icl.finetune(
+        whole, prompts, lr=LR, config=icl.FinetuneConfig(method=method, trained=trained), progress=False
+    )
     for kind in KINDS[trained]:
         got, wanted = (getattr(delta, f"W_{kind}") for delta in (found, expected))
         assert got.dtype == torch.bfloat16
@@ -662,7 +678,9 @@ def test_several_at_once_are_as_one_by_one(
     model = make_model(architecture, dtype_of(architecture))
     before = snapshot(model)
     accuracy = ACCURACY.get(architecture, 1e-7)
-    equal_to_one_by_one(model, several(model, task), [LR, 2 * LR, LR / 3, LR / 2], accuracy, loss=loss)
+    equal_to_one_by_one(
+        model, several(model, task), [LR, 2 * LR, LR / 3, LR / 2], accuracy, config=icl.FinetuneConfig(loss=loss)
+    )
     assert same(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -674,7 +692,9 @@ def test_several_move_what_they_are_told_as_many_at_once_as_they_are_told(
     make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, trained: Trained, at_once: int
 ) -> None:
     model = make_model(architecture, torch.float64)
-    equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-5, trained=trained, at_once=at_once)
+    equal_to_one_by_one(
+        model, several(model, task), [LR] * 4, 1e-5, config=icl.FinetuneConfig(trained=trained), at_once=at_once
+    )
 
 
 def test_several_at_once_with_momentum_attention(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
@@ -695,7 +715,7 @@ def test_what_cannot_go_side_by_side_goes_one_by_one(
     make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, dtype: torch.dtype, method: Method
 ) -> None:
     model = make_model(architecture, dtype)
-    equal_to_one_by_one(model, several(model, task), [LR, LR, LR, 1e-3], 0.0, method=method)
+    equal_to_one_by_one(model, several(model, task), [LR, LR, LR, 1e-3], 0.0, config=icl.FinetuneConfig(method=method))
 
 
 @pytest.mark.parametrize("method", ["sgd", "layer-causal"])
@@ -704,11 +724,13 @@ def test_a_run_that_diverges_leaves_the_others_alone(
 ) -> None:
     model = make_model("llama", torch.float64)
     before, prompts = snapshot(model), several(model, task)
-    found = list(icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], method=method, progress=False))
+    found = list(
+        icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], config=icl.FinetuneConfig(method=method), progress=False)
+    )
     assert [type(one) for one in found] == [icl.WeightDelta, icl.DivergedError, icl.DivergedError, icl.WeightDelta]
     assert re.search(r"step \d of 2 with lr=1e\+38: loss .* weights changed", str(found[1]))
     assert re.search(r"step \d of 5 with lr=10000: loss .* weights changed", str(found[2]))
-    equal_to_one_by_one(model, [prompts[0], prompts[3]], [LR, LR], 1e-5, method=method)
+    equal_to_one_by_one(model, [prompts[0], prompts[3]], [LR, LR], 1e-5, config=icl.FinetuneConfig(method=method))
     assert same(model, before)
 
 
@@ -795,9 +817,9 @@ def test_a_projection_that_does_not_run_is_refused(
     make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama")
-    elsewhere, hook = nn.Linear(1, 1), model.backend.addition_hook
+    elsewhere, hook = nn.Linear(1, 1), model.backend.projection_delta_hook
     monkeypatch.setattr(
-        model.backend, "addition_hook", lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of)
+        model.backend, "projection_delta_hook", lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of)
     )
     with pytest.raises(icl.UnsupportedModelError, match="layer that runs, got one that does not"):
         list(icl.finetune_many(model, [prompts], [LR], progress=False))
@@ -807,7 +829,7 @@ def test_losses_over_a_large_vocabulary_lose_no_digits(
     make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large as a real one's, in float32, against float64."""
-    model, row = make_model("llama"), (*prompts.start, *prompts.training[0])
+    model, row = make_model("llama"), (*prompts.start, *prompts.training_sequences[0])
     logits = 3 * torch.randn(3, len(row), 49152, generator=torch.Generator().manual_seed(0))
 
     def run(ids: torch.Tensor, *, read: torch.Tensor, on_query: Callable, on_key: Callable, **kwargs: Any):

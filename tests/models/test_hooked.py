@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import icl_dual as icl
 from icl_dual.assets import model_files
-from icl_dual.models import Control, Kind
+from icl_dual.models import Control, ProjectionName
 from icl_dual.prompts import PromptError, Prompts
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,9 @@ def test_finetuning_is_sgd_on_the_classes_own_keys_and_values(name: str, start: 
     model = icl.Model(wrapped, name="toy")
     before = [parameter.detach().clone() for parameter in wrapped.parameters()]
     factors = name != "shortformer"
-    delta = icl.finetune(model, prompts, lr=TOY_LR, factors=factors, trained="attention", progress=False)
+    delta = icl.finetune(
+        model, prompts, lr=TOY_LR, factors=factors, config=icl.FinetuneConfig(trained="attention"), progress=False
+    )
     assert all(torch.equal(*pair) for pair in zip(before, wrapped.parameters(), strict=True))
     assert delta.factors is None or delta.factors.residual < 1e-6
     twin = copy.deepcopy(wrapped)
@@ -318,7 +320,7 @@ def test_an_architecture_without_biases_has_none_and_a_model_made_by_hand_has_it
     make_model: Callable[..., icl.Model], prompts: Prompts
 ) -> None:
     converted = make_model("hooked-llama")
-    assert [projection.b for kind in get_args(Kind) for projection in converted.projections(kind)] == [None] * 12
+    assert [projection.b for kind in get_args(ProjectionName) for projection in converted.projections(kind)] == [None] * 12
     assert icl.finetune(converted, prompts, lr=TOY_LR, progress=False).b_V is None
     fresh = icl.Model(construct(toy().cfg))  # biases start at zero, and are trained all the same
     assert fresh.value_biases() is not None
@@ -577,7 +579,7 @@ def test_controls_are_drawn_as_the_class_draws(make_model: Callable[..., icl.Mod
             assert parameter.std().item() == pytest.approx(deviation, rel=4.5 / parameter.numel() ** 0.5), name
         else:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith(".w")))), name
-    biased = {kind for kind in get_args(Kind) if made.projections(kind)[0].b is not None}
+    biased = {kind for kind in get_args(ProjectionName) if made.projections(kind)[0].b is not None}
     assert biased == {"Q", "K", "V"}, "biases that start at zero are biases"
     assert (made.dtype, made.device, made.tokenizer) == (model.dtype, model.device, model.tokenizer)
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import icl_dual as icl
-from icl_dual.models import WORKS_WITH, Control, Kind, Weight
+from icl_dual.models import WORKS_WITH, Control, ProjectionName, Weight
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 
 
@@ -106,7 +106,7 @@ def test_queries_alone_are_those_of_the_whole_attention(
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         model.run(ids, on_query=lambda layer, q: alone.append(q))
-        model.run(ids, on_attention=lambda layer, attention: whole.append(attention.q_content))
+        model.run(ids, on_attention=lambda layer, attention: whole.append(attention.q_pre_rotary))
     assert len(alone) == model.n_layers
     assert all(torch.equal(*pair) for pair in zip(alone, whole, strict=True))
 
@@ -285,7 +285,7 @@ def test_random_blocks_keep_embeddings_and_norms_and_draw_all_else_as_untrained(
         else:
             assert tensor.data_ptr() == trained[name].data_ptr(), name
             assert torch.equal(tensor, trained[name]), name
-    for kind in get_args(Kind):
+    for kind in get_args(ProjectionName):
         both = (one.projections(kind) for one in (control_of(architecture, "random-blocks"), model))
         assert not any(torch.equal(ours.matrix, others.matrix) for ours, others in zip(*both, strict=True))
 
@@ -530,9 +530,9 @@ def test_a_matrix_is_stored_as_it_was_laid_out(layout: tuple[str, str, int], siz
     axes, written, n_axes = layout
     parameter = torch.nn.Parameter(torch.randn(sizes[:n_axes]))
     weight = Weight(parameter, axes, written)
-    matrix = weight.matrix(parameter)
+    matrix = weight.to_matrix(parameter)
     assert matrix.ndim == 2 - (axes in ("head d_head", "d_out"))
-    assert torch.equal(weight.stored(matrix), parameter)
+    assert torch.equal(weight.from_matrix(matrix), parameter)
 
 
 def test_momentum_is_of_the_passs_own_values_and_comes_after_a_replaced_z(llama: icl.Model) -> None:

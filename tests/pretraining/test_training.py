@@ -200,7 +200,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 @given(seed=st.integers(0, 1000))
 def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(seed):
     task = pretraining.LabelMapping()
-    sequences = task.training(task.length, 40, seed)
+    sequences = task.training_sequences(task.length, 40, seed)
     labels = task.labels(sequences)
     mappings = []
     for row, asked in zip(sequences.tolist(), labels.tolist(), strict=True):
@@ -212,12 +212,12 @@ def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(
         mappings.append(mapping)
     assert len({str(sorted(mapping.items())) for mapping in mappings}) > 30
     with pytest.raises(ValueError, match="expected a context of 33 tokens for 16 pairs, got 32"):
-        task.training(32, 1, 0)
+        task.training_sequences(32, 1, 0)
 
 
 def test_the_ceiling_is_reached_by_looking_labels_up_and_guessing_at_others():
     task, n = pretraining.LabelMapping(), 4000
-    rows = task.training(task.length, n, seed=0).tolist()
+    rows = task.training_sequences(task.length, n, seed=0).tolist()
     seen = np.mean([[row[1 + 2 * pair] in row[1 : 1 + 2 * pair : 2] for pair in range(16)] for row in rows], axis=0)
     best = np.array([task.ceiling(pair) for pair in range(16)])
     assert best[0] == 0.25
@@ -226,7 +226,7 @@ def test_the_ceiling_is_reached_by_looking_labels_up_and_guessing_at_others():
 
 def test_accuracy_counts_the_labels_that_are_most_likely(tmp_path):
     model = run(tmp_path)
-    sequences = TASK.training(TASK.length, 6, seed=3)
+    sequences = TASK.training_sequences(TASK.length, 6, seed=3)
     found = pretraining.in_context_accuracy(model, TASK, n=6, seed=3)
     for row, right in zip(sequences, found, strict=True):
         for pair in range(4):
