@@ -65,17 +65,17 @@ class Prompts:
         )
 
     @property
-    def appended(self) -> Tokens:
+    def appended_tokens(self) -> Tokens:
         """What follows every query: nothing, or the first label word under the reference protocol."""
         return self.labels[0] if self.protocol == "reference" else ()
 
     @cached_property
-    def rows(self) -> tuple[Tokens, ...]:
+    def suffixes(self) -> tuple[Tokens, ...]:
         """Each query's own tokens; the recorded position is the last."""
         return tuple(query + self.appended_tokens for query in self.queries)
 
     @property
-    def training(self) -> tuple[Tokens, ...]:
+    def training_sequences(self) -> tuple[Tokens, ...]:
         """What finetuning trains on, a demonstration a step."""
         return self.demonstrations + self.left_out
 

@@ -28,10 +28,10 @@ if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prerelease
 
 from icl_dual.models.backend import (  # noqa: E402
     Attention,
-    ProjectionName,
     OnAttention,
     OnTensor,
     Projection,
+    ProjectionName,
     UnsupportedModelError,
     Weight,
 )

@@ -16,16 +16,16 @@ from icl_dual import dual
 from icl_dual.models.backend import (
     Backend,
     Hook,
-    ProjectionName,
     OnGradient,
-    ProjectionDelta,
     OnResidual,
     OnTensor,
     Projection,
+    ProjectionDelta,
+    ProjectionName,
     UnsupportedModelError,
     Weight,
-    check_unsupported,
     callback_hook,
+    check_unsupported,
 )
 
 

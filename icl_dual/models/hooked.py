@@ -21,15 +21,15 @@ from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
     Hook,
-    ProjectionName,
     OnGradient,
     OnResidual,
     OnTensor,
     Projection,
+    ProjectionName,
     UnsupportedModelError,
     Weight,
-    check_unsupported,
     callback_hook,
+    check_unsupported,
 )
 
 BIASED: dict[str, str] = {
@@ -194,7 +194,10 @@ class HookedBackend(Backend):
     def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
         """At the projection, and at the norm behind it where there is one."""
         at, name = f"blocks.{layer}.attn.", kind.lower()
-        projection, norm = self.hook_points[f"{at}hook_{name}"], self.hook_points.get(f"{at}{name}_norm.hook_normalized")
+        projection, norm = (
+            self.hook_points[f"{at}hook_{name}"],
+            self.hook_points.get(f"{at}{name}_norm.hook_normalized"),
+        )
         projected: list[Tensor] = []
 
         def keep(tensor: Tensor, hook: Any) -> None:

@@ -18,13 +18,13 @@ from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
     Hook,
-    ProjectionName,
     OnAttention,
     OnGradient,
-    ProjectionDelta,
     OnResidual,
     OnTensor,
     Projection,
+    ProjectionDelta,
+    ProjectionName,
     UnsupportedModelError,
 )
 from icl_dual.models.bridge import BridgeBackend
@@ -167,7 +167,7 @@ class Model:
         on_output: OnTensor | None = None,
         on_residual: OnResidual | None = None,
         on_gradient: OnGradient | None = None,
-        adding: Mapping[ProjectionName, ProjectionDelta] | None = None,
+        projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
@@ -189,7 +189,7 @@ class Model:
                 returns, if anything, goes on in its place.
             on_gradient: called in the backward pass, at every layer, with K's and with V's projection's input,
                 `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
-            adding: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
+            projection_deltas: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
                 added to its output, `[batch pos d_out]`; where the model `supports_projection_deltas`.
             momentum_states: by layer, what the values of tokens before these have left (`Momentum.state`), the
                 same for every row; nothing where not given.
@@ -220,8 +220,14 @@ class Model:
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
             if on_gradient is not None:
-                hooks += [*backend.gradient_hooks(layer, "K", on_gradient), *backend.gradient_hooks(layer, "V", on_gradient)]
-            hooks += [backend.projection_delta_hook(layer, kind, of_kind) for kind, of_kind in (adding or {}).items()]
+                hooks += [
+                    *backend.gradient_hooks(layer, "K", on_gradient),
+                    *backend.gradient_hooks(layer, "V", on_gradient),
+                ]
+            hooks += [
+                backend.projection_delta_hook(layer, kind, of_kind)
+                for kind, of_kind in (projection_deltas or {}).items()
+            ]
         if read is not None:
             hooks.append((backend.hook_points["unembed.hook_in"], _gather(read)))
         with _hooked(hooks), _evaluating(self.wrapped):

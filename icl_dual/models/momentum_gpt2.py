@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from icl_dual.momentum import check_eta, decaying_sum, decay_matrix
+from icl_dual.momentum import check_eta, decay_matrix, decaying_sum
 
 LEARNED = "learned"
 """The value of `eta` by which every head learns its own, from `FIRST`."""

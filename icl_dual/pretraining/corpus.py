@@ -73,7 +73,7 @@ class Corpus:
         start = tokens.new_full((n, 1), self.tokenizer.vocab[START])
         return torch.cat((start, tokens[: n * (length - 1)].view(n, length - 1)), dim=1)
 
-    def training(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
+    def training_sequences(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
         """Sequences to learn from: all there are, whatever the number or seed."""
         return self.blocks("train", length)
 
@@ -182,7 +182,7 @@ class LabelMapping:
         """Its sizes say it all."""
         return f"{self.n_x} to {self.n_y}, {self.n_pairs} pairs"
 
-    def training(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
+    def training_sequences(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
         """n sequences to learn from: token 0, then pairs of a random x and the label that x has in the sequence."""
         if length != self.length:
             raise ValueError(f"expected a context of {self.length} tokens for {self.n_pairs} pairs, got {length}")

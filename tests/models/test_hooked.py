@@ -320,7 +320,9 @@ def test_an_architecture_without_biases_has_none_and_a_model_made_by_hand_has_it
     make_model: Callable[..., icl.Model], prompts: Prompts
 ) -> None:
     converted = make_model("hooked-llama")
-    assert [projection.b for kind in get_args(ProjectionName) for projection in converted.projections(kind)] == [None] * 12
+    assert [projection.b for kind in get_args(ProjectionName) for projection in converted.projections(kind)] == [
+        None
+    ] * 12
     assert icl.finetune(converted, prompts, lr=TOY_LR, progress=False).b_V is None
     fresh = icl.Model(construct(toy().cfg))  # biases start at zero, and are trained all the same
     assert fresh.value_biases() is not None
