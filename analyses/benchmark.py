@@ -277,7 +277,7 @@ def main() -> None:
 def race(args: argparse.Namespace, model: str) -> None:
     """Check, time, measure and write down."""
     task = icl.load_task(args.task)
-    nothing = icl.Prompts((), (), (), (), (), (), ())
+    nothing = icl.Prompts(queries=(), labels=(), gold=())
     racing = Race(model, nothing, args.device, getattr(torch, args.dtype), args.lr)
     shown, queries = task.demonstrations(args.k, seed=1), task.queries(args.queries)
     racing.prompts = icl.build_prompts(racing.model, task, shown, queries)

@@ -129,7 +129,7 @@ def result_mb(run: icl.Capture) -> float:
 
 def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     """A cell's stages: FLOPs and bytes counted, time, and the rate that makes."""
-    race = Race(name, icl.Prompts((), (), (), (), (), (), ()), "cpu", torch.float32, lr)
+    race = Race(name, icl.Prompts(queries=(), labels=(), gold=()), "cpu", torch.float32, lr)
     race.prompts = shown = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
     cell = contenders.run_cell(race)
     kept_for_metrics = [icl.capture(race.model, of, progress=False) for of in (shown, shown.zero_shot())]

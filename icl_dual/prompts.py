@@ -1,11 +1,15 @@
-"""Token ids with segments: the start token, each demonstration, separators, the query, and where its label comes.
+"""Prompts as token ids, with the source of every token: start token, demonstration, separator or query.
 
-The three settings share one template and one set of demonstrations. Each piece is tokenised by itself, so that a
-demonstration has the same tokens in the in-context prompt and as a training sequence.
+Zero-shot, in-context and finetuning prompts share one template and one set of demonstrations. Each demonstration and
+each query is tokenised by itself, so that a demonstration has the same tokens in the in-context prompt and as a
+training sequence.
 
-Two protocols differ in what is recorded. `answer` records at the token that predicts the label. `reference` does as the
-released code of Dai et al.: the first label word follows every query, whatever its label is, and its last token is the
-recorded position; EOS ends a demonstration and nothing else does; demonstrations that do not fit are left out.
+A task's protocol decides the position that is recorded:
+
+- `answer` records the token that predicts the label.
+- `reference` follows the released code of Dai et al.: the first label word is appended to every query, whatever the
+  query's label is, and the last appended token is recorded. EOS ends each demonstration, and demonstrations that do not
+  fit into the context are left out.
 """
 
 from collections.abc import Sequence
@@ -20,68 +24,96 @@ from icl_dual.models import Model
 from icl_dual.tasks import Example, Protocol, Task
 
 Tokens = tuple[int, ...]
+"""Token ids, in order."""
 
 START = -1
-"""The segment of the start token in `Prompts.segments`."""
+"""The source of the start token in `Prompts.segments`."""
 SEPARATOR = -2
-"""The segment of separators in `Prompts.segments`."""
+"""The source of separators in `Prompts.segments`."""
 
 REFERENCE_CONTEXT = 2048
-"""The reference protocol's prompts are shorter than this, whatever the model could read."""
+"""The reference protocol's limit on the tokens of a prompt, also for models with a longer context."""
 
 
 class PromptError(ValueError):
-    """Prompts that a model cannot read."""
+    """Prompts are incomplete, or the model cannot read them."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Prompts:
-    """A set of queries that share their demonstrations, as token ids.
+    """Queries that share their demonstrations, as token ids.
 
-    The label of a query is predicted at its last token. An in-context prompt is `start`, then each demonstration
-    followed by `separator`, then the query, then what the protocol has after it.
+    An in-context prompt is `start`, then each demonstration followed by `separator`, then one query, then the
+    protocol's appended tokens. Under the `answer` protocol nothing is appended, and a query's label is predicted at its
+    last token.
+
+    Example:
+        >>> import icl_dual
+        >>> prompts = icl_dual.Prompts(
+        ...     start=(0,),
+        ...     demonstrations=((1, 2, 9), (3, 4, 8)),
+        ...     demonstration_label_lengths=(1, 1),
+        ...     separator=(7,),
+        ...     queries=((5, 6), (5, 5, 6)),
+        ...     labels=((8,), (9,)),
+        ...     gold=(1, 0),
+        ... )
+        >>> prompts
+        Prompts(2 queries of 2 to 3 tokens, after 2 demonstrations in 9 tokens, protocol='answer')
+        >>> prompts.prefix
+        (0, 1, 2, 9, 7, 3, 4, 8, 7)
+        >>> prompts.segments.tolist()
+        [-1, 0, 0, 0, -2, 1, 1, 1, -2]
+        >>> prompts.zero_shot().prefix
+        (0,)
     """
 
-    start: Tokens
-    demonstrations: tuple[Tokens, ...]
-    demonstration_label_lengths: Tokens
-    """How many of each training sequence's last tokens are its label word."""
-    separator: Tokens
     queries: tuple[Tokens, ...]
+    """The tokens of each query."""
     labels: tuple[Tokens, ...]
     """The tokens of each label word, as they follow a query."""
     gold: Tokens
-    """Each query's label index."""
-    protocol: Protocol = "answer"
+    """The index of each query's label in `labels`."""
+    start: Tokens = ()
+    """The tokens that every sequence begins with, usually one start token."""
+    demonstrations: tuple[Tokens, ...] = ()
+    """The tokens of each demonstration in the context, its label word included."""
+    demonstration_label_lengths: Tokens = ()
+    """How many of the last tokens of each training sequence are its label word."""
+    separator: Tokens = ()
+    """The tokens that end each demonstration in the context."""
     left_out: tuple[Tokens, ...] = ()
-    """Demonstrations that finetuning trains on after the others and that no context shows (the released code's own
-    mismatch, where it was asked for)."""
+    """Demonstrations that finetuning trains on after the others, but that are not in the context. Only
+    `build_prompts(..., reference_k_mismatch=True)` has any: it repeats this mismatch of the released code."""
+    protocol: Protocol = "answer"
+    """Which position is recorded: `answer` or `reference`."""
 
     def __repr__(self) -> str:
+        lengths = [len(query) for query in self.queries] or [0]
         return (
-            f"Prompts({len(self.queries)} queries of {min(map(len, self.queries))} to {max(map(len, self.queries))} "
+            f"Prompts({len(self.queries)} queries of {min(lengths)} to {max(lengths)} "
             f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens, "
             f"protocol={self.protocol!r})"
         )
 
     @property
     def appended_tokens(self) -> Tokens:
-        """What follows every query: nothing, or the first label word under the reference protocol."""
+        """The tokens appended to every query: none, or the first label word under the reference protocol."""
         return self.labels[0] if self.protocol == "reference" else ()
 
     @cached_property
     def suffixes(self) -> tuple[Tokens, ...]:
-        """Each query's own tokens; the recorded position is the last."""
+        """The tokens after the prefix, by query: the query and the appended tokens. The last position is recorded."""
         return tuple(query + self.appended_tokens for query in self.queries)
 
     @property
     def training_sequences(self) -> tuple[Tokens, ...]:
-        """What finetuning trains on, a demonstration a step."""
+        """The sequences that finetuning trains on, one a step: the demonstrations, then `left_out`."""
         return self.demonstrations + self.left_out
 
     @cached_property
     def prefix(self) -> Tokens:
-        """Everything before the query: the start token and the demonstrations with their separators."""
+        """The tokens before the query: the start token, and the demonstrations with their separators."""
         ids = list(self.start)
         for demonstration in self.demonstrations:
             ids += [*demonstration, *self.separator]
@@ -89,19 +121,19 @@ class Prompts:
 
     @cached_property
     def segments(self) -> Int[Tensor, " prefix_pos"]:
-        """Whose each prefix token is: the demonstration's index, `START` or `SEPARATOR`."""
-        owners = [START] * len(self.start)
+        """The source of each prefix token: a demonstration's index, `START` or `SEPARATOR`."""
+        sources = [START] * len(self.start)
         for index, demonstration in enumerate(self.demonstrations):
-            owners += [index] * len(demonstration) + [SEPARATOR] * len(self.separator)
-        return torch.tensor(owners, dtype=torch.long)
+            sources += [index] * len(demonstration) + [SEPARATOR] * len(self.separator)
+        return torch.tensor(sources, dtype=torch.long)
 
     @property
     def demonstration_positions(self) -> Int[Tensor, " demo_token"]:
-        """Where the demonstrations' own tokens stand in the prefix, start token and separators left out."""
+        """The prefix positions of demonstration tokens, without the start token and separators."""
         return (self.segments >= 0).nonzero().squeeze(-1)
 
     def zero_shot(self) -> "Prompts":
-        """The same queries without the demonstrations."""
+        """Return prompts with the same queries and no demonstrations."""
         return replace(self, demonstrations=(), demonstration_label_lengths=(), left_out=())
 
 
@@ -118,132 +150,180 @@ def build_prompts(
     """Tokenise demonstrations and queries for a model, by the task's protocol.
 
     Args:
-        model: whose tokenizer, start token and context length to use.
-        task: whose template and label words to use.
-        demonstrations: what stands in context, in this order.
-        queries: what is asked.
-        demonstration_task: whose template and label words the demonstrations have, where they are of another task.
-        separator: text that ends each demonstration; the model's own where not given (EOS for the paper's models, a
-            line break elsewhere). The reference protocol has EOS.
-        reference_k_mismatch: finetune also on demonstrations that the reference protocol leaves out of the context for
-            want of room, as the released code does. Otherwise both have the same.
+        model: the model that will read the prompts; gives tokenizer, start token and context length.
+        task: the task of the queries; gives template, label words and protocol.
+        demonstrations: the examples in the context, in this order.
+        queries: the examples whose labels are predicted, at least one.
+        demonstration_task: the task that gives the demonstrations' template and label words; `task` by default.
+        separator: text that ends each demonstration. By default the model's own: EOS for XGLM (the paper's models), a
+            line break for all others. The reference protocol always uses EOS.
+        reference_k_mismatch: whether finetuning also trains on the demonstrations that the reference protocol leaves
+            out of a full context, as the released code does. By default both have the same demonstrations.
+
+    Returns:
+        The prompts. `prompts.zero_shot()` are the same queries without demonstrations.
 
     Raises:
-        PromptError: no queries; a label word without tokens, or two with the same; a query that is also a
-            demonstration (the reference protocol takes its splits as they are); the longest prompt, or under the
-            reference protocol a single demonstration with it, does not fit the model's context; or an option that the
-            task's protocol does not have.
+        PromptError: there are no queries; a label word has no tokens, or the same tokens as another; a query is also a
+            demonstration (the reference protocol allows this); the longest prompt does not fit into the model's
+            context; or an option is not one of the task's protocol.
+
+    Example:
+        >>> import icl_dual
+        >>> from icl_dual.models import tiny_model
+        >>> rows = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
+        >>> demonstrations = task.demonstrations(2, seed=1)
+        >>> icl_dual.build_prompts(tiny_model(), task, demonstrations, task.queries(3))
+        Prompts(3 queries of 27 to 28 tokens, after 2 demonstrations in 68 tokens, protocol='answer')
     """
     reference = task.protocol == "reference"
-    if not queries:
-        raise PromptError("expected at least one query, got none")
-    if reference and separator is not None:
-        raise PromptError(f"the reference protocol ends demonstrations by EOS alone, got separator={separator!r}")
-    if reference_k_mismatch and not reference:
-        raise PromptError("reference_k_mismatch belongs to the reference protocol, got a task of the answer protocol")
-    shared = shared_texts(demonstrations, queries)
-    if shared and not reference:
-        raise PromptError(f"expected queries apart from the demonstrations, got {len(shared)} text(s) in both")
+    _check_options(task, demonstrations, queries, separator, reference_k_mismatch)
     labels = [_label_tokens(model, task.tail, word) for word in task.label_words]
-    shown_task = demonstration_task or task
-    shown_labels = [_label_tokens(model, shown_task.tail, word) for word in shown_task.label_words]
     if len(set(labels)) < len(labels):
-        raise PromptError(f"{task.name}: label words {list(task.label_words)} share their tokens: {labels}")
+        raise PromptError(
+            f"{task.name}: expected label words with different tokens, got {labels} for {list(task.label_words)}: "
+            "choose other label words"
+        )
+    context_task = demonstration_task or task
+    context_labels = [_label_tokens(model, context_task.tail, word) for word in context_task.label_words]
     if reference:
         separator_tokens = model.end_tokens
     else:
         separator_tokens = model.separator if separator is None else model.encode(separator)
-    whole = Prompts(
+    uncut = Prompts(
         start=tuple(model.start_tokens),
         demonstrations=tuple(
-            (*model.encode(shown_task.prompt(shown)), *shown_labels[shown.label]) for shown in demonstrations
+            (*model.encode(context_task.prompt(example)), *context_labels[example.label]) for example in demonstrations
         ),
-        demonstration_label_lengths=tuple(len(shown_labels[shown.label]) for shown in demonstrations),
+        demonstration_label_lengths=tuple(len(context_labels[example.label]) for example in demonstrations),
         separator=tuple(separator_tokens),
         queries=tuple(tuple(model.encode(task.prompt(query))) for query in queries),
         labels=tuple(labels),
         gold=tuple(query.label for query in queries),
         protocol=task.protocol,
     )
-    prompts = whole
+    prompts = uncut
     if reference:
-        # By all queries of the protocol, however few are asked: the released code cuts by its whole validation split.
-        all_queries = max(len(model.encode(task.prompt(query))) for query in task.queries())
-        prompts = _cut_to_fit(whole, all_queries, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch)
-    longest_query, longest_label = max(map(len, prompts.queries)), max(map(len, labels))
-    longest = len(prompts.prefix) + longest_query + longest_label
-    if longest > model.n_ctx or (demonstrations and not prompts.demonstrations):
-        n_shown, n_prefix = len(demonstrations), len(whole.prefix)
-        advice = "Use fewer demonstrations"
-        if reference:
-            n_shown, n_prefix = min(1, n_shown), len(replace(whole, demonstrations=whole.demonstrations[:1]).prefix)
-            if n_shown and longest_query + longest_label <= model.n_ctx:
-                advice = (
-                    "Under the reference protocol not even one demonstration fits beside the longest of all queries"
-                )
-            else:
-                advice = "A query alone is too long"
-        raise PromptError(
-            f"{task.name}: {n_shown} demonstrations take {n_prefix} tokens, the longest query {longest_query} and the "
-            f"longest label {longest_label}: {n_prefix + longest_query + longest_label} in all, and {model.name} reads "
-            f"at most {model.n_ctx}. {advice}"
-        )
+        # The released code cuts by the longest query of its whole validation split, not of the queries in use.
+        longest_of_split = max(len(model.encode(task.prompt(query))) for query in task.queries())
+        prompts = _cut_to_fit(uncut, longest_of_split, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch)
+    _check_fits(model, task, uncut, prompts)
     return prompts
 
 
 def check_prompts(model: Model, prompts: Prompts) -> None:
-    """Raise a PromptError unless prompts are whole and the model can read them: made by hand, they may not be.
+    """Check that prompts are complete and fit the model; prompts built by hand may not.
 
     Raises:
-        TypeError: the model is not wrapped.
-        PromptError: says which tokens, counts or lengths do not fit.
+        TypeError: the model is not an `icl_dual.Model`.
+        PromptError: some tokens, counts or lengths do not fit; the message says which.
     """
     if not isinstance(model, Model):
-        raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it, as icl_dual.Model(model)")
-    found = {"demonstrations": prompts.training_sequences, "queries": prompts.queries, "labels": prompts.labels}
-    for name, sequences in {**found, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
-        for at, tokens in enumerate(sequences):
-            if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
-                raise PromptError(f"expected {name} as tuples of token ids, got {tokens!r}")
-            if not tokens and name in found:
-                raise PromptError(f"expected at least one token in each of the {name}, got none in number {at}")
-            if tokens and not 0 <= min(tokens) <= max(tokens) < model.d_vocab:
-                raise PromptError(
-                    f"{model.name}: expected token ids of 0 to {model.d_vocab - 1}, got {tokens} in {name}"
-                )
+        raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it with icl_dual.Model(model)")
+    _check_token_ids(model, prompts)
     if not prompts.queries or not prompts.labels:
-        raise PromptError(f"expected queries and labels, got {len(prompts.queries)} and {len(prompts.labels)}")
-    gold, lengths = prompts.gold, prompts.demonstration_label_lengths
+        raise PromptError(
+            f"expected at least one query and one label, got {len(prompts.queries)} queries and {len(prompts.labels)} "
+            "labels: pass both to Prompts"
+        )
+    gold, label_lengths = prompts.gold, prompts.demonstration_label_lengths
     if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
         raise PromptError(
-            f"expected a label of 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} queries, got {gold}"
+            f"expected gold as a label index from 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} "
+            f"queries, got {gold}"
         )
-    whole = tuple(map(len, prompts.training_sequences))
-    if len(lengths) != len(whole) or not all(1 <= n <= of for n, of in zip(lengths, whole, strict=True)):
-        raise PromptError(f"expected the label length of each demonstration, at most its own {whole}, got {lengths}")
-    labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1  # a label's last token never runs
-    in_context = len(prompts.prefix) + max(labelled, *map(len, prompts.suffixes))
-    longest = max(in_context, *(len(prompts.start) + n for n in (*whole, 0)))
+    lengths = tuple(map(len, prompts.training_sequences))
+    if len(label_lengths) != len(lengths) or not all(1 <= n <= of for n, of in zip(label_lengths, lengths, strict=True)):
+        raise PromptError(
+            "expected demonstration_label_lengths as one number for each demonstration, from 1 to its length in tokens "
+            f"{lengths}, got {label_lengths}"
+        )
+    # A label's last token is predicted and never read.
+    longest_labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1
+    longest_prompt = len(prompts.prefix) + max(longest_labelled, *map(len, prompts.suffixes))
+    longest = max(longest_prompt, *(len(prompts.start) + n for n in (*lengths, 0)))
     if longest > model.n_ctx:
         raise PromptError(
-            f"{model.name} reads at most {model.n_ctx} tokens: expected prompts of no more, got one of {longest}. Use "
+            f"expected prompts of at most {model.n_ctx} tokens, the context of {model.name}, got one of {longest}: use "
             "fewer or shorter demonstrations"
         )
 
 
 def shared_texts(demonstrations: Sequence[Example], queries: Sequence[Example]) -> set[str]:
-    """The texts that are both a demonstration and a query."""
+    """Return the texts that are both a demonstration and a query."""
     return {example.identity for example in demonstrations} & {example.identity for example in queries}
 
 
+def _check_options(
+    task: Task,
+    demonstrations: Sequence[Example],
+    queries: Sequence[Example],
+    separator: str | None,
+    reference_k_mismatch: bool,
+) -> None:
+    reference = task.protocol == "reference"
+    if not queries:
+        raise PromptError("expected at least one query, got none: pass some of task.queries(n)")
+    if reference and separator is not None:
+        raise PromptError(
+            f"expected no separator under the reference protocol, which ends demonstrations by EOS, got "
+            f"separator={separator!r}"
+        )
+    if reference_k_mismatch and not reference:
+        raise PromptError(
+            "expected reference_k_mismatch with a task of the reference protocol only, got one of the answer protocol"
+        )
+    shared = shared_texts(demonstrations, queries)
+    if shared and not reference:
+        raise PromptError(
+            f"expected queries and demonstrations with different texts, got {len(shared)} text(s) in both: leave them "
+            "out of one"
+        )
+
+
+def _check_token_ids(model: Model, prompts: Prompts) -> None:
+    non_empty = {"demonstrations": prompts.training_sequences, "queries": prompts.queries, "labels": prompts.labels}
+    for name, sequences in {**non_empty, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
+        for index, tokens in enumerate(sequences):
+            if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
+                raise PromptError(f"expected {name} as tuples of token ids, got {tokens!r}")
+            if not tokens and name in non_empty:
+                raise PromptError(f"expected at least one token in each of the {name}, got none in {name}[{index}]")
+            if tokens and not 0 <= min(tokens) <= max(tokens) < model.d_vocab:
+                raise PromptError(
+                    f"expected token ids from 0 to {model.d_vocab - 1}, the vocabulary of {model.name}, got {tokens} "
+                    f"in {name}"
+                )
+
+
+def _check_fits(model: Model, task: Task, uncut: Prompts, prompts: Prompts) -> None:
+    """Check that the longest prompt fits into the context, and that the reference protocol kept a demonstration."""
+    longest_query, longest_label = max(map(len, prompts.queries)), max(map(len, prompts.labels))
+    longest = len(prompts.prefix) + longest_query + longest_label
+    if longest <= model.n_ctx and (prompts.demonstrations or not uncut.demonstrations):
+        return
+    k, n_prefix, advice = len(uncut.demonstrations), len(uncut.prefix), "use fewer demonstrations"
+    if task.protocol == "reference":
+        k, n_prefix = min(1, k), len(replace(uncut, demonstrations=uncut.demonstrations[:1]).prefix)
+        if k and longest_query + longest_label <= model.n_ctx:
+            advice = "under the reference protocol not even one demonstration fits before the longest of all queries"
+        else:
+            advice = "a query alone is too long, use a model with a longer context"
+    raise PromptError(
+        f"{task.name}: expected prompts of at most {model.n_ctx} tokens, the context of {model.name}, got "
+        f"{n_prefix + longest_query + longest_label}: {k} demonstrations take {n_prefix} tokens, the longest query "
+        f"{longest_query} and the longest label {longest_label}; {advice}"
+    )
+
+
 def _cut_to_fit(prompts: Prompts, longest_query: int, n_ctx: int, keep_left_out: bool) -> Prompts:
-    """The first demonstrations that fit, by the released code's count, which allows for the longest query's own start
-    token beside the context's."""
+    """Keep the first demonstrations that fit, as the released code counts: with a second start token for the query."""
     longest = len(prompts.start) + max(longest_query, *map(len, prompts.queries)) + max(map(len, prompts.labels))
-    taken, n_fit = len(prompts.start), 0
+    n_tokens, n_fit = len(prompts.start), 0
     for demonstration in prompts.demonstrations:
-        taken += len(demonstration) + len(prompts.separator)
-        if taken + longest >= n_ctx:
+        n_tokens += len(demonstration) + len(prompts.separator)
+        if n_tokens + longest >= n_ctx:
             break
         n_fit += 1
     lengths = prompts.demonstration_label_lengths
@@ -255,11 +335,15 @@ def _cut_to_fit(prompts: Prompts, longest_query: int, n_ctx: int, keep_left_out:
     )
 
 
-def _label_tokens(model: Model, before: str, word: str) -> Tokens:
-    """The tokens of a label word as it follows a text: in most vocabularies a word carries its leading space."""
-    head = model.encode(before)
-    joined = model.encode(f"{before} {word}")
-    tokens = joined[len(head) :] if joined[: len(head)] == head else model.encode(f" {word}")
+def _label_tokens(model: Model, text_before: str, word: str) -> Tokens:
+    """Return a label word's tokens as they follow a text: in most vocabularies a word includes its leading space."""
+    tokens_before = model.encode(text_before)
+    joined = model.encode(f"{text_before} {word}")
+    separable = joined[: len(tokens_before)] == tokens_before
+    tokens = joined[len(tokens_before) :] if separable else model.encode(f" {word}")
     if not tokens:
-        raise PromptError(f"label word {word!r} has no tokens in the vocabulary of {model.name}")
+        raise PromptError(
+            f"expected label words with tokens in the vocabulary of {model.name}, got {word!r} without: choose another "
+            "label word"
+        )
     return tuple(tokens)

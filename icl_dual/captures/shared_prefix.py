@@ -1,4 +1,20 @@
-"""x"""
+"""The engine of captures: what queries share runs once, and each query's own tokens run after it.
+
+Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the part that all queries share runs once:
+
+1. Start token, demonstrations and the tokens with which all queries begin (their template's) run through the model once.
+   They run in blocks, each after the ones before it; where the full-prompt pass is kept (`FullPromptPass`), they run as
+   one sequence with the first query after them. Their keys and values at every layer are kept in a `PrefixCache`.
+2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these tokens
+   is merged with attention over the cached keys and values, computed from the layer's own queries: one matrix product for
+   the whole batch, and no key or value is copied per query. The zero-shot pass is the same with the start token alone in
+   the cache: in-context learning is the zero-shot pass with the demonstrations added to what is merged. Where the model
+   has momentum, the cached values leave one vector per head, from which each query's sum continues.
+3. Callbacks receive each layer's attention and attention output; what to keep of them is the caller's choice.
+4. Every pass recomputes the heads' output over its tokens from queries, keys and values and compares it with the model's
+   own. `measure_pass` compares the whole pass with a plain forward pass over a full prompt. A model that fails either is
+   refused.
+"""
 
 import itertools
 import logging
@@ -12,42 +28,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
 from icl_dual.torch_utils import is_out_of_memory, pad_right
 
 PREFIX_BLOCK = 256
-"""Prefix tokens run at once: a model's own attention takes memory by their square."""
+"""How many prefix tokens run at once: the memory of a model's own attention grows with their square."""
 
 BATCH_OVERHEAD = 96
-"""What a batch costs beside its tokens, in tokens: measured on a small model, where it is most."""
+"""The cost of a batch besides its tokens, in tokens: measured on a small model, where it is largest."""
 
-PART, WHOLE = "part of the demonstrations,", "prompt, run whole for the field 'full_prompt',"
-"""What a single one of does not fit in memory, as errors say it."""
-
-log = logging.getLogger(__name__)
+PREFIX_PART, FULL_PROMPT = "part of the demonstrations,", "prompt, run whole for the field 'full_prompt',"
+"""How errors name the single piece that does not fit in memory."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 """Largest relative residual that is rounding. Rotary models take their softmax in float32 also at float64; over the
 layers of a real model, bfloat16's rounding adds up to 7e-2."""
 
-
-class FullPromptPass(NamedTuple):
-    """A plain pass over the first query's full prompt, in which nothing is merged: what captures are held against."""
-
-    tokens: Tokens
-    q: Float[Tensor, "layer head d_head"]
-    """Queries as scored, at the recorded position."""
-    k: Float[Tensor, "layer pos kv_head d_head"]
-    """Keys as scored."""
-    v: Float[Tensor, "layer pos kv_head d_head"]
-    attn_out: Float[Tensor, "layer d_model"]
-    """Attention output after W_O, at the recorded position."""
-
-    def __repr__(self) -> str:
-        return f"FullPromptPass({len(self.tokens)} tokens)"
-
+logger = logging.getLogger(__name__)
 
 OnBatchAttention = Callable[[int, Attention, Sequence[int], Int[Tensor, " batch"]], None]
 """Called with the layer, its attention, the rows' indices, and each row's last position."""
@@ -55,23 +55,47 @@ OnBatchOutput = Callable[[int, Tensor, Sequence[int], Int[Tensor, " batch"]], No
 """Called with the layer, attention's output `[batch pos d_model]`, the rows' indices, and each row's last position."""
 
 
+@document_fields
+class FullPromptPass(NamedTuple):
+    """A plain forward pass over the first query's full prompt, with nothing merged: the reference for captures."""
+
+    tokens: Tokens
+    """The token ids of the prompt: prefix, query, and what the protocol appends."""
+    q: Float[Tensor, "layer head d_head"]
+    """Queries as scored (after norms and rotation), at the recorded position."""
+    k: Float[Tensor, "layer pos kv_head d_head"]
+    """Keys as scored, at every position of the prompt."""
+    v: Float[Tensor, "layer pos kv_head d_head"]
+    """Values, at every position of the prompt."""
+    attn_out: Float[Tensor, "layer d_model"]
+    """Attention output after W_O, at the recorded position."""
+
+    def __repr__(self) -> str:
+        return f"FullPromptPass({len(self.tokens)} tokens)"
+
+
 @dataclass(frozen=True)
 class PrefixCache:
-    """The tokens before the rows that run, as every row meets them: keys, values and state of momentum by layer."""
+    """Keys, values and momentum state of the tokens that come before every row, by layer."""
 
     keys: list[Float[Tensor, "pos kv_head d_head"]]
+    """Keys as scored, by layer."""
     values: list[Float[Tensor, "pos kv_head d_head"]]
+    """Values, by layer."""
     states: list[Float[Tensor, "head d_head"] | None]
+    """`Momentum.state` after the last token, by layer; `None` where the layer has no momentum."""
     residual: float
+    """Largest relative difference between the recomputed attention and the model's own, over layers and blocks."""
 
     @property
     def n_pos(self) -> int:
+        """The number of tokens."""
         return len(self.keys[0])
 
     def attend(
         self, rule: dual.AttentionRule, layer: int, q: Tensor, positions: Int[Tensor, "1 pos"]
     ) -> dual.AttentionPart:
-        """A batch's attention over the context: its rows, stacked, share one matrix product."""
+        """Return a batch's attention over the cached tokens: the rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
         z, lse = rule.attend(
             q.reshape(1, batch * n_pos, *q.shape[2:]),
@@ -83,76 +107,98 @@ class PrefixCache:
         return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
     def with_block(self, block: "PrefixCache") -> "PrefixCache":
-        """The context with more tokens behind it, which ran behind it."""
+        """Return the cache extended by a block of tokens that ran after it."""
         keys = [torch.cat(pair) for pair in zip(self.keys, block.keys, strict=True)]
         values = [torch.cat(pair) for pair in zip(self.values, block.values, strict=True)]
         return PrefixCache(keys, values, block.states, max(self.residual, block.residual))
 
 
-def no_context(model: Model) -> PrefixCache:
+def empty_cache(model: Model) -> PrefixCache:
+    """Return a cache of no tokens."""
     empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
     return PrefixCache([empty] * model.n_layers, [empty] * model.n_layers, [None] * model.n_layers, 0.0)
 
 
 @dataclass
 class BatchLimit:
-    """The most queries to run at once, which a capture learns as it goes."""
+    """The largest number of queries to run at once, lowered where a batch does not fit in memory."""
 
     n: int
-    said: bool = False
+    """The number of queries."""
+    warned: bool = False
+    """Whether the user was told that it was lowered."""
 
     def halve(self, n_queries: int, n_tokens: int) -> None:
+        """Set the limit to half of a batch that did not fit, and warn the first time."""
         self.n = (n_queries + 1) // 2
-        if not self.said:
-            fits = "%d queries of %d tokens do not fit in memory at once: running %d, and fewer where these do not fit"
-            log.warning(fits, n_queries, n_tokens, self.n)
-        self.said = True
+        if not self.warned:
+            message = (
+                "%d queries of %d tokens do not fit in memory at once: running %d, and fewer where these do not fit"
+            )
+            logger.warning(message, n_queries, n_tokens, self.n)
+        self.warned = True
 
 
 def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[PrefixCache, FullPromptPass | None]:
-    """Pass what the queries share once: in blocks that each run behind the ones before, or whole with a row behind it.
+    """Run what the queries share once: in blocks that each run after the ones before, or whole with a row after it.
 
-    Causality keeps the row out of its prefix, so that one pass serves as context and as a plain pass.
+    Args:
+        model: the model to run.
+        prefix: the tokens that all queries share.
+        row: the first query's own tokens, where its full-prompt pass is kept. Causality keeps them out of the prefix, so
+            that one pass serves as cache and as full-prompt pass.
+
+    Returns:
+        The cache of the prefix, and the full-prompt pass where a row was given.
+
+    Raises:
+        MemoryError: a single token, or the prompt that must run whole, does not fit in memory.
+        UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    context = no_context(model)
+    cache = empty_cache(model)
     if row is not None or (prefix and model.rope_scaling_threshold is not None):
-        # Long-context scaling turns keys by the length of what runs: there, the prefix runs whole.
-        return _run_whole(model, prefix, row, context)
-    block = PREFIX_BLOCK
-    while context.n_pos < len(prefix):
-        first = context.n_pos
-        tokens = torch.tensor([prefix[first : first + block]], device=model.device)
-        kept = PrefixCache([], [], [], 0.0)
-
-        def show(layer: int, attention: Attention, kept: PrefixCache = kept) -> None:
-            kept.keys.append(attention.k[0])
-            kept.values.append(attention.v[0])
-            kept.states.append(None if attention.momentum is None else attention.momentum.state[0])
-
+        # Long-context scaling rotates keys by the length of what runs: there, the prefix must run whole.
+        return _run_whole(model, prefix, row, cache)
+    block_size = PREFIX_BLOCK
+    while cache.n_pos < len(prefix):
+        tokens = torch.tensor([prefix[cache.n_pos : cache.n_pos + block_size]], device=model.device)
         try:
-            _, residual = _run_behind(model, context, tokens, torch.zeros_like(tokens[:, :1]), show)
+            block = _run_block(model, tokens, cache)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if block == 1:
-                raise _does_not_fit(model, PART, tokens, context, error) from error
-            block = (block + 1) // 2
+            if block_size == 1:
+                raise _memory_error(model, PREFIX_PART, tokens, cache, error) from error
+            block_size = (block_size + 1) // 2
             continue
-        context = context.with_block(replace(kept, residual=residual))
-    return context, None
+        cache = cache.with_block(block)
+    return cache, None
+
+
+def _run_block(model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache) -> PrefixCache:
+    """Return the cache of one block of prefix tokens, run after the ones before."""
+    block = PrefixCache([], [], [], 0.0)
+
+    def on_attention(layer: int, attention: Attention) -> None:
+        block.keys.append(attention.k[0])
+        block.values.append(attention.v[0])
+        block.states.append(None if attention.momentum is None else attention.momentum.state[0])
+
+    _, residual = _run_after(cache, model, tokens, torch.zeros_like(tokens[:, :1]), on_attention)
+    return replace(block, residual=residual)
 
 
 def _run_whole(
-    model: Model, prefix: Tokens, row: Tokens | None, before: PrefixCache
+    model: Model, prefix: Tokens, row: Tokens | None, cache: PrefixCache
 ) -> tuple[PrefixCache, FullPromptPass | None]:
-    """Pass a prefix at once, and a row behind it."""
+    """Run a prefix as one sequence, with a row after it where one is given."""
     tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    states: list[Tensor | None] = []
-    attn_out: list[Tensor] = []
+    q, k, v, states, attn_out = [], [], [], [], []
 
-    def show(layer: int, attention: Attention) -> None:
-        seen.append((attention.q[0, -1].clone(), attention.k[0], attention.v[0]))  # a view would keep all of q
+    def on_attention(layer: int, attention: Attention) -> None:
+        q.append(attention.q[0, -1].clone())  # a view would keep all of q in memory
+        k.append(attention.k[0])
+        v.append(attention.v[0])
         eta = model.eta(layer)
         states.append(None if eta is None else decaying_sum(attention.v[:, :n], eta).state[0])
 
@@ -160,66 +206,65 @@ def _run_whole(
         attn_out.append(output[0, -1].clone())
 
     try:
-        _, residual = _run_behind(model, before, tokens, torch.zeros_like(tokens[:, :1]), show, on_output)
+        _, residual = _run_after(cache, model, tokens, torch.zeros_like(tokens[:, :1]), on_attention, on_output)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise _does_not_fit(model, WHOLE if row else PART, tokens, before, error) from error
+            raise _memory_error(model, FULL_PROMPT if row else PREFIX_PART, tokens, cache, error) from error
         raise
-    q, k, v = zip(*seen, strict=True)
-    context = PrefixCache([keys[:n] for keys in k], [values[:n] for values in v], states, residual)
+    prefix_cache = PrefixCache([keys[:n] for keys in k], [values[:n] for values in v], states, residual)
     if row is None:
-        return context, None
+        return prefix_cache, None
     dtype = torch.promote_types(model.dtype, torch.float32)
-    return context, FullPromptPass(
-        prefix + row, *(torch.stack(found).to("cpu", dtype) for found in (q, k, v, attn_out))
-    )
+    stacked = (torch.stack(by_layer).to("cpu", dtype) for by_layer in (q, k, v, attn_out))
+    return prefix_cache, FullPromptPass(prefix + row, *stacked)
 
 
-def _run_behind(
+def _run_after(
+    cache: PrefixCache,
     model: Model,
-    context: PrefixCache,
     tokens: Int[Tensor, "batch pos"],
-    read: Int[Tensor, "batch n_read"],
-    show: Callable[[int, Attention], None],
+    logit_positions: Int[Tensor, "batch n_read"],
+    on_attention: Callable[[int, Attention], None],
     on_output: OnTensor | None = None,
 ) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
-    """Run rows behind a context; `show` sees each layer's attention with the z of the whole prompt.
+    """Run rows after the cached tokens; `on_attention` receives each layer's attention with the z of the whole prompt.
 
-    Returns logits at the positions read, and the residual of the heads' output over the rows' own tokens.
+    Returns logits at the positions requested, and the residual of the heads' output over the rows' own tokens.
     """
-    positions = context.n_pos + torch.arange(tokens.shape[1])[None]
+    positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     residuals: list[Tensor] = []
 
-    def on_attention(layer: int, attention: Attention) -> Tensor | None:
+    def merge_cache(layer: int, attention: Attention) -> Tensor | None:
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
-        if not context.n_pos:  # nothing to merge: the last row, which sees all, is enough to check
+        if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
             last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions))
             residuals.append(_residual(last.z, z[:, -1:]))
-            show(layer, attention)
+            on_attention(layer, attention)
             return None
-        own = rule.with_sink(rule.attend(q, k, v, positions, positions))
-        residuals.append(_residual(own.z, z))
-        z = dual.merge(own, context.attend(rule, layer, q, positions)).z
-        show(layer, attention._replace(z=z))
+        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions))
+        residuals.append(_residual(row_part.z, z))
+        z = dual.merge(row_part, cache.attend(rule, layer, q, positions)).z
+        on_attention(layer, attention._replace(z=z))
         return z
 
     logits = model.run(
         tokens,
         positions=positions[0],
-        read=read,
-        on_attention=on_attention,
+        read=logit_positions,
+        on_attention=merge_cache,
         on_output=on_output,
-        momentum_states=context.states,
+        momentum_states=cache.states,
     )
-    return logits, _checked(model, residuals)
+    return logits, _check_residuals(model, residuals)
 
 
 class QueryBatch(NamedTuple):
-    """Some of the rows, run behind the shared context."""
+    """The result of some of the rows, run after the shared tokens."""
 
     rows: list[int]
     """The rows' indices."""
     logits: Float[Tensor, "batch n_read d_vocab"]
+    """Logits at the positions requested."""
     residual: float
     """The largest relative difference between the recomputed attention and the model's own, over layers."""
 
@@ -235,79 +280,87 @@ def run_queries(
     on_output: OnBatchOutput | None = None,
     n_after: int = 0,
 ) -> Iterator[QueryBatch]:
-    """Run rows behind the context, in batches padded on the right (causality keeps that exact).
+    """Run rows after the shared tokens, in batches padded on the right (causality keeps that exact).
 
     A batch that does not fit in memory is halved, and so are those after it.
 
     Args:
         model: the model to run.
         rows: each row's own tokens.
-        n_read: how many positions of each row to unembed.
-        context: the tokens before every row.
-        limit: the most rows to run at once; it is lowered where memory runs out.
-        on_attention: called at every layer with the batch's attention, z being that of the whole prompt, the rows'
-            indices and their last positions.
-        on_output: the same with the attention output after W_O.
-        n_after: how many tokens at the end of each row stand after the positions that are read.
+        n_read: at how many positions of each row to compute logits.
+        context: the cache of the tokens before every row.
+        limit: the largest number of rows to run at once; it is lowered where memory runs out.
+        on_attention: called at every layer with the batch's attention (z is that of the whole prompt), the rows' indices
+            and their last positions.
+        on_output: called at every layer with the attention output after W_O, the rows' indices and their last positions.
+        n_after: how many tokens at the end of each row come after the positions of the logits.
 
     Yields:
         Each batch, with the logits at its rows' last `n_read` positions before the last `n_after`.
+
+    Raises:
+        MemoryError: a single row does not fit in memory.
+        UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    waiting = deque(batches(list(map(len, rows)), limit.n))
-    while waiting:
-        batch = waiting.popleft()
+    pending = deque(split_into_batches(list(map(len, rows)), limit.n))
+    while pending:
+        batch = pending.popleft()
         tokens = pad_right([rows[row] for row in batch], device=model.device)
         last = torch.tensor([len(rows[row]) - 1 for row in batch], device=model.device)
-        read = last[:, None] - n_after - torch.arange(n_read - 1, -1, -1, device=model.device)
+        logit_positions = last[:, None] - n_after - torch.arange(n_read - 1, -1, -1, device=model.device)
 
-        def show(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> None:
+        def on_batch_attention(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> None:
             if on_attention is not None:
                 on_attention(layer, attention, batch, last)
 
-        def show_output(layer: int, output: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
+        def on_batch_output(layer: int, output: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
             if on_output is not None:
                 on_output(layer, output, batch, last)
 
         try:
-            logits, residual = _run_behind(model, context, tokens, read, show, show_output)
+            logits, residual = _run_after(context, model, tokens, logit_positions, on_batch_attention, on_batch_output)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise _does_not_fit(model, "query,", tokens, context, error) from error
+                raise _memory_error(model, "query,", tokens, context, error) from error
         else:
             yield QueryBatch(batch, logits, residual)
             continue
-        # Out of the handler, whose traceback holds on to the memory of what failed.
+        # Outside of the handler, whose traceback holds on to the memory of the failed run.
         limit.halve(len(batch), tokens.shape[1])
-        waiting = deque(
-            whole[first : first + limit.n] for whole in (batch, *waiting) for first in range(0, len(whole), limit.n)
+        pending = deque(
+            whole[first : first + limit.n] for whole in (batch, *pending) for first in range(0, len(whole), limit.n)
         )
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows of like lengths together: the split of the sorted rows that costs least, padding and batches counted."""
+def split_into_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return batches of row indices, rows of like lengths together, at the lowest cost in padding and batches.
+
+    >>> split_into_batches([3, 200, 4, 190], batch_size=2)
+    [[0, 2], [3, 1]]
+    """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    cost, begins = [0], [0]
+    lowest_cost, best_begin = [0], [0]  # of the first n sorted rows, and where their last batch begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        options = range(max(0, end - batch_size), end)
-        found = [cost[begin] + (end - begin) * longest + BATCH_OVERHEAD for begin in options]
-        cost.append(min(found))
-        begins.append(options[found.index(cost[-1])])
-    found = []
+        begins = range(max(0, end - batch_size), end)
+        costs = [lowest_cost[begin] + (end - begin) * longest + BATCH_OVERHEAD for begin in begins]
+        lowest_cost.append(min(costs))
+        best_begin.append(begins[costs.index(lowest_cost[-1])])
+    batches = []
     end = len(order)
     while end:
-        found.append(order[begins[end] : end])
-        end = begins[end]
-    return found
+        batches.append(order[best_begin[end] : end])
+        end = best_begin[end]
+    return batches
 
 
-def _does_not_fit(
-    model: Model, what: str, tokens: Int[Tensor, "1 pos"], context: PrefixCache, error: Exception
+def _memory_error(
+    model: Model, piece: str, tokens: Int[Tensor, "1 pos"], cache: PrefixCache, error: Exception
 ) -> MemoryError:
     return MemoryError(
-        f"expected memory for a single {what} {tokens.shape[1]} tokens behind {context.n_pos} tokens in {model!r}, "
+        f"expected memory for a single {piece} {tokens.shape[1]} tokens after {cache.n_pos} tokens in {model!r}, "
         f"got: {error}. Use fewer or shorter demonstrations, a smaller model or half precision"
     )
 
@@ -315,99 +368,119 @@ def _does_not_fit(
 def label_word_log_probs(
     model: Model, queries: Sequence[Tokens], label: Tokens, context: PrefixCache, limit: BatchLimit
 ) -> Float[Tensor, " query"]:
-    """Mean log-probability per token of a label word of several tokens, each read after the ones before it."""
+    """Return the mean log-probability per token, in nats, of a label word of several tokens after each query.
+
+    Each token is read after the label's tokens before it.
+    """
     rows = [query + label[:-1] for query in queries]
     means = torch.zeros(len(rows), dtype=torch.promote_types(model.dtype, torch.float32))
     target = torch.tensor(label, device=model.device)
     for batch in run_queries(model, rows, len(label), context, limit):
         log_probs = log_probs_of(batch.logits)
-        means[batch.rows] = (
-            log_probs.gather(-1, target.expand(len(batch.rows), -1)[..., None]).squeeze(-1).mean(-1).cpu()
-        )
+        label_log_probs = log_probs.gather(-1, target.expand(len(batch.rows), -1)[..., None]).squeeze(-1)
+        means[batch.rows] = label_log_probs.mean(-1).cpu()
     return means
 
 
-def shared_head(prompts: Prompts) -> Tokens:
-    """The tokens with which all queries begin, up to the recorded position, which stays each query's own."""
-    first, last = min(prompts.queries), max(prompts.queries)  # in dictionary order: what these share, all do
+def common_query_prefix(prompts: Prompts) -> Tokens:
+    """Return the tokens with which all queries begin, without the last token of any query."""
+    first, last = min(prompts.queries), max(prompts.queries)  # in dictionary order: what these share, all share
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
     return tuple(token for token, _ in same)
 
 
-def check_rope_scaling(model: Model, prompts: Prompts, head: Tokens) -> None:
-    """Keys kept from a short prefix are wrong for a model that turns all its keys anew once the prompt is long."""
-    switch, shared = model.rope_scaling_threshold, len(prompts.prefix) + len(head)
+def check_rope_scaling(model: Model, prompts: Prompts, query_prefix: Tokens) -> None:
+    """Refuse prompts whose shared part is within the model's original context and whose longest query is past it.
+
+    Raises:
+        UnsupportedModelError: long-context scaling (dynamic NTK, LongRoPE) would rotate the cached keys differently once
+            the query follows.
+    """
+    threshold, n_shared = model.rope_scaling_threshold, len(prompts.prefix) + len(query_prefix)
     longest = len(prompts.prefix) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
-    if switch is not None and shared <= switch < longest:
+    if threshold is not None and n_shared <= threshold < longest:
         raise UnsupportedModelError(
-            f"{model.name} ({model.architecture}) rotates all keys anew past {switch} tokens: expected demonstrations "
-            f"and queries on one side of that, got {shared} tokens that the queries share and {longest} with the "
-            "longest query. Use fewer demonstrations, or more"
+            f"{model.name} ({model.architecture}) rotates all keys differently past {threshold} tokens: expected "
+            f"demonstrations and queries on one side of that, got {n_shared} tokens that the queries share and {longest} "
+            "with the longest query. Use fewer demonstrations, or more"
         )
 
 
 def log_probs_of(logits: Tensor) -> Tensor:
+    """Return log-probabilities in nats, in float32 or wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _residual(got: Tensor, expected: Tensor) -> Tensor:
-    return _largest(got - expected) / _largest(expected).clamp_min(1e-30)
+def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:
+    return _largest(recomputed - expected) / _largest(expected).clamp_min(1e-30)
 
 
 def _largest(tensor: Tensor) -> Tensor:
-    """The largest size of an element; NaN where there is one. Reads the tensor once and writes nothing."""
+    """Return the largest absolute value; NaN where there is one. Reads the tensor once and writes nothing."""
     low, high = tensor.aminmax()
     return torch.maximum(-low, high)
 
 
-def _checked(model: Model, residuals: Sequence[Tensor]) -> float:
-    """The largest of a pass's residuals, by layer; refused above rounding level."""
-    found = torch.stack(list(residuals)).double().cpu()
-    wrong = (~(found <= TOLERANCE[model.dtype])).nonzero()
-    if len(wrong):
-        layer = int(wrong[0])
+def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
+    """Return the largest of a pass's residuals, by layer; refuse the model where one is above rounding level."""
+    by_layer = torch.stack(list(residuals)).double().cpu()
+    above = (~(by_layer <= TOLERANCE[model.dtype])).nonzero()
+    if len(above):
+        layer = int(above[0])
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}), layer {layer}: attention recomputed from queries, keys and values "
-            f"is off by {found[layer]:.1e} of the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
+            f"differs by {by_layer[layer]:.1e} from the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
             "attention does more than softmax over scaled scores (position biases, gates, a norm before W_O, a hook "
-            "left on the model …) and cannot be split exactly here"
+            "left on the model …) and cannot be split exactly: remove such hooks, or use another model"
         )
-    return found.max().item()
+    return by_layer.max().item()
 
 
 def measure_pass(model: Model, start: Tokens) -> float:
-    """Hold the ΔICL pass against a plain forward pass over a short full prompt of arbitrary tokens.
+    """Return the residual of the shared-prefix pass against a plain forward pass over a short prompt of arbitrary tokens.
 
     Raises:
-        UnsupportedModelError: they differ beyond rounding, e.g. where a model does not take positions that jump.
+        UnsupportedModelError: they differ beyond rounding, e.g. where a model ignores positions that jump.
     """
-    room = min(model.n_ctx, model.rope_scaling_threshold or model.n_ctx) - len(start)
-    n_query = min(6, max(1, room // 5))
-    n_demo = min(24, room - n_query)
-    drawn = torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=torch.Generator().manual_seed(0))
-    ids = tuple(drawn.tolist())
-    queries = (ids[n_demo : n_demo + n_query], ids[n_demo + n_query :])
-    prompts = Prompts(start, (ids[:n_demo],), (0,), (), queries, (ids[:1],), (0, 0))
-    full_prompt: list[Tensor] = []
+    prompts = _arbitrary_prompts(model, start)
+    expected_outputs: list[Tensor] = []
     model.run(
-        torch.tensor([[*prompts.prefix, *query] for query in queries], device=model.device),
-        on_output=lambda layer, output: full_prompt.append(output[:, -1]),
+        torch.tensor([[*prompts.prefix, *query] for query in prompts.queries], device=model.device),
+        on_output=lambda layer, output: expected_outputs.append(output[:, -1]),
     )
     context, _ = run_prefix(model, prompts.prefix)
-    outputs: list[Tensor] = [torch.zeros_like(output) for output in full_prompt]
+    outputs: list[Tensor] = [torch.zeros_like(output) for output in expected_outputs]
 
-    def keep(layer: int, output: Tensor, batch: Sequence[int], last: Tensor) -> None:
+    def on_output(layer: int, output: Tensor, batch: Sequence[int], last: Tensor) -> None:
         outputs[layer][batch] = output[torch.arange(len(batch), device=last.device), last]
 
-    for _ in run_queries(model, queries, 1, context, BatchLimit(2), on_output=keep):
+    for _ in run_queries(model, prompts.queries, 1, context, BatchLimit(2), on_output=on_output):
         pass
     worst = 0.0
-    for layer, (got, expected) in enumerate(zip(outputs, full_prompt, strict=True)):
-        worst = max(worst, residual := _residual(got, expected).item())
+    for layer, (output, expected) in enumerate(zip(outputs, expected_outputs, strict=True)):
+        worst = max(worst, residual := _residual(output, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries behind their prefix is off "
-                f"by {residual:.1e} of a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. The model "
-                "cannot run queries apart from their demonstrations (it may not take position_ids that jump)"
+                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries after their shared prefix differs "
+                f"by {residual:.1e} from a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. The model "
+                "cannot run queries apart from their demonstrations (it may not take position_ids that jump): use "
+                "another model"
             )
     return worst
+
+
+def _arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
+    """Return two short queries after one demonstration, of tokens drawn with a fixed seed, within the model's context."""
+    n_available = min(model.n_ctx, model.rope_scaling_threshold or model.n_ctx) - len(start)
+    n_query = min(6, max(1, n_available // 5))
+    n_demo = min(24, n_available - n_query)
+    generator = torch.Generator().manual_seed(0)
+    ids = tuple(torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=generator).tolist())
+    return Prompts(
+        start=start,
+        demonstrations=(ids[:n_demo],),
+        demonstration_label_lengths=(0,),
+        queries=(ids[n_demo : n_demo + n_query], ids[n_demo + n_query :]),
+        labels=(ids[:1],),
+        gold=(0, 0),
+    )

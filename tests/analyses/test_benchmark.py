@@ -41,7 +41,7 @@ def test_a_race_writes_times_ratios_and_pictures(tmp_path: Path) -> None:
 
 
 def test_the_slower_of_two_is_timed_as_slower() -> None:
-    race = contenders.Race("none", icl.Prompts((), (), (), (), (), (), ()), "cpu", torch.float32, 1e-4)
+    race = contenders.Race("none", icl.Prompts(queries=(), labels=(), gold=()), "cpu", torch.float32, 1e-4)
     seconds = benchmark.time_all(race, {"slow": lambda: time.sleep(0.2), "fast": lambda: None}, 2)
     assert {name: len(found) for name, found in seconds.items()} == {"slow": 2, "fast": 2}
     assert min(seconds["slow"]) >= 0.2 > max(seconds["fast"])
@@ -55,7 +55,7 @@ def test_peak_memory_is_a_number_of_megabytes() -> None:
 
 def test_a_contender_that_captures_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     task = icl.load_task("sst2")
-    nothing = icl.Prompts((), (), (), (), (), (), ())
+    nothing = icl.Prompts(queries=(), labels=(), gold=())
     race = contenders.Race("smollm2-135m", nothing, "cpu", torch.float32, 1e-4)
     race.prompts = icl.build_prompts(race.model, task, task.demonstrations(2, seed=1), task.queries(3))
     with torch.no_grad():

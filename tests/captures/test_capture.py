@@ -372,7 +372,7 @@ def test_dropout_that_is_put_in_later_is_off_during_a_run(
 
 
 def test_an_empty_query_is_refused(llama: icl.Model, prompts: Prompts) -> None:
-    with pytest.raises(ValueError, match="one token in each of the queries, got none in number 6"):
+    with pytest.raises(ValueError, match="one token in each of the queries, got none in queries.6."):
         icl.capture(llama, dataclasses.replace(prompts, queries=(*prompts.queries[:6], ())), progress=False)
 
 
