@@ -1,0 +1,92 @@
+"""The layout: modules are nouns that no function shadows, imports go one way, one package knows TransformerLens."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import icl_dual
+
+ROOT = Path(icl_dual.__file__).parent
+MODULES = ["icl_dual", *(info.name for info in pkgutil.walk_packages([str(ROOT)], "icl_dual."))]
+LAYERS = (
+    ("storage", "torch_utils", "progress", "field_docs"),
+    ("dual", "momentum"),
+    ("statistics",),
+    ("assets",),
+    ("tasks", "paper_tasks"),
+    ("models",),
+    ("prompts", "contexts"),
+    ("captures",),
+    ("decomposition",),
+    ("finetuning",),
+    ("updates", "order_sensitivity"),
+    ("recordings",),
+    ("metrics",),
+    ("experiment",),
+    ("study",),
+    ("pretraining",),
+    ("plots",),
+)
+"""What stands above may be imported by what stands below, and never the other way."""
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Each imported module of a file, and the name imported from it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def area(module: str) -> str | None:
+    """The first part of a module's name below `icl_dual`."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "icl_dual" and len(parts) > 1 else None
+
+
+def test_every_module_imports_without_a_warning() -> None:
+    lines = "; ".join(f"import {name}" for name in MODULES)
+    # Warnings of other packages, at their own import, are theirs to mend.
+    code = f"import transformer_lens, transformers, datasets, warnings; warnings.simplefilter('error'); {lines}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_function_or_class_has_the_path_of_a_module(name: str) -> None:
+    module = importlib.import_module(name)
+    assert inspect.ismodule(module)
+    parent, _, own = name.rpartition(".")
+    if parent:
+        assert getattr(importlib.import_module(parent), own) is module, f"{name} is shadowed in {parent}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_the_table_only(path: Path) -> None:
+    rank = {name: index for index, names in enumerate(LAYERS) for name in names}
+    relative = path.relative_to(ROOT)
+    mine = relative.parts[0].removesuffix(".py")
+    if mine == "__init__":
+        return
+    assert mine in rank, f"{mine} has no place in LAYERS: add it there, and to the table in CONTRIBUTING.md"
+    for module, name in imports(path):
+        other = area(module) or (name if module == "icl_dual" else None)
+        if other is not None and other != mine:
+            assert rank[other] <= rank[mine], f"{relative} imports {other}, which stands below it"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_stay_in_their_module_and_transformer_lens_in_models(path: Path) -> None:
+    for module, name in imports(path):
+        if module.startswith("icl_dual"):
+            assert not name.startswith("_") or name == "__version__", f"{path.name} imports {name} of {module}"
+        if module.split(".")[0] == "transformer_lens":
+            assert path.relative_to(ROOT).parts[0] == "models", f"{path.name} imports {module}"
