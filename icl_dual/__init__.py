@@ -9,6 +9,7 @@ from icl_dual.metrics.comparison import Comparison, compare, compare_recordings
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task
+from icl_dual.progress import set_progress
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings.recordings import RecordingError, Recordings
 from icl_dual.recordings.released_layout import load_recordings
@@ -67,5 +68,6 @@ __all__ = [
     "relabel",
     "run_cell",
     "run_study",
+    "set_progress",
     "summarise",
 ]

@@ -23,6 +23,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from icl_dual.progress import datasets_bars
 from icl_dual.storage import AssetError, atomic_folder, first_line
 
 logger = logging.getLogger(__name__)
@@ -245,7 +246,8 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
     import datasets
 
     try:
-        rows = datasets.load_dataset(repository, config, split=split, revision=revision)
+        with datasets_bars(datasets):
+            rows = datasets.load_dataset(repository, config, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(
             f"wanted split {split!r} of the data set {repository!r} from the Hugging Face hub, which cannot be reached "

@@ -16,15 +16,15 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from icl_dual.captures.capture import Capture, capture
-from icl_dual.contexts import Context, relabel, matching_training_steps
+from icl_dual.contexts import Context, matching_training_steps, relabel
 from icl_dual.finetuning.sgd import finetune
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
 from icl_dual.metrics.comparison import Comparison, compare
 from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, load_model
 from icl_dual.paper_tasks import load_task
+from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.recordings.released_layout import write_recordings
@@ -362,7 +362,7 @@ def run_study(
             tasks[of] = load_task(name, cell.source, protocol=cell.protocol)
         return tasks[of]
 
-    with tqdm(cells, initial=len(done), total=len(folders), disable=not progress, unit="cell") as bar:
+    with progress_bar(cells, initial=len(done), total=len(folders), show=progress, unit="cell", leave=True) as bar:
         for cell in (cell for cell in folders if cell not in done):
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
             if cell.model_name not in models:

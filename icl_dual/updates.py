@@ -23,13 +23,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import check_paired
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
+from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import load_tensors, reading, save_tensors
@@ -132,7 +132,7 @@ def compare_updates(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
     residual = 0.0
-    bar = tqdm(total=len(in_context.prompts.queries), desc="ΔW_FT", disable=not progress, unit="query", leave=False)
+    bar = progress_bar(total=len(in_context.prompts.queries), desc="ΔW_FT", show=progress, unit="query")
     with torch.no_grad(), bar:
         for first in range(0, len(in_context.prompts.queries), BATCH_SIZE):
             batch = torch.arange(first, min(first + BATCH_SIZE, len(in_context.prompts.queries)))

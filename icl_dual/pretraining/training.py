@@ -24,15 +24,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging as hf_logging
 
 from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 from icl_dual.pretraining.corpus import Data, LabelMapping
+from icl_dual.progress import progress_bar, transformers_bars
 from icl_dual.storage import check_same_settings, write_json
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -116,7 +115,7 @@ def train(
     halfway = folder / "checkpoints"
     config = configuration(preset, data.d_vocab, eta)
     sequences = data.training_sequences(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
-    with _own_randomness(), _without_bars():
+    with _own_randomness(), transformers_bars(show=False):
         arguments = _arguments(preset, halfway, seed, device, checkpoints)
         settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
         settings["precision"] = "bfloat16" if arguments.bf16 else "float32"
@@ -284,7 +283,7 @@ class _Bar(TrainerCallback):
         self.title = title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=False)
+        self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
@@ -307,18 +306,6 @@ def _own_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(of_numpy)  # noqa: NPY002
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """None of transformers' progress bars, one for each checkpoint, beside that of the training."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"], *, batch_size: int = 16) -> float:

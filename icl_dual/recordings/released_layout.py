@@ -20,8 +20,8 @@ import orjson
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from icl_dual.progress import progress_bar
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings.recordings import SETTINGS, RecordingError, Recordings, label_limit
 from icl_dual.storage import atomic_folder
@@ -51,7 +51,7 @@ def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, pro
             (scratch / name).mkdir()
             with (scratch / name / FILE).open("wb") as lines:
                 queries = range(len(recordings.gold))
-                for query in tqdm(queries, desc=name, disable=not progress, unit="query", leave=False):
+                for query in progress_bar(queries, desc=name, show=progress, unit="query"):
                     lines.write(_json_line(_query_record(recordings, setting, query), Path(name) / FILE, query + 1))
         (scratch / "ft").mkdir()
         with (scratch / "ft" / FILE).open("wb") as lines:
@@ -205,7 +205,7 @@ class _Reader:
         uneven = False
         with (
             ExitStack() as stack,
-            tqdm(total=size, desc="reading", disable=not progress, unit="B", unit_scale=True, leave=False) as bar,
+            progress_bar(total=size, desc="reading", show=progress, unit="B", unit_scale=True) as bar,
         ):
             files = [stack.enter_context(path.open("rb")) for path in paths.values()]
             for number, lines in enumerate(itertools.zip_longest(*files), start=1):
