@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import finish, positive, sampled_memory
+from common import finish, positive, run_script, sampled_memory, script_parser
 from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -248,28 +248,27 @@ def draw(result: dict, path: Path) -> None:
     finish(fig, [ax], f"{title}, {Path(setting['model']).name}, {setting['dtype']}", path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="or random-1.3b, a random model of that shape")
-    parser.add_argument("--task", default="sst2", choices=icl.TASKS)
-    parser.add_argument("--k", type=int, default=32, help="demonstrations (%(default)s)")
-    parser.add_argument("--queries", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--repeats", type=positive, default=5, help="turns each contender gets (%(default)s)")
-    parser.add_argument(
-        "--every", type=positive, default=8, help="prompt by prompt, run every so manyth query (%(default)s)"
-    )
-    parser.add_argument("--contenders", nargs="+", choices=(*BATCHED, *PROMPT_BY_PROMPT), metavar="NAME", help="(all)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="finetuning's (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--out", type=Path, help="a folder for result, table and figure")
-    parser.add_argument("--json", type=Path, help="a file for the result")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process a contender")
-    parser.add_argument(
-        "--peak", choices=(*BATCHED, *PROMPT_BY_PROMPT), help="only print a contender's peak memory in MB"
-    )
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    add, contender_names = parser.add_argument, (*BATCHED, *PROMPT_BY_PROMPT)
+    add("--model", default="smollm2-135m", help="packaged model, hub id, folder, or random-1.3b (%(default)s)")
+    add("--task", default="sst2", choices=icl.TASKS)
+    add("--k", type=int, default=32, help="demonstrations (%(default)s)")
+    add("--queries", type=int, default=128, help="evaluation queries (%(default)s)")
+    add("--repeats", type=positive, default=5, help="turns of each contender (%(default)s)")
+    add("--every", type=positive, default=8, help="step between the queries of those that run prompt by prompt")
+    add("--contenders", nargs="+", choices=contender_names, metavar="NAME", help="contenders to time (all)")
+    add("--lr", type=float, default=1e-4, help="finetuning's learning rate (%(default)s)")
+    add("--device", default="cpu", help="(%(default)s)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
+    add("--out", type=Path, help="folder for result, table and figure")
+    add("--json", type=Path, help="file for the result")
+    add("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")
+    add("--peak", choices=contender_names, help="print the peak memory of this contender in MB, and nothing else")
+    return parser.parse_args(argv)
 
+
+def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         race(args, random_model(Path(folder)) if args.model == "random-1.3b" else args.model)
 
@@ -285,7 +284,7 @@ def race(args: argparse.Namespace, model: str) -> None:
         print(peak_mb(racing, args.peak))
         return
     if any(len(label) > 1 for label in racing.prompts.labels):
-        raise SystemExit(f"{args.task}: expected label words of one token, which is all that is raced on here")
+        raise ValueError(f"expected a --task with label words of one token, got {args.task}: choose another, as sst2")
     names = args.contenders or [*BATCHED, *PROMPT_BY_PROMPT]
     names = names if "ours" in names else ["ours", *names]
     if find_spec("nnsight") is None:
@@ -374,5 +373,9 @@ def write(result: dict, out: Path) -> None:
     draw(result, out / "benchmark")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,13 +11,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from common import sampled_memory
+from common import run_script, sampled_memory, script_parser
 
 from icl_dual import pretraining
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
@@ -26,16 +26,16 @@ from icl_dual.momentum import decaying_sum
 ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "learned"}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="small", choices=pretraining.PRESETS, help="the decoders' shape (%(default)s)")
     add("--length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
     add("--batch-size", type=int, default=2, help="sequences a step (%(default)s)")
-    add("--repeats", type=int, default=7, help="turns (%(default)s)")
-    add("--out", type=Path, default=Path("figures/momentum"), help="where cost.md and cost.json go (%(default)s)")
+    add("--repeats", type=int, default=7, help="timed turns (%(default)s)")
+    add("--out", type=Path, default=Path("figures/momentum"), help="folder for cost.md and cost.json (%(default)s)")
     add("--peak", choices=ETAS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def decoder(args: argparse.Namespace, eta: float | str) -> MomentumForCausalLM:
@@ -103,8 +103,8 @@ def peak_of_its_own(args: argparse.Namespace, name: str) -> float:
     return float(done.stdout)
 
 
-def main() -> None:
-    args = parse()
+def write(args: argparse.Namespace) -> None:
+    """Time and measure all decoders, and write the table; with --peak, print one peak."""
     if args.peak:
         print(peak_mb(args))
         return
@@ -130,5 +130,9 @@ def main() -> None:
     print((args.out / "cost.md").read_text())
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

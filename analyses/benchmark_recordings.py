@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from common import run_script, script_parser
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START
@@ -24,20 +25,20 @@ from icl_dual.recordings.recordings import SETTINGS
 from icl_dual.recordings.released_layout import write_recordings
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--queries", type=int, default=872, help="(%(default)s: SST2's)")
-    add("--layers", type=int, default=24, help="(%(default)s)")
-    add("--d-model", type=int, default=2048, help="(%(default)s)")
-    add("--heads", type=int, default=16, help="(%(default)s)")
-    add("--query-tokens", type=int, default=30, help="(%(default)s)")
-    add("--demonstration-tokens", type=int, default=1100, help="(%(default)s)")
+    add("--queries", type=int, default=872, help="queries (%(default)s, as SST2 has)")
+    add("--layers", type=int, default=24, help="layers (%(default)s)")
+    add("--d-model", type=int, default=2048, help="width of the residual stream (%(default)s)")
+    add("--heads", type=int, default=16, help="attention heads (%(default)s)")
+    add("--query-tokens", type=int, default=30, help="tokens of a query (%(default)s)")
+    add("--demonstration-tokens", type=int, default=1100, help="tokens of all demonstrations (%(default)s)")
     add("--k", type=int, default=32, help="demonstrations (%(default)s)")
-    add("--out", type=Path, default=Path("figures/benchmark"), help="where recordings.md goes (%(default)s)")
+    add("--out", type=Path, default=Path("figures/benchmark"), help="folder for recordings.md (%(default)s)")
     add("--step", choices=STEPS, help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def random_recordings(args: argparse.Namespace) -> icl.Recordings:
@@ -102,14 +103,14 @@ STEPS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> int:
-    args = parse()
+def write(args: argparse.Namespace) -> None:
+    """Run every step in a process of its own, and write the table; with --step, run one."""
     if args.step:
         started = time.perf_counter()
         STEPS[args.step](args.work)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes, on Linux
         print(json.dumps({"step": args.step, "seconds": time.perf_counter() - started, "peak GB": peak}))
-        return 0
+        return
     with tempfile.TemporaryDirectory() as folder:
         work, rows = Path(folder), []
         random_recordings(args).save(work / "saved")
@@ -118,8 +119,7 @@ def main() -> int:
                 [sys.executable, __file__, "--step", step, "--work", str(work)], capture_output=True, text=True
             )
             if done.returncode:
-                print(f"error: {step} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                return 1
+                raise ValueError(f"the step {step!r} failed: {done.stderr.strip().splitlines()[-1]}")
             rows.append(json.loads(done.stdout))
             print(rows[-1])
         sizes = {
@@ -135,7 +135,10 @@ def main() -> int:
         f"{torch.get_num_threads()} threads, each step in a process of its own "
         f"(`python analyses/benchmark_recordings.py`).\n\n{table}\n"
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv)
 
 
 if __name__ == "__main__":

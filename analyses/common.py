@@ -1,9 +1,11 @@
-"""What the scripts share: the tasks' titles, the learning rates chosen for them, and how figures are laid out."""
+"""What the scripts share: how they run, their options, the tasks' titles and learning rates, and figures' layout."""
 
 import argparse
 import json
+import shlex
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,6 +24,81 @@ DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
 ERRORS = (ValueError, OSError, icl.AssetError, icl.DivergedError)
 """What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
+
+
+def run_script(
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    body: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    *,
+    stopped: str = "",
+) -> int:
+    """Run a script and return its exit code.
+
+    That is 0; 1 after an error that the user can mend; 2 after arguments that the parser refuses; 130 after Ctrl-C.
+
+    Args:
+        parse: reads `argv` (by default the process's own arguments).
+        body: what the script does with its arguments.
+        argv: the arguments, without the script's name.
+        stopped: what Ctrl-C leaves behind, with the arguments' names in braces.
+    """
+    try:
+        args = parse(argv)
+    except SystemExit as stop:  # argparse has said why, or has shown the help
+        return int(stop.code or 0)
+    try:
+        body(args)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped. {stopped.format(**vars(args))}".rstrip(), file=sys.stderr)
+        return 130
+    return 0
+
+
+def command_line(
+    script: str, parser: argparse.ArgumentParser, args: argparse.Namespace, *, always: Collection[str] = ()
+) -> str:
+    """Return the command that makes `args` again.
+
+    It has the options that differ from the parser's defaults and those named in `always`, in the parser's order. It
+    names no folder of the machine: a model or a corpus given by its path is written as its name, and an absolute output
+    path is left out.
+
+    Args:
+        script: the script's file.
+        parser: where the defaults come from.
+        args: what was parsed.
+        always: names of options that are written even where they have their default.
+    """
+    words = ["python", f"analyses/{Path(script).name}"]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or (value == action.default and action.dest not in always):
+            continue
+        if value is None and action.type is not count_or_all:
+            continue
+        if isinstance(value, Path) and value.is_absolute():
+            continue
+        words += [action.option_strings[-1], *_typed(value)]
+    return shlex.join(words)
+
+
+def _typed(value: object) -> list[str]:
+    """Return an option's values as they are typed."""
+    if isinstance(value, bool):
+        return []
+    if value is None:  # only `count_or_all` makes it of something typed
+        return ["all"]
+    values = value if isinstance(value, list) else [value]
+    return [str(entry) if isinstance(entry, Path) else short(str(entry)) for entry in values]
+
+
+def short(model: str) -> str:
+    """A model's name as tables have it: of a folder, its last part."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def count_or_all(text: str) -> int | None:
@@ -59,39 +136,53 @@ def sampled_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def cell_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that settle a script's cells."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def script_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return a parser that shows a script's docstring as it is; its first options are the parents'."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents
+    )
+
+
+def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return a parser with the options that settle a script's cells."""
+    parser = script_parser(description, *parents)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
-    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
+    add(
+        "--tasks",
+        nargs="+",
+        default=["sst2", "sst5", "mr", "subj", "agnews"],
+        choices=icl.TASKS,
+        metavar="TASK",
+        help=f"tasks, of {', '.join(icl.TASKS)} (%(default)s)",
+    )
     add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
     add("--queries", type=count_or_all, default=100, help="evaluation queries a task, or all (%(default)s)")
-    add("--lr", type=float, help="finetuning's learning rate (the one analyses/select_lr.py chose for model and task)")
+    add("--lr", type=float, help="finetuning's learning rate (chosen by analyses/select_lr.py for model and task)")
     add(
         "--protocol",
         choices=("answer", "reference"),
         default="answer",
-        help="recorded at the token that predicts the label, or all as the released code does (%(default)s)",
+        help="record at the token that predicts the label, or all as the released code does (%(default)s)",
     )
-    add("--source", choices=("wheel", "hub"), help="where the tasks' rows come from (each task's own default)")
+    add("--source", choices=("wheel", "hub"), help="origin of the tasks' rows (each task's default)")
     add("--device", default="cpu", help="(%(default)s)")
     add(
         "--dtype",
         default="float32",
         choices=("float64", "float32", "bfloat16", "float16"),
-        help="the weights' type (float32)",
+        help="number format of the weights (%(default)s)",
     )
     return parser
 
 
 def variant_parser() -> argparse.ArgumentParser:
-    """Options that settle how is finetuned, for other parsers to have."""
+    """Return a parser with the options of finetuning, as a parent of other parsers."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("--loss", choices=get_args(Loss), default="all", help="over all tokens, or the label word's (%(default)s)")
-    add("--method", choices=get_args(Method), default="sgd", help="of finetuning (%(default)s)")
-    add("--trained", choices=get_args(Trained), default="key-value", help="projections that move (%(default)s)")
+    add("--loss", choices=get_args(Loss), default="all", help="loss over all tokens or the label word's (%(default)s)")
+    add("--method", choices=get_args(Method), default="sgd", help="optimisation method (%(default)s)")
+    add("--trained", choices=get_args(Trained), default="key-value", help="trained projections (%(default)s)")
     return parser
 
 

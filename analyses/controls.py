@@ -15,9 +15,9 @@ from pathlib import Path
 import control_tables
 import pandas as pd
 import torch
-from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
+from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, run_script, short
 from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
-from paper_tables import by_query, short
+from paper_tables import by_query
 from tqdm.auto import tqdm
 
 import icl_dual as icl
@@ -34,15 +34,19 @@ KINDS = ["claim", *FAMILIES, "variants"]
 Orders = Mapping[str, Sequence[icl.OrderSensitivity]]
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cell_parser(__doc__)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="draws of the demonstrations (1 2 3)")
-    add("--ks", type=int, nargs="*", default=[1, 4, 16], help="fewer demonstrations, too (%(default)s)")
-    add("--orders", type=int, default=3, help="of the demonstrations, their own among them; 0 for none (%(default)s)")
-    add("--out", type=Path, default=Path("figures/controls"), help="where cells, tables and figures go (%(default)s)")
+    add("--ks", type=int, nargs="*", default=[1, 4, 16], help="smaller numbers of demonstrations to add (%(default)s)")
+    add("--orders", type=int, default=3, help="orders of the demonstrations, the first as drawn; 0: none (%(default)s)")
+    add("--out", type=Path, default=Path("figures/controls"), help="folder for cells, tables and figures (%(default)s)")
     parser.set_defaults(tasks=["sst2", "mr", "subj"])
-    return parser.parse_args()
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
@@ -176,13 +180,9 @@ def describe(args: argparse.Namespace) -> str:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command that makes the same again, wherever its output goes."""
-    given = {"model": [short(args.model)], "tasks": args.tasks, "seeds": args.seeds, "ks": args.ks}
-    given |= {"queries": ["all" if args.queries is None else args.queries], "orders": [args.orders]}
-    given |= {name: [value] for name in ("k", "lr", "source") if (value := getattr(args, name)) is not None}
-    usual = {"protocol": "answer", "dtype": "float32"}
-    given |= {name: [getattr(args, name)] for name, value in usual.items() if getattr(args, name) != value}
-    return "python analyses/controls.py " + " ".join(f"--{n} {' '.join(map(str, v))}" for n, v in given.items())
+    """Return the command that makes the same tables and figures."""
+    always = ("model", "tasks", "queries", "seeds", "ks", "orders")
+    return command_line(__file__, make_parser(), args, always=always)
 
 
 def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, args: argparse.Namespace) -> None:
@@ -215,17 +215,10 @@ def seconds(runs: Runs, args: argparse.Namespace) -> float:
     return total + sum(load_tensors(folder)[1]["seconds"] for folder in of_orders if args.orders)
 
 
-def main() -> int:
-    args = parse()
-    try:
-        runs = run(plan(args), args)
-        orders = run_orders(runs[CLAIM], args)
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped. What is finished stays in {args.out}; the same command goes on.", file=sys.stderr)
-        return 130
+def write(args: argparse.Namespace) -> None:
+    """Run the cells and orders that are not finished, and write all tables and figures."""
+    runs = run(plan(args), args)
+    orders = run_orders(runs[CLAIM], args)
     scores = control_tables.scored(runs)
     against, found = control_tables.against_controls(scores), control_tables.estimates(scores)
     tables = {
@@ -242,8 +235,13 @@ def main() -> int:
     draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(tables["claims"].to_markdown(index=False))
-    print(f"\nTables, figures and what they say are in {args.out}/README.md")
-    return 0
+    print(f"\nTables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        parse, write, argv, stopped="Finished cells and orders stay in {out}; the same command goes on from them."
+    )
 
 
 if __name__ == "__main__":

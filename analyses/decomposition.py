@@ -7,7 +7,7 @@ a stopped run goes on where it was, and drawing alone needs no model.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
+from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, run_script
 from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
@@ -63,13 +63,17 @@ class Result:
     about: dict[str, Any]
 
 
-def parse() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=1, help="draws the demonstrations and the null's directions (%(default)s)")
-    add("--rank", type=int, default=4, help="leading singular directions compared by their angles (%(default)s)")
-    add("--out", type=Path, default=Path("figures/decomposition"), help="where everything goes (%(default)s)")
-    return parser.parse_args()
+    add("--seed", type=int, default=1, help="seed of the demonstrations and of the null's directions (%(default)s)")
+    add("--rank", type=int, default=4, help="number of singular directions whose angles are compared (%(default)s)")
+    add("--out", type=Path, default=Path("figures/decomposition"), help="folder for all output (%(default)s)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
 
 
 def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
@@ -279,17 +283,8 @@ def asked(args: argparse.Namespace) -> str:
 
 def write_readme(found: list[Result], args: argparse.Namespace) -> None:
     about = found[0].about
-    queries = "all" if args.queries is None else args.queries
-    given = {"model": args.model, "tasks": args.tasks, "queries": queries, "seed": args.seed, "rank": args.rank}
-    given |= {
-        "protocol": args.protocol,
-        "source": args.source,
-        "k": args.k,
-        "lr": args.lr,
-        "dtype": args.dtype,
-        "out": args.out,
-    }
-    words = [f"--{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in given.items() if v is not None]
+    always = ("model", "tasks", "queries", "seed", "rank", "out")
+    command = command_line(__file__, make_parser(), args, always=always)
     residuals = pd.DataFrame(
         {
             "task": TITLES[result.task],
@@ -305,7 +300,7 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     text = f"""# How these were made
 
-    python analyses/decomposition.py {" ".join(words)}
+    {command}
 
 Model `{args.model}` ({about["model"]}, {about["dtype"]}), protocol `{args.protocol}`,
 {asked(args)}. {versions}.
@@ -320,15 +315,9 @@ Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
     (args.out / "README.md").write_text(text)
 
 
-def main() -> None:
-    args = parse()
-    try:
-        found = list(results(args))
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+def write(args: argparse.Namespace) -> None:
+    """Run the cells that are not finished, and write all tables and figures."""
+    found = list(results(args))
     by_layer(found).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
     write_figures(found, args)
     write_readme(found, args)
@@ -336,5 +325,11 @@ def main() -> None:
     print(f"\nTables and figures are in {args.out}/; how to read them is in {args.out}/README.md")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        parse, write, argv, stopped="Finished cells stay in {out}/cells; the same command goes on from them."
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import contenders
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import finish
+from common import finish, run_script, script_parser
 from contenders import Race
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -173,14 +173,19 @@ def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> N
     finish(fig, list(axes), f"What a capture costs as one of these grows: {fixed}, all layers", path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--task", default="sst2", choices=icl.TASKS)
-    parser.add_argument("--queries", type=int, default=128, help="of the cell whose costs are counted (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("figures/benchmark"))
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
+    add("--task", default="sst2", choices=icl.TASKS)
+    add("--queries", type=int, default=128, help="queries of the cell whose costs are counted (%(default)s)")
+    add("--repeats", type=int, default=3, help="timed turns (%(default)s)")
+    add("--out", type=Path, default=Path("figures/benchmark"), help="folder for tables and figure (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Count and time a cell, let captures grow, and write tables and figure."""
     args.out.mkdir(parents=True, exist_ok=True)
     task = icl.load_task(args.task)
     cost = costs(args.model, task, args.queries, lr=1e-4)
@@ -194,5 +199,9 @@ def main() -> None:
     print(points.to_markdown(index=False))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

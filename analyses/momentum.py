@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import momentum_tables
 import torch
-from common import ERRORS, positive
+from common import command_line, positive, run_script, script_parser
 from tqdm.auto import tqdm
 
 import icl_dual as icl
@@ -43,46 +43,60 @@ def eta(text: str) -> float | Literal["learned"]:
     return "learned" if text == "learned" else float(text)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     shapes = [name for name in pretraining.PRESETS if name != "label-mapping"]
-    add("--preset", default="tiny", choices=shapes, help="of the decoders trained on text (%(default)s)")
+    add("--preset", default="tiny", choices=shapes, help="shape of the decoders trained on text (%(default)s)")
     add("--corpus", default="agnews", help="agnews, a .txt file with a text a line, or a hub data set (%(default)s)")
-    add("--etas", type=eta, nargs="+", default=[0.0, 0.1, "learned"], help="to train with; 0 is vanilla (%(default)s)")
+    add("--etas", type=eta, nargs="+", default=[0.0, 0.1, "learned"], help="η to train with; 0: none (%(default)s)")
     add(
         "--curve",
         type=eta,
         nargs="*",
         default=[0.3, 0.5, 0.9],
-        help="more η, for the first seeds; none by --curve alone",
+        help="more η, for the first seeds only; --curve without a value: none (%(default)s)",
     )
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of weights and order, on text (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of training on text (%(default)s)")
     add(
         "--mapping-seeds",
         type=int,
         nargs="+",
         default=list(range(1, 11)),
-        help="the same, of the mapping (%(default)s)",
+        help="seeds of training on the label mapping (%(default)s)",
     )
-    add("--curve-seeds", type=int, default=2, help="how many of them the curve's decoders have (%(default)s)")
-    add("--steps", type=positive, help="of training on text (the preset's)")
-    add("--batch-size", type=positive, help="sequences a step of training on text (the preset's)")
+    add("--curve-seeds", type=int, default=2, help="number of seeds for the η of --curve (%(default)s)")
+    add("--steps", type=positive, help="training steps on text (the preset's)")
+    add("--batch-size", type=positive, help="sequences a training step on text (the preset's)")
     add("--tasks", nargs="+", default=["sst2", "mr", "agnews"], choices=icl.TASKS, metavar="TASK")
     add("--ks", type=int, nargs="+", default=[0, 1, 2, 4], help="demonstrations for the decoders (%(default)s)")
-    add("--queries", type=int, default=100, help="a task (%(default)s)")
-    add("--model", default="smollm2-135m", help="that is given momentum (%(default)s)")
-    add("--k", type=int, default=16, help="its demonstrations (%(default)s)")
-    add("--draws", type=int, nargs="+", default=[1, 2, 3], help="of its demonstrations, by seed (%(default)s)")
-    add("--added", type=float, nargs="+", default=[0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5], help="η (%(default)s)")
-    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="what to do (%(default)s)")
+    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
+    add("--model", default="smollm2-135m", help="pretrained model that is given momentum (%(default)s)")
+    add("--k", type=int, default=16, help="demonstrations for the pretrained model (%(default)s)")
+    add("--draws", type=int, nargs="+", default=[1, 2, 3], help="seeds of these demonstrations (%(default)s)")
+    add(
+        "--added",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5],
+        help="η added to the pretrained model (%(default)s)",
+    )
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="parts to run (%(default)s)")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
-    add("--jobs", type=positive, help="trainings at once, which share the cores (a core each; on a GPU, 1)")
-    add("--out", type=Path, default=Path("figures/momentum"), help="where all of it goes (%(default)s)")
-    args = parser.parse_args()
-    if args.jobs is None:
-        args.jobs = os.cpu_count() if args.device == "cpu" and N_PROCESSES == 1 else 1
-    return args
+    add("--jobs", type=positive, help="trainings at a time, which share the cores (a core each; on a GPU, 1)")
+    add("--out", type=Path, default=Path("figures/momentum"), help="folder for all output (%(default)s)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
+def n_jobs(args: argparse.Namespace) -> int:
+    """Return how many decoders are trained at a time."""
+    if args.jobs is not None:
+        return args.jobs
+    return (os.cpu_count() or 1) if args.device == "cpu" and N_PROCESSES == 1 else 1
 
 
 @dataclass(frozen=True)
@@ -175,15 +189,15 @@ def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> li
     paths = {run: args.out / "cells" / f"{run.name}.json" for run in runs}
     waiting = [run for run in runs if compute and not kept(paths[run], asdict(run), None)]
     with tqdm(total=len(waiting), desc="decoders", unit="decoder", disable=not waiting) as bar:
-        if args.jobs == 1:
+        if (jobs := n_jobs(args)) == 1:
             for run in waiting:
                 found = trained(run, args.out, args.device)
                 if RANK == 0:
                     kept(paths[run], asdict(run), lambda found=found: found)
                 bar.update()
         else:
-            threads = max(1, (os.cpu_count() or 1) // args.jobs)
-            pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+            threads = max(1, (os.cpu_count() or 1) // jobs)
+            pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
             try:
                 futures: dict[Future, Run] = {pool.submit(trained, run, args.out, args.device): run for run in waiting}
                 for future in as_completed(futures):
@@ -246,8 +260,8 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
     return [cell for cell in cells if cell]
 
 
-def main() -> None:
-    args = parse()
+def write(args: argparse.Namespace) -> None:
+    """Train, ask and measure what is not finished, and write all tables and figures."""
     for one in (*args.etas, *args.curve, *args.added):
         check_eta(torch.tensor([0.0 if one == "learned" else one]))
     runs = plan(args)
@@ -260,12 +274,15 @@ def main() -> None:
     ]
     found["tasks"] = [cell for cells in asked for cell in cells]
     found["intervention"] = intervened(args, compute="intervention" in args.parts)
-    momentum_tables.write(found, args)
-    print(f"{args.out}/README.md")
+    momentum_tables.write(found, args, command_line(__file__, make_parser(), args))
+    print(f"Tables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        parse, write, argv, stopped="Finished decoders and cells stay in {out}; the same command goes on from them."
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ERRORS as error:
-        sys.exit(f"momentum.py: {error}")
+    sys.exit(main())

@@ -1,7 +1,6 @@
 """What `momentum.py` has computed, as tables and pictures: every η beside the same decoder without momentum."""
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,8 +223,8 @@ def conclusions(differences: pd.DataFrame) -> list[str]:
     return ["\n".join(lines)]
 
 
-def write(found: Found, args: argparse.Namespace) -> None:
-    """All tables and pictures of what there is, and the page that shows them."""
+def write(found: Found, args: argparse.Namespace, command: str) -> None:
+    """Write the tables and pictures of all parts that have results, and the page that shows them."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     sections = []
@@ -259,7 +258,7 @@ def write(found: Found, args: argparse.Namespace) -> None:
     made = next((cell["versions"] for cells in found.values() for cell in cells), {})
     page = (DATA / "momentum_page.md").read_text()
     page = page.format(
-        command=" ".join(("python analyses/momentum.py", *sys.argv[1:])),
+        command=command,
         versions=", ".join(f"{name} {number}" for name, number in made.items()),
         parts="\n".join(described(found, args)),
         sections="\n\n".join(sections),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, ERRORS, TITLES, count_or_all
+from common import DATA, TITLES, count_or_all, run_script, script_parser, short
 from jaxtyping import Float
 from torch import Tensor
 
@@ -118,11 +118,6 @@ def set_up(result: icl.CellResult) -> dict[str, Any]:
         "weights": result.provenance["model"].partition(", ")[0],  # a control's seed is the cell's
         "dtype": result.provenance["dtype"],
     }
-
-
-def short(model: str) -> str:
-    """A model's name as tables have it: of a folder, its last part."""
-    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
@@ -304,23 +299,28 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("cells", type=Path, nargs="*", help="folders of finished cells, or with such in them")
-    add("--out", type=Path, default=Path("figures"), help="where tables of cells go (%(default)s)")
-    add("--recordings", type=Path, metavar="FOLDER", help="has zs, icl, ftzs and ft: print its metrics instead")
-    add("--json", type=Path, metavar="FILE", help="where the metrics of --recordings go, by layer")
-    add("--skip-bad", action="store_true", help="leave out and count damaged records of --recordings")
-    add("--n-labels", type=int, help="how many labels there are (by the folder's name or metadata, else 5)")
-    add("--seed", type=int, help="of the random baselines (the cell's own, where the folder's metadata say; else 0)")
+    add("cells", type=Path, nargs="*", help="finished cells, or folders that contain finished cells")
+    add("--out", type=Path, default=Path("figures"), help="folder for the tables of cells (%(default)s)")
+    add(
+        "--recordings",
+        type=Path,
+        metavar="FOLDER",
+        help="recordings (a folder with zs, icl, ftzs and ft): print their metrics instead",
+    )
+    add("--json", type=Path, metavar="FILE", help="file for the metrics of --recordings by layer")
+    add("--skip-bad", action="store_true", help="skip and count damaged records of --recordings")
+    add("--n-labels", type=int, help="number of labels (from the folder's name or metadata, else 5)")
+    add("--seed", type=int, help="seed of the random baselines (from the folder's metadata, else 0)")
     add(
         "--kendall-queries",
         type=count_or_all,
         default=KENDALL_QUERIES,
-        help="first queries whose attention to the demonstrations is compared, or all (%(default)s, as released)",
+        help="number of queries whose attention to the demonstrations is compared, or all (%(default)s)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.cells) == bool(args.recordings):
         parser.error("expected either folders of cells, or --recordings FOLDER")
     if args.json and not args.recordings:
@@ -328,21 +328,20 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse()
-    try:
-        if args.recordings:
-            found = score(args)
-            if args.json:
-                defined = {name: plain(value) for name, value in found.items()}
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(defined, indent=1, allow_nan=False) + "\n")
-        else:
-            write(find_cells(args.cells), args.out)
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def write_tables(args: argparse.Namespace) -> None:
+    """Write the tables of finished cells, or print the metrics of recordings."""
+    if not args.recordings:
+        write(find_cells(args.cells), args.out)
+        return
+    metrics_by_name = score(args)
+    if args.json:
+        defined = {name: plain(value) for name, value in metrics_by_name.items()}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(defined, indent=1, allow_nan=False) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write_tables, argv)
 
 
 if __name__ == "__main__":

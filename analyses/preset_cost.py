@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from common import DATA, ERRORS, TITLES
+from common import DATA, TITLES, run_script, script_parser
 from paper_tables import find_cells
 
 import icl_dual as icl
@@ -142,17 +142,16 @@ def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str,
     return pd.concat([frame, pd.DataFrame([{"task": "all (memory: most)", **summed, **most}])], ignore_index=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
     parser.add_argument("cells", type=Path, nargs="+", help="folders with finished cells of a preset")
-    parser.add_argument("--out", type=Path, help="a Markdown file for the tables")
-    args = parser.parse_args()
-    paper = json.loads((DATA / "paper.json").read_text())
-    try:
-        results = find_cells(args.cells)
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
+    return parser.parse_args(argv)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Print a table for each of the paper's models, and write them to a file if one is given."""
+    paper, results = json.loads((DATA / "paper.json").read_text()), find_cells(args.cells)
     parts = []
     for name, model in paper["models"].items():
         sizes = {key: model[key] for key in ("n_layers", "d_model", "n_heads", "d_mlp")}
@@ -168,7 +167,10 @@ def main() -> int:
     print(text)
     if args.out:
         args.out.write_text(f"{text}\n")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv)
 
 
 if __name__ == "__main__":

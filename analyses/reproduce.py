@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import paper_tables
 import torch
-from common import DATA, ERRORS, TITLES, cell_parser, default_lr, finish, panels
+from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, positive, run_script, short
 from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
@@ -27,34 +27,43 @@ PRESETS = {model["preset"]: model for model in PAPER["models"].values()}
 Results = Sequence[icl.CellResult]
 
 
-def parse() -> argparse.Namespace:
-    parser = cell_parser(__doc__)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, help="the paper's own set-up; what else is given takes the place of its values")
-    add(
+def make_parser(preset: str | None = None, *, rehearsal: bool = False) -> argparse.ArgumentParser:
+    """Return the script's parser, with the defaults of a preset and of its rehearsal."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, help="the paper's own set-up; other options override its values")
+    first.add_argument(
         "--rehearse",
-        type=int,
+        type=positive,
         metavar="N",
-        help="run the preset on a random model of its shape with N layers, and the packaged rows: it needs no hub",
+        help="run the preset on a random model of its shape with N layers and on the packaged rows: needs no hub",
     )
+    parser = cell_parser(__doc__, first)
+    add = parser.add_argument
     add("--seeds", type=int, nargs="+", help="draws of the demonstrations (1)")
     add("--loss", choices=("all", "label"), default="all", help="finetuning's loss: all tokens, or the label word's")
-    add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as they fall)")
+    add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as drawn)")
     add(
         "--reference-k-mismatch",
         action="store_true",
         help="finetune also on demonstrations that the reference protocol cuts from the context, as released",
     )
-    add("--export", type=Path, metavar="FOLDER", help="write each cell's recordings there, in the released layout")
-    add("--out", type=Path, default=Path("figures"), help="where cells, tables and figures go (%(default)s)")
-    preset = parser.parse_known_args()[0].preset
+    add("--export", type=Path, metavar="FOLDER", help="folder for each cell's recordings, in the released layout")
+    add("--out", type=Path, default=Path("figures"), help="folder for cells, tables and figures (%(default)s)")
     if preset:
         hub = PRESETS[preset]["hub"]
         parser.set_defaults(model=hub, tasks=PAPER["tasks"], queries=None, protocol="reference", source="hub")
-    args = parser.parse_args()
-    if args.rehearse is not None:
-        if not preset or args.rehearse < 1:
-            parser.error("--rehearse takes a number of layers from 1, and a --preset to rehearse")
+    if rehearsal:
+        parser.set_defaults(source="wheel")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    given = make_parser().parse_known_args(argv)[0]
+    parser = make_parser(given.preset, rehearsal=given.rehearse is not None)
+    if given.rehearse and not given.preset:
+        parser.error("--rehearse takes a number of layers from 1, and a --preset to rehearse")
+    args = parser.parse_args(argv)
+    if args.rehearse:
         args.tasks = [task for task in args.tasks if task != "cb"]  # the packages have no rows of it
         args.source = "wheel"
         if not args.tasks:
@@ -62,7 +71,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace) -> list[icl.Cell]:
+def plan(args: argparse.Namespace, model: str) -> list[icl.Cell]:
+    """Return the cells of a model: one for each task and seed."""
+
     def of_preset(name: str, task: str) -> float | None:
         return PRESETS[args.preset][name][PAPER["tasks"].index(task)] if args.preset else None
 
@@ -70,9 +81,8 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
         chosen = of_preset("lr", task) if args.lr is None else args.lr
         if chosen is not None:
             return chosen
-        return default_lr(
-            args.model, task, icl.Cell(args.model, task, 0, 0, 0.0, finetuning=icl.FinetuneConfig(loss=args.loss))
-        )
+        variant = icl.Cell(model, task, 0, 0, 0.0, finetuning=icl.FinetuneConfig(loss=args.loss))
+        return default_lr(model, task, variant)
 
     def seeds(task: str) -> list[int]:
         seed = of_preset("seed", task)
@@ -80,7 +90,7 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
 
     return [
         icl.Cell(
-            model=args.model,
+            model=model,
             task=task,
             k=icl.PAPER_K[task] if args.k is None else args.k,
             seed=seed,
@@ -123,7 +133,7 @@ def label_counts(results: Results) -> pd.DataFrame:
     """How often each label is gold and is predicted, by task, seed and setting."""
     rows = []
     for result in results:
-        model, words = paper_tables.short(result.cell.model), result.provenance["label_words"]
+        model, words = short(result.cell.model), result.provenance["label_words"]
         settings = {"gold": result.comparison.gold, **result.comparison.predictions}
         for setting, labels in settings.items():
             counts = labels.bincount(minlength=len(words)).tolist()
@@ -152,7 +162,7 @@ def write_figures(results: Results, out: Path) -> None:
 
 
 def describe(results: Results) -> str:
-    model, seeds = paper_tables.short(results[0].cell.model), sorted({result.cell.seed for result in results})
+    model, seeds = short(results[0].cell.model), sorted({result.cell.seed for result in results})
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return f"{model}, protocol {results[0].cell.protocol}, {n_queries(results)}, {which}"
 
@@ -164,25 +174,10 @@ def n_queries(results: Results) -> str:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command that makes the same again, wherever its output goes."""
-    usual = {"model": None, "protocol": "answer", "source": None}
-    words = []
-    if args.preset:
-        usual = {"model": PRESETS[args.preset]["hub"], "protocol": "reference", "source": "hub"}
-        words = [f"--preset {args.preset}"]
-    if args.rehearse:
-        usual |= {"model": args.model, "source": "wheel"}
-        words += [f"--rehearse {args.rehearse}"]
-    set_up = {"model": paper_tables.short(args.model), "protocol": args.protocol, "source": args.source}
-    words += [f"--{name} {value}" for name, value in set_up.items() if getattr(args, name) != usual[name]]
-    given = {"tasks": args.tasks, "queries": "all" if args.queries is None else args.queries, "seeds": args.seeds}
-    given |= {"k": args.k, "lr": args.lr, "dtype": args.dtype if args.dtype != "float32" else None}
-    words += [
-        f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in given.items() if v is not None
-    ]
-    words += ["--loss label"] * (args.loss == "label") + ["--balanced"] * args.balanced
-    words += ["--reference-k-mismatch"] * args.reference_k_mismatch
-    return f"python analyses/reproduce.py {' '.join(words)}"
+    """Return the command that makes the same tables and figures."""
+    always = ("tasks", "queries") if args.preset else ("model", "tasks", "queries")
+    parser = make_parser(args.preset, rehearsal=args.rehearse is not None)
+    return command_line(__file__, parser, args, always=always)
 
 
 def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
@@ -209,7 +204,7 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
 
     {command(args)}
 
-Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}`
+Model `{short(cell.model)}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}`
 (recorded {paper_tables.RECORDED[cell.protocol]}), loss over
 {"all tokens" if cell.finetuning.loss == "all" else "the label word"}, {n_queries(results)}. Learning rates: {rates}. {versions}.
 
@@ -226,35 +221,32 @@ Model `{paper_tables.short(cell.model)}` ({provenance["model"]}, {provenance["dt
 {(DATA / "how_to_read.md").read_text()}""")
 
 
-def main() -> int:
-    args = parse()
-    try:
-        if args.rehearse:
-            args.model = random_model(args.preset, args.rehearse, args.out / "models")
-        results = icl.run_study(
-            plan(args),
-            args.out / "cells",
-            device=args.device,
-            dtype=getattr(torch, args.dtype),
-            keep_recordings=args.export is not None,
-        )
-        if args.export:
-            icl.export_recordings(results, args.export)
-    except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped. Finished cells stay in {args.out / 'cells'}; the same command goes on.", file=sys.stderr)
-        return 130
+def write(args: argparse.Namespace) -> None:
+    """Run the cells that are not finished, and write all tables and figures."""
+    model = random_model(args.preset, args.rehearse, args.out / "models") if args.rehearse else args.model
+    results = icl.run_study(
+        plan(args, model),
+        args.out / "cells",
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        keep_recordings=args.export is not None,
+    )
+    if args.export:
+        icl.export_recordings(results, args.export)
     numbers = pd.concat([result.to_frame() for result in results])
-    numbers["model"] = numbers["model"].map(paper_tables.short)
+    numbers["model"] = numbers["model"].map(short)
     numbers.to_csv(args.out / "results.csv", index=False, float_format="%.6g")
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
     paper_tables.write(results, args.out)
     write_figures(results, args.out)
     write_readme(results, args, args.out)
     print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(
+        parse, write, argv, stopped="Finished cells stay in {out}/cells; the same command goes on from them."
+    )
 
 
 if __name__ == "__main__":

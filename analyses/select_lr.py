@@ -8,14 +8,13 @@ controls.py read. Measured rows are kept, so a stopped run goes on where it was.
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
-from common import lr_key, variant_parser
+from common import lr_key, run_script, script_parser, variant_parser
 
 import icl_dual as icl
 
@@ -49,17 +48,19 @@ def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[variant_parser()]
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
-    parser.add_argument("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=GRID, help="the grid of learning rates")
-    parser.add_argument("--out", type=Path, default=Path("figures/lr_selection"))
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__, variant_parser())
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
+    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
+    add("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
+    add("--lrs", type=float, nargs="+", default=GRID, help="grid of learning rates (%(default)s)")
+    add("--out", type=Path, default=Path("figures/lr_selection"), help="folder for the grid (%(default)s)")
+    return parser.parse_args(argv)
 
+
+def write(args: argparse.Namespace) -> None:
+    """Measure the rates that were not measured before, and write the grid and the choice."""
     args.out.mkdir(parents=True, exist_ok=True)
     variant = {"loss": args.loss, "method": args.method, "trained": args.trained}
     name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, **variant))
@@ -89,5 +90,9 @@ def main() -> None:
     print(f"{name}: {chosen} → {DEFAULT_LR}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv, stopped="Measured rates stay in {out}; the same command goes on from them.")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
