@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import icl_dual as icl
 from icl_dual import assets
 from icl_dual.captures.capture import METRIC_FIELDS, Field
-from icl_dual.captures.shared_prefix import batches, shared_head
+from icl_dual.captures.shared_prefix import common_query_prefix, split_into_batches
 
 Captured = dict[str, Tensor]
 """`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention` (within the
@@ -85,7 +85,7 @@ class Race:
         """Batches of queries behind `start`, less the first `leave` tokens: which, padded on the right, and where each
         ends."""
         rows = [start + query[leave:] for query in self.prompts.queries]
-        for batch in batches([len(row) for row in rows], BATCH_SIZE):
+        for batch in split_into_batches([len(row) for row in rows], BATCH_SIZE):
             longest = max(len(rows[row]) for row in batch)
             tokens = [[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch]
             last = [len(rows[row]) - 1 for row in batch]
@@ -159,7 +159,7 @@ def floor(race: Race) -> Captured:
 
 def floor_shared(race: Race) -> Captured:
     """The floor again, with the tokens that all queries begin with run once."""
-    head = shared_head(race.prompts)
+    head = common_query_prefix(race.prompts)
     bare_prefix(race, head)
     return {"floor_log_probs": _bare_queries(race, race.rows(leave=len(head)), None)}
 

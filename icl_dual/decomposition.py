@@ -1,24 +1,25 @@
-"""`Capture` → what in-context attention is made of, layer by layer and head by head.
+"""`Capture` → the terms of in-context attention, by layer and head.
 
-1. **The exact split**, inside one in-context pass: z = z_0 + ΔICL, where z_0 is softmax attention over everything but
-   the demonstrations (start token, query, and a sink where the model has one) and ΔICL what the demonstrations add.
-2. **The realised update**, between two runs: h_ICL − h_ZSL = direct + inherited. Direct is ΔICL through W_O; inherited
-   is that z_0 itself differs from zero-shot attention, because lower layers (or positions) already differed.
-3. **The linear relaxation** of the paper (equations 11–12), beside the split: ΔW_ICL q for ΔICL, (W_ZSL + ΔW_ICL) q for
-   z, without softmax and without 1/√d, and how far that is from the truth.
+1. **The exact split**, inside one in-context pass: z = z_0 + ΔICL. z_0 is softmax attention over everything but the
+   demonstrations (start token, query, and a sink where the model has one), and ΔICL = w (z_demo − z_0) is what the
+   demonstrations add, w being their share of the softmax.
+2. **The realised update**, between two runs: h_ICL − h_ZSL = direct + inherited. Direct is ΔICL through W_O. Inherited
+   is the difference between z_0 and zero-shot attention, through W_O: lower layers, or other positions, already changed
+   it.
+3. **The linear relaxation** of the paper (equations 11–12), compared with the split: ΔW_ICL q for ΔICL, and
+   (W_ZSL + ΔW_ICL) q for z, without softmax and without 1/√d.
 
-A model with momentum attention adds Σ_{i<t} η^{t−i} v_i to every head, a sum that splits by whose tokens the values
-are: the start token's and the query's own belong to z_0, the demonstrations' to the direct update.
+A model with momentum attention adds Σ_{i<t} η^{t−i} v_i to every head. That sum splits by the source of the values: the
+start token's and the query's belong to z_0, the demonstrations' to the direct update.
 
-Every decomposition carries its residuals, and is refused where one is more than rounding.
+Every decomposition has its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -28,47 +29,59 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
-from icl_dual.captures.pairing import check_paired
+from icl_dual.captures.pairing import check_fields, check_full_prompt, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
+from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decay_matrix
-from icl_dual.prompts import SEPARATOR, Prompts
+from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
-from icl_dual.storage import load_tensors, reading, save_tensors
+from icl_dual.storage import Saved
+from icl_dual.torch_utils import checked_index
 
 GROUPS = ("sink", "start", "query", "separators")
-"""The groups of keys before the demonstrations, each of which is a group of its own."""
+"""The groups of keys besides the demonstrations, each of which is a group of its own."""
 
 LAYERS_AT_ONCE = 2
-"""Each takes memory of its own."""
+"""How many layers are decomposed in parallel; the memory of a layer's weights is needed for each."""
 
 LAYER_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Largest relative residual that is rounding within a layer. Rotary models take their softmax in float32 also at
-float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.captures.capture.TOLERANCE`."""
+float64. Between two whole runs, the rounding of all layers adds up: `icl_dual.captures.shared_prefix.TOLERANCE`."""
+
+_OLD_NAMES = {
+    "start": "from_start",
+    "query": "from_query",
+    "residuals/plain": "residuals/full_prompt",
+    "momentum/own": "momentum/start_and_query",
+}
+"""The names of tensors that version 0.1 saved under other names."""
 
 
+@document_fields
 class MomentumTerms(NamedTuple):
-    """What momentum adds to the heads' outputs, Σ_{i<t} η^{t−i} v_i, by whose tokens the values v_i are."""
+    """What momentum adds to the heads' outputs, Σ_{i<t} η^{t−i} v_i, by the source of the values v_i."""
 
-    own: Float[Tensor, "query layer head d_head"]
-    """The start token's and the query's own before its recorded position, which the zero-shot run has, too."""
+    start_and_query: Float[Tensor, "query layer head d_head"]
+    """The sum over the start token and the query's tokens before its recorded position; the zero-shot run has it,
+    too."""
     demonstrations: Float[Tensor, "query layer head d_head"]
-    """The demonstrations' and their separators'."""
+    """The sum over the demonstrations and their separators."""
     eta: Float[Tensor, "layer head"]
     """η; 0 at heads without momentum."""
 
     def __repr__(self) -> str:
         low, high = self.eta.aminmax()
-        return f"MomentumTerms(own{list(self.own.shape)} and demonstrations, η={low:.3g} to {high:.3g})"
+        shape = list(self.start_and_query.shape)
+        return f"MomentumTerms(start_and_query{shape} and demonstrations, η={low:.3g} to {high:.3g})"
 
 
-_MOMENTUM = tuple(f"momentum/{name}" for name in MomentumTerms._fields)
-
-
+@document_fields
 class Relaxation(NamedTuple):
-    """The paper's linear relaxation against the exact split of softmax attention, without momentum where there is any;
-    NaN where what it stands for is zero.
+    """The paper's linear relaxation compared with the exact split of softmax attention, both without momentum.
+
+    Values are NaN where the term of the split is zero.
     """
 
     update_cosine: Float[Tensor, "query layer head"]
@@ -80,89 +93,234 @@ class Relaxation(NamedTuple):
     output_error: Float[Tensor, "query layer head"]
     """‖(W_ZSL + ΔW_ICL) q − z‖ / ‖z‖."""
     rank_agreement: Float[Tensor, "query layer head"]
-    """Spearman's ρ over the demonstrations' tokens between their softmax weights and |kᵀq|, the linear weights' sizes.
+    """Spearman's ρ, over the demonstrations' tokens, between softmax weights and |kᵀq|, the sizes of the linear
+    weights. With its sign, kᵀq has the order of the softmax by construction."""
 
-    With its sign, kᵀq has the softmax's order by construction."""
 
-
+@document_fields
 class Residuals(NamedTuple):
-    """What rounding leaves, relative to what it is held against: the largest over queries, by layer."""
+    """Relative differences that rounding leaves in each check, by layer: the largest over queries."""
 
     split: Float[Tensor, " layer"]
-    """z_0 + ΔICL, and momentum, through W_O, plus b_O, against the captured run's attention output; and before W_O."""
+    """z_0 + ΔICL (and momentum) against the captured heads' outputs, and through W_O plus b_O against the captured
+    attention output."""
     full_prompt: Float[Tensor, " layer"]
-    """The same split inside a plain forward pass over the first query's full prompt, against the model's own output."""
+    """The same split of a plain forward pass over the first query's full prompt, against the model's own output."""
     run: Float[Tensor, " layer"]
-    """The captured run against that plain pass: rounding of all layers up to this one, in two orders of summation."""
+    """The captured run against that plain forward pass: rounding of all layers up to this one, in two orders of
+    summation."""
     realised: Float[Tensor, " layer"]
-    """Direct + inherited against h_ICL − h_ZSL; relative to h_ICL, of which this is a difference."""
+    """Direct + inherited against h_ICL − h_ZSL, relative to h_ICL."""
 
     def __repr__(self) -> str:
-        largest = ", ".join(f"{name}={found.max():.1e}" for name, found in self._asdict().items())
+        largest = ", ".join(f"{name}={by_layer.max():.1e}" for name, by_layer in self._asdict().items())
         return f"Residuals({largest}: the largest of {len(self.split)} layers)"
 
 
-@dataclass(frozen=True, repr=False)
-class Decomposition:
-    """In-context attention at each query's recorded position: zero-shot part, ΔICL, and what each is made of.
+@document_fields
+class AttentionInputs(NamedTuple):
+    """What the softmax of the in-context pass was computed from: the capture's own tensors, not copies."""
 
-    Terms by head are before W_O; `through_W_O` takes any of them into the residual stream. z_0 is `from_start` + `from_query`,
-    z is z_0 + `delta_icl`, and the attention output is Σ_heads z W_O + b_O. With momentum, z_0 has `momentum.own`, too,
-    and z = from_start + from_query + ΔICL + momentum.own + momentum.demonstrations.
+    q_scored: Float[Tensor, "query layer head d_head"]
+    """Queries as scored, at the recorded position."""
+    query_keys: Float[Tensor, "query layer query_pos kv_head d_head"]
+    """Keys as scored of the start token and then each query's own tokens."""
+    demo_keys: Float[Tensor, "layer demo_pos kv_head d_head"]
+    """Keys as scored of the demonstrations and their separators."""
+    demo_values: Float[Tensor, "layer demo_pos kv_head d_head"]
+    """Values of the demonstrations and their separators."""
+    rules: tuple[dual.AttentionRule, ...]
+    """How each layer turns scores into attention weights."""
+
+    def __repr__(self) -> str:
+        return f"AttentionInputs(q_scored{list(self.q_scored.shape)}, demo_keys{list(self.demo_keys.shape)}, …)"
+
+
+@document_fields
+@dataclass(frozen=True, repr=False)
+class Decomposition(Saved):
+    """In-context attention at each query's recorded position, split exactly into its terms at every layer and head.
+
+        z = z_0 + ΔICL,    ΔICL = w (z_demo − z_0),    z_0 = from_start + from_query
+
+    z_0 is softmax attention over everything but the demonstrations, z_demo over the demonstrations alone, and w
+    (`demonstration_mass`) the demonstrations' share of the softmax. Terms by head are before W_O; `through_W_O` takes
+    any of them into the residual stream. The attention output is Σ_heads z W_O + b_O.
+
+    With momentum, z_0 also has `momentum.start_and_query`, and `from_demonstrations` is ΔICL plus
+    `momentum.demonstrations`, so that z = z_0 + from_demonstrations.
+
+    Keys are grouped by source (`groups`): sink, start, query, separators, and each demonstration. `masses()`,
+    `shares()` and `by_token(query, layer, head)` are labelled tables; `mass_by_demonstration` and
+    `share_by_demonstration` are tensors in which index 0 is the first demonstration.
     """
 
     model: str
+    """The model's name."""
     prompts: Prompts
+    """The in-context prompts: the queries and the demonstrations before them."""
     from_start: Float[Tensor, "query layer head d_head"]
-    """The start token's part of softmax attention over everything but the demonstrations."""
+    """The start token's term of z_0."""
     from_query: Float[Tensor, "query layer head d_head"]
-    """The part of the same that comes from the query's own tokens."""
+    """The query's own tokens' term of z_0."""
     delta_icl: Float[Tensor, "query layer head d_head"]
     """ΔICL = w (z_demo − z_0), what the demonstrations add to softmax attention."""
     z_zsl: Float[Tensor, "query layer head d_head"]
-    """Attention in the zero-shot run."""
+    """The heads' outputs in the zero-shot run."""
     mass: Float[Tensor, "query layer head group"]
-    """Share of the softmax that each group of keys takes; `groups` names them."""
+    """Share of the softmax that each group of keys takes, from 0 to 1; sums to 1 over groups. `groups` names them."""
     icl_share: Float[Tensor, "query layer group"]
-    """Each group's share of the direct update, its momentum included, along that update's direction: sums to 1, may be
-    negative, NaN where there is no update."""
+    """Each group's share of the direct update along that update's direction, including momentum. Sums to 1 over groups,
+    may be negative, and is NaN where there is no update; sink, start token and query have 0. `groups` names them."""
     relaxation: Relaxation
+    """The paper's linear relaxation, compared with this split."""
     W_O: Float[Tensor, "layer head d_head d_model"]
+    """The output projections."""
     b_O: Float[Tensor, "layer d_model"] | None
+    """The output projections' biases; `None` for a model without."""
     b_V: Float[Tensor, "layer kv_head d_head"] | None
+    """The value projections' biases; `None` for a model without."""
     residuals: Residuals
+    """How far the terms are from adding up, relative to what they add up to."""
     momentum: MomentumTerms | None = None
-    """What momentum adds; `None` of a model without."""
+    """What momentum adds; `None` for a model without."""
+    attention_inputs: AttentionInputs | None = None
+    """What `by_token` computes from: in_context's own tensors, kept in memory with the decomposition. Not saved: `None`
+    after loading."""
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of keys: sink, start token, query, separators, and each demonstration by its number from 1."""
+        """Return the names of the groups of keys: `GROUPS`, then each demonstration by its number from 1."""
         return (*GROUPS, *(f"demonstration {n + 1}" for n in range(len(self.prompts.demonstrations))))
 
     @property
     def demonstration_mass(self) -> Float[Tensor, "query layer head"]:
-        """w, the share of the softmax that demonstrations and their separators take together."""
+        """Return w, the share of the softmax that demonstrations and their separators take together."""
         return self.mass[..., GROUPS.index("separators") :].sum(-1)
 
     @property
-    def z_0(self) -> Float[Tensor, "query layer head d_head"]:
-        """Attention over everything but the demonstrations, inside the in-context pass; with its momentum."""
-        z_0 = self.from_start + self.from_query
-        return z_0 if self.momentum is None else z_0 + self.momentum.own
+    def mass_by_demonstration(self) -> Float[Tensor, "query layer head demo"]:
+        """Return each demonstration's share of the softmax, without separators; index 0 is the first demonstration."""
+        return self.mass[..., len(GROUPS) :]
 
     @property
-    def added(self) -> Float[Tensor, "query layer head d_head"]:
-        """All that the demonstrations add: ΔICL, and their momentum."""
+    def share_by_demonstration(self) -> Float[Tensor, "query layer demo"]:
+        """Return each demonstration's share of the direct update, without separators; index 0 is the first one."""
+        return self.icl_share[..., len(GROUPS) :]
+
+    def masses(self) -> pd.DataFrame:
+        """Return `mass` as a table: a row for each query, layer and head, a column for each group."""
+        return self._by_group(self.mass, ("query", "layer", "head"))
+
+    def shares(self) -> pd.DataFrame:
+        """Return `icl_share` as a table: a row for each query and layer, a column for each group."""
+        return self._by_group(self.icl_share, ("query", "layer"))
+
+    def _by_group(self, values: Float[Tensor, "*axes group"], axes: tuple[str, ...]) -> pd.DataFrame:
+        index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
+        return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(self.groups, name="group"))
+
+    def by_token(self, query: int, layer: int, head: int) -> pd.DataFrame:
+        """Return a head's attention to every token of one query's prompt, and each token's share of the direct update.
+
+        Over the tokens of a group, `weight` sums to the group's `mass` at this head. With the mass of the sink, all
+        weights sum to 1. Over the tokens of a group and all heads, `icl_share` sums to the group's `icl_share`.
+
+        Args:
+            query: the query's index; like the others, negative from the end.
+            layer: the layer's index.
+            head: the query head's index.
+
+        Returns:
+            A row for each token in the order of the prompt, with the columns position, token (its id), group (as in
+            `groups`), weight (softmax attention weight) and icl_share.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: the decomposition was loaded from a folder, which has no keys.
+        """
+        query = checked_index("query", query, self.mass.shape[0])
+        layer = checked_index("layer", layer, self.mass.shape[1])
+        head = checked_index("head", head, self.mass.shape[2])
+        suffix, segments = self.prompts.suffixes[query], self.prompts.segments.tolist()
+        names = {START: "start", SEPARATOR: "separators"}
+        names |= {n: f"demonstration {n + 1}" for n in range(len(self.prompts.demonstrations))}
+        tokens = (*self.prompts.prefix, *suffix)
+        weights = self._token_weights(query, layer, head)
+        return pd.DataFrame(
+            {
+                "position": range(len(tokens)),
+                "token": tokens,
+                "group": [*(names[segment] for segment in segments), *["query"] * len(suffix)],
+                "weight": weights.numpy(),
+                "icl_share": self._token_shares(query, layer, head, weights).numpy(),
+            }
+        )
+
+    def _token_weights(self, query: int, layer: int, head: int) -> Float[Tensor, " pos"]:
+        """Return a head's softmax weight of every token of a query's prompt."""
+        inputs, kv_head, n_start = self._inputs(), self._kv_head(head), len(self.prompts.start)
+        rule, n_suffix = inputs.rules[layer], len(self.prompts.suffixes[query])
+        query_keys = inputs.query_keys[query, layer, : n_start + n_suffix, kv_head]
+        keys = torch.cat((query_keys[:n_start], inputs.demo_keys[layer, :, kv_head], query_keys[n_start:])).double()
+        q = inputs.q_scored[query, layer, head].double()
+        positions = torch.arange(len(keys))
+        bias = rule.bias(positions[None, -1:], positions[None])[0, :, 0]
+        scores = dual.shared_scores(q[None, None], keys[:, None], rule.scale, rule.softcap)[0, 0]
+        scores = scores + bias[head if len(bias) > 1 else 0]
+        lse = scores.logsumexp(-1)
+        if rule.sink is not None:
+            lse = torch.logaddexp(lse, rule.sink[head].to(lse))
+        return (scores - lse).exp()
+
+    def _token_shares(self, query: int, layer: int, head: int, weights: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+        """Return the share of every token of a query's prompt, through one head, in the layer's direct update."""
+        n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
+        values = self._inputs().demo_values[layer, :, self._kv_head(head)].double()
+        direct = torch.einsum("hd,hdm->m", self.from_demonstrations[query, layer], self.W_O[layer])
+        along = self.W_O[layer, head] @ direct
+        z_0 = (self.from_start + self.from_query)[query, layer, head]
+        added = weights[n_start:n_prefix] * ((values - z_0) @ along)
+        if self.momentum is not None:
+            positions = torch.arange(len(weights))
+            decay = decay_matrix(self.momentum.eta[layer], positions[-1:], positions[n_start:n_prefix])[head, 0]
+            added = added + decay * (values @ along)
+        shares = torch.zeros_like(weights)
+        shares[n_start:n_prefix] = added / (direct @ direct)
+        return shares
+
+    def _inputs(self) -> AttentionInputs:
+        if self.attention_inputs is None:
+            raise ValueError(
+                "expected a decomposition with attention_inputs, got one that was loaded, which has no keys: call "
+                "icl_dual.decompose on the captures again"
+            )
+        return self.attention_inputs
+
+    def _kv_head(self, head: int) -> int:
+        """Return the index of the key-value head that a query head reads."""
+        n_kv_heads = self._inputs().demo_keys.shape[2]
+        return head // (self.W_O.shape[1] // n_kv_heads)
+
+    @property
+    def z_0(self) -> Float[Tensor, "query layer head d_head"]:
+        """Return attention over everything but the demonstrations, inside the in-context pass, with its momentum."""
+        z_0 = self.from_start + self.from_query
+        return z_0 if self.momentum is None else z_0 + self.momentum.start_and_query
+
+    @property
+    def from_demonstrations(self) -> Float[Tensor, "query layer head d_head"]:
+        """Return all that the demonstrations add to the heads' outputs: ΔICL, and their momentum."""
         return self.delta_icl if self.momentum is None else self.delta_icl + self.momentum.demonstrations
 
     @property
     def z(self) -> Float[Tensor, "query layer head d_head"]:
-        """The heads' outputs, as W_O gets them: z_0 and what the demonstrations add."""
-        return self.z_0 + self.added
+        """Return the heads' outputs before W_O: z_0 + from_demonstrations."""
+        return self.z_0 + self.from_demonstrations
 
     @property
     def value_bias(self) -> Float[Tensor, "query layer head d_head"]:
-        """The part of z that b_V makes. It sits inside the groups: of a group with mass w, w b_V.
+        """Return the part of z that comes from b_V. It is inside the groups: a group with mass w has w b_V.
 
         Every value has b_V in it, so momentum at position t has Σ_{i<t} η^{t−i} b_V = η (1 − η^t) / (1 − η) b_V.
         """
@@ -171,62 +329,62 @@ class Decomposition:
         by_head = self.b_V.repeat_interleave(self.W_O.shape[1] // self.b_V.shape[1], dim=1)
         times = 1 - self.mass[..., GROUPS.index("sink")]
         if self.momentum is not None:
-            eta, t = self.momentum.eta, _Where.of(self.prompts).rows[:, None, None]
+            eta, t = self.momentum.eta, _Positions.of(self.prompts).recorded[:, None, None]
             times = times + eta * (1 - eta**t) / (1 - eta)
         return times.unsqueeze(-1) * by_head
 
     def through_W_O(  # noqa: N802 - the field's name
         self, term: Float[Tensor, "query layer head d_head"]
     ) -> Float[Tensor, "query layer head d_model"]:
-        """A term by head in the residual stream; b_O is a term of its own, of no head."""
+        """Return a term by head in the residual stream, without b_O, which belongs to no head."""
         return torch.einsum("qlhd,lhdm->qlhm", term, self.W_O)
 
     @property
     def direct(self) -> Float[Tensor, "query layer d_model"]:
-        """ΔICL through W_O: what the layer's own attention to the demonstrations adds to its output; with momentum,
-        also what the demonstrations' values add to it."""
-        return _through(self.added, self.W_O)
+        """Return the direct update: what the demonstrations add through this layer's attention, after W_O."""
+        return _through_W_O(self.from_demonstrations, self.W_O)
 
     @property
     def inherited(self) -> Float[Tensor, "query layer d_model"]:
-        """(z_0 − z_ZSL) through W_O: moved before the layer attends, by its input or by where the query stands."""
-        return _through(self.z_0 - self.z_zsl, self.W_O)
+        """Return the inherited update, (z_0 − z_ZSL) W_O: the layer's input, or the query's position, had changed."""
+        return _through_W_O(self.z_0 - self.z_zsl, self.W_O)
 
     @property
     def realised(self) -> Float[Tensor, "query layer d_model"]:
-        """The update between the two runs, h_ICL − h_ZSL = direct + inherited."""
+        """Return the realised update between the two runs, h_ICL − h_ZSL = direct + inherited."""
         return self.direct + self.inherited
 
     @property
     def direct_share(self) -> Float[Tensor, "query layer"]:
-        """⟨direct, realised⟩ / ‖realised‖²; NaN where nothing is realised but rounding."""
-        return self._share(self.direct)
+        """Return ⟨direct, realised⟩ / ‖realised‖²; NaN where the realised update is rounding."""
+        return self._share_of_realised(self.direct)
 
     @property
     def inherited_share(self) -> Float[Tensor, "query layer"]:
-        """⟨inherited, realised⟩ / ‖realised‖²: with the direct share, 1."""
-        return self._share(self.inherited)
+        """Return ⟨inherited, realised⟩ / ‖realised‖², which is 1 − direct_share."""
+        return self._share_of_realised(self.inherited)
 
-    def _share(self, part: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
+    def _share_of_realised(self, update: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
         realised = self.realised
-        rounding = 4 * self.residuals.realised * _through(self.z, self.W_O, self.b_O).norm(dim=-1)
-        size = realised.norm(dim=-1)
-        return torch.where(size > rounding, (part * realised).sum(-1) / size**2, torch.nan)
+        rounding = 4 * self.residuals.realised * _through_W_O(self.z, self.W_O, self.b_O).norm(dim=-1)
+        norm = realised.norm(dim=-1)
+        return torch.where(norm > rounding, (update * realised).sum(-1) / norm**2, torch.nan)
 
     @property
     def momentum_norm(self) -> Float[Tensor, "query layer head"]:
-        """‖momentum‖ / ‖z‖: how large what momentum adds is, beside all of a head's output; 0 without momentum."""
+        """Return ‖momentum‖ / ‖z‖, the size of what momentum adds relative to the head's output; 0 without momentum."""
         if self.momentum is None:
             return torch.zeros_like(self.demonstration_mass)
-        return (self.momentum.own + self.momentum.demonstrations).norm(dim=-1) / self.z.norm(dim=-1)
+        return (self.momentum.start_and_query + self.momentum.demonstrations).norm(dim=-1) / self.z.norm(dim=-1)
 
     @property
     def residual(self) -> float:
-        """The largest residual within a layer: all but `residuals.run`, which is of whole runs."""
-        return max(found.max().item() for found in (self.residuals._replace(run=self.residuals.split)))
+        """Return the largest residual within a layer: of all checks but `residuals.run`, which is of whole runs."""
+        within_layers = self.residuals._replace(run=self.residuals.split)
+        return max(by_layer.max().item() for by_layer in within_layers)
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: metric, layer, head (empty for a whole layer's), mean and standard deviation over queries, n.
+        """Return a tidy table: metric, layer, head (empty for a whole layer's), mean and deviation over queries, n.
 
         With momentum, `momentum_norm` is among the metrics.
         """
@@ -237,34 +395,23 @@ class Decomposition:
             {"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()}
         )
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write the decomposition into a folder, as safetensors and JSON."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        groups = {"relaxation": self.relaxation, "residuals": self.residuals, "momentum": self.momentum}
-        for group, members in groups.items():
-            tensors |= {} if members is None else {f"{group}/{name}": t for name, t in members._asdict().items()}
-        save_tensors(Path(folder), tensors, {"model": self.model, "prompts": asdict(self.prompts)})
+    def save(self, folder: str | PathLike[str], about: Mapping[str, Any] | None = None) -> None:
+        """Write the decomposition into a folder, as safetensors and JSON; without `attention_inputs`.
 
-    @classmethod
-    def load(cls, folder: str | PathLike[str]) -> "Decomposition":
-        """Read a decomposition that `save` wrote.
+        Args:
+            folder: a new folder, or one that holds a decomposition already.
+            about: more JSON values to keep with it, such as settings and provenance.
 
         Raises:
-            AssetError: the folder is missing or damaged.
+            AssetError: the folder holds other files.
         """
-        tensors, metadata = load_tensors(Path(folder))
-        with reading("Decomposition", folder):
-            momentum = [tensors[name] for name in _MOMENTUM if name in tensors]
-            return cls(
-                model=metadata["model"],
-                prompts=Prompts(**{name: _tuples(value) for name, value in metadata["prompts"].items()}),
-                relaxation=Relaxation(*(tensors[f"relaxation/{name}"] for name in Relaxation._fields)),
-                residuals=Residuals(*(tensors[f"residuals/{name}"] for name in Residuals._fields)),
-                momentum=MomentumTerms(*momentum) if momentum else None,
-                b_O=tensors.pop("b_O", None),
-                b_V=tensors.pop("b_V", None),
-                **{name: value for name, value in tensors.items() if "/" not in name},
-            )
+        Saved.save(replace(self, attention_inputs=None), folder, about)
+
+    @classmethod
+    def _upgraded(
+        cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {_OLD_NAMES.get(name, name): tensor for name, tensor in tensors.items()}, metadata
 
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]
@@ -281,59 +428,37 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 
     Args:
-        model: what was captured, with the weights it had; does not run.
+        model: the model that was captured, with the weights it had; it does not run.
         zero_shot: a capture of the queries without demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`, or with
             `attn_out` and `z` alone.
-        in_context: a capture of the same queries behind their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
+        in_context: a capture of the same queries after their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
+
+    Returns:
+        The terms z = z_0 + ΔICL with ΔICL = w (z_demo − z_0), in float64 on the CPU.
 
     Raises:
         ValueError: the captures are of different models, weights, prompts or positions, or lack a field.
-        UnsupportedModelError: the terms do not add up to the model's own attention output; says at which layer.
+        UnsupportedModelError: the terms do not add up to the model's own attention output; the message has the layer.
     """
-    _check_match(model, zero_shot, in_context)
+    check_paired(model, zero_shot=zero_shot, in_context=in_context)
+    check_fields(DECOMPOSE_FIELDS, in_context=in_context)
+    check_fields(("attn_out", "z"), zero_shot=zero_shot)
+    check_full_prompt(in_context)
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
-    where = _Where.of(in_context.prompts)
-
-    def of_layer(index: int) -> tuple[Tensor | None, ...]:
-        layer = _Layer.captured(in_context, index, model)
-        terms = _split(layer, where, W_O[index])
-        return *terms, *_relax(layer, where, terms)
-
-    # Ranking is numpy's, on one thread: the next layer fills the other.
-    with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-        found = _stacked(pool.map(of_layer, range(model.n_layers)), model.n_layers)
-    n_terms = len(_Terms._fields)
-    split, relaxation = _Terms(*found[:n_terms]), Relaxation(*found[n_terms:])
-    z = split.z
-    z_zsl, h_zsl, h_icl = (
-        _field(zero_shot, "z").double(),
-        _field(zero_shot, "attn_out").double(),
-        _field(in_context, "attn_out").double(),
-    )
-    assert in_context.full_prompt is not None
-    own = in_context.full_prompt.attn_out.double()[None]
-    residuals = Residuals(
-        split=torch.maximum(
-            _relative(_through(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
-        ),
-        full_prompt=_relative(
-            _through(_full_prompt_z(model, in_context.prompts, in_context.full_prompt, W_O), W_O, b_O), own
-        ),
-        run=_relative(h_icl[:1], own),
-        realised=_relative(h_zsl + _through(z - z_zsl, W_O), h_icl),
-    )
+    split, relaxation = _split_layers(model, in_context, W_O)
+    residuals = _residuals(model, zero_shot, in_context, split.z, W_O, b_O)
     _check_residuals(model, residuals)
     momentum = None
-    if split.own_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
-        momentum = MomentumTerms(split.own_momentum, split.demo_momentum, model.momentum.clone())
+    if split.query_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
+        momentum = MomentumTerms(split.query_momentum, split.demo_momentum, model.momentum.clone())
     return Decomposition(
         model=model.name,
         prompts=in_context.prompts,
         from_start=split.start,
         from_query=split.query,
         delta_icl=split.delta_icl,
-        z_zsl=z_zsl,
+        z_zsl=_field(zero_shot, "z").double(),
         mass=split.mass,
         icl_share=split.icl_share,
         relaxation=relaxation,
@@ -342,243 +467,320 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
         b_V=None if (b_V := model.value_biases()) is None else b_V.double().cpu(),
         residuals=residuals,
         momentum=momentum,
+        attention_inputs=_attention_inputs(model, in_context),
+    )
+
+
+def _attention_inputs(model: Model, in_context: Capture) -> AttentionInputs:
+    keys_values = in_context.keys_values
+    assert keys_values is not None
+    return AttentionInputs(
+        q_scored=_field(in_context, "q_scored"),
+        query_keys=keys_values.query_keys,
+        demo_keys=keys_values.demo_keys,
+        demo_values=keys_values.demo_values,
+        rules=tuple(model.attention_rules),
     )
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Where each query's recorded row and all its keys stand in the in-context prompt."""
+class _Positions:
+    """The positions in the in-context prompt of each query's recorded row and of all keys."""
 
-    rows: Int[Tensor, " query"]
-    own: Int[Tensor, "query own_pos"]
+    recorded: Int[Tensor, " query"]
+    """The recorded position."""
+    query: Int[Tensor, "query query_pos"]
+    """Positions of the start token and then of the query's own tokens, as `KeysValues.query_keys` has them."""
     n_start: int
+    """How many of those are the start token's."""
     demo: Int[Tensor, " demo_pos"]
-    groups: Float[Tensor, "demo_pos group"]
+    """Positions of the demonstrations and their separators."""
+    demo_groups: Float[Tensor, "demo_pos group"]
     """1 where a position belongs to the separators, or to a demonstration, else 0."""
 
     @classmethod
-    def of(cls, prompts: Prompts) -> "_Where":
+    def of(cls, prompts: Prompts) -> "_Positions":
+        """Return the positions of prompts."""
         n_start, n_prefix = len(prompts.start), len(prompts.prefix)
         longest = max(map(len, prompts.suffixes))
-        own = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
-        owners = prompts.segments[n_start:]
-        kinds = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
+        query = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
+        segments = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
         return cls(
-            rows=torch.tensor([n_prefix + len(row) - 1 for row in prompts.suffixes]),
-            own=own.expand(len(prompts.queries), -1),
+            recorded=torch.tensor([n_prefix + len(suffix) - 1 for suffix in prompts.suffixes]),
+            query=query.expand(len(prompts.queries), -1),
             n_start=n_start,
             demo=torch.arange(n_start, n_prefix),
-            groups=(owners[:, None] == kinds).double(),
+            demo_groups=(prompts.segments[n_start:, None] == segments).double(),
         )
 
 
-class _Layer(NamedTuple):
-    """One layer's queries at the recorded rows, and all their keys and values, in float64."""
+class _LayerInputs(NamedTuple):
+    """One layer's queries at the recorded positions, and all their keys and values, in float64."""
 
     rule: dual.AttentionRule
     q: Float[Tensor, "query head d_head"]
-    own_k: Float[Tensor, "query own_pos kv_head d_head"]
-    own_v: Float[Tensor, "query own_pos kv_head d_head"]
+    query_k: Float[Tensor, "query query_pos kv_head d_head"]
+    query_v: Float[Tensor, "query query_pos kv_head d_head"]
     demo_k: Float[Tensor, "demo_pos kv_head d_head"]
     demo_v: Float[Tensor, "demo_pos kv_head d_head"]
     eta: Float[Tensor, " head"] | None
 
     @classmethod
-    def captured(cls, in_context: Capture, layer: int, model: Model) -> "_Layer":
-        kept = in_context.keys_values
-        assert kept is not None
-        # Each head's own keys side by side in memory, or every product over them copies them anew.
+    def of_capture(cls, in_context: Capture, layer: int, model: Model) -> "_LayerInputs":
+        """Return a layer's inputs in a capture."""
+        keys_values = in_context.keys_values
+        assert keys_values is not None
+        # Each head's keys side by side in memory: otherwise every product over them copies them.
         side_by_side = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
-        own = (t[:, layer].transpose(1, 2).to(**side_by_side) for t in (kept.query_keys, kept.query_values))
-        demo = (t[layer].double() for t in (kept.demo_keys, kept.demo_values))
+        by_query = (keys_values.query_keys, keys_values.query_values)
+        query_k, query_v = (t[:, layer].transpose(1, 2).to(**side_by_side).transpose(1, 2) for t in by_query)
+        demo_k, demo_v = (t[layer].double() for t in (keys_values.demo_keys, keys_values.demo_values))
         q = _field(in_context, "q_scored")[:, layer].double()
-        return cls(model.attention_rules[layer], q, *(t.transpose(1, 2) for t in own), *demo, eta=_eta(model, layer))
+        return cls(model.attention_rules[layer], q, query_k, query_v, demo_k, demo_v, _eta(model, layer))
 
     @classmethod
-    def of_full_prompt(cls, full_prompt: FullPromptPass, layer: int, where: "_Where", model: Model) -> "_Layer":
-        """From the plain pass over the first query's full prompt."""
+    def of_full_prompt(
+        cls, full_prompt: FullPromptPass, layer: int, positions: "_Positions", model: Model
+    ) -> "_LayerInputs":
+        """Return a layer's inputs in the plain forward pass over the first query's full prompt."""
         q, k, v = (tensor[layer].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
-        own, demo = where.own[0], where.demo
-        return cls(
-            model.attention_rules[layer], q[None], k[None, own], v[None, own], k[demo], v[demo], eta=_eta(model, layer)
-        )
+        query, demo = positions.query[0], positions.demo
+        rule, eta = model.attention_rules[layer], _eta(model, layer)
+        return cls(rule, q[None], k[None, query], v[None, query], k[demo], v[demo], eta)
 
 
 def _eta(model: Model, layer: int) -> Float[Tensor, " head"] | None:
-    """A layer's η, zero or not, where the model has momentum: the terms of all its layers are alike."""
+    """Return a layer's η, zero or not, where the model has momentum: all its layers have the same terms."""
     return None if model.momentum is None else model.momentum[layer]
 
 
-class _Terms(NamedTuple):
+class _SplitTerms(NamedTuple):
     """The exact split of one layer; stacked, of all."""
 
     start: Float[Tensor, "query *layer head d_head"]
     query: Float[Tensor, "query *layer head d_head"]
     delta_icl: Float[Tensor, "query *layer head d_head"]
-    own_momentum: Float[Tensor, "query *layer head d_head"] | None
+    query_momentum: Float[Tensor, "query *layer head d_head"] | None
     demo_momentum: Float[Tensor, "query *layer head d_head"] | None
     mass: Float[Tensor, "query *layer head group"]
     icl_share: Float[Tensor, "query *layer group"]
 
     @property
-    def softmax(self) -> Float[Tensor, "query *layer head d_head"]:
-        """Softmax attention alone."""
+    def softmax_z(self) -> Float[Tensor, "query *layer head d_head"]:
+        """Softmax attention alone, without momentum."""
         return self.start + self.query + self.delta_icl
 
     @property
     def z(self) -> Float[Tensor, "query *layer head d_head"]:
-        momentum = (term for term in (self.own_momentum, self.demo_momentum) if term is not None)
-        return sum(momentum, start=self.softmax)
+        """The heads' outputs."""
+        momentum = (term for term in (self.query_momentum, self.demo_momentum) if term is not None)
+        return sum(momentum, start=self.softmax_z)
 
 
-def _split(layer: _Layer, where: _Where, W_O: Float[Tensor, "head d_head d_model"]) -> _Terms:
-    rule, q, own_k, own_v, demo_k, demo_v, eta = layer
-    own = []
-    for at in (slice(where.n_start), slice(where.n_start, None)):
-        part = rule.attend(q[:, None], own_k[:, at], own_v[:, at], where.rows[:, None], where.own[:, at])
-        own.append(dual.AttentionPart(part.z[:, 0], part.lse[:, 0]))
+def _split_layers(
+    model: Model, in_context: Capture, W_O: Float[Tensor, "layer head d_head d_model"]
+) -> tuple[_SplitTerms, Relaxation]:
+    """Return the split and the relaxation of every layer."""
+    positions = _Positions.of(in_context.prompts)
+
+    def split_layer(index: int) -> tuple[Tensor | None, ...]:
+        layer = _LayerInputs.of_capture(in_context, index, model)
+        terms = _split(layer, positions, W_O[index])
+        return *terms, *_relax(layer, positions, terms)
+
+    # Ranking is numpy's, on one thread: the next layer uses the other.
+    with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+        stacked = _stack_layers(pool.map(split_layer, range(model.n_layers)), model.n_layers)
+    n_terms = len(_SplitTerms._fields)
+    return _SplitTerms(*stacked[:n_terms]), Relaxation(*stacked[n_terms:])
+
+
+def _split(layer: _LayerInputs, positions: _Positions, W_O: Float[Tensor, "head d_head d_model"]) -> _SplitTerms:
+    """Return the exact split of one layer."""
+    rule, q, demo_v, eta = layer.rule, layer.q, layer.demo_v, layer.eta
+    n_start = positions.n_start
+    start, query = (_attend(layer, positions, keys) for keys in (slice(n_start), slice(n_start, None)))
     sink = rule.with_sink(dual.AttentionPart(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
-    z_0 = reduce(dual.merge, (sink, *own))
-
-    # Each demonstration token's share of the whole softmax, of which groups are sums; in place, for there are many.
-    scores = dual.shared_scores(q, demo_k, rule.scale, rule.softcap)
-    scores += rule.bias(where.rows[None], where.demo[None])[0]
-    lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
-    weights = scores.sub_(lse.T.unsqueeze(-1)).exp_()
-    delta_icl = _weigh(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
-    mass = torch.stack([(part.lse - lse).exp() for part in (sink, *own)], dim=-1)
-
-    decay_weights = None if eta is None else decay_matrix(eta, where.rows, where.demo)
-    demo_momentum = None if decay_weights is None else _weigh(decay_weights, demo_v)
-    direct = torch.einsum("qhd,hdm->qm", delta_icl if demo_momentum is None else delta_icl + demo_momentum, W_O)
-    along = torch.einsum("qm,hdm->qhd", direct, W_O)
-    of_values = dual.shared_scores(along, demo_v, 1.0)
-    pulled = 0.0 if decay_weights is None else (of_values * decay_weights).sum(0)
-    added = of_values.sub_((along * z_0.z).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0) + pulled
-    share = added @ where.groups / (direct * direct).sum(-1, keepdim=True)
-    return _Terms(
-        start=own[0].z * (own[0].lse - z_0.lse).exp().unsqueeze(-1),
-        query=own[1].z * (own[1].lse - z_0.lse).exp().unsqueeze(-1),
+    z_0 = reduce(dual.merge, (sink, start, query))
+    weights, lse = _demo_weights(layer, positions, z_0)
+    delta_icl = _weighted_values(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
+    decay_weights = None if eta is None else decay_matrix(eta, positions.recorded, positions.demo)
+    demo_momentum = None if decay_weights is None else _weighted_values(decay_weights, demo_v)
+    added = delta_icl if demo_momentum is None else delta_icl + demo_momentum
+    share = _demo_shares(weights, decay_weights, demo_v, z_0.z, added, W_O, positions.demo_groups)
+    mass = torch.stack([(part.lse - lse).exp() for part in (sink, start, query)], dim=-1)
+    return _SplitTerms(
+        start=start.z * (start.lse - z_0.lse).exp().unsqueeze(-1),
+        query=query.z * (query.lse - z_0.lse).exp().unsqueeze(-1),
         delta_icl=delta_icl,
-        own_momentum=None if eta is None else _own_momentum(eta, own_v, where),
+        query_momentum=None if eta is None else _query_momentum(eta, layer.query_v, positions),
         demo_momentum=demo_momentum,
-        mass=torch.cat((mass, (weights @ where.groups).transpose(0, 1)), dim=-1),
+        mass=torch.cat((mass, (weights @ positions.demo_groups).transpose(0, 1)), dim=-1),
         icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
     )
 
 
-def _own_momentum(
-    eta: Float[Tensor, " head"], own_v: Float[Tensor, "query own_pos kv_head d_head"], where: _Where
+def _attend(layer: _LayerInputs, positions: _Positions, keys: slice) -> dual.AttentionPart:
+    """Return attention of the recorded rows over some of the start token's and the query's keys."""
+    part = layer.rule.attend(
+        layer.q[:, None],
+        layer.query_k[:, keys],
+        layer.query_v[:, keys],
+        positions.recorded[:, None],
+        positions.query[:, keys],
+    )
+    return dual.AttentionPart(part.z[:, 0], part.lse[:, 0])
+
+
+def _demo_weights(
+    layer: _LayerInputs, positions: _Positions, z_0: dual.AttentionPart
+) -> tuple[Float[Tensor, "head query demo_pos"], Float[Tensor, "query head"]]:
+    """Return each demonstration token's share of the whole softmax, and the log-sum-exp of all scores.
+
+    Groups are sums of these shares. Computed in place: there are many of them.
+    """
+    scores = dual.shared_scores(layer.q, layer.demo_k, layer.rule.scale, layer.rule.softcap)
+    scores += layer.rule.bias(positions.recorded[None], positions.demo[None])[0]
+    lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
+    return scores.sub_(lse.T.unsqueeze(-1)).exp_(), lse
+
+
+def _demo_shares(
+    weights: Float[Tensor, "head query demo_pos"],
+    decay_weights: Float[Tensor, "head query demo_pos"] | None,
+    demo_v: Float[Tensor, "demo_pos kv_head d_head"],
+    z_0: Float[Tensor, "query head d_head"],
+    added: Float[Tensor, "query head d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+    demo_groups: Float[Tensor, "demo_pos group"],
+) -> Float[Tensor, "query group"]:
+    """Return the share of the separators and of each demonstration in the direct update, along that update's
+    direction."""
+    direct = torch.einsum("qhd,hdm->qm", added, W_O)
+    along = torch.einsum("qm,hdm->qhd", direct, W_O)
+    value_products = dual.shared_scores(along, demo_v, 1.0)
+    from_momentum = 0.0 if decay_weights is None else (value_products * decay_weights).sum(0)
+    from_softmax = value_products.sub_((along * z_0).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
+    return (from_softmax + from_momentum) @ demo_groups / (direct * direct).sum(-1, keepdim=True)
+
+
+def _query_momentum(
+    eta: Float[Tensor, " head"], query_v: Float[Tensor, "query query_pos kv_head d_head"], positions: _Positions
 ) -> Float[Tensor, "query head d_head"]:
-    """Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded row t."""
-    decay_weights = decay_matrix(eta, where.rows[:, None], where.own)[:, :, 0]
-    return (decay_weights.unflatten(1, (own_v.shape[2], -1)) @ own_v.transpose(1, 2)).flatten(1, 2)
+    """Return Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded position t."""
+    decay_weights = decay_matrix(eta, positions.recorded[:, None], positions.query)[:, :, 0]
+    return (decay_weights.unflatten(1, (query_v.shape[2], -1)) @ query_v.transpose(1, 2)).flatten(1, 2)
 
 
-def _relax(layer: _Layer, where: _Where, terms: _Terms) -> Relaxation:
-    """One layer's linear relaxation, over the keys that its mask shows, against ΔICL and softmax attention."""
-    rule, q, own_k, own_v, demo_k, demo_v, _ = layer
-    delta_icl, z = terms.delta_icl, terms.softmax
-    seen = rule.visible(where.rows[None], where.demo[None])
-    own_seen = rule.visible(where.rows[:, None], where.own).unsqueeze(1)
-    weights = dual.shared_scores(q, demo_k, 1.0).mul_(seen)
-    update = _weigh(weights, demo_v)
-    output = update + (dual.scores(q[:, None], own_k, 1.0) * own_seen @ own_v.transpose(1, 2)).flatten(1, 2)
-    logits = weights * rule.scale + rule.bias(where.rows[None], where.demo[None])[0]
+def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Relaxation:
+    """Return one layer's linear relaxation, over the keys that its mask shows, against ΔICL and softmax attention."""
+    rule, q, query_k, query_v, demo_k, demo_v, _ = layer
+    delta_icl, z = terms.delta_icl, terms.softmax_z
+    demo_visible = rule.visible(positions.recorded[None], positions.demo[None])
+    query_visible = rule.visible(positions.recorded[:, None], positions.query).unsqueeze(1)
+    weights = dual.shared_scores(q, demo_k, 1.0).mul_(demo_visible)
+    update = _weighted_values(weights, demo_v)
+    output = update + (dual.scores(q[:, None], query_k, 1.0) * query_visible @ query_v.transpose(1, 2)).flatten(1, 2)
+    logits = weights * rule.scale + rule.bias(positions.recorded[None], positions.demo[None])[0]
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),
         update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
         output_cosine=dual.cosine(output, z),
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
-        rank_agreement=ranks.spearman(logits, weights.abs_(), seen).T,
+        rank_agreement=ranks.spearman(logits, weights.abs_(), demo_visible).T,
     )
 
 
-def _weigh(
+def _weighted_values(
     weights: Float[Tensor, "head query demo_pos"], v: Float[Tensor, "demo_pos kv_head d_head"]
 ) -> Float[Tensor, "query head d_head"]:
-    """The demonstrations' values, weighed and summed by each head."""
+    """Return the demonstrations' values, weighted and summed by each head."""
     summed = weights.unflatten(0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
     return summed.view(*weights.shape[:2], -1).transpose(0, 1)
+
+
+def _residuals(
+    model: Model,
+    zero_shot: Capture,
+    in_context: Capture,
+    z: Float[Tensor, "query layer head d_head"],
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    b_O: Float[Tensor, "layer d_model"] | None,
+) -> Residuals:
+    """Return how far the terms are from what they add up to."""
+    z_zsl, h_zsl = _field(zero_shot, "z").double(), _field(zero_shot, "attn_out").double()
+    h_icl, full_prompt = _field(in_context, "attn_out").double(), in_context.full_prompt
+    assert full_prompt is not None
+    expected = full_prompt.attn_out.double()[None]
+    full_prompt_z = _full_prompt_z(model, in_context.prompts, full_prompt, W_O)
+    return Residuals(
+        split=torch.maximum(
+            _relative(_through_W_O(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
+        ),
+        full_prompt=_relative(_through_W_O(full_prompt_z, W_O, b_O), expected),
+        run=_relative(h_icl[:1], expected),
+        realised=_relative(h_zsl + _through_W_O(z - z_zsl, W_O), h_icl),
+    )
 
 
 def _full_prompt_z(
     model: Model, prompts: Prompts, full_prompt: FullPromptPass, W_O: Float[Tensor, "layer head d_head d_model"]
 ) -> Float[Tensor, "1 layer head d_head"]:
-    """The plain pass over the first query's full prompt, split and put together again."""
-    where = _Where.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
-    layers = (_Layer.of_full_prompt(full_prompt, index, where, model) for index in range(model.n_layers))
-    return torch.stack([_split(layer, where, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
-
-
-def _check_match(model: Model, zero_shot: Capture, in_context: Capture) -> None:
-    check_paired(model, zero_shot=zero_shot, in_context=in_context)
-    for run, fields in ((in_context, DECOMPOSE_FIELDS), (zero_shot, ("attn_out", "z"))):
-        for name in fields:
-            if getattr(run, name) is None:
-                raise ValueError(
-                    f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}"
-                )
-    if (
-        in_context.full_prompt is not None
-        and in_context.full_prompt.tokens != in_context.prompts.prefix + in_context.prompts.suffixes[0]
-    ):
-        raise ValueError(
-            f"expected a plain pass over the first query's prompt, got one of {len(in_context.full_prompt.tokens)} other tokens: "
-            "the capture was put together from two"
-        )
+    """Return the heads' outputs in the plain forward pass over the first query's full prompt, as the sum of its
+    terms."""
+    positions = _Positions.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
+    layers = (_LayerInputs.of_full_prompt(full_prompt, index, positions, model) for index in range(model.n_layers))
+    return torch.stack([_split(layer, positions, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
 
 
 def _check_residuals(model: Model, residuals: Residuals) -> None:
+    """Raise an UnsupportedModelError where a residual is more than rounding."""
     causes = {
         "split": "the keys, values or queries captured are not those of the attention output captured with them",
         "full_prompt": "its attention does more than softmax over scaled scores and a linear W_O, or a hook changes it",
-        "run": "what was captured is not a plain pass over the first query's prompt",
+        "run": "the capture is not a plain forward pass over the first query's prompt",
         "realised": "the zero-shot capture's heads do not give its attention output",
     }
-    for kind, cause in causes.items():
-        found = getattr(residuals, kind)
-        tolerance = (TOLERANCE if kind == "run" else LAYER_TOLERANCE)[model.dtype]
-        wrong = (~(found <= tolerance)).nonzero()
-        if len(wrong):
-            layer = int(wrong[0])
+    for name, cause in causes.items():
+        by_layer = getattr(residuals, name)
+        tolerance = (TOLERANCE if name == "run" else LAYER_TOLERANCE)[model.dtype]
+        above = (~(by_layer <= tolerance)).nonzero()
+        if len(above):
+            layer = int(above[0])
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: the terms are off by {found[layer]:.1e} of the "
-                f"attention output ({kind}); expected at most {tolerance:.0e}: {cause}"
+                f"{model.name} ({model.architecture}), layer {layer}: expected terms that add up to the attention "
+                f"output ({name}) to {tolerance:.0e}, got a difference of {by_layer[layer]:.1e}: {cause}"
             )
 
 
-def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _stacked(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:
-    """Each of what layers have, with a layer axis: put in its place as it comes, so that none is held twice."""
+def _stack_layers(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:
+    """Return each of the layers' tensors with a layer axis: written as the layers come, so that none is held twice."""
     stacked: list[Any] = []
-    for index, found in enumerate(layers):
+    for index, tensors in enumerate(layers):
         if not index:
-            stacked = [None if own is None else own.new_empty(len(own), n_layers, *own.shape[1:]) for own in found]
-        for whole, own in zip(stacked, found, strict=True):
-            if whole is not None and own is not None:
-                whole[:, index] = own
+            stacked = [None if t is None else t.new_empty(len(t), n_layers, *t.shape[1:]) for t in tensors]
+        for all_layers, tensor in zip(stacked, tensors, strict=True):
+            if all_layers is not None and tensor is not None:
+                all_layers[:, index] = tensor
     return stacked
 
 
-def _field(run: Capture, name: Field) -> Tensor:
-    return getattr(run, name)
+def _field(capture: Capture, name: Field) -> Tensor:
+    return getattr(capture, name)
 
 
-def _through(
+def _through_W_O(  # noqa: N802 - the field's name
     z: Float[Tensor, "query layer head d_head"],
     W_O: Float[Tensor, "layer head d_head d_model"],
     b_O: Float[Tensor, "layer d_model"] | None = None,
 ) -> Float[Tensor, "query layer d_model"]:
+    """Return the heads' outputs through W_O, summed over heads, plus b_O where one is given."""
     out = (z.flatten(2).transpose(0, 1) @ W_O.flatten(1, 2)).transpose(0, 1)
     return out if b_O is None else out + b_O
 
 
 def _relative(
-    got: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
+    result: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, " layer"]:
-    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
+    """Return ‖result − expected‖ / ‖expected‖, the largest over queries."""
+    return ((result - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)

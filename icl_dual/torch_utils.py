@@ -1,32 +1,68 @@
-"""Small tools for torch tensors that every module may use."""
+"""Helpers for torch tensors that any module may use."""
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+_OUT_OF_MEMORY_MESSAGES = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cublas_status_alloc_failed",
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch has a type for this on some accelerators; elsewhere it is the words that tell."""
-    said = (
-        "can't allocate memory",
-        "cannot allocate memory",
-        "not enough memory",
-        "out of memory",
-        "cublas_status_alloc_failed",
+    """Return whether an exception means that memory ran out.
+
+    Torch has an exception type for this on some accelerators; on others only the message tells.
+    """
+    message = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        known in message for known in _OUT_OF_MEMORY_MESSAGES
     )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error).lower() for words in said)
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return a tensor in float32, or in its own dtype where this is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def pad_right(rows: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Int[Tensor, "batch pos"]:
-    """Return token ids of several lengths as one tensor, padded with 0 on the right.
+def pad_right(
+    sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None
+) -> Int[Tensor, "batch pos"]:
+    """Return token ids of different lengths as one tensor, padded with 0 on the right.
 
-    Under a causal mask, padding on the right changes nothing of what stands before it.
+    Under a causal mask, padding on the right does not change the positions before it.
+
+    Example:
+        >>> from icl_dual.torch_utils import pad_right
+        >>> pad_right([[5, 6, 7], [8]]).tolist()
+        [[5, 6, 7], [8, 0, 0]]
     """
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    longest = max(map(len, sequences))
+    return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
+
+
+def checked_index(name: str, index: int, size: int) -> int:
+    """Return an index from 0; a negative one counts from the end.
+
+    Args:
+        name: the argument's name, for the message.
+        index: what the user passed.
+        size: how many entries there are.
+
+    Raises:
+        IndexError: the index is out of range.
+
+    Example:
+        >>> from icl_dual.torch_utils import checked_index
+        >>> checked_index("layer", -1, 12)
+        11
+    """
+    if not -size <= index < size:
+        raise IndexError(f"expected {name} from 0 to {size - 1}, got {index}: there are {size}")
+    return index % size

@@ -1,95 +1,150 @@
-"""ΔW_ICL against ΔW_FT in weight space, head by head, and what ΔW_K and ΔW_V themselves are made of.
+"""ΔW_ICL compared with ΔW_FT as matrices, head by head; and how much of ΔW_K and ΔW_V comes from each demonstration.
 
 Both updates act on the same queries (equations 11–13):
 
     F̃_ICL(q) = (W_ZSL + ΔW_ICL) q,    ΔW_ICL = Σ_i v_i ⊗ k_i    over the demonstrations' tokens
     F̃_FT(q)  = (W_ZSL + ΔW_FT) q,     ΔW_FT = (W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ
 
-X are the zero-shot prompt's own inputs, held as they are in the untuned model: the tuned projections are run with every
-layer's attention output put back to the untuned one. Rotated keys depend on where they stand, so X stands where the
-query stands in context; attention that knows distances only does not change by that, which is checked.
+X are the untuned model's inputs of the zero-shot prompt. The tuned projections run on the same X: every layer's heads'
+output is replaced with the untuned one. Rotated keys depend on their positions, so X is run at the query's in-context
+positions. Attention that depends on distances alone does not change by that, which is checked.
 
-Both are of attention: what momentum adds, where a model has any, depends on no query and is in neither. It is in X.
+Both are updates of attention: what momentum adds, where a model has any, depends on no query and is in neither. It is
+in X.
 
-Beside each number is its null: ΔW_FT with the same singular values in random directions.
+Each number has its null: ΔW_FT with the same singular values in random directions.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from os import PathLike
-from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.captures.capture import Capture
-from icl_dual.captures.pairing import check_paired
+from icl_dual.captures.pairing import (
+    check_demonstrations,
+    check_fields,
+    check_paired,
+    check_start_weights,
+    check_training_sequences,
+)
+from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
 from icl_dual.statistics.frames import summary_frame
-from icl_dual.storage import load_tensors, reading, save_tensors
+from icl_dual.storage import Saved
+from icl_dual.torch_utils import checked_index
 
 BATCH_SIZE = 16
+"""How many queries run at once."""
 
 MOVED_TOLERANCE = 1e-4, 256
-"""Largest relative change, by rounding, of a run that is moved to other positions; past that position, in proportion to
-it: transformers computes the angles of rotations in float32, also for models in float64."""
+"""Largest relative change of a run that is rounding when it is moved to other positions, and the position past which it
+grows in proportion: transformers computes the angles of rotations in float32, also for models in float64."""
 
 
+@document_fields
+class DemonstrationKeysValues(NamedTuple):
+    """Keys and values of the demonstrations, which make up ΔW_ICL, and how many of them each layer's window hides."""
+
+    keys: Float[Tensor, "layer demo_pos kv_head d_head"]
+    """Keys as scored of the demonstrations and their separators."""
+    values: Float[Tensor, "layer demo_pos kv_head d_head"]
+    """Values of the same tokens."""
+    n_hidden: Int[Tensor, "query layer"]
+    """How many of the first tokens are outside of the layer's sliding window at the query's recorded position; 0
+    without a window."""
+
+    def __repr__(self) -> str:
+        return f"DemonstrationKeysValues(keys{list(self.keys.shape)} and values)"
+
+
+@document_fields
 @dataclass(frozen=True, repr=False)
-class UpdateComparison:
-    """ΔW_ICL and ΔW_FT at each query, layer and key-value head; the fields ending in `_random` are the null.
+class UpdateComparison(Saved):
+    """ΔW_ICL compared with ΔW_FT at each query, layer and key-value head; fields that end in `_random` are the null.
 
     The null of the Frobenius cosine has mean 0 and standard deviation 1/d_head. It has ΔW_FT's own norm and effective
-    rank, which therefore have no null. What is undefined (a zero update) is NaN.
+    rank, which therefore have no null. What is undefined (a zero update) is NaN. `delta_W(layer, head)` returns ΔW_ICL
+    itself.
     """
 
     model: str
+    """The model's name."""
     rank: int
-    """How many leading singular directions the subspaces have."""
+    """How many leading singular directions span the subspaces that are compared."""
     cosine: Float[Tensor, "query layer kv_head"]
     """Frobenius cosine ⟨ΔW_ICL, ΔW_FT⟩ / (‖ΔW_ICL‖ ‖ΔW_FT‖)."""
     cosine_random: Float[Tensor, "query layer kv_head"]
+    """The Frobenius cosine of ΔW_ICL with the null."""
     left_angles: Float[Tensor, "query layer kv_head rank"]
     """Principal angles between the leading left singular subspaces (what is written), in degrees, smallest first."""
     left_angles_random: Float[Tensor, "query layer kv_head rank"]
+    """The angles between the left singular subspaces of ΔW_ICL and the null, in degrees, smallest first."""
     right_angles: Float[Tensor, "query layer kv_head rank"]
-    """The same of the right singular subspaces (what is read)."""
+    """Principal angles between the leading right singular subspaces (what is read), in degrees, smallest first."""
     right_angles_random: Float[Tensor, "query layer kv_head rank"]
+    """The angles between the right singular subspaces of ΔW_ICL and the null, in degrees, smallest first."""
     action_cosine: Float[Tensor, "query layer head"]
-    """cos(ΔW_ICL q, ΔW_FT q), q the in-context query at the recorded position."""
+    """cos(ΔW_ICL q, ΔW_FT q), q being the in-context query at the recorded position."""
     action_cosine_random: Float[Tensor, "query layer head"]
+    """The cosine of ΔW_ICL q with the null's action on q."""
     norm_ratio: Float[Tensor, "query layer kv_head"]
-    """‖ΔW_FT‖ / ‖ΔW_ICL‖."""
+    """‖ΔW_FT‖ / ‖ΔW_ICL‖, in Frobenius norms."""
     effective_rank_icl: Float[Tensor, "query layer kv_head"]
+    """Effective rank of ΔW_ICL: exp of the entropy of its normalised singular values."""
     effective_rank_ft: Float[Tensor, "query layer kv_head"]
+    """Effective rank of ΔW_FT."""
     residual: float
-    """How far the run that ΔW_FT is read from is off the zero-shot capture's attention output, relative to it."""
+    """The largest relative difference between the attention output of the run that ΔW_FT is computed from and the
+    zero-shot capture's."""
+    demonstrations: DemonstrationKeysValues | None = None
+    """What `delta_W` computes from: in_context's own tensors. `None` in a comparison that version 0.1 saved."""
 
-    def to_frame(self) -> pd.DataFrame:
-        """Tidy: metric, layer, head (key-value heads, but for the action), mean and deviation over queries, and n."""
-        return summary_frame(_tensors(self))
+    def delta_W(self, layer: int, head: int, query: int = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
+        """Return ΔW_ICL = Σ_i v_i ⊗ k_i of one layer and query head, over the demonstrations' tokens, in float64.
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write the comparison into a folder, as safetensors and JSON."""
-        about = {"model": self.model, "rank": self.rank, "residual": self.residual}
-        save_tensors(Path(folder), _tensors(self), about)
+        It acts on the head's query as scored (`Capture.q_scored`): ΔW_ICL q. Query heads that share a key-value head
+        share the matrix. ΔW_FT, a matrix for each query, is compared and not kept.
 
-    @classmethod
-    def load(cls, folder: str | PathLike[str]) -> "UpdateComparison":
-        """Read a comparison that `save` wrote.
+        Args:
+            layer: the layer's index; like the others, negative from the end.
+            head: the query head's index.
+            query: the query's index. It matters in layers with a sliding window alone, where ΔW_ICL is over the tokens
+                that the window shows to this query; elsewhere all queries share one matrix.
+
+        Returns:
+            The matrix; its columns act on queries and its rows are the head's output.
 
         Raises:
-            AssetError: the folder is missing or damaged.
+            IndexError: an index is out of range.
+            ValueError: the comparison was saved by version 0.1, which saved no keys and values.
         """
-        tensors, about = load_tensors(Path(folder))
-        with reading("UpdateComparison", folder):
-            return cls(**tensors, **about)
+        if self.demonstrations is None:
+            raise ValueError(
+                "expected a comparison with the demonstrations' keys and values, got one that version 0.1 saved "
+                "without them: call icl_dual.compare_updates again"
+            )
+        n_queries, n_layers, n_heads = self.action_cosine.shape
+        query, layer = checked_index("query", query, n_queries), checked_index("layer", layer, n_layers)
+        kv_head = checked_index("head", head, n_heads) // (n_heads // self.cosine.shape[2])
+        kv_heads, visible = slice(kv_head, kv_head + 1), slice(int(self.demonstrations.n_hidden[query, layer]), None)
+        k, v = (t[layer, visible, kv_heads].double() for t in (self.demonstrations.keys, self.demonstrations.values))
+        return dual.head_weights(k, v)[0]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a tidy table: metric, layer, head, mean and deviation over queries, n.
+
+        Heads are key-value heads, except those of the action, which are query heads.
+        """
+        return summary_frame({name: values for name, values in vars(self).items() if isinstance(values, Tensor)})
 
     def __repr__(self) -> str:
         return (
@@ -109,50 +164,63 @@ def compare_updates(
     seed: int = 0,
     progress: bool = True,
 ) -> UpdateComparison:
-    """Hold ΔW_ICL against ΔW_FT at every query, layer and head, each beside its null.
+    """Compare ΔW_ICL with ΔW_FT at every query, layer and head, each number with its null.
 
     Runs the zero-shot prompts through the model twice, in batches: memory does not grow with the number of queries.
 
     Args:
         model: the untuned model; comes back as it was.
         zero_shot: a capture of the queries without demonstrations, with `attn_out`.
-        in_context: a capture of the same queries behind their demonstrations, with the fields `q_scored` and
+        in_context: a capture of the same queries after their demonstrations, with the fields `q_scored` and
             `keys_values`.
         delta: the finetuning on the same demonstrations.
         rank: how many leading singular directions to compare by their principal angles.
-        seed: of the null's directions.
+        seed: the seed of the null's random directions.
         progress: show a progress bar.
 
     Raises:
         ValueError: captures or delta are of other weights, queries or demonstrations, lack a field, there are no
             demonstrations, the rank is not between 1 and d_head, or the model is in half precision.
-        UnsupportedModelError: the prompts moved to their in-context positions are not the zero-shot run.
+        UnsupportedModelError: the prompts moved to their in-context positions give another attention output than the
+            zero-shot run.
     """
     _check_match(model, zero_shot, in_context, delta, rank)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[Tensor]] = {}
-    residual = 0.0
-    bar = progress_bar(total=len(in_context.prompts.queries), desc="ΔW_FT", show=progress, unit="query")
+    batches_by_name: dict[str, list[Tensor]] = {}
+    residual, n_queries = 0.0, len(in_context.prompts.queries)
+    bar = progress_bar(total=n_queries, desc="ΔW_FT", show=progress, unit="query")
     with torch.no_grad(), bar:
-        for first in range(0, len(in_context.prompts.queries), BATCH_SIZE):
-            batch = torch.arange(first, min(first + BATCH_SIZE, len(in_context.prompts.queries)))
-            held = _HeldPass(model, in_context.prompts, batch)
-            residual = max(residual, held.base(zero_shot))
+        for first in range(0, n_queries, BATCH_SIZE):
+            batch = torch.arange(first, min(first + BATCH_SIZE, n_queries))
+            fixed_inputs = _FixedInputPass(model, in_context.prompts, batch)
+            residual = max(residual, fixed_inputs.run_untuned(zero_shot))
             layers = [
                 _compare_layer(
                     _delta_w_icl(model, in_context, layer, batch), W_FT, in_context, layer, batch, rank, generator
                 )
-                for layer, W_FT in enumerate(held.tuned(delta))
+                for layer, W_FT in enumerate(fixed_inputs.run_tuned(delta))
             ]
             for name in layers[0]:
-                found.setdefault(name, []).append(torch.stack([layer[name] for layer in layers], dim=1))
+                by_layer = torch.stack([layer[name] for layer in layers], dim=1)
+                batches_by_name.setdefault(name, []).append(by_layer)
             bar.update(len(batch))
-    stacked = {name: torch.cat(batches) for name, batches in found.items()}
-    return UpdateComparison(model=model.name, rank=rank, residual=residual, **stacked)
+    stacked = {name: torch.cat(batches) for name, batches in batches_by_name.items()}
+    demonstrations = _demonstration_keys_values(model, in_context)
+    return UpdateComparison(model.name, rank, residual=residual, demonstrations=demonstrations, **stacked)
 
 
-class _HeldPass:
-    """Zero-shot prompts run twice over the same inputs X: by the untuned projections, and by the tuned ones."""
+def _demonstration_keys_values(model: Model, in_context: Capture) -> DemonstrationKeysValues:
+    """Return the keys and values that make up ΔW_ICL, and how many of them each layer's window hides from each
+    query."""
+    assert in_context.keys_values is not None
+    queries = torch.arange(len(in_context.prompts.queries))
+    visible = [_visible_demonstrations(model, in_context.prompts, layer, queries) for layer in range(model.n_layers)]
+    n_hidden = torch.stack([(~by_query).sum(-1) for by_query in visible], dim=1)
+    return DemonstrationKeysValues(in_context.keys_values.demo_keys, in_context.keys_values.demo_values, n_hidden)
+
+
+class _FixedInputPass:
+    """Runs zero-shot prompts twice over the same inputs X: with the untuned projections, and with the tuned ones."""
 
     def __init__(self, model: Model, prompts: Prompts, batch: Int[Tensor, " batch"]) -> None:
         self.model, self.batch = model, batch
@@ -165,44 +233,45 @@ class _HeldPass:
             self.positions += len(prompts.prefix) - len(prompts.start)
         self.attention: list[Attention] = []
 
-    def base(self, zero_shot: Capture) -> float:
-        """The untuned run, kept; returns how far its attention output is off the zero-shot capture's."""
+    def run_untuned(self, zero_shot: Capture) -> float:
+        """Run the untuned model and keep its attention; return how far its output is from the zero-shot capture's."""
         worst = 0.0
         tolerance = MOVED_TOLERANCE[0] * max(1.0, int(self.positions[-1]) / MOVED_TOLERANCE[1])
 
-        def keep(layer: int, attention: Attention) -> None:
+        def keep_attention(layer: int, attention: Attention) -> None:
             self.attention.append(attention)
 
-        def check(layer: int, output: Tensor) -> None:
+        def check_output(layer: int, output: Tensor) -> None:
             nonlocal worst
             assert zero_shot.attn_out is not None
             expected = zero_shot.attn_out[self.batch, layer]
-            off = output[torch.arange(len(self.batch), device=self.last.device), self.last].to(expected) - expected
-            residual = (off.norm(dim=-1) / expected.norm(dim=-1)).max().item()
+            rows = torch.arange(len(self.batch), device=self.last.device)
+            difference = output[rows, self.last].to(expected) - expected
+            residual = (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item()
             if not residual <= tolerance:
                 raise UnsupportedModelError(
-                    f"{self.model.name} ({self.model.architecture}), layer {layer}: zero-shot prompts at in-context "
-                    f"positions are off the zero-shot run by {residual:.1e}; expected at most "
-                    f"{tolerance:.0e}. Its ΔW_FT cannot be held against ΔW_ICL in one frame"
+                    f"{self.model.name} ({self.model.architecture}), layer {layer}: expected zero-shot prompts at "
+                    f"in-context positions to give the zero-shot run's attention output to {tolerance:.0e}, got a "
+                    f"difference of {residual:.1e}: its ΔW_FT and ΔW_ICL are not comparable"
                 )
             worst = max(worst, residual)
 
-        self._run(keep, check)
+        self._run(keep_attention, check_output)
         return worst
 
-    def tuned(self, delta: WeightDelta) -> Iterator[Float[Tensor, "batch kv_head d_head d_head"]]:
-        """ΔW_FT at every layer: the tuned projections run on inputs held by putting back what W_O got, untuned."""
+    def run_tuned(self, delta: WeightDelta) -> Iterator[Float[Tensor, "batch kv_head d_head d_head"]]:
+        """Yield ΔW_FT of every layer: the tuned projections run on X, for W_O gets the untuned heads' outputs."""
         tuned: list[Attention] = []
 
-        def hold(layer: int, attention: Attention) -> Tensor:
+        def restore_untuned(layer: int, attention: Attention) -> Tensor:
             tuned.append(attention)
             return self.attention[layer].output
 
         with delta.applied(self.model):
-            self._run(hold, add_momentum=False)  # the tuned values' own would move the inputs
+            self._run(restore_untuned, add_momentum=False)  # the tuned values' momentum would change X
         for rule, before, after in zip(self.model.attention_rules, self.attention, tuned, strict=True):
-            seen = rule.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
-            keys_values = before.k, before.v * seen, after.k, after.v * seen
+            visible = rule.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
+            keys_values = before.k, before.v * visible, after.k, after.v * visible
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
     def _run(self, on_attention: OnAttention, on_output: OnTensor | None = None, *, add_momentum: bool = True) -> None:
@@ -216,22 +285,26 @@ class _HeldPass:
         )
 
 
-def _tensors(result: UpdateComparison) -> dict[str, Tensor]:
-    return {name: values for name, values in vars(result).items() if isinstance(values, Tensor)}
+def _visible_demonstrations(
+    model: Model, prompts: Prompts, layer: int, batch: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch demo_pos"]:
+    """Return which of the demonstrations' tokens the layer's mask shows at each query's recorded position."""
+    n_start, n_prefix = len(prompts.start), len(prompts.prefix)
+    recorded = torch.tensor([n_prefix + len(prompts.suffixes[index]) - 1 for index in batch.tolist()])
+    return model.attention_rules[layer].visible(recorded[None], torch.arange(n_start, n_prefix)[None])[0]
 
 
 def _delta_w_icl(
     model: Model, in_context: Capture, layer: int, batch: Int[Tensor, " batch"]
 ) -> Float[Tensor, "#batch kv_head d_head d_head"]:
-    """ΔW_ICL over the demonstrations that the layer's mask shows: one for all queries where that is all of them."""
-    prompts, kept = in_context.prompts, in_context.keys_values
-    assert kept is not None
-    n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-    rows = torch.tensor([n_prefix + len(prompts.suffixes[index]) - 1 for index in batch.tolist()])
-    seen = model.attention_rules[layer].visible(rows[None], torch.arange(n_start, n_prefix)[None])[0]
-    seen = seen[:1] if (seen == seen[:1]).all() else seen
-    k, v = kept.demo_keys[layer].double(), kept.demo_values[layer].double()
-    return dual.head_weights(k.expand(len(seen), *k.shape), v * seen[..., None, None])
+    """Return ΔW_ICL over the demonstrations that the layer's mask shows: one for all queries where it shows them the
+    same."""
+    keys_values = in_context.keys_values
+    assert keys_values is not None
+    visible = _visible_demonstrations(model, in_context.prompts, layer, batch)
+    visible = visible[:1] if (visible == visible[:1]).all() else visible
+    k, v = keys_values.demo_keys[layer].double(), keys_values.demo_values[layer].double()
+    return dual.head_weights(k.expand(len(visible), *k.shape), v * visible[..., None, None])
 
 
 def _compare_layer(
@@ -243,38 +316,45 @@ def _compare_layer(
     rank: int,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
+    """Return every number that compares the two updates at one layer, by its name."""
     assert in_context.q_scored is not None
     q = in_context.q_scored[batch, layer].double()
     a, b = dual.Svd.of(W_ICL), dual.Svd.of(W_FT)
-    found = {
+    values_by_name = {
         "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
         "effective_rank_icl": dual.effective_rank(a.S).expand(len(batch), -1),
         "effective_rank_ft": dual.effective_rank(b.S),
     }
     by_group = q.unflatten(1, (W_FT.shape[1], -1))
-    acted = a.act(by_group)
+    action = a.act(by_group)
     for suffix, other in (("", b), ("_random", b.with_random_directions(generator))):
         overlap = dual.overlap(a, other, rank)
-        found |= {name + suffix: values for name, values in overlap._asdict().items()}
-        found["action_cosine" + suffix] = dual.cosine(acted, other.act(by_group)).flatten(1)
-    return found
+        values_by_name |= {name + suffix: values for name, values in overlap._asdict().items()}
+        values_by_name["action_cosine" + suffix] = dual.cosine(action, other.act(by_group)).flatten(1)
+    return values_by_name
 
 
+@document_fields
 @dataclass(frozen=True, repr=False)
-class DeltaSummary:
-    """What finetuning did to each layer's projections: how much, in how many directions, from which demonstrations."""
+class DeltaSummary(Saved):
+    """What finetuning changed in each layer's projections: how much, in how many directions, by which
+    demonstrations."""
 
     norm_K: Float[Tensor, " layer"]
     """Frobenius norm of ΔW_K."""
     norm_V: Float[Tensor, " layer"]
+    """Frobenius norm of ΔW_V."""
     effective_rank_K: Float[Tensor, " layer"]
+    """Effective rank of ΔW_K: exp of the entropy of its normalised singular values."""
     effective_rank_V: Float[Tensor, " layer"]
+    """Effective rank of ΔW_V."""
     demonstrations_K: Float[Tensor, "layer demo"] | None
-    """⟨ΔW_K of a demonstration, ΔW_K⟩ / ‖ΔW_K‖²: each one's share, summing to 1; `None` without factors."""
+    """Each demonstration's share ⟨its ΔW_K, ΔW_K⟩ / ‖ΔW_K‖², which sum to 1; `None` for a delta without factors."""
     demonstrations_V: Float[Tensor, "layer demo"] | None
+    """Each demonstration's share ⟨its ΔW_V, ΔW_V⟩ / ‖ΔW_V‖², which sum to 1; `None` for a delta without factors."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a number: metric, layer, demonstration (from 1; empty where the number is of all), value."""
+        """Return a tidy table: metric, layer, demonstration (from 1; empty for all together), value."""
         rows = []
         for field in fields(self):
             values = getattr(self, field.name)
@@ -295,10 +375,11 @@ class DeltaSummary:
 
 
 def summarise(delta: WeightDelta) -> DeltaSummary:
-    """Norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, what they are made of.
+    """Return norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, each demonstration's
+    share.
 
-    A delta with factors is summarised as their sum: the difference of rounded weights, which a delta is, has its
-    rounding spread over all directions.
+    A delta with factors is summarised as their sum. A delta itself is the difference of rounded weights, and its
+    rounding is spread over all directions.
     """
     factors, weights, shares = delta.factors, [delta.W_K.double(), delta.W_V.double()], [None, None]
     if factors is not None:
@@ -312,7 +393,7 @@ def summarise(delta: WeightDelta) -> DeltaSummary:
 def _shares(
     errors: Float[Tensor, "layer train_token d_kv"], factors: Factors, W: Float[Tensor, "layer d_kv d_model"]
 ) -> Float[Tensor, "layer demo"]:
-    """⟨Σ_{i∈demo} e_i ⊗ x_i, ΔW⟩ = Σ_{i∈demo} e_iᵀ ΔW x_i, without forming a matrix for each demonstration."""
+    """Return ⟨Σ_{i∈demo} e_i ⊗ x_i, ΔW⟩ / ‖ΔW‖² as Σ_{i∈demo} e_iᵀ ΔW x_i, without a matrix for each demonstration."""
     along = (errors * (factors.x.double() @ W.mT)).sum(-1)
     n_steps = int(factors.steps.max()) + 1
     by_step = along.new_zeros(len(along), n_steps).index_add_(1, factors.steps, along)
@@ -320,27 +401,18 @@ def _shares(
 
 
 def _check_match(model: Model, zero_shot: Capture, in_context: Capture, delta: WeightDelta, rank: int) -> None:
+    """Raise a ValueError unless captures, delta and options fit together."""
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
-    if (delta.model, delta.fingerprint) != (model.name, in_context.fingerprint):
-        raise ValueError(
-            f"expected a delta finetuned from the weights of {model.name!r} (fingerprint {in_context.fingerprint}), got one "
-            f"from {delta.model!r} ({delta.fingerprint})"
-        )
+    check_start_weights(delta, in_context)
     if delta.W_Q is not None:
         raise ValueError(
             "expected a delta of keys and values, got one of all attention: equation 13 has no change of queries. "
             "Finetune with trained='key-value'"
         )
-    if not in_context.prompts.demonstrations:
-        raise ValueError("expected in_context's prompts to have demonstrations: without any, ΔW_ICL is 0. Got none")
-    if delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
-        raise ValueError(
-            f"expected a delta finetuned on the {len(in_context.prompts.demonstrations)} demonstrations of in_context's prompts, in "
-            f"their order, got one of {len(delta.demonstrations)} that differ. Finetune on in_context's prompts"
-        )
-    for run, name in ((in_context, "q_scored"), (in_context, "keys_values"), (zero_shot, "attn_out")):
-        if getattr(run, name) is None:
-            raise ValueError(f"expected a capture with fields=icl_dual.DECOMPOSE_FIELDS, got {run} without {name!r}")
+    check_demonstrations(in_context)
+    check_training_sequences(delta, in_context, "finetune on in_context's prompts")
+    check_fields(("q_scored", "keys_values"), in_context=in_context)
+    check_fields(("attn_out",), zero_shot=zero_shot)
     if not 1 <= rank <= model.d_head:
         raise ValueError(f"expected a rank from 1 to d_head = {model.d_head}, got {rank}")
     if model.dtype.itemsize < 4:

@@ -1,21 +1,12 @@
-"""Running a model over prompts with hooks on → `Capture`.
+"""`Capture`: what a model did at each query's recorded position, and `capture()`, which runs the model for it.
 
-Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the shared part runs once:
+What is kept is read at each query's last token: the position that predicts the label, or under the reference protocol
+the end of the label word that follows every query. Label words are scored where the label is predicted, under both
+protocols. How the model runs is described in `icl_dual.captures.shared_prefix`.
 
-1. Start token, demonstrations and the tokens with which all queries begin (their template's) go through the model once,
-   in blocks, or whole with the first query behind them where that plain pass is kept (`FullPromptPass`); their keys and
-   values at every layer are kept.
-2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
-   tokens is merged with attention over the kept keys and values, from the layer's own queries: one matrix product for
-   the whole batch, and no key or value is copied per query. Zero-shot is the same pass behind the start token alone,
-   so that in-context learning is the zero-shot pass with the demonstrations in what is merged. Of momentum, where the
-   model has any, what the kept values leave is one vector a head, from which each query's sum goes on.
-3. What the metrics need is kept at each row's last token: the position that predicts the label, or under the reference
-   protocol the end of the label word that follows every query. Labels are read where they are predicted under both.
-
-Nothing is taken on trust: every pass recomputes the heads' output over the tokens it runs from their queries, keys and
-values and holds it against the model's own, and a model's first capture holds the whole pass against a full_prompt forward
-pass over a full prompt. A model that fails either is refused.
+Every capture is checked. Each pass recomputes the heads' output over its tokens from queries, keys and values and
+compares it with the model's own, and a model's first capture compares the shared-prefix pass with a plain forward pass
+over a full prompt. A model that fails either check is refused.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,7 +16,6 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from icl_dual import dual
 from icl_dual.captures.shared_prefix import (
@@ -33,15 +23,18 @@ from icl_dual.captures.shared_prefix import (
     FullPromptPass,
     PrefixCache,
     check_rope_scaling,
+    common_query_prefix,
     label_word_log_probs,
     log_probs_of,
     measure_pass,
     run_prefix,
     run_queries,
-    shared_head,
 )
+from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
 
 Field = Literal[
@@ -57,80 +50,89 @@ Field = Literal[
     "next_log_probs",
 ]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
-"""What the paper's metrics need."""
+"""The fields that the paper's metrics need."""
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values", "full_prompt")
-"""What `icl_dual.decompose` needs."""
+"""The fields that `icl_dual.decompose` needs."""
 
 
+@document_fields
 @dataclass(frozen=True, repr=False)
 class KeysValues:
-    """Keys (as scored) and values of the demonstrations, shared by all queries, and of each query's own tokens."""
+    """Keys and values of the demonstrations, which all queries share, and of each query's own tokens."""
 
     demo_keys: Float[Tensor, "layer demo_pos kv_head d_head"]
-    """Of every prefix token past the start token: `Prompts.segments` says whose each is."""
+    """Keys as scored (after norms and rotation) of every prefix token after the start token: the demonstrations and
+    their separators. `Prompts.segments` holds the source of each."""
     demo_values: Float[Tensor, "layer demo_pos kv_head d_head"]
-    query_keys: Float[Tensor, "query layer own_pos kv_head d_head"]
-    """Of the start token and the query's tokens, zero past the query's end."""
-    query_values: Float[Tensor, "query layer own_pos kv_head d_head"]
+    """Values of the tokens of `demo_keys`."""
+    query_keys: Float[Tensor, "query layer query_pos kv_head d_head"]
+    """Keys as scored of the start token and then each query's own tokens; zero past a query's end."""
+    query_values: Float[Tensor, "query layer query_pos kv_head d_head"]
+    """Values of the tokens of `query_keys`; zero past a query's end."""
 
     def __repr__(self) -> str:
         return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
 
 
+@document_fields
 @dataclass(frozen=True)
-class Capture:
-    """What a model did at each query's recorded position, which the prompts' protocol says.
+class Capture(Saved):
+    """What a model did at each query's recorded position, which the prompts' protocol sets.
 
-    Scores are scaled, before mask and softmax. Fields that were not asked for are `None`.
+    Scores are scaled by 1/√d_head (or as the model scales them), before mask and softmax. Fields that were not
+    requested are `None`.
     """
 
     model: str
+    """The model's name."""
     fingerprint: str
-    """Of the weights it was made with: another with a delta applied, or with momentum."""
+    """The dtype and a hash of the weights that ran: a delta applied to the model, or momentum, changes it."""
     hooks: str
-    """Of the hooks that others had on the model; empty where there were none."""
+    """The hooks that others had on the model during the run; empty where there were none."""
     prompts: Prompts
+    """The queries and the demonstrations before them, as token ids."""
     label_log_probs: Float[Tensor, "query label"]
     """Mean log-probability per token of each label word, in nats."""
     attn_out: Float[Tensor, "query layer d_model"] | None
-    """Attention output after W_O, before the residual sum."""
+    """Attention output after W_O, before it is added to the residual stream."""
     z: Float[Tensor, "query layer head d_head"] | None
-    """The heads' outputs before W_O, momentum in them where the model has any."""
+    """Outputs of the heads before W_O, including momentum where the model has any."""
     q: Float[Tensor, "query layer head d_head"] | None
     """Queries W_Q x, after norms and before rotation."""
     q_scored: Float[Tensor, "query layer head d_head"] | None
     """Queries as scored: after norms and rotation."""
     context_scores: Float[Tensor, "query layer prefix_pos"] | None
-    """Scores over the whole prefix, start token and separators among it, summed over heads."""
+    """Scores over every prefix token, including start token and separators, summed over heads."""
     demo_scores: Float[Tensor, "query layer head demo_token"] | None
-    """Scores over the demonstrations' own tokens, start token and separators left out."""
+    """Scores over the tokens of the demonstrations, without start token and separators."""
     query_scores: Float[Tensor, "query layer head query_token"] | None
-    """Scores over the row's own tokens, start token left out; zero past its end, which changes no cosine."""
+    """Scores over the query's own tokens, without the start token; zero past a query's end, which changes no cosine."""
     keys_values: KeysValues | None
+    """Keys and values of the demonstrations and of each query's own tokens."""
     full_prompt: FullPromptPass | None
-    """The plain pass over the first query's full prompt that a decomposition is held against."""
+    """A plain forward pass over the first query's full prompt, against which a decomposition is checked."""
     next_log_probs: Float[Tensor, "query d_vocab"] | None
-    """Log-probability in nats of every token of the vocabulary where the label is predicted."""
+    """Log-probability in nats of every token of the vocabulary at the position that predicts the label."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and batches."""
 
     @property
     def predictions(self) -> Int[Tensor, " query"]:
-        """The label with the highest log-probability."""
+        """Return the index of the label with the highest log-probability, for each query."""
         return self.label_log_probs.argmax(-1)
 
     @property
     def gold(self) -> Int[Tensor, " query"]:
-        """The queries' label indices."""
+        """Return the index of the correct label of each query."""
         return torch.tensor(self.prompts.gold)
 
     @property
     def accuracy(self) -> float:
-        """Share of queries whose predicted label is the gold one."""
+        """Return the proportion of queries for which the predicted label is the correct one."""
         return (self.predictions == self.gold).double().mean().item()
 
     def axes(self, field: Field) -> dict[str, int]:
-        """The names and lengths of a field's axes, in order; empty where it was not kept or is no tensor."""
+        """Return the names and lengths of a field's axes, in order; empty where it is `None` or no tensor."""
         tensor = getattr(self, field)
         if not isinstance(tensor, Tensor):
             return {}
@@ -138,9 +140,9 @@ class Capture:
         return dict(zip(annotation.dim_str.split(), tensor.shape, strict=True))
 
     def __repr__(self) -> str:
-        kept = [name for name in get_args(Field) if getattr(self, name) is not None]
-        axes = [" ".join(f"{axis}={n}" for axis, n in self.axes(name).items()) for name in kept]
-        shapes = [f"{name}[{shape}]" if shape else name for name, shape in zip(kept, axes, strict=True)]
+        names = [name for name in get_args(Field) if getattr(self, name) is not None]
+        axes = [" ".join(f"{axis}={n}" for axis, n in self.axes(name).items()) for name in names]
+        shapes = [f"{name}[{shape}]" if shape else name for name, shape in zip(names, axes, strict=True)]
         return (
             f"Capture({self.model!r}, {len(self.prompts.queries)} queries after {len(self.prompts.demonstrations)} "
             f"demonstrations, accuracy={self.accuracy:.3f}, residual={self.residual:.1e}, {', '.join(shapes)})"
@@ -155,111 +157,132 @@ def capture(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Capture:
-    """Run every query behind the shared demonstrations and keep what happens at its recorded position.
+    """Run every query after the shared demonstrations and record the model at its last token.
 
     Args:
-        model: what to run; comes back as it was.
+        model: the model to run; it comes back as it was.
         prompts: queries with their demonstrations; `prompts.zero_shot()` for the zero-shot setting.
-        fields: which of a `Capture`'s fields to keep, such as `METRIC_FIELDS` or `DECOMPOSE_FIELDS`; memory grows with
-            the number of queries by these.
-        batch_size: most queries to run at once; fewer where their lengths differ much, or where memory runs out.
+        fields: the fields of `Capture` to keep, such as `METRIC_FIELDS` or `DECOMPOSE_FIELDS`; memory grows with the
+            number of queries by these alone.
+        batch_size: the largest number of queries to run at once; fewer run where their lengths differ much, or where
+            memory runs out.
         progress: show a progress bar.
 
+    Returns:
+        The capture, on the CPU, in float32 or the model's dtype where that is wider.
+
     Raises:
+        ValueError: a field is unknown, or the batch size is below 1.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
-        PromptError: the prompts are not whole, or the model cannot read them.
-        MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `full_prompt` is
-            asked for; says its size.
+        PromptError: the prompts are incomplete, or the model cannot read them.
+        MemoryError: a single query does not fit in memory, or the first one's full prompt where the field `full_prompt`
+            is requested; the message has its size.
     """
-    if isinstance(fields, str):
-        raise ValueError(f"expected a collection of fields, such as ({fields!r},), got {fields!r}")
-    if unknown := set(fields) - set(get_args(Field)):
-        raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}")
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    check_capture_arguments(fields, batch_size)
     check_prompts(model, prompts)
-    head = shared_head(prompts)
-    check_rope_scaling(model, prompts, head)
-    with torch.no_grad(), tqdm(total=len(prompts.queries), disable=not progress, unit="query", leave=False) as bar:
-        if model.pass_residual is None:
-            try:
-                model.pass_residual = measure_pass(model, prompts.start)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise MemoryError(f"expected memory to check {model!r} on a short prompt, got: {error}") from error
-                raise UnsupportedModelError(
-                    f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, "
-                    f"got: {error}"
-                ) from error
+    query_prefix = common_query_prefix(prompts)
+    check_rope_scaling(model, prompts, query_prefix)
+    with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
+        _measure_pass_once(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
-        rows = [row[len(head) :] for row in prompts.suffixes]
-        context, full_prompt = run_prefix(model, prompts.prefix + head, rows[0] if "full_prompt" in fields else None)
+        rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
+        first_row = rows[0] if "full_prompt" in fields else None
+        context, full_prompt = run_prefix(model, prompts.prefix + query_prefix, first_row)
         recorder = _Recorder(model, prompts, fields, context)
         limit = BatchLimit(batch_size)
-        single = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
+        single_token_labels = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
+        label_tokens = [prompts.labels[index][0] for index in single_token_labels]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
             recorder.residual = max(recorder.residual, batch.residual)
             next_log_probs = log_probs_of(batch.logits)[:, 0]
-            first = [prompts.labels[label][0] for label in single]
-            at = torch.tensor(batch.rows)[:, None], torch.tensor(single, dtype=torch.long)
-            log_probs[at] = next_log_probs[:, first].cpu()
-            if "next_log_probs" in recorder.kept:
-                recorder.kept["next_log_probs"][batch.rows] = next_log_probs.cpu()
+            cells = torch.tensor(batch.rows)[:, None], torch.tensor(single_token_labels, dtype=torch.long)
+            log_probs[cells] = next_log_probs[:, label_tokens].cpu()
+            if "next_log_probs" in recorder.tensors:
+                recorder.tensors["next_log_probs"][batch.rows] = next_log_probs.cpu()
             bar.update(len(batch.rows))
-        asked = [query[len(head) :] for query in prompts.queries]
-        for label in set(range(len(prompts.labels))) - set(single):
-            log_probs[:, label] = label_word_log_probs(model, asked, prompts.labels[label], context, limit)
+        query_rows = [query[len(query_prefix) :] for query in prompts.queries]
+        for label in set(range(len(prompts.labels))) - set(single_token_labels):
+            log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
     return recorder.capture(log_probs, full_prompt)
 
 
+def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
+    """Raise a ValueError unless every field is known and the batch size is at least 1."""
+    if isinstance(fields, str):
+        raise ValueError(f"expected fields as a collection of names, got {fields!r}: pass ({fields!r},)")
+    if unknown := set(fields) - set(get_args(Field)):
+        raise ValueError(f"expected fields out of {get_args(Field)}, got {sorted(unknown)}: remove these")
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}: 1 runs one query at a time")
+
+
+def _measure_pass_once(model: Model, prompts: Prompts) -> None:
+    """Compare the shared-prefix pass with a plain forward pass, the first time that a model is captured."""
+    if model.pass_residual is not None:
+        return
+    try:
+        model.pass_residual = measure_pass(model, prompts.start)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(
+                f"expected memory to check {model!r} on a short prompt, got: {error}. Use a smaller model or half "
+                "precision"
+            ) from error
+        raise UnsupportedModelError(
+            f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, got: "
+            f"{error}"
+        ) from error
+
+
 class _Recorder:
-    """Keeps the asked-for fields of every query at its recorded position."""
+    """Records the requested fields of every query at its last token, as the engine's callbacks pass them."""
 
     def __init__(self, model: Model, prompts: Prompts, fields: Collection[Field], context: PrefixCache) -> None:
         self.model, self.prompts, self.context, self.fields = model, prompts, context, fields
         self.residual = context.residual
         n_prefix = len(prompts.prefix)
-        self.n_head = context.n_pos - n_prefix
-        self.n_shared = len(prompts.start) + self.n_head
-        shown = prompts.demonstration_positions.to(model.device)
-        self.shown_keys = [keys[shown] for keys in context.keys] if "demo_scores" in fields else []
+        self.n_before_rows = len(prompts.start) + context.n_pos - n_prefix
+        """How many tokens of the start token and the query come before the tokens that run in a row."""
+        demo_positions = prompts.demonstration_positions.to(model.device)
+        self.demo_keys = [keys[demo_positions] for keys in context.keys] if "demo_scores" in fields else []
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
         longest = max(map(len, prompts.suffixes))
-        own = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
+        keys_shape = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
         shapes = {
             "attn_out": (n_queries, n_layers, model.d_model),
             "z": (n_queries, n_layers, n_heads, model.d_head),
             "q": (n_queries, n_layers, n_heads, model.d_head),
             "q_scored": (n_queries, n_layers, n_heads, model.d_head),
             "context_scores": (n_queries, n_layers, n_prefix),
-            "demo_scores": (n_queries, n_layers, n_heads, len(shown)),
+            "demo_scores": (n_queries, n_layers, n_heads, len(demo_positions)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
             "next_log_probs": (n_queries, model.d_vocab),
         }
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
-        self.kept = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
+        self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
-            self.kept |= {name: torch.zeros(own, dtype=dtype) for name in ("query_keys", "query_values")}
+            self.tensors |= {name: torch.zeros(keys_shape, dtype=dtype) for name in ("query_keys", "query_values")}
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
-        """Keep a layer's attention."""
-        kept = self.kept
+        """Record a layer's attention."""
+        tensors = self.tensors
         rows = torch.arange(len(batch), device=last.device)
-        z = attention.output if "z" in kept else attention.z
+        z = attention.output if "z" in tensors else attention.z
         for name, tensor in (("z", z), ("q", attention.q_pre_rotary), ("q_scored", attention.q)):
-            if name in kept:
-                kept[name][batch, layer] = tensor[rows, last].to(kept[name])
+            if name in tensors:
+                tensors[name][batch, layer] = tensor[rows, last].to(tensors[name])
         n_pos = attention.k.shape[1]
         past_end = torch.arange(n_pos, device=last.device) > last[:, None]
-        self._keep_scores(layer, attention.q[rows, last], attention.k, batch, past_end)
-        if "query_keys" in kept:
+        self._record_scores(layer, attention.q[rows, last], attention.k, batch, past_end)
+        if "query_keys" in tensors:
+            positions = slice(self.n_before_rows, self.n_before_rows + n_pos)
             for name, tensor in (("query_keys", attention.k), ("query_values", attention.v)):
-                own = tensor.masked_fill(past_end[..., None, None], 0.0).to(kept[name])
-                kept[name][batch, layer, self.n_shared : self.n_shared + n_pos] = own
+                until_end = tensor.masked_fill(past_end[..., None, None], 0.0).to(tensors[name])
+                tensors[name][batch, layer, positions] = until_end
 
-    def _keep_scores(
+    def _record_scores(
         self,
         layer: int,
         q: Float[Tensor, "batch head d_head"],
@@ -267,31 +290,34 @@ class _Recorder:
         batch: Sequence[int],
         past_end: Bool[Tensor, "batch pos"],
     ) -> None:
-        """Keep the recorded rows' scores over the context, and over the tokens that ran."""
-        kept, (scale, softcap, *_) = self.kept, self.model.attention_rules[layer]
+        """Record the scores of the last tokens over the context, and over the tokens of their rows."""
+        tensors, (scale, softcap, *_) = self.tensors, self.model.attention_rules[layer]
         keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
-        if "context_scores" in kept:
-            kept["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
-        if "demo_scores" in kept:
-            found = dual.shared_scores(q, self.shown_keys[layer], scale, softcap)
-            kept["demo_scores"][batch, layer] = found.transpose(0, 1).cpu()
-        if "query_scores" in kept:
-            own = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2).masked_fill(past_end[:, None], 0.0)
-            head = dual.shared_scores(q, keys[n_prefix:], scale, softcap).transpose(0, 1)
-            found = torch.cat((head, own), dim=-1)
-            kept["query_scores"][batch, layer, :, : found.shape[-1]] = found.cpu()
+        if "context_scores" in tensors:
+            tensors["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
+        if "demo_scores" in tensors:
+            demo_scores = dual.shared_scores(q, self.demo_keys[layer], scale, softcap)
+            tensors["demo_scores"][batch, layer] = demo_scores.transpose(0, 1).cpu()
+        if "query_scores" in tensors:
+            prefix_scores = dual.shared_scores(q, keys[n_prefix:], scale, softcap).transpose(0, 1)
+            row_scores = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2)
+            row_scores = row_scores.masked_fill(past_end[:, None], 0.0)
+            query_scores = torch.cat((prefix_scores, row_scores), dim=-1)
+            tensors["query_scores"][batch, layer, :, : query_scores.shape[-1]] = query_scores.cpu()
 
     def on_output(
         self, layer: int, output: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
     ) -> None:
-        if "attn_out" in self.kept:
+        """Record a layer's attention output."""
+        if "attn_out" in self.tensors:
             rows = torch.arange(len(batch), device=last.device)
-            self.kept["attn_out"][batch, layer] = output[rows, last].to(self.kept["attn_out"])
+            self.tensors["attn_out"][batch, layer] = output[rows, last].to(self.tensors["attn_out"])
 
     def capture(self, log_probs: Float[Tensor, "query label"], full_prompt: FullPromptPass | None) -> Capture:
-        found: dict[str, Any] = {name: self.kept.get(name) for name in get_args(Field)}
-        found["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
-        found["full_prompt"] = full_prompt
+        """Return what was recorded."""
+        fields: dict[str, Any] = {name: self.tensors.get(name) for name in get_args(Field)}
+        fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
+        fields["full_prompt"] = full_prompt
         return Capture(
             model=self.model.name,
             fingerprint=self.model.fingerprint(),
@@ -299,14 +325,15 @@ class _Recorder:
             prompts=self.prompts,
             label_log_probs=log_probs,
             residual=self.residual,
-            **found,
+            **fields,
         )
 
     def _keys_values(self) -> KeysValues:
         n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
-        query_keys, query_values = self.kept["query_keys"], self.kept["query_values"]
-        keys, values = (torch.stack(found).to("cpu", self.dtype) for found in (self.context.keys, self.context.values))
-        for shared, own in ((keys, query_keys), (values, query_values)):
-            own[:, :, : self.n_shared] = torch.cat((shared[:, :n_start], shared[:, n_prefix:]), dim=1)
+        query_keys, query_values = self.tensors["query_keys"], self.tensors["query_values"]
+        context = (self.context.keys, self.context.values)
+        keys, values = (torch.stack(by_layer).to("cpu", self.dtype) for by_layer in context)
+        for shared, by_query in ((keys, query_keys), (values, query_values)):
+            by_query[:, :, : self.n_before_rows] = torch.cat((shared[:, :n_start], shared[:, n_prefix:]), dim=1)
         demos = slice(n_start, n_prefix)
         return KeysValues(keys[:, demos].clone(), values[:, demos].clone(), query_keys, query_values)

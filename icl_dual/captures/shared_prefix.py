@@ -1,19 +1,21 @@
 """The engine of captures: what queries share runs once, and each query's own tokens run after it.
 
-Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the part that all queries share runs once:
+Attention over a prompt is attention over its parts, merged (`icl_dual.dual`). So the part that all queries share runs
+once:
 
-1. Start token, demonstrations and the tokens with which all queries begin (their template's) run through the model once.
-   They run in blocks, each after the ones before it; where the full-prompt pass is kept (`FullPromptPass`), they run as
-   one sequence with the first query after them. Their keys and values at every layer are kept in a `PrefixCache`.
-2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these tokens
-   is merged with attention over the cached keys and values, computed from the layer's own queries: one matrix product for
-   the whole batch, and no key or value is copied per query. The zero-shot pass is the same with the start token alone in
-   the cache: in-context learning is the zero-shot pass with the demonstrations added to what is merged. Where the model
-   has momentum, the cached values leave one vector per head, from which each query's sum continues.
+1. Start token, demonstrations and the tokens with which all queries begin (their template's) run through the model
+   once. They run in blocks, each after the ones before it; where the full-prompt pass is kept (`FullPromptPass`), they
+   run as one sequence with the first query after them. Their keys and values at every layer are kept in a
+   `PrefixCache`.
+2. The rest of each query then runs alone, at its in-context positions. At every layer the heads' output over these
+   tokens is merged with attention over the cached keys and values, computed from the layer's own queries: one matrix
+   product for the whole batch, and no key or value is copied per query. The zero-shot pass is the same with the start
+   token alone in the cache: in-context learning is the zero-shot pass with the demonstrations added to what is merged.
+   Where the model has momentum, the cached values leave one vector per head, from which each query's sum continues.
 3. Callbacks receive each layer's attention and attention output; what to keep of them is the caller's choice.
-4. Every pass recomputes the heads' output over its tokens from queries, keys and values and compares it with the model's
-   own. `measure_pass` compares the whole pass with a plain forward pass over a full prompt. A model that fails either is
-   refused.
+4. Every pass recomputes the heads' output over its tokens from queries, keys and values and compares it with the
+   model's own. `measure_pass` compares the whole pass with a plain forward pass over a full prompt. A model that fails
+   either is refused.
 """
 
 import itertools
@@ -145,8 +147,8 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
     Args:
         model: the model to run.
         prefix: the tokens that all queries share.
-        row: the first query's own tokens, where its full-prompt pass is kept. Causality keeps them out of the prefix, so
-            that one pass serves as cache and as full-prompt pass.
+        row: the first query's own tokens, where its full-prompt pass is kept. Causality keeps them out of the prefix,
+            so that one pass serves as cache and as full-prompt pass.
 
     Returns:
         The cache of the prefix, and the full-prompt pass where a row was given.
@@ -290,9 +292,10 @@ def run_queries(
         n_read: at how many positions of each row to compute logits.
         context: the cache of the tokens before every row.
         limit: the largest number of rows to run at once; it is lowered where memory runs out.
-        on_attention: called at every layer with the batch's attention (z is that of the whole prompt), the rows' indices
-            and their last positions.
-        on_output: called at every layer with the attention output after W_O, the rows' indices and their last positions.
+        on_attention: called at every layer with the batch's attention (z is that of the whole prompt), the rows'
+            indices and their last positions.
+        on_output: called at every layer with the attention output after W_O, the rows' indices and their last
+            positions.
         n_after: how many tokens at the end of each row come after the positions of the logits.
 
     Yields:
@@ -393,16 +396,16 @@ def check_rope_scaling(model: Model, prompts: Prompts, query_prefix: Tokens) -> 
     """Refuse prompts whose shared part is within the model's original context and whose longest query is past it.
 
     Raises:
-        UnsupportedModelError: long-context scaling (dynamic NTK, LongRoPE) would rotate the cached keys differently once
-            the query follows.
+        UnsupportedModelError: long-context scaling (dynamic NTK, LongRoPE) would rotate the cached keys differently
+            once the query follows.
     """
     threshold, n_shared = model.rope_scaling_threshold, len(prompts.prefix) + len(query_prefix)
     longest = len(prompts.prefix) + max(map(len, prompts.queries)) + max(map(len, prompts.labels))
     if threshold is not None and n_shared <= threshold < longest:
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}) rotates all keys differently past {threshold} tokens: expected "
-            f"demonstrations and queries on one side of that, got {n_shared} tokens that the queries share and {longest} "
-            "with the longest query. Use fewer demonstrations, or more"
+            f"demonstrations and queries on one side of that, got {n_shared} tokens that the queries share and "
+            f"{longest} with the longest query. Use fewer demonstrations, or more"
         )
 
 
@@ -429,15 +432,15 @@ def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
         layer = int(above[0])
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}), layer {layer}: attention recomputed from queries, keys and values "
-            f"differs by {by_layer[layer]:.1e} from the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. Its "
-            "attention does more than softmax over scaled scores (position biases, gates, a norm before W_O, a hook "
-            "left on the model …) and cannot be split exactly: remove such hooks, or use another model"
+            f"differs by {by_layer[layer]:.1e} from the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. "
+            "Its attention does more than softmax over scaled scores (position biases, gates, a norm before W_O, a "
+            "hook left on the model …) and cannot be split exactly: remove such hooks, or use another model"
         )
     return by_layer.max().item()
 
 
 def measure_pass(model: Model, start: Tokens) -> float:
-    """Return the residual of the shared-prefix pass against a plain forward pass over a short prompt of arbitrary tokens.
+    """Return the residual of the shared-prefix pass against a plain forward pass over a short prompt.
 
     Raises:
         UnsupportedModelError: they differ beyond rounding, e.g. where a model ignores positions that jump.
@@ -461,16 +464,16 @@ def measure_pass(model: Model, start: Tokens) -> float:
         worst = max(worst, residual := _residual(output, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries after their shared prefix differs "
-                f"by {residual:.1e} from a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. The model "
-                "cannot run queries apart from their demonstrations (it may not take position_ids that jump): use "
-                "another model"
+                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries after their shared prefix "
+                f"differs by {residual:.1e} from a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. "
+                "The model cannot run queries apart from their demonstrations (it may not take position_ids that "
+                "jump): use another model"
             )
     return worst
 
 
 def _arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
-    """Return two short queries after one demonstration, of tokens drawn with a fixed seed, within the model's context."""
+    """Return two short queries after one demonstration, of tokens drawn with a fixed seed, that the model can read."""
     n_available = min(model.n_ctx, model.rope_scaling_threshold or model.n_ctx) - len(start)
     n_query = min(6, max(1, n_available // 5))
     n_demo = min(24, n_available - n_query)

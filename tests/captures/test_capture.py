@@ -12,7 +12,7 @@ from toys import ARCHITECTURES
 import icl_dual as icl
 from icl_dual.captures import shared_prefix
 from icl_dual.captures.capture import METRIC_FIELDS
-from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, batches
+from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, split_into_batches
 from icl_dual.prompts import Prompts
 
 OOM = torch.OutOfMemoryError("CUDA out of memory")
@@ -266,7 +266,7 @@ def test_a_model_that_ignores_positions_is_refused(
     model = make_model("gpt2", name="deaf")
     run = model.run
     monkeypatch.setattr(model, "run", lambda tokens, **kwargs: run(tokens, **{**kwargs, "positions": None}))
-    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the pass of queries behind"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the pass of queries after"):
         icl.capture(model, prompts, progress=False)
 
 
@@ -310,14 +310,14 @@ def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
         return run(tokens, **kwargs)
 
     monkeypatch.setattr(llama, "run", full)
-    with pytest.raises(MemoryError, match=r"single part of the demonstrations, \d+ tokens behind 0 tokens .* 8 bytes"):
+    with pytest.raises(MemoryError, match=r"single part of the demonstrations, \d+ tokens after 0 tokens .* 8 bytes"):
         icl.capture(llama, prompts, progress=False)
     with pytest.raises(
         MemoryError, match=r"single prompt, run whole for the field 'full_prompt', \d+ tokens .* 8 bytes"
     ):
         icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     fits = len(prompts.prefix)
-    with pytest.raises(MemoryError, match=r"single query, \d+ tokens behind \d+ tokens in Model.* allocate 8 bytes"):
+    with pytest.raises(MemoryError, match=r"single query, \d+ tokens after \d+ tokens in Model.* allocate 8 bytes"):
         icl.capture(llama, prompts, progress=False)
 
 
@@ -402,7 +402,7 @@ def test_batches_cost_no_more_than_any_other_split(lengths: list[int], batch_siz
         heads = range(1, min(batch_size, len(rows)) + 1)
         return [[rows[:n], *rest] for n in heads for rest in splits(rows[n:])]
 
-    got = batches(lengths, batch_size)
+    got = split_into_batches(lengths, batch_size)
     assert sorted(row for batch in got for row in batch) == list(range(len(lengths)))
     assert max(map(len, got)) <= batch_size
     assert cost([[lengths[row] for row in batch] for batch in got]) == min(map(cost, splits(sorted(lengths))))
@@ -557,7 +557,7 @@ def test_captures_with_and_without_momentum_are_not_paired(llama: icl.Model, pro
         with pytest.raises(ValueError, match=r"captures of the model given, got .*'zero_shot': 'llama'}"):
             icl.decompose(llama, zero_shot=zsl, in_context=got)
         renamed = dataclasses.replace(zsl, model=llama.name)
-        with pytest.raises(ValueError, match=r"other weights .* `with momentum_attention\(model, eta\):` and the"):
+        with pytest.raises(ValueError, match=r"other weights .* `with momentum_attention\(model, eta\):` and the same"):
             icl.decompose(llama, zero_shot=renamed, in_context=got)
     with pytest.raises(ValueError, match=r"captures of the model given, got .*'in_context': 'llama \+ momentum η=0.1'"):
         icl.decompose(llama, zero_shot=zsl, in_context=got)
