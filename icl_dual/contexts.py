@@ -1,8 +1,8 @@
-"""Altered contexts: the demonstrations with other labels, or in another order.
+"""Altered contexts: demonstrations with other labels, or in another order.
 
-If in-context learning acts like finetuning *on its demonstrations*, then its likeness to finetuning on them has to fall
-when their labels are wrong, when they are another task's, when nothing but their size is left of the finetuning. Each
-such control takes the place of one run of a comparison, so it costs one forward pass.
+If in-context learning acts like finetuning *on its demonstrations*, the two must become less alike when the context's
+labels are wrong, or when its demonstrations come from another task. An altered context replaces one run of a
+comparison, and so costs one forward pass.
 """
 
 import itertools
@@ -17,73 +17,96 @@ from icl_dual.prompts import Prompts
 from icl_dual.tasks import Example
 
 Context = Literal["own", "shuffled labels", "flipped labels", "random labels", "reordered"]
-"""What stands in context: the demonstrations; the same with their labels dealt out anew, each turned into another by
-one rule, or drawn at random; or the same in another order."""
+"""The demonstrations in the context, against those of finetuning: the same (`own`), with labels that are permuted,
+mapped to wrong labels by one rule, or drawn at random, or in another order."""
 
 
 def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, *, seed: int) -> list[Example]:
-    """Demonstrations with other labels, or in another order.
+    """Return demonstrations with other labels, or in another order.
 
     Args:
-        demonstrations: what to change.
-        context: `shuffled labels` deals the labels that there are to the demonstrations anew, `random labels` draws
-            each from all labels, both so that at least one changes (unless all are the same and are shuffled);
-            `flipped labels` makes every label wrong by one rule (with two labels, each becomes the other; with more,
-            all go on by the same drawn number); `reordered` leaves labels alone.
-        n_labels: how many labels the task has, two at least.
-        seed: of the draw.
+        demonstrations: the demonstrations to change.
+        context: `shuffled labels` permutes the labels among the demonstrations, so that at least one changes (unless
+            all are equal). `random labels` draws each label from all labels, so that at least one changes. `flipped
+            labels` makes every label wrong by one rule: with two labels, each becomes the other; with more, all shift
+            by the same random number. `reordered` keeps labels and changes the order. `own` changes nothing.
+        n_labels: the number of labels of the task, at least 2.
+        seed: the seed of the random draw.
 
     Raises:
-        ValueError: there is no such change, or there are fewer than two labels.
+        ValueError: there is no such context, or there are fewer than two labels.
+
+    Example:
+        >>> import icl_dual
+        >>> rows = [{"text": f"film {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
+        >>> demonstrations = task.demonstrations(4, seed=1)
+        >>> flipped = icl_dual.relabel(demonstrations, "flipped labels", 2, seed=0)
+        >>> [a.label + b.label for a, b in zip(demonstrations, flipped)]
+        [1, 1, 1, 1]
     """
     if n_labels < 2:
-        raise ValueError(f"expected two labels at least, got {n_labels}")
+        raise ValueError(f"expected n_labels of at least 2, got {n_labels}: an altered context needs another label")
     rng = np.random.default_rng(seed)
-    labels = np.array([shown.label for shown in demonstrations], dtype=int)
+    true_labels = labels = np.array([example.label for example in demonstrations], dtype=int)
     if context == "reordered":
         return [demonstrations[index] for index in draw_orders(len(demonstrations), 2, seed=seed)[1]]
-    own = labels
     if context == "shuffled labels":
-        # Drawn again until something changes, where anything can.
-        while (labels == own).all() and len(set(own.tolist())) > 1:
-            labels = rng.permutation(own)
+        # Shuffled again until a label changes, unless all are equal.
+        while (labels == true_labels).all() and len(set(true_labels.tolist())) > 1:
+            labels = rng.permutation(true_labels)
     elif context == "flipped labels":
         labels = (labels + rng.integers(1, n_labels)) % n_labels
     elif context == "random labels":
-        while (labels == own).all() and len(own):
-            labels = rng.integers(n_labels, size=len(own))
+        while (labels == true_labels).all() and len(true_labels):
+            labels = rng.integers(n_labels, size=len(true_labels))
     elif context != "own":
-        raise ValueError(f"expected a context out of {get_args(Context)}, got {context!r}")
-    return [replace(shown, label=int(label)) for shown, label in zip(demonstrations, labels, strict=True)]
+        raise ValueError(f"expected context as one of {get_args(Context)}, got {context!r}")
+    return [replace(example, label=int(label)) for example, label in zip(demonstrations, labels, strict=True)]
 
 
-def matching_training_steps(shown: Prompts, trained: Prompts, k: int, context: Context, *, seed: int) -> list[int]:
-    """Which training step each demonstration in a control's context stands for, token by token; −1 for none.
+def matching_training_steps(
+    context_prompts: Prompts, training_prompts: Prompts, k: int, context: Context, *, seed: int
+) -> list[int]:
+    """Return the training step of each demonstration in an altered context, by position; −1 for those without one.
 
-    `relabel` made the context of k demonstrations, of which either may lack some for want of room.
+    A demonstration has a step if finetuning trained on the same example with as many tokens, so that the two can be
+    compared token by token.
+
+    Args:
+        context_prompts: the prompts with the altered context.
+        training_prompts: the prompts that finetuning trains on.
+        k: the number of demonstrations passed to `relabel`. Either prompts may have fewer, where not all fit.
+        context: the context passed to `relabel`.
+        seed: the seed passed to `relabel`.
     """
     order = draw_orders(k, 2, seed=seed)[1] if context == "reordered" else range(k)
-    lengths = dict(enumerate(map(len, trained.training_sequences)))
-    pairs = zip(order, shown.demonstrations, strict=False)
-    return [step if lengths.get(step) == len(tokens) else -1 for step, tokens in pairs]
+    length_by_step = dict(enumerate(map(len, training_prompts.training_sequences)))
+    pairs = zip(order, context_prompts.demonstrations, strict=False)
+    return [step if length_by_step.get(step) == len(tokens) else -1 for step, tokens in pairs]
 
 
 def draw_orders(k: int, n: int, *, seed: int) -> list[tuple[int, ...]]:
-    """n different orders of k demonstrations, their own first.
+    """Return n different orders of k demonstrations, the original order first.
 
     Raises:
-        ValueError: there are not as many, or n is below one.
+        ValueError: n is below 1, or above the k! orders that exist.
+
+    Example:
+        >>> from icl_dual.contexts import draw_orders
+        >>> draw_orders(2, 2, seed=0)
+        [(0, 1), (1, 0)]
     """
     if not 1 <= n <= math.factorial(k):
         raise ValueError(
-            f"expected from 1 to {k}! = {math.factorial(k)} orders of {k} demonstrations, got {n}: ask for fewer "
-            "orders, or show more demonstrations"
+            f"expected n from 1 to {k}! = {math.factorial(k)} orders of {k} demonstrations, got {n}: use fewer orders, "
+            "or more demonstrations"
         )
     rng = np.random.default_rng(seed)
-    found = {tuple(range(k)): None}
-    if math.factorial(k) <= 2 * n:  # too few to find the last ones by chance
+    orders = {tuple(range(k)): None}
+    if math.factorial(k) <= 2 * n:  # too few orders exist to draw the last ones by chance
         others = list(itertools.permutations(range(k)))[1:]
-        found |= {others[index]: None for index in rng.permutation(len(others))}
-    while len(found) < n:
-        found[tuple(rng.permutation(k).tolist())] = None
-    return list(found)[:n]
+        orders |= {others[index]: None for index in rng.permutation(len(others))}
+    while len(orders) < n:
+        orders[tuple(rng.permutation(k).tolist())] = None
+    return list(orders)[:n]

@@ -5,7 +5,7 @@ decaying sum of past values to every head (Dai et al., 2023, §5):
 
     MoAttn(V, K, q_t) = Attn(V, K, q_t) + Σ_{i<t} η^{t−i} v_i,    0 ≤ η < 1.
 
-`decaying_sum` computes the sum in time linear in the positions, `decaying_sum_reference` pair by pair.
+`decaying_sum` computes the sum in time linear in the number of positions, `decaying_sum_reference` by its definition.
 """
 
 import itertools
@@ -17,18 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 32
-"""Positions that one matrix of decays covers: more cost more arithmetic, fewer more steps."""
-NOTHING = 1e-30
-"""What decays below this adds nothing but time: arithmetic on subnormal numbers is slow."""
+"""Positions in one decay matrix. Larger blocks take more arithmetic, smaller ones more steps."""
+NEGLIGIBLE = 1e-30
+"""Decays below this count as 0: they do not change a sum, and arithmetic on subnormal numbers is slow."""
 
 
 class Momentum(NamedTuple):
-    """What momentum adds to attention's output, and what it carries on."""
+    """What momentum adds to attention's output, and the state that later positions need."""
 
     z: Float[Tensor, "batch pos head d_head"]
-    """Σ_{i<t} η^{t−i} v_i, of the past alone."""
+    """Σ_{i<t} η^{t−i} v_i at every position t, over preceding positions only."""
     state: Float[Tensor, "batch head d_head"]
-    """Σ_i η^{n−1−i} v_i over the n positions so far: all that positions to come need of them."""
+    """Σ_i η^{n−1−i} v_i over all n positions: what later positions need to know of them."""
 
 
 def decaying_sum(
@@ -38,24 +38,34 @@ def decaying_sum(
     state: Float[Tensor, "batch head d_head"] | None = None,
     documents: Int[Tensor, "batch pos"] | None = None,
 ) -> Momentum:
-    """The decaying sum of past values that momentum attention adds, in time linear in the positions.
+    """Compute the decaying sum of past values, Σ_{i<t} η^{t−i} v_i, in time linear in the number of positions.
 
-    Positions come in blocks. Within one, the sum is a product with a matrix of decays; what each block leaves behind
-    is summed from block to block in the same way, with decay η^block.
+    Positions are processed in blocks. Within a block, the sum is a product with a matrix of decays. The states that
+    blocks leave are summed in the same way, with decay η^block.
 
     Args:
-        v: values, in the order of their positions; query heads share them group by group.
-        eta: η of each query head, from 0 to below 1. At 0 nothing is added.
-        state: what values before these have left, by `Momentum.state`; nothing where not given.
-        documents: which document each position belongs to, negative for padding. A run of positions of one document
-            is summed by itself; a state belongs to the first.
+        v: values, in the order of their positions. Consecutive query heads share a key-value head.
+        eta: η of each query head, at least 0 and below 1. With η = 0 the sum is 0.
+        state: the `Momentum.state` that preceding values left; no preceding values by default.
+        documents: the index of each position's document, negative for padding. The sum restarts where the index
+            changes. A `state` belongs to the first document.
+
+    Returns:
+        The sums by query head, and the state after the last position.
 
     Raises:
-        ValueError: η is out of range or not by head, or shapes do not fit.
+        ValueError: η is out of range, or shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from icl_dual.momentum import decaying_sum
+        >>> v = torch.ones(1, 4, 1, 1)
+        >>> decaying_sum(v, torch.tensor([0.5])).z.flatten().tolist()
+        [0.0, 0.5, 0.75, 0.875]
     """
     _check_shapes(v, eta, state, documents)
     check_eta(eta)
-    with torch.autocast(v.device.type, enabled=False):  # which would sum in half precision
+    with torch.autocast(v.device.type, enabled=False):  # autocast would sum in half precision
         return _decaying_sum(*_as_heads(v, eta), state, documents)
 
 
@@ -67,13 +77,13 @@ def _decaying_sum(
 ) -> Momentum:
     if not values.shape[1]:
         return Momentum(values, values.sum(1) if state is None else state)
-    before = values.new_zeros(len(values), *values.shape[2:]) if state is None else state.to(values)
-    own = before_own = None
+    initial = values.new_zeros(len(values), *values.shape[2:]) if state is None else state.to(values)
+    runs = preceding_runs = None
     if documents is not None:
         values = values.masked_fill((documents < 0)[..., None, None], 0.0)
-        own = torch.nn.functional.pad((documents.diff(dim=1) != 0).cumsum(1), (1, 0))
-        before_own = torch.cat((own[:, :1], own[:, :-1]), dim=1)
-    z = _decayed(torch.cat((before[:, None], values[:, :-1]), dim=1), decay, before_own, own, 1)
+        runs = torch.nn.functional.pad((documents.diff(dim=1) != 0).cumsum(1), (1, 0))
+        preceding_runs = torch.cat((runs[:, :1], runs[:, :-1]), dim=1)
+    z = _decayed(torch.cat((initial[:, None], values[:, :-1]), dim=1), decay, preceding_runs, runs, 1)
     return Momentum(z, values[:, -1] + z[:, -1])
 
 
@@ -82,25 +92,25 @@ def decaying_sum_reference(
     eta: Float[Tensor, " head"],
     documents: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Return `decaying_sum` as a product with a triangular matrix of decays, in time quadratic in the positions."""
+    """Compute the sums of `decaying_sum` with one triangular matrix of decays, in time quadratic in the positions."""
     check_eta(eta)
     values, decay = _as_heads(v, eta)
     position = torch.arange(v.shape[1], device=v.device)
-    shown = (position[:, None] > position).expand(len(v), -1, -1)
+    summed = (position[:, None] > position).expand(len(v), -1, -1)
     if documents is not None:
-        shown = torch.zeros_like(shown)
-        for batch, of_row in enumerate(documents.tolist()):
-            for t, document in enumerate(of_row):
-                own = itertools.takewhile(lambda i, row=of_row, own=document: row[i] == own, range(t - 1, -1, -1))
-                shown[batch, t, list(own)] = document >= 0
-    return torch.einsum("bhti,bihd->bthd", decay_matrix(decay, position, position) * shown[:, None], values)
+        summed = torch.zeros_like(summed)
+        for batch, row in enumerate(documents.tolist()):
+            for t, document in enumerate(row):
+                same_run = itertools.takewhile(lambda i, row=row, own=document: row[i] == own, range(t - 1, -1, -1))
+                summed[batch, t, list(same_run)] = document >= 0
+    return torch.einsum("bhti,bihd->bthd", decay_matrix(decay, position, position) * summed[:, None], values)
 
 
 def decay_matrix(
-    eta: Float[Tensor, " head"], rows: Int[Tensor, "*batch pos"], keys: Int[Tensor, "*#batch key"]
+    eta: Float[Tensor, " head"], positions: Int[Tensor, "*batch pos"], key_positions: Int[Tensor, "*#batch key"]
 ) -> Float[Tensor, "*batch head pos key"]:
-    """η^{t−i} for a row at t and a key at i before it, else 0."""
-    distance = (rows[..., None] - keys[..., None, :]).unsqueeze(-3)
+    """Return η^{t−i} for every position t and every key at i < t, and 0 for keys at t or after it."""
+    distance = (positions[..., None] - key_positions[..., None, :]).unsqueeze(-3)
     return torch.where(distance > 0, eta[:, None, None] ** distance.clamp_min(1), 0.0)
 
 
@@ -110,36 +120,48 @@ def momentum_linear_attention(
     v: Float[Tensor, "*batch key d_v"],
     eta: float,
 ) -> Float[Tensor, "*batch pos d_v"]:
-    """Linear attention with momentum over its terms: Σ_t (u_t + Σ_{i<t} η^{t−i} u_i), u_i = v_i (k_iᵀ q).
+    """Compute linear attention with momentum over its terms: Σ_t (u_t + Σ_{i<t} η^{t−i} u_i), u_i = v_i (k_iᵀ q).
 
-    On error signals and inputs it is what SGD with momentum adds to a linear layer, unrolled.
+    With the inputs of a linear layer as keys and its error signals as values, this is what SGD with momentum η adds to
+    the layer's output.
+
+    Args:
+        q: queries.
+        k: keys, in the order of the steps.
+        v: values, in the order of the steps.
+        eta: η, at least 0 and below 1.
     """
     terms = (q @ k.mT).unsqueeze(-1) * v.unsqueeze(-3)
-    by_step = terms.flatten(0, -3)  # every query's terms, in the order of the steps
-    added = decaying_sum(by_step.unsqueeze(2), by_step.new_full((1,), eta)).z.view(terms.shape)
-    return (terms + added).sum(-2)
+    by_step = terms.flatten(0, -3)  # each query's terms, in the order of the steps
+    momentum = decaying_sum(by_step.unsqueeze(2), by_step.new_full((1,), eta)).z.view(terms.shape)
+    return (terms + momentum).sum(-2)
 
 
 def check_eta(eta: Float[Tensor, "*shape"]) -> None:
-    """Raise a ValueError unless every η is at least 0 and below 1."""
-    wrong = eta[~((eta >= 0) & (eta < 1))]
-    if len(wrong):
-        raise ValueError(f"expected η from 0 to below 1, got {wrong[0].item():g}")
+    """Check that every η is at least 0 and below 1.
+
+    Raises:
+        ValueError: some η is out of range; the message gives the first.
+    """
+    out_of_range = eta[~((eta >= 0) & (eta < 1))]
+    if len(out_of_range):
+        raise ValueError(f"expected eta from 0 to below 1, got {out_of_range[0].item():g}: the sum would not decay")
 
 
 def _check_shapes(v: Any, eta: Any, state: Any, documents: Any) -> None:
     if not isinstance(v, Tensor) or v.ndim != 4:
-        raise ValueError(f"expected values [batch pos kv_head d_head], got {_shape(v)}")
+        raise ValueError(f"expected v of shape [batch pos kv_head d_head], got {_shape(v)}")
     if not isinstance(eta, Tensor) or eta.ndim != 1 or not len(eta) or len(eta) % v.shape[2]:
         raise ValueError(
-            f"expected η by query head, of which {v.shape[2]} heads of values have as many each, got {_shape(eta)}"
+            f"expected eta with one value for each query head, a multiple of the {v.shape[2]} heads of v, got "
+            f"{_shape(eta)}: pass a tensor of shape [n_heads]"
         )
     if state is not None and state.shape != (len(v), len(eta), v.shape[3]):
-        raise ValueError(f"expected a state {[len(v), len(eta), v.shape[3]]}, got {_shape(state)}")
+        raise ValueError(f"expected state of shape {[len(v), len(eta), v.shape[3]]}, got {_shape(state)}")
     if documents is not None and (documents.shape != v.shape[:2] or documents.dtype is torch.bool):
         raise ValueError(
-            f"expected a document's number for each of {list(v.shape[:2])} positions, negative for padding, got "
-            f"{_shape(documents)}"
+            f"expected documents as integers of shape {list(v.shape[:2])}, negative for padding, got "
+            f"{_shape(documents)}: pass the index of each position's document"
         )
 
 
@@ -148,7 +170,7 @@ def _shape(given: Any) -> str:
 
 
 def _as_heads(v: Tensor, eta: Tensor) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, " head"]]:
-    """Values repeated for every query head, and decays, in one type of float32 at least."""
+    """Return values repeated for every query head, and η, in a common dtype of at least float32."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     group = len(eta) // v.shape[2]
     return (v if group == 1 else v.repeat_interleave(group, dim=2)).to(dtype), eta.to(v.device, dtype)
@@ -161,7 +183,10 @@ def _decayed(
     target: Int[Tensor, "batch pos"] | None,
     offset: int,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Σ_{i≤t} decay^{t−i+offset} x_i at every t, of the x whose source is t's target; both are runs, and ascend."""
+    """Return Σ_{i≤t} decay^{t−i+offset} x_i at every t, over the i with source_i = target_t.
+
+    `source` and `target` are the indices of runs of positions, in ascending order.
+    """
     n_pos = x.shape[1]
     n_blocks = -(-n_pos // BLOCK)
     size = n_pos if n_blocks == 1 else BLOCK
@@ -171,7 +196,7 @@ def _decayed(
     step = torch.arange(size, device=x.device)
     distance = step[:, None] - step
     powers = decay[:, None, None] ** (distance + offset).clamp_min(0)
-    hidden = (distance < 0) | ((powers > 0) & (powers < NOTHING))
+    hidden = (distance < 0) | ((powers > 0) & (powers < NEGLIGIBLE))
     weights = powers.masked_fill(hidden, 0.0)[None, None]
     sources = targets = ends = None
     if source is not None and target is not None:
@@ -182,11 +207,11 @@ def _decayed(
         weights = weights * (targets[..., :, None] == sources[..., None, :])[:, :, None]
         ends = targets[..., -1]
     if n_blocks > 1:
-        # What each block leaves at its end is summed from block to block, and goes into the next one's first row.
-        left = (decay[:, None] ** step.flip(0))[None, None]
+        # The states at the ends of blocks are summed from block to block, and added to the next block's first position.
+        to_end = (decay[:, None] ** step.flip(0))[None, None]
         if sources is not None and ends is not None:
-            left = left * (sources == ends[..., None])[:, :, None]
-        sums = _decayed(torch.einsum("bnhi,bnihd->bnhd", left, blocks), decay**BLOCK, ends, ends, 0)
+            to_end = to_end * (sources == ends[..., None])[:, :, None]
+        sums = _decayed(torch.einsum("bnhi,bnihd->bnhd", to_end, blocks), decay**BLOCK, ends, ends, 0)
         carried = decay[:, None] * sums[:, :-1]
         if sources is not None and ends is not None:
             carried = carried * (sources[:, 1:, 0] == ends[:, :-1])[..., None, None]
@@ -196,46 +221,60 @@ def _decayed(
 
 
 Eta = float | int | Float[Tensor, "*layer head"]
-"""η of momentum attention: one for all heads, one by head, or one by layer and head."""
+"""η of momentum attention: a number for all heads, or a tensor `[head]` or `[layer head]`."""
 
 
 def eta_by_layer_and_head(
     eta: Eta, n_layers: int, n_heads: int, layers: Sequence[int] | None = None
 ) -> Float[Tensor, "layer head"]:
-    """η of momentum attention by layer and head, 0 at layers not chosen.
+    """Return η of momentum attention by layer and head, in float64, and 0 at all other layers than `layers`.
+
+    Args:
+        eta: η, at least 0 and below 1: a number for all heads, or a tensor `[head]` or `[layer head]`.
+        n_layers: the model's number of layers.
+        n_heads: the model's number of query heads.
+        layers: the layers that have momentum; all by default.
 
     Raises:
-        ValueError: η is out of range, or of another shape; or there is no such layer.
+        ValueError: η is out of range or has another shape, or a layer does not exist.
     """
     try:
-        given = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
+        values = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected η as a number or a tensor, got {eta!r}") from error
-    if given.shape not in ((), (n_heads,), (n_layers, n_heads)):
+        raise ValueError(f"expected eta as a number or a tensor, got {eta!r}") from error
+    if values.shape not in ((), (n_heads,), (n_layers, n_heads)):
         raise ValueError(
-            f"expected η as a number, [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], got a tensor of "
-            f"shape {list(given.shape)}"
+            f"expected eta as a number, or of shape [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], "
+            f"got shape {list(values.shape)}"
         )
-    check_eta(given)
-    chosen = range(n_layers) if layers is None else layers
-    if isinstance(chosen, int):
-        raise ValueError(f"expected a sequence of layers, got {chosen}: say layers=[{chosen}]")
-    if not set(chosen) <= set(range(n_layers)):
-        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(chosen)}")
-    found = torch.zeros(n_layers, n_heads, dtype=torch.float64)
-    found[list(chosen)] = given.expand(n_layers, n_heads)[list(chosen)]
-    return found
+    check_eta(values)
+    with_momentum = range(n_layers) if layers is None else layers
+    if isinstance(with_momentum, int):
+        raise ValueError(f"expected layers as a sequence, got {with_momentum}: pass layers=[{with_momentum}]")
+    if not set(with_momentum) <= set(range(n_layers)):
+        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(with_momentum)}")
+    by_layer_and_head = torch.zeros(n_layers, n_heads, dtype=torch.float64)
+    by_layer_and_head[list(with_momentum)] = values.expand(n_layers, n_heads)[list(with_momentum)]
+    return by_layer_and_head
 
 
 def describe_eta(eta: Float[Tensor, "layer head"]) -> str:
-    """η in a few words: its size, or the sizes it lies between, and at which layers, unless at all."""
-    there = eta.any(1)
-    if not there.any():
+    """Return η in a few words: its value or range, and its layers unless all have momentum.
+
+    Example:
+        >>> from icl_dual.momentum import describe_eta, eta_by_layer_and_head
+        >>> describe_eta(eta_by_layer_and_head(0.1, n_layers=12, n_heads=2, layers=range(4, 12)))
+        'η=0.1 in layers 4-11'
+    """
+    has_momentum = eta.any(1)
+    if not has_momentum.any():
         return "η=0"
-    low, high = (f"{bound:.3g}" for bound in eta[there].aminmax())
-    layers = there.nonzero().flatten().tolist()
-    # Of layers that follow each other, layer and rank differ by the same.
-    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda found: found[1] - found[0])]
-    at = ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
-    size = low if low == high else f"{low} to {high}"
-    return f"η={size}" if there.all() else f"η={size} in {'layer' if len(layers) == 1 else 'layers'} {at}"
+    low, high = (f"{bound:.3g}" for bound in eta[has_momentum].aminmax())
+    value = low if low == high else f"{low} to {high}"
+    if has_momentum.all():
+        return f"η={value}"
+    layers = has_momentum.nonzero().flatten().tolist()
+    # Consecutive layers have the same difference between layer and rank.
+    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    spans = ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+    return f"η={value} in {'layer' if len(layers) == 1 else 'layers'} {spans}"

@@ -234,7 +234,9 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
             f"queries, got {gold}"
         )
     lengths = tuple(map(len, prompts.training_sequences))
-    if len(label_lengths) != len(lengths) or not all(1 <= n <= of for n, of in zip(label_lengths, lengths, strict=True)):
+    if len(label_lengths) != len(lengths) or not all(
+        1 <= n <= of for n, of in zip(label_lengths, lengths, strict=True)
+    ):
         raise PromptError(
             "expected demonstration_label_lengths as one number for each demonstration, from 1 to its length in tokens "
             f"{lengths}, got {label_lengths}"

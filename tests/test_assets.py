@@ -55,7 +55,7 @@ def test_a_wheel_is_fetched_once_and_read_as_an_archive(
 
 
 def test_other_bytes_than_the_pinned_ones_are_refused_and_not_kept(cache: Path, index: Path) -> None:
-    with pytest.raises(icl.AssetError, match=r"expected SHA-256 0000 of .* The index served other bytes"):
+    with pytest.raises(icl.AssetError, match=r"expected SHA-256 0000 of .* the package index served other bytes"):
         assets.fetch_wheel(Wheel(PACKAGE, VERSION, FILENAME, "0000"))
     assert not (cache / "wheels" / FILENAME).exists()
 
@@ -64,7 +64,7 @@ def test_a_truncated_wheel_in_the_cache_is_refused(cache: Path, index: Path) -> 
     wheel = wheel_of(index)
     path = assets.fetch_wheel(wheel)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(icl.AssetError, match=rf"expected SHA-256 {wheel.sha256} .*Delete this file and run again"):
+    with pytest.raises(icl.AssetError, match=rf"expected SHA-256 {wheel.sha256} .*delete this file and run again"):
         assets.fetch_wheel(wheel)
 
 
@@ -75,7 +75,7 @@ def test_without_network_and_cache_it_says_what_was_wanted_and_where_it_goes(
     monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
     with pytest.raises(icl.AssetError) as caught:
         assets.fetch_wheel(wheel)
-    assert f"wanted {FILENAME}" in str(caught.value)
+    assert f"expected {FILENAME}" in str(caught.value)
     assert f"put it at {cache / 'wheels' / FILENAME}" in str(caught.value)
 
 
@@ -93,14 +93,17 @@ def test_two_processes_can_fetch_at_once(tmp_path: Path, index: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["smollm3", "./nowhere", "a/b/c", "model.gguf"])
 def test_unknown_models_are_refused_with_what_is_possible(name: str) -> None:
-    with pytest.raises(icl.AssetError, match=r"unknown model .* expected one of \['gemma3-270m', 'smollm2-135m'\]"):
+    with pytest.raises(
+        icl.AssetError,
+        match=r"expected name as one of \['gemma3-270m', 'smollm2-135m'\], .* got '.*': check its spelling",
+    ):
         assets.model_files(name)
 
 
 def test_hub_models_that_cannot_be_had_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(icl.AssetError, match=r"wanted the model 'nobody/nothing' .* hf download nobody/nothing"):
+    with pytest.raises(icl.AssetError, match=r"expected the model 'nobody/nothing' on .*hf download nobody/nothing"):
         assets.model_files("nobody/nothing")
 
 
@@ -133,7 +136,7 @@ def test_a_damaged_unpacked_model_is_refused(cache: Path, damage: str) -> None:
         weights.unlink()
     else:
         (folder / "manifest.json").unlink()
-    with pytest.raises(icl.AssetError, match=r"(?s)expected .*Delete .* and run again to unpack it anew"):
+    with pytest.raises(icl.AssetError, match=r"(?s)expected .*delete .* and run again to unpack it once more"):
         assets.model_files("smollm2-135m")
 
 
@@ -143,11 +146,11 @@ def test_a_gguf_is_unpacked_once_and_its_terms_are_shown_then(
     sha256 = hashlib.sha256(b"what was wanted").hexdigest()
     made: list[Path] = []
 
-    def write_plain_model(gguf: Path, folder: Path) -> None:
+    def write_dequantised_model(gguf: Path, folder: Path) -> None:
         made.append(gguf)
         (folder / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr(assets, "_write_plain_model", write_plain_model)
+    monkeypatch.setattr(assets, "_write_dequantised_model", write_dequantised_model)
     model = assets.PackagedModel((wheel_of(index),), ("carried/bytes.txt",), sha256, terms="terms of use")
     monkeypatch.setitem(assets.PACKAGED_MODELS, "made-up", model)
     first, second = assets.model_files("made-up"), assets.model_files("made-up")
@@ -164,6 +167,46 @@ def test_a_gguf_is_unpacked_once_and_its_terms_are_shown_then(
 def test_wheels_that_join_to_other_bytes_are_refused(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = assets.PackagedModel((wheel_of(index),), ("carried/bytes.txt",), "f" * 64)
     monkeypatch.setitem(assets.PACKAGED_MODELS, "made-up", model)
-    with pytest.raises(icl.AssetError, match="The wheels do not hold the model this library pins"):
+    with pytest.raises(icl.AssetError, match="the wheels do not hold the model that this library pins"):
         assets.model_files("made-up")
     assert not (cache / "models" / ("f" * 16)).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("smollm2-135m", "SmolLM2-135M-Instruct (Q4_1, dequantised)"),
+        ("gemma3-270m", "google/gemma-3-270m (base model; unofficial Q4_K_M re-upload, dequantised)"),
+        (
+            "smollm2-135m (random-blocks, seed 3)",
+            "SmolLM2-135M-Instruct (Q4_1, dequantised) (random-blocks, seed 3)",
+        ),
+        ("smollm2-135m + momentum η=0.1", "SmolLM2-135M-Instruct (Q4_1, dequantised) + momentum η=0.1"),
+        ("smollm2-135m-v2", "smollm2-135m-v2"),
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("", ""),
+    ],
+)
+def test_a_packaged_model_is_described_and_any_other_name_stays(name: str, description: str) -> None:
+    assert assets.describe_model(name) == description
+
+
+def test_the_description_names_the_file_in_the_wheel() -> None:
+    """What the description says of checkpoint and quantisation is in the name of the packaged GGUF file."""
+    described = {name: assets.describe_model(name).lower() for name in assets.PACKAGED_MODELS}
+    members = {name: model.members[0].lower() for name, model in assets.PACKAGED_MODELS.items()}
+    for name, words in {"smollm2-135m": ("135m-instruct", "q4_1"), "gemma3-270m": ("gemma-3-270m", "q4_k_m")}.items():
+        assert all(word in described[name] and word in members[name] for word in words)
+    assert "instruct" not in members["gemma3-270m"]
+
+
+def test_a_model_made_of_a_packaged_file_has_its_description_and_a_folder_has_none(
+    cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = hashlib.sha256(b"what was wanted").hexdigest()
+    monkeypatch.setattr(assets, "_write_dequantised_model", lambda gguf, folder: (folder / "a").write_bytes(b"a"))
+    model = assets.PackagedModel((wheel_of(index),), ("carried/bytes.txt",), sha256, description="Made-up (Q1)")
+    monkeypatch.setitem(assets.PACKAGED_MODELS, "made-up", model)
+    unpacked, cached = assets.model_files("made-up"), assets.model_files("made-up")
+    assert unpacked.description == cached.description == assets.describe_model("made-up") == "Made-up (Q1)"
+    assert assets.model_files(str(unpacked.folder)).description == ""

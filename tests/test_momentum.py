@@ -152,20 +152,20 @@ def test_without_decay_nothing_is_added_and_its_gradient_is_known():
 @pytest.mark.parametrize("eta", [-0.1, 1.0, 1.5, math.nan])
 def test_a_decay_out_of_range_is_refused(eta):
     for summed in (momentum.decaying_sum, momentum.decaying_sum_reference):
-        with pytest.raises(ValueError, match="expected η from 0 to below 1, got"):
+        with pytest.raises(ValueError, match="expected eta from 0 to below 1, got"):
             summed(torch.zeros(1, 3, 1, 2), torch.tensor([0.5, eta]))
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"eta": torch.tensor(0.5)}, "expected η by query head, of which 2 heads of values have as many each, got"),
-        ({"eta": torch.full((3,), 0.5)}, "expected η by query head"),
-        ({"eta": 0.5}, "expected η by query head"),
-        ({"v": torch.zeros(3, 2, 2)}, r"expected values \[batch pos kv_head d_head\], got torch.float32 \[3, 2, 2\]"),
-        ({"state": torch.zeros(1, 2, 3)}, r"expected a state \[1, 2, 2\], got"),
-        ({"documents": torch.zeros(1, 2)}, r"expected a document's number for each of \[1, 3\] positions"),
-        ({"documents": torch.ones(1, 3, dtype=torch.bool)}, "expected a document's number .* got torch.bool"),
+        ({"eta": torch.tensor(0.5)}, "expected eta with one value for each query head, a multiple of the 2 heads of v, got"),
+        ({"eta": torch.full((3,), 0.5)}, "expected eta with one value for each query head"),
+        ({"eta": 0.5}, "expected eta with one value for each query head"),
+        ({"v": torch.zeros(3, 2, 2)}, r"expected v of shape \[batch pos kv_head d_head\], got torch.float32 \[3, 2, 2\]"),
+        ({"state": torch.zeros(1, 2, 3)}, r"expected state of shape \[1, 2, 2\], got"),
+        ({"documents": torch.zeros(1, 2)}, r"expected documents as integers of shape \[1, 3\]"),
+        ({"documents": torch.ones(1, 3, dtype=torch.bool)}, "expected documents as integers .* got torch.bool"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(given, said):

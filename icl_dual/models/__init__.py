@@ -1,16 +1,19 @@
-"""The one room that knows TransformerLens: loading, hook names, per-architecture facts, what is refused.
+"""The only package that knows TransformerLens: loading models, their hooks and weights, and which are unsupported.
 
-Everything above this room sees a `Model`: its dimensions, its tokenizer, its attention's projections, and `run`, a
-forward pass that shows each layer's attention to a callback and lets the callback replace the heads' output.
+All other packages see a `Model`: its dimensions, its tokenizer, its attention's projections, and `run`, a forward pass
+that passes each layer's attention to a callback and lets the callback replace the heads' outputs.
 
 | module | holds |
 |---|---|
-| `model` | `Model`, and loading one |
-| `backend` | what `Model` asks of a TransformerLens class |
-| `bridge` | the answers of `TransformerBridge` (3.9 to 4.x) |
-| `hooked` | the answers of `HookedTransformer` (3.9 to 3.x) |
-| `blank` | models that have learned nothing |
-| `momentum` | models that run with momentum attention for a while |
+| `model` | `Model`: a decoder with hooks |
+| `loading` | `load_model`: a model by its name, folder, GGUF file or hub id |
+| `controls` | control models: untrained, or with random blocks |
+| `momentum` | `momentum_attention`: run a model with momentum attention for a while |
+| `momentum_gpt2` | a GPT-2 that is trained with momentum attention |
+| `tiny` | `tiny_model`: random weights, for examples and tests |
+| `backend` | the interface between `Model` and a TransformerLens class |
+| `bridge` | the backend for `TransformerBridge` (transformer-lens 3.9 to 4.x) |
+| `hooked` | the backend for `HookedTransformer` (transformer-lens 3.9 to 3.x) |
 """
 
 from importlib.metadata import version
@@ -18,7 +21,7 @@ from importlib.metadata import version
 from packaging.specifiers import SpecifierSet
 
 WORKS_WITH = ">=3.9,<5"
-"""The versions of transformer-lens whose classes and hooks this room knows."""
+"""The versions of transformer-lens that this package supports."""
 
 if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prereleases=True):
     raise ImportError(
@@ -35,24 +38,26 @@ from icl_dual.models.backend import (  # noqa: E402
     UnsupportedModelError,
     Weight,
 )
-from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the right version comes first
+from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the version is checked first
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
+from icl_dual.models.tiny import tiny_model  # noqa: E402
 
 __all__ = [
     "MOMENTUM_TAG",
     "Attention",
     "Control",
-    "ProjectionName",
     "Model",
     "OnAttention",
     "OnTensor",
     "Projection",
+    "ProjectionName",
     "UnsupportedModelError",
     "Weight",
     "control_model",
     "control_name",
     "load_model",
     "momentum_attention",
+    "tiny_model",
 ]

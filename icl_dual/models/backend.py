@@ -1,6 +1,7 @@
-"""What `Model` asks of a TransformerLens class: its weights, its hooks, a forward pass, and what it refuses.
+"""The interface between `Model` and a TransformerLens class: weights, hooks, the forward pass, and what is unsupported.
 
-The classes share most hook names, but not what their hooks show, where their weights lie, or how they take positions.
+The classes of TransformerLens share most hook names. They differ in what their hooks hold, where their weights are, and
+how they take positions; `bridge` and `hooked` implement this interface for one class each.
 """
 
 from abc import ABC, abstractmethod
@@ -16,66 +17,69 @@ from icl_dual.momentum import Momentum
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose attention this library cannot read or split exactly."""
+    """This library cannot read the model's attention, or cannot split it exactly."""
 
 
 class Attention(NamedTuple):
-    """One layer's attention as its hooks show it; keys and values keep their own number of heads."""
+    """One layer's attention in a forward pass. Keys and values keep their own number of heads."""
 
     q: Float[Tensor, "batch pos head d_head"]
-    """Queries as scored: after norms and rotation."""
+    """Queries as they enter the scores: after norms and rotary embedding."""
     k: Float[Tensor, "batch pos kv_head d_head"]
-    """Keys as scored: after norms and rotation."""
+    """Keys as they enter the scores: after norms and rotary embedding."""
     v: Float[Tensor, "batch pos kv_head d_head"]
+    """Values."""
     z: Float[Tensor, "batch pos head d_head"]
-    """The heads' outputs, before W_O and before momentum."""
+    """The heads' outputs, before W_O and without momentum."""
     q_pre_rotary: Float[Tensor, "batch pos head d_head"]
-    """Queries after norms but before rotation: what they say, apart from where they stand."""
+    """Queries after norms and before rotary embedding."""
     momentum: Momentum | None = None
-    """What momentum adds to z, and its state after the last position; `None` where the layer has none."""
+    """What momentum adds to z, and the state it leaves; `None` where the layer has no momentum."""
 
     @property
     def output(self) -> Float[Tensor, "batch pos head d_head"]:
-        """What W_O gets: z, which is the softmax's alone, and momentum where there is any."""
+        """The input of W_O: z, plus momentum where the layer has any."""
         return self.z if self.momentum is None else self.z + self.momentum.z
 
 
+ProjectionName = Literal["Q", "K", "V", "O"]
+"""A projection of attention, by the name of its matrix W_Q, W_K, W_V or W_O."""
+
 OnAttention = Callable[[int, Attention], Tensor | None]
+"""Called with a layer and its attention; a tensor that it returns replaces z."""
 OnTensor = Callable[[int, Tensor], None]
+"""Called with a layer and one of its activations."""
 OnResidual = Callable[[int, Tensor], Tensor | None]
-OnGradient = Callable[[int, "ProjectionName", Tensor, Tensor], None]
-ProjectionDelta = Callable[[int, "ProjectionName", Tensor], Tensor]
+"""Called with a layer and the residual stream after it; a tensor that it returns replaces the residual stream."""
+OnGradient = Callable[[int, ProjectionName, Tensor, Tensor], None]
+"""Called in the backward pass with a layer, a projection, its input, and the loss's gradient at its output."""
+ProjectionDelta = Callable[[int, ProjectionName, Tensor], Tensor]
+"""Called with a layer, a projection and its input; what it returns is added to the projection's output."""
 
 HOOK_LEVEL = 1 << 20
-"""What tells the hooks of a run from anyone else's."""
+"""TransformerLens's context level of the hooks of a run. It tells them from everyone else's hooks."""
 
 Hook = tuple[nn.Module, Callable[..., Any]]
-"""Where a function is called in a forward pass, and the function: at a hook point with its tensor (and `hook=`), at any
-other module with what torch calls forward hooks with: `(module, args, kwargs, output)`."""
-
-ProjectionName = Literal["Q", "K", "V", "O"]
-"""Attention's projections, by the matrix they multiply with."""
+"""A module and the function that is called there in a forward pass. A hook point calls it as `(tensor, hook=)`; any
+other module calls it as torch calls forward hooks: `(module, args, kwargs, output)`."""
 
 
 class Weight(NamedTuple):
-    """A weight or bias of a projection, and how the model keeps it.
-
-    `matrix` lays out what has the parameter's shape as the W of `W x + b` (or the b), `[d_out d_in]`, heads in order;
-    `stored` lays out such a matrix as the parameter is.
-    """
+    """A weight or bias of a projection, and how its axes map to those of the matrix W (or the bias b) in `W x + b`."""
 
     parameter: nn.Parameter
+    """The model's own parameter."""
     axes: str
-    """The parameter's axes, e.g. `head d_in d_head`; `head` may come first only."""
+    """The parameter's axes as einops writes them, e.g. `head d_in d_head`. An axis `head` must come first."""
     matrix_axes: str
-    """The matrix' axes in terms of these, e.g. `(head d_head) d_in`."""
+    """The matrix's axes in terms of `axes`, e.g. `(head d_head) d_in`."""
 
     def to_matrix(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """A tensor like the parameter, laid out as a matrix."""
+        """Rearrange a tensor of the parameter's shape into a matrix `[d_out d_in]`, or a bias `[d_out]`."""
         return rearrange(tensor, f"{self.axes} -> {self.matrix_axes}")
 
     def from_matrix(self, matrix: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """A matrix, laid out like the parameter."""
+        """Rearrange a matrix `[d_out d_in]`, or a bias `[d_out]`, into the parameter's shape."""
         n_heads = {"head": len(self.parameter)} if self.axes.startswith("head") else {}
         return rearrange(matrix, f"{self.matrix_axes} -> {self.axes}", **n_heads)
 
@@ -84,44 +88,60 @@ class Projection(NamedTuple):
     """A linear map of attention, `W x + b`."""
 
     W: Weight
+    """The weight."""
     b: Weight | None
+    """The bias; `None` where the projection has none."""
 
     @property
     def matrix(self) -> Float[Tensor, "d_out d_in"]:
-        """W as it is now."""
+        """The current value of W."""
         return self.W.to_matrix(self.W.parameter.detach())
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
-        """The bias as it is now, where there is one."""
+        """The current value of b; `None` where the projection has no bias."""
         return None if self.b is None else self.b.to_matrix(self.b.parameter.detach())
 
 
 class Backend(ABC):
-    """One TransformerLens model, asked.
+    """Reads weights, hooks and attention rules from one TransformerLens model.
 
     Raises:
-        UnsupportedModelError: what the model does is not softmax attention over raw weights that hooks show whole.
+        UnsupportedModelError: the model's attention is not softmax over scaled scores, its weights are processed, or
+            its hooks do not show all of its attention.
     """
 
     HOOK_NAMES: ClassVar[dict[str, str]]
-    """What attention is put together from, and the hooks that show it, where a layer has them."""
+    """The hooks that attention is read from, by the short names that `attention_inputs` uses; a layer may lack some."""
 
     supports_projection_deltas: ClassVar[bool] = False
-    """Whether something can be added to what its projections make."""
+    """Whether `projection_delta_hook` is available."""
 
     wrapped: Any
+    """The TransformerLens model."""
     tokenizer: Any
+    """The model's tokenizer, or `None`."""
     architecture: str
+    """The name of the model's class in transformers, e.g. `LlamaForCausalLM`."""
     n_layers: int
+    """Number of layers."""
     n_heads: int
+    """Number of query heads in a layer."""
     n_key_value_heads: int
+    """Number of key-value heads in a layer."""
     d_model: int
+    """Width of the residual stream."""
     d_head: int
+    """Width of a head."""
     n_ctx: int
+    """Most tokens that the model reads."""
     d_vocab: int
+    """Size of the vocabulary."""
     rope_scaling_threshold: int | None
+    """Sequence length in tokens past which rotary embedding changes at every position (dynamic NTK, LongRoPE); `None`
+    for models whose rotary embedding does not depend on the sequence length."""
     hook_points: dict[str, Any]
+    """The model's hook points by name."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
@@ -135,71 +155,92 @@ class Backend(ABC):
         self.d_head = int(cfg.d_head)
         self.n_ctx = int(cfg.n_ctx)
         self.d_vocab = int(cfg.d_vocab)
-        self.hook_points = wrapped.hook_dict  # kept: collecting a bridge's takes as long as a layer
+        self.hook_points = wrapped.hook_dict  # kept: a bridge takes as long to collect them as to run a layer
 
     @abstractmethod
     def check_supported(self) -> None:
-        """Raise an UnsupportedModelError that says what is in the way, where that is known from the model's parts."""
+        """Check what can be known from the model's parts before it runs.
+
+        Raises:
+            UnsupportedModelError: the model is not supported; the message says why.
+        """
 
     @abstractmethod
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every weight of the model; fused projections whole."""
+        """Yield every weight of the model, fused projections as one weight."""
 
     @abstractmethod
     def forward_weights(self) -> Iterator[nn.Parameter]:
-        """Every weight that a forward pass uses, also those it keeps twice."""
+        """Yield every weight that a forward pass uses, including the model's second copies of some."""
 
     @abstractmethod
     def projection(self, layer: int, kind: ProjectionName) -> Projection:
-        """A layer's projection, as the part that the forward pass uses.
+        """Return one projection of a layer, with the parameters that the forward pass uses.
 
         Raises:
-            UnsupportedModelError: it is no plain linear map.
+            UnsupportedModelError: the projection is not a plain linear map.
         """
 
     @abstractmethod
     def attention_rule(self, layer: int) -> dual.AttentionRule:
-        """How a layer's softmax weighs keys."""
+        """Return how a layer turns queries and keys into softmax weights."""
 
     @abstractmethod
     def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
-        """Logits of tokens that stand at positions."""
+        """Run the model on tokens at the given positions and return logits `[batch pos d_vocab]`."""
 
     @abstractmethod
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of a residual stream, by the final norm and the unembedding."""
+        """Return the logits of a residual stream: final norm, then unembedding."""
 
     @abstractmethod
     def reinitialised(self, seed: int) -> "Backend":
-        """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
+        """Return a model of the same class, configuration and dtype with weights from its own initialiser."""
 
     @abstractmethod
-    def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
-        """Queries and keys as scored, values, and queries before rotation, `[batch pos head d_head]` each."""
+    def attention_inputs(
+        self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
+    ) -> tuple[Tensor, ...]:
+        """Return queries and keys as they enter the scores, values, and queries before rotary embedding.
+
+        Args:
+            layer: the layer.
+            activations: what the layer's `HOOK_NAMES` held, by short name.
+            positions: the tokens' positions.
+
+        Returns:
+            `q, k, v, q_pre_rotary`, each `[batch pos head d_head]`, keys and values by their own heads.
+        """
 
     @abstractmethod
-    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
-        """Hooks that show a layer's queries or keys after norms and before rotation, heads apart."""
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
+        """Return hooks that pass on a layer's queries or keys by head, after norms and before rotary embedding."""
 
     @abstractmethod
-    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
-        """Hooks that, in the backward pass, show a projection's input and the gradient at its output."""
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], callback: OnGradient) -> list[Hook]:
+        """Return hooks that, in the backward pass, pass on a projection's input and the gradient at its output."""
 
-    def projection_delta_hook(self, layer: int, kind: ProjectionName, added: ProjectionDelta) -> Hook:
-        """A hook that adds to a projection's output what is made of its input, where the class `supports_projection_deltas`."""
-        raise NotImplementedError(f"{type(self).__name__} adds nothing")
+    def projection_delta_hook(self, layer: int, kind: ProjectionName, delta: ProjectionDelta) -> Hook:
+        """Return a hook that adds `delta` of a projection's input to its output.
+
+        Raises:
+            NotImplementedError: the class has no `supports_projection_deltas`.
+        """
+        raise NotImplementedError(
+            f"expected a backend with supports_projection_deltas, got {type(self).__name__}: change the weights instead"
+        )
 
     @abstractmethod
-    def output_hook(self, layer: int, show: OnTensor) -> Hook:
-        """A hook that shows attention's output after W_O, before any norm and the residual sum."""
+    def output_hook(self, layer: int, callback: OnTensor) -> Hook:
+        """Return a hook that passes on attention's output after W_O, before any norm and the residual sum."""
 
     @abstractmethod
-    def residual_hook(self, layer: int, show: OnResidual) -> Hook:
-        """A hook that shows the residual stream after a layer, and may replace it."""
+    def residual_hook(self, layer: int, callback: OnResidual) -> Hook:
+        """Return a hook that passes on the residual stream after a layer, and may replace it."""
 
-    def values(self, shown: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """Values by their own heads, from what their hook shows."""
-        return shown
+    def values_by_head(self, hooked_values: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """Return what a value hook holds as values by their own heads."""
+        return hooked_values
 
     def attention_hooks(
         self,
@@ -208,54 +249,62 @@ class Backend(ABC):
         positions: Int[Tensor, " pos"],
         momentum_of: Callable[[Tensor], Momentum] | None = None,
     ) -> list[Hook]:
-        """Hooks that collect a layer's queries, keys and values as it computes them, and show them when z arrives.
+        """Return hooks that collect a layer's queries, keys and values, and call back when z is computed.
 
-        `momentum_of` the layer's values is added to z, or to what was put in its place.
+        Args:
+            layer: the layer.
+            on_attention: called with the layer's attention; a tensor that it returns replaces z.
+            positions: the tokens' positions.
+            momentum_of: computes momentum from the layer's values. It is added to z, or to the tensor that replaced z.
         """
-        seen: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable:
             def hook_fn(tensor: Tensor, hook: Any) -> None:
-                seen[name] = tensor
+                activations[name] = tensor
 
             return hook_fn
 
-        def show(z: Tensor, hook: Any) -> Tensor | None:
-            momentum = None if momentum_of is None else momentum_of(self.values(seen["v"]))
-            by_head, replaced = z.reshape(*z.shape[:2], self.n_heads, self.d_head), None
+        def call_back(z: Tensor, hook: Any) -> Tensor | None:
+            momentum = None if momentum_of is None else momentum_of(self.values_by_head(activations["v"]))
+            by_head, replacement = z.reshape(*z.shape[:2], self.n_heads, self.d_head), None
             if on_attention is not None:
-                q, k, v, q_pre_rotary = self.read(layer, seen, positions)
-                seen.clear()
-                replaced = on_attention(layer, Attention(q, k, v, by_head, q_pre_rotary, momentum))
-            seen.clear()
+                q, k, v, q_pre_rotary = self.attention_inputs(layer, activations, positions)
+                activations.clear()
+                replacement = on_attention(layer, Attention(q, k, v, by_head, q_pre_rotary, momentum))
+            activations.clear()
             if momentum is not None:
-                replaced = (by_head if replaced is None else replaced) + momentum.z
-            return None if replaced is None else replaced.to(z.dtype).reshape(z.shape)
+                replacement = (by_head if replacement is None else replacement) + momentum.z
+            return None if replacement is None else replacement.to(z.dtype).reshape(z.shape)
 
-        wanted = self.HOOK_NAMES if on_attention is not None else {"v": self.HOOK_NAMES["v"]}
-        points = {name: self.hook_points.get(f"blocks.{layer}.attn.{hook}") for name, hook in wanted.items()}
-        watched: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
-        return [*watched, (self.hook_points[f"blocks.{layer}.attn.hook_z"], show)]
+        hook_names = self.HOOK_NAMES if on_attention is not None else {"v": self.HOOK_NAMES["v"]}
+        points = {name: self.hook_points.get(f"blocks.{layer}.attn.{hook}") for name, hook in hook_names.items()}
+        keeping: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
+        return [*keeping, (self.hook_points[f"blocks.{layer}.attn.hook_z"], call_back)]
 
 
-def check_unsupported(where: str, known: dict[str, bool]) -> None:
-    """Refuse a model for the first of these that is true of it.
+def check_unsupported(where: str, present_by_feature: dict[str, bool]) -> None:
+    """Check that a model has none of the given features.
+
+    Args:
+        where: the model or layer, for the message.
+        present_by_feature: whether the model has each unsupported feature, by the feature's description.
 
     Raises:
-        UnsupportedModelError: says which.
+        UnsupportedModelError: the model has one of them; the message names the first.
     """
-    for cause, found in known.items():
-        if found:
+    for feature, present in present_by_feature.items():
+        if present:
             raise UnsupportedModelError(
                 f"{where}: expected a causal language model whose attention is softmax over scaled scores, got "
-                f"{cause}; it cannot be split exactly here"
+                f"{feature}: its attention cannot be split exactly, use another model"
             )
 
 
-def callback_hook(layer: int, on_tensor: OnTensor | OnResidual) -> Callable[..., Any]:
-    """What shows a hook point's tensor to a callback, and puts back what it returns."""
+def callback_hook(layer: int, callback: OnTensor | OnResidual) -> Callable[..., Any]:
+    """Return a hook function that passes a hook point's tensor to a callback, and returns the callback's result."""
 
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:
-        return on_tensor(layer, tensor)
+        return callback(layer, tensor)
 
     return hook_fn

@@ -1,4 +1,4 @@
-"""`TransformerBridge`, asked: a Hugging Face model that runs as it is, with TransformerLens's hooks in it."""
+"""The backend for `TransformerBridge`: a Hugging Face model with raw weights and TransformerLens's hooks in it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +30,7 @@ from icl_dual.models.backend import (
 
 
 class BridgeBackend(Backend):
-    """A `TransformerBridge` with raw weights."""
+    """Reads a `TransformerBridge` with raw weights."""
 
     supports_projection_deltas = True
 
@@ -52,42 +52,45 @@ class BridgeBackend(Backend):
         self.rope_scaling_threshold = _rope_scaling_threshold(self.original.config)
 
     def check_supported(self) -> None:
-        """Processed weights, what is no decoder, and attention that is known not to split."""
+        """Check for processed weights, models that are not decoders, and attention that cannot be split."""
         bridge, cfg = self.wrapped, self.wrapped.cfg
         if bridge.compatibility_mode:
             raise UnsupportedModelError(
-                f"{cfg.architecture}: expected raw weights, got a model in compatibility mode, whose folded weights "
-                "change W_V, W_O and the path of SGD. Boot it again without enable_compatibility_mode()"
+                f"{cfg.architecture}: expected raw weights, got a model in compatibility mode, which changes W_V, W_O "
+                "and the path of SGD: boot it again without enable_compatibility_mode()"
             )
         causal = type(bridge.original_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         hf_config: Any = getattr(bridge.original_model, "config", None)
         if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
-            raise UnsupportedModelError(f"{cfg.architecture}: expected a decoder-only causal language model")
-        wanted = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
+            raise UnsupportedModelError(
+                f"{cfg.architecture}: expected a decoder-only causal language model, got "
+                f"{type(bridge.original_model).__name__}: use a model that AutoModelForCausalLM loads"
+            )
+        required = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
         hooks = frozenset(bridge.hook_dict)
         for layer in range(cfg.n_layers):
             _check_attention(bridge, cfg.architecture, layer)
-            missing = [name for name in wanted if f"blocks.{layer}.attn.{name}" not in hooks]
+            missing = [name for name in required if f"blocks.{layer}.attn.{name}" not in hooks]
             if missing:
                 raise UnsupportedModelError(
-                    f"{cfg.architecture}, layer {layer}: expected softmax attention with hooks {wanted}, found no "
-                    f"{missing}"
+                    f"{cfg.architecture}, layer {layer}: expected softmax attention with hooks {required}, got none of "
+                    f"{missing}: its attention cannot be read, use another model"
                 )
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The Hugging Face model's."""
+        """Yield the Hugging Face model's parameters."""
         return self.original.parameters()
 
     def forward_weights(self) -> Iterator[nn.Parameter]:
-        """Every parameter, and the projections that the bridge has split out of fused ones and runs instead."""
+        """Yield every parameter, and the projections that the bridge has split out of fused ones and runs instead."""
         yield from self.parameters()
         for layer in range(self.n_layers):
             attn = self._attn(layer)
-            for part in (attn.q, attn.k, attn.v, attn.o):
-                yield from part.original_component.parameters()
+            for linear in (attn.q, attn.k, attn.v, attn.o):
+                yield from linear.original_component.parameters()
 
     def projection(self, layer: int, kind: ProjectionName) -> Projection:
-        """A linear layer of the model, or of the bridge, which splits fused ones."""
+        """Return a linear layer of the model, or of the bridge, which splits fused ones."""
         module: Any = self._linear(layer, kind)
         width = (self.n_key_value_heads if kind in "KV" else self.n_heads) * self.d_head
         shape = (self.d_model, width) if kind == "O" else (width, self.d_model)
@@ -97,13 +100,13 @@ class BridgeBackend(Backend):
         if not linear or weight is None or tuple(weight.shape) != (shape[::-1] if transposed else shape):
             raise UnsupportedModelError(
                 f"{self.architecture}, layer {layer}: expected W_{kind} as a linear layer of shape {shape}, got "
-                f"{module}"
+                f"{module}: its weights cannot be read, use another model"
             )
         W = Weight(weight, "d_in d_out" if transposed else "d_out d_in", "d_out d_in")
         return Projection(W, None if bias is None else Weight(bias, "d_out", "d_out"))
 
     def attention_rule(self, layer: int) -> dual.AttentionRule:
-        """From the attention's own attributes, or its configuration's."""
+        """Return the rule that the attention module's attributes and its configuration describe."""
         attn: Any = self._attn(layer).original_component
         scale = getattr(attn, "scaling", None)
         # Where every layer has the same window, transformers keeps it in the configuration (Mistral).
@@ -121,7 +124,7 @@ class BridgeBackend(Backend):
         )
 
     def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
-        """The Hugging Face model's own, with an explicit mask."""
+        """Run the Hugging Face model's own forward pass with an explicit mask."""
         # Without one, transformers may read a jump in the positions as the border of packed sequences.
         return self.wrapped(
             tokens,
@@ -131,69 +134,72 @@ class BridgeBackend(Backend):
         )
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """By the bridge's final norm and unembedding, and the model's cap on logits."""
+        """Apply the bridge's final norm and unembedding, and the model's softcap on logits."""
         logits = self.wrapped.unembed(self.wrapped.ln_final(residual))
         cap = getattr(self.original.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def reinitialised(self, seed: int) -> "BridgeBackend":
-        """A bridge to a new Hugging Face model, drawn by transformers."""
-        drawn: Any = _reinitialised(self.original, seed)
-        drawn.to(next(self.parameters()).device)
-        made = TransformerBridge.boot_transformers(
-            self.architecture, hf_model=drawn, tokenizer=self.tokenizer, device=drawn.device, dtype=drawn.dtype
+        """Return a bridge to a new Hugging Face model, initialised by transformers."""
+        hf_model: Any = _reinitialised(self.original, seed)
+        hf_model.to(next(self.parameters()).device)
+        bridge = TransformerBridge.boot_transformers(
+            self.architecture, hf_model=hf_model, tokenizer=self.tokenizer, device=hf_model.device, dtype=hf_model.dtype
         )
-        return BridgeBackend(made)
+        return BridgeBackend(bridge)
 
-    def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
-        """From rotated queries and keys where hooks show these; else rotated here."""
-        q = self._by_head(seen.get("q_normed", seen["q"]), self.n_heads, normed="q_normed" in seen)
-        if "rot_q" in seen:
-            scored_q, scored_k = seen["rot_q"], seen["rot_k"]
-        elif "cos" in seen:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
-            scored_q, scored_k = (_rotate(seen[name], seen["cos"], seen["sin"]) for name in ("q", "k"))
-        elif self.architecture == "GPTJForCausalLM":  # no hook shows its angles: they are a table by position
+    def attention_inputs(
+        self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
+    ) -> tuple[Tensor, ...]:
+        """Return the attention inputs; rotary embedding is computed here where no hook holds its result."""
+        q = self._by_head(activations.get("q_normed", activations["q"]), self.n_heads, normed="q_normed" in activations)
+        if "rot_q" in activations:
+            scored_q, scored_k = activations["rot_q"], activations["rot_k"]
+        elif "cos" in activations:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
+            cos, sin = activations["cos"], activations["sin"]
+            scored_q, scored_k = (_rotate(activations[name], cos, sin) for name in ("q", "k"))
+        elif self.architecture == "GPTJForCausalLM":  # no hook holds its angles: they are a table by position
             angles = self._attn(layer).original_component.embed_positions[positions].to(q)
             sin, cos = angles.repeat_interleave(2, dim=-1)[None].chunk(2, dim=-1)
-            scored_q, scored_k = (_rotate(seen[name], cos, sin, pairs=True) for name in ("q", "k"))
+            scored_q, scored_k = (_rotate(activations[name], cos, sin, pairs=True) for name in ("q", "k"))
         else:
-            scored_q, scored_k = q, seen["k"]
-        return scored_q, scored_k, self.values(seen["v"]), q
+            scored_q, scored_k = q, activations["k"]
+        return scored_q, scored_k, self.values_by_head(activations["v"]), q
 
-    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
-        """At the hook after norms, where there is one."""
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
+        """Return the hook after the norm of queries or keys where the layer has one, else after the projection."""
         name = f"blocks.{layer}.attn.hook_{kind.lower()}"
         normed = f"{name}_normed" in self.hook_points
         n_heads = self.n_heads if kind == "Q" else self.n_key_value_heads
 
-        def hook_fn(content: Tensor, hook: Any) -> None:
-            show(layer, self._by_head(content, n_heads, normed))
+        def hook_fn(projected: Tensor, hook: Any) -> None:
+            callback(layer, self._by_head(projected, n_heads, normed))
 
         return [(self.hook_points[name + "_normed" * normed], hook_fn)]
 
-    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
-        """At the linear layer that runs."""
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], callback: OnGradient) -> list[Hook]:
+        """Return a hook on the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> None:
-            output.register_hook(partial(show, layer, kind, args[0].detach()))
+            output.register_hook(partial(callback, layer, kind, args[0].detach()))
 
         return [(self._linear(layer, kind), hook_fn)]
 
-    def projection_delta_hook(self, layer: int, kind: ProjectionName, added: ProjectionDelta) -> Hook:
-        """At the linear layer that runs."""
+    def projection_delta_hook(self, layer: int, kind: ProjectionName, delta: ProjectionDelta) -> Hook:
+        """Return a hook on the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return output + added(layer, kind, args[0])
+            return output + delta(layer, kind, args[0])
 
         return self._linear(layer, kind), hook_fn
 
-    def output_hook(self, layer: int, show: OnTensor) -> Hook:
-        """At the output projection: the attention's own hook_out has the residual stream in it on Bloom."""
-        return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, show)
+    def output_hook(self, layer: int, callback: OnTensor) -> Hook:
+        """Return a hook on the output projection: on Bloom, attention's own hook_out includes the residual stream."""
+        return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, callback)
 
-    def residual_hook(self, layer: int, show: OnResidual) -> Hook:
-        """At the block's output."""
-        return self.hook_points[f"blocks.{layer}.hook_out"], callback_hook(layer, show)
+    def residual_hook(self, layer: int, callback: OnResidual) -> Hook:
+        """Return a hook on the block's output."""
+        return self.hook_points[f"blocks.{layer}.hook_out"], callback_hook(layer, callback)
 
     def _attn(self, layer: int) -> Any:
         return self.wrapped.blocks[layer].attn
@@ -201,14 +207,14 @@ class BridgeBackend(Backend):
     def _linear(self, layer: int, kind: ProjectionName) -> Any:
         return getattr(self._attn(layer), kind.lower()).original_component
 
-    def _by_head(self, content: Tensor, n_heads: int, normed: bool) -> Float[Tensor, "batch pos _ d_head"]:
-        """Queries or keys as their hook shows them, heads apart; where each is normed by itself, heads come first."""
-        if normed and content.ndim == 4:
-            return content.transpose(1, 2)
-        return content.reshape(*content.shape[:2], n_heads, self.d_head)
+    def _by_head(self, projected: Tensor, n_heads: int, normed: bool) -> Float[Tensor, "batch pos _ d_head"]:
+        """Split queries or keys by head. Hooks after a norm of each head by itself hold heads before positions."""
+        if normed and projected.ndim == 4:
+            return projected.transpose(1, 2)
+        return projected.reshape(*projected.shape[:2], n_heads, self.d_head)
 
     def _alibi_slopes(self) -> Float[Tensor, " head"] | None:
-        """The bias that the model itself adds for one position of distance, where it adds any."""
+        """Return the model's ALiBi bias for a distance of one position, by head; `None` without ALiBi."""
         decoder: Any = getattr(self.original, "transformer", None)
         if not hasattr(decoder, "build_alibi_tensor"):
             return None
@@ -217,61 +223,63 @@ class BridgeBackend(Backend):
 
 
 def _check_attention(bridge: TransformerBridge, architecture: str, layer: int) -> None:
-    """Name what a layer's attention does beyond softmax over scaled scores, where that is known from its parts."""
+    """Check what a layer's attention does beyond softmax over scaled scores, as far as its parts show it."""
     attn: Any = getattr(bridge.blocks[layer], "attn", None)
     original = getattr(attn, "original_component", None)
     config: Any = bridge.original_model.config
-    known = {
-        "latent attention, whose keys and values are compressed together": hasattr(original, "kv_a_proj_with_mqa"),
+    half_precision = next(bridge.original_model.parameters()).dtype.itemsize < 4
+    present_by_feature = {
+        "multi-head latent attention (keys and values from one compressed vector)": hasattr(
+            original, "kv_a_proj_with_mqa"
+        ),
         "a norm between the heads and W_O": hasattr(original, "attn_sub_norm"),
         "a gate on the heads' output": hasattr(attn, "hook_q_gate"),
-        "queries, keys and values that are clamped": getattr(config, "clip_qkv", None) is not None,
-        "ALiBi rounded to bfloat16, which differs from place to place": architecture == "FalconForCausalLM"
-        and config.alibi,
-        "ALiBi in a form that is read for Bloom only": architecture == "MptForCausalLM",
-        "ALiBi in half precision, whose biases are rounded": architecture == "BloomForCausalLM"
-        and next(bridge.original_model.parameters()).dtype.itemsize < 4,
+        "clamped queries, keys and values": getattr(config, "clip_qkv", None) is not None,
+        "ALiBi biases rounded to bfloat16 at every position": architecture == "FalconForCausalLM" and config.alibi,
+        "ALiBi in another form than Bloom's": architecture == "MptForCausalLM",
+        "ALiBi biases rounded to half precision": architecture == "BloomForCausalLM" and half_precision,
     }
-    check_unsupported(f"{architecture}, layer {layer}", known)
+    check_unsupported(f"{architecture}, layer {layer}", present_by_feature)
 
 
 def _rope_scaling_threshold(config: Any) -> int | None:
+    """Return the sequence length past which dynamic NTK or LongRoPE scaling changes every rotation, else `None`."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
         return None
-    switch = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
-    return int(switch or config.max_position_embeddings)
+    threshold = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
+    return int(threshold or config.max_position_embeddings)
 
 
 def _reinitialised(original: Any, seed: int) -> PreTrainedModel:
-    """A model of the same class, configuration and type, all of whose weights its own initialiser has drawn."""
+    """Return a model of the same class, configuration and dtype with all weights from its own initialiser."""
     name = type(original).__name__
     if not isinstance(original, PreTrainedModel):
         raise UnsupportedModelError(
-            f"expected a transformers model, whose class says how its weights are initialised, got {name}: it has no "
+            f"expected a transformers model, which defines how its weights are initialised, got {name}: it has no "
             "untrained control"
         )
     config = type(original.config).from_dict(original.config.to_dict())
     with torch.random.fork_rng(devices=[]):
-        drawn: Any = type(original)._from_config(config, dtype=original.dtype, attn_implementation="eager").eval()
-        output = drawn.get_output_embeddings()
-        tied = output.weight is drawn.get_input_embeddings().weight
-        # Drawn once more over NaN: a weight that its initialiser does not know shows.
-        for module in drawn.modules():
-            module._is_hf_initialized = tied and module is output  # else its draw would follow the embedding's
+        hf_model: Any = type(original)._from_config(config, dtype=original.dtype, attn_implementation="eager").eval()
+        output = hf_model.get_output_embeddings()
+        tied = output.weight is hf_model.get_input_embeddings().weight
+        # Weights are initialised a second time, over NaN: one that the initialiser leaves out stays NaN.
+        for module in hf_model.modules():
+            module._is_hf_initialized = tied and module is output  # else it would be initialised after the embedding
         with torch.no_grad():
-            for parameter in drawn.parameters():
+            for parameter in hf_model.parameters():
                 parameter._is_hf_initialized = False
                 parameter.fill_(torch.nan)
-        torch.default_generator.manual_seed(seed)  # torch's own manual_seed reseeds accelerators, too
-        drawn.initialize_weights()
-    unknown = [name for name, parameter in drawn.named_parameters() if parameter.isnan().any()]
-    if unknown:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators, too
+        hf_model.initialize_weights()
+    uninitialised = [name for name, parameter in hf_model.named_parameters() if parameter.isnan().any()]
+    if uninitialised:
         raise UnsupportedModelError(
-            f"expected {name} to initialise all its weights, got none for {unknown[0]!r} ({len(unknown)} in all): it "
-            "has no untrained control"
+            f"expected {name} to initialise all its weights, got none for {uninitialised[0]!r} "
+            f"({len(uninitialised)} in all): it has no untrained control"
         )
-    return drawn
+    return hf_model
 
 
 def _rotate(
@@ -281,13 +289,16 @@ def _rotate(
     *,
     pairs: bool = False,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotary embedding of the first d_rot dimensions: halves turned against each other, or neighbours in pairs."""
+    """Apply rotary embedding to the first d_rot dimensions.
+
+    Each dimension is rotated with its partner in the other half, or with its neighbour where `pairs`.
+    """
     d_rot = cos.shape[-1]
-    turned, kept = x[..., :d_rot], x[..., d_rot:]
+    rotary_part, rest = x[..., :d_rot], x[..., d_rot:]
     if pairs:
-        partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
+        partner = torch.stack((-rotary_part[..., 1::2], rotary_part[..., 0::2]), dim=-1).flatten(-2)
     else:
-        first, second = turned.chunk(2, dim=-1)
+        first, second = rotary_part.chunk(2, dim=-1)
         partner = torch.cat((-second, first), dim=-1)
-    turned = turned * cos.unsqueeze(2) + partner * sin.unsqueeze(2)
-    return torch.cat((turned, kept), dim=-1)
+    rotated = rotary_part * cos.unsqueeze(2) + partner * sin.unsqueeze(2)
+    return torch.cat((rotated, rest), dim=-1)

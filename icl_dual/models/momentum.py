@@ -1,4 +1,4 @@
-"""Momentum attention as an intervention: any model, run with it for a while."""
+"""Momentum attention as an intervention: run any model with momentum for a while."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,40 +7,55 @@ from icl_dual.models.model import Model
 from icl_dual.momentum import Eta, describe_eta, eta_by_layer_and_head
 
 MOMENTUM_TAG = " + momentum "
-"""What stands between a model's name and what momentum it runs with."""
+"""The text between a model's name and the η that it runs with."""
 
 
 @contextmanager
 def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None = None) -> Iterator[Model]:
-    """The model with momentum attention; afterwards, also after an exception, as it was.
+    """Run a model with momentum attention inside a `with` block, and restore it afterwards, also after an exception.
 
-    Every head's output becomes MoAttn(V, K, q_t) = Attn(V, K, q_t) + Σ_{i<t} η^{t−i} v_i, in every run: captures,
-    finetuning, decomposition. Its name says so within the block, and its fingerprint differs, so that what was made
-    within is not paired with what was made outside. η = 0 is the model itself, bit for bit.
+    In every run (captures, finetuning, decomposition), the output of every head becomes
+
+        MoAttn(V, K, q_t) = Attn(V, K, q_t) + Σ_{i<t} η^{t−i} v_i    (Dai et al., 2023, §5).
+
+    Inside the block the model has another name and another fingerprint, so that results from inside and outside cannot
+    be paired by mistake. η = 0 gives the model itself, bit for bit.
 
     Args:
-        model: what to run; its weights are not touched.
-        eta: η, from 0 to below 1: one for all heads, `[head]` or `[layer head]`.
-        layers: where; at all layers where not given, and nowhere else.
+        model: the model to run; its weights are not changed.
+        eta: η, at least 0 and below 1: a number for all heads, or a tensor `[head]` or `[layer head]`.
+        layers: the layers that have momentum; all by default.
 
     Yields:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: η is out of range or of another shape, there is no such layer, or the model has momentum already.
+        ValueError: η is out of range or has another shape, a layer does not exist, or the model already has momentum.
+
+    Example:
+        >>> import torch
+        >>> from icl_dual.models import momentum_attention, tiny_model
+        >>> model = tiny_model()
+        >>> with momentum_attention(model, 0.1, layers=[1]), torch.no_grad():
+        ...     print(model.name)
+        ...     logits = model.run(torch.tensor([[0, 5, 9]]))
+        tiny + momentum η=0.1 in layer 1
+        >>> model.name
+        'tiny'
     """
     if model.momentum is not None:
         raise ValueError(
             f"expected a model without momentum, got {model.name!r} with momentum {describe_eta(model.momentum)}: "
-            "what two would be together is not defined. Leave the other block first; a decoder that was trained with "
-            "momentum is without it as Model of a bridge to its without_momentum()"
+            "leave the other block first. For a decoder that was trained with momentum, wrap a bridge to its "
+            "without_momentum() in Model"
         )
-    chosen = eta_by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
-    before = model.name, model.pass_residual
-    model.momentum, model.pass_residual = chosen, None
-    model.name += MOMENTUM_TAG + describe_eta(chosen)
+    eta_by_head = eta_by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
+    before = model.name, model.description, model.pass_residual
+    tag = MOMENTUM_TAG + describe_eta(eta_by_head)
+    model.momentum, model.pass_residual = eta_by_head, None
+    model.name, model.description = model.name + tag, model.description + tag
     try:
         yield model
     finally:
         model.momentum = None
-        model.name, model.pass_residual = before
+        model.name, model.description, model.pass_residual = before

@@ -132,7 +132,7 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path) -> Non
         (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999"),
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to the"),
         (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of smollm2-135m"),
-        (("--lr", "0.001", "--model", "smollm3"), "unknown model 'smollm3'"),
+        (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3': check its spelling"),
         (("--lr", "0.001", "--protocol", "reference", "--balanced"), "as they fall, got balanced=True"),
         (("--lr", "0.001", "--reference-k-mismatch"), "reference_k_mismatch belongs to the reference protocol"),
     ],

@@ -22,7 +22,7 @@ from icl_dual.assets import model_files
 from icl_dual.models import Control, ProjectionName
 from icl_dual.prompts import PromptError, Prompts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hooked_transformer.md").read_text()
 LR = 0.05
 TOY_LR = 1e-3
@@ -437,7 +437,7 @@ def test_positions_past_the_table_of_angles() -> None:
 
 @pytest.mark.parametrize("positions", [[3, 3, 4], [0, 2, 1], [-1, 0, 1]])
 def test_positions_that_do_not_ascend_are_refused(positions: list[int]) -> None:
-    with pytest.raises(ValueError, match="expected positions that ascend from 0 or above, got"):
+    with pytest.raises(ValueError, match="expected positions from 0 in strictly ascending order, got"):
         icl.Model(toy()).run(torch.tensor([[1, 2, 3]]), positions=torch.tensor(positions))
 
 
@@ -468,7 +468,7 @@ def test_processing_a_model_made_by_hand_is_seen(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.process_weights_()
-    with pytest.raises(icl.UnsupportedModelError, match=r"folded norms.* Hand it in as it was before process_weights_"):
+    with pytest.raises(icl.UnsupportedModelError, match=r"folded norms.* pass the model from before process_weights_"):
         icl.Model(wrapped)
 
 
@@ -499,7 +499,9 @@ def test_a_class_that_needs_more_than_a_configuration_has_no_untrained_control()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = icl.Model(Larger(toy().cfg, 2.0), name="larger")
-    with pytest.raises(icl.UnsupportedModelError, match="larger: expected Larger to be made from its configuration al"):
+    with pytest.raises(
+        icl.UnsupportedModelError, match="larger: expected Larger to be constructed from its configuration al"
+    ):
         icl.control_model(model, "untrained", seed=1)
 
 
@@ -518,9 +520,9 @@ def test_a_centred_unembedding_changes_no_probability_and_is_taken(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"attention_dir": "bidirectional"}, "attention in both directions"),
-        ({"d_vocab_out": 7}, "other tokens out than in"),
-        ({"clip_qkv": 1.0}, "queries, keys and values that are clamped"),
+        ({"attention_dir": "bidirectional"}, "bidirectional attention"),
+        ({"d_vocab_out": 7}, "different input and output vocabularies"),
+        ({"clip_qkv": 1.0}, "clamped queries, keys and values"),
         ({"use_logn_attn": True}, "queries scaled by the logarithm"),
     ],
 )

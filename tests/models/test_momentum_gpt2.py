@@ -126,13 +126,13 @@ def test_it_saves_and_loads_itself(tmp_path):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.0, float("nan"), "fixed"])
 def test_a_decay_out_of_range_is_refused(eta):
-    with pytest.raises(ValueError, match=r"expected η (as a number )?from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"expected eta (as a number )?from 0 to below 1"):
         MomentumConfig(**SHAPE, eta=eta)
 
 
 def test_a_sequence_longer_than_the_context_is_refused():
     model = make(0.5)
-    with pytest.raises(ValueError, match="at most the model's context, 64 tokens, got 65"):
+    with pytest.raises(ValueError, match="at most 64 tokens, the model's context, got 65"):
         model(tokens(1, 65))
     cache = model(tokens(1, 64), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="got 65"):

@@ -178,7 +178,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     for options, said in (
         ({"device": "meta"}, "expected the device cpu, or cuda where there is one, got 'meta'"),
         ({"checkpoints": 0}, "expected a checkpoint at least, got checkpoints=0"),
-        ({"eta": 1.0}, "expected η from 0 to below 1, got 1"),
+        ({"eta": 1.0}, "expected eta from 0 to below 1, got 1"),
         ({"preset": replace(PRESET, n_ctx=7)}, "expected a context of 9 tokens for 4 pairs, got 7"),
     ):
         with pytest.raises(ValueError, match=said):
