@@ -1,10 +1,10 @@
-"""Finetuning on the demonstrations → `WeightDelta`.
+"""Finetuning on the demonstrations, and the change of weights that it makes: ΔW_FT.
 
 | module | holds |
 |---|---|
-| `weight_delta` | the change of weights: applied and taken off again, saved, randomised |
-| `sgd` | the paper's finetuning, one demonstration a step, and its variants |
-| `parallel` | several finetunings side by side |
+| `weight_delta` | `WeightDelta`: the change of weights, applied, saved, randomised, taken between two models |
+| `sgd` | `finetune`: the paper's finetuning, one demonstration a step, and its variants |
+| `parallel` | `finetune_many`: several finetunings in parallel |
 """
 
 from icl_dual.finetuning.parallel import finetune_many

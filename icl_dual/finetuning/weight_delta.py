@@ -1,28 +1,37 @@
-"""x"""
+"""`WeightDelta`: the change that finetuning made to a model's attention weights, and how the finetuning was set.
+
+A delta holds ΔW and Δb of the projections of attention at every layer, as matrices `[d_out d_in]` with heads in order,
+whatever way the model stores them. It can be added to the model for the length of a `with` block, saved, replaced by a
+random direction of the same norm, and taken between a model and any finetuned copy of it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icl_dual.models import ProjectionName, Model, Weight
-from icl_dual.storage import AssetError, load_tensors, reading, save_tensors
+from icl_dual.field_docs import document_fields
+from icl_dual.models import Model, ProjectionName, Weight
+from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
+from icl_dual.storage import CLASS, Saved
+from icl_dual.torch_utils import at_least_float32
 
 Loss = Literal["all", "label"]
+"""The tokens of a demonstration that the loss is the mean cross-entropy of: `all`, or its `label` word alone."""
 Method = Literal["sgd", "full-batch", "layer-causal"]
-"""`sgd`, one demonstration a step; `full-batch`, one step on the sum of all demonstrations' losses; `layer-causal`, one
-demonstration a step, each layer by its own loss through the final norm and the unembedding."""
+"""The optimisation methods. `sgd`: one step for each demonstration. `full-batch`: one step on the sum of all
+demonstrations' losses. `layer-causal`: one step for each demonstration, each layer on a loss of its own, read from its
+output through the final norm and the unembedding."""
 Trained = Literal["key-value", "key", "value", "attention"]
-"""Which projections of attention move; `attention` is all four."""
+"""The projections of attention that are trained; `attention` is all four."""
 
 
+@document_fields
 @dataclass(frozen=True)
 class FinetuneConfig:
     """How to finetune: the loss, the optimisation method and the trained projections. The default is the paper's.
@@ -56,161 +65,216 @@ PROJECTIONS_TRAINED: dict[Trained, tuple[ProjectionName, ...]] = {
     "value": ("V",),
     "attention": ("Q", "K", "V", "O"),
 }
+"""The projections that each option trains."""
+
+DELTA_FIELDS = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+"""The fields of a `WeightDelta` that hold changes of weights and biases."""
 
 LAYOUT = "d_out d_in"
-"""How a delta's matrices are saved."""
+"""The axes of a delta's matrices. Version 0.1 wrote them into the metadata; versions before it kept ΔW_O otherwise."""
 
 
+@document_fields
 @dataclass(frozen=True)
 class Factors:
-    """What a delta is made of: ΔW = Σ_i e_i ⊗ x_i over the training tokens (equations 7–9), and Δb = Σ_i e_i."""
+    """The outer products that a delta is the sum of: ΔW = Σ_i e_i ⊗ x_i over training tokens (equations 7–9), and
+    Δb = Σ_i e_i."""
 
     x: Float[Tensor, "layer train_token d_model"]
-    """The projections' inputs; each demonstration's start token is a training token too."""
+    """The input x_i of the key and value projections. Each demonstration's start token is a training token too."""
     e_K: Float[Tensor, "layer train_token d_kv"]
-    """Error signals of the key projections, −lr ∂L/∂(output), each at its own step's weights."""
+    """The error signal e_i of the key projections, −lr ∂L/∂(W_K x_i), each at the weights of its own step."""
     e_V: Float[Tensor, "layer train_token d_kv"]
+    """The error signal e_i of the value projections, −lr ∂L/∂(W_V x_i), each at the weights of its own step."""
     steps: Int[Tensor, " train_token"]
-    """Which demonstration each training token belongs to."""
+    """The index of the demonstration that each training token belongs to, from 0."""
     residual: float
-    """How far the factors' sum is from the delta, relative to it, at worst over layers: rounding of the weights, which
-    a small change of a large weight shows. NaN where a layer did not change."""
+    """The largest relative error ‖Σ_i e_i ⊗ x_i − ΔW‖ / ‖ΔW‖ over layers, keys and values. It shows the rounding of a
+    small change of a large weight. NaN where a layer did not change."""
 
 
-@dataclass(frozen=True)
-class WeightDelta:
-    """What finetuning on the demonstrations did to a model: ΔW_K, ΔW_V, Δb_K and Δb_V at every layer.
+@document_fields
+@dataclass(frozen=True, repr=False)
+class WeightDelta(Saved):
+    """The change that finetuning made to a model: ΔW and Δb of attention's projections at every layer.
 
-    What was not trained is zero, or `None` for queries and outputs.
+    A projection that was not trained is zero if it is of keys or values, and `None` if it is of queries or outputs.
     """
 
     model: str
+    """The name of the model that was finetuned."""
     fingerprint: str
-    """Of the weights it started from."""
-    lr: float
-    """The learning rate."""
-    config: FinetuneConfig
-    """The loss, the method and the trained projections."""
+    """The fingerprint of the weights that finetuning started from."""
+    lr: float | None
+    """The learning rate; `None` where it is unknown (`WeightDelta.between`)."""
+    config: FinetuneConfig | None
+    """The loss, the method and the trained projections; `None` where they are unknown (`WeightDelta.between`)."""
     W_K: Float[Tensor, "layer d_kv d_model"]
     """ΔW_K; d_kv is n_key_value_heads·d_head, heads in order."""
     W_V: Float[Tensor, "layer d_kv d_model"]
+    """ΔW_V; d_kv is n_key_value_heads·d_head, heads in order."""
     b_K: Float[Tensor, "layer d_kv"] | None
-    """Δb_K; `None` where the projections have no bias."""
+    """Δb_K; `None` where the key projections have no bias."""
     b_V: Float[Tensor, "layer d_kv"] | None
+    """Δb_V; `None` where the value projections have no bias."""
     demonstrations: list[list[int]]
-    """The token ids trained on, in order."""
+    """The token ids of each training sequence, in the order of the steps; empty where they are unknown."""
     losses: Float[Tensor, " step"]
-    """Mean cross-entropy in nats of each demonstration, before its own update."""
-    training_q: Float[Tensor, "layer train_token head d_head"]
-    """Queries W_Q x of each step's start token and demonstration, recorded before the step's update, in order."""
-    training_k: Float[Tensor, "layer train_token kv_head d_head"]
-    """Their keys W_K x, before rotation."""
+    """The mean cross-entropy of each demonstration before its own step, in nats; empty where it is unknown."""
+    training_q: Float[Tensor, "layer train_token head d_head"] | None = None
+    """The queries W_Q x of each step's start token and demonstration, before rotation, recorded before the step changed
+    any weight, in the order of the steps; `None` where they are unknown."""
+    training_k: Float[Tensor, "layer train_token kv_head d_head"] | None = None
+    """The keys W_K x of the tokens of `training_q`, before rotation; `None` where they are unknown."""
     W_Q: Float[Tensor, "layer d_q d_model"] | None = None
+    """ΔW_Q; d_q is n_heads·d_head, heads in order. `None` where the query projections were not trained."""
     W_O: Float[Tensor, "layer d_model d_q"] | None = None
+    """ΔW_O; d_q is n_heads·d_head, heads in order. `None` where the output projections were not trained."""
     b_Q: Float[Tensor, "layer d_q"] | None = None
+    """Δb_Q; `None` where the query projections have no bias, or were not trained."""
     b_O: Float[Tensor, "layer d_model"] | None = None
+    """Δb_O; `None` where the output projections have no bias, or were not trained."""
     factors: Factors | None = None
-    """The delta's outer products, where they were asked for."""
+    """The outer products that ΔW_K and ΔW_V are the sums of; `None` where `finetune` was not told to keep them."""
 
     def __repr__(self) -> str:
-        sizes = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
-        norms = ", ".join(f"‖Δ{name}‖={moved.norm():.3g}" for name, moved in sizes.items() if moved is not None)
+        matrices = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
+        norms = ", ".join(f"‖Δ{name}‖={delta.norm():.3g}" for name, delta in matrices.items() if delta is not None)
+        if self.config is None:
+            return f"WeightDelta({self.model!r}, finetuned elsewhere, {self.trained} changed, {norms})"
         return (
-            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.config.trained} trained, "
+            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.trained} trained, "
             f"{len(self.losses)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, {norms})"
+        )
+
+    @property
+    def trained(self) -> Trained:
+        """The projections that the delta holds changes of."""
+        if self.config is not None:
+            return self.config.trained
+        return "key-value" if self.W_Q is None else "attention"
+
+    @classmethod
+    def between(cls, model: Model, tuned: object) -> "WeightDelta":
+        """Return the delta from a model to any finetuned copy of it, however it was finetuned.
+
+        How the copy was finetuned is unknown to the delta: its `lr`, `config`, `training_q` and `training_k` are
+        `None`, its `demonstrations` and `losses` empty.
+
+        Args:
+            model: the model before finetuning.
+            tuned: a copy with other weights in attention's projections, and nowhere else: a `Model`, a
+                `TransformerBridge`, or a Hugging Face `PreTrainedModel`.
+
+        Returns:
+            ΔW and Δb in float32 at least, of keys and values where nothing else changed, else of all four projections.
+
+        Raises:
+            ValueError: tuned is of another architecture, shape or dtype, has the same weights as the model, or differs
+                from it in a weight that is not of attention's projections; names it.
+        """
+        tuned_model = wrap_finetuned(model, tuned)
+        _check_other_weights(model, tuned_model)
+        before, after = trained_weights(model, "attention"), trained_weights(tuned_model, "attention")
+        _check_same_names(model, set(before), set(after))
+        deltas = {
+            name: torch.stack([_difference(*pair) for pair in zip(before[name], after[name], strict=True)])
+            for name in before
+        }
+        changed = {name for name, delta in deltas.items() if (delta != 0).any()}  # NaN counts as a change
+        if not changed:
+            raise ValueError(
+                f"expected tuned to have other weights than {model.name!r}, got the same weights: pass the model as "
+                "it was before, and a copy that was finetuned apart from it"
+            )
+        if not changed & {"W_Q", "b_Q", "W_O", "b_O"}:
+            deltas = {name: delta for name, delta in deltas.items() if name[-1] in "KV"}
+        return cls(
+            model=model.name,
+            fingerprint=model.fingerprint(),
+            lr=None,
+            config=None,
+            **{"b_K": None, "b_V": None, **deltas},
+            demonstrations=[],
+            losses=torch.empty(0, dtype=torch.float64),
         )
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The model with the delta added; afterwards, also after an exception, as it was, bit for bit.
+        """Yield the model with the delta added; afterwards it is as it was, bit for bit, also after an exception.
 
         Raises:
-            ValueError: the delta belongs to another model.
+            ValueError: the delta belongs to another model, or to other weights of it.
         """
         shape = (model.n_layers, model.n_key_value_heads * model.d_head, model.d_model)
         if self.model != model.name or tuple(self.W_K.shape) != shape:
             raise ValueError(
                 f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
-                f"{tuple(self.W_K.shape)}"
+                f"{tuple(self.W_K.shape)}: apply it to the model that was finetuned"
             )
-        if self.fingerprint != (now := model.fingerprint()):
+        if self.fingerprint != (fingerprint := model.fingerprint()):
             raise ValueError(
-                f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {now}), got one from "
-                f"{self.fingerprint}: is another delta applied, or was another model finetuned?"
+                f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {fingerprint}), got one "
+                f"from {self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
-        weights = trained_weights(model, self.config.trained)
+        weights = trained_weights(model, self.trained)
         with restored([weight.parameter for by_layer in weights.values() for weight in by_layer]):
             with torch.no_grad():
                 for name, by_layer in weights.items():
-                    for weight, moved in zip(by_layer, getattr(self, name), strict=True):
-                        weight.parameter.add_(weight.from_matrix(moved).to(weight.parameter))
+                    for weight, delta in zip(by_layer, getattr(self, name), strict=True):
+                        weight.parameter.add_(weight.from_matrix(delta).to(weight.parameter))
             yield model
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write the delta into a folder, as safetensors and JSON."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        metadata = {
-            name: value
-            for name, value in vars(self).items()
-            if name not in tensors and name != "factors" and value is not None
-        }
-        metadata["layout"] = LAYOUT
-        if self.factors is not None:
-            parts = vars(self.factors)
-            metadata["factors_residual"] = parts["residual"]
-            tensors |= {f"factors/{name}": part for name, part in parts.items() if isinstance(part, Tensor)}
-        save_tensors(Path(folder), tensors, metadata)
-
     @classmethod
-    def load(cls, folder: str | PathLike[str]) -> "WeightDelta":
-        """Read a delta that `save` wrote.
-
-        Raises:
-            AssetError: the folder is missing or damaged, or its ΔW_O is laid out as older versions did.
-        """
-        tensors, metadata = load_tensors(Path(folder))
-        parts = {name.removeprefix("factors/"): tensors.pop(name) for name in list(tensors) if "/" in name}
-        residual, layout = metadata.pop("factors_residual", None), metadata.pop("layout", None)
-        with reading("WeightDelta", folder):
-            factors = None if residual is None else Factors(**parts, residual=residual)
-            made = cls(**metadata, **{"b_K": None, "b_V": None, **tensors}, factors=factors)
-        if made.W_O is not None and layout != LAYOUT:  # once, it was laid out as each model keeps it
-            raise AssetError(
-                f"{folder}: expected ΔW_O as [{LAYOUT}], got a delta that an older version saved. Finetune anew"
-            )
-        return made
+    def _upgraded(
+        cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what version 0.1 wrote, whose configuration and residual of factors were flat."""
+        if CLASS in metadata:
+            return tensors, metadata
+        if "W_O" in tensors and metadata.get("layout") != LAYOUT:
+            raise TypeError(f"ΔW_O that is not laid out as [{LAYOUT}], by a version before 0.1: finetune again")
+        options = ("loss", "method", "trained")
+        upgraded = {name: value for name, value in metadata.items() if name not in (*options, "factors_residual")}
+        upgraded["config"] = {name: metadata[name] for name in options if name in metadata}
+        if "factors_residual" in metadata:
+            upgraded["factors"] = {"residual": metadata["factors_residual"]}
+        return tensors, upgraded
 
     def randomised(self, seed: int) -> "WeightDelta":
-        """The delta with every matrix and bias turned into a random direction of the same norm.
+        """Return a delta with each layer's matrices and biases replaced by random directions of the same norm.
 
-        What a change of weights of this size does, whatever it has learned: a control for `applied`. Directions are
-        centred Gaussians.
+        It shows what a change of weights of this size does, whatever finetuning has learned: a control for `applied`.
+        Directions are those of centred Gaussians. The copy has no `factors`.
+
+        Args:
+            seed: of the directions.
         """
         rng = np.random.default_rng(seed)
-        turned: dict[str, Tensor] = {}
+        random_deltas: dict[str, Tensor] = {}
         for name in DELTA_FIELDS:
-            if (moved := getattr(self, name)) is not None:
-                drawn = torch.from_numpy(rng.standard_normal(moved.shape)).flatten(1)
-                size = moved.double().flatten(1).norm(dim=1, keepdim=True)
-                turned[name] = (drawn * (size / drawn.norm(dim=1, keepdim=True))).view(moved.shape).to(moved)
-        return replace(self, **turned, factors=None)
-
-
-DELTA_FIELDS = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
+            if (delta := getattr(self, name)) is not None:
+                direction = torch.from_numpy(rng.standard_normal(delta.shape)).flatten(1)
+                norm = delta.double().flatten(1).norm(dim=1, keepdim=True)
+                scaled = direction * (norm / direction.norm(dim=1, keepdim=True))
+                random_deltas[name] = scaled.view(delta.shape).to(delta)
+        return replace(self, **random_deltas, factors=None)
 
 
 def trained_weights(model: Model, trained: Trained = "key-value") -> dict[str, list[Weight]]:
-    """Weights and biases of the projections that move, by their delta's name and by layer."""
-    found = {}
+    """Return the weights and biases of the trained projections: by layer, under their field's name in `WeightDelta`."""
+    weights_by_name: dict[str, list[Weight]] = {}
     for kind in PROJECTIONS_TRAINED[trained]:
         weights, biases = zip(*model.projections(kind), strict=True)
-        found |= {f"W_{kind}": list(weights)} | ({f"b_{kind}": list(biases)} if None not in biases else {})
-    return found
+        weights_by_name[f"W_{kind}"] = list(weights)
+        if None not in biases:
+            weights_by_name[f"b_{kind}"] = list(biases)
+    return weights_by_name
 
 
 @contextmanager
 def restored(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """The parameters' values, put back when the block ends, however it ends."""
+    """Yield copies of the parameters' values, which are written back when the block ends, however it ends."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield before
@@ -218,3 +282,32 @@ def restored(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
+
+
+def _difference(before: Weight, after: Weight) -> Float[Tensor, "..."]:
+    """Return the change of a weight or bias as a matrix or vector, in float32 at least, on the CPU."""
+    old, new = (at_least_float32(weight.to_matrix(weight.parameter.detach()).cpu()) for weight in (before, after))
+    return new - old
+
+
+def _check_same_names(model: Model, expected: set[str], got: set[str]) -> None:
+    if difference := sorted(expected ^ got):
+        raise ValueError(
+            f"expected tuned to be a finetuned copy of {model.name!r}, with the weights {sorted(expected)}, got "
+            f"{difference[0]!r} in one of them only: pass a copy of the same model"
+        )
+
+
+def _check_other_weights(model: Model, tuned: Model) -> None:
+    """Raise a ValueError where a weight that is not of attention's projections differs; names it."""
+    before, after = weights_beyond_projections(model), weights_beyond_projections(tuned)
+    _check_same_names(model, set(before), set(after))
+    different = [
+        name for name, weight in before.items() if not torch.equal(weight.detach().cpu(), after[name].detach().cpu())
+    ]
+    if different:
+        raise ValueError(
+            f"expected tuned to differ from {model.name!r} in attention's projections only, which are all that a delta "
+            f"holds, got another {different[0]!r} ({len(different)} such weights): compare the finetuned model by "
+            "capturing it directly, icl_dual.compare(..., delta=None)"
+        )
