@@ -160,7 +160,7 @@ def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
     """
     check_prompts(model, prompts)
     if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"expected lr as a positive number, got {lr}: pass a learning rate such as 0.01")
+        raise ValueError(f"expected a learning rate above 0, got {lr}: pass a positive lr, such as 0.01")
     if not prompts.training_sequences:
         raise ValueError("expected prompts with demonstrations to finetune on, got none: build them with at least one")
     if short := [tokens for tokens in prompts.training_sequences if len(prompts.start) + len(tokens) < 2]:

@@ -13,9 +13,11 @@ from icl_dual import assets
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
 
+@transformers_bars()
 def load_model(
     name: str,
     *,
