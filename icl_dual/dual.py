@@ -2,19 +2,19 @@
 
 1. A linear layer trained by gradient descent is the untrained layer plus linear attention over what it was trained on
    (equations 7–9 of Dai et al., 2023): (W_0 + Σ_i e_i ⊗ x_i) x = W_0 x + Σ_i e_i (x_iᵀ x).
-2. Attention whose softmax and scale are dropped is therefore a linear layer: F̃(q) = (W_ZSL + ΔW_ICL) q, with
-   ΔW_ICL = Σ_i v_i ⊗ k_i over the demonstrations (11–12), and finetuning's ΔW_FT beside it (13).
+2. Attention without softmax and scale is therefore a linear layer: F̃(q) = (W_ZSL + ΔW_ICL) q, with
+   ΔW_ICL = Σ_i v_i ⊗ k_i over the demonstrations (11–12). Finetuning adds ΔW_FT instead (13).
 3. Softmax attention itself splits exactly by groups of keys. For one query row with scores s_j,
 
        z_G = Σ_{j∈G} softmax_G(s)_j v_j        attention restricted to the group G
        lse_G = log Σ_{j∈G} exp(s_j)            the group's weight, up to a common factor
 
-   and attention over two groups is z = z_0 + w (z_demo − z_0), with w = σ(lse_demo − lse_0) the share that the second
-   group takes. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds to the
-   zero-shot attention z_0: equation 11 without its relaxation.
-4. Two updates are compared by their singular value decompositions, against one with random directions.
+   and attention over two groups is z = z_0 + w (z_demo − z_0), where w = σ(lse_demo − lse_0) is the second group's
+   share of the softmax. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds
+   to the zero-shot attention z_0: equation 11 without its relaxation.
+4. Two updates are compared by their singular value decompositions, and with an update of random directions.
 
-Keys and values keep their own number of heads (`kv_head`); query heads share them group by group.
+Keys and values keep their own number of heads (`kv_head`), which groups of query heads share.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icl_dual.field_docs import document_fields
+
 FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-"""Whether this torch has the kernel that gives up its log-sum-exp; without it, attention is written out."""
+"""Whether this torch has the fused kernel that returns its log-sum-exp; without it, attention is computed step by
+step."""
 
 # 1. Linear layers under gradient descent
 
@@ -46,14 +49,22 @@ def linear_attention(
 def outer_sum(
     k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch d_v d_k"]:
-    """Return ΔW = Σ_i v_i ⊗ k_i, the matrix whose action on q is `linear_attention(q, k, v)` (equations 7–9, 12)."""
+    """Return ΔW = Σ_i v_i ⊗ k_i, so that ΔW q is `linear_attention(q, k, v)` (equations 7–9, 12).
+
+    >>> import torch
+    >>> k, v = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [5.0]])
+    >>> outer_sum(k, v)
+    tensor([[ 3., 10.]])
+    """
     return v.mT @ k
 
 
+@document_fields
 class Sgd(NamedTuple):
-    """A linear layer after stochastic gradient descent, and the error signals that moved it."""
+    """A linear layer after stochastic gradient descent, and the error signals of its steps."""
 
     W: Float[Tensor, "d_out d_in"]
+    """The trained weights."""
     errors: Float[Tensor, "step d_out"]
     """e_i = −lr ∂L/∂(output_i), so that W = W_0 + Σ_i e_i ⊗ x_i."""
 
@@ -65,18 +76,26 @@ def sgd(
     lr: float,
     momentum: float = 0.0,
 ) -> Sgd:
-    """Train the linear layer x ↦ W x by SGD, one input a step: what attention over its error signals is dual to.
+    """Train the linear layer x ↦ W x by SGD, one input per step: the dual of linear attention over its error signals.
 
     Args:
         W_0: the untrained weights.
         inputs: x_i, in the order of the steps.
-        gradient: ∂L/∂(output) at a step, from the layer's output W x_i and the step's index.
+        gradient: a function of the layer's output W x_i and the step's index that returns ∂L/∂(output).
         lr: the learning rate.
-        momentum: η, by which each step repeats the one before.
+        momentum: η: each step adds η times the step before.
 
     Returns:
-        The trained weights, and error signals with W x = W_0 x + linear_attention(x, inputs, errors) for every x
-        (equations 7–9); with momentum, `momentum_linear_attention` in its place.
+        The trained weights, and error signals such that W x = W_0 x + linear_attention(x, inputs, errors) for every x
+        (equations 7–9); with momentum, `icl_dual.momentum.momentum_linear_attention` instead.
+
+    >>> import torch
+    >>> W_0, x, y = torch.zeros(1, 2), torch.eye(2), torch.tensor([[1.0], [2.0]])
+    >>> W, errors = sgd(W_0, x, lambda output, step: output - y[step], lr=0.5)
+    >>> W
+    tensor([[0.5000, 1.0000]])
+    >>> torch.equal(W, W_0 + outer_sum(x, errors))
+    True
     """
     W, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
     velocity = torch.zeros_like(W_0)
@@ -90,13 +109,13 @@ def sgd(
 def sgd_targets(
     W_0: Float[Tensor, "d_out d_in"], k: Float[Tensor, "step d_in"], v: Float[Tensor, "step d_out"], lr: float
 ) -> Float[Tensor, "step d_out"]:
-    """The other direction of equations 7–9: targets y_i for which SGD is linear attention over given values and keys.
+    """Return targets y_i for which SGD is linear attention over given values and keys: equations 7–9 read backwards.
 
-    SGD from W_0 on inputs k_i with the loss ½‖W k_i − y_i‖² has the values v_i as its error signals, whatever they are:
+    SGD from W_0 on inputs k_i with the loss ½‖W k_i − y_i‖² then has the values v_i as its error signals:
     y_i = W_{i−1} k_i + v_i / lr.
     """
-    moved_by_then = torch.tril(k @ k.mT, -1) @ v
-    return k @ W_0.mT + moved_by_then + v / lr
+    from_earlier_steps = torch.tril(k @ k.mT, -1) @ v
+    return k @ W_0.mT + from_earlier_steps + v / lr
 
 
 class LinearSelfAttention(NamedTuple):
@@ -110,21 +129,26 @@ class LinearSelfAttention(NamedTuple):
     def __call__(
         self, context: Float[Tensor, "token d_token"], queries: Float[Tensor, "query d_token"]
     ) -> Float[Tensor, "query d_token"]:
-        """The queries after the layer, having attended to the context tokens."""
+        """Return the query tokens after the layer, in which they attend to the context tokens."""
         attended = linear_attention(queries @ self.W_Q.mT, context @ self.W_K.mT, context @ self.W_V.mT)
         return queries + attended @ self.P.mT
 
 
 def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: int) -> LinearSelfAttention:
-    """von Oswald et al. (2023): the linear self-attention layer that is one step of gradient descent.
+    """Return the linear self-attention layer that is one step of gradient descent (von Oswald et al., 2023).
 
-    Tokens are (x, y). For the loss 1/(2N) Σ_i ‖W x_i − y_i‖² over N context tokens, the layer turns every (x, y) into
-    (x, y − ΔW x) with ΔW = −lr ∂L/∂W at W_0: a query token (x, −W_0 x) comes out as (x, −(W_0 + ΔW) x).
+    Tokens are (x, y). For the loss 1/(2N) Σ_i ‖W x_i − y_i‖² over N context tokens, the layer maps every (x, y) to
+    (x, y − ΔW x) with ΔW = −lr ∂L/∂W at W_0: a query token (x, −W_0 x) becomes (x, −(W_0 + ΔW) x).
+
+    Args:
+        W_0: the weights before the step.
+        lr: the learning rate.
+        n_tokens: N, the number of context tokens.
     """
     d_y, d_x = W_0.shape
     reads_x, writes_y, errors = (W_0.new_zeros(d_x + d_y, d_x + d_y) for _ in range(3))
     reads_x.diagonal()[:d_x] = 1.0
-    writes_y.diagonal()[d_x:] = lr / max(n_tokens, 1)  # without tokens there is nothing to step along
+    writes_y.diagonal()[d_x:] = lr / max(n_tokens, 1)  # without tokens the gradient is 0
     errors[d_x:, :d_x] = W_0
     errors.diagonal()[d_x:] = -1.0
     return LinearSelfAttention(W_Q=reads_x, W_K=reads_x, W_V=errors, P=writes_y)
@@ -136,7 +160,15 @@ def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: i
 def head_weights(
     k: Float[Tensor, "*batch key kv_head d_head"], v: Float[Tensor, "*batch key kv_head d_head"]
 ) -> Float[Tensor, "*batch kv_head d_head d_head"]:
-    """Σ_j v_j ⊗ k_j per head: over the demonstrations ΔW_ICL, over the query's own prompt W_ZSL (equations 11–12)."""
+    """Return Σ_j v_j ⊗ k_j per head: over the demonstrations ΔW_ICL, over the zero-shot prompt W_ZSL (equations 11–12).
+
+    >>> import torch
+    >>> k, v = torch.randn(7, 2, 4), torch.randn(7, 2, 4)  # 7 tokens, 2 key-value heads
+    >>> head_weights(k, v).shape
+    torch.Size([2, 4, 4])
+    >>> torch.allclose(head_weights(k, v)[1], outer_sum(k[:, 1], v[:, 1]), atol=1e-5)
+    True
+    """
     return outer_sum(k.transpose(-3, -2), v.transpose(-3, -2))
 
 
@@ -146,14 +178,32 @@ def delta_w_ft(
     tuned_k: Float[Tensor, "*batch key kv_head d_head"],
     tuned_v: Float[Tensor, "*batch key kv_head d_head"],
 ) -> Float[Tensor, "*batch kv_head d_head d_head"]:
-    """ΔW_FT = (W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ per head (equation 13), from keys and values of X."""
+    """Return ΔW_FT = (W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ per head (equation 13).
+
+    Args:
+        k: keys W_K X of the untuned model.
+        v: values W_V X of the untuned model.
+        tuned_k: keys (W_K + ΔW_K) X of the same inputs X.
+        tuned_v: values (W_V + ΔW_V) X of the same inputs X.
+
+    >>> import torch
+    >>> k, v = torch.randn(5, 2, 4), torch.randn(5, 2, 4)
+    >>> bool((delta_w_ft(k, v, k, v) == 0).all())  # without a change of weights
+    True
+    """
     return head_weights(tuned_k, tuned_v) - head_weights(k, v)
 
 
 def act(
     W: Float[Tensor, "*batch kv_head d_head d_head"], q: Float[Tensor, "*batch head d_head"]
 ) -> Float[Tensor, "*batch head d_head"]:
-    """W q for every query head, each with the matrix of its key-value head."""
+    """Return W q for every query head, with the matrix of its key-value head.
+
+    >>> import torch
+    >>> W, q = torch.stack([torch.eye(3), 2 * torch.eye(3)]), torch.ones(4, 3)  # 2 key-value heads, 4 query heads
+    >>> act(W, q)[:, 0]
+    tensor([1., 1., 2., 2.])
+    """
     heads = q.unflatten(-2, (W.shape[-3], -1))
     return torch.einsum("...kij,...kgj->...kgi", W, heads).flatten(-3, -2)
 
@@ -163,7 +213,13 @@ def act_unformed(
     k: Float[Tensor, "*batch key kv_head d_head"],
     v: Float[Tensor, "*batch key kv_head d_head"],
 ) -> Float[Tensor, "*batch head d_head"]:
-    """(Σ_j v_j ⊗ k_j) q for every query head without forming the matrix: linear attention over the keys."""
+    """Return (Σ_j v_j ⊗ k_j) q for every query head without forming the matrix: linear attention over the keys.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(4, 3), torch.randn(6, 2, 3), torch.randn(6, 2, 3)
+    >>> torch.allclose(act_unformed(q, k, v), act(head_weights(k, v), q), atol=1e-5)
+    True
+    """
     heads = q.unflatten(-2, (k.shape[-2], -1))
     return linear_attention(heads, k.transpose(-3, -2), v.transpose(-3, -2)).flatten(-3, -2)
 
@@ -171,11 +227,14 @@ def act_unformed(
 # 3. Softmax attention, split
 
 
+@document_fields
 class AttentionPart(NamedTuple):
     """Attention restricted to one group of keys: its output, and the log-sum-exp of its scores."""
 
     z: Float[Tensor, "*batch head d_head"]
+    """The heads' outputs; 0 where no key is visible."""
     lse: Float[Tensor, "*batch head"]
+    """Log-sum-exp of the scores, the group's weight in a softmax over several groups; −∞ where no key is visible."""
 
 
 def scores(
@@ -184,10 +243,16 @@ def scores(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch kv_head group_pos key"]:
-    """Scaled scores qᵀk before mask, position bias and softmax, capped where the model caps them.
+    """Return scaled scores qᵀk before mask, position bias and softmax, capped where the model caps them.
 
     The heads that share a key-value head are stacked along the rows (`group_pos`, group-major), so that grouped-query
     attention is one matrix product and no key is repeated. Half-precision input is scored in float32.
+
+    Args:
+        q: queries as scored, after norms and rotation.
+        k: keys as scored, after norms and rotation.
+        scale: the factor of the scores, usually 1/√d_head.
+        softcap: the bound c of c·tanh(score / c); none where `None`.
     """
     batch, n_pos, n_heads, d_head = q.shape
     n_keys, n_kv_heads = k.shape[1:3]
@@ -206,7 +271,13 @@ def shared_scores(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "head row key"]:
-    """`scores` of rows that share one set of keys, as queries do their demonstrations."""
+    """Return `scores` of rows that share one set of keys, as queries share their demonstrations.
+
+    >>> import torch
+    >>> q, k = torch.randn(5, 4, 8), torch.randn(9, 2, 8)  # 5 rows of 4 heads, 9 keys of 2 key-value heads
+    >>> shared_scores(q, k, scale=8**-0.5).shape
+    torch.Size([4, 5, 9])
+    """
     return scores(q[None], k[None], scale, softcap).view(q.shape[1], len(q), len(k))
 
 
@@ -216,12 +287,12 @@ def summed_scores(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "row key"]:
-    """`shared_scores` summed over heads: one product with all keys side by side, as long as nothing caps a score."""
+    """Return `shared_scores` summed over heads: one product with all keys side by side, where no score is capped."""
     if softcap is not None:
         return shared_scores(q, k, scale, softcap).sum(0)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    of_kv_head = q.to(dtype).unflatten(1, (k.shape[1], -1)).sum(2) * scale
-    return of_kv_head.flatten(1) @ k.to(dtype).flatten(1).T
+    q_by_kv_head = q.to(dtype).unflatten(1, (k.shape[1], -1)).sum(2) * scale
+    return q_by_kv_head.flatten(1) @ k.to(dtype).flatten(1).T
 
 
 def attend(
@@ -233,11 +304,24 @@ def attend(
     bias: Float[Tensor, "#batch #head #pos key"] | None = None,
     causal: bool = False,
 ) -> AttentionPart:
-    """Attention of every row over one group of keys.
+    """Return softmax attention of every row over one group of keys.
 
-    `bias` is added to the scores: position biases, and −∞ for a key that a row does not see. `causal` says that the
-    rows are the keys' own tokens, in order, and see none after themselves. A row that sees no key of the group has
-    output 0 and log-sum-exp −∞, so that it takes no share in a merge.
+    A row that sees no key of the group has output 0 and log-sum-exp −∞, so that the group has no share in a merge.
+
+    Args:
+        q: queries as scored.
+        k: keys as scored.
+        v: values.
+        scale: the factor of the scores, usually 1/√d_head.
+        softcap: the bound c of c·tanh(score / c); none where `None`.
+        bias: added to the scores: position biases, and −∞ for a key that a row does not see.
+        causal: whether the rows are the tokens of the keys, in order, and see no token after themselves.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+    >>> z, lse = attend(q, k, v, scale=8**-0.5)
+    >>> z.shape, lse.shape
+    (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 4]))
     """
     batch, n_pos, n_heads, d_head = q.shape
     n_keys, n_kv_heads = k.shape[1:3]
@@ -253,13 +337,13 @@ def attend(
         by_head.add_(bias.unflatten(1, (n_kv_heads, group)) if bias.shape[1] > 1 else bias.unsqueeze(1))
     if causal:
         by_head.masked_fill_(torch.ones(n_pos, n_keys, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-    top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite where all is hidden
-    weights = weights.sub_(top).exp_()
+    largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite if all keys are hidden
+    weights = weights.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
     values = v.to(weights.dtype).permute(0, 2, 1, 3).reshape(batch * n_kv_heads, n_keys, d_head)
     z = torch.bmm(weights.view(batch * n_kv_heads, group * n_pos, n_keys), values)
     z = z.view(batch, n_kv_heads, group * n_pos, d_head) / total.clamp_min(torch.finfo(total.dtype).tiny)
-    lse = (top + total.log()).squeeze(-1)
+    lse = (largest + total.log()).squeeze(-1)
     return AttentionPart(
         z.view(batch, n_kv_heads, group, n_pos, d_head).permute(0, 3, 1, 2, 4).reshape(q.shape),
         lse.view(batch, n_kv_heads, group, n_pos).permute(0, 3, 1, 2).reshape(batch, n_pos, n_heads),
@@ -267,50 +351,78 @@ def attend(
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionPart:
-    """`attend` in torch's own fused kernel, which gives up its log-sum-exp."""
+    """Return `attend` by torch's fused kernel, which also returns the log-sum-exp."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # The kernel takes it that a head's dimensions lie side by side.
-    own = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in own)
+    # The kernel assumes that a head's dimensions are side by side in memory.
+    side_by_side = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in side_by_side)
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
     return AttentionPart(z.transpose(1, 2), lse.transpose(1, 2))
 
 
 def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart:
-    """A group with a sink in it: a learned score per head that takes a share of the softmax and has no value."""
+    """Return a group with a sink added to it: a learned score per head that has a share of the softmax and no value.
+
+    >>> import torch
+    >>> part = AttentionPart(torch.ones(1, 2, 3), torch.zeros(1, 2))
+    >>> add_sink(part, torch.tensor([0.0, -torch.inf])).z[0, :, 0]  # half of the softmax, and none of it
+    tensor([0.5000, 1.0000])
+    """
     lse = torch.logaddexp(part.lse, sink.to(part.lse))
     return AttentionPart(part.z * (part.lse - lse).exp().unsqueeze(-1), lse)
 
 
 def share(part: AttentionPart, rest: AttentionPart) -> Float[Tensor, "*batch head"]:
-    """The share w = σ(lse − lse_rest) of the softmax that a group takes from the rest; 0 where neither has a key."""
+    """Return a group's share of the softmax, w = σ(lse − lse_rest); 0 where neither the group nor the rest has a key.
+
+    >>> import torch
+    >>> twice, once = (AttentionPart(torch.ones(1, 3), torch.tensor([n]).log()) for n in (2.0, 1.0))
+    >>> share(twice, once)
+    tensor([0.6667])
+    """
     return torch.sigmoid((part.lse - rest.lse).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
 
 
 def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[Tensor, "*batch head d_head"]:
-    """What the demonstrations add to zero-shot attention: ΔICL = w (z_demo − z_0), w = σ(lse_demo − lse_0).
+    """Return what the demonstrations add to zero-shot attention: ΔICL = w (z_demo − z_0), w = σ(lse_demo − lse_0).
 
     Zero-shot attention plus ΔICL is softmax attention over both groups, exactly.
+
+    >>> import torch
+    >>> q, k, v = (torch.randn(1, n, 4, 8) for n in (1, 9, 9))
+    >>> demonstrations, rest = attend(q, k[:, :6], v[:, :6], 1.0), attend(q, k[:, 6:], v[:, 6:], 1.0)
+    >>> torch.allclose(rest.z + delta_icl(rest, demonstrations), attend(q, k, v, 1.0).z, atol=1e-5)
+    True
     """
     return share(demonstrations, zero_shot).unsqueeze(-1) * (demonstrations.z - zero_shot.z)
 
 
 def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
-    """Softmax attention over the keys of two groups, from the attention over each."""
+    """Return softmax attention over the keys of two groups, from the attention over each.
+
+    >>> import torch
+    >>> q, k, v = (torch.randn(1, n, 4, 8) for n in (2, 9, 9))
+    >>> merged = merge(attend(q, k[:, :6], v[:, :6], 1.0), attend(q, k[:, 6:], v[:, 6:], 1.0))
+    >>> all(torch.allclose(a, b, atol=1e-5) for a, b in zip(merged, attend(q, k, v, 1.0)))
+    True
+    """
     return AttentionPart(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
 
 
+@document_fields
 class AttentionRule(NamedTuple):
     """How a layer turns qᵀk into attention weights."""
 
     scale: float
+    """The factor of the scores, usually 1/√d_head."""
     softcap: float | None
+    """The bound c of c·tanh(score / c); `None` where scores are not capped."""
     window: int | None
-    """How many positions back a query sees, itself included; all where None."""
+    """How many positions a query sees, from its own backwards; `None` where it sees all."""
     slopes: Float[Tensor, " head"] | None = None
-    """ALiBi: what each position of distance adds to a score; nothing where None."""
+    """ALiBi: what each position of distance subtracts from a score; `None` without ALiBi."""
     sink: Float[Tensor, " head"] | None = None
-    """The learned score that takes a share of each row's softmax and has no value; none where None."""
+    """The learned score that has a share of each row's softmax and no value; `None` without a sink."""
 
     def attend(
         self,
@@ -320,12 +432,20 @@ class AttentionRule(NamedTuple):
         rows: Int[Tensor, "#batch pos"],
         keys: Int[Tensor, "#batch key"],
     ) -> AttentionPart:
-        """Attention over one group of keys, of rows and keys that stand at these positions; the sink is left out."""
+        """Return attention over one group of keys, without the sink.
+
+        Args:
+            q: queries as scored.
+            k: keys as scored.
+            v: values.
+            rows: the position of each query.
+            keys: the position of each key.
+        """
         bias, causal = None, False
         if self.slopes is not None or self._hides(rows, keys):
             bias = self.bias(rows, keys)
         elif k.shape[1] and bool(keys.max() > rows.min()):
-            # Tokens in order among themselves need no mask to be made.
+            # Tokens that attend to themselves, in order, are causal attention: no mask has to be built.
             causal = torch.equal(rows, keys) and bool((rows.diff() > 0).all())
             bias = None if causal else self.bias(rows, keys)
         if bias is not None:
@@ -333,23 +453,34 @@ class AttentionRule(NamedTuple):
         return attend(q, k, v, self.scale, self.softcap, bias, causal)
 
     def _hides(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> bool:
-        """Whether the window keeps a row from a key; without keys there is nothing to hide."""
+        """Return whether the window hides a key from a row."""
         return self.window is not None and bool(keys.numel()) and int(rows.max() - keys.min()) >= self.window
 
     def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
-        """What positions add to the scores, by batch and head where these differ: ALiBi, and −∞ for hidden keys."""
+        """Return what positions add to the scores, by batch and head where these differ: ALiBi, and −∞ if hidden.
+
+        Args:
+            rows: the position of each query.
+            keys: the position of each key.
+        """
         hidden = ~self.visible(rows, keys).unsqueeze(1)
         distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
         bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
         return torch.where(hidden, -torch.inf, bias.to(rows.device))
 
     def visible(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Bool[Tensor, "_ pos key"]:
-        """Which keys each row sees: none after itself, and none further back than the window."""
+        """Return which keys each row sees: none after itself, and none before the window.
+
+        >>> import torch
+        >>> rule = AttentionRule(scale=1.0, softcap=None, window=2)
+        >>> rule.visible(torch.tensor([[3]]), torch.tensor([[1, 2, 3, 4]]))
+        tensor([[[False,  True,  True, False]]])
+        """
         distance = rows[..., None] - keys[:, None]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
     def with_sink(self, part: AttentionPart) -> AttentionPart:
-        """A group of keys together with the layer's sink, if it has one."""
+        """Return a group of keys with the layer's sink added to it, if the layer has one."""
         return part if self.sink is None else add_sink(part, self.sink)
 
 
@@ -357,73 +488,99 @@ class AttentionRule(NamedTuple):
 
 
 def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Float[Tensor, "..."]:
-    """Cosine over the last axis; NaN where a vector is zero."""
+    """Return the cosine over the last axis; NaN where a vector is zero.
+
+    >>> import torch
+    >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]))
+    tensor(0.6000)
+    """
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
+@document_fields
 class Svd(NamedTuple):
-    """A matrix as U diag(S) Vᵀ, singular values in falling order."""
+    """The singular value decomposition U diag(S) Vᵀ of a matrix."""
 
     U: Float[Tensor, "*batch d d"]
+    """Left singular vectors, by column: the directions that the matrix writes."""
     S: Float[Tensor, "*batch d"]
+    """Singular values, in falling order."""
     Vh: Float[Tensor, "*batch d d"]
+    """Right singular vectors, by row: the directions that the matrix reads."""
 
     @classmethod
     def of(cls, W: Float[Tensor, "*batch d d"]) -> "Svd":
-        """Decompose a matrix, in float64: angles between close directions are lost in less."""
+        """Return the decomposition of a matrix, in float64: float32 loses the angles between close directions."""
         return cls(*torch.linalg.svd(W.double()))
 
     def with_random_directions(self, generator: torch.Generator) -> "Svd":
-        """The same singular values between singular vectors drawn uniformly (Haar): what chance looks like."""
+        """Return a matrix with the same singular values and singular vectors drawn uniformly (Haar): the null."""
         U, V = (torch.linalg.qr(_normal(self.U, generator)) for _ in range(2))
-        # Without its signs fixed, QR draws Q from a distribution that is not uniform.
+        # Unless R's diagonal is made positive, the Q of a random matrix is not uniformly distributed.
         return Svd(_signed(*U), self.S, _signed(*V).mT)
 
     def act(self, q: Float[Tensor, "*#batch group d"]) -> Float[Tensor, "*#batch group d"]:
-        """The matrix applied to vectors."""
+        """Return the matrix applied to vectors."""
         return ((q @ self.Vh.mT) * self.S.unsqueeze(-2)) @ self.U.mT
 
 
+@document_fields
 class Overlap(NamedTuple):
-    """How alike two updates are as matrices."""
+    """How similar two updates are as matrices."""
 
     cosine: Float[Tensor, "*batch"]
     """Frobenius cosine ⟨A, B⟩ / (‖A‖ ‖B‖); for random directions it has mean 0 and standard deviation 1/d."""
     left_angles: Float[Tensor, "*batch rank"]
-    """Principal angles between the leading left singular subspaces (what they write), in degrees, smallest first.
-
-    NaN past the rank of either matrix."""
+    """Principal angles between the leading left singular subspaces (what is written), in degrees, smallest first; NaN
+    past the rank of either matrix."""
     right_angles: Float[Tensor, "*batch rank"]
-    """The same between the leading right singular subspaces (what they read)."""
+    """Principal angles between the leading right singular subspaces (what is read), in degrees, smallest first; NaN
+    past the rank of either matrix."""
 
 
 def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
-    """Compare two matrices: Frobenius cosine, and principal angles between their `rank` leading singular subspaces.
+    """Compare two matrices: Frobenius cosine, and principal angles between their leading singular subspaces.
 
-    NaN where a matrix is zero, or has not so many directions: singular values that are float32's rounding of the
-    largest have none. Batch axes broadcast.
+    Args:
+        a: one matrix; batch axes broadcast.
+        b: the other.
+        rank: how many leading singular directions span a subspace.
+
+    Returns:
+        NaN where a matrix is zero, or has fewer directions than `rank`: a singular value that is float32's rounding of
+        the largest has no direction.
+
+    >>> import torch
+    >>> a, b = Svd.of(torch.diag(torch.tensor([2.0, 1.0, 0.0]))), Svd.of(torch.diag(torch.tensor([0.0, 1.0, 2.0])))
+    >>> overlap(a, b, rank=1).left_angles
+    tensor([90.], dtype=torch.float64)
     """
     left, right = a.U.mT @ b.U, a.Vh @ b.Vh.mT
     inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * left * right).sum((-2, -1))
     norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
     cosine = torch.where(norms > 0, inner / norms, torch.nan)
-    of_a, of_b = (_directions(svd.S)[..., :rank] for svd in (a, b))
-    real = of_a.unsqueeze(-1) & of_b.unsqueeze(-2)
-    n_angles = torch.minimum(of_a.sum(-1), of_b.sum(-1)).unsqueeze(-1)
-    known = torch.arange(rank, device=inner.device) < n_angles
-    # Directions that are not there have cosine 0 to all others, and so come last.
-    angles = (_angles(cosines[..., :rank, :rank] * real) for cosines in (left, right))
-    return Overlap(cosine, *(torch.where(known, found, torch.nan) for found in angles))
+    in_a, in_b = (_has_direction(svd.S)[..., :rank] for svd in (a, b))
+    in_both = in_a.unsqueeze(-1) & in_b.unsqueeze(-2)
+    n_angles = torch.minimum(in_a.sum(-1), in_b.sum(-1)).unsqueeze(-1)
+    is_defined = torch.arange(rank, device=inner.device) < n_angles
+    # Missing directions get cosine 0 to all others, so that their angles come last.
+    angles = (_angles(cosines[..., :rank, :rank] * in_both) for cosines in (left, right))
+    return Overlap(cosine, *(torch.where(is_defined, degrees, torch.nan) for degrees in angles))
 
 
 def effective_rank(S: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); NaN for a zero matrix."""
+    """Return exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); NaN for a zero matrix.
+
+    >>> import torch
+    >>> effective_rank(torch.tensor([[3.0, 3.0, 0.0], [1.0, 0.0, 0.0]]))
+    tensor([2., 1.])
+    """
     p = S / S.sum(-1, keepdim=True)
     return torch.exp(-torch.special.xlogy(p, p).sum(-1))
 
 
-def _directions(S: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch d"]:
-    """Which singular values are more than rounding of the largest."""
+def _has_direction(S: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch d"]:
+    """Return which singular values are more than rounding of the largest."""
     return S.shape[-1] * torch.finfo(torch.float32).eps * S[..., :1] < S
 
 

@@ -341,7 +341,7 @@ def split_into_batches(lengths: Sequence[int], batch_size: int) -> list[list[int
     """Return batches of row indices, rows of like lengths together, at the lowest cost in padding and batches.
 
     >>> split_into_batches([3, 200, 4, 190], batch_size=2)
-    [[0, 2], [3, 1]]
+    [[3, 1], [0, 2]]
     """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     lowest_cost, best_begin = [0], [0]  # of the first n sorted rows, and where their last batch begins

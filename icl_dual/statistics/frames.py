@@ -1,4 +1,4 @@
-"""Summary frames: means and deviations over queries, one row a number."""
+"""Summary frames: the mean and deviation over queries of every metric, by layer and head."""
 
 from collections.abc import Mapping
 
@@ -8,19 +8,30 @@ from torch import Tensor
 
 
 def summary_frame(values: Mapping[str, Float[Tensor, "query layer ..."]]) -> pd.DataFrame:
-    """One row for each metric, layer and head (empty where there is none): mean and deviation over queries, and n.
+    """Return one row for each metric, layer and head: mean and standard deviation over queries, and their number.
 
-    A fourth axis is averaged first; NaNs are left out.
+    Args:
+        values: by metric, a tensor [query layer], [query layer head] or [query layer head _]. The last is averaged over
+            its fourth axis first.
+
+    Returns:
+        The columns metric, layer, head (empty for a metric without heads), mean, std (empty for fewer than two values)
+        and n, the number of finite values, which are the ones that count.
+
+    >>> import torch
+    >>> summary_frame({"cosine": torch.tensor([[0.25], [0.75], [torch.nan]])})
+       metric  layer  head  mean       std  n
+    0  cosine      0  <NA>   0.5  0.353553  2
     """
     rows = []
-    for name, found in values.items():
-        found = found.flatten(3).mean(-1) if found.ndim == 4 else found
-        by_head = found.unsqueeze(2) if found.ndim == 2 else found
-        for layer in range(found.shape[1]):
-            for head, column in enumerate(by_head[:, layer].double().T):
-                known = column[column.isfinite()].numpy()
-                spread = known.std(ddof=1) if len(known) > 1 else None
-                of_head = head if found.ndim > 2 else None
-                rows.append((name, layer, of_head, known.mean() if len(known) else None, spread, len(known)))
+    for name, tensor in values.items():
+        by_query = tensor.flatten(3).mean(-1) if tensor.ndim == 4 else tensor
+        by_head = by_query.unsqueeze(2) if by_query.ndim == 2 else by_query
+        for layer in range(by_query.shape[1]):
+            for index, column in enumerate(by_head[:, layer].double().T):
+                finite = column[column.isfinite()].numpy()
+                mean = finite.mean() if len(finite) else None
+                std = finite.std(ddof=1) if len(finite) > 1 else None
+                rows.append((name, layer, index if by_query.ndim > 2 else None, mean, std, len(finite)))
     frame = pd.DataFrame(rows, columns=["metric", "layer", "head", "mean", "std", "n"])
     return frame.astype({"head": "Int64", "mean": float, "std": float})
