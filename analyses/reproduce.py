@@ -233,7 +233,7 @@ def write(args: argparse.Namespace) -> None:
     )
     if args.export:
         icl.export_recordings(results, args.export)
-    numbers = pd.concat([result.to_frame() for result in results])
+    numbers = pd.concat([result.to_frame() for result in results]).drop(columns=["low", "high"])
     numbers["model"] = numbers["model"].map(short)
     numbers.to_csv(args.out / "results.csv", index=False, float_format="%.6g")
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)

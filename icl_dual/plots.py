@@ -1,4 +1,4 @@
-"""Pictures: Axes in, Axes out, nothing computed but means over queries, their standard errors, and quantiles."""
+"""Plots: each function takes Axes and returns them; all it computes are means over queries, errors and quantiles."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,72 +11,66 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from icl_dual.metrics.comparison import PER_LAYER, Comparison
+from icl_dual.metrics import catalogue
+from icl_dual.metrics.comparison import Comparison
 from icl_dual.statistics.intervals import Interval
 
-_LINES: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "SimAOU": (
-        ("SimAOU", "ICL and FT", {"color": "C0"}),
-        ("SimAOU unnormalised", "unnormalised", {"color": "C2", "linestyle": "--"}),
-        ("SimAOU inflation null", "random updates for both", {"color": "0.3", "linestyle": "-."}),
-        ("SimAOU random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
-    ),
-    "SimAM": (
-        ("SimAM after FT", "ICL and FT", {"color": "C0"}),
-        ("SimAM before FT", "ICL and ZSL (before FT)", {"color": "C1", "linestyle": "--"}),
-        ("SimAM random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
-    ),
-    "Kendall": (
-        ("Kendall", "ICL and FT, by its queries", {"color": "C0"}),
-        ("Kendall on keys", "by its keys", {"color": "C2", "linestyle": "--"}),
-        ("Kendall random", "ICL and random", {"color": "0.5", "linestyle": ":"}),
-    ),
-}
-_AXIS_LABELS = {"SimAOU": "SimAOU (cosine)", "SimAM": "SimAM (cosine)", "Kendall": "Kendall's τ"}
-LAYERWISE = tuple(_LINES)
-"""The metrics that `layers` draws beside their baselines."""
+LAYERWISE = tuple(catalogue.figures())
+"""The figures of the paper's metrics: each draws a metric with others beside it (`Drawing.beside`)."""
 
 
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
-    """A metric by layer beside its baselines: means over queries, with bands of ±1.96 standard errors.
+    """Draw a metric by layer, with its baselines: means over queries, with bands of ±1.96 standard errors.
 
     Args:
-        comparisons: one comparison, or several of the same queries (by seeds, say), averaged query by query.
-        metric: `SimAOU`, `SimAM` or `Kendall`, beside their baselines; or any other that comparisons hold by layer.
-        ax: where to draw; new Axes with a legend where not given.
+        comparisons: one comparison, or several of the same queries (of several seeds, say), averaged query by query.
+        metric: `SimAOU`, `SimAM` or `Kendall`, with their baselines; or another metric that comparisons have by layer.
+        ax: the Axes to draw on; new Axes with a legend where not given.
 
     Returns:
         The Axes drawn on.
+
+    Raises:
+        ValueError: no such metric is registered, or the comparisons have none of its lines.
     """
-    if metric not in (*_LINES, *PER_LAYER):
+    lead = catalogue.figures().get(metric) or catalogue.metrics().get(metric)
+    if lead is None or lead.axes != "query layer":
         raise ValueError(
-            f"expected a metric out of {LAYERWISE} or of icl_dual.metrics.comparison.PER_LAYER, got {metric!r}"
+            f"expected one of the figures {list(catalogue.figures())} or of the metrics by layer "
+            f"{list(catalogue.layer_metrics())}, got {metric!r}: pass one of these, or register it with register_metric"
         )
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
-    ax, alone = _axes(ax)
-    for name, label, style in _LINES.get(metric, ((metric, metric, {"color": "C0"}),)):
-        if any(name not in comparison.per_layer for comparison in together):
-            continue  # recordings may have no keys
+    beside = lead.drawing.beside if metric in catalogue.figures() else ()
+    names = [name for name in (lead.name, *beside) if all(name in comparison.per_layer for comparison in together)]
+    if not names:
+        raise ValueError(
+            f"expected comparisons with {metric!r}, got at least one without: it was made before the metric was "
+            "registered, or without the delta that it needs. Compare again"
+        )
+    ax, is_new = _axes(ax)
+    for name in names:
+        drawing = catalogue.metrics()[name].drawing
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
-        _mean_by_layer(values, ax, label=label, **style)
-    _finish(ax, alone, ylabel=_AXIS_LABELS.get(metric, metric))
+        style = {"color": drawing.color, "linestyle": drawing.linestyle}
+        _mean_by_layer(values, ax, label=drawing.label or name, **style)
+    _finish(ax, is_new, ylabel=lead.drawing.axis_label or lead.name)
     return ax
 
 
 def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
-    """Quantities by layer: means over queries, with bands of ±1.96 standard errors.
+    """Draw quantities by layer: means over queries, with bands of ±1.96 standard errors.
 
     Args:
         series: by name, each query's value at each layer; NaNs are left out.
-        ylabel: what the values are.
-        ax: where to draw; new Axes with a legend where not given.
+        ylabel: the y axis's text.
+        ax: the Axes to draw on; new Axes with a legend where not given.
     """
-    ax, alone = _axes(ax)
+    ax, is_new = _axes(ax)
     for index, (label, values) in enumerate(series.items()):
         _check_shape(values, "query layer")
         _mean_by_layer(values, ax, label=label, color=f"C{index}")
-    _finish(ax, alone, ylabel=ylabel)
+    _finish(ax, is_new, ylabel=ylabel)
     return ax
 
 
@@ -87,24 +81,24 @@ def against_null(
     ylabel: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """A quantity by layer beside its null: means, with bands that hold 95 % of all queries and heads.
+    """Draw a quantity by layer with its null: means, with bands that hold 95 % of all queries and heads.
 
     Args:
-        values: e.g. `UpdateComparison.cosine`.
-        null: the same of random directions, e.g. `UpdateComparison.cosine_random`.
-        ylabel: what the values are.
-        ax: where to draw; new Axes with a legend where not given.
+        values: for example `UpdateComparison.cosine`.
+        null: the quantity for random directions, for example `UpdateComparison.cosine_random`.
+        ylabel: the y axis's text.
+        ax: the Axes to draw on; new Axes with a legend where not given.
     """
     _check_shape(values, "query layer head")
     _check_shape(null, "query layer head")
-    ax, alone = _axes(ax)
-    for label, found, color in (("random directions", null, "0.5"), ("ΔW_ICL and ΔW_FT", values, "C0")):
-        flat = found.transpose(0, 1).flatten(1).double()
+    ax, is_new = _axes(ax)
+    for label, series, color in (("random directions", null, "0.5"), ("ΔW_ICL and ΔW_FT", values, "C0")):
+        flat = series.transpose(0, 1).flatten(1).double()
         low, high = flat.nanquantile(torch.tensor([0.025, 0.975], dtype=flat.dtype), dim=1)
         layer = np.arange(len(flat))
         ax.plot(layer, flat.nanmean(1), label=label, color=color)
         ax.fill_between(layer, low, high, color=color, alpha=0.2, linewidth=0)
-    _finish(ax, alone, ylabel=ylabel)
+    _finish(ax, is_new, ylabel=ylabel)
     return ax
 
 
@@ -115,13 +109,13 @@ def heads(
     limits: tuple[float | int, float | int] = (0, 1),
     ax: Axes | None = None,
 ) -> Axes:
-    """A map of layers and heads: means over queries.
+    """Draw a map of layers and heads: means over queries.
 
     Args:
-        values: e.g. `Decomposition.demonstration_mass` or `Relaxation.update_cosine`.
-        label: what the values are, beside the colour bar; no colour bar where empty.
-        limits: the values at the colours' ends; with a negative first, colours diverge from 0.
-        ax: where to draw; new Axes where not given.
+        values: for example `Decomposition.demonstration_mass` or `Relaxation.update_cosine`.
+        label: the colour bar's text; no colour bar where empty.
+        limits: the values at the ends of the colour scale; where the first is negative, colours diverge from 0.
+        ax: the Axes to draw on; new Axes where not given.
     """
     _check_shape(values, "query layer head")
     ax, _ = _axes(ax)
@@ -140,19 +134,20 @@ def heads(
 def demonstrations(
     shares: Float[Tensor, "layer demo"], names: Sequence[str], *, label: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Which demonstrations a layer's update comes from: a map of layers and demonstrations, in the prompt's order.
+    """Draw the share of each demonstration in each layer's update: a map, demonstrations in the prompt's order.
 
     Args:
-        shares: e.g. one query's `Decomposition.icl_share`, or `DeltaSummary.demonstrations_V`.
-        names: of the demonstrations (or groups), from the top.
-        label: what the shares are of, beside the colour bar.
-        ax: where to draw; new Axes where not given.
+        shares: for example one query's `Decomposition.icl_share`, or `DeltaSummary.demonstrations_V`.
+        names: the demonstrations' (or groups') names, from the top.
+        label: the colour bar's text.
+        ax: the Axes to draw on; new Axes where not given.
     """
     _check_shape(shares, "layer demo")
     ax, _ = _axes(ax)
     if len(names) != shares.shape[1] or not names:
         raise ValueError(
-            f"expected a name for each of {shares.shape[1]} demonstrations, at least one, got {len(names)}"
+            f"expected a name for each of {shares.shape[1]} demonstrations, at least one, got {len(names)}: pass as "
+            "many names as the shares' last axis is long"
         )
     most = float(shares.abs().nan_to_num().quantile(0.99))
     image = ax.imshow(shares.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
@@ -164,30 +159,32 @@ def demonstrations(
 
 
 def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = None) -> Axes:
-    """Estimates with their 95 % intervals, a row a name, from the top; hollow where there is no interval.
+    """Draw estimates with their 95 % intervals, one row for each name, from the top; hollow where there is no interval.
 
     Args:
-        estimates: by row, then by series (tasks, say), which share a colour from row to row.
-        ax: where to draw; new Axes with a legend where not given.
+        estimates: by row, then by series (tasks, say), which have the same colour in every row.
+        ax: the Axes to draw on; new Axes with a legend where not given.
     """
-    ax, alone = _axes(ax)
+    ax, is_new = _axes(ax)
     series = list(dict.fromkeys(name for by_series in estimates.values() for name in by_series))
     for index, name in enumerate(series):
         offset = (index - (len(series) - 1) / 2) * 0.6 / len(series)
-        found = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
+        points = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
         style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "color": f"C{index}"}
         for known, label in ((True, name), (False, None)):
-            at, chosen = [y for y, one in found if one.known is known], [one for _, one in found if one.known is known]
+            y = [at for at, estimate in points if estimate.known is known]
+            chosen = [estimate for _, estimate in points if estimate.known is known]
             face = f"C{index}" if known else "white"  # an estimate without interval
-            ax.plot([one.value for one in chosen], at, label=label, markerfacecolor=face, **style)
-            ax.hlines(at, [one.low for one in chosen], [one.high for one in chosen], color=f"C{index}", linewidth=1.2)
+            ax.plot([estimate.value for estimate in chosen], y, label=label, markerfacecolor=face, **style)
+            low, high = [estimate.low for estimate in chosen], [estimate.high for estimate in chosen]
+            ax.hlines(y, low, high, color=f"C{index}", linewidth=1.2)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(estimates)), list(estimates), fontsize="small")
     ax.set_ylim(len(estimates) - 0.5, -0.5)
     ax.grid(axis="y", color="0.93")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    if alone:
+    if is_new:
         ax.legend(frameon=False)
     return ax
 
@@ -198,20 +195,20 @@ def curves(
     ylabel: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Estimates against a number (of demonstrations, say, or η), with bands that are their 95 % intervals.
+    """Draw estimates against a number (of demonstrations, say, or η), with their 95 % intervals as bands.
 
     Args:
-        estimates: by series, then by the number.
-        ylabel: what is estimated.
-        ax: where to draw; new Axes with a legend where not given.
+        estimates: by series, then by the number on the x axis.
+        ylabel: the y axis's text.
+        ax: the Axes to draw on; new Axes with a legend where not given.
     """
-    ax, alone = _axes(ax)
+    ax, is_new = _axes(ax)
     for index, (name, by_number) in enumerate(estimates.items()):
         x = list(by_number)
-        ax.plot(x, [one.value for one in by_number.values()], ".-", color=f"C{index}", label=name)
-        low, high = ([getattr(one, end) for one in by_number.values()] for end in ("low", "high"))
+        ax.plot(x, [estimate.value for estimate in by_number.values()], ".-", color=f"C{index}", label=name)
+        low, high = ([getattr(estimate, end) for estimate in by_number.values()] for end in ("low", "high"))
         ax.fill_between(x, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
-    if alone:
+    if is_new:
         ax.legend(frameon=False)
     ax.set(ylabel=ylabel)
     if all(isinstance(number, int) for by_number in estimates.values() for number in by_number):
@@ -223,17 +220,22 @@ def curves(
 def label_counts(
     comparisons: Comparison | Sequence[Comparison], label_words: Sequence[str], *, ax: Axes | None = None
 ) -> Axes:
-    """How often each label is the gold one, and is predicted in each setting: shares of the queries.
+    """Draw the share of the queries for which each label is the gold one, and is predicted in each setting.
 
-    A model that answers one label whatever it is asked shows here, and nowhere in an accuracy.
+    It shows a model that predicts one label for every query, which an accuracy does not.
+
+    Args:
+        comparisons: one comparison, or several of one task, whose queries are counted together.
+        label_words: the task's label words, in the order of label indices.
+        ax: the Axes to draw on; new Axes where not given.
     """
     together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     ax, _ = _axes(ax)
     settings = ["gold", *together[0].predictions]
     width = 0.8 / len(settings)
     for index, setting in enumerate(settings):
-        found = torch.cat([c.gold if setting == "gold" else c.predictions[setting] for c in together])
-        shares = found.bincount(minlength=len(label_words)) / len(found)
+        labels = torch.cat([c.gold if setting == "gold" else c.predictions[setting] for c in together])
+        shares = labels.bincount(minlength=len(label_words)) / len(labels)
         at = np.arange(len(label_words)) + (index - (len(settings) - 1) / 2) * width
         ax.bar(at, shares.numpy(), width, label=setting, color="0.75" if setting == "gold" else f"C{index - 1}")
     ax.set_xticks(np.arange(len(label_words)), label_words)
@@ -244,11 +246,13 @@ def label_counts(
 
 def _check_shape(values: Tensor, axes: str) -> None:
     if values.ndim != len(axes.split()):
-        raise ValueError(f"expected values by [{axes}], got a tensor of shape {list(values.shape)}")
+        raise ValueError(
+            f"expected values by [{axes}], got a tensor of shape {list(values.shape)}: pass a tensor with these axes"
+        )
 
 
 def _axes(ax: Axes | None) -> tuple[Axes, bool]:
-    """The Axes given, or new ones, and whether they are new."""
+    """Return the Axes given, or new ones, and whether they are new."""
     return (plt.figure(figsize=(5, 3.2), layout="constrained").subplots(), True) if ax is None else (ax, False)
 
 
@@ -260,9 +264,9 @@ def _mean_by_layer(values: Float[Tensor, "query layer"], ax: Axes, *, color: str
     ax.fill_between(layer, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 
-def _finish(ax: Axes, alone: bool, *, ylabel: str) -> None:
+def _finish(ax: Axes, is_new: bool, *, ylabel: str) -> None:
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    if alone:
+    if is_new:
         ax.legend(frameon=False)
     ax.set(xlabel="layer", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 import icl_dual as icl
+from icl_dual.recordings.recordings import SETTINGS
 
 seeds = st.integers(0, 2**20)
 sizes = st.integers(1, 5)
@@ -101,3 +102,77 @@ def slow_tau(a: np.ndarray, b: np.ndarray) -> float:
         ties_b += int(b[i] == b[j])
     both = (len(pairs) - ties_a) * (len(pairs) - ties_b)
     return agreement / math.sqrt(both) if both else math.nan
+
+
+def as_long_as(r: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    return r * (size / r.norm(dim=-1, keepdim=True))
+
+
+def noisy_recordings(n: int, layers: int, d: int, ratio: float, seed: int = 0) -> icl.Recordings:
+    """Attention outputs z, and z with independent noise on it of |r|² = ratio·|z|², and little else."""
+    z = draw(seed, n, layers, d) + draw(seed + 1, d)  # all queries have something in common
+    size = math.sqrt(ratio) * z.norm(dim=-1, keepdim=True)
+    r_icl, r_ft = (as_long_as(draw(seed + which, n, layers, d), size) for which in (2, 3))
+    labels = torch.zeros(n, dtype=torch.long)
+    return icl.Recordings(
+        gold=labels,
+        predictions=dict.fromkeys(SETTINGS, labels),
+        attn_out={"ZSL": z, "ICL": z + r_icl, "FT": z + r_ft},
+        query_scores={name: draw(seed + 4 + at, n, layers, 2, 5) for at, name in enumerate(SETTINGS)},
+        query_lengths=torch.full((n,), 5),
+        context_scores={name: draw(seed + 7, n, layers, 4) for name in SETTINGS},
+        segments=torch.tensor([-1, 0, 0, 1]),
+        q=draw(seed + 8, n, layers, 6),
+        training_q=draw(seed + 9, layers, 5, 6),
+        training_segments=torch.tensor([-1, 0, 0, -1, 1]),
+    )
+
+
+def snapshot(model: icl.Model) -> list[torch.Tensor]:
+    """Copies of every weight of a bridged model."""
+    return [parameter.detach().clone() for parameter in model.wrapped.original_model.parameters()]
+
+
+def boot(hf_model: Any, tokenizer: Any) -> Any:
+    """A bridge to a Hugging Face model in memory."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf_model.config.architectures = [type(hf_model).__name__]
+    return TransformerBridge.boot_transformers("tiny/x", hf_model=hf_model, tokenizer=tokenizer, device="cpu")
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+class FullPrompts:
+    """The slow reference of captures: one plain forward pass over each full prompt, without cache, padding or edits."""
+
+    def __init__(self, model: icl.Model, prompts: icl.Prompts) -> None:
+        self.model, self.prompts = model, prompts
+
+    def attn_out(self, query: int) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        self.run(query, self.prompts.appended_tokens, on_output=lambda layer, output: outputs.append(output[0, -1]))
+        return torch.stack(outputs)
+
+    def attention(self, query: int) -> list:
+        by_layer: list = []
+
+        def keep(layer, attention) -> None:
+            by_layer.append(attention)
+
+        self.run(query, self.prompts.appended_tokens, on_attention=keep)
+        return by_layer
+
+    def label_log_probs(self, query: int) -> torch.Tensor:
+        means = []
+        for label in self.prompts.labels:
+            logits = self.run(query, label)[0, -len(label) - 1 : -1]
+            means.append(logits.log_softmax(-1)[range(len(label)), label].mean())
+        return torch.stack(means)
+
+    def run(self, query: int, after: tuple[int, ...] = (), **callbacks) -> torch.Tensor:
+        tokens = torch.tensor([[*self.prompts.prefix, *self.prompts.queries[query], *after]])
+        with torch.no_grad():
+            return self.model.run(tokens, **callbacks)

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,55 @@ def test_label_counts_draws_shares(comparison: icl.Comparison) -> None:
 
 
 def test_unknown_metrics_are_refused(comparison: icl.Comparison) -> None:
-    with pytest.raises(ValueError, match=r"\('SimAOU', 'SimAM', 'Kendall'\) or of .*PER_LAYER, got 'Rec2FTP'"):
-        icl.plots.layers(comparison, "Rec2FTP")
+    for name in ("Rec2FTP", "SimilarityOfUpdates"):  # one has no layers, the other is none
+        expected = (
+            rf"\['SimAOU', 'SimAM', 'Kendall'\] or of .*'SimAM random update', .* got '{name}': .*register_metric"
+        )
+        with pytest.raises(ValueError, match=expected):
+            icl.plots.layers(comparison, name)
+
+
+def test_the_figures_legends_are_the_catalogues(comparison: icl.Comparison) -> None:
+    expected = {
+        "SimAOU": [
+            ("ICL and FT", "C0", "-"),
+            ("unnormalised", "C2", "--"),
+            ("random updates for both", "0.3", "-."),
+            ("ICL and random", "0.5", ":"),
+        ],
+        "SimAM": [("ICL and FT", "C0", "-"), ("ICL and ZSL (before FT)", "C1", "--"), ("ICL and random", "0.5", ":")],
+        "Kendall": [
+            ("ICL and FT, by its queries", "C0", "-"),
+            ("by its keys", "C2", "--"),
+            ("ICL and random", "0.5", ":"),
+        ],
+    }
+    labels = {"SimAOU": "SimAOU (cosine)", "SimAM": "SimAM (cosine)", "Kendall": "Kendall's τ"}
+    assert tuple(expected) == icl.plots.LAYERWISE
+    for figure, lines in expected.items():
+        ax = icl.plots.layers(comparison, figure)
+        drawn = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+        assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in drawn] == lines
+        assert ax.get_ylabel() == labels[figure]
+        assert ax.get_legend() is not None
+    plt.close("all")
+
+
+def test_a_metric_that_comparisons_lack_is_left_out_or_refused(comparison: icl.Comparison) -> None:
+    names = ("Kendall", "Kendall on keys")
+    keyless, without = (
+        dataclasses.replace(
+            comparison, per_layer={name: v for name, v in comparison.per_layer.items() if name not in lacking}
+        )
+        for lacking in (names[1:], {*names, "Kendall random"})
+    )
+    ax = icl.plots.layers([comparison, keyless], "Kendall")
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["ICL and FT, by its queries", "ICL and random"]
+    with pytest.raises(ValueError, match=r"expected comparisons with 'Kendall', got at least one without: .*delta"):
+        icl.plots.layers([comparison, without], "Kendall")
+    plt.close("all")
 
 
 def test_by_layer_draws_means_and_leaves_undefined_values_out() -> None:

@@ -76,10 +76,10 @@ def test_a_cell_of_a_model_with_momentum_has_its_name(llama: icl.Model, task: ic
 
 def test_a_cells_frame_is_tidy(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
     frame = icl.run_cell(llama, task, CELL, tmp_path / "cell", progress=False).to_frame()
-    keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer", "value", "n"]
-    assert list(frame.columns) == keys
+    keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer"]
+    assert list(frame.columns) == [*keys, "value", "low", "high", "n"]
     assert set(frame["protocol"]) == {"answer"}
-    assert not frame.duplicated(keys[:9]).any()
+    assert not frame.duplicated(keys).any()
 
 
 def test_complete_cells_are_read_without_model_or_task(known: list[str], tmp_path: Path) -> None:

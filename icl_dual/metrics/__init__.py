@@ -3,9 +3,19 @@
 | module | holds |
 |---|---|
 | `formulas` | the metrics on plain tensors |
+| `catalogue` | one `Metric` for each: name, function, baselines, interval rule, drawing; registering one of yours |
 | `comparison` | three settings compared, query by query and layer by layer |
 """
 
+from icl_dual.metrics.catalogue import Metric, register_metric, unregister_metric
 from icl_dual.metrics.comparison import Comparison, compare, compare_recordings, estimate
 
-__all__ = ["Comparison", "compare", "compare_recordings", "estimate"]
+__all__ = [
+    "Comparison",
+    "Metric",
+    "compare",
+    "compare_recordings",
+    "estimate",
+    "register_metric",
+    "unregister_metric",
+]

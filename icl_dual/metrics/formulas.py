@@ -1,4 +1,9 @@
-"""The paper's metrics on plain tensors, each with its baselines and corrected forms."""
+"""The paper's metrics on plain tensors, each with its baselines and corrected forms.
+
+Notation: h is the attention output at the recorded position, m are attention scores before the softmax; ZSL, ICL and
+FT are the zero-shot, in-context and finetuned settings. Definitions are those of Dai et al. (2023), as computed by the
+released code. What is undefined (a cosine with a zero vector, a rank correlation of constants) is NaN.
+"""
 
 from dataclasses import dataclass
 
@@ -11,33 +16,32 @@ from icl_dual import dual
 from icl_dual.statistics.ranks import kendall
 
 TOP_TOKENS, TOP_DEMONSTRATIONS = 100, 5
-"""How many of the most attended tokens and demonstrations the released code counts recall over."""
+"""The numbers of most attended tokens and demonstrations over which the released code computes recall."""
 
 NULL_DRAWS = 4
-"""How many centred random updates a query and layer have: their mean is twice as close to what is expected."""
+"""The number of centred random updates for each query and layer: the mean over four has half the deviation of one."""
 
 ROUNDING = 1e-5
-"""A change of attention scores by no more than this share of their size is rounding, and has no direction: under
-rotary positions the first layer scores a query's own tokens alike in and out of context. In half precision it is the
-type's own step."""
+"""The relative change of attention scores up to which it is rounding and has no direction: with rotary positions the
+first layer scores a query's own tokens alike in and out of context. In half precision, the type's own step is used."""
 
 Seed = int | np.random.Generator
 
 
 @dataclass(frozen=True)
 class Rec2FTP:
-    """Recall of finetuning's corrections by in-context learning, with the counts it is made of."""
+    """The recall of finetuning's corrections by in-context learning, with its counts."""
 
     both: int
-    """Queries that ZSL gets wrong and that FT and ICL both get right."""
+    """The number of queries that ZSL gets wrong and that FT and ICL both get right."""
     finetuned: int
-    """Queries that ZSL gets wrong and FT gets right."""
+    """The number of queries that ZSL gets wrong and FT gets right."""
     random: float
-    """The same share, as it is expected with ICL's predictions dealt to the queries at random; NaN where undefined."""
+    """The expected share with ICL's predictions dealt to the queries at random; NaN where undefined."""
 
     @property
     def value(self) -> float:
-        """both / finetuned; NaN, which is to say undefined, where finetuning corrects nothing."""
+        """The share both / finetuned; NaN where finetuning corrects nothing."""
         return self.both / self.finetuned if self.finetuned else float("nan")
 
     def __str__(self) -> str:
@@ -50,7 +54,13 @@ def rec2ftp(
     icl: Int[Tensor, " query"],
     ft: Int[Tensor, " query"],
 ) -> Rec2FTP:
-    """Rec2FTP = N(FT right ∧ ICL right ∧ ZSL wrong) / N(FT right ∧ ZSL wrong), from label indices."""
+    """Return Rec2FTP = N(FT right ∧ ICL right ∧ ZSL wrong) / N(FT right ∧ ZSL wrong), from label indices.
+
+    Example:
+        >>> gold, zsl = torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1])
+        >>> print(rec2ftp(gold, zsl, icl=torch.tensor([0, 1, 1]), ft=torch.tensor([0, 0, 0])))
+        0.500 (1/2)
+    """
     recalled = recall(gold, zsl, icl, ft)
     dealt = recall(gold, zsl, icl, ft, dealt=True)
     return Rec2FTP(int(recalled.nansum()), int(recalled.isfinite().sum()), dealt.nanmean().item())
@@ -64,9 +74,14 @@ def recall(
     *,
     dealt: bool = False,
 ) -> Float[Tensor, " query"]:
-    """Rec2FTP query by query: whether ICL is right where finetuning corrects ZSL; NaN where it corrects nothing.
+    """Return Rec2FTP query by query: whether ICL is right where finetuning corrects ZSL; NaN where it does not.
 
-    `dealt`, how often it is expected to be with its predictions dealt to the queries at random.
+    Args:
+        gold: the queries' labels.
+        zsl: predictions zero-shot.
+        icl: predictions in context.
+        ft: predictions after finetuning.
+        dealt: return the expected value with ICL's predictions dealt to the queries at random.
     """
     right = (icl == gold).double()
     if dealt:
@@ -79,7 +94,13 @@ def sim_aou(
     h_icl: Float[Tensor, "query layer d_model"],
     h_ft: Float[Tensor, "query layer d_model"],
 ) -> Float[Tensor, "query layer"]:
-    """Similarity of attention output updates: cos(ĥ_ICL − ĥ_ZSL, ĥ_FT − ĥ_ZSL), with ĥ = h/‖h‖."""
+    """Return the similarity of attention output updates: cos(ĥ_ICL − ĥ_ZSL, ĥ_FT − ĥ_ZSL), with ĥ = h/‖h‖.
+
+    Example:
+        >>> h_zsl, h_icl, h_ft = (torch.tensor([[h]]) for h in ([1.0, 0.0], [0.0, 2.0], [0.0, 3.0]))
+        >>> round(sim_aou(h_zsl, h_icl, h_ft).item(), 6)  # FT turns the output as ICL does
+        1.0
+    """
     zsl = _unit(h_zsl)
     return dual.cosine(_unit(h_icl) - zsl, _unit(h_ft) - zsl)
 
@@ -87,7 +108,7 @@ def sim_aou(
 def sim_aou_random(
     h_zsl: Float[Tensor, "query layer d_model"], h_icl: Float[Tensor, "query layer d_model"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer"]:
-    """SimAOU's baseline: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1)."""
+    """Return SimAOU's baseline in the paper: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1)."""
     return dual.cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
 
 
@@ -96,17 +117,16 @@ def sim_aou_unnormalised(
     h_icl: Float[Tensor, "query layer d_model"],
     h_ft: Float[Tensor, "query layer d_model"],
 ) -> Float[Tensor, "query layer"]:
-    """cos(h_ICL − h_ZSL, h_FT − h_ZSL): SimAOU of the updates themselves, without normalising first."""
+    """Return cos(h_ICL − h_ZSL, h_FT − h_ZSL): SimAOU without normalising the outputs first."""
     return dual.cosine(h_icl - h_zsl, h_ft - h_zsl)
 
 
 def random_updates(
     update: Float[Tensor, "query *axes d"], *, seed: Seed = 0, draws: int = NULL_DRAWS
 ) -> Float[Tensor, "query {draws} *axes d"]:
-    """Centred Gaussian directions, each as long as the update in whose place it stands; in float32."""
+    """Return centred Gaussian directions, each as long as the update that it replaces, in float32."""
     n, *axes = update.shape
-    drawn = np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32)
-    r = torch.from_numpy(drawn)
+    r = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
     size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(r)
     return r.mul_(size / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
 
@@ -114,9 +134,14 @@ def random_updates(
 def sim_am(
     m_icl: Float[Tensor, "query layer head token"], m_other: Float[Tensor, "query layer head token"]
 ) -> Float[Tensor, "query layer head"]:
-    """Similarity of attention maps over the query's own tokens: cos(m_ICL, m_ZSL) before FT, cos(m_ICL, m_FT) after.
+    """Return the similarity of attention maps over the query's own tokens: cos(m_ICL, m_ZSL) or cos(m_ICL, m_FT).
 
-    Scores past a query's end are to be 0, which changes no cosine.
+    Scores past a query's end have to be 0, which changes no cosine.
+
+    Example:
+        >>> m_icl, m_ft = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[4.0, 3.0]]]])
+        >>> round(sim_am(m_icl, m_ft).item(), 6)
+        0.96
     """
     return dual.cosine(m_icl, m_other)
 
@@ -124,7 +149,7 @@ def sim_am(
 def sim_am_random(
     m_icl: Float[Tensor, "query layer head token"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer head"]:
-    """SimAM's baseline: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens."""
+    """Return SimAM's baseline in the paper: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens."""
     return dual.cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
 
 
@@ -135,9 +160,9 @@ def sim_am_delta(
     *,
     rounding: float = ROUNDING,
 ) -> Float[Tensor, "query layer head"]:
-    """SimAMΔ = cos(m_ICL − m_ZSL, m_FT − m_ZSL): whether attention maps change alike, not whether they are alike.
+    """Return SimAMΔ = cos(m_ICL − m_ZSL, m_FT − m_ZSL): whether attention maps change alike.
 
-    NaN where a map changed by no more than `rounding` of its size.
+    NaN where the relative change of a map is at most `rounding`.
     """
     return dual.cosine(changed(m_zsl, m_icl, rounding), changed(m_zsl, m_ft, rounding))
 
@@ -145,26 +170,29 @@ def sim_am_delta(
 def finetuning_attention(
     training_q: Float[Tensor, "layer demo_token d_q"], q: Float[Tensor, "query layer d_q"]
 ) -> Float[Tensor, "query layer demo_token"]:
-    """m_FT: finetuning's attention to its training tokens, Σ_heads (their queries)ᵀ (the tuned model's test query).
+    """Return m_FT, finetuning's attention to its training tokens: Σ_heads (their queries)ᵀ (the tuned model's query).
 
-    Or by their keys, which is what attention scores in context (`query_by_kv_head`). In float64. A layer at a time: the
-    product of all with all is never formed.
+    With training keys in place of training queries it is what attention scores in context (`query_by_kv_head`). In
+    float64, one layer at a time, so that no product over all layers is held.
     """
-    by_layer = [own.double() @ trained.double().mT for own, trained in zip(q.unbind(1), training_q, strict=True)]
+    by_layer = [
+        layer_q.double() @ layer_training_q.double().mT
+        for layer_q, layer_training_q in zip(q.unbind(1), training_q, strict=True)
+    ]
     return torch.stack(by_layer, dim=1)
 
 
 def query_by_kv_head(q: Float[Tensor, "query layer d_q"], n_heads: int, d_kv: int) -> Float[Tensor, "query layer d_kv"]:
-    """Queries summed over the heads that share a key-value head: their product with keys is the sum over heads."""
+    """Return queries summed over the heads that share a key-value head: their product with keys sums over heads."""
     d_head = q.shape[-1] // n_heads
     return q.unflatten(-1, (d_kv // d_head, -1, d_head)).sum(-2).flatten(-2)
 
 
 def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[Tensor, "query layer demo_token"]:
-    """The softmax over the demonstrations' tokens of scores that are summed over heads, as the released code takes it.
+    """Return the softmax over the demonstrations' tokens of scores summed over heads, as the released code computes it.
 
-    It leaves the order of tokens as it is, but for those so far below the first that they vanish. In numpy, whose
-    exponential of equal scores is equal wherever they stand.
+    It keeps the order of tokens, but for those so far below the first that they vanish. In numpy, because its
+    exponential of equal scores is equal at every position.
     """
     shifted = np.exp((m - m.amax(-1, keepdim=True)).numpy())
     return torch.from_numpy(shifted / shifted.sum(-1, keepdims=True))
@@ -173,40 +201,67 @@ def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[T
 def by_demonstration(
     weights: Float[Tensor, "query layer demo_token"], owners: Int[Tensor, " demo_token"]
 ) -> Float[Tensor, "query layer demo"]:
-    """Attention summed within each demonstration; `owners` says which a token belongs to."""
-    found, index = owners.unique(return_inverse=True)
-    return weights.new_zeros(*weights.shape[:2], len(found)).index_add_(2, index, weights)
+    """Return attention summed within each demonstration; `owners` holds each token's demonstration."""
+    demonstrations, index = owners.unique(return_inverse=True)
+    return weights.new_zeros(*weights.shape[:2], len(demonstrations)).index_add_(2, index, weights)
 
 
 def top_recall(
     icl: Float[Tensor, "query layer item"], ft: Float[Tensor, "query layer item"], k: int
 ) -> Float[Tensor, "query layer"]:
-    """The share of ICL's k most attended items that are among FT's; NaN where there are fewer than k."""
+    """Return the share of ICL's k most attended items that are among FT's; NaN where there are fewer than k.
+
+    Example:
+        >>> icl, ft = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]), torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
+        >>> top_recall(icl, ft, k=2).item()  # items 0 and 1 against items 1 and 2
+        0.5
+    """
     if icl.shape[-1] < k:
         return torch.full(icl.shape[:2], torch.nan, dtype=torch.float64)
-    of_icl, of_ft = (np.argsort(-weights.numpy(), axis=-1)[..., :k] for weights in (icl, ft))
-    among = np.zeros(ft.shape, dtype=bool)
-    np.put_along_axis(among, of_ft, True, axis=-1)
-    return torch.from_numpy(np.take_along_axis(among, of_icl, axis=-1).mean(-1))
+    top_icl, top_ft = (np.argsort(-weights.numpy(), axis=-1)[..., :k] for weights in (icl, ft))
+    is_top_ft = np.zeros(ft.shape, dtype=bool)
+    np.put_along_axis(is_top_ft, top_ft, True, axis=-1)
+    return torch.from_numpy(np.take_along_axis(is_top_ft, top_icl, axis=-1).mean(-1))
+
+
+def top_recall_random(recall: Float[Tensor, "query layer"], k: int, n_items: int) -> Float[Tensor, "query layer"]:
+    """Return the recall that k items chosen at random out of n_items have, NaN where `recall` is."""
+    return recall * 0 + k / max(n_items, 1)
 
 
 def kendall_random(m_icl: Float[Tensor, "query layer demo_token"], *, seed: Seed = 0) -> Float[Tensor, "query layer"]:
-    """Kendall's baseline: τ between ICL's attention and uniform random scores."""
+    """Return Kendall's baseline in the paper: τ between ICL's attention and uniform random scores."""
     return kendall(m_icl, _uniform(m_icl, seed))
 
 
 def changed(m: Tensor, other: Tensor, rounding: float) -> Tensor:
-    """The change of attention maps; zero where it is rounding."""
+    """Return the change of attention maps from m to other; zero where it is rounding."""
     change = other - m
     size = torch.maximum(m.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True))
     return change.where(change.norm(dim=-1, keepdim=True) > rounding * size, 0.0)
 
 
+def random_map_updates(
+    m_zsl: Float[Tensor, "query layer head token"], change: Float[Tensor, "query layer head token"], *, seed: Seed = 0
+) -> Float[Tensor, "query layer head token"]:
+    """Return centred Gaussian changes of attention maps over the query's own tokens, each as large as `change`."""
+    is_token = (m_zsl != 0).any(-2, keepdim=True)  # past a query's end the scores of all heads are 0
+    noise = np.random.default_rng(seed).standard_normal(tuple(change.shape), dtype=np.float32)
+    r = torch.from_numpy(noise).to(change) * is_token
+    return r * (change.norm(dim=-1, keepdim=True) / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+
+
+def mean_over_heads(similarity: Float[Tensor, "query layer head"]) -> Float[Tensor, "query layer"]:
+    """Return the mean over heads, an undefined head counted as 0 as in the released scripts; NaN where all are."""
+    mean = similarity.nan_to_num().mean(-1)
+    return mean.where(similarity.isfinite().any(-1), torch.nan)
+
+
 def _unit(h: Tensor) -> Tensor:
-    """ĥ; a zero vector stays zero, as in the scripts."""
+    """Return ĥ = h/‖h‖; a zero vector stays zero, as in the released scripts."""
     return h / h.norm(dim=-1, keepdim=True).clamp_min(1e-20)
 
 
 def _uniform(like: Tensor, seed: Seed) -> Tensor:
-    """Uniform [0, 1) from numpy's generator, whose stream is the same on every platform."""
+    """Return uniform numbers in [0, 1) from numpy's generator, which gives the same stream on every platform."""
     return torch.from_numpy(np.random.default_rng(seed).random(tuple(like.shape))).to(like)

@@ -1,5 +1,5 @@
 """What the metrics are computed from → `Recordings`: attention outputs, scores and queries of the three settings, and
-finetuning's queries; of a model's captures, or read from what was recorded elsewhere (`icl_dual.recordings.released_layout`).
+finetuning's queries; from a model's captures, or read from a folder (`icl_dual.recordings.released_layout`).
 """
 
 from collections.abc import Sequence
@@ -19,47 +19,58 @@ from icl_dual.prompts import SEPARATOR, START
 from icl_dual.storage import load_tensors, reading, save_tensors
 
 SETTINGS = ("ZSL", "ICL", "FT")
-"""The three settings that are asked the queries."""
+"""The three settings: zero-shot, in-context and finetuned, by their keys in tables and saved files."""
 
 MOST_LABELS = max(map(len, PAPER_LABELS.values()))
-"""More labels than this none of the paper's tasks has: a larger label id is damage, where nothing else is known."""
+"""The most labels of a task of the paper: where nothing else is known, a larger label id means a damaged file."""
 
 
 class RecordingError(ValueError):
-    """Recordings that are damaged or do not belong together; says in which file and line."""
+    """Recordings are damaged or do not belong together; the message names the file and line."""
 
 
 @dataclass(frozen=True, repr=False)
 class Recordings:
-    """What finetuning and the three settings (ZSL, ICL, FT) left behind, which is all that the metrics need.
+    """What finetuning and the three settings (ZSL, ICL, FT) computed: all that the metrics need.
 
-    Scores are scaled, before mask and softmax, at the recorded position, of keys in its context.
+    Scores are attention scores at the recorded position: scaled by 1/√d_head, before mask and softmax.
     """
 
     gold: Int[Tensor, " query"]
+    """The queries' label indices."""
     predictions: dict[str, Int[Tensor, " query"]]
-    """By setting: label indices."""
+    """By setting: the indices of the predicted labels."""
     attn_out: dict[str, Float[Tensor, "query layer d_model"]]
     """By setting: attention output after W_O, before the residual sum."""
     query_scores: dict[str, Float[Tensor, "query layer head query_token"]]
     """By setting: scores over the query's own tokens; zero past its end, which changes no cosine."""
     query_lengths: Int[Tensor, " query"]
+    """The number of each query's own tokens."""
     context_scores: dict[str, Float[Tensor, "query layer _"]]
-    """By setting: scores over what stands before the query, start token included, summed over heads."""
+    """By setting: scores over the tokens before the query, start token included, summed over heads."""
     segments: Int[Tensor, " prefix_pos"]
-    """Whose each token of ICL's context is: the training step's index that has the same demonstration, or negative."""
+    """The source of each token of ICL's context: the index of the training step with the same demonstration; negative
+    for start tokens, separators and demonstrations that were not trained on."""
     q: Float[Tensor, "query layer d_q"]
     """FT's queries at the recorded position, heads side by side, scaled by 1/√d_head."""
-    training_q: Float[Tensor, "layer train_token d_q"]
-    """Finetuning's queries, each step's recorded before its update, scaled by 1/√d_head."""
-    training_segments: Int[Tensor, " train_token"]
-    """Which step each training token belongs to; negative for start tokens."""
+    training_q: Float[Tensor, "layer train_token d_q"] | None = None
+    """Finetuning's queries, recorded before each step's update, scaled by 1/√d_head; `None` where there are none."""
+    training_segments: Int[Tensor, " train_token"] | None = None
+    """The training step of each training token, negative for start tokens; `None` without `training_q`."""
     training_k: Float[Tensor, "layer train_token d_kv"] | None = None
-    """Their keys, key-value heads side by side; the released code records none."""
+    """Finetuning's keys, key-value heads side by side; the released code records none."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Where they came from: settings and provenance of a cell."""
+    """Settings and provenance of the cell that they come from."""
     skipped: tuple[str, ...] = ()
-    """What was left out as damaged, and why."""
+    """The damaged records that were left out, each with the reason."""
+
+    def __post_init__(self) -> None:
+        if (self.training_q is None) != (self.training_segments is None):
+            given, lacking = ("training_segments", "training_q")[:: 1 if self.training_q is None else -1]
+            raise RecordingError(
+                f"expected training_q and training_segments together, got {given} without {lacking}: give both, or "
+                "neither"
+            )
 
     @classmethod
     def of(
@@ -68,40 +79,37 @@ class Recordings:
         zero_shot: Capture,
         in_context: Capture,
         finetuned: Capture,
-        delta: WeightDelta,
+        delta: WeightDelta | None = None,
         steps: Sequence[int] | None = None,
     ) -> "Recordings":
-        """The recordings of three captures and the finetuning between them.
+        """Return the recordings of three captures and the finetuning between them.
 
         Args:
             zero_shot: a capture of the zero-shot prompts.
             in_context: a capture of the same queries behind their demonstrations.
-            finetuned: a capture of the zero-shot prompts with the delta applied.
-            delta: the finetuning.
-            steps: for a control whose context is not what was finetuned on: which training step each of in_context's
-                demonstrations stands for, token by token; −1 for none.
+            finetuned: a capture of the zero-shot prompts with the delta applied, or of a copy of the model, under the
+                same name, that was finetuned by other means.
+            delta: the finetuning; without one, or with one that has no training queries, the recordings have none.
+            steps: for a control, with other demonstrations in context than were trained on: the training step that each
+                of in_context's demonstrations stands for, token by token; −1 for none.
 
         Raises:
             ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field;
                 or steps do not match their demonstrations.
         """
         _check_match(zero_shot, in_context, finetuned, delta, steps)
-        runs, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
-        trained = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
-        n_start = torch.full((len(prompts.start),), START)
+        captures, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
         scale = _field(finetuned, "q").shape[-1] ** -0.5
         return cls(
             gold=in_context.gold,
-            predictions={name: run.predictions for name, run in runs.items()},
-            attn_out={name: _field(run, "attn_out") for name, run in runs.items()},
-            query_scores={name: _field(run, "query_scores") for name, run in runs.items()},
+            predictions={name: capture.predictions for name, capture in captures.items()},
+            attn_out={name: _field(capture, "attn_out") for name, capture in captures.items()},
+            query_scores={name: _field(capture, "query_scores") for name, capture in captures.items()},
             query_lengths=torch.tensor([len(row) for row in prompts.suffixes]),
-            context_scores={name: _field(run, "context_scores") for name, run in runs.items()},
+            context_scores={name: _field(capture, "context_scores") for name, capture in captures.items()},
             segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
             q=_field(finetuned, "q").flatten(2) * scale,
-            training_q=delta.training_q.flatten(2) * scale,
-            training_segments=torch.cat([part for step in trained for part in (n_start, step)]),
-            training_k=delta.training_k.flatten(2),
+            **_training(delta, len(prompts.start), scale),
             metadata={
                 "protocol": prompts.protocol,
                 "n_labels": len(prompts.labels),
@@ -111,18 +119,18 @@ class Recordings:
 
     def __repr__(self) -> str:
         _, n_layers, n_heads, _ = self.query_scores["ZSL"].shape
+        n_steps = "no" if self.training_segments is None else int((self.training_segments == START).sum())
         return (
             f"Recordings({len(self.gold)} queries, {n_layers} layers, {n_heads} heads, "
-            f"{int((self.training_segments == START).sum())} training steps, {len(self.segments)} tokens in context, "
+            f"{n_steps} training steps, {len(self.segments)} tokens in context, "
             f"{len(self.skipped)} skipped)"
         )
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the recordings into a folder, as safetensors and JSON: a fifth of the released layout's size."""
+        """Write the recordings into a folder, as safetensors and JSON of a fifth of the released layout's size."""
         grouped = {"predictions", "attn_out", "query_scores", "context_scores"}
-        plain = {"gold", "query_lengths", "segments", "q", "training_q", "training_segments"}
-        plain |= {"training_k"} if self.training_k is not None else set()
-        tensors = {name: getattr(self, name) for name in plain}
+        plain = ("gold", "query_lengths", "segments", "q", "training_q", "training_segments", "training_k")
+        tensors = {name: value for name in plain if (value := getattr(self, name)) is not None}
         tensors |= {f"{name}/{setting}": value for name in grouped for setting, value in getattr(self, name).items()}
         save_tensors(Path(folder), tensors, {"recordings": self.metadata, "skipped": self.skipped})
 
@@ -139,14 +147,14 @@ class Recordings:
         tensors, metadata = load_tensors(path)
         if "recordings" not in metadata:
             raise RecordingError(
-                f"expected recordings in {path}, got something else: those of a cell are in its folder 'recordings', "
-                "where it was run with keep_recordings"
+                f"expected recordings in {path}, got something else: pass the folder 'recordings' of a cell that was "
+                "run with keep_recordings=True"
             )
         limit = label_limit(path, metadata["recordings"]) if n_labels is None else n_labels
         grouped: dict[str, Any] = {}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise RecordingError(f"{path}: expected finite numbers, got others in {name!r}")
+                raise RecordingError(f"{path}: expected finite numbers, got others in {name!r}: record them again")
             if name.startswith(("gold", "predictions/")) and not ((tensor >= 0) & (tensor < limit)).all():
                 raise RecordingError(
                     f"{path}: expected {name} out of the {limit} labels 0 to {limit - 1}, got {tensor.min()} to "
@@ -162,7 +170,7 @@ class Recordings:
 
 
 def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
-    """How many labels there are: by a folder's metadata, or the paper's task it is named after, or as many as the most.
+    """Return the number of labels: of the folder's metadata, of the paper's task that names the folder, or the most.
 
     Raises:
         RecordingError: the metadata have no positive number.
@@ -170,71 +178,107 @@ def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
     words = PAPER_LABELS.get(folder.name)
     n_labels = metadata.get("n_labels", MOST_LABELS if words is None else len(words))
     if not isinstance(n_labels, int) or n_labels < 1:
-        raise RecordingError(f"{folder / 'metadata.json'}: expected n_labels as a number from 1, got {n_labels!r}")
+        raise RecordingError(
+            f"{folder / 'metadata.json'}: expected n_labels as a number from 1, got {n_labels!r}: correct it"
+        )
     return n_labels
 
 
 def _of_steps(segments: Int[Tensor, " prefix_pos"], steps: Sequence[int]) -> Int[Tensor, " prefix_pos"]:
-    """Segments of a context by training step, in place of by demonstration."""
-    shown = segments >= 0
-    found = segments.clone()
-    found[shown] = torch.tensor(steps, dtype=segments.dtype)[segments[shown]]
-    return found.where((found >= 0) | ~shown, SEPARATOR)
+    """Return the segments of a context by training step instead of by demonstration."""
+    is_demonstration = segments >= 0
+    by_step = segments.clone()
+    by_step[is_demonstration] = torch.tensor(steps, dtype=segments.dtype)[segments[is_demonstration]]
+    return by_step.where((by_step >= 0) | ~is_demonstration, SEPARATOR)
+
+
+def _training(delta: WeightDelta | None, n_start: int, scale: float) -> dict[str, Any]:
+    """Return the fields of the training queries and keys; empty without any."""
+    if delta is None or delta.training_q is None:
+        return {}
+    steps = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
+    start = torch.full((n_start,), START)
+    return {
+        "training_q": delta.training_q.flatten(2) * scale,
+        "training_segments": torch.cat([part for step in steps for part in (start, step)]),
+        "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
+    }
 
 
 def _check_match(
-    zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta, steps: Sequence[int] | None
+    zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta | None, steps: Sequence[int] | None
 ) -> None:
-    models = {
-        "zero_shot": zero_shot.model,
-        "in_context": in_context.model,
-        "finetuned": finetuned.model,
-        "delta": delta.model,
-    }
+    models = {"zero_shot": zero_shot.model, "in_context": in_context.model, "finetuned": finetuned.model}
+    models |= {} if delta is None else {"delta": delta.model}
     if len(set(models.values())) > 1:
-        raise ValueError(f"expected captures and delta of one model, got {models}")
+        raise ValueError(
+            f"expected captures and delta of one model, got {models}: capture all with one model, or with a finetuned "
+            "copy that is loaded under the same name"
+        )
     if zero_shot.prompts != in_context.prompts.zero_shot() or finetuned.prompts != zero_shot.prompts:
         raise ValueError(
-            "expected captures of the same queries: zero_shot and finetuned of in_context's prompts without demonstrations"
+            "expected captures of the same queries, got others: capture zero_shot and finetuned with "
+            "prompts.zero_shot() of in_context's prompts"
         )
     if zero_shot.fingerprint != in_context.fingerprint:
         raise ValueError(
-            "expected zero_shot and in_context captured with the same weights: both outside of `delta.applied(model)`"
+            "expected zero_shot and in_context captured with the same weights, got different ones: capture both "
+            "before finetuning, or outside of `with delta.applied(model):`"
         )
-    if delta.fingerprint != zero_shot.fingerprint:
+    if delta is not None and delta.fingerprint != zero_shot.fingerprint:
         raise ValueError(
-            "expected a delta finetuned from the weights that zero_shot and in_context were captured with, got another"
+            "expected a delta finetuned from the weights that zero_shot and in_context were captured with, got "
+            "another: finetune the model that they were captured with"
         )
     if finetuned.fingerprint == zero_shot.fingerprint:
         raise ValueError(
-            "expected finetuned captured within `with delta.applied(model):`, got a run with zero_shot's weights"
+            "expected finetuned captured with finetuned weights, got a capture with zero_shot's weights: capture it "
+            "within `with delta.applied(model):`, or with the finetuned copy"
         )
     if not in_context.prompts.demonstrations:
-        raise ValueError("expected in_context's prompts to have demonstrations, got none")
-    if steps is not None:
+        raise ValueError(
+            "expected in_context's prompts to have demonstrations, got none: capture the prompts of build_prompts, "
+            "not their zero_shot()"
+        )
+    if delta is None or delta.training_q is None:
+        if steps is not None:
+            raise ValueError(
+                "expected a delta with training queries where steps is given, got none: pass a delta of "
+                "icl_dual.finetune, or leave steps out"
+            )
+    elif steps is not None:
         _check_steps(in_context, delta, steps)
     elif delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
         raise ValueError(
-            "expected a delta finetuned on the demonstrations of in_context's prompts, in their order. For a control, whose "
-            "context holds others, pass steps=, which icl_dual.contexts.matching_training_steps finds"
+            "expected a delta finetuned on the demonstrations of in_context's prompts, in their order, got other "
+            "demonstrations: for a control, with others in context, pass steps= of "
+            "icl_dual.contexts.matching_training_steps"
         )
 
 
 def _check_steps(in_context: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
-    shown = in_context.prompts.demonstrations
-    if len(steps) != len(shown) or len({step for step in steps if step >= 0}) < sum(step >= 0 for step in steps):
-        raise ValueError(f"expected a training step of its own, or -1, for each of {len(shown)} demonstrations")
+    demonstrations = in_context.prompts.demonstrations
+    trained = [step for step in steps if step >= 0]
+    if len(steps) != len(demonstrations) or len(set(trained)) < len(trained):
+        raise ValueError(
+            f"expected a training step of its own, or -1, for each of {len(demonstrations)} demonstrations, got "
+            f"{list(steps)}: pass steps= of icl_dual.contexts.matching_training_steps"
+        )
     lengths = dict(enumerate(map(len, delta.demonstrations)))
-    for step, tokens in zip(steps, shown, strict=True):
+    for step, tokens in zip(steps, demonstrations, strict=True):
         if step >= 0 and lengths.get(step) != len(tokens):
             raise ValueError(
                 f"expected a training step of {len(tokens)} tokens for a demonstration of as many, got step {step} of "
-                f"{lengths.get(step, 'no')} tokens; there are {len(lengths)} steps"
+                f"{lengths.get(step, 'no')} tokens; there are {len(lengths)} steps: pass steps= of "
+                "icl_dual.contexts.matching_training_steps"
             )
 
 
-def _field(run: Capture, name: Field) -> Tensor:
-    tensor = getattr(run, name)
+def _field(capture: Capture, name: Field) -> Tensor:
+    tensor = getattr(capture, name)
     if tensor is None:
-        raise ValueError(f"expected captures with the fields {METRIC_FIELDS}, got {run} without {name!r}")
+        raise ValueError(
+            f"expected captures with the fields {METRIC_FIELDS}, got {capture} without {name!r}: pass fields= to "
+            "icl_dual.capture with these among them"
+        )
     return tensor

@@ -36,9 +36,15 @@ def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, pro
     """Write recordings in the released layout, query by query; every digit is kept.
 
     Raises:
-        RecordingError: separators are not one token each, which the layout takes for granted; or a number is NaN.
+        RecordingError: there are no training queries; separators are not one token each, which the layout takes for
+            granted; or a number is NaN.
         AssetError: the folder holds other files.
     """
+    if recordings.training_q is None or recordings.training_segments is None:
+        raise RecordingError(
+            "expected recordings with finetuning's training queries, which the released layout's folder ft holds, got "
+            "recordings without: make them with a delta of icl_dual.finetune"
+        )
     steps = _by_step(recordings.training_segments)
     expected = _segments([_Step(len(tokens), keep=True) for tokens in steps], len(recordings.segments))
     if not torch.equal(expected, recordings.segments):

@@ -19,7 +19,7 @@ from helpers import make_rows
 from scipy import stats
 
 import icl_dual as icl
-from icl_dual.metrics.comparison import PER_LAYER
+from icl_dual.metrics.catalogue import layer_metrics
 from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.statistics.intervals import bootstrap
 
@@ -90,7 +90,7 @@ def made(seed: int, *, n: int = 40, task: str = "sst2", draw: int = 1, **change:
         predictions={"ZSL": zsl, "ICL": in_context, "FT": ft},
         label_log_probs={},
         rec2ftp=rec2ftp(gold, zsl, in_context, ft),
-        per_layer={name: torch.from_numpy(rng.normal(size=(n, 3))) for name in PER_LAYER},
+        per_layer={name: torch.from_numpy(rng.normal(size=(n, 3))) for name in layer_metrics()},
     )
     about = {"model": "sha256:0", "dtype": "float32", "queries": [f"{task} {i}" for i in range(n)]}
     cell = dataclasses.replace(CELL, task=task, seed=draw, n_queries=n)

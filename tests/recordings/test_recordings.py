@@ -7,6 +7,7 @@ from helpers import run_settings
 
 import icl_dual as icl
 from icl_dual.recordings.recordings import SETTINGS
+from icl_dual.recordings.released_layout import write_recordings
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,33 @@ def test_saved_recordings_are_checked_like_any(recordings: icl.Recordings, tmp_p
     dataclasses.replace(recordings, gold=recordings.gold + 9).save(tmp_path / "labels")
     with pytest.raises(icl.RecordingError, match="expected gold out of the 2 labels 0 to 1, got"):
         icl.Recordings.load(tmp_path / "labels")
+
+
+def test_recordings_without_a_delta_have_no_training_queries(
+    runs: dict, recordings: icl.Recordings, tmp_path: Path
+) -> None:
+    without = icl.Recordings.of(**runs | {"delta": None})
+    for name, value in vars(recordings).items():
+        if name.startswith("training_"):
+            assert getattr(without, name) is None
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(without, name), value)
+    assert "no training steps" in repr(without)
+    without.save(tmp_path / "saved")
+    saved = icl.Recordings.load(tmp_path / "saved")
+    assert saved.training_q is saved.training_segments is saved.training_k is None
+    assert torch.equal(saved.segments, recordings.segments)
+    with pytest.raises(
+        icl.RecordingError, match=r"with finetuning's training queries, .* with a delta of icl_dual.fine"
+    ):
+        write_recordings(without, tmp_path / "released", progress=False)
+    assert not (tmp_path / "released").exists()
+
+
+def test_training_queries_and_their_steps_come_together(recordings: icl.Recordings) -> None:
+    for lacking, given in (("training_q", "training_segments"), ("training_segments", "training_q")):
+        with pytest.raises(icl.RecordingError, match=f"together, got {given} without {lacking}: give both"):
+            dataclasses.replace(recordings, **{lacking: None})
 
 
 def test_captures_that_do_not_belong_together_have_no_recordings(runs: dict) -> None:
