@@ -3,12 +3,16 @@
 import io
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import make_rows
 
 import icl_dual as icl
-from icl_dual.paper_tasks import _PlainUnpickler, _staicc_rows
+from icl_dual import paper_tasks
+from icl_dual.paper_tasks import _PlainUnpickler, _staicc_rows, registered_task, unregister_task
+from icl_dual.tasks import Protocol
 
 
 def test_cb_comes_from_a_file_with_two_fields(tmp_path: Path) -> None:
@@ -20,7 +24,7 @@ def test_cb_comes_from_a_file_with_two_fields(tmp_path: Path) -> None:
     premise = dict(example.fields)["premise"]
     assert cb.prompt(example) == f"{premise} Question: It rained True, False, or Neither? Answer:"
     assert cb.label_words == ("True", "False", "Neither")
-    with pytest.raises(icl.TaskError, match="cb is in no package"):
+    with pytest.raises(icl.TaskError, match="cb: expected source='hub' or the path of a file, got 'wheel'"):
         icl.load_task("cb", source="wheel")
 
 
@@ -54,7 +58,7 @@ def test_the_papers_tasks_have_real_rows(
 
 
 def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(icl.TaskError, match=r"unknown task 'sst3': expected one of \['sst2', 'sst5'"):
+    with pytest.raises(icl.TaskError, match=r"expected a task out of \['sst2', 'sst5', .*\], got 'sst3': choose"):
         icl.load_task("sst3")
 
 
@@ -79,3 +83,69 @@ def test_the_released_templates_are_the_references(tmp_path: Path) -> None:
     assert icl.load_task("cb", tmp_path / "cb.jsonl").template == (
         "{premise} Question: {hypothesis} True, False, or Neither? Answer:"
     )
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Leave the registry as it was."""
+    before = dict(paper_tasks._registered)
+    yield
+    paper_tasks._registered.clear()
+    paper_tasks._registered.update(before)
+
+
+def films(name: str, protocol: Protocol = "answer") -> icl.Task:
+    return icl.Task(name, "Text: {text} Label:", ("bad", "good"), make_rows(), protocol=protocol)
+
+
+def test_a_registered_task_is_loaded_by_its_name(registry: None) -> None:
+    task = films("films")
+    icl.register_task(task)
+    assert icl.load_task("films") is task
+    assert registered_task("films") is task
+    with pytest.raises(icl.TaskError, match=r"films: expected a Task .* protocol='reference', got Task\('films'"):
+        icl.load_task("films", protocol="reference")
+    with pytest.raises(icl.TaskError, match="films: expected source=None for a task that was .*, got 'hub': leave"):
+        icl.load_task("films", "hub")
+    with pytest.raises(icl.TaskError, match=r"out of \['sst2', .*'cb', 'films'\], got 'sst3'"):
+        icl.load_task("sst3")
+    unregister_task("films")
+    with pytest.raises(icl.TaskError, match="got 'films'"):
+        icl.load_task("films")
+
+
+def test_a_function_makes_a_registered_task_from_source_and_protocol(registry: None, tmp_path: Path) -> None:
+    calls = []
+
+    def make(source: object, protocol: Protocol) -> icl.Task:
+        calls.append((source, protocol))
+        return films("films", protocol)
+
+    icl.register_task(make, name="films")
+    assert calls == [] and registered_task("films") is None, "made only when loaded"
+    assert icl.load_task("films", tmp_path, protocol="reference").protocol == "reference"
+    assert icl.load_task("films").protocol == "answer"
+    assert calls == [(tmp_path, "reference"), (None, "answer")]
+
+
+def test_a_taken_or_missing_name_is_refused(registry: None) -> None:
+    icl.register_task(films("films"))
+    for name in ("films", "sst2"):
+        with pytest.raises(icl.TaskError, match=f"expected a task name that is not taken, got '{name}': choose"):
+            icl.register_task(films(name))
+        with pytest.raises(icl.TaskError, match=f"expected a task name that is not taken, got '{name}': choose"):
+            icl.register_task(lambda source, protocol: films("x"), name=name)
+    with pytest.raises(icl.TaskError, match="expected a name for the task, got None: pass name="):
+        icl.register_task(lambda source, protocol: films("x"))
+    with pytest.raises(icl.TaskError, match="expected no name for a task, which has its own, 'x', got name='y'"):
+        icl.register_task(films("x"), name="y")
+    icl.register_task(lambda source, protocol: films("other"), name="mine")
+    with pytest.raises(icl.TaskError, match=r"mine: expected a Task of this name .*, got Task\('other'"):
+        icl.load_task("mine")
+
+
+@pytest.mark.parametrize("name", ["sst2", "films"])
+def test_only_a_users_own_task_can_be_removed(name: str) -> None:
+    with pytest.raises(icl.TaskError, match=rf"expected the name of a task that you registered, \[\], got '{name}'"):
+        unregister_task(name)
+    assert icl.TASKS == ("sst2", "sst5", "mr", "subj", "agnews", "cb")

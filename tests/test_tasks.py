@@ -60,14 +60,16 @@ def test_balanced_draws_have_equal_classes_and_the_rest_fall_as_they_do(task: ic
     assert Counter(example.label for example in task.demonstrations(7, seed=2, balanced=True)) == {0: 4, 1: 3}
     skewed = icl.Task("t", TEMPLATE, ("no", "yes"), [row | {"label": int(i < 3)} for i, row in enumerate(make_rows())])
     assert len(skewed.demonstrations(20, seed=0)) == 20
-    with pytest.raises(icl.TaskError, match="wants 10 demonstrations labelled 'yes', and there are"):
+    with pytest.raises(
+        icl.TaskError, match="expected 10 demonstrations labelled 'yes' for balanced k=20, got [0-3]: use"
+    ):
         skewed.demonstrations(20, seed=0, balanced=True)
 
 
 def test_asking_for_more_than_there_is_gives_the_numbers(task: icl.Task) -> None:
-    with pytest.raises(icl.TaskError, match="expected k from 0 to the 30 demonstrations there are, got 31"):
+    with pytest.raises(icl.TaskError, match="expected k from 0 to 30, the number of demonstrations, got 31: use"):
         task.demonstrations(31, seed=0)
-    with pytest.raises(icl.TaskError, match="expected between 1 and 24 evaluation queries, got 25"):
+    with pytest.raises(icl.TaskError, match="expected from 1 to 24 evaluation queries, got 25: use"):
         task.queries(25)
     with pytest.raises(icl.TaskError, match="got 0"):
         task.queries(0)
@@ -76,16 +78,19 @@ def test_asking_for_more_than_there_is_gives_the_numbers(task: icl.Task) -> None
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "  ", "label": 0}, "row 3: 'text' is empty"),
-        ({"text": "fine", "label": 2}, r"row 3: unknown label 2; expected 0 to 1 or one of \['no', 'yes'\]"),
-        ({"text": "fine", "label": "maybe"}, "row 3: unknown label 'maybe'"),
+        ({"text": "  ", "label": 0}, "row 3: expected text as 'text', got '  ': fill it in"),
+        (
+            {"text": "fine", "label": 2},
+            r"row 3: expected a label from 0 to 1 or one of \['no', 'yes'\], got 2: correct it",
+        ),
+        ({"text": "fine", "label": "maybe"}, "row 3: expected a label .*, got 'maybe': correct it"),
         ({"text": "fine"}, r"row 3: expected 'label', got only \['text'\]"),
         ({"label": 1}, "row 3: expected 'text'"),
         ({"label": 1, None: ["extra"]}, "row 3: expected 'text'"),
-        ({"text": None, "label": 1}, "row 3: 'text' is empty"),
-        ({"text": float("nan"), "label": 1}, "row 3: 'text' is empty: expected text, got nan"),
-        ({"text": "fine", "label": 0.9}, "row 3: unknown label 0.9"),
-        ({"text": "fine", "label": float("inf")}, "row 3: unknown label inf"),
+        ({"text": None, "label": 1}, "row 3: expected text as 'text', got None"),
+        ({"text": float("nan"), "label": 1}, "row 3: expected text as 'text', got nan"),
+        ({"text": "fine", "label": 0.9}, "row 3: expected a label .*, got 0.9"),
+        ({"text": "fine", "label": float("inf")}, "row 3: expected a label .*, got inf"),
     ],
 )
 def test_bad_rows_are_named_by_their_number(row: dict, message: str) -> None:
@@ -118,7 +123,7 @@ def test_rows_come_from_jsonl_and_csv(tmp_path: Path) -> None:
 
 def test_unreadable_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", \n')
-    with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object a line"):
+    with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object, got .* line of its own"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.jsonl")
     with pytest.raises(icl.TaskError, match="expected a readable UTF-8 file of rows"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "missing.csv")
@@ -144,7 +149,7 @@ def test_reference_draws_are_those_of_datasets_own_shuffle() -> None:
 def test_reference_queries_are_cut_at_2000() -> None:
     rows = [{"text": f"text {i}", "label": i % 2} for i in range(2100)]
     assert len(icl.Task("t", TEMPLATE, ("no", "yes"), rows[:9], rows, protocol="reference").queries()) == 2000
-    with pytest.raises(icl.TaskError, match="between 1 and 2000 evaluation queries, got 2001"):
+    with pytest.raises(icl.TaskError, match="from 1 to 2000 evaluation queries, got 2001"):
         icl.Task("t", TEMPLATE, ("no", "yes"), rows[:9], rows, protocol="reference").queries(2001)
 
 
@@ -163,7 +168,45 @@ def test_reference_pools_of_one_file_share_no_text_and_are_shuffled_from_its_ord
 
 def test_what_the_reference_protocol_does_not_have_is_refused() -> None:
     task = icl.Task("t", TEMPLATE, ("no", "yes"), make_rows(), make_rows(20), protocol="reference")
-    with pytest.raises(icl.TaskError, match="takes demonstrations as they fall, got balanced=True"):
+    with pytest.raises(
+        icl.TaskError, match="expected balanced=False under the reference protocol, got balanced=True: use"
+    ):
         task.demonstrations(2, 1, balanced=True)
-    with pytest.raises(icl.TaskError, match=r"expected a split out of \['evaluation'\], got 'selection'"):
+    with pytest.raises(icl.TaskError, match=r"expected split out of \['evaluation'\], got 'selection'"):
         task.queries(2, split="selection")
+
+
+def test_the_fingerprint_tells_everything_that_decides_prompts_and_draws() -> None:
+    rows, words = make_rows(), ("no", "yes")
+    task = icl.Task("t", TEMPLATE, words, rows)
+    assert icl.Task("other name", TEMPLATE, words, rows[::-1]).fingerprint == task.fingerprint, "draws are the same"
+    split = icl.Task("t", TEMPLATE, words, rows[:30], rows[30:])
+    assert icl.Task("t", TEMPLATE, words, rows[:30], rows[:29:-1]).fingerprint == split.fingerprint
+    changed_text = [rows[0] | {"text": "another film"}, *rows[1:]]
+    changed_label = [rows[0] | {"label": 1 - int(str(rows[0]["label"]))}, *rows[1:]]
+    others = {
+        "template": icl.Task("t", "Text: {text} Class:", words, rows),
+        "label words": icl.Task("t", TEMPLATE, ("no", "maybe"), rows),
+        "text": icl.Task("t", TEMPLATE, words, changed_text),
+        "label": icl.Task("t", TEMPLATE, words, changed_label),
+        "fewer rows": icl.Task("t", TEMPLATE, words, rows[:-1]),
+        "split": split,
+        "protocol": icl.Task("t", TEMPLATE, words, rows, protocol="reference"),
+        "order of the reference protocol": icl.Task("t", TEMPLATE, words, rows[::-1], protocol="reference"),
+    }
+    fingerprints = {task.fingerprint} | {other.fingerprint for other in others.values()}
+    assert len(fingerprints) == 1 + len(others)
+    # Written down once: a change of it would refuse to continue every study.
+    assert task.fingerprint == FINGERPRINT
+
+
+FINGERPRINT = "e08c78de66099318"
+
+
+def test_pool_sizes_are_those_of_the_draws(task: icl.Task) -> None:
+    assert task.pool_sizes == {
+        "demonstrations": task.n_demonstrations,
+        "selection": len(task.queries(split="selection")),
+        "evaluation": len(task.queries()),
+    }
+    assert "30" in repr(task)
