@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def decoder(args: argparse.Namespace, eta: float | str) -> MomentumForCausalLM:
     preset = replace(pretraining.PRESETS[args.preset], n_ctx=args.length)
     torch.manual_seed(0)
-    return MomentumForCausalLM(pretraining.configuration(preset, preset.d_vocab, eta))
+    return MomentumForCausalLM(pretraining.build_config(preset, preset.d_vocab, eta))
 
 
 def training_step(args: argparse.Namespace, eta: float | str) -> Callable[[], None]:

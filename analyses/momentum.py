@@ -180,7 +180,7 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     if is_text:
         return found | {"perplexity": {name: pretraining.perplexity(model, chosen) for name, chosen in blocks.items()}}
     right = pretraining.in_context_accuracy(model, data, n=2000, seed=10_000)
-    ceiling = [data.ceiling(n) for n in range(data.n_pairs)]
+    ceiling = [data.best_accuracy(n) for n in range(data.n_pairs)]
     return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
 
 

@@ -175,7 +175,7 @@ def build_prompts(
         >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
         >>> demonstrations = task.demonstrations(2, seed=1)
         >>> icl_dual.build_prompts(tiny_model(), task, demonstrations, task.queries(3))
-        Prompts(3 queries of 27 to 28 tokens, after 2 demonstrations in 68 tokens, protocol='answer')
+        Prompts(3 queries of 26 to 27 tokens, after 2 demonstrations in 63 tokens, protocol='answer')
     """
     reference = task.protocol == "reference"
     _check_options(task, demonstrations, queries, separator, reference_k_mismatch)

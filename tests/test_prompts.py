@@ -56,7 +56,9 @@ def test_the_papers_architecture_separates_by_eos(
 
 
 def test_too_long_a_context_is_refused_with_the_numbers(llama: icl.Model, task: icl.Task) -> None:
-    with pytest.raises(icl.PromptError, match=r"at most 512 tokens, the context of llama, got \d+: 30 demonstrations take"):
+    with pytest.raises(
+        icl.PromptError, match=r"at most 512 tokens, the context of llama, got \d+: 30 demonstrations take"
+    ):
         icl.build_prompts(llama, task, task.demonstrations(30, seed=0), task.queries(3))
 
 
@@ -194,7 +196,10 @@ def test_options_of_the_other_protocol_are_refused(llama: icl.Model, task: icl.T
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"queries": ((), (1,))}, "at least one token in each of the queries, got none in queries.0."),
     ({"labels": ((5,), ())}, "at least one token in each of the labels, got none in labels.1."),
-    ({"demonstrations": ((1, 2), ())}, "at least one token in each of the demonstrations, got none in demonstrations.1."),
+    (
+        {"demonstrations": ((1, 2), ())},
+        "at least one token in each of the demonstrations, got none in demonstrations.1.",
+    ),
     ({"queries": ([1, 2], (1,))}, r"expected queries as tuples of token ids, got \[1, 2\]"),
     ({"start": ("<s>",)}, r"expected start as tuples of token ids, got \('<s>',\)"),
     ({"queries": ((1,), (-1,))}, r"token ids from 0 to 299, the vocabulary of model, got \(-1,\) in queries"),
@@ -240,3 +245,21 @@ def test_a_model_that_is_not_wrapped_is_said(make_model: Callable[..., icl.Model
     unchecked: Any = getattr(check_prompts, "__wrapped__", check_prompts)
     with pytest.raises(TypeError, match=r"expected an icl_dual\.Model, got TransformerBridge: wrap it with"):
         unchecked(make_model("llama").wrapped, prompts)
+
+
+def test_prompts_are_given_by_keyword_and_need_only_queries_labels_and_gold(llama: icl.Model) -> None:
+    unchecked: Any = icl.Prompts
+    with pytest.raises(TypeError, match="positional argument"):
+        unchecked(((5,),), ((7,),), (0,))
+    with pytest.raises(TypeError, match="gold"):
+        unchecked(queries=((5,),), labels=((7,),))
+    shortest = icl.Prompts(queries=((5,),), labels=((7,),), gold=(0,))
+    check_prompts(llama, shortest)
+    assert shortest == shortest.zero_shot()
+    assert (shortest.prefix, shortest.suffixes, shortest.training_sequences) == ((), ((5,),), ())
+    assert shortest.protocol == "answer"
+
+
+def test_prompts_without_queries_can_be_shown() -> None:
+    nothing = icl.Prompts(queries=(), labels=(), gold=())
+    assert repr(nothing) == "Prompts(0 queries of 0 to 0 tokens, after 0 demonstrations in 0 tokens, protocol='answer')"

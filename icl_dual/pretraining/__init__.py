@@ -1,4 +1,4 @@
-"""Small decoders trained from scratch, alike in everything but η: what momentum attention does to a model.
+"""Train small decoders from scratch that differ in η only, to see what momentum attention changes.
 
 | module | holds |
 |---|---|
@@ -6,17 +6,17 @@
 | `training` | presets, training, perplexity and in-context accuracy |
 """
 
-from icl_dual.pretraining.corpus import Corpus, Data, LabelMapping, build_corpus, load_corpus
-from icl_dual.pretraining.training import PRESETS, Preset, configuration, in_context_accuracy, perplexity, train
+from icl_dual.pretraining.corpus import Corpus, LabelMapping, TrainingData, build_corpus, load_corpus
+from icl_dual.pretraining.training import PRESETS, Preset, build_config, in_context_accuracy, perplexity, train
 
 __all__ = [
-    "Corpus",
-    "Data",
-    "LabelMapping",
     "PRESETS",
+    "Corpus",
+    "LabelMapping",
     "Preset",
+    "TrainingData",
+    "build_config",
     "build_corpus",
-    "configuration",
     "in_context_accuracy",
     "load_corpus",
     "perplexity",

@@ -1,4 +1,4 @@
-"""What decoders are trained on: text as tokens, or sequences of a task that only their context can solve."""
+"""Training data for decoders: text as tokens, or sequences of a task that only the context can solve."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,20 +19,25 @@ from icl_dual.paper_tasks import load_task
 from icl_dual.storage import AssetError
 
 N_BYTES = 256
+"""Number of bytes, each of which is a token of every vocabulary."""
 MIN_TEXTS = 40
-"""Of fewer, there may be none to validate on."""
+"""Fewest texts of a corpus: with fewer, the validation split may be empty."""
 START = "<|endoftext|>"
-"""The token with which every sequence begins."""
+"""The token at the start of every sequence."""
 
 
 @dataclass(frozen=True, repr=False)
 class Corpus:
-    """Text as tokens: a line after the other, training and validation apart."""
+    """Text as tokens, with a line break after each text, in a training and a validation split."""
 
     name: str
+    """The corpus's name in results."""
     tokenizer: PreTrainedTokenizerFast
+    """The tokenizer, whose vocabulary was learned on the training split."""
     train: Int[Tensor, " train_token"]
+    """Token ids of the training split."""
     validation: Int[Tensor, " validation_token"]
+    """Token ids of the validation split."""
 
     def __repr__(self) -> str:
         return (
@@ -42,90 +47,104 @@ class Corpus:
 
     @property
     def d_vocab(self) -> int:
-        """The vocabulary's size."""
+        """Size of the vocabulary."""
         return len(self.tokenizer)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of its tokens."""
+        """A short hash of the token ids of both splits."""
         digest = hashlib.sha256()
         for tokens in (self.train, self.validation):
             digest.update(tokens.to(torch.int32).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def blocks(self, split: Literal["train", "validation"], length: int) -> Int[Tensor, "sequence pos"]:
-        """A split cut into sequences of a length, each behind the start token; what is left at the end is dropped.
+        """Cut a split into sequences of equal length, each with the start token first.
+
+        Args:
+            split: `train` or `validation`.
+            length: tokens of a sequence, the start token included; at least 2. An incomplete last sequence is dropped.
 
         Raises:
-            ValueError: there is no such split, or not one whole sequence in it.
+            ValueError: there is no such split, or it is shorter than one sequence.
         """
         if split not in ("train", "validation"):
-            raise ValueError(f"expected the split train or validation, got {split!r}")
+            raise ValueError(f"expected split as 'train' or 'validation', got {split!r}")
         tokens: Tensor = getattr(self, split)
         if length < 2:
-            raise ValueError(f"expected sequences of two tokens at least, got a length of {length}")
+            raise ValueError(f"expected length of at least 2 tokens, got {length}: the first is the start token")
         n = len(tokens) // (length - 1)
         if not n:
             raise ValueError(
-                f"{self.name}: expected a {split} split of {length - 1} tokens at least, got {len(tokens)}: use more "
+                f"{self.name}: expected a {split} split of at least {length - 1} tokens, got {len(tokens)}: use more "
                 "text, or a shorter context"
             )
         start = tokens.new_full((n, 1), self.tokenizer.vocab[START])
         return torch.cat((start, tokens[: n * (length - 1)].view(n, length - 1)), dim=1)
 
     def training_sequences(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
-        """Sequences to learn from: all there are, whatever the number or seed."""
+        """Return all sequences of the training split, whatever `n` and `seed` are."""
         return self.blocks("train", length)
 
     def labels(self, sequences: Int[Tensor, "sequence pos"]) -> Int[Tensor, "sequence pos"]:
-        """Every token is predicted."""
+        """Return the tokens to predict: all of them."""
         return sequences
 
 
 def build_corpus(name: str, train: Sequence[str], validation: Sequence[str], d_vocab: int) -> Corpus:
-    """Learn a byte-level vocabulary on the training texts, and tokenize both splits by it.
+    """Learn a byte-level vocabulary on the training texts, and tokenise both splits with it.
+
+    Args:
+        name: the corpus's name in results.
+        train: the texts of the training split.
+        validation: the texts of the validation split.
+        d_vocab: size of the vocabulary, at least 257: every byte and a start token.
 
     Raises:
-        ValueError: a split has no text, they share one, or the vocabulary is too small for every byte.
+        ValueError: a split has no text, both share a text, or the vocabulary is too small.
     """
     if d_vocab < N_BYTES + 1:
         raise ValueError(
-            f"expected a vocabulary of every byte and a start token, {N_BYTES + 1} at least, got {d_vocab}"
+            f"expected d_vocab of at least {N_BYTES + 1}, every byte and a start token, got {d_vocab}: choose a larger "
+            "one"
         )
     for split, texts in (("training", train), ("validation", validation)):
         if not any(text.strip() for text in texts):
-            raise ValueError(f"{name}: expected text in the {split} split, got none")
+            raise ValueError(f"{name}: expected text in the {split} split, got none: add texts to it")
     if shared := set(train) & set(validation):
-        raise ValueError(f"{name}: expected other texts to validate than to train, got {min(shared)!r} in both")
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+        raise ValueError(
+            f"{name}: expected different texts in the training and the validation split, got {min(shared)!r} in both: "
+            "leave it out of one"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    bpe.train_from_iterator(
         train,
         trainers.BpeTrainer(vocab_size=d_vocab, special_tokens=[START], initial_alphabet=alphabet, show_progress=False),
     )
-    line_break = made.token_to_id("Ċ")
+    line_break = bpe.token_to_id("Ċ")
 
     def tokens(texts: Sequence[str]) -> Tensor:
-        return torch.tensor([token for text in made.encode_batch(list(texts)) for token in (*text.ids, line_break)])
+        return torch.tensor([token for text in bpe.encode_batch(list(texts)) for token in (*text.ids, line_break)])
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=START, eos_token=START, pad_token=START)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=START, eos_token=START, pad_token=START)
     return Corpus(name, tokenizer, tokens(train), tokens(validation))
 
 
 def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
-    """A corpus of real text.
+    """Load real text and learn a vocabulary on it.
 
     Args:
-        source: `agnews`, the news of the paper's task, of which it trains on those that serve as demonstrations and
-            validates on those for selection; a `.txt` file, a text a line; or a data set on the hub with a `text`
-            column. Of the last two a twentieth, by each text's hash, validates.
-        d_vocab: the size of the vocabulary that is learned.
+        source: `agnews`, the news of the paper's task: its demonstrations are the training split, its selection pool is
+            the validation split. Or a `.txt` file with one text a line, or a data set on the hub with a `text` column:
+            of these, about a twentieth of the texts, chosen by hash, is the validation split.
+        d_vocab: size of the vocabulary to learn.
 
     Raises:
-        ValueError: it is no such file, or has too few texts.
-        AssetError: it cannot be had.
+        ValueError: the source is of another kind, or has too few texts.
+        AssetError: the source cannot be read or fetched.
     """
     if source == "agnews":
         task = load_task("agnews")
@@ -135,23 +154,28 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
     path = Path(source)
     if path.is_dir() or path.suffix in (".csv", ".json", ".jsonl", ".parquet"):
         raise ValueError(
-            f"expected agnews, a .txt file with a text a line, or a data set on the hub, got {str(source)!r}"
+            "expected source as agnews, a .txt file with one text a line, or a data set on the hub, got "
+            f"{str(source)!r}: write the texts into a .txt file"
         )
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise AssetError(f"expected a readable UTF-8 file of text at {path}, got {error}") from error
+            raise AssetError(
+                f"expected a readable UTF-8 text file at {path}, got {error}: check the path and the encoding"
+            ) from error
     else:
         rows = list(assets.hub_rows(str(source), "train"))
         if rows and "text" not in rows[0]:
-            raise ValueError(f"{source}: expected a column 'text', got {sorted(rows[0])}")
+            raise ValueError(
+                f"{source}: expected a column 'text', got {sorted(rows[0])}: write that column into a .txt file"
+            )
         lines = [str(row["text"]).replace("\n", " ") for row in rows]
     texts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(texts) < MIN_TEXTS:
         raise ValueError(
-            f"{source}: expected {MIN_TEXTS} different texts at least, one a line, of which about every twentieth "
-            f"validates, got {len(texts)}"
+            f"{source}: expected at least {MIN_TEXTS} different texts, one a line, got {len(texts)}: about a twentieth "
+            "of them is the validation split, add more"
         )
     held_out = {text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 20 == 0}
     return build_corpus(str(source), [text for text in texts if text not in held_out], sorted(held_out), d_vocab)
@@ -159,49 +183,65 @@ def load_corpus(source: str | PathLike[str], d_vocab: int) -> Corpus:
 
 @dataclass(frozen=True)
 class LabelMapping:
-    """A task that only its context can solve: pairs x y of which every sequence draws its own mapping from x to y."""
+    """A task that only the context can solve: pairs (x, y), with a new random mapping from x to y in every sequence."""
 
     n_x: int = 8
+    """Number of different x."""
     n_y: int = 4
+    """Number of different y, the labels."""
     n_pairs: int = 16
+    """Pairs in a sequence."""
     name: ClassVar[str] = "label mapping"
     tokenizer: ClassVar[None] = None
 
     @property
     def d_vocab(self) -> int:
-        """A start token, every x and every y."""
+        """Size of the vocabulary: a start token, every x and every y."""
         return 1 + self.n_x + self.n_y
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens in a sequence: the start token and the pairs."""
         return 1 + 2 * self.n_pairs
 
     @property
     def digest(self) -> str:
-        """Its sizes say it all."""
+        """The task's sizes, which determine its sequences."""
         return f"{self.n_x} to {self.n_y}, {self.n_pairs} pairs"
 
     def training_sequences(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:
-        """n sequences to learn from: token 0, then pairs of a random x and the label that x has in the sequence."""
+        """Return n sequences: the start token 0, then pairs of a random x and the label of this x in the sequence.
+
+        Args:
+            length: tokens of a sequence; must be `self.length`.
+            n: number of sequences.
+            seed: the seed of the mappings and pairs.
+
+        Raises:
+            ValueError: `length` is not the task's.
+        """
         if length != self.length:
-            raise ValueError(f"expected a context of {self.length} tokens for {self.n_pairs} pairs, got {length}")
+            raise ValueError(
+                f"expected a context of {self.length} tokens for {self.n_pairs} pairs, got {length}: set n_ctx of the "
+                "preset"
+            )
         rng = torch.Generator().manual_seed(seed)
         mapping = torch.randint(self.n_y, (n, self.n_x), generator=rng)
         x = torch.randint(self.n_x, (n, self.n_pairs), generator=rng)
         pairs = torch.stack((1 + x, 1 + self.n_x + mapping.gather(1, x)), dim=-1)
         return torch.cat((torch.zeros(n, 1, dtype=torch.long), pairs.flatten(1)), dim=1)
 
-    def ceiling(self, n_before: int) -> float:
-        """The best accuracy there can be after so many pairs: that of knowing all x seen, and guessing at others."""
-        unseen = (1 - 1 / self.n_x) ** n_before
-        return 1 - unseen + unseen / self.n_y
+    def best_accuracy(self, n_before: int) -> float:
+        """Return the best possible accuracy after `n_before` pairs: right for each x in them, a guess for others."""
+        p_new = (1 - 1 / self.n_x) ** n_before
+        return 1 - p_new + p_new / self.n_y
 
     def labels(self, sequences: Int[Tensor, "sequence pos"]) -> Int[Tensor, "sequence pos"]:
-        """Only the labels of pairs are predicted."""
-        asked = torch.full_like(sequences, -100)
-        asked[:, 2::2] = sequences[:, 2::2]
-        return asked
+        """Return the tokens to predict: the labels of pairs; -100, which the loss ignores, at all other positions."""
+        labels = torch.full_like(sequences, -100)
+        labels[:, 2::2] = sequences[:, 2::2]
+        return labels
 
 
-Data = Corpus | LabelMapping
+TrainingData = Corpus | LabelMapping
+"""What `train` can learn from."""

@@ -1,10 +1,8 @@
-"""Small decoders trained from scratch, alike in everything but η: what momentum attention does to a model.
+"""Train small decoders that differ in η only, and measure their perplexity and in-context accuracy.
 
-1. A corpus is lines of text, tokenized by a vocabulary learned on its training split; or sequences of a task that can
-   only be solved in context.
-2. `train` starts every model of a seed from the same weights and shows it the same sequences in the same order, by
-   transformers' `Trainer`. It goes on from its last checkpoint where it was stopped, with the same losses, bit for bit.
-3. `perplexity` and `in_context_accuracy` are what the paper's two tables of momentum attention hold.
+`train` starts all models of one seed from the same weights and shows them the same sequences in the same order, with
+transformers' `Trainer`. A training run that was stopped resumes from its last checkpoint, with the same losses bit for
+bit. `perplexity` and `in_context_accuracy` are the measures of the paper's two tables on momentum attention.
 """
 
 import json
@@ -30,37 +28,47 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
-from icl_dual.pretraining.corpus import Data, LabelMapping
+from icl_dual.pretraining.corpus import LabelMapping, TrainingData
 from icl_dual.progress import progress_bar, transformers_bars
 from icl_dual.storage import check_same_settings, write_json
 
 RANK = int(os.environ.get("RANK", "0"))
-"""Which process of `torchrun` this is; the first writes."""
+"""The rank of this process under `torchrun`; rank 0 writes files."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A decoder's shape, and how it is trained: Adam (.9, .98), ε 1e-6, warmed up, then decayed linearly to nothing."""
+    """A decoder's shape and its training: Adam (β = .9, .98; ε = 1e-6), linear warm-up, then linear decay to 0."""
 
     n_layers: int
+    """Number of layers."""
     n_heads: int
+    """Number of heads in a layer."""
     d_model: int
+    """Width of the residual stream."""
     d_mlp: int
+    """Width of the MLP's hidden layer."""
     n_ctx: int
+    """Tokens in a training sequence, and the model's context."""
     d_vocab: int
+    """Size of the vocabulary."""
     batch_size: int
-    """Sequences a step, over all devices."""
+    """Sequences in a step, over all devices."""
     n_steps: int
+    """Training steps."""
     n_warmup: int
+    """Steps of warm-up, fewer than `n_steps`."""
     lr: float
+    """The highest learning rate, reached after warm-up."""
     clip: float = 2.0
+    """The gradient norm to which larger gradients are clipped."""
     micro_batch: int = 64
-    """Most sequences that a device runs at once; a step's others follow, and their gradients are summed."""
+    """Most sequences that a device runs at once; a step sums the gradients of several such batches."""
 
     def __post_init__(self) -> None:
-        wrong = {name: value for name, value in asdict(self).items() if value < (0 if name == "n_warmup" else 1e-12)}
-        if wrong or self.n_warmup >= self.n_steps:
-            raise ValueError(f"expected sizes above 0, and fewer steps of warm-up than steps, got {self}")
+        too_small = {name for name, value in asdict(self).items() if value < (0 if name == "n_warmup" else 1e-12)}
+        if too_small or self.n_warmup >= self.n_steps:
+            raise ValueError(f"expected sizes above 0, and n_warmup below n_steps, got {self}")
 
 
 PRESETS = {
@@ -71,13 +79,13 @@ PRESETS = {
         24, 16, 1024, 4096, 1024, 50257, batch_size=512, n_steps=500_000, n_warmup=20_000, lr=3e-4, micro_batch=8
     ),
 }
-"""`tiny`, and `label-mapping` for the task of that name: minutes on two cores. `small`: an hour on two cores, minutes
-on a GPU. `paper-350m`: the paper's own numbers, for `torchrun` on several GPUs."""
+"""Presets by name. `tiny`, and `label-mapping` for the task of that name, take minutes on two cores; `small` takes an
+hour on two cores, minutes on a GPU. `paper-350m` has the paper's numbers, for `torchrun` on several GPUs."""
 
 
 def train(
     preset: Preset,
-    data: Data,
+    data: TrainingData,
     *,
     eta: float | Literal["learned"],
     seed: int,
@@ -86,37 +94,38 @@ def train(
     checkpoints: int = 10,
     progress: bool = True,
 ) -> MomentumForCausalLM:
-    """Train a decoder, go on training one that was stopped, or load one that is done.
+    """Train a decoder with momentum attention, resume a run that was stopped, or load a finished one.
 
-    With the same seed, weights start the same and sequences come in the same order whatever η is.
+    For one seed, initial weights and the order of sequences are the same whatever η is. Global random states are left
+    unchanged.
 
     Args:
-        preset: shape and training.
-        data: what to learn from.
-        eta: of momentum attention; 0 for none, or `learned` by every head for itself.
-        seed: of weights and order.
-        folder: where the model goes when it is done (with its tokenizer, and `losses.json`: the mean training loss in
-            nats up to every hundredth of the steps), and its checkpoints before.
-        device: `cpu`; or `cuda`, in bfloat16 where the GPU has it. `torchrun` gives each process its own.
-        checkpoints: how many to write on the way, at most; the last two are kept until the end.
-        progress: show a progress bar.
+        preset: the decoder's shape and its training.
+        data: the training data.
+        eta: η of momentum attention: 0 for none, or `learned` for an η that every head learns.
+        seed: the seed of initial weights and of the order of sequences.
+        folder: the folder for the finished model, its tokenizer and `losses.json` (pairs of a step and the mean
+            training loss in nats since the last entry, about 100 of them). Until then it holds checkpoints.
+        device: `cpu`, or `cuda` (in bfloat16 where the GPU supports it). `torchrun` gives each process its own GPU.
+        checkpoints: most checkpoints to write during training; the last two are kept until it is finished.
+        progress: whether to show a progress bar.
 
     Returns:
         The model, on the CPU.
 
     Raises:
-        ValueError: η is out of range, the data are too few, the batch cannot be shared by the processes there are, or
-            the device cannot be used.
-        StudyError: the folder holds a model of other settings; says which differ.
-        DivergedError: the loss or a gradient is no longer finite; says at which step, and the last good checkpoint is
-            kept.
+        ValueError: η is out of range, there is not enough data, the batch cannot be shared among the processes, or the
+            device cannot be used.
+        SettingsError: the folder holds a model with other settings; the message says which differ.
+        DivergedError: the loss or a gradient is no longer finite; the message gives the step. The last good checkpoint
+            is kept.
     """
     folder = Path(folder)
-    halfway = folder / "checkpoints"
-    config = configuration(preset, data.d_vocab, eta)
+    checkpoint_folder = folder / "checkpoints"
+    config = build_config(preset, data.d_vocab, eta)
     sequences = data.training_sequences(preset.n_ctx, preset.n_steps * preset.batch_size, seed)
-    with _own_randomness(), transformers_bars(show=False):
-        arguments = _arguments(preset, halfway, seed, device, checkpoints)
+    with _random_states_kept(), transformers_bars(show=False):
+        arguments = _arguments(preset, checkpoint_folder, seed, device, checkpoints)
         settings = {**asdict(preset), "eta": eta, "seed": seed, "data": data.name, "digest": data.digest}
         settings["precision"] = "bfloat16" if arguments.bf16 else "float32"
         if RANK == 0:
@@ -126,26 +135,34 @@ def train(
         torch.manual_seed(seed)
         model = MomentumForCausalLM(config)
         trainer = _Trainer(
-            model, arguments, train_dataset=_Sequences(sequences, data.labels(sequences)), callbacks=[_Finite()]
+            model,
+            arguments,
+            train_dataset=_Sequences(sequences, data.labels(sequences)),
+            callbacks=[_GradientCheck()],
         )
         trainer.remove_callback(PrinterCallback)
         if progress and trainer.is_world_process_zero():
             trainer.add_callback(_Bar(f"{data.name} η={eta} seed={seed}"))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(halfway))
-        model.config.use_cache = True  # from here on it is to generate
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoint_folder))
+        model.config.use_cache = True  # for generation
         if trainer.is_world_process_zero():
             model.cpu().save_pretrained(folder)
             if data.tokenizer is not None:
                 data.tokenizer.save_pretrained(folder)
             losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
             write_json(folder / "losses.json", losses)
-            shutil.rmtree(halfway)
+            shutil.rmtree(checkpoint_folder)
         trainer.accelerator.wait_for_everyone()
     return model.cpu().eval()
 
 
-def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumConfig:
-    """A decoder of the preset's shape, without dropout.
+def build_config(preset: Preset, d_vocab: int, eta: float | str) -> MomentumConfig:
+    """Return the configuration of a decoder of the preset's shape, without dropout.
+
+    Args:
+        preset: the decoder's shape.
+        d_vocab: size of the vocabulary.
+        eta: η of momentum attention, or `learned`.
 
     Raises:
         ValueError: η is out of range.
@@ -160,7 +177,7 @@ def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumCon
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        initializer_range=0.02 * math.sqrt(1024 / preset.d_model),  # at the paper's width, GPT-2's
+        initializer_range=0.02 * math.sqrt(1024 / preset.d_model),  # GPT-2's value at the paper's width
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
@@ -169,7 +186,7 @@ def configuration(preset: Preset, d_vocab: int, eta: float | str) -> MomentumCon
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note a folder's settings, or hold these against what it was begun with."""
+    """Write a new folder's settings, or check that they equal those of the run in the folder."""
     path = folder / "settings.json"
     if path.exists():
         check_same_settings(folder, settings, json.loads(path.read_text()))
@@ -183,21 +200,21 @@ def _arguments(
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = str(device) == "cpu"
     if not on_cpu and (str(device) != "cuda" or not torch.cuda.is_available()):
-        raise ValueError(f"expected the device cpu, or cuda where there is one, got {str(device)!r}")
+        raise ValueError(f"expected device as cpu, or as cuda on a machine with a GPU, got {str(device)!r}")
     if not on_cpu and n_processes == 1 and torch.cuda.device_count() > 1:
         raise ValueError(
-            f"expected one GPU, or a process for each by torchrun, got {torch.cuda.device_count()} GPUs and one "
-            "process: choose one by CUDA_VISIBLE_DEVICES"
+            f"expected one GPU for one process, got {torch.cuda.device_count()} GPUs: choose one with "
+            "CUDA_VISIBLE_DEVICES, or start one process for each GPU with torchrun"
         )
     if checkpoints < 1:
-        raise ValueError(f"expected a checkpoint at least, got checkpoints={checkpoints}")
-    # A training that goes on has lost the losses since the last one logged: checkpoints are written where one is.
-    every = max(1, preset.n_steps // 100)
+        raise ValueError(f"expected checkpoints of at least 1, got {checkpoints}: the last one is the model")
+    # A resumed run has lost the losses since the last log entry: checkpoints are written at steps with an entry.
+    log_every = max(1, preset.n_steps // 100)
     per_device = min(preset.micro_batch, max(1, preset.batch_size // n_processes))
     if preset.batch_size % (per_device * n_processes):
         raise ValueError(
-            f"expected a batch size that {n_processes} processes of {per_device} sequences at once divide, got "
-            f"{preset.batch_size}"
+            f"expected batch_size as a multiple of {per_device * n_processes} ({n_processes} processes with "
+            f"{per_device} sequences each), got {preset.batch_size}: change batch_size or micro_batch of the preset"
         )
     return TrainingArguments(
         output_dir=str(folder),
@@ -216,9 +233,9 @@ def _arguments(
         data_seed=seed,
         use_cpu=on_cpu,
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
-        save_steps=every * math.ceil(preset.n_steps / checkpoints / every),
+        save_steps=log_every * math.ceil(preset.n_steps / checkpoints / log_every),
         save_total_limit=2,
-        logging_steps=every,
+        logging_steps=log_every,
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -240,7 +257,7 @@ class _Sequences(Dataset):
 
 
 class _Trainer(Trainer):
-    """Stops at a loss that is not finite, before it moves a weight."""
+    """Stops at a loss that is not finite, before it changes a weight."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -249,8 +266,8 @@ class _Trainer(Trainer):
         return loss
 
 
-class _Finite(TrainerCallback):
-    """Stops at a gradient that is not finite, before it moves a weight."""
+class _GradientCheck(TrainerCallback):
+    """Stops at a gradient that is not finite, before it changes a weight."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
@@ -260,24 +277,24 @@ class _Finite(TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last that was written to its end, of which the trainer's state is the last file; others are deleted."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    whole = {step: path for step, path in found.items() if (path / TRAINER_STATE_NAME).exists()}
-    for path in (found[step] for step in found.keys() - whole if RANK == 0):
+    """Return the last complete checkpoint and delete incomplete ones: the trainer's state is the last file written."""
+    by_step = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    complete = {step: path for step, path in by_step.items() if (path / TRAINER_STATE_NAME).exists()}
+    for path in (by_step[step] for step in by_step.keys() - complete if RANK == 0):
         shutil.rmtree(path)
-    return str(whole[max(whole)]) if whole else None
+    return str(complete[max(complete)]) if complete else None
 
 
-def _diverged(what: str, step: int, folder: str) -> DivergedError:
-    """What is wrong at a step was done by the one before: its checkpoint is not good."""
+def _diverged(expected_and_got: str, step: int, folder: str) -> DivergedError:
+    """Return the error, and delete the preceding step's checkpoint: its weights gave the non-finite number."""
     shutil.rmtree(Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step - 1}", ignore_errors=True)
     last = _last_checkpoint(Path(folder))
     kept = "no checkpoint was written before" if last is None else f"the last good checkpoint is kept in {last}"
-    return DivergedError(f"step {step}: expected {what}; {kept}. Lower the learning rate, in a new folder")
+    return DivergedError(f"step {step}: expected {expected_and_got}; {kept}: lower the learning rate, in a new folder")
 
 
 class _Bar(TrainerCallback):
-    """A progress bar with the last loss."""
+    """Shows a progress bar with the last loss."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -297,25 +314,30 @@ class _Bar(TrainerCallback):
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Python's, numpy's and torch's random states as they were, afterwards: the trainer seeds them all."""
-    python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer seeds this one
+def _random_states_kept() -> Iterator[None]:
+    """Restore the global random states of Python, numpy and torch after a block: the trainer seeds them all."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer seeds this one
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"], *, batch_size: int = 16) -> float:
-    """exp of the mean negative log-likelihood, in nats, of every token behind the first of its sequence.
+    """Return exp of the mean negative log-likelihood in nats, over all tokens but the first of each sequence.
+
+    Args:
+        model: the decoder.
+        sequences: token ids.
+        batch_size: sequences that run at once.
 
     Raises:
         ValueError: there are no such tokens.
     """
     if not sequences[:, 1:].numel():
-        raise ValueError(f"expected sequences of two tokens at least, got {list(sequences.shape)}")
+        raise ValueError(f"expected sequences of at least two tokens, got shape {list(sequences.shape)}")
     total = 0.0
     with torch.no_grad():
         for batch in sequences.split(batch_size):
@@ -328,11 +350,18 @@ def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"
 def in_context_accuracy(
     model: MomentumForCausalLM, task: LabelMapping, *, n: int = 512, seed: int = 0
 ) -> Bool[Tensor, "sequence pair"]:
-    """Whether the model gives each pair's label right, after as many demonstrations as there are pairs before it."""
+    """Return whether the model's most likely label is right, for every pair; the preceding pairs are demonstrations.
+
+    Args:
+        model: the decoder.
+        task: the task that it was trained on.
+        n: number of sequences.
+        seed: the seed of the sequences.
+    """
     sequences = task.training_sequences(task.length, n, seed)
-    found = []
+    correct = []
     with torch.no_grad():
         for batch in sequences.split(64):
             logits = model(batch.to(model.device)).logits[:, 1:-1:2, 1 + task.n_x :]
-            found.append(logits.argmax(-1).cpu() == batch[:, 2::2] - 1 - task.n_x)
-    return torch.cat(found)
+            correct.append(logits.argmax(-1).cpu() == batch[:, 2::2] - 1 - task.n_x)
+    return torch.cat(correct)

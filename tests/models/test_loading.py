@@ -1,0 +1,103 @@
+"""Loading decoders: what comes of a folder, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import some_eta
+from safetensors.torch import load_file, save_file
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import icl_dual as icl
+from icl_dual.assets import ModelFiles
+from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, "learned"])
+def test_a_decoder_trained_with_momentum_loads_with_it(
+    eta: float | str, task: icl.Task, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained: Any = MomentumForCausalLM(
+            MomentumConfig(
+                vocab_size=300, n_positions=512, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, eta=eta
+            )
+        ).eval()
+    if eta == "learned":
+        for layer, block in enumerate(trained.transformer.h):
+            block.attn.eta_logit.data.copy_(some_eta()[layer].clamp_min(0.01).logit())
+    trained.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = icl.load_model(str(tmp_path))
+    assert (model.momentum is None) == (eta == 0.0)
+    tokens = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(tokens), trained(tokens).logits, atol=1e-4, rtol=1e-4)
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(4))
+    zsl, in_context = (
+        icl.capture(model, one, fields=icl.DECOMPOSE_FIELDS, progress=False) for one in (prompts.zero_shot(), prompts)
+    )
+    assert icl.decompose(model, zero_shot=zsl, in_context=in_context).residual < 1e-5
+    if eta == 0.0:
+        with icl.momentum_attention(model, 0.6):
+            assert (model.run(tokens) - trained(tokens).logits).abs().max() > 0.1
+
+
+def test_a_local_folder_loads_with_its_hash(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    hf_model = make_hf_model("llama")
+    hf_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = icl.load_model(str(tmp_path))
+    assert model.provenance.startswith("sha256:")
+    assert (model.n_layers, model.n_heads, model.n_key_value_heads, model.d_head) == (3, 4, 2, 8)
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(ids), hf_model(ids).logits)
+    assert icl.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(icl.UnsupportedModelError, match="expected a folder with a decoder-only language model"):
+        icl.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a layer missing"])
+def test_damaged_weights_are_refused_never_made_up(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
+) -> None:
+    make_hf_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        kept = {name: tensor for name, tensor in load_file(weights).items() if ".layers.1." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(icl.AssetError, match=r"expected complete weights|got none for 9 of them"):
+        icl.load_model(str(tmp_path))
+
+
+def test_what_a_packaged_model_is_reaches_the_model_and_changes_neither_name_nor_provenance(
+    make_hf_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_hf_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    files = ModelFiles(tmp_path, "sha256:1234", "Made-up-Instruct (Q4_1, dequantised)")
+    monkeypatch.setattr("icl_dual.assets.model_files", lambda name, revision: files)
+    model = icl.load_model("made-up")
+    assert (model.name, model.provenance) == ("made-up", "sha256:1234")
+    assert model.description == "Made-up-Instruct (Q4_1, dequantised)"
+    assert repr(model).startswith("Model('made-up' = Made-up-Instruct (Q4_1, dequantised), LlamaForCausalLM, ")
+    monkeypatch.undo()
+    assert icl.load_model(str(tmp_path)).description == str(tmp_path)
