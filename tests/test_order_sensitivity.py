@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 import icl_dual as icl
 from icl_dual.contexts import draw_orders
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING
 from icl_dual.order_sensitivity import PAIRS, overlap_cosine, token_overlap, total_variation
-from tests.test_contexts import LR
+from icl_dual.storage import load_tensors, save_tensors
+
+LR = 0.05
 
 
 def distributions(seed: int, n: int, tokens: int) -> torch.Tensor:
@@ -79,7 +82,12 @@ def sensitivity(llama: icl.Model, task: icl.Task) -> icl.OrderSensitivity:
 
 
 def plain_runs(
-    model: icl.Model, task: icl.Task, orders: list[list[int]], k: int, n: int, **finetuning: Any
+    model: icl.Model,
+    task: icl.Task,
+    orders: list[list[int]],
+    k: int,
+    n: int,
+    config: icl.FinetuneConfig = PAPER_FINETUNING,
 ) -> dict[str, list[torch.Tensor]]:
     """By setting and order: next-token probabilities from one plain forward pass a query."""
     shown = task.demonstrations(k, 1)
@@ -93,7 +101,7 @@ def plain_runs(
     for order in orders:
         prompts = icl.build_prompts(model, task, [shown[index] for index in order], task.queries(n))
         found["ICL"].append(next_tokens(prompts))
-        with icl.finetune(model, prompts, lr=LR, progress=False, **finetuning).applied(model):
+        with icl.finetune(model, prompts, lr=LR, config=config, progress=False).applied(model):
             found["FT"].append(next_tokens(prompts.zero_shot()))
     return found
 
@@ -171,7 +179,23 @@ def test_order_sensitivity_becomes_a_frame(sensitivity: icl.OrderSensitivity) ->
 
 def test_order_sensitivity_is_saved_and_loaded(sensitivity: icl.OrderSensitivity, tmp_path: Path) -> None:
     sensitivity.save(tmp_path / "orders", {"lr": LR})
-    loaded = icl.OrderSensitivity.load(tmp_path / "orders")
+    assert load_tensors(tmp_path / "orders")[1]["lr"] == LR
+    assert_same(icl.OrderSensitivity.load(tmp_path / "orders"), sensitivity)
+
+
+def test_order_sensitivity_of_version_0_1_loads(sensitivity: icl.OrderSensitivity, tmp_path: Path) -> None:
+    """It wrote tensors by group and name, and the model and the orders among the caller's metadata."""
+    groups = ("predictions", "distance", "overlap", "overlap_cosine")
+    tensors = {f"{group}/{name}": value for group in groups for name, value in getattr(sensitivity, group).items()}
+    metadata = {"model": sensitivity.model, "orders": sensitivity.orders, "n_orders": 3, "seconds": 1.5}
+    save_tensors(tmp_path / "orders", tensors | {"gold": sensitivity.gold}, metadata)
+    assert_same(icl.OrderSensitivity.load(tmp_path / "orders"), sensitivity)
+    save_tensors(tmp_path / "orders", tensors, metadata)
+    with pytest.raises(icl.AssetError, match=r"expected a saved OrderSensitivity .*gold"):
+        icl.OrderSensitivity.load(tmp_path / "orders")
+
+
+def assert_same(loaded: icl.OrderSensitivity, sensitivity: icl.OrderSensitivity) -> None:
     assert (loaded.model, loaded.orders) == (sensitivity.model, sensitivity.orders)
     assert torch.equal(loaded.gold, sensitivity.gold)
     for name in ("predictions", "distance", "overlap", "overlap_cosine"):
@@ -187,11 +211,13 @@ def test_a_folder_of_something_else_has_no_order_sensitivity(
     icl.finetune(llama, prompts, lr=LR, progress=False).save(tmp_path / "delta")
     with pytest.raises(icl.AssetError, match="OrderSensitivity"):
         icl.OrderSensitivity.load(tmp_path / "delta")
-    with pytest.raises(icl.AssetError, match="found no"):
+    with pytest.raises(icl.AssetError, match="does not exist"):
         icl.OrderSensitivity.load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("n_orders", "message"), [(1, "expected 2 orders at least, got 1"), (7, r"3! = 6 orders")])
+@pytest.mark.parametrize(
+    ("n_orders", "message"), [(1, "expected n_orders of at least 2, got 1"), (7, r"3! = 6 orders")]
+)
 def test_too_few_or_too_many_orders_are_refused_before_anything_runs(
     llama: icl.Model, task: icl.Task, monkeypatch: pytest.MonkeyPatch, n_orders: int, message: str
 ) -> None:
@@ -219,6 +245,6 @@ def test_an_architecture_without_rotation_and_a_loss_of_the_label_alone_have_ord
         config=icl.FinetuneConfig(loss="label"),
         progress=False,
     )
-    runs = plain_runs(model, task, [[0, 1], [1, 0]], 2, 3, loss="label")
+    runs = plain_runs(model, task, [[0, 1], [1, 0]], 2, 3, icl.FinetuneConfig(loss="label"))
     expected = (runs["FT"][0] - runs["FT"][1]).abs().sum(-1) / 2
     torch.testing.assert_close(got.distance["FT and FT"], expected, rtol=1e-3, atol=1e-6)

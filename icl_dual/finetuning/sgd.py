@@ -78,6 +78,19 @@ def finetune(
         DivergedError: the loss or the weights exploded or are not finite; says at which step and lr.
         UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), or the
             last layer's output is not read by the final norm and the unembedding alone (`layer-causal`).
+
+    Example:
+        >>> import icl_dual
+        >>> from icl_dual.models import tiny_model
+        >>> rows = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
+        >>> model = tiny_model()  # or icl_dual.load_model("smollm2-135m")
+        >>> prompts = icl_dual.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(5))
+        >>> delta = icl_dual.finetune(model, prompts, lr=0.01, progress=False)
+        >>> delta.W_V.shape  # layer, d_kv, d_model
+        torch.Size([2, 16, 32])
+        >>> with delta.applied(model):
+        ...     finetuned = icl_dual.capture(model, prompts.zero_shot(), progress=False)
     """
     check_arguments(model, prompts, lr)
     if factors and config.trained not in ("key-value", "attention"):

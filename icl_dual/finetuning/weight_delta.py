@@ -172,6 +172,15 @@ class WeightDelta(Saved):
         Raises:
             ValueError: tuned is of another architecture, shape or dtype, has the same weights as the model, or differs
                 from it in a weight that is not of attention's projections; names it.
+
+        Example:
+            >>> from icl_dual.models import tiny_model
+            >>> model, tuned = tiny_model(), tiny_model()
+            >>> with torch.no_grad():
+            ...     _ = tuned.projections("V")[1].W.parameter.mul_(2)
+            >>> delta = WeightDelta.between(model, tuned)
+            >>> delta.trained, delta.W_V.flatten(1).any(dim=1).tolist()
+            ('key-value', [False, True])
         """
         tuned_model = wrap_finetuned(model, tuned)
         _check_other_weights(model, tuned_model)

@@ -1,0 +1,234 @@
+"""Finetunings in parallel against one after another."""
+
+import re
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from finetuning_references import (
+    ACCURACY,
+    LR,
+    dtype_of,
+    same,
+    snapshot,
+)
+from helpers import some_eta
+from torch import nn
+
+import icl_dual as icl
+from icl_dual.finetuning import parallel, sgd
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.prompts import Prompts
+
+
+def equal_to_one_by_one(
+    model: icl.Model, prompts: list[Prompts], lrs: list[float], accuracy: float, **options: Any
+) -> list[icl.WeightDelta | icl.DivergedError]:
+    """Several runs at once, each held against `finetune`."""
+    deltas = list(icl.finetune_many(model, prompts, lrs, progress=False, **options))
+    options.pop("at_once", None)
+    for got, run_prompts, lr in zip(deltas, prompts, lrs, strict=True):
+        assert isinstance(got, icl.WeightDelta)
+        expected = icl.finetune(model, run_prompts, lr=lr, progress=False, **options)
+        for name, value in vars(expected).items():
+            other = getattr(got, name)
+            if isinstance(value, torch.Tensor):
+                assert other.shape == value.shape
+                assert other.dtype == value.dtype
+                # Δb_K is nothing but rounding, for it moves all scores alike.
+                size = value.norm() + 1e-3 * (expected.W_K.norm() + expected.W_V.norm())
+                assert (other - value).norm() <= accuracy * size, name
+            else:
+                assert other == value, name
+    return deltas
+
+
+def several(model: icl.Model, task: icl.Task) -> list[Prompts]:
+    """Prompts of other seeds, and of other numbers of demonstrations."""
+    demonstrations = [task.demonstrations(k, seed=seed) for k, seed in ((4, 1), (2, 2), (5, 3), (4, 1))]
+    return [icl.build_prompts(model, task, examples, task.queries(2)) for examples in demonstrations]
+
+
+@pytest.mark.parametrize("loss", ["all", "label"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "xglm", "qwen3", "gemma2-window", "bloom"])
+def test_several_at_once_are_as_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, loss: Loss
+) -> None:
+    model = make_model(architecture, dtype_of(architecture))
+    before = snapshot(model)
+    accuracy = ACCURACY.get(architecture, 1e-7)
+    equal_to_one_by_one(
+        model, several(model, task), [LR, 2 * LR, LR / 3, LR / 2], accuracy, config=icl.FinetuneConfig(loss=loss)
+    )
+    assert same(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("trained", get_args(Trained))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_several_move_what_they_are_told_as_many_at_once_as_they_are_told(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, trained: Trained, at_once: int
+) -> None:
+    model = make_model(architecture, torch.float64)
+    equal_to_one_by_one(
+        model, several(model, task), [LR] * 4, 1e-5, config=icl.FinetuneConfig(trained=trained), at_once=at_once
+    )
+
+
+def test_several_at_once_with_momentum_attention(make_model: Callable[..., icl.Model], task: icl.Task) -> None:
+    model = make_model("llama", torch.float64)
+    with icl.momentum_attention(model, some_eta()):
+        equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "method"),
+    [
+        ("llama", torch.bfloat16, "sgd"),
+        ("llama", torch.float32, "layer-causal"),
+        ("gpt2", torch.float32, "full-batch"),
+    ],
+)
+def test_what_cannot_go_side_by_side_goes_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, dtype: torch.dtype, method: Method
+) -> None:
+    model = make_model(architecture, dtype)
+    equal_to_one_by_one(model, several(model, task), [LR, LR, LR, 1e-3], 0.0, config=icl.FinetuneConfig(method=method))
+
+
+@pytest.mark.parametrize("method", ["sgd", "layer-causal"])
+def test_a_run_that_diverges_leaves_the_others_alone(
+    make_model: Callable[..., icl.Model], task: icl.Task, method: Method
+) -> None:
+    model = make_model("llama", torch.float64)
+    before, prompts = snapshot(model), several(model, task)
+    results = list(
+        icl.finetune_many(model, prompts, [LR, 1e38, 1e4, LR], config=icl.FinetuneConfig(method=method), progress=False)
+    )
+    assert [type(result) for result in results] == [
+        icl.WeightDelta,
+        icl.DivergedError,
+        icl.DivergedError,
+        icl.WeightDelta,
+    ]
+    assert re.search(r"step \d of 2 with lr=1e\+38: loss .* weights changed", str(results[1]))
+    assert re.search(r"step \d of 5 with lr=10000: loss .* weights changed", str(results[2]))
+    equal_to_one_by_one(model, [prompts[0], prompts[3]], [LR, LR], 1e-5, config=icl.FinetuneConfig(method=method))
+    assert same(model, before)
+
+
+def test_an_exploded_loss_is_divergence_side_by_side_too(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = icl.finetune(llama, prompts, lr=LR, progress=False).losses.tolist()
+    limit = sorted(losses)[-2] + 1e-6
+    monkeypatch.setattr(sgd, "EXPLODED_LOSS", limit / losses[0])
+    (result,) = icl.finetune_many(llama, [prompts], [LR], progress=False)
+    assert re.search(rf"step {1 + losses.index(max(losses))} of 4 with lr=0\.05", str(result))
+
+
+def test_several_ask_for_a_rate_each(llama: icl.Model, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="expected as many learning rates as prompts, got 2 prompts and 1 rates"):
+        icl.finetune_many(llama, [prompts, prompts], [LR])
+    with pytest.raises(ValueError, match="expected at_once of at least 1, got 0"):
+        icl.finetune_many(llama, [prompts], [LR], at_once=0)
+    with pytest.raises(ValueError, match=r"expected a learning rate above 0, got -1"):
+        icl.finetune_many(llama, [prompts, prompts], [LR, -1.0])
+    with pytest.raises(ValueError, match="expected prompts with demonstrations to finetune on"):
+        icl.finetune_many(llama, [prompts, prompts.zero_shot()], [LR, LR])
+    assert list(icl.finetune_many(llama, [], [])) == []
+
+
+@pytest.mark.parametrize(("at_once", "passes"), [(8, 5), (2, 4 + 5), (1, 4 + 2 + 5 + 4)])
+def test_runs_share_passes(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    passes: int,
+) -> None:
+    """Of 4, 2, 5 and 4 steps: as many passes as the longest of a group has steps."""
+    model, counted = make_model("llama"), []
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda *args, **kwargs: counted.append(1) or run(*args, **kwargs))
+    list(icl.finetune_many(model, several(model, task), [LR] * 4, at_once=at_once, progress=False))
+    assert len(counted) == passes
+
+
+def test_runs_that_do_not_fit_side_by_side_are_halved(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_model("llama", torch.float64)
+    prompts, run = several(model, task), model.run
+    expected = list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+
+    def full(tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(model, "run", full)
+    deltas = list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+    for got, wanted in zip(deltas, expected, strict=True):
+        assert isinstance(got, icl.WeightDelta)
+        assert isinstance(wanted, icl.WeightDelta)
+        assert (got.W_V - wanted.W_V).norm() <= 1e-5 * wanted.W_V.norm()
+    assert caplog.text.count("do not fit in memory in parallel") == 1, "said once, though halved twice"
+    assert "4 finetunings do not fit" in caplog.text
+    monkeypatch.setattr(model, "run", lambda *args, **kwargs: full(torch.zeros(2, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+
+
+def test_models_that_turn_keys_by_length_are_finetuned_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding would make a short demonstration as long as the longest."""
+    model = make_model("llama")
+    model.rope_scaling_threshold = 20
+    lengths, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda ids, **kwargs: lengths.append(tuple(ids.shape)) or run(ids, **kwargs))
+    prompts = several(model, task)
+    list(icl.finetune_many(model, prompts, [LR] * 4, progress=False))
+    assert lengths == [
+        (1, len(run_prompts.start) + len(tokens)) for run_prompts in prompts for tokens in run_prompts.demonstrations
+    ]
+
+
+def test_a_projection_that_does_not_run_is_refused(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    elsewhere, hook = nn.Linear(1, 1), model.backend.projection_delta_hook
+    monkeypatch.setattr(
+        model.backend,
+        "projection_delta_hook",
+        lambda layer, *of: (elsewhere, print) if layer == 1 else hook(layer, *of),
+    )
+    with pytest.raises(icl.UnsupportedModelError, match="a layer that the forward pass calls, got one that"):
+        list(icl.finetune_many(model, [prompts], [LR], progress=False))
+
+
+def test_losses_over_a_large_vocabulary_lose_no_digits(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as a real one's, in float32, against float64."""
+    model, row = make_model("llama"), (*prompts.start, *prompts.training_sequences[0])
+    logits = 3 * torch.randn(3, len(row), 49152, generator=torch.Generator().manual_seed(0))
+
+    def run(ids: torch.Tensor, *, read: torch.Tensor, on_query: Callable, on_key: Callable, **kwargs: Any):
+        for show in (on_query, on_key):
+            show(0, torch.zeros(3, len(row), 4, 8))
+        return logits[torch.arange(3)[:, None], read]
+
+    monkeypatch.setattr(model, "run", run)
+    runs = parallel._ParallelRuns(model, [prompts] * 3, [LR] * 3, icl.FinetuneConfig())
+    losses = runs._losses([row] * 3)
+    targets = torch.tensor(row[len(prompts.start) :])
+    for got, row_logits in zip(losses.tolist(), logits[:, len(prompts.start) - 1 : -1].double(), strict=True):
+        assert got == pytest.approx(nn.functional.cross_entropy(row_logits, targets).item(), abs=1e-5)

@@ -1,0 +1,165 @@
+"""Progress bars show when wanted and are silent when not: asked, switched off, or told by the environment."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers.utils import logging as transformers_logging
+
+import icl_dual as icl
+from icl_dual.progress import datasets_bars, progress_bar, progress_enabled, transformers_bars
+
+LIBRARY = Path(icl.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def restore_progress(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    yield
+    icl.set_progress(True)
+
+
+def run_everything(model: icl.Model, task: icl.Task, *, progress: bool = True) -> None:
+    """Capture, finetune alone and in parallel, compare updates and measure order sensitivity."""
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+    icl.capture(model, prompts, progress=progress)
+    icl.finetune(model, prompts, lr=0.01, progress=progress)
+    list(icl.finetune_many(model, [prompts, prompts], [0.01, 0.02], progress=progress))
+    icl.measure_order_sensitivity(
+        model, task, task.demonstrations(2, seed=1), task.queries(2), n_orders=2, lr=0.01, progress=progress
+    )
+
+
+def test_bars_show_unless_a_function_is_told_not_to(
+    llama: icl.Model, task: icl.Task, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_everything(llama, task, progress=False)
+    assert capfd.readouterr() == ("", "")
+    run_everything(llama, task)
+    out, err = capfd.readouterr()
+    assert not out
+    for title in ("query", "finetuning, lr 0.01", "finetuning 2 in parallel", "orders"):
+        assert title in err
+
+
+def test_set_progress_silences_every_bar(llama: icl.Model, task: icl.Task, capfd: pytest.CaptureFixture[str]) -> None:
+    icl.set_progress(False)
+    run_everything(llama, task)
+    assert capfd.readouterr() == ("", "")
+    icl.set_progress(True)
+    run_everything(llama, task)
+    assert "finetuning" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "shows"), [("1", False), ("true", False), ("", True), ("0", True), ("false", True), ("False", True)]
+)
+def test_the_environment_silences_every_bar(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], value: str, shows: bool
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    assert progress_enabled() == shows
+    assert list(progress_bar(range(3), desc="counting")) == [0, 1, 2]
+    assert ("counting" in capfd.readouterr().err) == shows
+    icl.set_progress(False)
+    assert not progress_enabled()
+
+
+SCRIPT = """
+import sys
+import icl_dual as icl
+from icl_dual.models.tiny import tiny_model
+
+if "--off" in sys.argv:
+    icl.set_progress(False)
+model = tiny_model()
+rows = [{"text": f"film {i}", "label": i % 2} for i in range(40)]
+task = icl.Task("toy", "Text: {text} Label:", ("no", "yes"), rows)
+prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+icl.capture(model, prompts)
+icl.finetune(model, prompts, lr=0.01)
+"""
+
+
+@pytest.mark.parametrize(("variable", "arguments", "shows"), [("", [], True), ("1", [], False), ("", ["--off"], False)])
+def test_a_script_writes_nothing_to_stderr_when_bars_are_silenced(
+    variable: str, arguments: list[str], shows: bool
+) -> None:
+    environment = {**os.environ, "TQDM_DISABLE": variable, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        env=environment,
+        cwd=LIBRARY.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stdout
+    assert ("finetuning" in done.stderr) == shows
+    assert bool(done.stderr) == shows
+
+
+def test_transformers_bars_are_silenced_within_the_block_only() -> None:
+    def shows() -> bool:
+        return transformers_logging.is_progress_bar_enabled()
+
+    assert shows()
+    with transformers_bars():
+        assert shows()
+    with transformers_bars(show=False):
+        assert not shows()
+    assert shows()
+    icl.set_progress(False)
+
+    @transformers_bars()
+    def fail() -> None:
+        assert not shows()
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
+    assert shows(), "also after an exception"
+
+
+def test_transformers_bars_stay_silent_for_a_user_who_silenced_them() -> None:
+    transformers_logging.disable_progress_bar()
+    try:
+        with transformers_bars(show=False):
+            pass
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def test_datasets_bars_are_silenced_within_the_block_only() -> None:
+    with datasets_bars(datasets):
+        assert not datasets.are_progress_bars_disabled()
+    icl.set_progress(False)
+    with datasets_bars(datasets):
+        assert datasets.are_progress_bars_disabled()
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_loading_a_model_shows_no_bar_when_they_are_silenced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[bool] = []
+
+    def model_files(*args: object) -> None:
+        shown.append(transformers_logging.is_progress_bar_enabled())
+        raise icl.AssetError("there is none")
+
+    monkeypatch.setattr("icl_dual.assets.model_files", model_files)
+    for enabled in (True, False):
+        icl.set_progress(enabled)
+        with pytest.raises(icl.AssetError, match="there is none"):
+            icl.load_model(str(tmp_path))
+    assert shown == [True, False]
+
+
+def test_every_bar_of_the_library_obeys_the_switch() -> None:
+    """No module but this one's uses tqdm."""
+    users = [path.name for path in LIBRARY.rglob("*.py") if "import tqdm" in path.read_text()]
+    assert users == ["progress.py"]
