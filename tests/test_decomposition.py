@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -5,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import some_eta
@@ -15,6 +17,7 @@ import icl_dual as icl
 from icl_dual.captures import capture as capture_module
 from icl_dual.decomposition import GROUPS
 from icl_dual.prompts import SEPARATOR, Prompts
+from icl_dual.storage import load_tensors, save_tensors
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXACT = 2e-6
@@ -222,6 +225,123 @@ def test_groups_are_named_in_order(llama: icl.Model, prompts: Prompts) -> None:
     got = decomposed(llama, prompts)
     assert got.groups == ("sink", "start", "query", "separators", *(f"demonstration {n}" for n in (1, 2, 3, 4)))
     assert got.mass.shape[-1] == got.icl_share.shape[-1] == len(got.groups)
+
+
+def test_tables_and_tensors_by_demonstration_are_labelled(llama: icl.Model, prompts: Prompts) -> None:
+    got = decomposed(llama, prompts)
+    masses, shares = got.masses(), got.shares()
+    assert (masses.shape, shares.shape) == ((7 * 3 * 4, 8), (7 * 3, 8))
+    assert list(shares.columns) == list(masses.columns) == list(got.groups)
+    assert (masses.index.names, shares.index.names) == (["query", "layer", "head"], ["query", "layer"])
+    assert masses.loc[(5, 1, 2), "demonstration 3"] == got.mass[5, 1, 2, 6].item()
+    assert masses.loc[(5, 1, 2), "start"] == got.mass[5, 1, 2, GROUPS.index("start")].item()
+    assert shares.loc[(6, 2), "demonstration 4"] == got.icl_share[6, 2, 7].item()
+    assert shares.loc[(6, 2), "separators"] == got.icl_share[6, 2, GROUPS.index("separators")].item()
+    assert got.share_by_demonstration.shape == (7, 3, 4)
+    assert got.mass_by_demonstration.shape == (7, 3, 4, 4)
+    for n in range(4):
+        assert (got.share_by_demonstration[..., n].flatten().numpy() == shares[f"demonstration {n + 1}"]).all()
+        assert (got.mass_by_demonstration[..., n].flatten().numpy() == masses[f"demonstration {n + 1}"]).all()
+    largest = got.share_by_demonstration[0, 0].argmax().item()
+    assert shares.loc[(0, 0)].filter(like="demonstration").idxmax() == f"demonstration {largest + 1}"
+
+
+@pytest.mark.parametrize("eta", [None, 0.6])
+@pytest.mark.parametrize(
+    ("architecture", "protocol"),
+    [(name, "answer") for name in ("gpt2", "llama", "mistral-window", "gemma2-window", "gptoss-window", "bloom")]
+    + [("llama", "reference")],
+)
+def test_attention_by_token_is_that_of_a_plain_full_prompt(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    architecture: str,
+    protocol: str,
+    eta: float | None,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task if protocol == "answer" else reference_task)
+    with contextlib.nullcontext() if eta is None else icl.momentum_attention(model, eta):
+        got, plain = decomposed(model, prompts), Reference(model, prompts, 1)
+    W_O = model.output_projections()[0].double().numpy()
+    for layer in range(model.n_layers):
+        outs, tables = [], []
+        for head in range(model.n_heads):
+            _, weights, _, v, _, _ = plain.head(layer, head)
+            table = got.by_token(1, layer, head)
+            assert table["position"].tolist() == list(range(len(weights)))
+            assert tuple(table["token"]) == prompts.prefix + prompts.suffixes[1]
+            assert close(torch.tensor(table["weight"]), weights)
+            assert table["weight"].sum() + got.mass[1, layer, head, 0].item() == pytest.approx(1.0)
+            for name, keys in zip(got.groups[1:], plain.groups[1:], strict=True):
+                rows = table[table["group"] == name]
+                assert rows["position"].tolist() == keys
+                assert rows["weight"].sum() == pytest.approx(got.masses().loc[(1, layer, head), name], abs=1e-6)
+            decays = np.array([(eta or 0.0) ** (len(v) - 1 - at) if at < len(v) - 1 else 0.0 for at in range(len(v))])
+            z_0 = weights[plain.others] @ v[plain.others] / (1 - weights[plain.demonstrations].sum())
+            terms = weights[:, None] * (v - z_0) + decays[:, None] * v
+            terms[plain.others] = 0.0
+            outs.append(terms @ W_O[layer, head])
+            tables.append(table)
+        direct = np.sum(outs, axis=(0, 1))
+        for out, table in zip(outs, tables, strict=True):
+            assert close(torch.tensor(table["icl_share"]), out @ direct / (direct @ direct))
+        by_group = pd.concat(tables).groupby("group")["icl_share"].sum()
+        for name, share in got.shares().loc[(1, layer)].items():
+            assert by_group.get(name, 0.0) == pytest.approx(share, abs=1e-6)
+
+
+def test_attention_by_token_counts_negative_indices_from_the_end_and_refuses_others(
+    llama: icl.Model, prompts: Prompts, tmp_path: Path
+) -> None:
+    got = decomposed(llama, prompts)
+    assert got.by_token(-1, -2, -3).equals(got.by_token(6, 1, 1))
+    for indices, message in (
+        ((7, 0, 0), "query from 0 to 6, got 7"),
+        ((0, -4, 0), "layer .* got -4"),
+        ((0, 0, 4), "head"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            got.by_token(*indices)
+    nothing = icl.decompose(llama, **dict.fromkeys(("zero_shot", "in_context"), runs(llama, prompts.zero_shot())[0]))
+    table = nothing.by_token(0, 0, 0)
+    assert set(table["group"]) == {"start", "query"}
+    assert table["weight"].sum() == pytest.approx(1.0)
+    got.save(tmp_path / "split")
+    with pytest.raises(ValueError, match="expected a decomposition with attention_inputs, got one that was loaded"):
+        icl.Decomposition.load(tmp_path / "split").by_token(0, 0, 0)
+
+
+def test_the_keys_kept_for_tokens_are_the_captures_own(llama: icl.Model, prompts: Prompts) -> None:
+    in_context, zero_shot = runs(llama, prompts)
+    inputs = decompose_runs(llama, in_context, zero_shot).attention_inputs
+    assert inputs is not None
+    assert in_context.keys_values is not None
+    for name in ("query_keys", "demo_keys", "demo_values"):
+        assert getattr(inputs, name) is getattr(in_context.keys_values, name)
+    assert inputs.q_scored is in_context.q_scored
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_decomposition_that_version_0_1_saved_is_loaded(
+    llama: icl.Model, prompts: Prompts, tmp_path: Path, momentum: bool
+) -> None:
+    with icl.momentum_attention(llama, 0.5) if momentum else contextlib.nullcontext():
+        got = decomposed(llama, prompts)
+    got.save(tmp_path / "split")
+    tensors, metadata = load_tensors(tmp_path / "split")
+    old_names = {"from_start": "start", "from_query": "query", "residuals/full_prompt": "residuals/plain"}
+    old_names |= {"momentum/start_and_query": "momentum/own"}
+    tensors = {old_names.get(name, name): tensor for name, tensor in tensors.items()}
+    assert {"start", "query", "residuals/plain"} <= tensors.keys()
+    assert ("momentum/own" in tensors) == momentum
+    save_tensors(tmp_path / "old", tensors, {name: metadata[name] for name in ("model", "prompts")})
+    loaded = icl.Decomposition.load(tmp_path / "old")
+    assert torch.equal(loaded.z, got.z)
+    assert torch.equal(loaded.residuals.full_prompt, got.residuals.full_prompt)
+    assert loaded.prompts == got.prompts
+    assert loaded.to_frame().equals(got.to_frame())
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -541,12 +661,14 @@ def test_the_table_in_the_docs_is_what_these_tests_find(
         rows.append(f"| {found[1]} | {found[2]} | refused |")
     text = (
         "# Architectures\n\n"
-        "Tiny random models of each, 5 demonstrations, float32. **Exact**: the split into zero-shot attention plus "
-        "ΔICL, and\nrealised = direct + inherited, hold against the model's own attention output to 2·10⁻⁶ at every "
-        "layer.\n"
-        "**Refused**: `Model` raises `UnsupportedModelError` and names what is in the way. An architecture that is not "
-        "listed is\nchecked when it is first captured, and refused where its attention cannot be recomputed.\n\n"
-        "Written by `pytest tests/test_decompose.py --write-docs`.\n\n"
+        "The library works with any decoder that TransformerLens can hook, if its attention can be recomputed from the "
+        "hooks.\nThe table has tiny random models, 5 demonstrations, float32:\n\n"
+        "- **Exact**: two identities hold against the model's own attention output, to 2·10⁻⁶ at every layer: the "
+        "split into\n  zero-shot attention plus ΔICL, and realised = direct + inherited.\n"
+        "- **Refused**: `icl.Model` raises `UnsupportedModelError` with the layer and the reason.\n\n"
+        "An architecture that is not listed is checked at its first capture, and refused if its attention cannot be "
+        "recomputed.\n[Extensions](extending.md#an-architecture) shows how to check one and add it to the table.\n\n"
+        "The table is written by `pytest tests/test_decomposition.py --write-docs`.\n\n"
         "| architecture | what is particular | decomposition |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
     page = DOCS / "architectures.md"

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import icl_dual as icl
 from icl_dual.finetuning import sgd
 from icl_dual.prompts import Prompts
+from icl_dual.storage import load_tensors, save_tensors
 
 LR = 0.05
 RANK = 2
@@ -224,6 +225,64 @@ def test_a_comparison_is_saved_and_loaded(llama_runs: Runs, tmp_path: Path) -> N
     assert (loaded.model, loaded.rank, loaded.residual) == (got.model, got.rank, got.residual)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral-window"])
+def test_delta_w_is_the_matrix_of_a_query_heads_demonstrations(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    runs = make_runs(make_model(architecture), task)
+    model, keys_values = runs.model, runs.in_context.keys_values
+    got = runs.compare()
+    assert keys_values is not None
+    group = model.n_heads // model.n_key_value_heads
+    n_start, n_prefix = len(runs.prompts.start), len(runs.prompts.prefix)
+    for query in (0, 3):
+        at = n_prefix + len(runs.prompts.suffixes[query]) - 1
+        for layer in range(model.n_layers):
+            window = model.attention_rules[layer].window
+            visible = [i for i in range(n_prefix - n_start) if window is None or at - (i + n_start) < window]
+            assert (len(visible) < n_prefix - n_start) == (window is not None)
+            for head in range(model.n_heads):
+                k, v = (t[layer, :, head // group].double() for t in (keys_values.demo_keys, keys_values.demo_values))
+                expected = sum(np.outer(v[i].numpy(), k[i].numpy()) for i in visible)
+                W = got.delta_W(layer, head, query)
+                np.testing.assert_allclose(W, expected, atol=1e-10)
+                S = torch.linalg.svdvals(W)
+                rank = icl.dual.effective_rank(S).item()
+                assert got.effective_rank_icl[query, layer, head // group].item() == pytest.approx(rank)
+
+
+def test_delta_w_counts_from_the_end_is_saved_and_refuses_other_indices(llama_runs: Runs, tmp_path: Path) -> None:
+    got = llama_runs.compare()
+    assert torch.equal(got.delta_W(-1, -4), got.delta_W(2, 0))
+    assert torch.equal(got.delta_W(1, 2), got.delta_W(1, 3)), "query heads 2 and 3 share a key-value head"
+    assert not torch.equal(got.delta_W(1, 1), got.delta_W(1, 2))
+    for arguments, message in (
+        ((3, 0), "layer from 0 to 2, got 3"),
+        ((0, 4), "head from 0 to 3"),
+        ((0, 0, 4), "query"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            got.delta_W(*arguments)
+    got.save(tmp_path / "updates")
+    assert torch.equal(icl.UpdateComparison.load(tmp_path / "updates").delta_W(1, 3), got.delta_W(1, 3))
+    assert set(got.to_frame()["metric"]).isdisjoint({"keys", "values", "n_hidden", "demonstrations"})
+
+
+def test_a_comparison_that_version_0_1_saved_is_loaded_and_has_no_delta_W(llama_runs: Runs, tmp_path: Path) -> None:
+    got = llama_runs.compare()
+    got.save(tmp_path / "updates")
+    tensors, metadata = load_tensors(tmp_path / "updates")
+    tensors = {name: tensor for name, tensor in tensors.items() if "/" not in name}
+    assert len(tensors) == 11
+    save_tensors(tmp_path / "old", tensors, {name: metadata[name] for name in ("model", "rank", "residual")})
+    loaded = icl.UpdateComparison.load(tmp_path / "old")
+    assert loaded.to_frame().equals(got.to_frame())
+    with pytest.raises(
+        ValueError, match=r"got one that version 0\.1 saved without them: call icl_dual\.compare_updates"
+    ):
+        loaded.delta_W(0, 0)
+
+
 def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     llama_runs: Runs, make_model: Callable[..., icl.Model], task: icl.Task
 ) -> None:
@@ -260,7 +319,9 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
         runs.compare(rank=9)
     assert runs.zsl.attn_out is not None
     moved = dataclasses.replace(runs.zsl, attn_out=runs.zsl.attn_out * 1.01)
-    with pytest.raises(icl.UnsupportedModelError, match="layer 0: zero-shot prompts at in-context positions are off"):
+    with pytest.raises(
+        icl.UnsupportedModelError, match="layer 0: expected zero-shot prompts at in-context positions to give"
+    ):
         runs.compare(zero_shot=moved)
 
 
