@@ -101,7 +101,8 @@ def decaying_sum_reference(
         summed = torch.zeros_like(summed)
         for batch, row in enumerate(documents.tolist()):
             for t, document in enumerate(row):
-                same_run = itertools.takewhile(lambda i, row=row, own=document: row[i] == own, range(t - 1, -1, -1))
+                preceding = range(t - 1, -1, -1)
+                same_run = itertools.takewhile(lambda i, row=row, document=document: row[i] == document, preceding)
                 summed[batch, t, list(same_run)] = document >= 0
     return torch.einsum("bhti,bihd->bthd", decay_matrix(decay, position, position) * summed[:, None], values)
 

@@ -153,7 +153,7 @@ def build_prompts(
         model: the model that will read the prompts; gives tokenizer, start token and context length.
         task: the task of the queries; gives template, label words and protocol.
         demonstrations: the examples in the context, in this order.
-        queries: the examples whose labels are predicted, at least one.
+        queries: the examples to predict labels of, at least one.
         demonstration_task: the task that gives the demonstrations' template and label words; `task` by default.
         separator: text that ends each demonstration. By default the model's own: EOS for XGLM (the paper's models), a
             line break for all others. The reference protocol always uses EOS.

@@ -139,7 +139,7 @@ class Backend(ABC):
     """Size of the vocabulary."""
     rope_scaling_threshold: int | None
     """Sequence length in tokens past which rotary embedding changes at every position (dynamic NTK, LongRoPE); `None`
-    for models whose rotary embedding does not depend on the sequence length."""
+    where rotary embedding does not depend on the sequence length."""
     hook_points: dict[str, Any]
     """The model's hook points by name."""
 
@@ -296,7 +296,7 @@ def check_unsupported(where: str, present_by_feature: dict[str, bool]) -> None:
     for feature, present in present_by_feature.items():
         if present:
             raise UnsupportedModelError(
-                f"{where}: expected a causal language model whose attention is softmax over scaled scores, got "
+                f"{where}: expected a causal language model with softmax attention over scaled scores, got "
                 f"{feature}: its attention cannot be split exactly, use another model"
             )
 

@@ -141,9 +141,9 @@ class HookedBackend(Backend):
     def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
         """Run the model's own forward pass, with positions encoded in the attention mask.
 
-        The class takes a token's position from the cumulative sum of the mask, and attends to every token whose mask is
-        not zero. A mask that holds the steps from one position to the next, none of them zero, therefore sets positions
-        and hides no token.
+        The class takes a token's position from the cumulative sum of the mask, and attends to every token with a mask
+        other than zero. A mask that holds the steps from one position to the next, none of them zero, therefore sets
+        positions and hides no token.
         """
         steps = torch.diff(positions, prepend=positions.new_tensor([-1]))
         if not (steps > 0).all():
@@ -301,8 +301,8 @@ CENTRED_TOLERANCE = 3e-4
 def _detected_processing(model: Any) -> str | None:
     """Return what TransformerLens has done to a model's weights, as far as the weights show it; `None` for raw weights.
 
-    Two cases leave no trace: an RMS norm folded into hand-made weights, and value biases folded in a model whose
-    queries have no bias.
+    Two cases leave no trace: an RMS norm folded into hand-made weights, and value biases folded in a model
+    without query biases.
     """
     cfg, attentions = model.cfg, [block.attn for block in model.blocks]
     norm = str(cfg.normalization_type)

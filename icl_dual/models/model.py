@@ -42,7 +42,7 @@ FINGERPRINT_ELEMENTS = 16384
 
 
 class Model:
-    """A decoder with hooks and raw weights, whose attention can be read and replaced at every layer.
+    """A decoder with hooks and raw weights: its attention can be read and replaced at every layer.
 
     Args:
         wrapped: a TransformerLens `TransformerBridge`, or a `HookedTransformer` of transformer-lens 3.9, with raw
@@ -101,7 +101,7 @@ class Model:
         """Whether `run` takes `projection_deltas`: only a bridge has a module for each projection."""
         self.rope_scaling_threshold = self.backend.rope_scaling_threshold
         """Sequence length in tokens past which rotary embedding changes at every position (dynamic NTK, LongRoPE);
-        `None` for models whose rotary embedding does not depend on the sequence length."""
+        `None` where rotary embedding does not depend on the sequence length."""
         self.attention_rules = [self.backend.attention_rule(layer) for layer in range(self.n_layers)]
         """How each layer turns queries and keys into softmax weights."""
         self.pass_residual: float | None = None
@@ -205,7 +205,7 @@ class Model:
         Args:
             tokens: token ids; shorter rows are padded on the right.
             positions: the tokens' positions, in ascending order; 0, 1, … by default.
-            read: the positions whose logits to compute, by row; all by default.
+            read: the positions to compute logits at, by row; all by default.
             on_attention: called at every layer with `(layer, Attention)`; a tensor that it returns replaces z.
             on_query: called at every layer with the queries alone, `[batch pos head d_head]`, after norms and before
                 rotary embedding. Equals `Attention.q_pre_rotary`, with fewer hooks.

@@ -33,7 +33,7 @@ class Corpus:
     name: str
     """The corpus's name in results."""
     tokenizer: PreTrainedTokenizerFast
-    """The tokenizer, whose vocabulary was learned on the training split."""
+    """The tokenizer; its vocabulary was learned on the training split."""
     train: Int[Tensor, " train_token"]
     """Token ids of the training split."""
     validation: Int[Tensor, " validation_token"]
