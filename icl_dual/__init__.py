@@ -1,73 +1,88 @@
-"""In-context learning held against finetuning, layer by layer, on any decoder model."""
+"""Compare in-context learning with finetuning, layer by layer, on any decoder model."""
 
-from icl_dual import dual, plots
+from importlib.metadata import version
+
+from icl_dual import dual, plots, statistics
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
+from icl_dual.experiment import Experiment, run_experiment
 from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
-from icl_dual.metrics.comparison import Comparison, compare, compare_recordings
+from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, register_metric
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
-from icl_dual.paper_tasks import PAPER_K, TASKS, load_task
+from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
 from icl_dual.progress import set_progress
 from icl_dual.prompts import PromptError, Prompts, build_prompts
-from icl_dual.recordings.recordings import RecordingError, Recordings
-from icl_dual.recordings.released_layout import load_recordings
-from icl_dual.statistics import intervals
+from icl_dual.recordings import RecordingError, Recordings, load_recordings
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import Task, TaskError
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 
-__all__ = [
-    "DECOMPOSE_FIELDS",
-    "METRIC_FIELDS",
-    "PAPER_K",
-    "TASKS",
-    "AssetError",
-    "Capture",
-    "Cell",
-    "CellResult",
-    "Comparison",
-    "Decomposition",
-    "DeltaSummary",
-    "DivergedError",
-    "FinetuneConfig",
-    "Model",
-    "OrderSensitivity",
-    "PromptError",
-    "Prompts",
-    "RecordingError",
-    "Recordings",
-    "SettingsError",
-    "StudyError",
-    "Task",
-    "TaskError",
-    "UnsupportedModelError",
-    "UpdateComparison",
-    "WeightDelta",
-    "build_prompts",
-    "capture",
-    "compare",
-    "compare_recordings",
-    "compare_updates",
+__version__ = version("icl-dual")
+
+__all__ = [  # noqa: RUF022 - grouped by use
+    # load models and tasks, and build prompts of them
+    "load_model",
     "control_model",
-    "decompose",
-    "dual",
-    "export_recordings",
+    "momentum_attention",
+    "Model",
+    "load_task",
+    "register_task",
+    "Task",
+    "TASKS",
+    "PAPER_K",
+    "relabel",
+    "build_prompts",
+    "Prompts",
+    # run
+    "run_experiment",
+    "capture",
+    "METRIC_FIELDS",
+    "DECOMPOSE_FIELDS",
     "finetune",
     "finetune_many",
-    "intervals",
-    "load_cell",
-    "load_model",
+    "FinetuneConfig",
+    "set_progress",
+    # compare
+    "compare",
+    "compare_recordings",
     "load_recordings",
-    "load_task",
-    "momentum_attention",
-    "measure_order_sensitivity",
+    "register_metric",
+    "Metric",
+    "statistics",
     "plots",
-    "relabel",
+    # decompose
+    "decompose",
+    "compare_updates",
+    "summarise",
+    "measure_order_sensitivity",
+    "dual",
+    # study
+    "Cell",
     "run_cell",
     "run_study",
-    "set_progress",
-    "summarise",
+    "load_cell",
+    "export_recordings",
+    # results
+    "Experiment",
+    "Capture",
+    "WeightDelta",
+    "Comparison",
+    "Recordings",
+    "Decomposition",
+    "UpdateComparison",
+    "DeltaSummary",
+    "OrderSensitivity",
+    "CellResult",
+    # errors
+    "AssetError",
+    "DivergedError",
+    "PromptError",
+    "RecordingError",
+    "SettingsError",
+    "StudyError",
+    "TaskError",
+    "UnsupportedModelError",
 ]

@@ -26,6 +26,9 @@ CLASS = "class"
 """The metadata entry that holds the name of the saved class; version 0.1 wrote none."""
 
 
+NOT_SAVED: Mapping[str, Any] = types.MappingProxyType({"saved": False})
+"""The metadata of a dataclass field that `Saved` leaves out: `field(default=None, metadata=NOT_SAVED)`."""
+
 Result = TypeVar("Result", bound="Saved")
 
 
@@ -111,7 +114,7 @@ def _members(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {field.name: getattr(value, field.name) for field in _saved_fields(value)}
     return value._asdict() if isinstance(value, tuple) and hasattr(value, "_fields") else None
 
 
@@ -136,7 +139,12 @@ def _fields(cls: Any) -> dict[str, bool]:
     if not dataclasses.is_dataclass(cls):
         return {name: name in cls._field_defaults for name in cls._fields}
     missing = dataclasses.MISSING
-    return {f.name: not (f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)}
+    return {f.name: not (f.default is missing and f.default_factory is missing) for f in _saved_fields(cls)}
+
+
+def _saved_fields(cls_or_instance: Any) -> list[dataclasses.Field[Any]]:
+    """Return a dataclass's fields without those marked `NOT_SAVED`."""
+    return [field for field in dataclasses.fields(cls_or_instance) if field.metadata.get("saved", True)]
 
 
 def _value(hint: Any, path: str, tensors: Mapping[str, Tensor], part: Any) -> Any:

@@ -1,9 +1,10 @@
-"""One cell = (model, task, k, seed, lr, protocol), or a control or variant of it: run, saved, loaded, skipped when
-complete; and a grid of cells.
+"""Cells and studies: a cell is one comparison of a model on a task, a study is a grid of cells in one folder.
 
-A cell's folder appears complete or not at all, so a study that is stopped goes on where it was.
+A cell is run, saved and loaded by its settings: model, task, k, seed, learning rate, protocol, and what makes it a
+control or a variant. Its folder appears complete or not at all, so a study that was stopped continues where it was.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +18,16 @@ from typing import Any, Literal, get_args
 import pandas as pd
 import torch
 
+from icl_dual.assets import check_model_name
 from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, matching_training_steps, relabel
+from icl_dual.experiment import Experiment
+from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.sgd import finetune
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
-from icl_dual.metrics.comparison import Comparison, compare
+from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, load_model
-from icl_dual.paper_tasks import load_task
+from icl_dual.paper_tasks import load_task, registered_task
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings.recordings import Recordings
@@ -32,71 +36,87 @@ from icl_dual.storage import atomic_folder, check_same_settings, load_tensors
 from icl_dual.tasks import Example, Protocol, Split, Task
 
 RECORDINGS = "recordings"
-"""Where in a cell's folder its recordings are, if they were kept."""
+"""The folder of a cell's recordings inside the cell's own, where they were kept."""
 
 
 class StudyError(ValueError):
-    """Cells that do not fit what they are asked to be."""
+    """A cell's settings contradict each other, or the cells, tasks and models of a study do not match."""
 
 
+@document_fields
 @dataclass(frozen=True)
 class Cell:
-    """The settings of one comparison."""
+    """The settings of one comparison.
+
+    Example:
+        >>> cell = Cell(model="smollm2-135m", task="sst2", k=8, seed=1, lr=0.001)
+        >>> cell.name
+        'smollm2-135m_sst2_k8_seed1_lr0.001_answer'
+        >>> replace(cell, context="flipped labels").variation
+        {'context': 'flipped labels'}
+    """
 
     model: str
+    """The model's name: one that `load_model` takes, or that of a `Model` passed to `run_study`."""
     task: str
+    """The task's name: one that `load_task` takes, or that of a `Task` passed to `run_study`."""
     k: int
-    """How many demonstrations."""
+    """The number of demonstrations."""
     seed: int
-    """Draws the demonstrations, and the random baselines."""
+    """The seed of the demonstrations, of controls and of random baselines."""
     lr: float
-    """Finetuning's learning rate."""
+    """The learning rate of finetuning."""
     n_queries: int | None = 100
-    """All there are for None; the reference protocol has 2000 at most."""
+    """The number of queries; `None` for all of the split (under the reference protocol at most 2000)."""
     protocol: Protocol = "answer"
-    """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label;
-    `reference`, all as the released code does, the position being the first label word's, which follows every query."""
+    """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label; or
+    `reference`, as in the released code, the first label word, which is appended to every query."""
     balanced: bool = False
-    """Demonstrations balanced over labels, or as they fall (the paper's way)."""
+    """Whether as many demonstrations of each class are drawn; by default as classes are distributed (the paper)."""
     split: Split = "evaluation"
-    """Where the queries come from."""
+    """The pool that queries come from."""
     source: str | None = None
-    """Where the task's rows come from: `wheel`, `hub`, a file, or the task's own default."""
+    """The source of the tasks' rows, as `load_task` takes it: `wheel`, `hub`, or a file; a task's own by default."""
     reference_k_mismatch: bool = False
-    """Finetune on demonstrations that the reference protocol leaves out of the context, too, as the released code
-    does."""
+    """Whether finetuning also trains on the demonstrations that the reference protocol leaves out of a full context, as
+    the released code does."""
     weights: Literal["trained"] | Control = "trained"
-    """The model's own, or a control's, drawn by the cell's seed."""
+    """The weights: the model's own, or those of a control, drawn by `seed`."""
     context: Context = "own"
-    """What stands in context; the cell's seed draws what is changed."""
+    """The demonstrations in context: the task's `own`, or a change of them, drawn by `seed`."""
     context_task: str | None = None
-    """Another task, whose demonstrations stand in context in their place."""
+    """The name of another task that gives the demonstrations in context."""
     finetuned_on: Literal["own", "context"] = "own"
-    """The task's own demonstrations whatever stands in context, or those."""
+    """The demonstrations that finetuning trains on: the task's `own`, or those in `context`."""
     finetuning: FinetuneConfig = PAPER_FINETUNING
     """The loss, the method and the trained projections of finetuning."""
     delta: Literal["finetuned", "random"] = "finetuned"
-    """What is applied for FT: what finetuning changed, or as large a change in random directions."""
+    """The change of weights in the finetuned setting: finetuning's, or one of the same norm in random directions."""
 
     def __post_init__(self) -> None:
-        for name, known in _OPTIONS.items():
-            if getattr(self, name) not in known:
-                raise StudyError(f"expected {name} out of {known}, got {getattr(self, name)!r}")
+        for name, options in _OPTIONS.items():
+            if getattr(self, name) not in options:
+                raise StudyError(f"expected {name} out of {options}, got {getattr(self, name)!r}: choose one of these")
         if self.context_task is not None and (self.context, self.finetuned_on) != ("own", "own"):
             raise StudyError(
-                f"expected another task's demonstrations as they are, in context alone, got context={self.context!r} "
-                f"and finetuned_on={self.finetuned_on!r}"
+                "expected context='own' and finetuned_on='own' with a context_task, got "
+                f"context={self.context!r} and finetuned_on={self.finetuned_on!r}: change one thing in a cell"
             )
         if self.context_task == self.task:
-            raise StudyError(f"expected the demonstrations of another task as context_task, got {self.task!r} itself")
+            raise StudyError(
+                f"expected another task as context_task, got the cell's own, {self.task!r}: leave context_task out"
+            )
         if (self.context, self.finetuned_on) == ("own", "context"):
-            raise StudyError("expected finetuned_on='context' with a context that is not the task's own, got 'own'")
+            raise StudyError(
+                "expected finetuned_on='own' with context='own', got finetuned_on='context': both are the same "
+                "demonstrations, so leave finetuned_on out"
+            )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Cell":
         """Return the cell of settings as they are saved, by this version or by an older one.
 
-        Version 0.1 saved the finetuning's loss, method and trained projections beside the other settings.
+        Version 0.1 saved the finetuning's loss, method and trained projections among the other settings.
         """
         given = dict(settings)
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
@@ -104,15 +124,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of the cell's folder: what tells it from the other cells of a study."""
-        model = self.model.strip("/").replace("/", "--")
-        name = f"{model}_{self.task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
-        return "_".join([name, *(value.replace(" ", "-") for value in self.variation.values())])
+        """Return the name of the cell's folder, which tells it from the other cells of a study."""
+        model, task = self.model.strip("/"), self.task
+        name = f"{model}_{task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
+        return "_".join([name, *(value.replace(" ", "-") for value in self.variation.values())]).replace("/", "--")
 
     @property
     def variation(self) -> dict[str, str]:
-        """What makes a cell a control or a variant, by field: all that is not as in the paper."""
-        said = {
+        """Return what makes the cell a control or a variant, by field: every such setting that is not the paper's."""
+        descriptions = {
             "weights": "{}",
             "context": "{}",
             "context_task": "context of {}",
@@ -122,13 +142,15 @@ class Cell:
             "trained": "{} trained",
             "delta": "{} delta",
         }
-        usual = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
-        values = {name: getattr(self.finetuning if name in vars(PAPER_FINETUNING) else self, name) for name in said}
-        return {name: said[name].format(value) for name, value in values.items() if value != usual[name]}
+        in_paper = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
+        values = {
+            name: getattr(self.finetuning if name in vars(PAPER_FINETUNING) else self, name) for name in descriptions
+        }
+        return {name: descriptions[name].format(value) for name, value in values.items() if value != in_paper[name]}
 
     @property
     def model_name(self) -> str:
-        """The name of the model that the cell runs: a control's has its own."""
+        """Return the name of the model that the cell runs, which differs from `model` for a control of the weights."""
         return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
 
 
@@ -142,22 +164,26 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@document_fields
 @dataclass(frozen=True)
 class CellResult:
-    """A finished cell: its settings, what was measured, and where every number came from."""
+    """A finished cell: its settings, its comparison, and the origin of every number."""
 
     cell: Cell
+    """The settings."""
     comparison: Comparison
+    """The metrics, by query and layer."""
     provenance: dict[str, Any]
-    """Model hash or revision, dtype, versions, residuals, seconds, losses, and which rows were drawn."""
+    """The origin of the numbers: the model's hash or revision and the fingerprint of its weights, the task's
+    fingerprint, dtype, device and versions, residuals, seconds by stage, losses, and the rows that were drawn."""
     folder: Path
-    """Where it is saved."""
+    """The folder that the cell is saved in."""
 
     def __repr__(self) -> str:
         return f"CellResult({self.folder.name!r}, {self.comparison!r})"
 
     def recordings(self) -> Recordings:
-        """What the metrics were computed from, where the cell was run with `keep_recordings`.
+        """Return what the metrics were computed from, for a cell that was run with `keep_recordings=True`.
 
         Raises:
             StudyError: the cell was run without.
@@ -167,7 +193,7 @@ class CellResult:
         return Recordings.load(self.folder / RECORDINGS)
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: model, task, k, seed, lr, protocol, variation, metric, layer (empty for all), value, n."""
+        """Return the comparison's frame after columns of settings: model, task, k, seed, lr, protocol, variation."""
         frame = self.comparison.to_frame()
         frame.insert(0, "variation", ", ".join(self.cell.variation.values()))
         keys = ("model", "task", "k", "seed", "lr", "protocol")
@@ -186,133 +212,177 @@ def run_cell(
     keep_recordings: bool = False,
     progress: bool = True,
 ) -> CellResult:
-    """Run one cell and save it into `folder`.
+    """Run one cell and save it into a folder.
 
     Args:
-        model: of the cell's name; for a control of it, what `control_model` makes. Within `momentum_attention`, a
-            model's name has its momentum: that is then the cell's model.
-        task: of the cell's name and protocol.
-        cell: what to run.
-        folder: appears complete or not at all.
-        context_task: the other task whose demonstrations stand in context, if the cell has one.
-        keep_recordings: save what the metrics are computed from, too: some megabytes a query for large models.
+        model: the model of the cell's name; for a control, the one that `control_model` returns. Within
+            `momentum_attention`, the model's name includes its momentum, and so does the cell's.
+        task: the task of the cell's name and protocol.
+        cell: the settings.
+        folder: the cell's folder, which appears complete or not at all.
+        context_task: the other task that gives the demonstrations in context, if the cell has one.
+        keep_recordings: also save what the metrics are computed from; some megabytes a query for large models.
         progress: show progress bars.
 
     Raises:
-        StudyError: the cell is of another model, task or protocol.
+        StudyError: the cell is of another model, task or protocol, or its k, lr or options are invalid.
+        TaskError: the task has too few rows for k or the number of queries.
+        PromptError: the prompts do not fit into the model's context.
+        DivergedError: finetuning diverged.
     """
-    prepared = _Prepared.of(model, task, context_task, cell)
-    return _run_cell(model, task, cell, prepared, Path(folder), _Runs(progress), keep_recordings)
+    _check_cell(model, task, context_task, cell)
+    draw = _Draw.of(task, context_task, cell)
+    return _run_cell(model, cell, draw, Path(folder), _Runs(progress), keep_recordings)
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What a cell shows, trains on and asks."""
+class _Draw:
+    """The rows of a cell, for which no model is needed."""
 
+    task: Task
+    """The task of the queries."""
+    context_task: Task | None
+    """The other task that gives the demonstrations in context, if any."""
     demonstrations: list[Example]
+    """The task's own demonstrations."""
     context: list[Example]
-    """What stands in context: the demonstrations, unless a control has others."""
+    """The demonstrations in context: the task's own, unless the cell is a control of the context."""
     queries: list[Example]
-    own: Prompts
-    shown: Prompts
-    """The queries behind the context."""
-    trained: Prompts
-    """Whose demonstrations are finetuned on."""
-    steps: list[int] | None
-    """Which training step each demonstration in context stands for, where that is not its own."""
+    """The queries."""
 
     @classmethod
-    def of(cls, model: Model, task: Task, context_task: Task | None, cell: Cell) -> "_Prepared":
-        _check_cell(model, task, context_task, cell)
+    def of(cls, task: Task, context_task: Task | None, cell: Cell) -> "_Draw":
+        """Draw a cell's rows, after checking every setting that needs no model."""
+        _check_numbers(cell)
         demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
         queries = task.queries(cell.n_queries, split=cell.split)
-        options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch}
-        own = build_prompts(model, task, demonstrations, queries, **options)
-        if context_task is None and cell.context == "own":
-            return cls(demonstrations, demonstrations, queries, own, own, own, None)
         if context_task is not None:
             context = context_task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
-            shown = build_prompts(model, task, context, queries, demonstration_task=context_task, **options)
-            return cls(demonstrations, context, queries, own, shown, own, [-1] * len(shown.demonstrations))
-        context = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
-        shown = build_prompts(model, task, context, queries, **options)
+        elif cell.context != "own":
+            context = relabel(demonstrations, cell.context, len(task.label_words), seed=cell.seed)
+        else:
+            context = demonstrations
+        if cell.protocol == "answer" and (shared := shared_texts(context, queries)):
+            raise StudyError(
+                f"{cell.name}: expected queries and demonstrations with different texts, got {len(shared)} text(s) in "
+                "both: choose another context_task"
+            )
+        return cls(task, context_task, demonstrations, context, queries)
+
+
+@dataclass(frozen=True)
+class _CellPrompts:
+    """The prompts of a cell."""
+
+    prompts: Prompts
+    """The queries with the task's own demonstrations."""
+    in_context: Prompts
+    """The queries with the demonstrations in context."""
+    finetuning: Prompts
+    """The prompts that finetuning trains on the demonstrations of."""
+    steps: tuple[int, ...] | None
+    """The training step that each demonstration in context stands for, where it is not its own."""
+
+    @classmethod
+    def of(cls, model: Model, draw: _Draw, cell: Cell) -> "_CellPrompts":
+        """Tokenise a cell's rows for a model."""
+        task, queries = draw.task, draw.queries
+        options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch}
+        prompts = build_prompts(model, task, draw.demonstrations, queries, **options)
+        if draw.context_task is not None:
+            other = build_prompts(model, task, draw.context, queries, demonstration_task=draw.context_task, **options)
+            return cls(prompts, other, prompts, (-1,) * len(other.demonstrations))
+        if cell.context == "own":
+            return cls(prompts, prompts, prompts, None)
+        changed = build_prompts(model, task, draw.context, queries, **options)
         if cell.finetuned_on == "context":
-            return cls(demonstrations, context, queries, own, shown, shown, None)
-        steps = matching_training_steps(shown, own, cell.k, cell.context, seed=cell.seed)
-        return cls(demonstrations, context, queries, own, shown, own, steps)
+            return cls(prompts, changed, changed, None)
+        steps = matching_training_steps(changed, prompts, cell.k, cell.context, seed=cell.seed)
+        return cls(prompts, changed, prompts, tuple(steps))
+
+
+def _check_numbers(cell: Cell) -> None:
+    """Raise a StudyError unless a cell's k, lr and options can be run."""
+    if cell.k < 1:
+        raise StudyError(f"{cell.name}: expected k of at least 1, got {cell.k}: finetuning needs a demonstration")
+    if not 0 < cell.lr < math.inf:
+        raise StudyError(f"{cell.name}: expected lr as a positive number, got {cell.lr}: choose one, such as 0.001")
+    if cell.reference_k_mismatch and cell.protocol != "reference":
+        raise StudyError(
+            f"{cell.name}: expected reference_k_mismatch with protocol='reference' only, got "
+            f"protocol={cell.protocol!r}: leave one of them out"
+        )
 
 
 def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell) -> None:
-    wanted, got = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
-    if got != wanted:
-        made = (
-            "" if cell.weights == "trained" else ". Make the model with control_model, by the cell's weights and seed"
-        )
+    """Raise a StudyError unless model and tasks are the cell's."""
+    expected, given = (cell.model_name, cell.task, cell.protocol), (model.name, task.name, task.protocol)
+    if given != expected:
+        advice = "pass the model and task of the cell's names"
+        if cell.weights != "trained":
+            advice = "make the model with control_model, by the cell's weights and seed"
         if (MOMENTUM_TAG in cell.model) != (MOMENTUM_TAG in model.name):
-            made += (
-                ". Within `with momentum_attention(model, eta):`, the model's name has its momentum, and so must the "
-                "cell's: Cell(model=model.name, …)"
+            advice = (
+                "within `with momentum_attention(model, eta):`, the model's name includes its momentum, and so must "
+                "the cell's: Cell(model=model.name, …)"
             )
-        raise StudyError(f"expected model, task and protocol {wanted}, got {got}{made}")
+        raise StudyError(f"expected model, task and protocol {expected}, got {given}: {advice}")
     if (name := context_task and context_task.name) != cell.context_task:
-        raise StudyError(f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}")
+        raise StudyError(
+            f"expected the cell's context_task {cell.context_task!r} as context_task=, got {name!r}: pass the task of "
+            "this name"
+        )
 
 
-def _run_cell(
-    model: Model,
-    task: Task,
-    cell: Cell,
-    prepared: _Prepared,
-    folder: Path,
-    runs: "_Runs",
-    keep_recordings: bool,
-) -> CellResult:
-    shown, zero_shot, steps = prepared.shown, prepared.own.zero_shot(), prepared.steps
-    runs.begin(model, prepared.own)
-    # Finetuning first: a learning rate that diverges then costs no captures.
-    delta = runs.finetuned(model, prepared.trained, cell)
-    icl = runs.captured("ICL", model, shown)
-    zsl = runs.captured("ZSL", model, zero_shot)
-    with delta.applied(model):
-        applied = cell.lr, cell.finetuning, cell.delta, prepared.trained.training_sequences
-        ft = runs.captured("FT", model, zero_shot, with_delta=applied)
+def _run_cell(model: Model, cell: Cell, draw: _Draw, folder: Path, runs: "_Runs", keep_recordings: bool) -> CellResult:
+    """Run a cell, reusing what `runs` has of it, and save it."""
+    of_cell = _CellPrompts.of(model, draw, cell)
+    experiment = runs.experiment(model, cell, of_cell)
     with runs.clock("metrics"):
-        comparison = compare(zero_shot=zsl, in_context=icl, finetuned=ft, delta=delta, steps=steps, seed=cell.seed)
-
-    provenance = {
-        **_origin(model),
-        "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
-        | {"python": platform.python_version()},
-        "device": str(model.device),
-        **({} if model.momentum is None else {"momentum": model.momentum.tolist()}),
-        "attention_residual": max(icl.residual, zsl.residual, ft.residual),
-        "pass_residual": model.pass_residual,
-        "seconds": runs.clock.seconds,
-        "prefix_tokens": len(shown.prefix),
-        "query_tokens": sum(map(len, shown.suffixes)),
-        "k_in_context": len(shown.demonstrations),
-        "shared_texts": len(shared_texts([*prepared.demonstrations, *prepared.context], prepared.queries)),
-        "label_words": task.label_words,
-        "losses": delta.losses.tolist(),
-        "demonstrations": [example.key for example in prepared.demonstrations],
-        "context": [(example.key, example.label) for example in prepared.context],
-        "queries": [example.key for example in prepared.queries],
-    }
-    about = {"settings": asdict(cell), "provenance": provenance}
+        comparison = experiment.compare(seed=cell.seed)
+    about = {"settings": asdict(cell), "provenance": _provenance(model, draw, experiment, runs.clock.seconds)}
     with atomic_folder(folder) as scratch:
         comparison.save(scratch, about)
         if keep_recordings:
-            recordings = Recordings.of(zero_shot=zsl, in_context=icl, finetuned=ft, delta=delta, steps=steps)
+            recordings = experiment.recordings()
             replace(recordings, metadata=recordings.metadata | about).save(scratch / RECORDINGS)
     return load_cell(folder)
 
 
+def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the origin of a cell's numbers, as JSON values."""
+    captures = (experiment.zero_shot, experiment.in_context, experiment.finetuned)
+    in_context = experiment.in_context.prompts
+    return {
+        **_origin(model),
+        "fingerprint": model.fingerprint(),
+        "task": draw.task.fingerprint,
+        **({} if draw.context_task is None else {"context_task": draw.context_task.fingerprint}),
+        "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
+        | {"python": platform.python_version()},
+        "device": str(model.device),
+        **({} if model.momentum is None else {"momentum": model.momentum.tolist()}),
+        "attention_residual": max(capture.residual for capture in captures),
+        "pass_residual": model.pass_residual,
+        "seconds": seconds,
+        "prefix_tokens": len(in_context.prefix),
+        "query_tokens": sum(map(len, in_context.suffixes)),
+        "k_in_context": len(in_context.demonstrations),
+        "shared_texts": len(shared_texts([*draw.demonstrations, *draw.context], draw.queries)),
+        "label_words": draw.task.label_words,
+        "losses": experiment.delta.losses.tolist(),
+        "demonstrations": [example.key for example in draw.demonstrations],
+        "context": [(example.key, example.label) for example in draw.context],
+        "queries": [example.key for example in draw.queries],
+    }
+
+
 def load_cell(folder: str | PathLike[str]) -> CellResult:
-    """Read a finished cell; no model is needed.
+    """Read a finished cell, of this version or an older one; no model is needed.
 
     Raises:
         AssetError: the folder is missing or damaged.
-        StudyError: it holds something else than a cell.
+        StudyError: the folder holds something other than a cell.
     """
     _, metadata = load_tensors(Path(folder))
     try:
@@ -320,77 +390,91 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
             Cell.from_settings(metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder)
         )
     except (KeyError, TypeError) as error:
-        raise StudyError(f"expected a finished cell in {folder}, got something else ({error!r})") from error
+        raise StudyError(
+            f"expected a finished cell in {folder}, got something else ({error!r}): pass a folder that run_cell or "
+            "run_study wrote"
+        ) from error
 
 
 def run_study(
     cells: Sequence[Cell],
     folder: str | PathLike[str],
     *,
+    tasks: Sequence[Task] = (),
+    models: Sequence[Model] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     keep_recordings: bool = False,
     progress: bool = True,
 ) -> list[CellResult]:
-    """Run a grid of cells of known tasks, one folder each; cells that are complete are read, not run again.
+    """Run a grid of cells, each into a folder of its own; cells that are complete are read and not run again.
 
-    With `keep_recordings`, a cell is complete only with its recordings. A cell given twice is run and returned once.
-    Models and tasks are loaded only where a cell is missing, one model at a time. What a cell shares with the one
-    before it is not run again: put a control beside what it is a control of, and it costs the one run that differs.
+    Everything that needs no model is checked before the first one is loaded. Models and tasks are loaded only if a cell
+    is not complete, one model at a time. A cell reuses the captures and the finetuning that it shares with the cell
+    before it: a control directly after the cell that it is a control of costs only the run that differs.
+
+    Args:
+        cells: the settings; a cell given twice is run and returned once.
+        folder: the study's folder, new or of the same study before.
+        tasks: tasks of your own that cells name, such as one read from a CSV file. A name given here takes precedence
+            over a known task's.
+        models: models of your own that cells name, with their own device and dtype. A name given here takes precedence
+            over what `load_model` would load.
+        device: the device to load models to.
+        dtype: the dtype to load models in.
+        keep_recordings: also save what the metrics are computed from; a cell then is complete only with its recordings.
+        progress: show progress bars.
+
+    Returns:
+        The finished cells, in the order of `cells`.
 
     Raises:
-        StudyError: a complete cell was made with other settings or by other weights, and says which differ; two cells
-            would share a folder; or a cell that is not complete is of a model with momentum, which `run_cell` runs.
+        StudyError: two cells would share a folder, two tasks or models a name, or a cell's settings are invalid.
+        SettingsError: a complete cell has other settings, other weights or other rows; the message has both values.
+        TaskError: a task is unknown, or has too few rows for k or the number of queries.
+        AssetError: a model's name is unknown, or model or rows cannot be fetched.
+
+    Example:
+        >>> import icl_dual, tempfile
+        >>> from icl_dual.models import tiny_model
+        >>> rows = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
+        >>> cells = [icl_dual.Cell("tiny", "films", k=2, seed=seed, lr=0.01, n_queries=5) for seed in (1, 2)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     results = icl_dual.run_study(cells, folder, tasks=[task], models=[tiny_model()], progress=False)
+        >>> [result.cell.seed for result in results]
+        [1, 2]
     """
-    folders = {cell: Path(folder) / cell.name for cell in cells}
-    if len(set(folders.values())) < len(folders):
-        raise StudyError(
-            "expected cells that differ in model, task, k, seed, lr, protocol or control, got two that would share a "
-            "folder: run those with other queries, balance, split, source or mismatch as a study in a folder of its own"
-        )
-    found = {cell: _load_same(cell, path, dtype) for cell, path in folders.items() if path.exists()}
-    done = {
-        cell: result for cell, result in found.items() if not keep_recordings or (result.folder / RECORDINGS).exists()
-    }
-    models: dict[str, Model] = {}
-    tasks: dict[tuple[str, str | None, Protocol], Task] = {}
-    runs = _Runs(progress)
-
-    def task_of(name: str, cell: Cell) -> Task:
-        of = name, cell.source, cell.protocol
-        if of not in tasks:
-            tasks[of] = load_task(name, cell.source, protocol=cell.protocol)
-        return tasks[of]
-
-    with progress_bar(cells, initial=len(done), total=len(folders), show=progress, unit="cell", leave=True) as bar:
-        for cell in (cell for cell in folders if cell not in done):
+    plan = _Plan.of(cells, Path(folder), tasks, models, dtype, keep_recordings)
+    results, runs = dict(plan.finished), _Runs(progress)
+    current: dict[str, Model] = {}
+    with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
+        for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
-            if cell.model_name not in models:
-                models.clear()
-                models[cell.model_name] = _load(cell, device, dtype)
-                _check_same_origin(models[cell.model_name], found)
-            model, task = models[cell.model_name], task_of(cell.task, cell)
-            context_task = None if cell.context_task is None else task_of(cell.context_task, cell)
-            prepared = _Prepared.of(model, task, context_task, cell)
-            done[cell] = _run_cell(model, task, cell, prepared, folders[cell], runs, keep_recordings)
+            if cell.model_name not in current:
+                current.clear()
+                current[cell.model_name] = _make_model(cell, plan.models.get(cell.model), device, dtype)
+                _check_same_origin(current[cell.model_name], plan.saved)
+            model = current[cell.model_name]
+            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings)
             bar.update()
-    return [done[cell] for cell in folders]
+    return [results[cell] for cell in plan.folders]
 
 
 def export_recordings(
     study: CellResult | Sequence[CellResult], folder: str | PathLike[str], *, progress: bool = True
 ) -> None:
-    """Write the recordings of cells in the released layout, for the released scripts to read.
+    """Write the recordings of cells in the released code's layout, for the released scripts to read.
 
     Args:
-        study: a finished cell, whose `zs`, `icl`, `ftzs` and `ft` go into `folder`; or several, each into a folder of
-            its own name in it. They were run with `keep_recordings`.
-        folder: new, or one to write again.
+        study: a finished cell, of which `zs`, `icl`, `ftzs` and `ft` are written into `folder`; or several, each
+            written into a folder of the cell's name inside it. All were run with `keep_recordings=True`.
+        folder: a new folder, or one that such recordings were written into.
         progress: show a progress bar.
 
     Raises:
         StudyError: a cell has no recordings.
-        RecordingError: separators are not one token each, which the layout takes for granted.
+        RecordingError: separators are not one token each, which the layout requires.
         AssetError: the folder holds other files.
     """
     if isinstance(study, CellResult):
@@ -400,8 +484,145 @@ def export_recordings(
         write_recordings(result.recordings(), Path(folder) / result.cell.name, progress=progress)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A study after every check that needs no model: which cells are finished, and the rows of the others."""
+
+    folders: dict[Cell, Path]
+    """The folder of each cell, in the order given."""
+    saved: dict[Cell, CellResult]
+    """The cells that were saved before."""
+    finished: dict[Cell, CellResult]
+    """Those of them that are complete."""
+    draws: dict[Cell, _Draw]
+    """The rows of each cell that is to run."""
+    models: dict[str, Model]
+    """The models passed in, by name."""
+
+    @classmethod
+    def of(
+        cls,
+        cells: Sequence[Cell],
+        folder: Path,
+        tasks: Sequence[Task],
+        models: Sequence[Model],
+        dtype: torch.dtype,
+        keep_recordings: bool,
+    ) -> "_Plan":
+        """Check a study and draw the rows of the cells that are to run."""
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(f"expected a folder for the study, got the file {folder}: choose another path")
+        folders = {cell: folder / cell.name for cell in cells}
+        if len(set(folders.values())) < len(folders):
+            raise StudyError(
+                "expected cells that differ in model, task, k, seed, lr, protocol or control, got two that would share "
+                "a folder: run cells that differ in queries, balance, split, source or mismatch as studies in folders "
+                "of their own"
+            )
+        models_by_name = {model.name: model for model in models}
+        if len(models_by_name) < len(models):
+            names = [model.name for model in models]
+            raise StudyError(f"expected models of different names, got {names}: name them with Model(…, name=…)")
+        known_tasks = _Tasks(tasks)
+        saved = {
+            cell: _load_same(cell, path, models_by_name.get(cell.model), dtype)
+            for cell, path in folders.items()
+            if path.exists()
+        }
+        finished = {
+            cell: result
+            for cell, result in saved.items()
+            if not keep_recordings or (result.folder / RECORDINGS).exists()
+        }
+        draws: dict[Cell, _Draw] = {}
+        for cell in folders:
+            if cell not in finished:
+                _check_model(cell, models_by_name)
+                draws[cell] = _Draw.of(*known_tasks.of_cell(cell), cell)
+        for result in saved.values():
+            known_tasks.check_same(result)
+        return cls(folders, saved, finished, draws, models_by_name)
+
+
+class _Tasks:
+    """The tasks of a study, each loaded once: those passed in, and known ones."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.passed = {(task.name, task.protocol): task for task in tasks}
+        if len(self.passed) < len(tasks):
+            names = [(task.name, task.protocol) for task in tasks]
+            raise StudyError(f"expected tasks of different names or protocols, got {names}: rename one")
+        self.loaded: dict[tuple[str, str | None, Protocol], Task] = {}
+
+    def of_cell(self, cell: Cell) -> tuple[Task, Task | None]:
+        """Return a cell's task, and the other task that gives its demonstrations in context, if any.
+
+        Raises:
+            StudyError: a task was passed in with another protocol only, or the cell names a source for it.
+            TaskError: a task is unknown.
+        """
+        names = [cell.task] if cell.context_task is None else [cell.task, cell.context_task]
+        if cell.source is not None and all((name, cell.protocol) in self.passed for name in names):
+            raise StudyError(
+                f"{cell.name}: expected source=None for tasks that are passed in with their rows, got "
+                f"source={cell.source!r}: leave source out"
+            )
+        tasks = [self._task(name, cell) for name in names]
+        return tasks[0], tasks[1] if cell.context_task is not None else None
+
+    def check_same(self, result: CellResult) -> None:
+        """Raise a SettingsError if a saved cell has other rows than a task at hand; nothing is loaded for it."""
+        cell = result.cell
+        expected = {"task": self._at_hand(cell.task, cell)}
+        if cell.context_task is not None:
+            expected["context_task"] = self._at_hand(cell.context_task, cell)
+        # Version 0.1 saved no fingerprints.
+        fingerprints = {
+            key: task.fingerprint for key, task in expected.items() if task is not None and key in result.provenance
+        }
+        check_same_settings(result.folder, fingerprints, result.provenance)
+
+    def _task(self, name: str, cell: Cell) -> Task:
+        if (task := self._at_hand(name, cell)) is not None:
+            return task
+        if other := [protocol for passed, protocol in self.passed if passed == name]:
+            raise StudyError(
+                f"{cell.name}: expected the task {name!r} with protocol={cell.protocol!r}, got one with "
+                f"protocol={other[0]!r}: pass a Task with the cell's protocol"
+            )
+        task = load_task(name, cell.source, protocol=cell.protocol)
+        return self.loaded.setdefault((name, cell.source, cell.protocol), task)
+
+    def _at_hand(self, name: str, cell: Cell) -> Task | None:
+        """Return the task if it is there without loading anything."""
+        if (task := self.passed.get((name, cell.protocol))) is not None:
+            return task
+        if (task := self.loaded.get((name, cell.source, cell.protocol))) is not None:
+            return task
+        registered = registered_task(name)
+        return registered if registered is not None and registered.protocol == cell.protocol else None
+
+
+def _check_model(cell: Cell, models: Mapping[str, Model]) -> None:
+    """Raise an error unless a cell's model was passed in, or has a name that `load_model` may know."""
+    if cell.model in models:
+        return
+    if MOMENTUM_TAG in cell.model:
+        raise StudyError(
+            f"expected a cell's model as it is loaded, got {cell.model!r}, a model with momentum: pass the model "
+            "within `with momentum_attention(model, eta):` as run_study(models=[model]), or use icl_dual.run_cell there"
+        )
+    check_model_name(cell.model)
+
+
+def _make_model(cell: Cell, passed: Model | None, device: str | torch.device, dtype: torch.dtype) -> Model:
+    """Return a cell's model: the one passed in or loaded by name, or a control of it, after which it can be freed."""
+    model = load_model(cell.model, device=device, dtype=dtype) if passed is None else passed
+    return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
+
+
 class _Clock:
-    """Seconds by stage."""
+    """Measures seconds by stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -415,60 +636,74 @@ class _Clock:
 
 @dataclass
 class _Runs:
-    """What cells share with one another: finetunings and captures, by stage.
+    """The finetunings and captures that cells share, by stage.
 
-    Of the cells that have their own demonstrations in common, the first stage of each kind is kept and the latest, so
-    that a control costs the one run that differs from the cell it is a control of.
+    While cells have the same demonstrations of their own, the first result of each stage and the latest are kept, so
+    that a control costs only the run that differs from the cell it is a control of.
     """
 
     progress: bool
+    """Whether to show progress bars."""
     clock: _Clock = field(default_factory=_Clock)
-    own: Any = None
+    """The seconds of the current cell's stages."""
+    demonstrated: Any = None
+    """The model's name and the prompts with the task's own demonstrations, of the current cell."""
     kept: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    """By stage: each kept result after everything that decides it."""
 
-    def begin(self, model: Model, prompts: Prompts) -> None:
-        """Start a cell by its own demonstrations; what is other demonstrations' goes, but for zero-shot."""
-        if self.own != (own := (model.name, prompts)):
-            self.own, self.kept = own, {"ZSL": self.kept.get("ZSL", [])[-1:]}
+    def experiment(self, model: Model, cell: Cell, of_cell: _CellPrompts) -> Experiment:
+        """Return a cell's experiment, of which only the runs that are not kept are made."""
+        zero_shot = of_cell.prompts.zero_shot()
+        self._begin(model, of_cell.prompts)
+        # Finetuning first: a learning rate that diverges then costs no captures.
+        delta = self._finetuned(model, of_cell.finetuning, cell)
+        in_context_capture = self._captured("ICL", model, of_cell.in_context)
+        zero_shot_capture = self._captured("ZSL", model, zero_shot)
+        with delta.applied(model):
+            applied = cell.lr, cell.finetuning, cell.delta, of_cell.finetuning.training_sequences
+            finetuned_capture = self._captured("FT", model, zero_shot, with_delta=applied)
+        return Experiment(
+            zero_shot=zero_shot_capture,
+            in_context=in_context_capture,
+            finetuned=finetuned_capture,
+            delta=delta,
+            steps=of_cell.steps,
+            model=model,
+        )
+
+    def _begin(self, model: Model, prompts: Prompts) -> None:
+        """Start a cell; other demonstrations than the last cell's drop what is kept, except the zero-shot capture."""
+        if self.demonstrated != (demonstrated := (model.name, prompts)):
+            self.demonstrated, self.kept = demonstrated, {"ZSL": self.kept.get("ZSL", [])[-1:]}
         self.clock = _Clock()
 
-    def captured(self, setting: str, model: Model, prompts: Prompts, *, with_delta: Any = None) -> Capture:
-        """A capture of the prompts by the model as it is now, which is also said by what is applied to it."""
-        of = model.name, model.fingerprint(), with_delta, prompts
-        return self._once(setting, of, lambda: capture(model, prompts, progress=self.progress))
+    def _captured(self, setting: str, model: Model, prompts: Prompts, *, with_delta: Any = None) -> Capture:
+        """Return a capture of the prompts by the model with the delta that is applied to it now."""
+        key = model.name, model.fingerprint(), with_delta, prompts
+        return self._once(setting, key, lambda: capture(model, prompts, progress=self.progress))
 
-    def finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> WeightDelta:
-        """The delta of a cell's finetuning, in random directions where the cell says so."""
+    def _finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> WeightDelta:
+        """Return the delta of a cell's finetuning, or a random one of its norm where the cell says so."""
         options: dict[str, Any] = {"lr": cell.lr, "config": cell.finetuning}
         trained_on = prompts.start, prompts.training_sequences, prompts.demonstration_label_lengths
-        of = model.name, model.fingerprint(), trained_on, options
-        delta = self._once("finetuning", of, lambda: finetune(model, prompts, **options, progress=self.progress))
+        key = model.name, model.fingerprint(), trained_on, options
+        delta = self._once("finetuning", key, lambda: finetune(model, prompts, **options, progress=self.progress))
         return delta.randomised(cell.seed) if cell.delta == "random" else delta
 
-    def _once(self, stage: str, of: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, stage: str, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the result that is kept under a key, or make it and keep it as the latest."""
         kept = self.kept.setdefault(stage, [])
-        for key, made in kept:
-            if key == of:
-                return made
+        for kept_key, result in kept:
+            if kept_key == key:
+                return result
         del kept[1:]
         with self.clock(stage):
-            kept.append((of, make()))
+            kept.append((key, make()))
         return kept[-1][1]
 
 
-def _load(cell: Cell, device: str | torch.device, dtype: torch.dtype) -> Model:
-    """A cell's model; of a control, the trained one it is made from is let go."""
-    if MOMENTUM_TAG in cell.model:
-        raise StudyError(
-            f"expected cells of models as they are loaded, got one of {cell.model!r}: run it by itself, with "
-            "icl_dual.run_cell within `with momentum_attention(model, eta):`"
-        )
-    model = load_model(cell.model, device=device, dtype=dtype)
-    return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
-
-
 def _origin(model: Model) -> dict[str, str]:
-    """What decides a model's numbers."""
+    """Return what identifies a model's weights and their dtype, as provenance has it."""
     return {"model": model.provenance, "dtype": _dtype_name(model.dtype)}
 
 
@@ -476,14 +711,26 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_same(cell: Cell, folder: Path, dtype: torch.dtype) -> CellResult:
+def _load_same(cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtype) -> CellResult:
+    """Load a saved cell, or raise a SettingsError where it has other settings, another dtype or other weights."""
     result = load_cell(folder)
     check_same_settings(folder, asdict(cell), asdict(result.cell))
-    check_same_settings(folder, {"dtype": _dtype_name(dtype)}, result.provenance)
+    check_same_settings(folder, {"dtype": _dtype_name(dtype if passed is None else passed.dtype)}, result.provenance)
+    if passed is not None and cell.weights == "trained":
+        _check_same_model(passed, result)
     return result
 
 
-def _check_same_origin(model: Model, done: dict[Cell, CellResult]) -> None:
-    for cell, result in done.items():
+def _check_same_model(model: Model, result: CellResult) -> None:
+    """Raise a SettingsError where a saved cell was run with other weights than those of a model passed in."""
+    expected = _origin(model) | {"fingerprint": model.fingerprint()}
+    if "fingerprint" not in result.provenance:  # version 0.1 saved none
+        del expected["fingerprint"]
+    check_same_settings(result.folder, expected, result.provenance)
+
+
+def _check_same_origin(model: Model, saved: Mapping[Cell, CellResult]) -> None:
+    """Raise a SettingsError where a saved cell of this model's name was run with other weights or another dtype."""
+    for cell, result in saved.items():
         if cell.model_name == model.name:
-            check_same_settings(Path(cell.name), _origin(model), result.provenance)
+            check_same_settings(result.folder, _origin(model), result.provenance)

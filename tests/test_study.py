@@ -1,6 +1,6 @@
 import dataclasses
 import json
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -9,13 +9,16 @@ import pandas as pd
 import pytest
 import released
 import torch
+from helpers import make_rows
 
 import icl_dual as icl
+from icl_dual import study
 from icl_dual.contexts import Context
 from icl_dual.finetuning.weight_delta import Method, Trained
 from icl_dual.models import Control
+from icl_dual.storage import load_tensors, save_tensors
+from icl_dual.tasks import Protocol
 
-study = sys.modules["icl_dual.study"]
 CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5)
 
 
@@ -29,6 +32,7 @@ def known(monkeypatch: pytest.MonkeyPatch, llama: icl.Model, task: icl.Task, ref
         return llama
 
     monkeypatch.setattr(study, "load_model", load_model)
+    monkeypatch.setattr(study, "check_model_name", lambda name: None)
     tasks = {"answer": task, "reference": reference_task}
     monkeypatch.setattr(study, "load_task", lambda name, source, *, protocol: tasks[protocol])
     return loaded
@@ -70,7 +74,7 @@ def test_a_cell_of_a_model_with_momentum_has_its_name(llama: icl.Model, task: ic
     assert result.provenance["momentum"] == [[0.2] * 4] * 3
     with pytest.raises(icl.StudyError, match=r"expected model, .*, got \('llama', .* and so must the cell's"):
         icl.run_cell(llama, task, cell, tmp_path / "other", progress=False)
-    with pytest.raises(icl.StudyError, match=r"as they are loaded, got one of 'llama \+ momentum .* icl_dual.run_cell"):
+    with pytest.raises(icl.StudyError, match=r"as it is loaded, got 'llama \+ momentum .* icl_dual.run_cell"):
         icl.run_study([cell], tmp_path / "study", progress=False)
 
 
@@ -88,26 +92,26 @@ def test_complete_cells_are_read_without_model_or_task(known: list[str], tmp_pat
     assert known == ["llama"]
     again = icl.run_study(cells, tmp_path, progress=False)
     assert known == ["llama"]
-    for one, other in zip(first, again, strict=True):
-        pd.testing.assert_frame_equal(one.to_frame(), other.to_frame())
+    for before, after in zip(first, again, strict=True):
+        pd.testing.assert_frame_equal(before.to_frame(), after.to_frame())
 
 
 def test_a_stopped_study_keeps_its_finished_cells_and_goes_on(
     known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = [dataclasses.replace(CELL, seed=seed) for seed in (1, 2, 3)]
-    compare = study.compare
+    compare = icl.Experiment.compare
 
-    def stop_at_the_second(*args: object, seed: int, **kwargs: object) -> icl.Comparison:
+    def stop_at_the_second(experiment: icl.Experiment, *, seed: int) -> icl.Comparison:
         if seed == 2:
             raise KeyboardInterrupt
-        return compare(*args, seed=seed, **kwargs)
+        return compare(experiment, seed=seed)
 
-    monkeypatch.setattr(study, "compare", stop_at_the_second)
+    monkeypatch.setattr(icl.Experiment, "compare", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         icl.run_study(cells, tmp_path, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [cells[0].name]
-    monkeypatch.setattr(study, "compare", compare)
+    monkeypatch.setattr(icl.Experiment, "compare", compare)
     stamp = (tmp_path / cells[0].name).stat().st_mtime_ns
     assert len(icl.run_study(cells, tmp_path, progress=False)) == 3
     assert (tmp_path / cells[0].name).stat().st_mtime_ns == stamp
@@ -116,7 +120,7 @@ def test_a_stopped_study_keeps_its_finished_cells_and_goes_on(
 def test_other_settings_are_refused_and_named(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
     other = dataclasses.replace(CELL, n_queries=6, balanced=True)
-    with pytest.raises(icl.StudyError, match=r"n_queries=5 \(wanted 6\), balanced=False \(wanted True\)"):
+    with pytest.raises(icl.SettingsError, match=r"n_queries=5 \(wanted 6\), balanced=False \(wanted True\)"):
         icl.run_study([other], tmp_path, progress=False)
 
 
@@ -125,7 +129,7 @@ def test_other_weights_under_the_same_name_are_refused(
 ) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
     monkeypatch.setattr(llama, "provenance", "sha256:other")
-    with pytest.raises(icl.StudyError, match=r"model='unknown' \(wanted 'sha256:other'\)"):
+    with pytest.raises(icl.SettingsError, match=r"model='unknown' \(wanted 'sha256:other'\)"):
         icl.run_study([CELL, dataclasses.replace(CELL, seed=2)], tmp_path, progress=False)
 
 
@@ -137,7 +141,7 @@ def test_cells_that_would_share_a_folder_are_refused(known: list[str], tmp_path:
 
 def test_another_dtype_is_refused_also_without_a_model(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
-    with pytest.raises(icl.StudyError, match=r"dtype='float32' \(wanted 'float64'\)"):
+    with pytest.raises(icl.SettingsError, match=r"dtype='float32' \(wanted 'float64'\)"):
         icl.run_study([CELL], tmp_path, dtype=torch.float64, progress=False)
 
 
@@ -191,7 +195,7 @@ def test_a_cell_without_the_recordings_wanted_is_run_again(known: list[str], tmp
 
 def test_recordings_wanted_do_not_overwrite_a_cell_of_other_settings(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
-    with pytest.raises(icl.StudyError, match=r"n_queries=5 \(wanted 6\)"):
+    with pytest.raises(icl.SettingsError, match=r"n_queries=5 \(wanted 6\)"):
         icl.run_study([dataclasses.replace(CELL, n_queries=6)], tmp_path, keep_recordings=True, progress=False)
 
 
@@ -402,10 +406,12 @@ def test_another_context_task_than_the_cells_is_refused(
         ({"finetuned_on": "other"}, "expected finetuned_on out of"),
         ({"weights": "random"}, "expected weights out of"),
         ({"context": "other task"}, "expected context out of"),
-        ({"finetuning": icl.FinetuneConfig(method="adam")}, "expected method out of"),
-        ({"context_task": "toy"}, "expected the demonstrations of another task as context_task, got 'toy' itself"),
-        ({"context_task": "digits", "context": "reordered"}, "as they are, in context alone"),
-        ({"finetuned_on": "context"}, "with a context that is not the task's own"),
+        ({"context_task": "toy"}, "expected another task as context_task, got the cell's own, 'toy': leave"),
+        (
+            {"context_task": "digits", "context": "reordered"},
+            "expected context='own' and finetuned_on='own' with a context_task, got context='reordered'",
+        ),
+        ({"finetuned_on": "context"}, "expected finetuned_on='own' with context='own', got finetuned_on='context'"),
     ],
 )
 def test_a_cell_that_means_nothing_is_refused_when_it_is_made(settings: dict[str, Any], message: str) -> None:
@@ -458,7 +464,10 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
     assert len({cell.name for cell in cells}) == len(cells)
     assert all(" " not in cell.name and "/" not in cell.name for cell in cells)
     assert cells[0].variation == {}
-    assert all(set(cell.variation) == set(changed) for cell, changed in zip(cells, changes, strict=True))
+    for cell, changed in zip(cells, changes, strict=True):
+        config = changed.get("finetuning", icl.FinetuneConfig())
+        options = {name for name, value in vars(config).items() if value != getattr(icl.FinetuneConfig(), name)}
+        assert set(cell.variation) == set(changed) - {"finetuning"} | options
     results = icl.run_study(cells, tmp_path, progress=False)
     assert [result.cell for result in results] == cells
     assert {path.name for path in tmp_path.iterdir()} == {cell.name for cell in cells}
@@ -470,16 +479,212 @@ def test_a_random_delta_moves_as_far_as_the_finetuned_one(
     known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deltas: list[icl.WeightDelta] = []
-    compare: Callable[..., icl.Comparison] = study.compare
+    compare = icl.Experiment.compare
 
-    def kept(zsl: Any, in_context: Any, ft: Any, delta: icl.WeightDelta, **kwargs: Any) -> icl.Comparison:
-        deltas.append(delta)
-        return compare(zero_shot=zsl, in_context=in_context, finetuned=ft, delta=delta, **kwargs)
+    def kept(experiment: icl.Experiment, *, seed: int) -> icl.Comparison:
+        deltas.append(experiment.delta)
+        return compare(experiment, seed=seed)
 
-    monkeypatch.setattr(study, "compare", kept)
+    monkeypatch.setattr(icl.Experiment, "compare", kept)
     first, second = icl.run_study([CELL, dataclasses.replace(CELL, delta="random")], tmp_path, progress=False)
     finetuned, random = deltas
     torch.testing.assert_close(random.W_V.flatten(1).norm(dim=1), finetuned.W_V.flatten(1).norm(dim=1))
     assert not torch.allclose(random.W_V, finetuned.W_V)
     assert torch.equal(first.comparison.label_log_probs["ICL"], second.comparison.label_log_probs["ICL"])
     assert not torch.equal(first.comparison.label_log_probs["FT"], second.comparison.label_log_probs["FT"])
+
+
+def films(rows: list[dict[str, object]], protocol: Protocol = "answer") -> icl.Task:
+    return icl.Task("my/films", "Review: {text} Verdict:", ("bad", "good"), rows, protocol=protocol)
+
+
+MINE = dataclasses.replace(CELL, model="mine", task="my/films")
+
+
+@pytest.fixture
+def mine(make_model: Callable[..., icl.Model]) -> icl.Model:
+    return make_model("llama", name="mine")
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nothing should be loaded")
+
+    monkeypatch.setattr(study, "load_model", load)
+    monkeypatch.setattr(study, "load_task", load)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_tasks_and_models_of_ones_own_run_in_a_study(mine: icl.Model, tmp_path: Path) -> None:
+    (tmp_path / "films.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in make_rows()))
+    task = icl.Task("my/films", "Review: {text} Verdict:", ("bad", "good"), tmp_path / "films.csv")
+    cells = [MINE, dataclasses.replace(MINE, weights="untrained")]
+    results = icl.run_study(cells, tmp_path / "study", tasks=[task], models=[mine], progress=False)
+    assert {path.name for path in (tmp_path / "study").iterdir()} == {cell.name for cell in cells}
+    assert results[0].cell == MINE
+    assert results[0].provenance["task"] == task.fingerprint == films(make_rows()).fingerprint
+    assert results[0].provenance["fingerprint"] == mine.fingerprint()
+    assert results[1].provenance["fingerprint"] != mine.fingerprint()
+    same_numbers(results[0], icl.run_cell(mine, task, MINE, tmp_path / "cell", progress=False))
+    again = icl.run_study(cells, tmp_path / "study", tasks=[task], models=[mine], progress=False)
+    for before, after in zip(results, again, strict=True):
+        same_numbers(before, after)
+    loaded = icl.run_study(cells, tmp_path / "study", progress=False)
+    same_numbers(loaded[0], results[0])
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_other_rows_or_weights_under_a_name_passed_in_are_refused(
+    mine: icl.Model, make_model: Callable[..., icl.Model], tmp_path: Path
+) -> None:
+    rows = make_rows()
+    icl.run_study([MINE], tmp_path, tasks=[films(rows)], models=[mine], progress=False)
+    with pytest.raises(icl.SettingsError, match=r"task='[0-9a-f]{16}' \(wanted '[0-9a-f]{16}'\)"):
+        icl.run_study([MINE], tmp_path, tasks=[films(rows[1:])], progress=False)
+    with pytest.raises(icl.SettingsError, match=r"dtype='float32' \(wanted 'float64'\)"):
+        icl.run_study([MINE], tmp_path, models=[make_model("llama", torch.float64, name="mine")], progress=False)
+    with torch.no_grad():
+        next(mine.parameters()).add_(1.0)
+    with pytest.raises(icl.SettingsError, match=r"fingerprint='float32:.*' \(wanted 'float32:"):
+        icl.run_study([MINE], tmp_path, models=[mine], progress=False)
+
+
+def test_other_rows_of_a_context_task_or_a_registered_task_are_refused(
+    mine: icl.Model, task: icl.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows()
+    toy = dataclasses.replace(MINE, task="toy", context_task="my/films")
+    reviews = [row | {"text": f"review {row['text']}"} for row in rows]
+    icl.run_study([toy], tmp_path, tasks=[task, films(reviews)], models=[mine], progress=False)
+    with pytest.raises(icl.SettingsError, match=r"context_task='[0-9a-f]{16}' \(wanted"):
+        icl.run_study([toy], tmp_path, tasks=[task, films(reviews[1:])], progress=False)
+    monkeypatch.setattr("icl_dual.paper_tasks._registered", {"my/films": films(reviews[1:])})
+    with pytest.raises(icl.SettingsError, match=r"context_task='[0-9a-f]{16}' \(wanted"):
+        icl.run_study([toy], tmp_path, tasks=[task], progress=False)
+
+
+def test_a_registered_task_runs_in_a_study(mine: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icl_dual.paper_tasks._registered", {})
+    icl.register_task(lambda source, protocol: films(make_rows(), protocol), name="my/films")
+    cells = [MINE, dataclasses.replace(MINE, protocol="reference", n_queries=None)]
+    results = icl.run_study(cells, tmp_path, models=[mine], progress=False)
+    assert [result.provenance["task"] for result in results] == [
+        films(make_rows(), protocol).fingerprint for protocol in ("answer", "reference")
+    ]
+
+
+def test_a_model_with_momentum_runs_in_a_study_when_it_is_passed_in(
+    llama: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    with icl.momentum_attention(llama, 0.2) as model:
+        cell = dataclasses.replace(CELL, model=model.name)
+        (result,) = icl.run_study([cell], tmp_path, tasks=[task], models=[model], progress=False)
+    assert result.provenance["momentum"] == [[0.2] * 4] * 3
+
+
+INVALID: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"task": "unknown"}, icl.TaskError, r"expected a task out of \['sst2', .*\], got 'unknown'"),
+    ({"context_task": "unknown"}, icl.TaskError, r"expected a task out of \['sst2', .*\], got 'unknown'"),
+    ({"model": "gtp2"}, icl.AssetError, "'gtp2'"),
+    ({"model": "/nowhere/model"}, icl.AssetError, "'/nowhere/model'"),
+    ({"k": 31}, icl.TaskError, "expected k from 0 to 30, the number of demonstrations, got 31"),
+    ({"k": 0}, icl.StudyError, "expected k of at least 1, got 0"),
+    ({"task": "skewed", "k": 20, "balanced": True}, icl.TaskError, "expected 10 demonstrations labelled 'yes'"),
+    ({"lr": 0.0}, icl.StudyError, "expected lr as a positive number, got 0.0"),
+    ({"lr": float("nan")}, icl.StudyError, "expected lr as a positive number, got nan"),
+    ({"n_queries": 25}, icl.TaskError, "expected from 1 to 24 evaluation queries, got 25"),
+    ({"n_queries": 9, "split": "selection"}, icl.TaskError, "expected from 1 to 6 selection queries, got 9"),
+    ({"reference_k_mismatch": True}, icl.StudyError, "expected reference_k_mismatch with protocol='reference' only"),
+    ({"protocol": "reference"}, icl.StudyError, "'toy' with protocol='reference', got one with protocol='answer'"),
+    ({"source": "hub"}, icl.StudyError, "expected source=None for tasks that are passed in .*, got source='hub'"),
+    (
+        {"context_task": "copy", "k": 12, "n_queries": 24},
+        icl.StudyError,
+        r"expected queries and demonstrations with different texts, got \d",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), INVALID)
+def test_what_cannot_run_is_refused_before_a_model_is_loaded(
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    def load_model(*args: object, **kwargs: object) -> None:
+        raise AssertionError("no model should be loaded")
+
+    monkeypatch.setattr(study, "load_model", load_model)
+    monkeypatch.setattr(study, "capture", load_model)
+    good = dataclasses.replace(CELL, model="smollm2-135m")
+    cells = [good, dataclasses.replace(good, **{"seed": 2, **changed})]
+    words = ("no", "yes")
+    copy = icl.Task("copy", "Text: {text} Label:", words, query_rows(task))
+    skewed = icl.Task(
+        "skewed", "Text: {text} Label:", words, [r | {"label": int(i < 3)} for i, r in enumerate(make_rows())]
+    )
+    with pytest.raises(error, match=message):
+        icl.run_study(cells, tmp_path / "study", tasks=[task, copy, skewed], progress=False)
+    assert not (tmp_path / "study").exists()
+
+
+def query_rows(task: icl.Task) -> list[dict[str, object]]:
+    """A task's queries, as rows of another task."""
+    return [{**dict(example.fields), "label": example.label} for example in task.queries()]
+
+
+def test_names_that_two_objects_share_and_files_for_folders_are_refused(
+    mine: icl.Model, task: icl.Task, tmp_path: Path
+) -> None:
+    with pytest.raises(icl.StudyError, match=r"models of different names, got \['mine', 'mine'\]: name them"):
+        icl.run_study([MINE], tmp_path, models=[mine, mine], progress=False)
+    with pytest.raises(icl.StudyError, match=r"tasks of different names or protocols, got \[\('toy', 'answer'\), "):
+        icl.run_study([MINE], tmp_path, tasks=[task, task], progress=False)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(icl.StudyError, match="expected a folder for the study, got the file"):
+        icl.run_study([MINE], tmp_path / "file", progress=False)
+
+
+def as_version_0_1(folder: Path) -> None:
+    """Rewrite a cell's folder as version 0.1 wrote it: flat settings, no class, no fingerprints."""
+    tensors, metadata = load_tensors(folder)
+    settings = {name: value for name, value in metadata["settings"].items() if name != "finetuning"}
+    settings |= metadata["settings"]["finetuning"]
+    new = ("fingerprint", "task", "context_task")
+    provenance = {name: value for name, value in metadata["provenance"].items() if name not in new}
+    groups = ("per_layer/", "predictions/", "label_log_probs/")
+    kept = {name: values for name, values in tensors.items() if name == "gold" or name.startswith(groups)}
+    rec2ftp = metadata.get("rec2ftp") or REC2FTP_0_1
+    shutil.rmtree(folder)
+    save_tensors(folder, kept, {"rec2ftp": rec2ftp, "settings": settings, "provenance": provenance})
+
+
+REC2FTP_0_1 = {"both": 1, "finetuned": 2, "random": 0.5}
+"""Version 0.1's counts; predictions give the same ones."""
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("changed", [{}, {"finetuning": icl.FinetuneConfig(loss="label", trained="value")}])
+def test_cells_of_the_version_before_are_complete(
+    mine: icl.Model, task: icl.Task, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    cell = dataclasses.replace(MINE, task="toy", **changed)
+    (expected,) = icl.run_study([cell], tmp_path, tasks=[task], models=[mine], progress=False)
+    as_version_0_1(tmp_path / cell.name)
+    settings = json.loads((tmp_path / cell.name / "metadata.json").read_text())["settings"]
+    assert (settings["loss"], settings["method"], settings["trained"]) == dataclasses.astuple(cell.finetuning)
+    assert "finetuning" not in settings
+    stamp = (tmp_path / cell.name).stat().st_mtime_ns
+    (result,) = icl.run_study([cell], tmp_path, progress=False)
+    same_numbers(result, expected)
+    (result,) = icl.run_study([cell], tmp_path, tasks=[task], models=[mine], progress=False)
+    same_numbers(result, expected)
+    assert (tmp_path / cell.name).stat().st_mtime_ns == stamp
+    other = dataclasses.replace(cell, finetuning=icl.FinetuneConfig(method="full-batch"))
+    (tmp_path / cell.name).rename(tmp_path / other.name)
+    with pytest.raises(icl.SettingsError, match="finetuning="):
+        icl.run_study([other], tmp_path, progress=False)

@@ -61,7 +61,7 @@ def test_balanced_draws_have_equal_classes_and_the_rest_fall_as_they_do(task: ic
     skewed = icl.Task("t", TEMPLATE, ("no", "yes"), [row | {"label": int(i < 3)} for i, row in enumerate(make_rows())])
     assert len(skewed.demonstrations(20, seed=0)) == 20
     with pytest.raises(
-        icl.TaskError, match="expected 10 demonstrations labelled 'yes' for balanced k=20, got [0-3]: use"
+        icl.TaskError, match=r"expected 10 demonstrations labelled 'yes' for balanced k=20, got [0-3]: use"
     ):
         skewed.demonstrations(20, seed=0, balanced=True)
 

@@ -1,0 +1,255 @@
+"""One experiment: the zero-shot, in-context and finetuned settings of one model on the same queries.
+
+`run_experiment` finetunes, captures the three settings and returns an `Experiment`, which is compared, decomposed and
+saved as one object. The steps remain available one by one: `finetune`, `capture`, `compare`, `decompose`,
+`compare_updates`.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
+from icl_dual.decomposition import Decomposition, decompose
+from icl_dual.field_docs import document_fields
+from icl_dual.finetuning.sgd import finetune
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
+from icl_dual.metrics.comparison import Comparison, compare
+from icl_dual.models import Model
+from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.recordings.recordings import Recordings
+from icl_dual.storage import NOT_SAVED, Saved
+from icl_dual.updates import UpdateComparison, compare_updates
+
+UPDATE_FIELDS: tuple[Field, ...] = ("attn_out", "q_scored", "keys_values")
+"""The fields that `compare_updates` needs; `DECOMPOSE_FIELDS` has them all."""
+
+
+@document_fields
+@dataclass(frozen=True, repr=False, eq=False)
+class Experiment(Saved):
+    """The three settings of one model on the same queries, and the finetuning.
+
+    Made by `run_experiment`. It saves into a folder and loads from it again, without the model.
+    """
+
+    zero_shot: Capture
+    """The queries without demonstrations."""
+    in_context: Capture
+    """The same queries after the demonstrations."""
+    finetuned: Capture
+    """The queries without demonstrations, with `delta` applied to the model."""
+    delta: WeightDelta
+    """The change of weights by finetuning."""
+    steps: tuple[int, ...] | None = None
+    """For a control with other demonstrations in context than finetuning had: the training step that each demonstration
+    in context stands for, −1 for none. `None` where both are the same."""
+    model: Model | None = field(default=None, metadata=NOT_SAVED)
+    """The model that was captured; `None` after loading."""
+
+    def compare(self, *, seed: int = 0) -> Comparison:
+        """Compare in-context learning with finetuning by the paper's metrics, query by query and layer by layer.
+
+        Args:
+            seed: the seed of the random baselines.
+
+        Raises:
+            ValueError: the experiment was run without `METRIC_FIELDS`.
+        """
+        self._check_fields("compare", METRIC_FIELDS, METRIC_FIELDS, METRIC_FIELDS)
+        return compare(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps, seed=seed)
+
+    def decompose(self, model: Model | None = None) -> Decomposition:
+        """Split in-context attention at every layer and head into its zero-shot part and ΔICL.
+
+        Args:
+            model: the model that was captured, with the weights it had; not needed before the experiment is loaded from
+                a folder.
+
+        Raises:
+            ValueError: the experiment was run without `DECOMPOSE_FIELDS`, or was loaded and no model is given, or the
+                model has other weights now.
+            UnsupportedModelError: the terms do not add up to the model's own attention output.
+        """
+        self._check_fields("decompose", ("attn_out", "z"), DECOMPOSE_FIELDS)
+        return decompose(self._model("decompose", model), **self._captures)
+
+    def updates(
+        self, model: Model | None = None, *, rank: int = 4, seed: int = 0, progress: bool = True
+    ) -> UpdateComparison:
+        """Compare ΔW_ICL with ΔW_FT as matrices, at every query, layer and head.
+
+        Args:
+            model: the model that was captured, with the weights it had; not needed before the experiment is loaded from
+                a folder. It runs the zero-shot prompts twice.
+            rank: the number of leading singular directions that are compared by principal angles.
+            seed: the seed of the null's directions.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: the experiment was run without `DECOMPOSE_FIELDS`, or was loaded and no model is given; or
+                `compare_updates` refuses the captures, the delta or the rank.
+            UnsupportedModelError: the prompts, moved to their in-context positions, do not repeat the zero-shot run.
+        """
+        self._check_fields("updates", ("attn_out",), UPDATE_FIELDS)
+        model = self._model("updates", model)
+        return compare_updates(model, **self._captures, delta=self.delta, rank=rank, seed=seed, progress=progress)
+
+    def recordings(self) -> Recordings:
+        """Return what the metrics are computed from, as `icl_dual.compare_recordings` reads it.
+
+        Raises:
+            ValueError: the experiment was run without `METRIC_FIELDS`.
+        """
+        self._check_fields("recordings", METRIC_FIELDS, METRIC_FIELDS, METRIC_FIELDS)
+        return Recordings.of(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps)
+
+    @property
+    def _captures(self) -> dict[str, Capture]:
+        return {"zero_shot": self.zero_shot, "in_context": self.in_context}
+
+    def _model(self, method: str, model: Model | None) -> Model:
+        """Return the model given, or the one that was captured."""
+        model = self.model if model is None else model
+        if model is None:
+            raise ValueError(
+                "expected a model, got none: an experiment that was loaded has none, so pass the model that was "
+                f"captured, experiment.{method}(model)"
+            )
+        return model
+
+    def _check_fields(
+        self,
+        method: str,
+        zero_shot: Collection[Field],
+        in_context: Collection[Field],
+        finetuned: Collection[Field] = (),
+    ) -> None:
+        """Raise a ValueError unless each capture has the fields that a method needs; says which to request."""
+        needed = {"zero_shot": zero_shot, "in_context": in_context, "finetuned": finetuned}
+        for setting, fields in needed.items():
+            missing = [name for name in fields if getattr(getattr(self, setting), name) is None]
+            if missing:
+                group = (
+                    "METRIC_FIELDS" if set(missing) <= {*METRIC_FIELDS} - {*DECOMPOSE_FIELDS} else "DECOMPOSE_FIELDS"
+                )
+                raise ValueError(
+                    f"expected captures with the fields {tuple(fields)} for {method}(), got {setting} without "
+                    f"{missing}: run the experiment with fields=icl_dual.{group}, or with "
+                    "fields=icl_dual.METRIC_FIELDS + icl_dual.DECOMPOSE_FIELDS for all methods"
+                )
+
+    def __repr__(self) -> str:
+        prompts = self.in_context.prompts
+        accuracies = {name: getattr(self, name).accuracy for name in ("zero_shot", "in_context", "finetuned")}
+        return (
+            f"Experiment({self.in_context.model!r}, {len(prompts.queries)} queries, {len(prompts.demonstrations)} "
+            f"demonstrations, lr={self.delta.lr}, accuracy: "
+            f"{', '.join(f'{name}={value:.3f}' for name, value in accuracies.items())})"
+        )
+
+
+def run_experiment(
+    model: Model,
+    prompts: Prompts,
+    *,
+    lr: float | None = None,
+    config: FinetuneConfig = PAPER_FINETUNING,
+    fields: Collection[Field] = METRIC_FIELDS,
+    factors: bool = False,
+    delta: WeightDelta | None = None,
+    finetune_prompts: Prompts | None = None,
+    steps: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Experiment:
+    """Finetune a model on the demonstrations, and capture its zero-shot, in-context and finetuned settings.
+
+    Args:
+        model: the model to run; it comes back as it was.
+        prompts: the queries with their demonstrations.
+        lr: the learning rate of finetuning; `None` only where `delta` is given.
+        config: the loss, the method and the trained projections of finetuning; the paper's by default.
+        fields: the fields of every capture: `METRIC_FIELDS` for `.compare()`, `DECOMPOSE_FIELDS` for `.decompose()` and
+            `.updates()`, `METRIC_FIELDS + DECOMPOSE_FIELDS` for all three.
+        factors: keep the outer products that the delta of keys and values is the sum of.
+        delta: a change of this model's weights made before, which is captured in place of a new finetuning.
+        finetune_prompts: prompts with other demonstrations to finetune on, for a control; by default
+            those of `prompts`.
+        steps: for a control, the training step that each demonstration in context stands for, −1 for none
+            (`icl_dual.contexts.matching_training_steps`).
+        batch_size: the largest number of queries to run at once.
+        progress: show progress bars.
+
+    Returns:
+        The experiment, which keeps a reference to the model.
+
+    Raises:
+        ValueError: both or none of `lr` and `delta` are given, or an argument that `finetune` or `capture` refuses.
+        PromptError: the prompts are incomplete, or the model cannot read them.
+        DivergedError: finetuning diverged; nothing was captured then.
+        UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
+
+    Example:
+        >>> import icl_dual
+        >>> from icl_dual.models import tiny_model
+        >>> rows = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
+        >>> model = tiny_model()  # or icl_dual.load_model("smollm2-135m")
+        >>> prompts = icl_dual.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(5))
+        >>> fields = icl_dual.METRIC_FIELDS + icl_dual.DECOMPOSE_FIELDS
+        >>> experiment = icl_dual.run_experiment(model, prompts, lr=0.01, fields=fields, progress=False)
+        >>> experiment.in_context.axes("attn_out")
+        {'query': 5, 'layer': 2, 'd_model': 32}
+        >>> experiment.compare(seed=1).per_layer["SimAOU"].shape
+        torch.Size([5, 2])
+        >>> experiment.decompose().residuals.split.max().item() < 1e-5
+        True
+    """
+    _check_arguments(lr, config, factors, delta, finetune_prompts)
+    check_capture_arguments(fields, batch_size)
+    check_prompts(model, prompts)
+    zero_shot = prompts.zero_shot()
+    # Finetuning first: a learning rate that diverges then costs no captures.
+    if delta is None:
+        assert lr is not None
+        trained = prompts if finetune_prompts is None else finetune_prompts
+        delta = finetune(model, trained, lr=lr, config=config, factors=factors, progress=progress)
+
+    def run(setting: Prompts) -> Capture:
+        return capture(model, setting, fields=fields, batch_size=batch_size, progress=progress)
+
+    in_context_capture, zero_shot_capture = run(prompts), run(zero_shot)
+    with delta.applied(model):
+        finetuned_capture = run(zero_shot)
+    return Experiment(
+        zero_shot=zero_shot_capture,
+        in_context=in_context_capture,
+        finetuned=finetuned_capture,
+        delta=delta,
+        steps=None if steps is None else tuple(steps),
+        model=model,
+    )
+
+
+def _check_arguments(
+    lr: float | None,
+    config: FinetuneConfig,
+    factors: bool,
+    delta: WeightDelta | None,
+    finetune_prompts: Prompts | None,
+) -> None:
+    """Raise a ValueError unless the arguments say in one way how the weights change."""
+    if lr is None and delta is None:
+        raise ValueError("expected lr or delta, got neither: pass the learning rate of finetuning, such as lr=0.001")
+    if delta is not None:
+        settings = {
+            "lr": lr is not None,
+            "config": config != PAPER_FINETUNING,
+            "factors": factors,
+            "finetune_prompts": finetune_prompts is not None,
+        }
+        if given := [name for name, is_given in settings.items() if is_given]:
+            raise ValueError(
+                f"expected delta without settings of another finetuning, got delta and {', '.join(given)}: leave out "
+                "delta, or these"
+            )

@@ -1,0 +1,228 @@
+"""One experiment is what its steps give, bit for bit; it saves, loads, and says what it lacks."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import icl_dual as icl
+from icl_dual import experiment as module
+from icl_dual.captures.capture import Field
+from icl_dual.contexts import matching_training_steps
+from icl_dual.storage import load_tensors
+
+ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
+LR = 0.05
+
+
+def assert_same(got: Any, expected: Any, path: str = "") -> None:
+    """Check that two results have equal values, and bit-equal tensors, wherever they are nested."""
+    assert type(got) is type(expected), path
+    if isinstance(got, Tensor):
+        assert got.dtype == expected.dtype, path
+        assert torch.equal(got.isnan(), expected.isnan()), path
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num()), path
+    elif dataclasses.is_dataclass(got):
+        for field in dataclasses.fields(got):
+            if field.metadata.get("saved", True):
+                assert_same(getattr(got, field.name), getattr(expected, field.name), f"{path}.{field.name}")
+    elif isinstance(got, dict):
+        assert list(got) == list(expected), path
+        for name in got:
+            assert_same(got[name], expected[name], f"{path}[{name!r}]")
+    elif isinstance(got, tuple | list):
+        assert len(got) == len(expected), path
+        for index, (item, expected_item) in enumerate(zip(got, expected, strict=True)):
+            assert_same(item, expected_item, f"{path}[{index}]")
+    else:
+        assert got == expected or got != got != expected != expected, path
+
+
+@pytest.fixture(scope="module")
+def experiment(llama: icl.Model, prompts: icl.Prompts) -> icl.Experiment:
+    return icl.run_experiment(llama, prompts, lr=LR, fields=ALL, factors=True, progress=False)
+
+
+def test_an_experiment_is_what_its_steps_give_bit_for_bit(
+    llama: icl.Model, prompts: icl.Prompts, experiment: icl.Experiment
+) -> None:
+    delta = icl.finetune(llama, prompts, lr=LR, factors=True, progress=False)
+    zero_shot = icl.capture(llama, prompts.zero_shot(), fields=ALL, progress=False)
+    in_context = icl.capture(llama, prompts, fields=ALL, progress=False)
+    with delta.applied(llama):
+        finetuned = icl.capture(llama, prompts.zero_shot(), fields=ALL, progress=False)
+    pair: dict[str, Any] = {"zero_shot": zero_shot, "in_context": in_context}
+    expected = icl.Experiment(**pair, finetuned=finetuned, delta=delta)
+    assert_same(experiment, expected)
+    assert experiment.delta.factors is not None
+    assert_same(experiment.compare(seed=3), icl.compare(**pair, finetuned=finetuned, delta=delta, seed=3))
+    assert_same(experiment.decompose(), icl.decompose(llama, **pair))
+    updates = icl.compare_updates(llama, **pair, delta=delta, rank=2, seed=4, progress=False)
+    assert_same(experiment.updates(rank=2, seed=4, progress=False), updates)
+    recordings = experiment.recordings()
+    assert torch.equal(recordings.attn_out["FT"], finetuned.attn_out)
+    assert torch.equal(recordings.attn_out["ICL"], in_context.attn_out)
+
+
+def test_finetuning_comes_first_and_the_model_comes_back(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = llama.fingerprint()
+    stages: list[str] = []
+    capture, finetune = module.capture, module.finetune
+
+    def counted_capture(model: icl.Model, prompts: icl.Prompts, **options: Any) -> icl.Capture:
+        stages.append(f"{len(prompts.demonstrations)} demonstrations {model.fingerprint() == before}")
+        return capture(model, prompts, **options)
+
+    def counted_finetune(*args: Any, **options: Any) -> icl.WeightDelta:
+        stages.append("finetuning")
+        return finetune(*args, **options)
+
+    monkeypatch.setattr(module, "capture", counted_capture)
+    monkeypatch.setattr(module, "finetune", counted_finetune)
+    icl.run_experiment(llama, prompts, lr=LR, progress=False)
+    assert stages == ["finetuning", "4 demonstrations True", "0 demonstrations True", "0 demonstrations False"]
+    assert llama.fingerprint() == before
+    stages.clear()
+    with pytest.raises(icl.DivergedError):
+        icl.run_experiment(llama, prompts, lr=1e6, progress=False)
+    assert stages == ["finetuning"], "nothing is captured"
+    assert llama.fingerprint() == before
+
+
+def test_an_experiment_saves_and_loads_without_its_model(
+    llama: icl.Model, prompts: icl.Prompts, experiment: icl.Experiment, tmp_path: Path
+) -> None:
+    with_steps = dataclasses.replace(experiment, steps=(0, 1, -1, 3))
+    for name, saved in {"plain": experiment, "steps": with_steps}.items():
+        saved.save(tmp_path / name, {"note": "mine"})
+        loaded = icl.Experiment.load(tmp_path / name)
+        assert_same(loaded, saved)
+        assert loaded.model is None
+        assert loaded.steps == saved.steps
+        assert repr(loaded) == repr(saved)
+        assert load_tensors(tmp_path / name)[1]["note"] == "mine"
+        assert "model" not in load_tensors(tmp_path / name)[1]
+    loaded = icl.Experiment.load(tmp_path / "plain")
+    assert loaded.in_context.prompts == prompts, "tuples of tuples again"
+    assert loaded.in_context.prompts.zero_shot() == loaded.zero_shot.prompts
+    assert loaded.in_context.full_prompt is not None
+    assert_same(loaded.compare(seed=1), experiment.compare(seed=1))
+    assert_same(loaded.decompose(llama), experiment.decompose())
+    assert_same(loaded.updates(llama, progress=False), experiment.updates(progress=False))
+    for method in ("decompose", "updates"):
+        message = rf"expected a model, got none: .* pass the model that was captured, experiment\.{method}\(model\)"
+        with pytest.raises(ValueError, match=message):
+            getattr(loaded, method)()
+    with pytest.raises(icl.AssetError, match=r"expected a saved Capture in .*, got a saved Experiment: use"):
+        icl.Capture.load(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("protocol", ["answer", "reference"])
+def test_a_capture_of_every_field_saves_and_loads(
+    llama: icl.Model, task: icl.Task, reference_task: icl.Task, tmp_path: Path, protocol: str
+) -> None:
+    chosen = task if protocol == "answer" else reference_task
+    prompts = icl.build_prompts(llama, chosen, chosen.demonstrations(2, 1), chosen.queries(3))
+    for fields in (get_args(Field), ()):
+        captured = icl.capture(llama, prompts, fields=fields, progress=False)
+        captured.save(tmp_path / str(len(fields)))
+        loaded = icl.Capture.load(tmp_path / str(len(fields)))
+        assert_same(loaded, captured)
+        assert loaded.prompts == prompts
+        assert loaded.prompts.protocol == protocol
+
+
+def test_another_model_or_other_weights_are_refused(
+    experiment: icl.Experiment, make_model: Callable[..., icl.Model], llama: icl.Model
+) -> None:
+    with pytest.raises(ValueError, match="pass the model that was captured"):
+        experiment.decompose(make_model("llama", name="another"))
+    with experiment.delta.applied(llama), pytest.raises(ValueError, match="got other weights"):
+        experiment.decompose()
+
+
+def test_missing_fields_are_named_with_those_to_request(llama: icl.Model, prompts: icl.Prompts) -> None:
+    delta = icl.finetune(llama, prompts, lr=LR, progress=False)
+
+    def run(fields: Any) -> icl.Experiment:
+        return icl.run_experiment(llama, prompts, delta=delta, fields=fields, progress=False)
+
+    for_metrics, for_terms = run({*icl.METRIC_FIELDS}), run([*icl.DECOMPOSE_FIELDS])
+    for_metrics.compare()
+    for_terms.decompose()
+    for_terms.updates(progress=False)
+    for method in (for_metrics.decompose, for_metrics.updates):
+        with pytest.raises(ValueError, match=r"got .* without \[.*\]: run the experiment with fields=icl_dual.DECOMP"):
+            method()
+    for method in (for_terms.compare, for_terms.recordings):
+        message = (
+            r"for \w+\(\), got zero_shot without \['q', 'context_scores', 'query_scores'\]: run the .*METRIC_FIELDS,"
+        )
+        with pytest.raises(ValueError, match=message):
+            method()
+    with pytest.raises(
+        ValueError, match=r"expected captures with .* without \['attn_out', 'z'\]: .*DECOMPOSE_FIELDS, or"
+    ):
+        run(("q",)).decompose()
+
+
+def test_arguments_are_checked_before_anything_runs(
+    llama: icl.Model, prompts: icl.Prompts, experiment: icl.Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nothing should run")
+
+    monkeypatch.setattr(module, "finetune", run)
+    monkeypatch.setattr(module, "capture", run)
+    invalid: list[tuple[dict[str, Any], str]] = [
+        ({}, "expected lr or delta, got neither: pass"),
+        ({"delta": experiment.delta, "lr": 0.1}, "got delta and lr: leave out"),
+        (
+            {
+                "delta": experiment.delta,
+                "factors": True,
+                "config": icl.FinetuneConfig(loss="label"),
+                "finetune_prompts": prompts,
+            },
+            "got delta and config, factors, finetune_prompts: leave out delta, or these",
+        ),
+        ({"lr": 0.1, "batch_size": 0}, "expected batch_size of at least 1, got 0"),
+    ]
+    for options, message in invalid:
+        with pytest.raises(ValueError, match=message):
+            icl.run_experiment(llama, prompts, **options, progress=False)
+    with pytest.raises(icl.PromptError):
+        icl.run_experiment(llama, dataclasses.replace(prompts, queries=(*prompts.queries[:6], ())), lr=0.1)
+
+
+def test_positional_settings_are_pythons_own_type_error(llama: icl.Model, prompts: icl.Prompts) -> None:
+    run: Any = icl.run_experiment
+    with pytest.raises(TypeError):
+        run(llama, prompts, 0.1)
+
+
+def test_controls_finetune_on_other_demonstrations_or_apply_another_delta(
+    llama: icl.Model, task: icl.Task, prompts: icl.Prompts
+) -> None:
+    demonstrations, queries = task.demonstrations(4, seed=1), task.queries(7)
+    changed = icl.build_prompts(llama, task, icl.relabel(demonstrations, "reordered", 2, seed=1), queries)
+    steps = matching_training_steps(changed, prompts, 4, "reordered", seed=1)
+    control = icl.run_experiment(llama, changed, lr=LR, finetune_prompts=prompts, steps=steps, progress=False)
+    delta = icl.finetune(llama, prompts, lr=LR, progress=False)
+    assert_same(control.delta, delta)
+    assert control.steps == tuple(steps)
+    assert sorted(steps) == [0, 1, 2, 3] != steps
+    assert control.in_context.prompts == changed
+    same = icl.run_experiment(llama, changed, delta=delta, steps=steps, progress=False)
+    assert_same(same, control)
+    captures = {name: getattr(control, name) for name in ("zero_shot", "in_context", "finetuned")}
+    assert_same(control.compare(seed=2), icl.compare(**captures, delta=delta, steps=steps, seed=2))
+    assert control.recordings().segments.unique_consecutive().tolist()[1::2] == steps
+    random = icl.run_experiment(llama, prompts, delta=delta.randomised(1), progress=False)
+    assert not torch.equal(random.finetuned.label_log_probs, control.finetuned.label_log_probs)
