@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from finetuning_references import KINDS, LR, movable, same, snapshot
+from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.finetuning.weight_delta import Method, Trained
@@ -341,9 +342,12 @@ def test_a_delta_between_two_models_is_the_difference_of_their_matrices(
         assert torch.equal(delta.W_O[layer], output.T)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_copy_may_be_a_model_a_bridge_or_a_hugging_face_model(
-    make_model: Callable[..., icl.Model], make_hf_model: Callable[..., Any], prompts: Prompts, architecture: str
+HOOKED = [name for name in ("hooked-llama", "hooked-gpt2") if name in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", *HOOKED])
+def test_the_copy_may_be_a_model_or_what_it_wraps(
+    make_model: Callable[..., icl.Model], prompts: Prompts, architecture: str
 ) -> None:
     model, tuned = make_model(architecture), make_model(architecture, name="tuned elsewhere")
     expected = icl.finetune(model, prompts, lr=LR, progress=False)
