@@ -90,6 +90,8 @@ def check(work: Path) -> None:
             found, expected = getattr(read, name)[setting], getattr(saved, name)[setting]
             if not torch.equal(found.float(), expected):
                 raise RuntimeError(f"expected {name} of {setting} as it was exported, got other digits")
+    assert read.training_q is not None
+    assert saved.training_q is not None
     if not (torch.equal(read.q.float(), saved.q) and torch.equal(read.training_q.float(), saved.training_q)):
         raise RuntimeError("expected the queries as they were exported, got other digits")
 

@@ -13,6 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
+from icl_dual.captures.pairing import (
+    check_demonstrations,
+    check_settings,
+    check_start_weights,
+    check_training_sequences,
+)
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
@@ -208,6 +214,24 @@ def _training(delta: WeightDelta | None, n_start: int, scale: float) -> dict[str
 def _check_match(
     zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta | None, steps: Sequence[int] | None
 ) -> None:
+    check_settings(zero_shot=zero_shot, in_context=in_context, finetuned=finetuned)
+    if delta is not None:
+        check_start_weights(delta, zero_shot)
+    check_demonstrations(in_context)
+    if delta is None or delta.training_q is None:
+        return {}
+    steps = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
+    start = torch.full((n_start,), START)
+    return {
+        "training_q": delta.training_q.flatten(2) * scale,
+        "training_segments": torch.cat([part for step in steps for part in (start, step)]),
+        "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
+    }
+
+
+def _check_match(
+    zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta | None, steps: Sequence[int] | None
+) -> None:
     models = {"zero_shot": zero_shot.model, "in_context": in_context.model, "finetuned": finetuned.model}
     models |= {} if delta is None else {"delta": delta.model}
     if len(set(models.values())) > 1:
@@ -248,12 +272,9 @@ def _check_match(
             )
     elif steps is not None:
         _check_steps(in_context, delta, steps)
-    elif delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
-        raise ValueError(
-            "expected a delta finetuned on the demonstrations of in_context's prompts, in their order, got other "
-            "demonstrations: for a control, with others in context, pass steps= of "
-            "icl_dual.contexts.matching_training_steps"
-        )
+    else:
+        advice = "for a control, with others in context, pass steps= of icl_dual.contexts.matching_training_steps"
+        check_training_sequences(delta, in_context, advice)
 
 
 def _check_steps(in_context: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:

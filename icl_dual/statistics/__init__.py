@@ -1,4 +1,11 @@
-"""Statistics on plain tables and rows: 95 % intervals and paired tests, rank correlations, summary frames."""
+"""Statistics on plain tables and rows.
+
+| module | holds |
+|---|---|
+| `intervals` | 95 % intervals of means, shares and differences; paired tests |
+| `ranks` | rank correlations of many short rows |
+| `frames` | means and deviations over queries as a data frame |
+"""
 
 from icl_dual.statistics.intervals import (
     Interval,
@@ -16,8 +23,8 @@ __all__ = [
     "Interval",
     "Paired",
     "Table",
-    "mean_of_intervals",
     "bootstrap",
+    "mean_of_intervals",
     "over_seeds",
     "paired_test",
     "proportion",

@@ -1,7 +1,7 @@
 """Rank correlations of many short rows at once.
 
-scipy takes rows one by one, and a cell has tens of thousands of them. Ranking is numpy's, which sorts many times faster
-than torch.
+scipy computes one row at a time, and a cell has tens of thousands of rows. Ranks are numpy's, which sorts many times
+faster than torch.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from icl_dual import dual
 
 AT_ONCE = 1 << 15
-"""Elements ranked at once by Kendall's τ: what its passes over them share stays in a core's cache."""
+"""The number of elements that Kendall's τ ranks at once: few enough for all its passes to stay in a core's cache."""
 
 Rows = Shaped[np.ndarray, "row item"]
 
@@ -23,23 +23,27 @@ Rows = Shaped[np.ndarray, "row item"]
 def spearman(
     a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
 ) -> Float[Tensor, "*batch"]:
-    """Spearman's ρ over the last axis, of the items known alone; NaN where nothing varies."""
+    """Return Spearman's ρ over the last axis, of the known items only; NaN where nothing varies."""
     return dual.cosine(_centred_ranks(a, known), _centred_ranks(b, known))
 
 
 def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) -> Float[Tensor, "*batch"]:
-    """Kendall's τ-b over the last axis, in O(n log² n); NaN where nothing varies, or a number is missing.
+    """Return Kendall's τ-b over the last axis, in O(n log² n); NaN where nothing varies, or a number is missing.
 
     τ = (concordant − discordant pairs) / √(pairs untied in a · pairs untied in b).
+
+    Example:
+        >>> kendall(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 2.0, 4.0, 3.0]]))  # 5 pairs of 6 agree
+        tensor([0.6667], dtype=torch.float64)
     """
     *batch, n = a.shape
     rows = math.prod(batch)
     if n < 2 or not rows:
         return torch.full(batch, torch.nan, dtype=torch.float64)
     step = max(1, AT_ONCE // n)
-    of_a, of_b = a.reshape(rows, n).numpy(), b.reshape(rows, n).numpy()
-    found = [_kendall(of_a[first : first + step], of_b[first : first + step]) for first in range(0, rows, step)]
-    return torch.from_numpy(np.concatenate(found)).view(batch)
+    rows_a, rows_b = a.reshape(rows, n).numpy(), b.reshape(rows, n).numpy()
+    blocks = [_kendall(rows_a[first : first + step], rows_b[first : first + step]) for first in range(0, rows, step)]
+    return torch.from_numpy(np.concatenate(blocks)).view(batch)
 
 
 def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
@@ -48,10 +52,10 @@ def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
     x, y = _dense_ranks(a, dtype), _dense_ranks(b, dtype)
     both = np.sort(x * dtype(n) + y)
     y_by_x = both % dtype(n)
-    # Where b's items stand when sorted by a; equal ones in order, so that no tie is an inversion.
+    # The places of b's items when sorted by a; equal items in order, so that no tie is an inversion.
     places = np.sort(y_by_x * dtype(n) + np.arange(n, dtype=dtype)) % dtype(n)
     pairs = n * (n - 1) // 2
-    tied_x, tied_y, tied_both = (_tied_pairs(found) for found in (np.sort(x), np.sort(y), both))
+    tied_x, tied_y, tied_both = (_tied_pairs(ranks) for ranks in (np.sort(x), np.sort(y), both))
     difference = pairs - tied_x - tied_y + tied_both - 2 * _inversions(places)
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = difference / np.sqrt(pairs - tied_x) / np.sqrt(pairs - tied_y)
@@ -60,17 +64,17 @@ def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
 
 
 def _dense_ranks(rows: Rows, dtype: type) -> Rows:
-    """0, 1, … by size, equal items alike."""
+    """Return ranks 0, 1, … by size, the same for equal items."""
     order = rows.argsort(-1)
     in_order = np.take_along_axis(rows, order, -1)
-    ranks, found = np.zeros((2, *rows.shape), dtype)
-    np.cumsum(in_order[:, 1:] != in_order[:, :-1], axis=-1, out=ranks[:, 1:])
-    np.put_along_axis(found, order, ranks, -1)
-    return found
+    sorted_ranks, ranks = np.zeros((2, *rows.shape), dtype)
+    np.cumsum(in_order[:, 1:] != in_order[:, :-1], axis=-1, out=sorted_ranks[:, 1:])
+    np.put_along_axis(ranks, order, sorted_ranks, -1)
+    return ranks
 
 
 def _tied_pairs(in_order: Rows) -> Shaped[np.ndarray, " row"]:
-    """Pairs of equal items in sorted rows: each item with those equal before it."""
+    """Return the number of pairs of equal items in sorted rows: each item with its equals before it."""
     places = np.arange(in_order.shape[-1])
     first = np.zeros(in_order.shape, places.dtype)
     np.copyto(first[:, 1:], places[1:], where=in_order[:, 1:] != in_order[:, :-1])
@@ -78,29 +82,29 @@ def _tied_pairs(in_order: Rows) -> Shaped[np.ndarray, " row"]:
 
 
 def _inversions(permutations: Rows) -> Shaped[np.ndarray, " row"]:
-    """Pairs of items out of order in permutations of 0 … n − 1.
+    """Return the number of pairs of items out of order in permutations of 0 … n − 1.
 
-    Of two items, the highest bit in which they differ says which is larger. So bit by bit: among the items that agree
-    in all higher bits, in the order in which they stand, count those with a 1 before each with a 0.
+    The highest bit in which two items differ says which is larger. So, bit by bit, among the items that agree in all
+    higher bits, in their order, count those with a 1 before each with a 0.
     """
     n, dtype = permutations.shape[-1], permutations.dtype.type
     n_bits = (n - 1).bit_length()
     size = 1 << n_bits
     added = np.broadcast_to(np.arange(n, size, dtype=dtype), (len(permutations), size - n))  # all groups whole
     items, places = np.concatenate((permutations, added), -1), np.arange(size, dtype=dtype)
-    found = np.zeros(len(permutations), dtype=np.int64)
+    inversions = np.zeros(len(permutations), dtype=np.int64)
     for bit in range(n_bits):
         # One number of the higher bits, the place and the bit itself: sorted, groups lie together, each in its order.
         key = np.sort((items >> dtype(bit + 1) << dtype(n_bits + 1)) + (places << dtype(1)) + (items >> dtype(bit) & 1))
         ones = (key & dtype(1)).reshape(len(key), -1, 2 << bit)
-        found += (np.cumsum(ones, -1, dtype=dtype) * (dtype(1) - ones)).sum((-1, -2), dtype=np.int64)
-    return found
+        inversions += (np.cumsum(ones, -1, dtype=dtype) * (dtype(1) - ones)).sum((-1, -2), dtype=np.int64)
+    return inversions
 
 
 def _centred_ranks(
     x: Float[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
 ) -> Float[Tensor, "*batch item"]:
-    """Ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
+    """Return ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
     hidden = None if known.all() else ~known
     x = x if hidden is None else x.masked_fill(hidden, torch.nan)
     order = torch.from_numpy(x.numpy().argsort(-1))  # NaNs come last

@@ -93,12 +93,11 @@ def test_comparisons_save_and_load_and_become_a_tidy_frame(runs: dict, tmp_path:
     expected = comparison.per_layer["Kendall"][:, 1].mean().item()
     assert by_layer["Kendall", 1] == {"value": pytest.approx(expected), "n": 7}
     intervals = comparison.intervals()
-    for row in frame[frame["layer"].isna()].itertuples():
-        assert np.array_equal(
-            (row.low, row.high), (intervals[row.metric].low, intervals[row.metric].high), equal_nan=True
-        )
-    assert frame[frame["layer"].notna()][["low", "high"]].isna().all(axis=None)
-    assert frame.set_index("metric")["low"].notna()["SimAOU"].sum() == 1
+    for row in frame.to_dict("records"):
+        whole = intervals[str(row["metric"])]
+        expected = (whole.low, whole.high) if pd.isna(row["layer"]) else (math.nan, math.nan)
+        assert np.array_equal((row["low"], row["high"]), expected, equal_nan=True)
+    assert math.isfinite(intervals["SimAOU"].low)
     overall = comparison.overall().set_index("metric").to_dict()["value"]
     assert overall["SimAOU"] == pytest.approx(comparison.per_layer["SimAOU"].mean().item())
     assert "SimAOU random" in comparison._repr_html_()
@@ -350,9 +349,14 @@ def test_steps_that_are_not_their_demonstrations_are_refused(
         icl.compare(**reordered((2, 0, 3, 1)), steps=steps)
 
 
+def captures_of(runs: dict) -> dict:
+    """The captures alone, as of a model that was finetuned elsewhere."""
+    return {name: run for name, run in runs.items() if name != "delta"}
+
+
 def test_without_a_delta_all_but_attention_to_the_demonstrations_is_compared(runs: dict, tmp_path: Path) -> None:
     whole = icl.compare(**runs, seed=3)
-    without = icl.compare(**runs | {"delta": None}, seed=3)
+    without = icl.compare(**captures_of(runs), seed=3)
     needing = {name for name, metric in metrics().items() if metric.needs}
     assert set(whole.per_layer) - set(without.per_layer) == needing
     assert needing == {name for name in layer_metrics() if name.startswith(("Kendall", "Top-"))}
@@ -373,14 +377,14 @@ def test_a_delta_without_training_queries_is_as_none_but_is_checked(runs: dict) 
         object.__setattr__(delta, name, None)
     object.__setattr__(delta, "demonstrations", [])
     got = icl.compare(**runs | {"delta": delta})
-    assert list(got.per_layer) == list(icl.compare(**runs | {"delta": None}).per_layer)
+    assert list(got.per_layer) == list(icl.compare(**captures_of(runs)).per_layer)
     object.__setattr__(delta, "fingerprint", "other")
     with pytest.raises(ValueError, match="expected a delta finetuned from the weights that zero_shot"):
         icl.compare(**runs | {"delta": delta})
 
 
 def test_without_a_delta_captures_that_do_not_belong_together_are_refused(runs: dict) -> None:
-    runs = runs | {"delta": None}
+    runs = captures_of(runs)
 
     def refused(message: str, **changed: object) -> None:
         with pytest.raises(ValueError, match=message):
@@ -395,7 +399,7 @@ def test_without_a_delta_captures_that_do_not_belong_together_are_refused(runs: 
 
 def answers(gold: list[int], zsl: list[int], in_context: list[int], ft: list[int]) -> icl.Comparison:
     """A comparison of one layer, whose SimAOU is .5 above its null for every query."""
-    labels = dict(zip(SETTINGS, map(torch.tensor, (zsl, in_context, ft)), strict=True))
+    labels = {"ZSL": torch.tensor(zsl), "ICL": torch.tensor(in_context), "FT": torch.tensor(ft)}
     n = len(gold)
     null = 0.1 * draw(0, n, 1)
     per_layer = {"SimAOU": null + 0.5, "SimAOU random update": null, "SimAM after FT": null, "SimAM before FT": null}
@@ -407,19 +411,24 @@ def answers(gold: list[int], zsl: list[int], in_context: list[int], ft: list[int
 def test_a_printed_comparison_has_five_rows_each_with_a_verdict() -> None:
     n = 20
     comparison = answers([1] * n, [0] * n, [1] * 15 + [0] * 5, [0] * n)
-    summary = comparison.summary().set_index("metric")
-    assert list(summary.index) == ["ICL accuracy", "Rec2FTP", "SimAOU", "SimAM after FT", "Kendall"]
-    assert summary["baseline"].tolist() == [
-        "ZSL accuracy", "Rec2FTP random", "SimAOU random update", "SimAM before FT", "Kendall random"
-    ]  # fmt: skip
-    verdicts = summary["verdict"]
+    summary = comparison.summary().set_index("metric").to_dict("index")
+    assert {metric: row["baseline"] for metric, row in summary.items()} == {
+        "ICL accuracy": "ZSL accuracy",
+        "Rec2FTP": "Rec2FTP random",
+        "SimAOU": "SimAOU random update",
+        "SimAM after FT": "SimAM before FT",
+        "Kendall": "Kendall random",
+    }
+    verdicts = {metric: row["verdict"] for metric, row in summary.items()}
     assert verdicts["ICL accuracy"] == "above zero-shot (p < .001)"
-    assert summary["p"]["ICL accuracy"] == pytest.approx(2**-14, abs=2e-4)  # all 15 swaps one way, of 9999 drawn
     assert verdicts["Rec2FTP"] == "undefined: finetuning corrects nothing"
     assert verdicts["SimAOU"] == "above its null (p < .001)"
     assert verdicts["SimAM after FT"] == "not above its value before FT (p = 1.000)"
     assert verdicts["Kendall"].startswith("undefined: no demonstration is both in context and trained on")
-    assert summary["baseline_value"]["ICL accuracy"] == 0.0
+    accuracy, expected = summary["ICL accuracy"], comparison.intervals()["ICL accuracy"]
+    assert accuracy["p"] == pytest.approx(2**-14, abs=2e-4)  # all 15 swaps one way, of 9999 drawn
+    assert (accuracy["value"], accuracy["low"], accuracy["high"]) == (0.75, expected.low, expected.high)
+    assert (accuracy["n"], accuracy["baseline_value"]) == (20, 0.0)
     lines = str(comparison).splitlines()
     assert len(lines) == 6
     assert lines[1].split("  ")[0] == "ICL accuracy"
@@ -432,12 +441,13 @@ def test_a_printed_comparison_has_five_rows_each_with_a_verdict() -> None:
 
 def test_a_verdict_says_below_and_when_there_are_too_few_queries() -> None:
     n = 20
-    worse = answers([1] * n, [1] * n, [0] * n, [1] * n)
-    assert worse.summary()["verdict"][0] == "below zero-shot (p < .001)"
-    few = answers([1] * 4, [0] * 4, [1] * 4, [1] * 4).summary()["verdict"]
-    assert few[0] == "not tested: 4 queries, fewer than 5"
-    single = answers([1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1] * 6, [1] * 6).summary()["verdict"]
-    assert single[1] == "not tested: 1 query, fewer than 5"
+
+    def verdicts(*labels: list[int]) -> list[str]:
+        return answers(*labels).summary()["verdict"].tolist()
+
+    assert verdicts([1] * n, [1] * n, [0] * n, [1] * n)[0] == "below zero-shot (p < .001)"
+    assert verdicts([1] * 4, [0] * 4, [1] * 4, [1] * 4)[0] == "not tested: 4 queries, fewer than 5"
+    assert verdicts([1] * 6, [0, 1, 1, 1, 1, 1], [1] * 6, [1] * 6)[1] == "not tested: 1 query, fewer than 5"
 
 
 def test_a_latex_table_has_every_overall_number(runs: dict) -> None:

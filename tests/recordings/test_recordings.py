@@ -27,6 +27,8 @@ def test_recordings_are_what_the_captures_and_the_delta_hold(runs: dict, recordi
         assert torch.equal(recordings.predictions[setting], runs[run].predictions)
     assert torch.equal(recordings.q, runs["finetuned"].q.flatten(2) * scale)
     lengths = [len(tokens) for tokens in runs["delta"].demonstrations]
+    assert recordings.training_q is not None
+    assert recordings.training_segments is not None
     assert recordings.training_segments.tolist() == [o for i, n in enumerate(lengths) for o in [-1] + [i] * n]
     assert recordings.training_q.shape[1] == len(recordings.training_segments)
     assert f"{len(lengths)} training steps" in repr(recordings)
@@ -59,7 +61,7 @@ def test_saved_recordings_are_checked_like_any(recordings: icl.Recordings, tmp_p
 def test_recordings_without_a_delta_have_no_training_queries(
     runs: dict, recordings: icl.Recordings, tmp_path: Path
 ) -> None:
-    without = icl.Recordings.of(**runs | {"delta": None})
+    without = icl.Recordings.of(**{name: run for name, run in runs.items() if name != "delta"})
     for name, value in vars(recordings).items():
         if name.startswith("training_"):
             assert getattr(without, name) is None

@@ -329,6 +329,7 @@ def test_a_damaged_training_step_is_refused_or_left_out_of_the_comparison(folder
         load(folder)
     rest = load(folder, skip_bad=True)
     assert rest.segments.tolist() == [START, 0, 0, 0, -2, -2, -2, 2, 2, 2, 2, -2, 3, 3, -2]
+    assert rest.training_segments is not None
     assert rest.training_segments.unique().tolist() == [START, 0, 2, 3]
     # As if it had been a separator all along: the others' attention is what the definitions say.
     found = icl.compare_recordings(rest).per_layer["Kendall"]
@@ -430,5 +431,5 @@ def test_metadata_that_make_no_sense_are_refused(folder: Path) -> None:
 
 
 def test_at_least_one_query_is_compared(folder: Path) -> None:
-    with pytest.raises(ValueError, match="expected at least one query whose attention is compared, got 0"):
+    with pytest.raises(ValueError, match="expected kendall_queries of at least 1, got 0"):
         icl.compare_recordings(load(folder), kendall_queries=0)

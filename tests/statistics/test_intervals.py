@@ -341,7 +341,7 @@ def test_what_a_caller_can_mend_is_said() -> None:
     for successes in (-1, 4):
         with pytest.raises(ValueError, match=f"expected from 0 to n=3 successes, got {successes}"):
             wilson(successes, 3)
-    with pytest.raises(ValueError, match=r"got shapes \(2, 7\) and \(2, 8\): keep what both have"):
+    with pytest.raises(ValueError, match=r"got shapes \(2, 7\) and \(2, 8\): keep the seeds and queries of both"):
         paired_test(normal(0, 2, 7), normal(0, 2, 8))
     for call in (lambda: bootstrap(normal(0, 9)), lambda: paired_test(normal(0, 9), normal(1, 9))):
         with pytest.raises(ValueError, match=r"expected a table \[seed query\], got shape \(9,\): .*values\[None\]"):
