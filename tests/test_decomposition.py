@@ -229,7 +229,8 @@ def test_groups_are_named_in_order(llama: icl.Model, prompts: Prompts) -> None:
 
 def test_tables_and_tensors_by_demonstration_are_labelled(llama: icl.Model, prompts: Prompts) -> None:
     got = decomposed(llama, prompts)
-    masses, shares = got.masses(), got.shares()
+    masses: Any = got.masses()
+    shares: Any = got.shares()
     assert (masses.shape, shares.shape) == ((7 * 3 * 4, 8), (7 * 3, 8))
     assert list(shares.columns) == list(masses.columns) == list(got.groups)
     assert (masses.index.names, shares.index.names) == (["query", "layer", "head"], ["query", "layer"])
@@ -269,7 +270,7 @@ def test_attention_by_token_is_that_of_a_plain_full_prompt(
         outs, tables = [], []
         for head in range(model.n_heads):
             _, weights, _, v, _, _ = plain.head(layer, head)
-            table = got.by_token(1, layer, head)
+            table: Any = got.by_token(1, layer, head)
             assert table["position"].tolist() == list(range(len(weights)))
             assert tuple(table["token"]) == prompts.prefix + prompts.suffixes[1]
             assert close(torch.tensor(table["weight"]), weights)
@@ -287,7 +288,7 @@ def test_attention_by_token_is_that_of_a_plain_full_prompt(
         direct = np.sum(outs, axis=(0, 1))
         for out, table in zip(outs, tables, strict=True):
             assert close(torch.tensor(table["icl_share"]), out @ direct / (direct @ direct))
-        by_group = pd.concat(tables).groupby("group")["icl_share"].sum()
+        by_group: Any = pd.concat(tables).groupby("group")["icl_share"].sum()
         for name, share in got.shares().loc[(1, layer)].items():
             assert by_group.get(name, 0.0) == pytest.approx(share, abs=1e-6)
 
@@ -305,7 +306,7 @@ def test_attention_by_token_counts_negative_indices_from_the_end_and_refuses_oth
         with pytest.raises(IndexError, match=message):
             got.by_token(*indices)
     nothing = icl.decompose(llama, **dict.fromkeys(("zero_shot", "in_context"), runs(llama, prompts.zero_shot())[0]))
-    table = nothing.by_token(0, 0, 0)
+    table: Any = nothing.by_token(0, 0, 0)
     assert set(table["group"]) == {"start", "query"}
     assert table["weight"].sum() == pytest.approx(1.0)
     got.save(tmp_path / "split")

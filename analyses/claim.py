@@ -1,0 +1,82 @@
+"""Draw the claim in one figure: SimAOU of in-context learning and finetuning beside what must score less than it.
+
+Reads the table that `controls.py` wrote; runs no model.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from common import TITLES, run_script, script_parser
+from matplotlib.axes import Axes
+
+import icl_dual as icl
+from icl_dual.statistics.intervals import Interval
+
+ROWS = {
+    "ICL and FT": "ICL and finetuning",
+    "random update of FT's size": "a random update for finetuning's",
+    "ICL on flipped labels": "labels flipped in context",
+    "ICL on another task": "another task in context",
+    "untrained model": "untrained model",
+}
+"""What is compared in the table, and its name in the figure, from the top."""
+
+MARKERS = "os^"
+"""One marker a task, so that tasks are told apart without colour."""
+
+
+def read(table: Path) -> dict[str, dict[str, Interval]]:
+    """Return SimAOU with its interval by row of the figure and task."""
+    scores = pd.read_csv(table).query("metric == 'SimAOU' and task != 'mean'")
+    missing = [name for name in ROWS if name not in set(scores["what is compared"])]
+    if missing:
+        raise ValueError(f"expected SimAOU of {missing[0]!r} in {table}, got none: write it with analyses/controls.py")
+    estimates: dict[str, dict[str, Interval]] = {label: {} for label in ROWS.values()}
+    for row in scores[scores["what is compared"].isin(list(ROWS))].to_dict("records"):
+        interval = Interval(row["value"], row["low"], row["high"], row["queries"])
+        estimates[ROWS[row["what is compared"]]][TITLES[row["task"]]] = interval
+    return estimates
+
+
+def draw(estimates: dict[str, dict[str, Interval]], ax: Axes) -> Axes:
+    """Draw a row for each comparison and a marker for each task."""
+    icl.plots.dots(estimates, ax=ax)
+    tasks = list(next(iter(estimates.values())))
+    for line in ax.get_lines():
+        if line.get_label() in tasks:
+            line.set_marker(MARKERS[tasks.index(str(line.get_label()))])
+    ax.set(xlabel="SimAOU (cosine)")
+    return ax
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--controls", type=Path, default=Path("figures/controls/controls.csv"), help="the table (%(default)s)")
+    add("--out", type=Path, default=Path("figures/claim"), help="the figure's path without suffix (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Draw the figure and write it as .png and .pdf."""
+    estimates = read(args.controls)
+    with plt.rc_context({"font.size": 7}):
+        fig, ax = plt.subplots(figsize=(88 / 25.4, 2.2), layout="constrained")  # a column of a journal: 88 mm
+        draw(estimates, ax)
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(args.out.with_suffix(".png"), dpi=300)
+        fig.savefig(args.out.with_suffix(".pdf"), metadata={"CreationDate": None})
+        plt.close(fig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, write, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The README and the guide: their code runs, their links lead somewhere, and they read as STYLE asks."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.axes import Axes
+from test_structure import LAYERS
+
+import icl_dual as icl
+from icl_dual import paper_tasks, pretraining
+from icl_dual.metrics import unregister_metric
+from icl_dual.metrics.catalogue import metrics
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+README = PAGES[0].read_text()
+SCRIPTS = {path.name for path in (ROOT / "analyses").glob("*.py")}
+NOT_STYLE = re.compile(
+    r"\b(room|anew|whose|asked|turned|descended)\b|as it stands|in their place|beside what", re.IGNORECASE
+)
+"""Words that readers had to read twice."""
+RUN_ELSEWHERE = {"docs/hooked_transformer.md"}
+"""Pages that need transformer-lens 3.9: `tests/models/test_hooked.py` runs their code."""
+
+Run = Callable[[str], Iterator[tuple[str, dict[str, Any], str]]]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text_of(name), flags=re.DOTALL)
+
+
+def sections(name: str) -> dict[str, str]:
+    """The Python code of a page by the heading that it stands under, in order."""
+    code: dict[str, str] = {}
+    heading, language = "", None
+    for line in text_of(name).splitlines():
+        if line.startswith("```"):
+            language = line.removeprefix("```") if language is None else None
+        elif language is None and line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif language == "python":
+            code[heading] = code.get(heading, "") + line + "\n"
+    return code
+
+
+def prose(text: str) -> str:
+    """A page without its code, and without the targets of its links."""
+    without_code = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return re.sub(r"\]\([^)]*\)", "]", without_code)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that headings of a page have."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def weights_of(model: icl.Model) -> str:
+    """A hash of all weights of a model, bit for bit."""
+    digest = hashlib.sha256()
+    for parameter in model.wrapped.parameters():
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[icl.Model]:
+    """The packaged model, loaded once for all pages; after them it is as it was."""
+    model = icl.load_model("smollm2-135m")
+    before = weights_of(model)
+    yield model
+    assert model.momentum is None
+    assert weights_of(model) == before
+
+
+@pytest.fixture
+def run_page(
+    smollm2: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Runs a page's code in an empty folder, with the packaged model loaded once; what it registers is removed."""
+    load_model = icl.load_model
+
+    def load(name: Any, *args: Any, **options: Any) -> icl.Model:
+        return smollm2 if name == "smollm2-135m" else load_model(name, *args, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(icl, "load_model", load)
+    monkeypatch.setattr("icl_dual.study.load_model", load)
+    registered = set(metrics())
+
+    def run(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Run a page's code in one scope; after each section yield its heading, the scope and what it printed."""
+        scope: dict[str, Any] = {}
+        for heading, code in sections(name).items():
+            exec(compile(code, f"{name}, {heading}", "exec"), scope)
+            yield heading, scope, capsys.readouterr().out
+
+    yield run
+    for name in set(metrics()) - registered:
+        unregister_metric(name)
+    plt.close("all")
+
+
+def test_the_readme_is_short_and_begins_with_the_claim_and_a_figure() -> None:
+    assert len(README.splitlines()) <= 110
+    assert README.index("![") < README.index("```")
+    (example,) = blocks("README.md", "python")
+    assert len(example.splitlines()) <= 12
+
+
+def test_the_commands_are_the_two_promised() -> None:
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e"
+    assert [block.rstrip("\n") for block in blocks("README.md", "sh")] == [
+        f"{set_up} . && .venv/bin/python analyses/reproduce.py",
+        f'{set_up} ".[test]" && .venv/bin/pytest',
+    ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/findings.md"])
+def test_pages_with_numbers_say_what_the_models_are(name: str) -> None:
+    text = text_of(name)
+    for words in (
+        "SmolLM2-135M-**Instruct**",
+        "Q4_1",
+        "unofficial Q4_K_M re-upload of google/gemma-3-270m",
+        "dequantised",
+    ):
+        assert words in text
+
+
+def test_every_finding_has_its_figure_and_the_command_that_makes_it() -> None:
+    sections = re.split(r"^## ", text_of("docs/findings.md"), flags=re.MULTILINE)[1:]
+    assert len(sections) >= 8
+    for section in sections:
+        title = section.splitlines()[0]
+        assert re.search(r"!\[.+\]\(\.\./figures/.+\.png\)", section), title
+        assert "```sh\npython analyses/" in section or "The command is that of" in section, title
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(name), flags=re.DOTALL)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), f"{name} links to {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_are_in_plain_words(name: str) -> None:
+    assert [match.group() for match in NOT_STYLE.finditer(prose(text_of(name)))] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scripts_and_modules_that_pages_name_exist(name: str) -> None:
+    text = text_of(name)
+    assert {*re.findall(r"analyses/(\w+\.py)", text)} <= SCRIPTS
+    for path in re.findall(r"`((?:icl_dual|tests|figures|docs|analyses)/[\w/.]+)`", text):
+        assert (ROOT / path).exists() or path.startswith("figures/cells"), f"{name} names {path}"
+
+
+def test_the_guide_has_a_way_to_every_page() -> None:
+    index = text_of("docs/index.md")
+    for name in NAMES:
+        if name.startswith("docs/") and name != "docs/index.md":
+            assert f"]({Path(name).name})" in index, name
+    assert "docs/index.md" in README
+    assert "docs/findings.md" in README
+
+
+def test_the_table_of_modules_is_the_one_that_imports_obey() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", text_of("CONTRIBUTING.md"), flags=re.MULTILINE)
+    modules = [name.rstrip("/") for row in rows for name in re.findall(r"`(\w+/?)`", row)]
+    order = [name for layer in LAYERS for name in layer]
+    assert [name for name in modules if name in order] == order
+    folders = {"icl_dual", "analyses", "tests", "docs", "figures"}
+    assert {*modules} <= {*order} | folders
+
+
+def without_numbers(text: str) -> str:
+    return " ".join(re.sub(r"-?\d*\.?\d+(e-?\d+)?", "#", text).split())
+
+
+def numbers(text: str) -> list[float]:
+    return [float(match.group()) for match in re.finditer(r"-?\d*\.?\d+(e-?\d+)?", text)]
+
+
+def test_the_readmes_example_prints_what_the_readme_says(run_page: Run) -> None:
+    ((_, scope, printed),) = run_page("README.md")
+    (expected,) = blocks("README.md", "text")
+    assert without_numbers(printed) == without_numbers(expected)
+    assert numbers(printed) == pytest.approx(numbers(expected), abs=0.05, rel=0.15)  # other machines round otherwise
+    experiment = scope["experiment"]
+    assert experiment.in_context.accuracy - experiment.zero_shot.accuracy > 0.15
+    assert experiment.in_context.predictions.bincount(minlength=2).min() >= 8, "both labels are predicted"
+    assert experiment.decompose().residual < 2e-6
+
+
+def test_the_guide_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/guide.md"):
+        ran.append(heading)
+        if heading == "Metrics":
+            comparison = scope["comparison"]
+            assert "SimAM after FT" in printed
+            assert comparison.per_layer["SimAOU"].shape == (len(scope["queries"]), 30)
+            assert comparison.per_layer["SimAOU"].isfinite().all()
+            by_hand = scope["experiment"].compare().per_layer["SimAOU"]
+            torch.testing.assert_close(comparison.per_layer["SimAOU"], by_hand)
+            axes: Axes = plt.gca()
+            assert axes.get_ylabel() == "SimAOU (cosine)"
+        elif heading == "Decomposition":
+            assert scope["split"].residual < 2e-6
+            assert "Residuals(split=" in printed
+        elif heading == "ΔW_ICL against ΔW_FT":
+            assert scope["updates"].cosine.isfinite().all()
+            assert scope["delta_W_ICL"].shape == (30, 3, 64, 64)
+            assert scope["W_ZSL"].shape == (len(scope["queries"]), 30, 3, 64, 64)
+        elif heading == "Momentum attention on a pretrained model":
+            assert scope["model"].momentum is None
+            assert "momentum norm=" in printed
+        elif heading == "Several finetunings at once":
+            assert [line.split()[0] for line in printed.splitlines()] == ["0.0003", "0.001", "0.003"]
+        elif heading == "Your own task":
+            assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
+    assert len(ran) == 7
+
+
+def test_the_page_on_studies_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/studies.md"):
+        ran.append(heading)
+        if heading == "Recordings":
+            expected = scope["results"][0].comparison.released()
+            released = icl.compare_recordings(scope["recordings"], seed=1).released()
+            for name, values in expected.items():
+                assert released[name] == pytest.approx(values, abs=1e-9, nan_ok=True), name
+            assert {path.name for path in Path("recordings", scope["cell"].name).iterdir()} == {
+                *("zs", "icl", "ftzs", "ft"),
+                "metadata.json",
+            }
+        elif heading == "Controls":
+            assert printed.count(" [") == 6, "five intervals, and that of a difference"
+            costs = {key: set(result.provenance["seconds"]) for key, result in scope["results"].items()}
+            for seed in (1, 2):
+                assert costs["random delta", seed] == {"FT", "metrics"}
+                assert costs["flipped labels", seed] == {"ICL", "metrics"}
+                assert costs["layer-causal", seed] == {"finetuning", "FT", "metrics"}
+    assert ran == ["Cells", "Recordings", "Controls"]
+
+
+def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
+    ran = []
+    for heading, scope, printed in run_page("docs/extending.md"):
+        ran.append(heading)
+        if heading == "A metric":
+            captures = [
+                getattr(scope["experiment"], name).attn_out for name in ("zero_shot", "in_context", "finetuned")
+            ]
+            zero_shot, in_context, finetuned = (attn_out.double() for attn_out in captures)
+            expected = (finetuned - zero_shot).norm(dim=-1) / (in_context - zero_shot).norm(dim=-1)
+            torch.testing.assert_close(scope["comparison"].per_layer["Update ratio"], expected)
+            assert "Update ratio" in printed
+            assert plt.gca().get_ylabel() == "Update ratio"
+        elif heading == "A task":
+            assert printed.startswith("Question: Is ")
+            assert [result.cell.task for result in scope["results"]] == ["parity", "parity"]
+            assert icl.load_task("parity") is scope["parity"]
+        elif heading == "An architecture":
+            assert scope["split"].residual < 2e-6
+            assert "Residuals(split=" in printed
+        elif heading == "A figure":
+            assert Path("figure.png").stat().st_size > 10_000
+            heights = [bar.get_height() for bar in plt.gca().patches]
+            assert heights == (scope["comparison"].per_layer["SimAOU"] > 0).double().mean(0).tolist()
+    assert ran == ["A metric", "A task", "An architecture", "A figure"]
+
+
+def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but for the presets' numbers of steps."""
+    shorter = {name: replace(preset, n_steps=4, n_warmup=1) for name, preset in pretraining.PRESETS.items()}
+    monkeypatch.setattr(pretraining, "PRESETS", shorter)
+    Path("texts.txt").write_text("\n".join(f"item {n} is {'good' if n % 3 else 'bad'}" for n in range(2000)))
+    (_, _, pretrained), (_, scope, trained) = run_page("docs/momentum.md")
+    assert "smollm2-135m + momentum η=0.1 in layers 10-29" in pretrained
+    assert scope["split"].residual < 2e-6
+    assert (scope["split"].momentum_norm[:, :10] == 0).all()
+    assert scope["model"].momentum.shape == (4, 4)
+    assert "momentum η=0." in trained.splitlines()[-1]
+
+
+def test_no_page_has_code_that_is_not_run() -> None:
+    run_here = {"README.md", "docs/guide.md", "docs/studies.md", "docs/extending.md", "docs/momentum.md"}
+    assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE
