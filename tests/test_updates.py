@@ -268,7 +268,7 @@ def test_delta_w_counts_from_the_end_is_saved_and_refuses_other_indices(llama_ru
     assert set(got.to_frame()["metric"]).isdisjoint({"keys", "values", "n_hidden", "demonstrations"})
 
 
-def test_a_comparison_that_version_0_1_saved_is_loaded_and_has_no_delta_W(llama_runs: Runs, tmp_path: Path) -> None:
+def test_a_comparison_that_version_0_1_saved_is_loaded_and_has_no_delta_w(llama_runs: Runs, tmp_path: Path) -> None:
     got = llama_runs.compare()
     got.save(tmp_path / "updates")
     tensors, metadata = load_tensors(tmp_path / "updates")
@@ -397,7 +397,7 @@ def test_wrong_factors_are_seen_at_any_learning_rate(
     if (dtype, wrong) == (torch.bfloat16, 1.1):
         wrong = 3.0  # bfloat16's gradients are not that sure of themselves
 
-    def keep_wrong(self, layer: int, which: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def keep_wrong(self, layer: int, which: Any, x: torch.Tensor, gradient: torch.Tensor) -> None:
         keep(self, layer, which, x, gradient * wrong if which == kind else gradient)
 
     monkeypatch.setattr(recorder, "on_gradient", keep_wrong)

@@ -71,7 +71,10 @@ def check_settings(*, zero_shot: Capture, in_context: Capture, finetuned: Captur
     """Raise a ValueError unless the captures are the three settings of one model and the same queries."""
     models = {"zero_shot": zero_shot.model, "in_context": in_context.model, "finetuned": finetuned.model}
     if len(set(models.values())) > 1:
-        raise ValueError(f"expected captures of one model, got {models}: capture all three with the same model")
+        raise ValueError(
+            f"expected captures of one model, got {models}: capture all with one model, or with a finetuned copy that "
+            "is loaded under the same name"
+        )
     _check_same_queries(zero_shot=zero_shot, in_context=in_context)
     if finetuned.prompts != zero_shot.prompts:
         raise ValueError(
@@ -81,12 +84,12 @@ def check_settings(*, zero_shot: Capture, in_context: Capture, finetuned: Captur
     if zero_shot.fingerprint != in_context.fingerprint:
         raise ValueError(
             f"expected zero_shot and in_context captured with the same weights, got {zero_shot.fingerprint} and "
-            f"{in_context.fingerprint}: capture both outside of `with delta.applied(model):`"
+            f"{in_context.fingerprint}: capture both before finetuning, or outside of `with delta.applied(model):`"
         )
     if finetuned.fingerprint == zero_shot.fingerprint:
         raise ValueError(
-            "expected finetuned captured with the finetuned weights, got one with zero_shot's weights "
-            f"({zero_shot.fingerprint}): capture it within `with delta.applied(model):`"
+            "expected finetuned captured with finetuned weights, got a capture with zero_shot's weights "
+            f"({zero_shot.fingerprint}): capture it within `with delta.applied(model):`, or with the finetuned copy"
         )
 
 
@@ -104,8 +107,8 @@ def check_demonstrations(in_context: Capture) -> None:
     """Raise a ValueError where in_context's prompts have no demonstrations."""
     if not in_context.prompts.demonstrations:
         raise ValueError(
-            "expected in_context's prompts to have demonstrations, got none: without any, ΔW_ICL is 0. Build the "
-            "prompts with at least one demonstration"
+            "expected in_context's prompts to have demonstrations, got none: capture the prompts of build_prompts, not "
+            "their zero_shot()"
         )
 
 

@@ -219,52 +219,6 @@ def _check_match(
         check_start_weights(delta, zero_shot)
     check_demonstrations(in_context)
     if delta is None or delta.training_q is None:
-        return {}
-    steps = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
-    start = torch.full((n_start,), START)
-    return {
-        "training_q": delta.training_q.flatten(2) * scale,
-        "training_segments": torch.cat([part for step in steps for part in (start, step)]),
-        "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
-    }
-
-
-def _check_match(
-    zero_shot: Capture, in_context: Capture, finetuned: Capture, delta: WeightDelta | None, steps: Sequence[int] | None
-) -> None:
-    models = {"zero_shot": zero_shot.model, "in_context": in_context.model, "finetuned": finetuned.model}
-    models |= {} if delta is None else {"delta": delta.model}
-    if len(set(models.values())) > 1:
-        raise ValueError(
-            f"expected captures and delta of one model, got {models}: capture all with one model, or with a finetuned "
-            "copy that is loaded under the same name"
-        )
-    if zero_shot.prompts != in_context.prompts.zero_shot() or finetuned.prompts != zero_shot.prompts:
-        raise ValueError(
-            "expected captures of the same queries, got others: capture zero_shot and finetuned with "
-            "prompts.zero_shot() of in_context's prompts"
-        )
-    if zero_shot.fingerprint != in_context.fingerprint:
-        raise ValueError(
-            "expected zero_shot and in_context captured with the same weights, got different ones: capture both "
-            "before finetuning, or outside of `with delta.applied(model):`"
-        )
-    if delta is not None and delta.fingerprint != zero_shot.fingerprint:
-        raise ValueError(
-            "expected a delta finetuned from the weights that zero_shot and in_context were captured with, got "
-            "another: finetune the model that they were captured with"
-        )
-    if finetuned.fingerprint == zero_shot.fingerprint:
-        raise ValueError(
-            "expected finetuned captured with finetuned weights, got a capture with zero_shot's weights: capture it "
-            "within `with delta.applied(model):`, or with the finetuned copy"
-        )
-    if not in_context.prompts.demonstrations:
-        raise ValueError(
-            "expected in_context's prompts to have demonstrations, got none: capture the prompts of build_prompts, "
-            "not their zero_shot()"
-        )
-    if delta is None or delta.training_q is None:
         if steps is not None:
             raise ValueError(
                 "expected a delta with training queries where steps is given, got none: pass a delta of "

@@ -212,6 +212,7 @@ def test_a_capture_is_saved_and_loaded(llama: icl.Model, prompts: Prompts, tmp_p
     assert loaded.prompts == prompts
     assert loaded.q is None
     assert loaded.demo_scores is not None
+    assert got.demo_scores is not None
     assert torch.equal(loaded.demo_scores, got.demo_scores)
     assert repr(loaded) == repr(got)
     again = icl.decompose(llama, zero_shot=zero_shot, in_context=loaded)

@@ -71,7 +71,7 @@ def test_three_settings_are_of_one_model_and_two_weights(in_context: icl.Capture
         ("zero_shot", in_context, "expected captures of the same queries .* zero_shot of in_context's"),
         ("finetuned", changed(in_context, fingerprint="tuned"), "same queries: finetuned of in_context's"),
         ("in_context", changed(in_context, fingerprint="0"), "zero_shot and in_context captured with the same weights"),
-        ("finetuned", zero_shot, "expected finetuned captured with the finetuned weights, got one with zero_shot's"),
+        ("finetuned", zero_shot, "expected finetuned captured with finetuned weights, got a capture with zero_shot's"),
     ):
         with pytest.raises(ValueError, match=message):
             check_settings(**(settings | {name: capture}))
