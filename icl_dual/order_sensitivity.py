@@ -64,7 +64,7 @@ class OrderSensitivity(Saved):
 
     @property
     def accuracy(self) -> dict[str, Float[Tensor, " order"]]:
-        """By setting, the share of queries whose predicted label is correct, by order."""
+        """By setting, the share of correctly labelled queries, by order."""
         return {setting: (labels == self.gold).double().mean(1) for setting, labels in self.predictions.items()}
 
     def to_frame(self) -> pd.DataFrame:

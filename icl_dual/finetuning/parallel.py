@@ -52,12 +52,12 @@ def finetune_many(
     Runs of SGD go in parallel, as rows of one batch. Their deltas equal those of `finetune` up to rounding, which is
     smaller here because no small change is added to a large weight. SGD amplifies rounding step by step, also that of
     another number of threads: compare runs with each other in float64. Runs go one after another with other methods, in
-    half precision, for a `HookedTransformer`, and for models whose rotary embedding depends on the sequence length
-    (dynamic NTK, LongRoPE).
+    half precision, for a `HookedTransformer`, and for models with a rotary embedding that depends on the sequence
+    length (dynamic NTK, LongRoPE).
 
     Args:
         model: the model to finetune; restored afterwards.
-        prompts: by run, the prompts whose demonstrations are the training sequences.
+        prompts: by run, the prompts; their demonstrations are the training sequences.
         lrs: by run, the learning rate.
         config: the loss, the method and the trained projections of all runs, as in `finetune`.
         at_once: the most runs in parallel; each needs memory for its delta and its gradient. Halved where memory runs
@@ -127,7 +127,7 @@ def _finetune_groups(
                     log.warning("%d finetunings do not fit in memory in parallel: running fewer", len(prompts[group]))
                 has_warned = True
                 results = []
-            if not results:  # outside of the handler, whose traceback keeps the memory of the failed group
+            if not results:  # outside of the handler: its traceback keeps the memory of the failed group
                 at_once = (min(at_once, len(prompts) - first) + 1) // 2
                 continue
             first += len(results)
@@ -140,7 +140,7 @@ class _Run:
     """One of several finetunings in parallel: its settings, and what its steps so far have recorded."""
 
     prompts: Prompts
-    """The prompts whose demonstrations are the training sequences."""
+    """The prompts; their demonstrations are the training sequences."""
     lr: float
     """The learning rate."""
     losses: list[float] = field(default_factory=list)

@@ -5,9 +5,9 @@ a constant learning rate. Weights and biases of the key and value projections ar
 the model is restored bit for bit afterwards.
 
 The variants (`FinetuneConfig`): the loss of the label word alone (Shen et al., 2024); one step on all demonstrations
-together, from whose gradients equations 7–9 read the dual form; each layer trained by a loss of its own, so that no
-gradient comes from the layers above it, as no information does in a forward pass (layer-causal, Deutch et al., 2024);
-keys alone, values alone, or all of attention.
+together, with the gradients that equations 7–9 read as the dual form; each layer trained by a loss of its own, so that
+no gradient comes from the layers above it, as no information does in a forward pass (layer-causal, Deutch et al.,
+2024); keys alone, values alone, or all of attention.
 """
 
 import math
@@ -42,7 +42,7 @@ EXPLODED_WEIGHTS = 10.0
 change: a norm may follow the weights."""
 
 READOUT_TOKENS = 512
-"""The most tokens whose residual streams go through the unembedding at once, over layers (`layer-causal`)."""
+"""The most residual streams that go through the unembedding at once, over tokens and layers (`layer-causal`)."""
 
 
 class DivergedError(RuntimeError):

@@ -238,7 +238,7 @@ class WeightDelta(Saved):
     def _upgraded(
         cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what version 0.1 wrote, whose configuration and residual of factors were flat."""
+        """Return a delta of version 0.1, which kept options and the residual of factors flat, as this one does."""
         if CLASS in metadata:
             return tensors, metadata
         if "W_O" in tensors and metadata.get("layout") != LAYOUT:
