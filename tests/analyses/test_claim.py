@@ -1,0 +1,51 @@
+"""The README's figure: its scores are those of the table, and tasks are told apart without colour."""
+
+from pathlib import Path
+
+import claim
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "figures" / "controls" / "controls.csv"
+
+
+def test_every_score_is_the_tables_with_its_interval() -> None:
+    table = pd.read_csv(TABLE).query("metric == 'SimAOU'").set_index(["what is compared", "task"])
+    ax = claim.draw(claim.read(TABLE), plt.figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(claim.ROWS.values())
+    for task, title in (("sst2", "SST2"), ("mr", "MR"), ("subj", "Subj")):
+        (line,) = [line for line in ax.get_lines() if line.get_label() == title]
+        expected = [table.loc[(name, task), "value"] for name in claim.ROWS]
+        np.testing.assert_array_equal(np.asarray(line.get_xdata()), expected)
+    ends = {tuple(path.vertices[:, 0]) for lines in ax.collections for path in lines.get_paths()}
+    assert ends == {
+        (row["low"], row["high"]) for (name, task), row in table.iterrows() if name in claim.ROWS and task != "mean"
+    }
+    plt.close("all")
+
+
+def test_tasks_have_different_markers() -> None:
+    ax = claim.draw(claim.read(TABLE), plt.figure().subplots())
+    handles, _ = ax.get_legend_handles_labels()
+    assert len({handle.get_marker() for handle in handles}) == len(handles) == 3
+    plt.close("all")
+
+
+def test_the_script_writes_a_column_wide_figure(tmp_path: Path) -> None:
+    assert claim.main(["--controls", str(TABLE), "--out", str(tmp_path / "figures" / "claim")]) == 0
+    height, width, _ = plt.imread(tmp_path / "figures" / "claim.png").shape
+    assert width == round(88 / 25.4 * 300 - 0.5)
+    assert height < width
+    assert (tmp_path / "figures" / "claim.pdf").stat().st_size > 5_000
+
+
+def test_a_table_without_a_control_is_an_error_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pd.read_csv(TABLE)
+    rows[rows["what is compared"] != "untrained model"].to_csv(tmp_path / "controls.csv")
+    assert claim.main(["--controls", str(tmp_path / "controls.csv"), "--out", str(tmp_path / "claim")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected SimAOU of 'untrained model'")
+    assert not (tmp_path / "claim.png").exists()
