@@ -8,9 +8,10 @@
 """
 
 from icl_dual.metrics.catalogue import Metric, register_metric, unregister_metric
-from icl_dual.metrics.comparison import Comparison, compare, compare_recordings, estimate
+from icl_dual.metrics.comparison import KENDALL_QUERIES, Comparison, compare, compare_recordings, estimate
 
 __all__ = [
+    "KENDALL_QUERIES",
     "Comparison",
     "Metric",
     "compare",

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.field_docs import document_fields
 from icl_dual.metrics.formulas import (
     NULL_DRAWS,
     ROUNDING,
@@ -60,6 +61,7 @@ RANGE_TOLERANCE = 1e-6
 """Values may be this far outside a metric's range: a cosine rounds beyond 1."""
 
 
+@document_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """What a metric's function reads: the recordings of some queries. Each attribute is computed once, when first read.
@@ -285,6 +287,7 @@ def random_streams(seed: int) -> dict[str, np.random.Generator]:
     return streams | {name: np.random.default_rng([seed, at]) for at, name in enumerate(("h_icl", "h_ft", "m_ft"), 1)}
 
 
+@document_fields
 @dataclass(frozen=True)
 class Drawing:
     """How `icl_dual.plots.layers` draws a metric."""
@@ -303,6 +306,7 @@ class Drawing:
     """Names of the metrics that are drawn beside it, in the legend's order."""
 
 
+@document_fields
 @dataclass(frozen=True)
 class Metric:
     """A metric of in-context learning against finetuning, one value for each query, or for each query and layer.

@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from icl_dual.captures.capture import Capture
+from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.metrics.catalogue import ABSENT, Batch, Metric, metrics, random_streams
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
@@ -71,6 +72,7 @@ def estimate(*groups: Table, of: str) -> Interval:
     return proportion(*groups) if is_extreme else interval
 
 
+@document_fields
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """In-context learning against finetuning on the same demonstrations, by the metrics of the catalogue."""

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.field_docs import document_fields
 from icl_dual.statistics.ranks import kendall
 
 TOP_TOKENS, TOP_DEMONSTRATIONS = 100, 5
@@ -28,6 +29,7 @@ first layer scores a query's own tokens alike in and out of context. In half pre
 Seed = int | np.random.Generator
 
 
+@document_fields
 @dataclass(frozen=True)
 class Rec2FTP:
     """The recall of finetuning's corrections by in-context learning, with its counts."""

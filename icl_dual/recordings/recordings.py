@@ -19,6 +19,7 @@ from icl_dual.captures.pairing import (
     check_start_weights,
     check_training_sequences,
 )
+from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
@@ -35,6 +36,7 @@ class RecordingError(ValueError):
     """Recordings are damaged or do not belong together; the message names the file and line."""
 
 
+@document_fields
 @dataclass(frozen=True, repr=False)
 class Recordings:
     """What finetuning and the three settings (ZSL, ICL, FT) computed: all that the metrics need.
