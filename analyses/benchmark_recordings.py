@@ -21,8 +21,7 @@ from common import run_script, script_parser
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.recordings.recordings import SETTINGS
-from icl_dual.recordings.released_layout import write_recordings
+from icl_dual.recordings import SETTINGS, write_recordings
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

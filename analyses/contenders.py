@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.captures.capture import METRIC_FIELDS, Field
+from icl_dual.captures.capture import Field
 from icl_dual.captures.shared_prefix import common_query_prefix, split_into_batches
 
 Captured = dict[str, Tensor]
@@ -185,7 +185,7 @@ def ours_hooked(race: Race) -> Captured:
 
 
 def _captured(race: Race, model: icl.Model, *more: Field) -> Captured:
-    fields: tuple[Field, ...] = (*METRIC_FIELDS, *more)
+    fields: tuple[Field, ...] = (*icl.METRIC_FIELDS, *more)
     run = icl.capture(model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
     kept = {name: getattr(run, name) for name in ("attn_out", "q", *more)}
     return {**kept, "log_probs": run.label_log_probs}
@@ -193,7 +193,7 @@ def _captured(race: Race, model: icl.Model, *more: Field) -> Captured:
 
 def ours_decomposed(race: Race) -> Captured:
     """The same with keys and values kept, and decomposed."""
-    fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
+    fields = (*icl.METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
     run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
     icl.decompose(race.model, zero_shot=race.zsl, in_context=run)
     return {"log_probs": run.label_log_probs}
@@ -394,34 +394,16 @@ def finetune_many(race: Race) -> Captured:
     return {"W_V": first.W_V}
 
 
-@dataclass
-class Cell:
-    """A cell's captures and delta: what its metrics and its decomposition are computed from."""
-
-    delta: icl.WeightDelta
-    in_context: icl.Capture
-    zero_shot: icl.Capture
-    tuned: icl.Capture
+def run_cell(race: Race) -> icl.Experiment:
+    """Finetune and capture the three settings, with the fields that metrics and decomposition need."""
+    fields = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
+    return icl.run_experiment(race.model, race.prompts, lr=race.lr, fields=fields, progress=False)
 
 
-def run_cell(race: Race) -> Cell:
-    """Finetuning and the three settings, with all that metrics and decomposition need."""
-    model, prompts = race.model, race.prompts
-    fields = (*METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
-    delta = icl.finetune(model, prompts, lr=race.lr, progress=False)
-    in_context = icl.capture(model, prompts, fields=fields, progress=False)
-    zero_shot = icl.capture(model, prompts.zero_shot(), fields=fields, progress=False)
-    with delta.applied(model):
-        tuned = icl.capture(model, prompts.zero_shot(), progress=False)
-    return Cell(delta, in_context, zero_shot, tuned)
-
-
-def measure_cell(race: Race, cell: Cell) -> None:
-    """A cell's metrics and its decomposition."""
-    icl.compare(
-        zero_shot=cell.zero_shot, in_context=cell.in_context, finetuned=cell.tuned, delta=cell.delta, seed=race.seed
-    )
-    icl.decompose(race.model, zero_shot=cell.zero_shot, in_context=cell.in_context)
+def measure_cell(race: Race, experiment: icl.Experiment) -> None:
+    """Compute a cell's metrics and its decomposition."""
+    experiment.compare(seed=race.seed)
+    experiment.decompose()
 
 
 BATCHED: dict[str, Callable[[Race], Captured]] = {

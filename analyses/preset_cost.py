@@ -20,7 +20,7 @@ from common import DATA, TITLES, run_script, script_parser
 from paper_tables import find_cells
 
 import icl_dual as icl
-from icl_dual.metrics.comparison import KENDALL_QUERIES
+from icl_dual.metrics import KENDALL_QUERIES
 
 A100_TFLOPS = {"bfloat16": 312.0, "float32": 19.5}
 """NVIDIA's data sheet, dense, without TF32."""

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -115,7 +115,7 @@ def _members(value: Any) -> Mapping[str, Any] | None:
         return value
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in _saved_fields(value)}
-    return value._asdict() if isinstance(value, tuple) and hasattr(value, "_fields") else None
+    return cast(Any, value)._asdict() if isinstance(value, tuple) and hasattr(value, "_fields") else None
 
 
 def _unflatten(cls: Any, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Any:

@@ -120,7 +120,8 @@ class Cell:
         """
         given = dict(settings)
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
-        return cls(**given | {"finetuning": FinetuneConfig(**given.get("finetuning", flat))})
+        finetuning = FinetuneConfig(**given.pop("finetuning", flat))
+        return cls(**given, finetuning=finetuning)
 
     @property
     def name(self) -> str:

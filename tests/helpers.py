@@ -23,12 +23,9 @@ def assert_exact(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def run_settings(model: icl.Model, prompts: icl.Prompts) -> dict[str, Any]:
-    """A cell's captures and delta, as `icl.compare` takes them."""
-    zsl, in_context = (icl.capture(model, one, progress=False) for one in (prompts.zero_shot(), prompts))
-    delta = icl.finetune(model, prompts, lr=0.05, progress=False)
-    with delta.applied(model):
-        ft = icl.capture(model, prompts.zero_shot(), progress=False)
-    return {"zero_shot": zsl, "in_context": in_context, "finetuned": ft, "delta": delta}
+    """Return an experiment's captures and delta, as `icl.compare` takes them."""
+    experiment = icl.run_experiment(model, prompts, lr=0.05, progress=False)
+    return {name: getattr(experiment, name) for name in ("zero_shot", "in_context", "finetuned", "delta")}
 
 
 _MOVING = {

@@ -64,8 +64,8 @@ def test_an_experiment_is_what_its_steps_give_bit_for_bit(
     updates = icl.compare_updates(llama, **pair, delta=delta, rank=2, seed=4, progress=False)
     assert_same(experiment.updates(rank=2, seed=4, progress=False), updates)
     recordings = experiment.recordings()
-    assert torch.equal(recordings.attn_out["FT"], finetuned.attn_out)
-    assert torch.equal(recordings.attn_out["ICL"], in_context.attn_out)
+    for setting, captured in {"FT": finetuned, "ICL": in_context}.items():
+        assert_same(recordings.attn_out[setting], captured.attn_out)
 
 
 def test_finetuning_comes_first_and_the_model_comes_back(

@@ -7,7 +7,9 @@
 | `frames` | means and deviations over queries as a data frame |
 """
 
+from icl_dual.statistics.frames import summary_frame
 from icl_dual.statistics.intervals import (
+    MIN_QUERIES,
     Interval,
     Paired,
     Table,
@@ -20,6 +22,7 @@ from icl_dual.statistics.intervals import (
 )
 
 __all__ = [
+    "MIN_QUERIES",
     "Interval",
     "Paired",
     "Table",
@@ -28,5 +31,6 @@ __all__ = [
     "over_seeds",
     "paired_test",
     "proportion",
+    "summary_frame",
     "wilson",
 ]
