@@ -207,9 +207,9 @@ def test_cells_export_recordings_that_give_the_same_numbers(known: list[str], tm
     folders = [*(tmp_path / "all" / cell.name for cell in cells), tmp_path / "one"]
     for result, folder in zip([*results, results[1]], folders, strict=True):
         expected = released.scores(folder)
-        found = icl.load_recordings(folder, progress=False)
-        assert found.metadata["settings"] == dataclasses.asdict(result.cell)
-        for name, values in icl.compare_recordings(found).released().items():
+        recordings = icl.load_recordings(folder, progress=False)
+        assert recordings.metadata["settings"] == dataclasses.asdict(result.cell)
+        for name, values in icl.compare_recordings(recordings).released().items():
             if name in expected:
                 assert values == pytest.approx(expected[name], abs=1e-9, nan_ok=True), name
                 assert result.comparison.released()[name] == pytest.approx(expected[name], abs=1e-9, nan_ok=True)
@@ -308,9 +308,9 @@ def test_a_context_control_is_compared_with_the_own_finetuning(
 ) -> None:
     cell = dataclasses.replace(CELL, k=5, context="reordered")
     (result,) = icl.run_study([cell], tmp_path, progress=False)
-    shown, asked = task.demonstrations(5, 1), task.queries(5)
-    prompts = icl.build_prompts(llama, task, shown, asked)
-    other = icl.build_prompts(llama, task, icl.relabel(shown, "reordered", 2, seed=1), asked)
+    demonstrations, queries = task.demonstrations(5, 1), task.queries(5)
+    prompts = icl.build_prompts(llama, task, demonstrations, queries)
+    other = icl.build_prompts(llama, task, icl.relabel(demonstrations, "reordered", 2, seed=1), queries)
     steps = [prompts.demonstrations.index(tokens) for tokens in other.demonstrations]
     delta = icl.finetune(llama, prompts, lr=0.05, progress=False)
     with delta.applied(llama):
@@ -430,14 +430,14 @@ def test_a_cell_says_which_rows_stood_in_context(
         "flipped": (dataclasses.replace(CELL, context="flipped labels"), None),
         "other": (dataclasses.replace(CELL, context_task="digits"), digits),
     }
-    found = {
+    contexts = {
         name: icl.run_cell(llama, task, cell, tmp_path / name, context_task=other, progress=False).provenance["context"]
         for name, (cell, other) in cells.items()
     }
-    shown = task.demonstrations(3, 1)
-    assert found["own"] == [[example.key, example.label] for example in shown]
-    assert found["flipped"] == [[example.key, 1 - example.label] for example in shown]
-    assert found["other"] == [[example.key, example.label] for example in digits.demonstrations(3, 1)]
+    demonstrations = task.demonstrations(3, 1)
+    assert contexts["own"] == [[example.key, example.label] for example in demonstrations]
+    assert contexts["flipped"] == [[example.key, 1 - example.label] for example in demonstrations]
+    assert contexts["other"] == [[example.key, example.label] for example in digits.demonstrations(3, 1)]
 
 
 def test_controls_and_variants_have_names_and_folders_of_their_own(

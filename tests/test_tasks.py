@@ -17,21 +17,21 @@ TEMPLATE = "Text: {text} Label:"
 texts = st.lists(st.text("ab cD", min_size=1, max_size=6).filter(str.strip), min_size=4, max_size=40)
 
 
-def rows_of(found: list[str]) -> list[dict]:
-    return [{"text": text, "label": index % 2} for index, text in enumerate([*found, "zero", "one"])]
+def rows_of(row_texts: list[str]) -> list[dict]:
+    return [{"text": text, "label": index % 2} for index, text in enumerate([*row_texts, "zero", "one"])]
 
 
 @settings(max_examples=60, deadline=None)
-@given(found=texts, seed=st.integers(0, 5), two_files=st.booleans())
-def test_no_text_is_in_two_pools(found: list[str], seed: int, two_files: bool) -> None:
-    rows = rows_of(found)
+@given(row_texts=texts, seed=st.integers(0, 5), two_files=st.booleans())
+def test_no_text_is_in_two_pools(row_texts: list[str], seed: int, two_files: bool) -> None:
+    rows = rows_of(row_texts)
     task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, rows[len(rows) // 2 :] if two_files else None)
     pools = [task._demonstrations, *(task._queries[split] for split in ("selection", "evaluation"))]
     identities = [example.identity for pool in pools for example in pool]
     assert len(identities) == len(set(identities))
     assert set(identities) == {" ".join(row["text"].split()).casefold() for row in rows}
-    drawn = task.demonstrations(len(task._demonstrations), seed)
-    assert Counter(example.identity for example in drawn) == Counter(e.identity for e in task._demonstrations)
+    draws = task.demonstrations(len(task._demonstrations), seed)
+    assert Counter(example.identity for example in draws) == Counter(e.identity for e in task._demonstrations)
 
 
 def test_draws_are_the_order_of_a_hash_and_so_portable(task: icl.Task) -> None:
@@ -134,13 +134,13 @@ def test_unreadable_files_say_where(tmp_path: Path) -> None:
 def test_reference_draws_are_those_of_datasets_own_shuffle() -> None:
     """Repeated texts, texts of both splits and white space stay: the released code takes rows as they are."""
     rows = [row | {"text": f" {row['text']} "} for row in make_rows(40)] + make_rows(3)
-    asked = make_rows(25)
-    task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, asked, protocol="reference")
+    query_rows = make_rows(25)
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), rows, query_rows, protocol="reference")
     for seed in (1, 7):
         shuffled = Dataset.from_list(rows).shuffle(seed=seed)
-        drawn = [dict(example.fields)["text"] for example in task.demonstrations(43, seed)]
-        assert drawn == shuffled["text"][:]
-    shuffled = Dataset.from_list(asked).shuffle(seed=1)
+        draws = [dict(example.fields)["text"] for example in task.demonstrations(43, seed)]
+        assert draws == shuffled["text"][:]
+    shuffled = Dataset.from_list(query_rows).shuffle(seed=1)
     assert [dict(example.fields)["text"] for example in task.queries()] == shuffled["text"][:]
     assert [example.label for example in task.queries(4)] == shuffled["label"][:4]
     assert any(task.prompt(example).startswith("Text:  ") for example in task.demonstrations(43, 1))
