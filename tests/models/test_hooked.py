@@ -293,9 +293,10 @@ def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
             assert (others[name] - value).norm() < rounding
             continue
         assert torch.equal(others[name].isnan(), value.isnan()), name
-        # Steps of SGD amplify rounding, and so do arccosines of nearly 1; a pair of ranks may turn round.
+        # Steps of SGD amplify rounding, and so do arccosines of nearly 1.
         loose = 10 if "angles" in name else 1 if name.startswith(("in_context.", "zsl.", "split.")) else 3
-        loose = 100 if name.startswith("Kendall") else loose
+        # A token that stands twice in the demonstrations has two equal scores, which rounding puts in either order.
+        loose = 1000 if name.startswith("Kendall") else loose
         off = (others[name] - value).nan_to_num().norm()
         assert off <= loose * rounding * value.nan_to_num().norm(), name
 
