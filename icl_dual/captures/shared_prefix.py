@@ -393,7 +393,7 @@ def common_query_prefix(prompts: Prompts) -> Tokens:
 
 
 def check_rope_scaling(model: Model, prompts: Prompts, query_prefix: Tokens) -> None:
-    """Refuse prompts whose shared part is within the model's original context and whose longest query is past it.
+    """Refuse prompts where the shared part is within the model's original context and the longest query is past it.
 
     Raises:
         UnsupportedModelError: long-context scaling (dynamic NTK, LongRoPE) would rotate the cached keys differently
