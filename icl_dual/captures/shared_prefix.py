@@ -330,7 +330,7 @@ def run_queries(
         else:
             yield QueryBatch(batch, logits, residual)
             continue
-        # Outside of the handler, whose traceback holds on to the memory of the failed run.
+        # Outside of the handler: its traceback holds on to the memory of the failed run.
         limit.halve(len(batch), tokens.shape[1])
         pending = deque(
             whole[first : first + limit.n] for whole in (batch, *pending) for first in range(0, len(whole), limit.n)
