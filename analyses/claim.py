@@ -14,7 +14,7 @@ from common import TITLES, run_script, script_parser
 from matplotlib.axes import Axes
 
 import icl_dual as icl
-from icl_dual.statistics.intervals import Interval
+from icl_dual.statistics import Interval
 
 ROWS = {
     "ICL and FT": "ICL and finetuning",
@@ -36,7 +36,9 @@ def read(table: Path) -> dict[str, dict[str, Interval]]:
     if missing:
         raise ValueError(f"expected SimAOU of {missing[0]!r} in {table}, got none: write it with analyses/controls.py")
     estimates: dict[str, dict[str, Interval]] = {label: {} for label in ROWS.values()}
-    for row in scores[scores["what is compared"].isin(list(ROWS))].to_dict("records"):
+    for row in scores.to_dict("records"):
+        if row["what is compared"] not in ROWS:
+            continue
         interval = Interval(row["value"], row["low"], row["high"], row["queries"])
         estimates[ROWS[row["what is compared"]]][TITLES[row["task"]]] = interval
     return estimates

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from test_structure import LAYERS
 
 import icl_dual as icl
@@ -287,7 +288,7 @@ def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPa
             assert "Residuals(split=" in printed
         elif heading == "A figure":
             assert Path("figure.png").stat().st_size > 10_000
-            heights = [bar.get_height() for bar in plt.gca().patches]
+            heights = [bar.get_height() for bar in plt.gca().patches if isinstance(bar, Rectangle)]
             assert heights == (scope["comparison"].per_layer["SimAOU"] > 0).double().mean(0).tolist()
     assert ran == ["A metric", "A task", "An architecture", "A figure"]
 
