@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import finish, positive, run_script, sampled_memory, script_parser
+from common import finish, model_title, positive, run_script, sampled_memory, script_parser
 from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -244,8 +244,8 @@ def draw(result: dict, path: Path) -> None:
     ax.bar_label(bars, labels=[f" {value:.2f}" for value in medians])
     ax.margins(x=0.12)
     setting = result["setting"]
-    title = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
-    finish(fig, [ax], f"{title}, {Path(setting['model']).name}, {setting['dtype']}", path)
+    heading = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
+    finish(fig, [ax], f"{heading}, {model_title(setting['model'])}, {setting['dtype']}", path)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -358,7 +358,7 @@ def write(result: dict, out: Path) -> None:
         else ""
     )
     head = (
-        f"`{Path(setting['model']).name}` in {setting['dtype']} on {setting['device']}, {setting['queries']} queries "
+        f"{model_title(setting['model'])} in {setting['dtype']} on {setting['device']}, {setting['queries']} queries "
         f"of {setting['task']} ({setting['query_tokens']} tokens) after {setting['k']} demonstrations "
         f"({setting['prefix_tokens']} tokens), {result['machine']['threads']} threads. Medians of {turns} turns in one "
         f"process{prompt_by_prompt}. "

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import icl_dual as icl
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.assets import describe_model
+from icl_dual.finetuning import Loss, Method, Trained
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
@@ -97,8 +98,13 @@ def _typed(value: object) -> list[str]:
 
 
 def short(model: str) -> str:
-    """A model's name as tables have it: of a folder, its last part."""
+    """Return a model's short name: of a folder, its last part."""
     return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+
+
+def model_title(model: str) -> str:
+    """Return what a model is, for tables, captions and figure titles: of a packaged one, checkpoint and format."""
+    return describe_model(short(model))
 
 
 def count_or_all(text: str) -> int | None:

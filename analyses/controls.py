@@ -15,19 +15,19 @@ from pathlib import Path
 import control_tables
 import pandas as pd
 import torch
-from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, run_script, short
+from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, model_title, panels, run_script
 from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
 from paper_tables import by_query
 from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual.contexts import draw_orders
-from icl_dual.metrics.comparison import estimate
-from icl_dual.statistics.intervals import Interval
+from icl_dual.metrics import estimate
+from icl_dual.statistics import Interval
 from icl_dual.storage import check_same_settings, load_tensors
 
 OTHER_TASK = {"agnews": "sst2"}
-"""Whose demonstrations stand in context as another task's, where that is not AG News."""
+"""The task of the demonstrations of another task, where that is not AG News."""
 
 KINDS = ["claim", *FAMILIES, "variants"]
 
@@ -67,9 +67,9 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
                 source=args.source,
             )
             for row, settings in rows.items():
+                if settings.get("context_task") == task:
+                    settings = settings | {"context_task": OTHER_TASK[task]}
                 varied = replace(cell, **settings)
-                if varied.context_task == task:
-                    varied = replace(varied, context_task=OTHER_TASK[task])
                 if args.lr is None and {"loss", "method", "trained"} & varied.variation.keys():
                     varied = replace(varied, lr=default_lr(args.model, task, varied))
                 found[row].setdefault(task, []).append(varied)
@@ -176,7 +176,7 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
 def describe(args: argparse.Namespace) -> str:
     queries = "all" if args.queries is None else args.queries
     seeds = f"seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))}"
-    return f"{short(args.model)}, {queries} queries a task, {seeds}, protocol {args.protocol}"
+    return f"{model_title(args.model)}, {queries} queries a task, {seeds}, protocol {args.protocol}"
 
 
 def command(args: argparse.Namespace) -> str:
@@ -192,7 +192,7 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
     provenance = runs[CLAIM][args.tasks[0]][0].provenance
     fill = {name: frame.to_markdown(index=False, disable_numparse=True) for name, frame in tables.items()}
     fill |= {
-        "model": short(args.model),
+        "model": model_title(args.model),
         "command": command(args),
         "about": f"{describe(args)}; {provenance['model']}, {provenance['dtype']}",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),

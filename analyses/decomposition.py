@@ -16,13 +16,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, run_script
+from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, model_title, panels, run_script, short
 from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
 import icl_dual as icl
-from icl_dual.statistics.frames import summary_frame
+from icl_dual.statistics import summary_frame
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 
 ROWS = {
@@ -170,7 +170,7 @@ def by_layer(found: list[Result]) -> pd.DataFrame:
 
 
 def write_figures(found: list[Result], args: argparse.Namespace) -> None:
-    n, about = len(found), f"{args.model}, protocol {args.protocol}, {asked(args)}, seed {args.seed}"
+    n, about = len(found), f"{model_title(args.model)}, protocol {args.protocol}, {asked(args)}, seed {args.seed}"
 
     fig, (axes,) = panels(n)
     for ax, result in columns(axes, found):
@@ -222,7 +222,12 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
             icl.plots.by_layer(series, ylabel=label, ax=ax)
             ax.set_yscale("log" if name == "norm" else "linear")
             ax.label_outer()
-    finish(fig, rows[0], f"What finetuning changed, {args.model}, seed {args.seed}", args.out / "delta")
+    finish(
+        fig,
+        rows[0],
+        f"Size and effective rank of finetuning's update, {model_title(args.model)}, seed {args.seed}",
+        args.out / "delta",
+    )
 
     write_prompt(found[0], args)
     write_delta_demonstrations(found[0], args)
@@ -256,8 +261,8 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
     icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of ΔICL", ax=below)
     for ax in (above, below):
         ax.set_xlim(-0.5, len(one["icl_share"][0]) - 0.5)
-    title = f"Which demonstrations feed ΔICL at which layer: “{shorten(result.about['first_query'], 70)}”"
-    finish(fig, [below], f"{title}\n{args.model}, {TITLES[result.task]}", args.out / "prompt")
+    heading = f"Demonstrations' shares of ΔICL by layer: “{shorten(result.about['first_query'], 70)}”"
+    finish(fig, [below], f"{heading}\n{model_title(args.model)}, {TITLES[result.task]}", args.out / "prompt")
 
 
 def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None:
@@ -267,8 +272,8 @@ def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None
         shares = result.tensors[f"demonstrations_{kind}"]
         icl.plots.demonstrations(shares, names, label=f"share of ΔW_{kind}", ax=ax)
         ax.set_title(f"ΔW_{kind}")
-    title = f"Which demonstrations ΔW is made of, {args.model}, {TITLES[result.task]}, seed {args.seed}"
-    finish(fig, [axes[0]], title, args.out / "delta_demonstrations")
+    heading = f"Demonstrations' shares of ΔW, {model_title(args.model)}, {TITLES[result.task]}, seed {args.seed}"
+    finish(fig, [axes[0]], heading, args.out / "delta_demonstrations")
 
 
 def shorten(text: str, length: int = 44) -> str:
@@ -302,8 +307,8 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
 
     {command}
 
-Model `{args.model}` ({about["model"]}, {about["dtype"]}), protocol `{args.protocol}`,
-{asked(args)}. {versions}.
+Model: {model_title(args.model)} (`{short(args.model)}`, {about["model"]}), computed in {about["dtype"]}. Protocol
+`{args.protocol}`. {asked(args)}. {versions}.
 
 {table(found).to_markdown(index=False, disable_numparse=True)}
 

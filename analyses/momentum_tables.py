@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, TITLES, finish
+from common import DATA, TITLES, finish, model_title
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import icl_dual as icl
-from icl_dual.statistics.intervals import Interval, Paired, bootstrap, over_seeds, paired_test
+from icl_dual.statistics import Interval, Paired, bootstrap, over_seeds, paired_test
 
 SHOWN = (1, 2, 4, 8, 15)
 """Demonstrations after which the tables have the label mapping's accuracy."""
@@ -25,7 +25,7 @@ ENOUGH = 5
 MEAN = "mean of tasks, in context"
 
 FILES = {
-    "runs.csv": "every decoder's numbers, summary_frame",
+    "runs.csv": "every decoder's numbers: data, η, seed, measure, value",
     "differences.csv": "every η against vanilla",
     "intervention.csv": "the pretrained model under momentum",
     "cost.md": "what a training step and a decoded token cost (`python analyses/benchmark_momentum.py`)",
@@ -39,7 +39,7 @@ def eta_name(eta: float | str) -> str:
 
 
 def trained(found: Found) -> pd.DataFrame:
-    """Every decoder's numbers, summary_frame: data, η, seed, measure, value."""
+    """Return every decoder's numbers: data, η, seed, measure, value."""
     rows = []
     for one in found.get("text", []):
         measures = {f"perplexity, {name}": value for name, value in one["perplexity"].items()}
@@ -204,7 +204,7 @@ def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
             lines.setdefault(f"{one['k']} demonstrations", {})[one["eta"]] = one["accuracy"]
         icl.plots.curves(lines, ylabel="accuracy" if ax is axes[0][0] else "", ax=ax)
         ax.set(xlabel="η", title=task, ylim=(0, 1))
-    finish(fig, list(axes[0]), f"{model} given momentum at every layer", out / "intervention")
+    finish(fig, list(axes[0]), f"{model_title(model)} given momentum at every layer", out / "intervention")
 
 
 def conclusions(differences: pd.DataFrame) -> list[str]:
@@ -253,7 +253,7 @@ def write(found: Found, args: argparse.Namespace, command: str) -> None:
         accuracies = [(one.value, one.low, one.high) for one in frame["accuracy"]]
         ends = pd.DataFrame(accuracies, columns=["value", "low", "high"])
         frame.drop(columns=["accuracy", "paired"]).join(ends).to_csv(out / "intervention.csv", index=False)
-        sections += [f"## {args.model}, given momentum at every layer", added_table(frame)]
+        sections += [f"## {model_title(args.model)}, given momentum at every layer", added_table(frame)]
         sections += ["![accuracy against η](intervention.png)"]
     made = next((cell["versions"] for cells in found.values() for cell in cells), {})
     page = (DATA / "momentum_page.md").read_text()

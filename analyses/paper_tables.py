@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, TITLES, count_or_all, run_script, script_parser, short
+from common import DATA, TITLES, count_or_all, model_title, run_script, script_parser
 from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.metrics.comparison import KENDALL_QUERIES, estimate
-from icl_dual.statistics.intervals import MIN_QUERIES, Interval
+from icl_dual.metrics import KENDALL_QUERIES, estimate
+from icl_dual.statistics import MIN_QUERIES, Interval
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -98,7 +98,7 @@ def groups(results: Results) -> list[Group]:
             about = ", ".join(f"{name} {value}" for name, value in same if name in differing)
             most = max(map(len, by_task.values()))
             for index in range(most):
-                label = short(model) + (f", {about}" if about else "") + (f" ({index + 1})" if most > 1 else "")
+                label = model_title(model) + (f", {about}" if about else "") + (f" ({index + 1})" if most > 1 else "")
                 chosen: dict[str, Results] = {
                     task: list(by.values())[index] for task, by in by_task.items() if index < len(by)
                 }

@@ -13,7 +13,19 @@ from pathlib import Path
 import pandas as pd
 import paper_tables
 import torch
-from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, panels, positive, run_script, short
+from common import (
+    DATA,
+    TITLES,
+    cell_parser,
+    command_line,
+    default_lr,
+    finish,
+    model_title,
+    panels,
+    positive,
+    run_script,
+    short,
+)
 from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
@@ -158,17 +170,17 @@ def write_figures(results: Results, out: Path) -> None:
         ax.tick_params(axis="x", rotation=30)
         ax.set_title(TITLES[task])
         ax.label_outer()
-    finish(fig, axes, f"What is predicted, {describe(results)}", out / "label_counts")
+    finish(fig, axes, f"Predicted labels, {describe(results)}", out / "label_counts")
 
 
 def describe(results: Results) -> str:
-    model, seeds = short(results[0].cell.model), sorted({result.cell.seed for result in results})
+    model, seeds = model_title(results[0].cell.model), sorted({result.cell.seed for result in results})
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return f"{model}, protocol {results[0].cell.protocol}, {n_queries(results)}, {which}"
 
 
 def n_queries(results: Results) -> str:
-    """How many queries were asked."""
+    """Return the number of queries a task."""
     asked = sorted({len(result.comparison.gold) for result in results})
     return f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} queries a task"
 
@@ -199,21 +211,22 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     rates = "chosen by `analyses/select_lr.py` on selection queries, apart from these"
     if args.lr or args.preset:
         rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
+    loss = "all tokens" if cell.finetuning.loss == "all" else "the label word"
     accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
     (out / "README.md").write_text(f"""# How these were made
 
     {command(args)}
 
-Model `{short(cell.model)}` ({provenance["model"]}, {provenance["dtype"]}), protocol `{cell.protocol}`
-(recorded {paper_tables.RECORDED[cell.protocol]}), loss over
-{"all tokens" if cell.finetuning.loss == "all" else "the label word"}, {n_queries(results)}. Learning rates: {rates}. {versions}.
+Model: {model_title(cell.model)} (`{short(cell.model)}`, {provenance["model"]}), computed in {provenance["dtype"]}.
+Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). Finetuning's loss: {loss}.
+{n_queries(results)}. Learning rates: {rates}. {versions}.
 
 | file | what it shows |
 |---|---|
 | `{accuracy}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings with intervals, the paper's values below |
 | `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines, likewise |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
-| `label_counts` (`.png`, `.pdf`, `.csv`) | which labels are predicted: a model that always answers the same shows |
+| `label_counts` (`.png`, `.pdf`, `.csv`) | how often each label is predicted: shows whether one prevails |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
 
 {runs.to_markdown(index=False, disable_numparse=True)}

@@ -5,7 +5,8 @@ from jaxtyping import install_import_hook
 install_import_hook("icl_dual", "beartype.beartype")
 
 import os  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from functools import cache, partial  # noqa: E402
 
 import hooked  # noqa: E402
 import matplotlib as mpl  # noqa: E402
@@ -17,14 +18,31 @@ from toys import HF_MODELS, VOCABULARY  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 import icl_dual as icl  # noqa: E402
+from icl_dual import paper_tasks  # noqa: E402
 
 mpl.use("Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the packaged model comes from the package index
-torch.set_num_threads(1)  # tiny matrices: threads cost more than they do
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)  # tiny matrices: threads cost more than they do, and each worker of the suite has one core
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the tables that tests generate into docs/")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packaged_tasks_are_read_once() -> Iterator[None]:
+    """Reading up to 127 600 rows with every call's types checked takes seconds: tests of a process share the tasks."""
+
+    def shared(name: str) -> Callable[..., icl.Task]:
+        make = partial(paper_tasks._paper_task, name)
+        cached = cache(make)
+        return lambda source, protocol: (cached if source in (None, "wheel") else make)(source, protocol)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sst2", "sst5", "mr", "subj", "agnews"):
+            patch.setitem(paper_tasks._registered, name, shared(name))
+        yield
 
 
 @pytest.fixture(scope="session")

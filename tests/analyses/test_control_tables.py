@@ -1,7 +1,5 @@
-"""The control script on the real model and rows, with a small budget, and what its tables say of made-up scores."""
+"""The control script on a tiny model and real rows, with a small budget, and what its tables say of made-up scores."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import control_tables as tables
@@ -13,26 +11,22 @@ import torch
 
 import icl_dual as icl
 
-SCRIPT = Path(__file__).parents[2] / "analyses" / "controls.py"
-ARGUMENTS = ("--tasks", "sst2", "--k", "3", "--queries", "6", "--seeds", "1", "--lr", "0.001", "--ks", "1")
-
-
-def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+ARGUMENTS = ("--tasks", "mr", "--k", "3", "--queries", "6", "--seeds", "1", "--lr", "0.001", "--ks", "1")
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls")
-    done = run(folder, *ARGUMENTS, "--orders", "2")
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})  # a tenth of AG News' rows
+        assert script.main(["--model", tiny_model, *ARGUMENTS, "--orders", "2", "--out", str(folder)]) == 0
     return folder
 
 
 def cell_of(out: Path, variation: str) -> icl.CellResult:
     suffix = f"_{variation}" if variation else ""
-    return icl.load_cell(out / "cells" / f"smollm2-135m_sst2_k3_seed1_lr0.001_answer{suffix}")
+    (folder,) = (out / "cells").glob(f"*tiny-llama_mr_k3_seed1_lr0.001_answer{suffix}")
+    return icl.load_cell(folder)
 
 
 def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
@@ -40,7 +34,7 @@ def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
     rows = {*tables.MODELS, *tables.WEIGHTS, *tables.CONTEXTS, *tables.VARIANTS, tables.CLAIM}
     for metric, nulls in tables.NULLS.items():
         assert {*table.loc[table["metric"] == metric, "what is compared"]} == rows | {*nulls}
-    numbers = table[table["task"] == "sst2"].set_index(["metric", "what is compared"])
+    numbers = table[table["task"] == "mr"].set_index(["metric", "what is compared"])
     for row, variation in {
         tables.CLAIM: "",
         "untrained model": "untrained",
@@ -58,6 +52,13 @@ def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
     assert "| SimAOU              | claim    | ICL and FT " in (out / "README.md").read_text()
 
 
+def test_the_other_task_is_ag_news_and_sst2_for_ag_news() -> None:
+    rows = script.plan(script.parse(["--tasks", "sst2", "agnews", "--seeds", "1", "--lr", "0.1"]))
+    others = {task: {cell.context_task for cell in cells} for task, cells in rows["ICL on another task"].items()}
+    assert others == {"sst2": {"agnews"}, "agnews": {"sst2"}}
+    assert {cell.context_task for cells in rows[tables.CLAIM].values() for cell in cells} == {None}
+
+
 def test_a_control_costs_the_one_run_that_differs(out: Path) -> None:
     for variation, expected in {
         "": {"finetuning", "ICL", "ZSL", "FT"},
@@ -65,7 +66,7 @@ def test_a_control_costs_the_one_run_that_differs(out: Path) -> None:
         "shuffled-labels": {"ICL"},
         "flipped-labels": {"ICL"},
         "random-labels": {"ICL"},
-        "context-of-agnews": {"ICL"},
+        "context-of-subj": {"ICL"},
         "reordered": {"ICL"},
         "layer-causal": {"finetuning", "FT"},
     }.items():
@@ -75,9 +76,8 @@ def test_a_control_costs_the_one_run_that_differs(out: Path) -> None:
 def test_the_page_says_what_is_left_and_how_it_was_made(out: Path) -> None:
     page = (out / "README.md").read_text()
     assert "{" not in page
-    assert (
-        "python analyses/controls.py --model smollm2-135m --tasks sst2 --seeds 1 --ks 1 --queries 6 --orders 2" in page
-    )
+    given = "--tasks mr --k 3 --queries 6 --lr 0.001 --seeds 1 --ks 1 --orders 2"
+    assert f"python analyses/controls.py --model tiny-llama {given}\n" in page
     for claim in tables.CLAIMS.values():
         assert f"**{claim}**" in page
     assert "## The order of demonstrations" in page
@@ -87,15 +87,15 @@ def test_the_page_says_what_is_left_and_how_it_was_made(out: Path) -> None:
         assert (out / f"{figure}.pdf").exists()
 
 
-def test_the_same_again_needs_no_model(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_again_needs_no_model(out: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("no model is needed")
 
     monkeypatch.setattr("icl_dual.study.load_model", load_model)
     monkeypatch.setattr(icl, "load_model", load_model)
-    monkeypatch.setattr(sys, "argv", ["controls.py", "--out", str(out), *ARGUMENTS, "--orders", "2"])
+    monkeypatch.setitem(tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})
     before = (out / "controls.csv").read_bytes()
-    assert script.main() == 0
+    assert script.main(["--model", tiny_model, *ARGUMENTS, "--orders", "2", "--out", str(out)]) == 0
     assert (out / "controls.csv").read_bytes() == before
 
 
@@ -110,12 +110,12 @@ def test_the_same_again_needs_no_model(out: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_runs(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
     assert not any(tmp_path.iterdir())
 
 

@@ -1,7 +1,7 @@
-"""The whole script on tiny decoders and the real model, and its numbers against what is recomputed here."""
+"""The whole script on tiny decoders and a tiny pretrained model, and its numbers against what is recomputed here."""
 
 import json
-import sys
+import re
 from pathlib import Path
 
 import momentum as script
@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-import icl_dual as icl
 from icl_dual import pretraining
 
 ARGUMENTS = (
@@ -36,13 +35,12 @@ ARGUMENTS = (
 )
 
 
-def run(out: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["momentum.py", *ARGUMENTS, "--out", str(out), *arguments])
-    script.main()
+def run(out: Path, model: str, *arguments: str) -> int:
+    return script.main([*ARGUMENTS, "--model", model, "--out", str(out), *arguments])
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("momentum")
     text = folder / "lines.txt"
     text.write_text("\n".join(f"Sentence: item {n} is {'good' if n % 3 else 'bad'} Label: {n * 7}" for n in range(900)))
@@ -50,10 +48,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny = pretraining.Preset(1, 2, 16, 32, 512, 300, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
         toy = pretraining.Preset(1, 2, 16, 32, 33, 13, batch_size=4, n_steps=4, n_warmup=1, lr=1e-3)
         patch.setattr(pretraining, "PRESETS", {**pretraining.PRESETS, "tiny": tiny, "label-mapping": toy})
-        run(folder / "out", "--corpus", str(text), monkeypatch=patch)
+        assert run(folder / "out", tiny_model, "--corpus", str(text)) == 0
         made = {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()}
         text.unlink()  # finished runs need nothing but what they have written
-        run(folder / "out", "--corpus", str(text), "--parts", "tasks", monkeypatch=patch)  # the others' are shown, too
+        assert run(folder / "out", tiny_model, "--corpus", str(text), "--parts", "tasks") == 0  # shows the others, too
         assert {path: path.stat().st_mtime_ns for path in (folder / "out/cells").iterdir()} == made
     return folder / "out"
 
@@ -72,6 +70,8 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
     ):
         assert shown in page
     assert "nan" not in page
+    assert "python analyses/momentum.py --corpus lines.txt --etas 0.0 learned --curve 0.5" in page
+    assert str(out) not in page
 
 
 def test_runs_are_those_of_the_cells(out: Path) -> None:
@@ -125,9 +125,11 @@ def test_a_verdict_counts_how_many_are_asked(difference: float, p: float, better
     assert momentum_tables.verdict({**one, "seeds": 4}, better, 2) == "too few seeds to tell"
 
 
-def test_a_cell_of_other_settings_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(icl.StudyError, match=r"was made with other settings: preset=.* \(wanted"):
-        run(out, monkeypatch=monkeypatch)  # of the presets as they are
+def test_a_cell_of_other_settings_is_refused(out: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(out, tiny_model) == 1  # of the presets as they are
+    assert re.search(
+        r"^error: .* was made with other settings: preset=.* \(wanted", capsys.readouterr().err, re.MULTILINE
+    )
 
 
 def test_without_momentum_nothing_is_compared_with_itself() -> None:

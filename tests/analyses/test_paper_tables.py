@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from icl_dual.metrics.catalogue import layer_metrics
 from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.statistics.intervals import bootstrap
 
-SCRIPT = Path(paper_tables.__file__)
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")
 RECORDED: dict = {
     "seed": 0,
@@ -36,8 +33,8 @@ RECORDED: dict = {
 }
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments: object) -> int:
+    return paper_tables.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +50,7 @@ def cells(llama: icl.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, tmp_path: Path) -> None:
-    done = run(cells, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert run(cells, "--out", tmp_path) == 0
     names = ("accuracy", "metrics", "accuracy_reference", "metrics_reference")
     assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{k}" for n in names for k in ("md", "csv", "tex")}
     answer = pd.read_csv(tmp_path / "metrics.csv").query("not model.str.contains('paper')")
@@ -241,21 +237,21 @@ def test_a_cell_found_twice_is_no_second_seed(cells: Path) -> None:
         paper_tables.find_cells([cells, cells / "again"])
 
 
-def test_recordings_give_the_released_scripts_numbers_under_their_names(tmp_path: Path) -> None:
+def test_recordings_give_the_released_scripts_numbers_under_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     released.write_random(tmp_path / "found", **RECORDED)
-    done = run("--recordings", tmp_path / "found", "--json", tmp_path / "scores.json")
-    assert done.returncode == 0, done.stderr
+    assert run("--recordings", tmp_path / "found", "--json", tmp_path / "scores.json") == 0
     got = json.loads((tmp_path / "scores.json").read_text())
     for name, values in released.scores(tmp_path / "found").items():
         expected = None if isinstance(values, float) and math.isnan(values) else pytest.approx(values, abs=1e-9)
         assert got[name] == expected, name
     assert got["skipped"] == 0
-    assert "token-level kendall" in done.stdout
+    assert "token-level kendall" in capsys.readouterr().out
 
 
 def test_a_kept_cell_is_read_as_recordings_too(cells: Path, tmp_path: Path) -> None:
-    done = run("--recordings", cells / CELL.name / "recordings", "--json", tmp_path / "scores.json")
-    assert done.returncode == 0, done.stderr
+    assert run("--recordings", cells / CELL.name / "recordings", "--json", tmp_path / "scores.json") == 0
     expected = icl.load_cell(cells / CELL.name).comparison.released()
     got = json.loads((tmp_path / "scores.json").read_text())
     assert got["SimAOU"] == pytest.approx(expected["SimAOU"])
@@ -265,32 +261,31 @@ def test_a_kept_cell_is_read_as_recordings_too(cells: Path, tmp_path: Path) -> N
     assert all(got[name] == [None] * 3 for name in undefined)
 
 
-def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(tmp_path: Path) -> None:
+def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     released.write_random(tmp_path / "found", **RECORDED)
     path = tmp_path / "found" / "icl" / "record_info.jsonl"
     path.write_text(path.read_text()[:-30])
-    done = run("--recordings", tmp_path / "found")
-    assert done.returncode == 1
-    assert f"error: {path}, line 5: expected a whole JSON object" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = run("--recordings", tmp_path / "found", "--skip-bad", "--json", tmp_path / "scores.json")
-    assert done.returncode == 0, done.stderr
+    assert run("--recordings", tmp_path / "found") == 1
+    assert f"error: {path}, line 5: expected a whole JSON object" in capsys.readouterr().err
+    assert run("--recordings", tmp_path / "found", "--skip-bad", "--json", tmp_path / "scores.json") == 0
     assert json.loads((tmp_path / "scores.json").read_text())["skipped"] == 1
-    assert f"skipped: {path}, line 5" in done.stderr
+    assert f"skipped: {path}, line 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        ((), "expected either folders of cells, or --recordings FOLDER"),
-        (("somewhere", "--json", "x.json"), "--json takes the metrics of --recordings"),
-        (("--recordings", "x", "--kendall-queries", "0"), "expected a number from 1, or all, got '0'"),
-        (("nowhere",), "error: expected finished cells in nowhere, found none"),
-        (("--recordings", "nowhere"), "error: expected a folder of recordings, found no nowhere"),
+        ((), 2, "expected either folders of cells, or --recordings FOLDER"),
+        (("somewhere", "--json", "x.json"), 2, "--json takes the metrics of --recordings"),
+        (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a number from 1, or all, got '0'"),
+        (("nowhere",), 1, "error: expected finished cells in nowhere, found none"),
+        (("--recordings", "nowhere"), 1, "error: expected a folder of recordings, found no nowhere"),
     ],
 )
-def test_what_a_user_can_mend_is_said(arguments: tuple[str, ...], message: str) -> None:
-    done = run(*arguments)
-    assert done.returncode in (1, 2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_a_user_can_mend_is_said(
+    arguments: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == code
+    assert message in capsys.readouterr().err
