@@ -122,8 +122,13 @@ def check_start_weights(delta: Finetuning, capture: Capture) -> None:
 
 
 def check_training_sequences(delta: Finetuning, in_context: Capture, advice: str) -> None:
-    """Raise a ValueError, which ends with the advice, unless a delta was finetuned on in_context's demonstrations."""
-    if delta.demonstrations != [list(tokens) for tokens in in_context.prompts.training_sequences]:
+    """Raise a ValueError, which ends with the advice, unless a delta was finetuned on in_context's demonstrations.
+
+    What a delta between two models was trained on is unknown (it has no demonstrations), so that nothing is checked.
+    """
+    if delta.demonstrations and delta.demonstrations != [
+        list(tokens) for tokens in in_context.prompts.training_sequences
+    ]:
         raise ValueError(
             f"expected a delta finetuned on the {len(in_context.prompts.demonstrations)} demonstrations of "
             f"in_context's prompts, in their order, got one of {len(delta.demonstrations)} that differ: {advice}"

@@ -12,7 +12,6 @@ that are as long as those observed.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from icl_dual.statistics.intervals import (
     paired_test,
     proportion,
 )
-from icl_dual.storage import load_tensors, reading, save_tensors
+from icl_dual.storage import Saved
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
@@ -45,8 +44,6 @@ KENDALL_QUERIES = 100
 QUERIES_AT_ONCE = 64
 """The number of queries whose float64 copies the metrics hold at a time."""
 
-_GROUPS = ("per_layer", "per_query", "predictions", "label_log_probs")
-"""The fields of a comparison that are saved tensor by tensor."""
 
 SIGNIFICANT = 0.05
 """A verdict says above or below where p is smaller than this."""
@@ -74,7 +71,7 @@ def estimate(*groups: Table, of: str) -> Interval:
 
 @document_fields
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Saved):
     """In-context learning against finetuning on the same demonstrations, by the metrics of the catalogue."""
 
     gold: Int[Tensor, " query"]
@@ -220,13 +217,6 @@ class Comparison:
         row |= {"baseline_value": baseline.nanmean().item()}
         return row | _verdict(metric, values[:n_shared], baseline[:n_shared], called)
 
-    def save(self, folder: str | PathLike[str], metadata: dict[str, Any] | None = None) -> None:
-        """Write the comparison into a folder, as safetensors and JSON, with any metadata that belongs to it."""
-        tensors = {"gold": self.gold}
-        for group in _GROUPS:
-            tensors |= {f"{group}/{name}": values for name, values in getattr(self, group).items()}
-        save_tensors(Path(folder), tensors, {"rec2ftp": vars(self.rec2ftp), **(metadata or {})})
-
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
         """Read a comparison that `save` wrote.
@@ -235,24 +225,25 @@ class Comparison:
         others.
 
         Raises:
-            AssetError: the folder is missing or damaged.
+            AssetError: the folder is missing or damaged, or holds another result.
         """
-        tensors, metadata = load_tensors(Path(folder))
-        groups: dict[str, dict[str, Tensor]] = {name: {} for name in _GROUPS}
-        with reading("Comparison", folder):
-            for name, values in tensors.items():
-                group, _, member = name.partition("/")
-                if member:
-                    groups[group][member] = values
-            log_probs = groups["label_log_probs"]
-            return cls(
-                gold=tensors["gold"],
-                predictions={name: groups["predictions"][name] for name in SETTINGS},
-                label_log_probs={name: log_probs[name] for name in SETTINGS if name in log_probs},
-                rec2ftp=Rec2FTP(**metadata["rec2ftp"]),
-                per_layer=_in_order(groups["per_layer"]),
-                per_query=_in_order(groups["per_query"]),
-            )
+        # safetensors sorts its names: settings and metrics come back in the order of the tables.
+        loaded = super().load(folder)
+        by_setting = {
+            group: {name: values[name] for name in SETTINGS if name in values}
+            for group in ("predictions", "label_log_probs")
+            if (values := getattr(loaded, group)) is not None
+        }
+        return replace(
+            loaded, **by_setting, per_layer=_in_order(loaded.per_layer), per_query=_in_order(loaded.per_query)
+        )
+
+    @classmethod
+    def _upgraded(
+        cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what version 0.1 wrote, which has no entry for label log-probabilities where there are none."""
+        return tensors, {"label_log_probs": {}, **metadata}
 
 
 def compare(

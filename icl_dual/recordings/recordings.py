@@ -2,7 +2,7 @@
 finetuning's queries; from a model's captures, or read from a folder (`icl_dual.recordings.released_layout`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.storage import load_tensors, reading, save_tensors
+from icl_dual.storage import Saved
 
 SETTINGS = ("ZSL", "ICL", "FT")
 """The three settings: zero-shot, in-context and finetuned, by their keys in tables and saved files."""
@@ -38,7 +38,7 @@ class RecordingError(ValueError):
 
 @document_fields
 @dataclass(frozen=True, repr=False)
-class Recordings:
+class Recordings(Saved):
     """What finetuning and the three settings (ZSL, ICL, FT) computed: all that the metrics need.
 
     Scores are attention scores at the recorded position: scaled by 1/√d_head, before mask and softmax.
@@ -134,47 +134,45 @@ class Recordings:
             f"{len(self.skipped)} skipped)"
         )
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write the recordings into a folder, as safetensors and JSON of a fifth of the released layout's size."""
-        grouped = {"predictions", "attn_out", "query_scores", "context_scores"}
-        plain = ("gold", "query_lengths", "segments", "q", "training_q", "training_segments", "training_k")
-        tensors = {name: value for name in plain if (value := getattr(self, name)) is not None}
-        tensors |= {f"{name}/{setting}": value for name in grouped for setting, value in getattr(self, name).items()}
-        save_tensors(Path(folder), tensors, {"recordings": self.metadata, "skipped": self.skipped})
-
     @classmethod
     def load(cls, folder: str | PathLike[str], n_labels: int | None = None) -> "Recordings":
         """Read recordings that `save` wrote.
 
+        Args:
+            folder: the folder they were saved in; of a cell that was run with `keep_recordings=True`, its folder
+                `recordings`.
+            n_labels: the number of labels; where not given, what `label_limit` finds.
+
         Raises:
-            RecordingError: a number is not finite, a label id is not below `n_labels` (where not given, `label_limit`),
-                or the folder holds no recordings.
-            AssetError: the folder is missing or damaged.
+            RecordingError: a number is not finite, or a label index is not below `n_labels`.
+            AssetError: the folder is missing or damaged, or holds another result.
         """
-        path = Path(folder)
-        tensors, metadata = load_tensors(path)
-        if "recordings" not in metadata:
-            raise RecordingError(
-                f"expected recordings in {path}, got something else: pass the folder 'recordings' of a cell that was "
-                "run with keep_recordings=True"
-            )
-        limit = label_limit(path, metadata["recordings"]) if n_labels is None else n_labels
-        grouped: dict[str, Any] = {}
-        for name, tensor in tensors.items():
+        recordings, path = super().load(folder), Path(folder)
+        limit = label_limit(path, recordings.metadata) if n_labels is None else n_labels
+        for name, tensor in recordings._tensors():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise RecordingError(f"{path}: expected finite numbers, got others in {name!r}: record them again")
             if name.startswith(("gold", "predictions/")) and not ((tensor >= 0) & (tensor < limit)).all():
                 raise RecordingError(
                     f"{path}: expected {name} out of the {limit} labels 0 to {limit - 1}, got {tensor.min()} to "
-                    f"{tensor.max()}"
+                    f"{tensor.max()}: pass n_labels where there are more"
                 )
-            group, _, setting = name.partition("/")
-            if setting:
-                grouped.setdefault(group, {})[setting] = tensor
-            else:
-                grouped[name] = tensor
-        with reading("Recordings", path):
-            return cls(**grouped, metadata=metadata["recordings"], skipped=tuple(metadata["skipped"]))
+        return recordings
+
+    @classmethod
+    def _upgraded(
+        cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what version 0.1 wrote, which has the field `metadata` under the name `recordings`."""
+        return tensors, {"metadata": metadata.get("recordings", {}), **metadata}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor by its name, those by setting as `field/setting`."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield name, value
+            elif isinstance(value, dict):
+                yield from ((f"{name}/{key}", member) for key, member in value.items() if isinstance(member, Tensor))
 
 
 def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
