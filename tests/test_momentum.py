@@ -172,3 +172,12 @@ def test_shapes_that_do_not_fit_are_refused(given, said):
     unchecked = getattr(momentum.decaying_sum, "__wrapped__")  # noqa: B009 - without its checks of types
     with pytest.raises(ValueError, match=said):
         unchecked(**{"v": torch.zeros(1, 3, 2, 2), "eta": torch.full((2,), 0.5), **given})
+
+
+def test_decay_weights_are_written_out():
+    rows, keys = torch.tensor([0, 2, 5]), torch.tensor([0, 1, 2, 4, 6])
+    weights = momentum.decay_matrix(ETA, rows, keys)
+    for head, eta in enumerate(ETA.tolist()):
+        for row, t in enumerate(rows.tolist()):
+            expected = [eta ** (t - i) if i < t else 0.0 for i in keys.tolist()]
+            torch.testing.assert_close(weights[head, row], torch.tensor(expected, dtype=torch.float64))
