@@ -1,9 +1,9 @@
-"""Recordings in the released layout, out and in.
+"""Recordings in the released layout: written for the released scripts, and read back.
 
-The released code of Dai et al. (microsoft/LMOps, `understand_icl`) writes what it sees of each setting into
-`zs`, `icl`, `ftzs` and `ft`, as one JSON object a line in `record_info.jsonl`; its scripts compute the paper's numbers
-from these. This room writes folders that those scripts read, and reads such folders, whoever wrote them. The layout is
-in `docs/recordings.md`.
+The released code of Dai et al. (microsoft/LMOps, `understand_icl`) records each setting in a folder, `zs`, `icl`,
+`ftzs` and `ft`, as one JSON object a line in `record_info.jsonl`; its scripts compute the paper's numbers from these.
+This module writes folders that those scripts read, and reads such folders, its own or those of the released code. The
+layout is in `docs/recordings.md`.
 """
 
 import itertools
@@ -150,7 +150,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 
 class _Record(NamedTuple):
-    """One line of a setting that is asked the queries."""
+    """One line of `zs`, `icl` or `ftzs`: the record of one query."""
 
     hidden: Float[np.ndarray, "layer d_model"]
     query: Float[np.ndarray, "layer head query_token"]
@@ -161,7 +161,7 @@ class _Record(NamedTuple):
 
     @property
     def shape(self) -> dict[str, int]:
-        """What all examples have the same of."""
+        """The lengths of axes, in which all examples agree."""
         n_layers, n_heads = self.query.shape[:2]
         return {
             "layers": n_layers,
@@ -175,7 +175,7 @@ _Example = dict[str, _Record]
 
 
 class _Step(NamedTuple):
-    """One line of `ft`: how many tokens its demonstration has, the start token left out, and whether it is usable."""
+    """One line of `ft`: its demonstration's number of tokens, without the start token, and whether it is usable."""
 
     n_tokens: int
     keep: bool
@@ -203,7 +203,7 @@ class _Reader:
         self.skipped.append(str(error))
 
     def examples(self, progress: bool) -> list[_Example]:
-        """Every example's record in the three settings; those that agree with most in shape."""
+        """Return every example's records in the three settings; examples with another shape than most are left out."""
         found: dict[int, _Example] = {}
         paths = {setting: self.folder / name / FILE for setting, name in FOLDERS.items()}
         size = sum(path.stat().st_size for path in paths.values())
@@ -284,7 +284,7 @@ class _Reader:
         return label
 
     def steps(self, example: _Example) -> tuple[Float[Tensor, "layer train_token d_q"], list[_Step]]:
-        """The queries of all usable training steps, and every step's length."""
+        """Return the attention queries of all usable training steps, and every step's length."""
         path, like = self.folder / "ft" / FILE, example["FT"].q
         assert like is not None
         kept: list[np.ndarray] = []
@@ -359,7 +359,7 @@ def _value(found: dict[str, Any], key: str, path: Path, number: int) -> Any:
 
 
 def _array(found: dict[str, Any], key: str, axes: str, path: Path, number: int) -> np.ndarray:
-    """A record's numbers: as float32 where that holds them to the last digit, else as float64."""
+    """Return a record's numbers: in float32 where that holds them exactly, else in float64."""
     value = _value(found, key, path, number)
     wanted = f"{key} as finite numbers by [{axes}]"
     try:
@@ -382,8 +382,10 @@ def _array(found: dict[str, Any], key: str, axes: str, path: Path, number: int) 
 
 
 def _segments(steps: Sequence[_Step], n_tokens: int) -> Int[Tensor, " prefix_pos"]:
-    """Whose each token of a context is: a start token, then each demonstration and its separator, as many as stand in
-    it whole; steps after those were not shown."""
+    """Return the source of each token of a context: a start token, then each demonstration and its separator.
+
+    Steps after the last demonstration that fits whole were not in the context.
+    """
     owners = [START]
     for index, step in enumerate(steps):
         if len(owners) + step.n_tokens > n_tokens:
@@ -393,14 +395,14 @@ def _segments(steps: Sequence[_Step], n_tokens: int) -> Int[Tensor, " prefix_pos
 
 
 def _by_step(training_segments: Int[Tensor, " train_token"]) -> list[range]:
-    """Where each step's own tokens lie among the training tokens, in order."""
+    """Return the positions of each step's demonstration among the training tokens, in order."""
     owners = training_segments.tolist()
     starts = [at for at, owner in enumerate(owners) if owner == START]
     return [range(start + 1, end) for start, end in itertools.pairwise([*starts, len(owners)])]
 
 
 def _json_line(values: dict[str, Any], path: Path, number: int) -> bytes:
-    """A record, its numbers as the float64 that they are exactly."""
+    """Return a record as a line of JSON, its numbers exactly, as float64."""
     plain = {key: value.double().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
     for key, value in plain.items():
         if not np.isfinite(value).all():
