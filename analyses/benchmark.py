@@ -159,14 +159,14 @@ def peak_mb(race: Race, name: str) -> float:
         with torch.no_grad():
             run(race)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with torch.no_grad(), sampled_memory() as found:
+    with torch.no_grad(), sampled_memory() as memory:
         run(race)
-    return (max(found) - found[0]) / 1e6
+    return (max(memory) - memory[0]) / 1e6
 
 
 def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     """Each contender's peak memory, in a process of its own."""
-    found = {}
+    megabytes = {}
     for name in tqdm(names, desc="memory"):
         same = ["--model", args.model, "--task", args.task, "--k", str(args.k), "--device", args.device]
         command = [
@@ -183,8 +183,8 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr[-2000:]}")
-        found[name] = float(done.stdout.split()[-1])
-    return found
+        megabytes[name] = float(done.stdout.split()[-1])
+    return megabytes
 
 
 def random_model(folder: Path) -> str:
@@ -278,8 +278,8 @@ def race(args: argparse.Namespace, model: str) -> None:
     task = icl.load_task(args.task)
     nothing = icl.Prompts(queries=(), labels=(), gold=())
     racing = Race(model, nothing, args.device, getattr(torch, args.dtype), args.lr)
-    shown, queries = task.demonstrations(args.k, seed=1), task.queries(args.queries)
-    racing.prompts = icl.build_prompts(racing.model, task, shown, queries)
+    demonstrations, queries = task.demonstrations(args.k, seed=1), task.queries(args.queries)
+    racing.prompts = icl.build_prompts(racing.model, task, demonstrations, queries)
     if args.peak:
         print(peak_mb(racing, args.peak))
         return
@@ -299,7 +299,7 @@ def race(args: argparse.Namespace, model: str) -> None:
         differences = check_equal(racing, names)
         timed, scale = steps(racing, names, args.every)
     seconds = time_all(racing, timed, args.repeats)
-    medians = {name: scale[name] * statistics.median(found) for name, found in seconds.items()}
+    medians = {name: scale[name] * statistics.median(turns) for name, turns in seconds.items()}
     if "cell" in medians:
         medians["floors"] = medians["kv_sgd"] + medians["floor"] + 2 * medians["floor_zero_shot"]
     ratios = {}

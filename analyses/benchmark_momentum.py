@@ -81,16 +81,16 @@ def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float
             step()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(turns) for name, turns in seconds.items()}
 
 
 def peak_mb(args: argparse.Namespace) -> float:
     """What two training steps take at most, above what the process held before."""
-    with sampled_memory() as found:
+    with sampled_memory() as memory:
         step = training_step(args, ETAS[args.peak])
         step()
         step()
-    return (max(found) - found[0]) / 1e6
+    return (max(memory) - memory[0]) / 1e6
 
 
 def peak_of_its_own(args: argparse.Namespace, name: str) -> float:
@@ -115,7 +115,7 @@ def write(args: argparse.Namespace) -> None:
     v = torch.randn(1, args.length, model.config.n_head, model.config.n_embd // model.config.n_head)
     state = decaying_sum(v, model.eta[0]).state
     measured = {"training step": training, "decoded token": decoding, "peak memory of training": memory}
-    ratios = {what: {name: found[name] / found["vanilla"] for name in ETAS} for what, found in measured.items()}
+    ratios = {what: {name: by_name[name] / by_name["vanilla"] for name in ETAS} for what, by_name in measured.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cost.json").write_text(json.dumps({"measured": measured, "ratios": ratios}, indent=1))
     table = pd.DataFrame(ratios).T[["η fixed", "η learned"]].rename_axis("beside vanilla")

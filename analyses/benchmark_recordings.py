@@ -1,8 +1,8 @@
 """What recordings of the paper's size cost: time and memory of all metrics, and of writing and reading the layout.
 
 Random recordings of 872 queries × 24 layers × 2048 dimensions (16 heads, queries of 30 tokens, 1100 demonstration
-tokens) are saved as safetensors. Each step then runs in a process of its own, whose peak resident set is what it takes,
-the library's own import included. Exported recordings are read back and held against what was written, digit by digit.
+tokens) are saved as safetensors. Each step then runs in a separate process; its memory is the peak resident set of that
+process, the library's import included. Exported recordings are read back and held against what was written, digit by digit.
 """
 
 import argparse
@@ -86,8 +86,8 @@ def check(work: Path) -> None:
     saved, read = icl.load_recordings(work / "saved"), icl.load_recordings(work / "exported")
     for name in ("attn_out", "query_scores", "context_scores"):
         for setting in SETTINGS:
-            found, expected = getattr(read, name)[setting], getattr(saved, name)[setting]
-            if not torch.equal(found.float(), expected):
+            values, expected = getattr(read, name)[setting], getattr(saved, name)[setting]
+            if not torch.equal(values.float(), expected):
                 raise RuntimeError(f"expected {name} of {setting} as it was exported, got other digits")
     assert read.training_q is not None
     assert saved.training_q is not None

@@ -127,16 +127,16 @@ def sampled_memory() -> Iterator[list[int]]:
     import psutil  # an extra: only memory needs it
 
     process, done = psutil.Process(), threading.Event()
-    found = [process.memory_info().rss]
+    memory = [process.memory_info().rss]
 
     def sample() -> None:
         while not done.wait(0.002):
-            found.append(process.memory_info().rss)
+            memory.append(process.memory_info().rss)
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        yield found
+        yield memory
     finally:
         done.set()
         thread.join()
@@ -194,8 +194,8 @@ def variant_parser() -> argparse.ArgumentParser:
 
 def lr_key(model: str, variant: icl.Cell | None = None) -> str:
     """What a model's learning rates are filed under: its name, and how a cell's finetuning differs from the paper's."""
-    said = {} if variant is None else variant.variation
-    return ", ".join([model, *(said[name] for name in ("loss", "method", "trained") if name in said)])
+    variation = {} if variant is None else variant.variation
+    return ", ".join([model, *(variation[name] for name in ("loss", "method", "trained") if name in variation)])
 
 
 def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:

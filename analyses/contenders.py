@@ -66,10 +66,10 @@ class Race:
         folder, settings = str(assets.model_files(self.name, None).folder), {"dtype": self.dtype, "device": self.device}
         cfg = loading.get_pretrained_model_config(folder, self.hf.config.to_dict(), **settings)
         state = loading.get_pretrained_state_dict(folder, cfg, self.hf, dtype=self.dtype)
-        made: Any = import_module("transformer_lens").HookedTransformer(cfg, self.model.tokenizer)
+        hooked: Any = import_module("transformer_lens").HookedTransformer(cfg, self.model.tokenizer)
         raw = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-        made.load_and_process_state_dict(state, **dict.fromkeys(raw, False))
-        return icl.Model(made.to(self.device, print_details=False).eval(), name=self.name)
+        hooked.load_and_process_state_dict(state, **dict.fromkeys(raw, False))
+        return icl.Model(hooked.to(self.device, print_details=False).eval(), name=self.name)
 
     @cached_property
     def zsl(self) -> icl.Capture:
@@ -106,9 +106,9 @@ class Race:
 
     def subset(self, queries: list[int]) -> "Race":
         """The same race with some of its queries."""
-        own = self.prompts
-        chosen = {name: tuple(getattr(own, name)[query] for query in queries) for name in ("queries", "gold")}
-        return self.with_prompts(replace(own, **chosen))
+        prompts = self.prompts
+        chosen = {name: tuple(getattr(prompts, name)[query] for query in queries) for name in ("queries", "gold")}
+        return self.with_prompts(replace(prompts, **chosen))
 
     def label_log_probs(self, logits: Tensor) -> Tensor:
         """Of each label's first token: all there is to the labels raced on here."""
@@ -132,23 +132,23 @@ def bare_prefix(race: Race, head: tuple[int, ...] = ()) -> DynamicCache:
 
 def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
     """A cache of a batch's own that looks at the same keys and values: passes append to the cache they are given."""
-    own = copy.copy(cache)
+    expanded = copy.copy(cache)
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
-    own.layers = layers
+    expanded.layers = layers
     for layer in layers:
         layer.keys, layer.values = layer.keys.expand(n, -1, -1, -1), layer.values.expand(n, -1, -1, -1)
-    return own
+    return expanded
 
 
 def _bare_queries(race: Race, rows: Iterator[tuple[list[int], Tensor, Tensor]], cache: DynamicCache | None) -> Tensor:
     """The labels' log-probabilities from batches through the bare model, behind a cache or by themselves."""
-    found = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
+    log_probs = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
     for batch, tokens, last in rows:
         behind = {"use_cache": False}
         if cache is not None:
             behind = {"past_key_values": _expanded(cache, len(batch)), "use_cache": True}
-        found[batch] = race.label_log_probs(_bare(race, tokens, last, **behind))
-    return found
+        log_probs[batch] = race.label_log_probs(_bare(race, tokens, last, **behind))
+    return log_probs
 
 
 def floor(race: Race) -> Captured:
@@ -207,10 +207,10 @@ class _Kept:
         self.n = len(race.prompts.queries)
         self.kept: Captured = {}
 
-    def keep(self, name: str, queries: list[int], found: Tensor) -> None:
+    def keep(self, name: str, queries: list[int], values: Tensor) -> None:
         if name not in self.kept:
-            self.kept[name] = torch.zeros(self.n, *found.shape[1:])
-        self.kept[name][queries] = found.float().cpu()
+            self.kept[name] = torch.zeros(self.n, *values.shape[1:])
+        self.kept[name][queries] = values.float().cpu()
 
     def keep_layers(
         self, queries: list[int], attn_out: list[Tensor], q: list[Tensor], demo_attention: list[Tensor], logits: Tensor
@@ -224,8 +224,8 @@ class _Kept:
 
     def demonstrations(self, row: Tensor, *, scores: bool) -> Tensor:
         """Attention within the demonstrations' own tokens, from a row of scores or of weights: [… demo_token]."""
-        shown = row[..., self.race.prompts.demonstration_positions.to(row.device)].float()
-        return shown.softmax(-1) if scores else shown / shown.sum(-1, keepdim=True)
+        demonstrations = row[..., self.race.prompts.demonstration_positions.to(row.device)].float()
+        return demonstrations.softmax(-1) if scores else demonstrations / demonstrations.sum(-1, keepdim=True)
 
 
 TL_HOOKS = ("attn.o.hook_out", "attn.hook_q", "attn.hook_attn_scores")
@@ -239,10 +239,10 @@ def tl_prefix(race: Race) -> Captured:
     bridge.run_with_hooks(race.prefix, fwd_hooks=[("unembed.hook_in", _last_only)], past_key_values=cache)
     for batch, tokens, last in race.rows():
         rows = torch.arange(len(batch), device=last.device)
-        seen: dict[str, list[Tensor]] = {hook: [] for hook in TL_HOOKS}
+        by_hook: dict[str, list[Tensor]] = {hook: [] for hook in TL_HOOKS}
 
         def keep(
-            tensor: Tensor, hook: Any, name: str, rows: Tensor = rows, last: Tensor = last, into: Any = seen
+            tensor: Tensor, hook: Any, name: str, rows: Tensor = rows, last: Tensor = last, into: Any = by_hook
         ) -> None:
             into[name].append(tensor[rows, :, last] if name == "attn.hook_attn_scores" else tensor[rows, last])
 
@@ -257,7 +257,7 @@ def tl_prefix(race: Race) -> Captured:
         logits = bridge.run_with_hooks(
             tokens, fwd_hooks=[*hooks, ("unembed.hook_in", gather)], past_key_values=_expanded(cache, len(batch))
         )
-        out, q, scores = seen.values()
+        out, q, scores = by_hook.values()
         kept.keep_layers(batch, out, q, [kept.demonstrations(row, scores=True) for row in scores], logits[:, 0])
     return kept.kept
 
@@ -271,10 +271,10 @@ def _tl_prompts(race: Race, names: list[str] | None) -> Captured:
     for query, tokens in enumerate(race.full_prompts()):
         at_last: dict[str, Any] = {} if names is None else {"names_filter": names, "pos_slice": -1}
         logits, cache = race.model.wrapped.run_with_cache(tokens, **at_last)
-        found = [[cache[f"blocks.{layer}.{hook}"][0] for layer in range(race.model.n_layers)] for hook in TL_HOOKS]
+        by_hook = [[cache[f"blocks.{layer}.{hook}"][0] for layer in range(race.model.n_layers)] for hook in TL_HOOKS]
         if names is None:
-            found = [[t[-1] for t in found[0]], [t[-1] for t in found[1]], [t[:, -1] for t in found[2]]]
-        out, q, scores = ([tensor[None] for tensor in layers] for layers in found)
+            by_hook = [[t[-1] for t in by_hook[0]], [t[-1] for t in by_hook[1]], [t[:, -1] for t in by_hook[2]]]
+        out, q, scores = ([tensor[None] for tensor in layers] for layers in by_hook)
         scores = [row.reshape(1, race.model.n_heads, -1) for row in scores]
         kept.keep_layers([query], out, q, [kept.demonstrations(row, scores=True) for row in scores], logits[:, -1])
     return kept.kept

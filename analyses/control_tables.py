@@ -12,9 +12,9 @@ from paper_tables import ACCURACY_ROWS, Results, by_query, style
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.metrics.comparison import estimate
+from icl_dual.metrics import estimate
 from icl_dual.order_sensitivity import PAIRS
-from icl_dual.statistics.intervals import Interval, Paired, paired_test
+from icl_dual.statistics import Interval, Paired, paired_test
 
 CLAIM = "ICL and FT"
 NULLS = {
@@ -89,16 +89,16 @@ def scored(runs: Runs) -> Scores:
     tasks = list(runs[CLAIM])
     families: dict[str, Sequence[str]] = {"claim": (CLAIM,), "nulls": (), "models": tuple(MODELS)}
     families |= {"weights": tuple(WEIGHTS), "contexts": tuple(CONTEXTS), "variants": tuple(VARIANTS)}
-    found = {}
+    scores = {}
     for metric, nulls in NULLS.items():
-        found[metric] = {
+        scores[metric] = {
             family: {row: {task: by_query(runs[row][task], metric) for task in tasks} for row in rows}
             for family, rows in families.items()
         }
-        found[metric]["nulls"] = {
+        scores[metric]["nulls"] = {
             row: {task: by_query(runs[CLAIM][task], column) for task in tasks} for row, column in nulls.items()
         }
-    return found
+    return scores
 
 
 def text(interval: Interval, metric: str, counts: str = "") -> str:
@@ -115,27 +115,27 @@ def estimates(scores: Scores) -> pd.DataFrame:
             for row, by_task in rows.items():
                 groups = {task: (values,) for task, values in by_task.items()} | {"mean": tuple(by_task.values())}
                 for task, values in groups.items():
-                    found = estimate(*values, of=metric)
+                    interval = estimate(*values, of=metric)
                     counted = metric == "Rec2FTP" and family != "nulls" and task != "mean"
                     counts = f"{values[0].nansum():g}/{values[0].isfinite().sum():g}" if counted else ""
                     about = {"metric": metric, "kind": family, "what is compared": row, "task": task}
-                    numbers = {"value": found.value, "low": found.low, "high": found.high}
-                    lines.append(about | numbers | {"queries": found.n_queries, "counts": counts})
+                    numbers = {"value": interval.value, "low": interval.low, "high": interval.high}
+                    lines.append(about | numbers | {"queries": interval.n_queries, "counts": counts})
     return pd.DataFrame(lines)
 
 
-def control_table(found: pd.DataFrame) -> pd.DataFrame:
+def control_table(estimates: pd.DataFrame) -> pd.DataFrame:
     """The table of all controls: a row for each metric and control, a column a task, with intervals."""
-    shown = found.assign(
-        task=found["task"].map(lambda task: TITLES.get(task, task)),
+    formatted = estimates.assign(
+        task=estimates["task"].map(lambda task: TITLES.get(task, task)),
         text=[
             text(Interval(row["value"], row["low"], row["high"], row["queries"]), row["metric"], row["counts"])
-            for row in found.to_dict("records")
+            for row in estimates.to_dict("records")
         ],
     )
     keys = ["metric", "kind", "what is compared"]
-    table = shown.pivot(index=keys, columns="task", values="text")
-    return table.reindex(index=shown[keys].drop_duplicates(), columns=shown["task"].unique()).reset_index()
+    table = formatted.pivot(index=keys, columns="task", values="text")
+    return table.reindex(index=formatted[keys].drop_duplicates(), columns=formatted["task"].unique()).reset_index()
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,10 @@ def against_controls(scores: Scores) -> list[Against]:
     ]
 
 
-def against_table(found: Sequence[Against]) -> pd.DataFrame:
+def against_table(comparisons: Sequence[Against]) -> pd.DataFrame:
     """Each score against the control of each kind that comes closest to it."""
     lines = []
-    for one in found:
+    for one in comparisons:
         about = {"metric": one.metric, "task": TITLES[one.task], "controls": one.family}
         if not one.paired:
             lines.append(about | {"closest": "too few queries"})
@@ -200,13 +200,13 @@ def against_table(found: Sequence[Against]) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
-def claim_table(found: Sequence[Against]) -> pd.DataFrame:
+def claim_table(comparisons: Sequence[Against]) -> pd.DataFrame:
     """On how many tasks each claim's score is above all controls of each family, and what that leaves of it."""
     lines = []
     for metric, claim in CLAIMS.items():
         texts, fates = {}, set()
         for family in FAMILIES:
-            chosen = [one for one in found if (one.metric, one.family) == (metric, family)]
+            chosen = [one for one in comparisons if (one.metric, one.family) == (metric, family)]
             above = [one.above for one in chosen if one.paired]
             texts[family] = f"{sum(above)} of {len(chosen)}"
             if open_ones := len(chosen) - len(above):
@@ -240,10 +240,10 @@ def in_words(row: Mapping[str, str]) -> str:
             undecided.append(f"{what} (above on {counts} tasks, too few queries on the others)")
         else:
             lost.append(f"{what} (above on {counts} tasks)")
-    said = f"**{row['claim']}** ({row['measured by']}). {fates[row['verdict']]}"
-    said += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
-    said += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
-    return said + f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
+    sentences = f"**{row['claim']}** ({row['measured by']}). {fates[row['verdict']]}"
+    sentences += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
+    sentences += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
+    return sentences + f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
 
 
 def order_table(orders: Mapping[str, Sequence[icl.OrderSensitivity]]) -> pd.DataFrame:
@@ -256,8 +256,8 @@ def order_table(orders: Mapping[str, Sequence[icl.OrderSensitivity]]) -> pd.Data
             lines.append({"task": TITLES[task], "measure": measure.replace("_", " ")} | texts)
         ranges = {}
         for setting, pair in (("ICL", PAIRS[0]), ("FT", PAIRS[1])):
-            found = 100 * torch.cat([result.accuracy[setting] for result in results])
-            ranges[pair] = f"{found.min():.0f} to {found.max():.0f}"
+            accuracies = 100 * torch.cat([result.accuracy[setting] for result in results])
+            ranges[pair] = f"{accuracies.min():.0f} to {accuracies.max():.0f}"
         lines.append({"task": TITLES[task], "measure": "accuracies, per cent"} | ranges)
     return pd.DataFrame(lines).fillna("")
 
@@ -266,7 +266,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Accuracies of the model and of those that have learned nothing, in per cent."""
     return pd.DataFrame(
         {"model": "trained" if row == CLAIM else row, "setting": name.split()[0]}
-        | {TITLES[task]: text(estimate(by_query(found, name), of=name), name) for task, found in runs[row].items()}
+        | {TITLES[task]: text(estimate(by_query(results, name), of=name), name) for task, results in runs[row].items()}
         for row in (CLAIM, *MODELS)
         for name in ACCURACY_ROWS
     )

@@ -53,7 +53,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
     """The cells of each row, by task and seed."""
     _check_counts(args)
     rows = MODELS | {CLAIM: {}} | WEIGHTS | CONTEXTS | VARIANTS | {f"k = {k}": {"k": k} for k in args.ks}
-    found: dict[str, dict[str, list[icl.Cell]]] = {row: {} for row in rows}
+    cells: dict[str, dict[str, list[icl.Cell]]] = {row: {} for row in rows}
     for task in dict.fromkeys(args.tasks):
         for seed in dict.fromkeys(args.seeds):
             cell = icl.Cell(
@@ -72,8 +72,8 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
                 varied = replace(cell, **settings)
                 if args.lr is None and {"loss", "method", "trained"} & varied.variation.keys():
                     varied = replace(varied, lr=default_lr(args.model, task, varied))
-                found[row].setdefault(task, []).append(varied)
-    return found
+                cells[row].setdefault(task, []).append(varied)
+    return cells
 
 
 def _check_counts(args: argparse.Namespace) -> None:
@@ -104,7 +104,7 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
 
 def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Namespace) -> Orders:
     """Order sensitivity of every task and seed, each saved when it is done."""
-    model, found = None, {}
+    model, by_task = None, {}
     todo = [(task, result) for task, results in claim.items() for result in results if args.orders]
     for task, result in tqdm(todo, desc="orders", unit="cell"):
         cell, folder = result.cell, args.out / "orders" / result.cell.name
@@ -116,27 +116,27 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
             started = time.perf_counter()
             model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))
             of = icl.load_task(task, cell.source, protocol=cell.protocol)
-            shown, asked = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
-            made = icl.measure_order_sensitivity(
-                model, of, shown, asked, n_orders=args.orders, lr=cell.lr, seed=cell.seed
+            demonstrations, queries = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
+            sensitivity = icl.measure_order_sensitivity(
+                model, of, demonstrations, queries, n_orders=args.orders, lr=cell.lr, seed=cell.seed
             )
             versions = result.provenance["versions"]
-            made.save(folder, settings | {"versions": versions, "seconds": time.perf_counter() - started})
-        found.setdefault(task, []).append(icl.OrderSensitivity.load(folder))
-    return found
+            sensitivity.save(folder, settings | {"versions": versions, "seconds": time.perf_counter() - started})
+        by_task.setdefault(task, []).append(icl.OrderSensitivity.load(folder))
+    return by_task
 
 
-def draw(found: pd.DataFrame, title: str, path: Path) -> None:
+def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
     """All controls of all metrics: a panel a metric, a row a control, families apart."""
-    rows = found.drop_duplicates("what is compared").sort_values(
+    rows = scores.drop_duplicates("what is compared").sort_values(
         "kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable"
     )
-    names, metrics = rows["what is compared"].tolist(), found["metric"].unique()
+    names, metrics = rows["what is compared"].tolist(), scores["metric"].unique()
     in_a_row = -(-len(metrics) // 2)
     fig, axes = panels(in_a_row, rows=2, height=0.2 * len(names) + 0.6, sharex=False, sharey="all")
     for metric, ax in zip(metrics, (ax for row in axes for ax in row), strict=False):
         estimates: dict[str, dict[str, Interval]] = {name: {} for name in names}
-        for row in found.query("metric == @metric and task != 'mean'").to_dict("records"):
+        for row in scores.query("metric == @metric and task != 'mean'").to_dict("records"):
             interval = Interval(row["value"], row["low"], row["high"], row["queries"])
             estimates[row["what is compared"]][TITLES[row["task"]]] = interval
         icl.plots.dots(estimates, ax=ax)
@@ -156,7 +156,7 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
         by_k = {results[0].cell.k: results for results in sorted(chosen, key=lambda results: results[0].cell.k)}
 
         def estimates(name: str, by_k: Mapping[int, Sequence[icl.CellResult]] = by_k) -> dict[int, Interval]:
-            return {k: estimate(by_query(found, name), of=name) for k, found in by_k.items()}
+            return {k: estimate(by_query(results, name), of=name) for k, results in by_k.items()}
 
         none = {0: estimate(by_query(runs[CLAIM][task], "ZSL accuracy"), of="ZSL accuracy")}
         accuracies = {setting: none | estimates(f"{setting} accuracy") for setting in ("ICL", "FT")}
@@ -220,18 +220,18 @@ def write(args: argparse.Namespace) -> None:
     runs = run(plan(args), args)
     orders = run_orders(runs[CLAIM], args)
     scores = control_tables.scored(runs)
-    against, found = control_tables.against_controls(scores), control_tables.estimates(scores)
+    against, estimates = control_tables.against_controls(scores), control_tables.estimates(scores)
     tables = {
         "claims": control_tables.claim_table(against),
         "against_controls": control_tables.against_table(against),
-        "controls": control_tables.control_table(found),
+        "controls": control_tables.control_table(estimates),
         "orders": control_tables.order_table(orders),
         "accuracy": control_tables.accuracy_table(runs),
         "rates": control_tables.rate_table(runs),
     }
-    for name, frame in (tables | {"controls": found}).items():
+    for name, frame in (tables | {"controls": estimates}).items():
         frame.to_csv(args.out / f"{name}.csv", index=False, float_format="%.6g")
-    draw(found, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
+    draw(estimates, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
     draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(tables["claims"].to_markdown(index=False))

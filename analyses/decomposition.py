@@ -101,13 +101,13 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
         "model": model.provenance,
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")},
-        "residuals": {name: found.max().item() for name, found in split.residuals._asdict().items()},
+        "residuals": {name: residual.max().item() for name, residual in split.residuals._asdict().items()},
         "held_residual": updates.residual,
         "factors_residual": delta.factors.residual,
         "groups": split.groups,
         "demonstrations": [
-            f"{number} {shown.fields[0][1]} → {task.label_words[shown.label]}"
-            for number, shown in enumerate(demonstrations, 1)
+            f"{number} {demonstration.fields[0][1]} → {task.label_words[demonstration.label]}"
+            for number, demonstration in enumerate(demonstrations, 1)
         ],
         "first_query": f"{queries[0].fields[0][1]} → {task.label_words[queries[0].label]}",
     }
@@ -144,12 +144,12 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         yield result
 
 
-def table(found: list[Result]) -> pd.DataFrame:
+def table(cells: list[Result]) -> pd.DataFrame:
     """Mean ± standard deviation over queries, layers and heads: a row a quantity, a column a task."""
     rows = []
     for name, label in ROWS.items():
         row = {"mean ± deviation over queries, layers and heads": label}
-        for result in found:
+        for result in cells:
             values = result.tensors[name].double()
             values = values.mean(-1) if values.ndim == 4 else values
             known = values[values.isfinite()]
@@ -158,10 +158,10 @@ def table(found: list[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_layer(found: list[Result]) -> pd.DataFrame:
+def by_layer(cells: list[Result]) -> pd.DataFrame:
     """Every quantity by layer and head: mean and standard deviation over queries, and of how many."""
     frames = []
-    for result in found:
+    for result in cells:
         tensors = {name: result.tensors[name] for name in ROWS}
         frame = summary_frame({name: values[None] if values.ndim == 1 else values for name, values in tensors.items()})
         frame.insert(0, "task", result.task)
@@ -169,18 +169,18 @@ def by_layer(found: list[Result]) -> pd.DataFrame:
     return pd.concat(frames)
 
 
-def write_figures(found: list[Result], args: argparse.Namespace) -> None:
-    n, about = len(found), f"{model_title(args.model)}, protocol {args.protocol}, {asked(args)}, seed {args.seed}"
+def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
+    n, about = len(cells), f"{model_title(args.model)}, protocol {args.protocol}, {n_queries(args)}, seed {args.seed}"
 
     fig, (axes,) = panels(n)
-    for ax, result in columns(axes, found):
+    for ax, result in columns(axes, cells):
         label = "w, mean over queries" * (ax is axes[-1])
         icl.plots.heads(result.tensors["demonstration_mass"], label=label, ax=ax)
         ax.label_outer()
     finish(fig, axes, f"Share of the softmax that demonstrations take, {about}", args.out / "demonstration_mass")
 
     fig, (axes,) = panels(n)
-    for ax, result in columns(axes, found):
+    for ax, result in columns(axes, cells):
         series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
         icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
         ax.set_ylim(-1.2, 2.2)  # where both parts cancel, shares leave every scale: layers.csv has them
@@ -190,9 +190,9 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
     fig, rows = panels(n, 2)
     labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "ρ of the weights"}
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, found):
-            shown = label * (ax is axes[-1])
-            icl.plots.heads(result.tensors[name], label=shown, limits=(-1, 1), ax=ax)
+        for ax, result in columns(axes, cells):
+            colorbar_label = label * (ax is axes[-1])
+            icl.plots.heads(result.tensors[name], label=colorbar_label, limits=(-1, 1), ax=ax)
             ax.label_outer()
     finish(fig, rows[0], f"The linear relaxation against the exact split, {about}", args.out / "relaxation")
 
@@ -204,7 +204,7 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
         "right_angles": "right angles (degrees)",
     }
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, found):
+        for ax, result in columns(axes, cells):
             pair = (
                 result.tensors[kind].flatten(3).mean(-1) if "angles" in kind else result.tensors[kind]
                 for kind in (name, f"{name}_random")
@@ -217,7 +217,7 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
 
     fig, rows = panels(n, 2)
     for axes, name, label in zip(rows, ("norm", "effective_rank"), ("Frobenius norm", "effective rank"), strict=True):
-        for ax, result in columns(axes, found):
+        for ax, result in columns(axes, cells):
             series = {f"ΔW_{kind}": result.tensors[f"{name}_{kind}"][None] for kind in "KV"}
             icl.plots.by_layer(series, ylabel=label, ax=ax)
             ax.set_yscale("log" if name == "norm" else "linear")
@@ -229,13 +229,13 @@ def write_figures(found: list[Result], args: argparse.Namespace) -> None:
         args.out / "delta",
     )
 
-    write_prompt(found[0], args)
-    write_delta_demonstrations(found[0], args)
+    write_prompt(cells[0], args)
+    write_delta_demonstrations(cells[0], args)
 
 
-def columns(axes: list[Axes], found: list[Result]) -> Iterator[tuple[Axes, Result]]:
+def columns(axes: list[Axes], cells: list[Result]) -> Iterator[tuple[Axes, Result]]:
     """Each task's Axes, with the task's title over the first row."""
-    for ax, result in zip(axes, found, strict=True):
+    for ax, result in zip(axes, cells, strict=True):
         spec = ax.get_subplotspec()
         if spec is not None and spec.is_first_row():
             ax.set_title(TITLES[result.task])
@@ -282,12 +282,12 @@ def shorten(text: str, length: int = 44) -> str:
     return (text if len(text) <= length else text[: length - 1].rstrip() + "…") + " → " + label
 
 
-def asked(args: argparse.Namespace) -> str:
+def n_queries(args: argparse.Namespace) -> str:
     return f"{'all' if args.queries is None else args.queries} queries a task"
 
 
-def write_readme(found: list[Result], args: argparse.Namespace) -> None:
-    about = found[0].about
+def write_readme(cells: list[Result], args: argparse.Namespace) -> None:
+    about = cells[0].about
     always = ("model", "tasks", "queries", "seed", "rank", "out")
     command = command_line(__file__, make_parser(), args, always=always)
     residuals = pd.DataFrame(
@@ -300,7 +300,7 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
             "ΔW_FT's run against the zero-shot run": f"{result.about['held_residual']:.1e}",
             "Σ e ⊗ x against ΔW": f"{result.about['factors_residual']:.1e}",
         }
-        for result in found
+        for result in cells
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     text = f"""# How these were made
@@ -308,9 +308,9 @@ def write_readme(found: list[Result], args: argparse.Namespace) -> None:
     {command}
 
 Model: {model_title(args.model)} (`{short(args.model)}`, {about["model"]}), computed in {about["dtype"]}. Protocol
-`{args.protocol}`. {asked(args)}. {versions}.
+`{args.protocol}`. {n_queries(args)}. {versions}.
 
-{table(found).to_markdown(index=False, disable_numparse=True)}
+{table(cells).to_markdown(index=False, disable_numparse=True)}
 
 Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
 
@@ -322,11 +322,11 @@ Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
 
 def write(args: argparse.Namespace) -> None:
     """Run the cells that are not finished, and write all tables and figures."""
-    found = list(results(args))
-    by_layer(found).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
-    write_figures(found, args)
-    write_readme(found, args)
-    print(table(found).to_string(index=False))
+    cells = list(results(args))
+    by_layer(cells).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
+    write_figures(cells, args)
+    write_readme(cells, args)
+    print(table(cells).to_string(index=False))
     print(f"\nTables and figures are in {args.out}/; how to read them is in {args.out}/README.md")
 
 

@@ -72,8 +72,8 @@ def measure(run: Callable[[], object], repeats: int) -> float:
 
 
 def prompts(model: icl.Model, task: icl.Task, n_queries: int, n_demonstrations: int) -> icl.Prompts:
-    shown = task.demonstrations(n_demonstrations, seed=1) if n_demonstrations else []
-    return icl.build_prompts(model, task, shown, task.queries(n_queries))
+    demonstrations = task.demonstrations(n_demonstrations, seed=1) if n_demonstrations else []
+    return icl.build_prompts(model, task, demonstrations, task.queries(n_queries))
 
 
 def truncated(name: str, n_layers: int, folder: Path) -> str:
@@ -92,10 +92,10 @@ def truncated(name: str, n_layers: int, folder: Path) -> str:
 def grow(name: str, task: icl.Task, repeats: int) -> list[Point]:
     model = icl.load_model(name)
 
-    def point(axis: str, x: int, of: icl.Model, shown: icl.Prompts) -> Point:
-        icl.capture(of, shown, progress=False)  # a model's first capture checks it, too
-        flops = count(lambda: icl.capture(of, shown, progress=False))
-        return Point(axis, x, flops, measure(lambda: icl.capture(of, shown, progress=False), repeats))
+    def point(axis: str, x: int, of: icl.Model, of_size: icl.Prompts) -> Point:
+        icl.capture(of, of_size, progress=False)  # a model's first capture checks it, too
+        flops = count(lambda: icl.capture(of, of_size, progress=False))
+        return Point(axis, x, flops, measure(lambda: icl.capture(of, of_size, progress=False), repeats))
 
     usual = prompts(model, task, *DEFAULT.values())
     points = []
@@ -130,15 +130,15 @@ def result_mb(run: icl.Capture) -> float:
 def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     """A cell's stages: FLOPs and bytes counted, time, and the rate that makes."""
     race = Race(name, icl.Prompts(queries=(), labels=(), gold=()), "cpu", torch.float32, lr)
-    race.prompts = shown = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
+    race.prompts = in_context = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
     cell = contenders.run_cell(race)
-    kept_for_metrics = [icl.capture(race.model, of, progress=False) for of in (shown, shown.zero_shot())]
+    kept_for_metrics = [icl.capture(race.model, of, progress=False) for of in (in_context, in_context.zero_shot())]
     steps: dict[str, tuple[Callable[[], object], float]] = {
         "bare prefix": (lambda: contenders.bare_prefix(race), 0.0),
         "finetuning": (lambda: contenders.finetune(race), 2 * cell.delta.W_K.numel() * 4e-6),
         "capture, in context": (lambda: contenders.ours(race), result_mb(kept_for_metrics[0])),
         "capture, zero-shot": (
-            lambda: icl.capture(race.model, shown.zero_shot(), progress=False),
+            lambda: icl.capture(race.model, in_context.zero_shot(), progress=False),
             result_mb(kept_for_metrics[1]),
         ),
         "metrics and decomposition": (lambda: contenders.measure_cell(race, cell), 0.0),
@@ -156,9 +156,9 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
 
 def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> None:
     fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
-    for ax, (axis, found) in zip(axes, points.groupby("axis", sort=False), strict=False):
-        ax.plot(found["x"], found["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
-        ax.plot(found["x"], found["seconds"], "o", color="C0", label="measured")
+    for ax, (axis, of_axis) in zip(axes, points.groupby("axis", sort=False), strict=False):
+        ax.plot(of_axis["x"], of_axis["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
+        ax.plot(of_axis["x"], of_axis["seconds"], "o", color="C0", label="measured")
         ax.set_xlabel(str(axis))
         ax.set_ylabel("seconds")
         ax.set_ylim(0)

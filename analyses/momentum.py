@@ -141,15 +141,15 @@ def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[
         StudyError: it was computed with other settings.
     """
     if path.exists():
-        found = json.loads(path.read_text())
-        check_same_settings(path, settings, found)
-        return found
+        cell = json.loads(path.read_text())
+        check_same_settings(path, settings, cell)
+        return cell
     if compute is None:
         return {}
     versions = {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
-    found = {**settings, **compute(), "versions": versions}
-    write_json(path, found)
-    return found
+    cell = {**settings, **compute(), "versions": versions}
+    write_json(path, cell)
+    return cell
 
 
 load_task = cache(icl.load_task)
@@ -166,7 +166,7 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     data: Any = pretraining.LabelMapping() if run.data == MAPPING else corpus(run.data, run.preset.d_vocab)
     folder, n_ctx = out / "models" / run.name, run.preset.n_ctx
     lengths = {"train": ("train", n_ctx)} | {f"val {n}": ("validation", n) for n in (n_ctx // 4, n_ctx // 2, n_ctx)}
-    is_text = isinstance(data, pretraining.Corpus)  # whose validation split shows now whether it is long enough
+    is_text = isinstance(data, pretraining.Corpus)  # its validation split is checked here, before training
     blocks = {name: data.blocks(*of)[: N_PERPLEXITY // of[1]] for name, of in lengths.items()} if is_text else {}
     show = device == "cuda"
     model: Any = pretraining.train(
@@ -176,12 +176,14 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
         return {}
     model.to(torch.device(device))
     losses = json.loads((folder / "losses.json").read_text())
-    found: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
+    measured: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
     if is_text:
-        return found | {"perplexity": {name: pretraining.perplexity(model, chosen) for name, chosen in blocks.items()}}
+        return measured | {
+            "perplexity": {name: pretraining.perplexity(model, chosen) for name, chosen in blocks.items()}
+        }
     right = pretraining.in_context_accuracy(model, data, n=2000, seed=10_000)
     ceiling = [data.best_accuracy(n) for n in range(data.n_pairs)]
-    return found | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
+    return measured | {"accuracy": right.double().mean(0).tolist(), "ceiling": ceiling}
 
 
 def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
@@ -191,9 +193,9 @@ def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> li
     with tqdm(total=len(waiting), desc="decoders", unit="decoder", disable=not waiting) as bar:
         if (jobs := n_jobs(args)) == 1:
             for run in waiting:
-                found = trained(run, args.out, args.device)
+                measured = trained(run, args.out, args.device)
                 if RANK == 0:
-                    kept(paths[run], asdict(run), lambda found=found: found)
+                    kept(paths[run], asdict(run), lambda measured=measured: measured)
                 bar.update()
         else:
             threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -236,9 +238,9 @@ def answers(model: icl.Model, name: str, k: int, seed: int, n_queries: int) -> d
         prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=seed), task.queries(n_queries))
     except icl.PromptError:
         return {"right": [], "label_counts": [], **about}
-    found = icl.capture(model, prompts, fields=(), progress=False)
-    counts = found.predictions.bincount(minlength=len(task.label_words))
-    return {"right": (found.predictions == found.gold).int().tolist(), "label_counts": counts.tolist(), **about}
+    run = icl.capture(model, prompts, fields=(), progress=False)
+    counts = run.predictions.bincount(minlength=len(task.label_words))
+    return {"right": (run.predictions == run.gold).int().tolist(), "label_counts": counts.tolist(), **about}
 
 
 def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
@@ -265,16 +267,16 @@ def write(args: argparse.Namespace) -> None:
     for one in (*args.etas, *args.curve, *args.added):
         check_eta(torch.tensor([0.0 if one == "learned" else one]))
     runs = plan(args)
-    found = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
+    cells = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
     if RANK:
         return
     compared = [run for run in runs["text"] if run.eta in args.etas]
-    asked = [
+    by_run = [
         classified(run, args, compute="tasks" in args.parts) for run in tqdm(compared, desc="tasks", unit="decoder")
     ]
-    found["tasks"] = [cell for cells in asked for cell in cells]
-    found["intervention"] = intervened(args, compute="intervention" in args.parts)
-    momentum_tables.write(found, args, command_line(__file__, make_parser(), args))
+    cells["tasks"] = [cell for of_run in by_run for cell in of_run]
+    cells["intervention"] = intervened(args, compute="intervention" in args.parts)
+    momentum_tables.write(cells, args, command_line(__file__, make_parser(), args))
     print(f"Tables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")
 
 

@@ -31,23 +31,23 @@ FILES = {
     "cost.md": "what a training step and a decoded token cost (`python analyses/benchmark_momentum.py`)",
 }
 
-Found = Mapping[str, list[dict[str, Any]]]
+CellsByPart = Mapping[str, list[dict[str, Any]]]
 
 
 def eta_name(eta: float | str) -> str:
     return "vanilla" if eta == 0 else f"η {eta}" if isinstance(eta, str) else f"η = {eta:g}"
 
 
-def trained(found: Found) -> pd.DataFrame:
+def trained(cells: CellsByPart) -> pd.DataFrame:
     """Return every decoder's numbers: data, η, seed, measure, value."""
     rows = []
-    for one in found.get("text", []):
+    for one in cells.get("text", []):
         measures = {f"perplexity, {name}": value for name, value in one["perplexity"].items()}
         rows += [("text", one["eta"], one["seed"], *measure) for measure in measures.items()]
-    for one in found.get("mapping", []):
+    for one in cells.get("mapping", []):
         by_pair = enumerate(one["accuracy"])
         rows += [("label mapping", one["eta"], one["seed"], f"accuracy after {n}", value) for n, value in by_pair]
-    for one in found.get("tasks", []):
+    for one in cells.get("tasks", []):
         if one["right"]:
             name = f"{TITLES[one['task']]} accuracy after {one['k']}"
             rows.append(("tasks", one["eta"], one["seed"], name, float(np.mean(one["right"]))))
@@ -66,8 +66,8 @@ def differences(frame: pd.DataFrame) -> pd.DataFrame:
             values = seeds[eta].dropna()
             paired = seeds[[eta, 0.0]].dropna().to_numpy() if eta != 0 and 0.0 in seeds else np.zeros((0, 2))
             apart = over_seeds(*paired.T) if len(paired) else None
-            found = Interval(np.nan, np.nan, np.nan, 1) if apart is None else apart.difference
-            numbers = {"difference": found.value, "low": found.low, "high": found.high}
+            interval = Interval(np.nan, np.nan, np.nan, 1) if apart is None else apart.difference
+            numbers = {"difference": interval.value, "low": interval.low, "high": interval.high}
             about = {"data": data, "measure": measure, "eta": eta, "mean": values.mean(), "seeds": len(values)}
             rows.append(about | numbers | {"p": np.nan if apart is None else apart.p})
     return pd.DataFrame(rows)
@@ -95,11 +95,11 @@ def verdict(one: Mapping[Any, Any], better: int, n: int) -> str:
     return "no difference beyond that between seeds"
 
 
-def added(found: Found) -> pd.DataFrame:
+def added(cells: CellsByPart) -> pd.DataFrame:
     """The pretrained model under momentum: accuracy by task, demonstrations and η, and its difference from η = 0."""
     tables: dict[tuple[str, int, float], list[list[int]]] = {}
     counts: dict[tuple[str, int, float], np.ndarray] = {}
-    for one in found.get("intervention", []):
+    for one in cells.get("intervention", []):
         if one["right"]:
             key = one["task"], one["k"], one["eta"]
             tables.setdefault(key, []).append(one["right"])
@@ -131,13 +131,13 @@ def added_table(frame: pd.DataFrame) -> str:
 def spread(values: Sequence[float]) -> Interval:
     """The mean over seeds, with Student's interval where they are enough."""
     numbers = np.array(values)
-    found = over_seeds(numbers, np.zeros_like(numbers)).difference
-    return found if len(numbers) >= ENOUGH else replace(found, low=np.nan, high=np.nan)
+    interval = over_seeds(numbers, np.zeros_like(numbers)).difference
+    return interval if len(numbers) >= ENOUGH else replace(interval, low=np.nan, high=np.nan)
 
 
-def draw_losses(found: Found, ax: Axes) -> None:
-    for index, eta in enumerate(dict.fromkeys(one["eta"] for one in found.get("text", []))):
-        runs = [one["losses"] for one in found["text"] if one["eta"] == eta]
+def draw_losses(cells: CellsByPart, ax: Axes) -> None:
+    for index, eta in enumerate(dict.fromkeys(one["eta"] for one in cells.get("text", []))):
+        runs = [one["losses"] for one in cells["text"] if one["eta"] == eta]
         step = [number for number, _ in runs[0]]
         ax.plot(step, np.mean([[loss for _, loss in run] for run in runs], axis=0), color=f"C{index}", linewidth=1)
         ax.lines[-1].set_label(eta_name(eta))
@@ -173,16 +173,16 @@ def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
     ax.set(xlabel="demonstrations", title="label mapping", ylim=(0, 1))
 
 
-def draw_trained(found: Found, frame: pd.DataFrame, out: Path) -> None:
+def draw_trained(cells: CellsByPart, frame: pd.DataFrame, out: Path) -> None:
     """Two panels for each of what was trained on."""
-    parts = [part for part in ("text", "mapping") if found.get(part)]
+    parts = [part for part in ("text", "mapping") if cells.get(part)]
     fig, axes = plt.subplots(len(parts), 2, figsize=(9.5, 3.5 * len(parts)), layout="constrained", squeeze=False)
     for part, (left, right) in zip(parts, axes, strict=True):
         if part == "text":
-            draw_losses(found, left)
-            draw_curve(frame, "text", f"perplexity, {list(found['text'][0]['perplexity'])[-1]}", right)
+            draw_losses(cells, left)
+            draw_curve(frame, "text", f"perplexity, {list(cells['text'][0]['perplexity'])[-1]}", right)
         else:
-            draw_shots(frame, found["mapping"][0]["ceiling"], left)
+            draw_shots(frame, cells["mapping"][0]["ceiling"], left)
             draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", right)
     finish(fig, [], "Decoders trained with and without momentum attention", out / "momentum")
 
@@ -216,58 +216,58 @@ def conclusions(differences: pd.DataFrame) -> list[str]:
     lines = []
     for one in asked:
         apart = Interval(one["difference"], one["low"], one["high"], 1)
-        found = f"{apart.format(3)}, p = {one['p']:.2g}" if apart.known else f"{apart.value:.3f}"
+        numbers = f"{apart.format(3)}, p = {one['p']:.2g}" if apart.known else f"{apart.value:.3f}"
         seeds = f"{one['seeds']} seeds" if one["seeds"] > 1 else "one seed"
-        said = f"{one['data']}, {one['measure']}, {eta_name(one['eta'])}, {seeds}"
-        lines.append(f"- {said}: {found}, **{verdict(one, signs[one['measure']], n)}**")
+        about = f"{one['data']}, {one['measure']}, {eta_name(one['eta'])}, {seeds}"
+        lines.append(f"- {about}: {numbers}, **{verdict(one, signs[one['measure']], n)}**")
     return ["\n".join(lines)]
 
 
-def write(found: Found, args: argparse.Namespace, command: str) -> None:
+def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
     """Write the tables and pictures of all parts that have results, and the page that shows them."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     sections = []
-    frame = trained(found)
+    frame = trained(cells)
     if len(frame):
         frame.to_csv(out / "runs.csv", index=False)
         apart = differences(frame)
         apart.to_csv(out / "differences.csv", index=False)
-        draw_trained(found, frame, out)
+        draw_trained(cells, frame, out)
         sections += ["## Does momentum help?", *conclusions(apart), "![perplexity and accuracy](momentum.png)"]
         sections += section(apart, "Perplexity", lambda name: name.startswith("perplexity"), 2)
-        if found.get("mapping"):
-            best = ", ".join(f"{found['mapping'][0]['ceiling'][n]:.3f} after {n}" for n in SHOWN)
-            shown = [f"accuracy after {n}" for n in SHOWN]
-            sections += section(apart, "Label mapping: accuracy as demonstrations grow", shown.__contains__, 3)
+        if cells.get("mapping"):
+            best = ", ".join(f"{cells['mapping'][0]['ceiling'][n]:.3f} after {n}" for n in SHOWN)
+            measures = [f"accuracy after {n}" for n in SHOWN]
+            sections += section(apart, "Label mapping: accuracy as demonstrations grow", measures.__contains__, 3)
             sections += [f"The best there can be, knowing every x seen and guessing at others: {best}."]
         titles = tuple(f"{title} accuracy" for title in TITLES.values())
         sections += section(apart, "Classification tasks", lambda name: name.startswith((*titles, MEAN)), 3)
-    learned = [one["etas"] for one in found.get("text", []) if one["eta"] == "learned"]
+    learned = [one["etas"] for one in cells.get("text", []) if one["eta"] == "learned"]
     if learned:
         draw_eta(torch.tensor(learned), out)
         sections += ["## What heads learned", "![η by layer and head](learned_eta.png)"]
-    if found.get("intervention"):
-        frame = added(found)
+    if cells.get("intervention"):
+        frame = added(cells)
         draw_added(frame, args.model, out)
         accuracies = [(one.value, one.low, one.high) for one in frame["accuracy"]]
         ends = pd.DataFrame(accuracies, columns=["value", "low", "high"])
         frame.drop(columns=["accuracy", "paired"]).join(ends).to_csv(out / "intervention.csv", index=False)
         sections += [f"## {model_title(args.model)}, given momentum at every layer", added_table(frame)]
         sections += ["![accuracy against η](intervention.png)"]
-    made = next((cell["versions"] for cells in found.values() for cell in cells), {})
+    versions = next((cell["versions"] for of_part in cells.values() for cell in of_part), {})
     page = (DATA / "momentum_page.md").read_text()
     page = page.format(
         command=command,
-        versions=", ".join(f"{name} {number}" for name, number in made.items()),
-        parts="\n".join(described(found, args)),
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        parts="\n".join(described(cells, args)),
         sections="\n\n".join(sections),
         files="\n".join(f"| `{name}` | {what} |" for name, what in FILES.items() if (out / name).exists()),
     )
     (out / "README.md").write_text(page)
 
 
-def described(found: Found, args: argparse.Namespace) -> list[str]:
+def described(cells: CellsByPart, args: argparse.Namespace) -> list[str]:
     """What each part that there is, is."""
     corpus = "AG News" if args.corpus == "agnews" else f"`{Path(args.corpus).name}`"
     parts = {
@@ -275,15 +275,15 @@ def described(found: Found, args: argparse.Namespace) -> list[str]:
         "perplexity at the training length, and at a quarter, a half and all of it on texts held out.",
         "mapping": "- **label mapping**: pairs `x y x y …` of which every sequence draws its own mapping from 8 x to 4 "
         "y; only the context tells. Accuracy after as many demonstrations, whether or not x is among them.",
-        "tasks": "- **tasks**: the decoders trained on text, asked in context.",
+        "tasks": "- **tasks**: the decoders trained on text, classifying in context.",
     }
-    lines = [line for part, line in parts.items() if found.get(part)]
-    if any(not cell["right"] for cell in found.get("tasks", [])):
-        missing = dict.fromkeys(f"{TITLES[one['task']]} after {one['k']}" for one in found["tasks"] if not one["right"])
+    lines = [line for part, line in parts.items() if cells.get(part)]
+    if any(not cell["right"] for cell in cells.get("tasks", [])):
+        missing = dict.fromkeys(f"{TITLES[one['task']]} after {one['k']}" for one in cells["tasks"] if not one["right"])
         lines.append(
             f"  Longer than the decoders' context and so left out, by some seed at least: {', '.join(missing)}."
         )
-    if args.corpus == "agnews" and any(cell["task"] == "agnews" for cell in found.get("tasks", [])):
+    if args.corpus == "agnews" and any(cell["task"] == "agnews" for cell in cells.get("tasks", [])):
         lines.append("  AG News' demonstrations are texts that the decoders were trained on, without their labels; its")
         lines.append("  queries are not.")
     return lines

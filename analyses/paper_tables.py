@@ -90,7 +90,7 @@ def groups(results: Results) -> list[Group]:
         cell, of_model = result.cell, set_ups.setdefault(result.cell.model, {})
         by_task = of_model.setdefault(tuple(set_up(result).items()), {}).setdefault(cell.task, {})
         by_task.setdefault((cell.k, cell.lr, cell.n_queries), []).append(result)
-    found = []
+    table_groups = []
     for model, of_model in set_ups.items():
         one = [dict(same) for same in of_model]
         differing = [name for name in one[0] if len({str(of[name]) for of in one}) > 1]
@@ -102,8 +102,8 @@ def groups(results: Results) -> list[Group]:
                 chosen: dict[str, Results] = {
                     task: list(by.values())[index] for task, by in by_task.items() if index < len(by)
                 }
-                found.append(Group(label, chosen))
-    return found
+                table_groups.append(Group(label, chosen))
+    return table_groups
 
 
 def set_up(result: icl.CellResult) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
         for row in rows:
             texts = {TITLES[task]: task_text(group.by_task.get(task, ()), row) for task in tasks}
             mean = estimate(*(by_query(results, row) for results in group.by_task.values()), of=row)
-            lines.append(about | {"metric": row} | texts | {"mean": shown(mean, row)})
+            lines.append(about | {"metric": row} | texts | {"mean": format_interval(mean, row)})
     return pd.DataFrame(lines + paper_lines(tasks, rows)).fillna("")
 
 
@@ -184,7 +184,7 @@ def task_text(results: Results, row: str) -> str:
         return ""
     values = by_query(results, row)
     counts = f"{values.nansum():g}/{values.isfinite().sum():g}" if row == "Rec2FTP" else ""
-    return shown(estimate(values, of=row), row, counts)
+    return format_interval(estimate(values, of=row), row, counts)
 
 
 def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
@@ -194,8 +194,8 @@ def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
         StudyError: seeds asked different queries.
     """
     values = [result.comparison.by_query()[row] for result in results]
-    asked = {tuple(result.provenance.get("queries", ())) for result in results}
-    if len(asked) > 1 or len({len(found) for found in values}) > 1:
+    query_lists = {tuple(result.provenance.get("queries", ())) for result in results}
+    if len(query_lists) > 1 or len({len(by_seed) for by_seed in values}) > 1:
         folders = ", ".join(str(result.folder) for result in results)
         raise icl.StudyError(
             f"expected the same queries for every seed, got others in {folders}: make a table of each by itself"
@@ -208,9 +208,9 @@ def style(row: str) -> tuple[int, float]:
     return (1, 100.0) if row in PER_CENT else (3, 1.0)
 
 
-def shown(found: Interval, row: str, counts: str = "") -> str:
+def format_interval(interval: Interval, row: str, counts: str = "") -> str:
     digits, scale = style(row)
-    return found.format(digits, scale=scale, counts=counts)
+    return interval.format(digits, scale=scale, counts=counts)
 
 
 def number(value: float, row: str) -> str:
@@ -243,10 +243,10 @@ def write(results: Results, out: Path) -> None:
 
 def brackets(rows: Sequence[str], several: bool) -> str:
     """What a table's brackets are."""
-    said = "Brackets are 95 % intervals: a bootstrap over queries" + ", seeds resampled, too" * several
+    sentence = "Brackets are 95 % intervals: a bootstrap over queries" + ", seeds resampled, too" * several
     if {*SHARES} & {*rows}:
-        said += "; of Rec2FTP and its baseline, Wilson's" + ", each query counted once for all seeds" * several
-    return f"{said}. Fewer than {MIN_QUERIES} queries have none, nor has a mean with such a task."
+        sentence += "; of Rec2FTP and its baseline, Wilson's" + ", each query counted once for all seeds" * several
+    return f"{sentence}. Fewer than {MIN_QUERIES} queries have none, nor has a mean with such a task."
 
 
 def latex(frame: pd.DataFrame, note: str) -> str:
@@ -270,13 +270,13 @@ def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells:
         raise icl.StudyError(f"expected finished cells in {', '.join(map(str, folders))}, found none")
-    found: dict[tuple, icl.CellResult] = {}
+    results: dict[tuple, icl.CellResult] = {}
     for path in dict.fromkeys(cells):
         result = icl.load_cell(path)
-        same = found.setdefault((result.cell, result.provenance["model"], result.provenance["dtype"]), result)
+        same = results.setdefault((result.cell, result.provenance["model"], result.provenance["dtype"]), result)
         if same is not result:
             raise icl.StudyError(f"expected each cell once, got the same in {same.folder} and {path}")
-    return list(found.values())
+    return list(results.values())
 
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
@@ -285,11 +285,11 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     for reason in recordings.skipped:
         print(f"skipped: {reason}", file=sys.stderr)
     seed = recordings.metadata.get("settings", {}).get("seed", 0) if args.seed is None else args.seed
-    found = icl.compare_recordings(recordings, seed=seed, kendall_queries=args.kendall_queries).released()
-    overall = {name: np.mean(values) for name, values in found.items()}
-    shown = {name: "undefined" if np.isnan(value) else f"{value:.4f}" for name, value in overall.items()}
-    print(f"{recordings}\n\n{pd.Series(shown, name='over layers').to_markdown(disable_numparse=True)}")
-    return {**found, "skipped": len(recordings.skipped)}
+    metrics_by_name = icl.compare_recordings(recordings, seed=seed, kendall_queries=args.kendall_queries).released()
+    overall = {name: np.mean(values) for name, values in metrics_by_name.items()}
+    formatted = {name: "undefined" if np.isnan(value) else f"{value:.4f}" for name, value in overall.items()}
+    print(f"{recordings}\n\n{pd.Series(formatted, name='over layers').to_markdown(disable_numparse=True)}")
+    return {**metrics_by_name, "skipped": len(recordings.skipped)}
 
 
 def plain(value: Any) -> Any:

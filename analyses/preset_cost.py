@@ -35,7 +35,7 @@ STAGES = {
     "ZSL and FT": "capture, zero-shot",
     "metrics": "metrics and decomposition",
 }
-"""Whose rate each stage counted here is taken to have."""
+"""The measured stage that each stage counted here takes its rate from."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,24 @@ def flops(shape: Shape, tokens: Tokens) -> dict[str, float]:
     width = shape.n_layers * shape.d_model
     mean_query = tokens.of_queries / tokens.queries
     # The heads' output over a row's own tokens is computed twice: by the model, and to check it.
-    own = 2 * 4 * width * tokens.of_queries * mean_query
+    own_attention = 2 * 4 * width * tokens.of_queries * mean_query
     logits = 2 * tokens.queries * shape.d_model * shape.d_vocab
 
-    def asked(context: int) -> float:
-        return 2 * shape.layer_weights * tokens.of_queries + 4 * width * tokens.of_queries * context + own + logits
+    def run_flops(context: int) -> float:
+        return (
+            2 * shape.layer_weights * tokens.of_queries
+            + 4 * width * tokens.of_queries * context
+            + own_attention
+            + logits
+        )
 
     trained = tokens.prefix - 1  # each demonstration has a start token in the place of its separator
     unembedded = shape.layer_weights + shape.d_model * shape.d_vocab
     return {
         "finetuning": 4 * unembedded * trained + 4 * width * shape.d_model * trained,
         "prefix": 2 * shape.layer_weights * tokens.prefix + 4 * width * tokens.prefix**2,
-        "ICL": asked(tokens.prefix) + 2 * width * tokens.queries * tokens.prefix,
-        "ZSL and FT": 2 * asked(1),
+        "ICL": run_flops(tokens.prefix) + 2 * width * tokens.queries * tokens.prefix,
+        "ZSL and FT": 2 * run_flops(1),
         "metrics": 2 * width * min(KENDALL_QUERIES, tokens.queries) * trained,
     }
 

@@ -181,8 +181,8 @@ def describe(results: Results) -> str:
 
 def n_queries(results: Results) -> str:
     """Return the number of queries a task."""
-    asked = sorted({len(result.comparison.gold) for result in results})
-    return f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} queries a task"
+    counts = sorted({len(result.comparison.gold) for result in results})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} queries a task"
 
 
 def command(args: argparse.Namespace) -> str:

@@ -126,7 +126,7 @@ def llama(models_by_architecture: Callable[[str], icl.Model]) -> icl.Model:
 
 @pytest.fixture(scope="session")
 def task() -> icl.Task:
-    """Two classes, whose label words have several tokens in the tiny vocabulary, and as many between them."""
+    """Two classes; their label words have several tokens in the tiny vocabulary, and as many between them."""
     return icl.Task("toy", "Text: {text} Label:", ("no", "perhaps"), make_rows())
 
 

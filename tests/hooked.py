@@ -33,7 +33,7 @@ CONVERTED = (
     "gptoss-window",
     "bloom",
 )
-"""The tiny models of `conftest` whose architecture the class has."""
+"""The tiny models of `toys` with an architecture that the class has."""
 
 RAW = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
 

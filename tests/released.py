@@ -271,7 +271,7 @@ def random_line(
 
 
 def few_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers whose products and sums are exact, so that tokens that tie do so in every order of summation."""
+    """Numbers with exact products and sums, so that tied tokens tie in every order of summation."""
     return np.round(values * 64) / 64
 
 
