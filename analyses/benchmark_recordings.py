@@ -2,7 +2,7 @@
 
 Random recordings of 872 queries × 24 layers × 2048 dimensions (16 heads, queries of 30 tokens, 1100 demonstration
 tokens) are saved as safetensors. Each step then runs in a separate process; its memory is the peak resident set of that
-process, the library's import included. Exported recordings are read back and held against what was written, digit by digit.
+process, the library's import included. Exported recordings are read back and every digit is compared.
 """
 
 import argparse
