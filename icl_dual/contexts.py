@@ -89,6 +89,14 @@ def matching_training_steps(
 def draw_orders(k: int, n: int, *, seed: int) -> list[tuple[int, ...]]:
     """Return n different orders of k demonstrations, the original order first.
 
+    Args:
+        k: the number of demonstrations.
+        n: the number of orders, from 1 to k!.
+        seed: the seed of the random orders.
+
+    Returns:
+        For each order, the indices of the demonstrations by position.
+
     Raises:
         ValueError: n is below 1, or above the k! orders that exist.
 

@@ -38,6 +38,14 @@ def linear_attention(
 ) -> Float[Tensor, "*batch pos d_v"]:
     """Return LinearAttn(V, K, q) = Σ_i v_i (k_iᵀ q): attention without softmax and without scale.
 
+    Args:
+        q: queries, one for each output.
+        k: keys.
+        v: values, one for each key.
+
+    Returns:
+        For each query, the sum of all values, each weighted by the dot product of its key with the query.
+
     >>> import torch
     >>> q, k, v = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5, 4)
     >>> torch.allclose(linear_attention(q, k, v), q @ outer_sum(k, v).T, atol=1e-5)
@@ -50,6 +58,13 @@ def outer_sum(
     k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch d_v d_k"]:
     """Return ΔW = Σ_i v_i ⊗ k_i, so that ΔW q is `linear_attention(q, k, v)` (equations 7–9, 12).
+
+    Args:
+        k: keys, or the inputs of a linear layer.
+        v: values, or the error signals of the layer's outputs, one for each key.
+
+    Returns:
+        The matrix that maps queries of d_k dimensions to outputs of d_v.
 
     >>> import torch
     >>> k, v = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [5.0]])
@@ -113,23 +128,45 @@ def sgd_targets(
 
     SGD from W_0 on inputs k_i with the loss ½‖W k_i − y_i‖² then has the values v_i as its error signals:
     y_i = W_{i−1} k_i + v_i / lr.
+
+    Args:
+        W_0: the untrained weights.
+        k: the keys, which are the inputs in the order of the steps.
+        v: the values, which the error signals are to equal.
+        lr: the learning rate; not 0.
+
+    Returns:
+        The target of each step, in the unit of the layer's outputs.
     """
     from_earlier_steps = torch.tril(k @ k.mT, -1) @ v
     return k @ W_0.mT + from_earlier_steps + v / lr
 
 
+@document_fields
 class LinearSelfAttention(NamedTuple):
     """A linear self-attention layer: every token e becomes e + P Σ_i W_V e_i (W_K e_i)ᵀ W_Q e."""
 
     W_Q: Float[Tensor, "d_token d_token"]
+    """The query projection: output dimensions by dimensions of a token."""
     W_K: Float[Tensor, "d_token d_token"]
+    """The key projection: output dimensions by dimensions of a token."""
     W_V: Float[Tensor, "d_token d_token"]
+    """The value projection: output dimensions by dimensions of a token."""
     P: Float[Tensor, "d_token d_token"]
+    """The output projection: dimensions of a token by dimensions of a value."""
 
     def __call__(
         self, context: Float[Tensor, "token d_token"], queries: Float[Tensor, "query d_token"]
     ) -> Float[Tensor, "query d_token"]:
-        """Return the query tokens after the layer, in which they attend to the context tokens."""
+        """Return the query tokens after the layer, in which they attend to the context tokens.
+
+        Args:
+            context: the tokens that are attended to.
+            queries: the tokens that attend, each to every context token.
+
+        Returns:
+            The query tokens, each with the layer's output added.
+        """
         attended = linear_attention(queries @ self.W_Q.mT, context @ self.W_K.mT, context @ self.W_V.mT)
         return queries + attended @ self.P.mT
 
@@ -161,6 +198,13 @@ def head_weights(
     k: Float[Tensor, "*batch key kv_head d_head"], v: Float[Tensor, "*batch key kv_head d_head"]
 ) -> Float[Tensor, "*batch kv_head d_head d_head"]:
     """Return Σ_j v_j ⊗ k_j per head: over the demonstrations ΔW_ICL, over the zero-shot prompt W_ZSL (equations 11–12).
+
+    Args:
+        k: keys, by key-value head.
+        v: values, by key-value head.
+
+    Returns:
+        One matrix for each key-value head: dimensions of a value by dimensions of a key.
 
     >>> import torch
     >>> k, v = torch.randn(7, 2, 4), torch.randn(7, 2, 4)  # 7 tokens, 2 key-value heads
@@ -199,6 +243,13 @@ def act(
 ) -> Float[Tensor, "*batch head d_head"]:
     """Return W q for every query head, with the matrix of its key-value head.
 
+    Args:
+        W: one matrix for each key-value head.
+        q: one query for each query head. Consecutive query heads share a key-value head.
+
+    Returns:
+        The output of each query head.
+
     >>> import torch
     >>> W, q = torch.stack([torch.eye(3), 2 * torch.eye(3)]), torch.ones(4, 3)  # 2 key-value heads, 4 query heads
     >>> act(W, q)[:, 0]
@@ -214,6 +265,14 @@ def act_unformed(
     v: Float[Tensor, "*batch key kv_head d_head"],
 ) -> Float[Tensor, "*batch head d_head"]:
     """Return (Σ_j v_j ⊗ k_j) q for every query head without forming the matrix: linear attention over the keys.
+
+    Args:
+        q: one query for each query head. Consecutive query heads share a key-value head.
+        k: keys, by key-value head.
+        v: values, by key-value head.
+
+    Returns:
+        The output of each query head, which is `act(head_weights(k, v), q)` up to rounding.
 
     >>> import torch
     >>> q, k, v = torch.randn(4, 3), torch.randn(6, 2, 3), torch.randn(6, 2, 3)
@@ -273,6 +332,15 @@ def shared_scores(
 ) -> Float[Tensor, "head row key"]:
     """Return `scores` of rows that share one set of keys, as queries share their demonstrations.
 
+    Args:
+        q: queries as scored, one in each row.
+        k: keys as scored, the same for all rows.
+        scale: the factor of the scores, usually 1/√d_head.
+        softcap: the bound c of c·tanh(score / c); none where `None`.
+
+    Returns:
+        The score of each row and key by query head, before mask, position bias and softmax.
+
     >>> import torch
     >>> q, k = torch.randn(5, 4, 8), torch.randn(9, 2, 8)  # 5 rows of 4 heads, 9 keys of 2 key-value heads
     >>> shared_scores(q, k, scale=8**-0.5).shape
@@ -287,7 +355,17 @@ def summed_scores(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "row key"]:
-    """Return `shared_scores` summed over heads: one product with all keys side by side, where no score is capped."""
+    """Return `shared_scores` summed over heads: one product with all keys side by side, where no score is capped.
+
+    Args:
+        q: queries as scored, one in each row.
+        k: keys as scored, the same for all rows.
+        scale: the factor of the scores, usually 1/√d_head.
+        softcap: the bound c of c·tanh(score / c), applied to each head before the sum; none where `None`.
+
+    Returns:
+        The score of each row and key, summed over query heads.
+    """
     if softcap is not None:
         return shared_scores(q, k, scale, softcap).sum(0)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -363,6 +441,13 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
 def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart:
     """Return a group with a sink added to it: a learned score per head that has a share of the softmax and no value.
 
+    Args:
+        part: attention over the group.
+        sink: the sink's score, by query head.
+
+    Returns:
+        The group's attention with the sink among its keys.
+
     >>> import torch
     >>> part = AttentionPart(torch.ones(1, 2, 3), torch.zeros(1, 2))
     >>> add_sink(part, torch.tensor([0.0, -torch.inf])).z[0, :, 0]  # half of the softmax, and none of it
@@ -374,6 +459,13 @@ def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart
 
 def share(part: AttentionPart, rest: AttentionPart) -> Float[Tensor, "*batch head"]:
     """Return a group's share of the softmax, w = σ(lse − lse_rest); 0 where neither the group nor the rest has a key.
+
+    Args:
+        part: attention over the group.
+        rest: attention over all other keys.
+
+    Returns:
+        The share of each head, from 0 to 1.
 
     >>> import torch
     >>> twice, once = (AttentionPart(torch.ones(1, 3), torch.tensor([n]).log()) for n in (2.0, 1.0))
@@ -388,6 +480,13 @@ def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[
 
     Zero-shot attention plus ΔICL is softmax attention over both groups, exactly.
 
+    Args:
+        zero_shot: attention over the tokens of the zero-shot prompt.
+        demonstrations: attention over the tokens of the demonstrations, by the same queries.
+
+    Returns:
+        ΔICL of each head, in the unit of the values.
+
     >>> import torch
     >>> q, k, v = (torch.randn(1, n, 4, 8) for n in (1, 9, 9))
     >>> demonstrations, rest = attend(q, k[:, :6], v[:, :6], 1.0), attend(q, k[:, 6:], v[:, 6:], 1.0)
@@ -399,6 +498,13 @@ def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[
 
 def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     """Return softmax attention over the keys of two groups, from the attention over each.
+
+    Args:
+        a: attention over one group of keys.
+        b: attention over the other group, by the same queries; the groups have no key in common.
+
+    Returns:
+        The heads' outputs and the log-sum-exp of the scores over both groups.
 
     >>> import torch
     >>> q, k, v = (torch.randn(1, n, 4, 8) for n in (2, 9, 9))
@@ -489,6 +595,13 @@ class AttentionRule(NamedTuple):
 
 def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Float[Tensor, "..."]:
     """Return the cosine over the last axis; NaN where a vector is zero.
+
+    Args:
+        a: vectors along the last axis; the other axes broadcast.
+        b: vectors to compare with, of as many dimensions.
+
+    Returns:
+        The cosines, without the last axis.
 
     >>> import torch
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]))

@@ -64,7 +64,7 @@ class OrderSensitivity(Saved):
 
     @property
     def accuracy(self) -> dict[str, Float[Tensor, " order"]]:
-        """By setting, the share of correctly labelled queries, by order."""
+        """Return the share of correctly labelled queries of each order, by setting."""
         return {setting: (labels == self.gold).double().mean(1) for setting, labels in self.predictions.items()}
 
     def to_frame(self) -> pd.DataFrame:
@@ -170,21 +170,47 @@ def measure_order_sensitivity(
 
 
 def total_variation(p: Float[Tensor, "query token"], q: Float[Tensor, "query token"]) -> Float[Tensor, " query"]:
-    """Return the total variation distance ½ Σ |p − q|: the probability mass that differs, from 0 to 1."""
+    """Return the total variation distance ½ Σ |p − q|: the probability mass that differs, from 0 to 1.
+
+    Args:
+        p: the probability of each token of the vocabulary.
+        q: the probabilities to compare with.
+
+    Returns:
+        The distance of each query, from 0 (equal) to 1 (disjoint).
+    """
     return (p - q).abs().sum(-1) / 2
 
 
 def token_overlap(
     p: Float[Tensor, "query token"], q: Float[Tensor, "query token"], k: int = TOP
 ) -> Float[Tensor, " query"]:
-    """Return the share of the k most probable tokens that two distributions have in common."""
+    """Return the share of the k most probable tokens that two distributions have in common.
+
+    Args:
+        p: the probability of each token of the vocabulary.
+        q: the probabilities to compare with.
+        k: the number of most probable tokens.
+
+    Returns:
+        The share of each query, from 0 to 1.
+    """
     return (_among_top(p, k) & _among_top(q, k)).sum(-1) / k
 
 
 def overlap_cosine(
     p: Float[Tensor, "query token"], q: Float[Tensor, "query token"], k: int = TOP
 ) -> Float[Tensor, " query"]:
-    """Return the cosine of the probabilities of all tokens that are among the k most probable of either one."""
+    """Return the cosine of the probabilities of all tokens that are among the k most probable of either one.
+
+    Args:
+        p: the probability of each token of the vocabulary.
+        q: the probabilities to compare with.
+        k: the number of most probable tokens of each distribution.
+
+    Returns:
+        The cosine of each query, from 0 to 1.
+    """
     either = _among_top(p, k) | _among_top(q, k)
     return torch.cosine_similarity(p * either, q * either, dim=-1)
 

@@ -141,6 +141,12 @@ def demonstrations(
         names: the demonstrations' (or groups') names, from the top.
         label: the colour bar's text.
         ax: the Axes to draw on; new Axes where not given.
+
+    Returns:
+        The Axes drawn on.
+
+    Raises:
+        ValueError: `shares` has other axes, or there is not one name for each demonstration, at least one.
     """
     _check_shape(shares, "layer demo")
     ax, _ = _axes(ax)

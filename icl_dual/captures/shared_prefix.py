@@ -91,7 +91,7 @@ class PrefixCache:
 
     @property
     def n_pos(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return len(self.keys[0])
 
     def attend(

@@ -149,7 +149,7 @@ class WeightDelta(Saved):
 
     @property
     def trained(self) -> Trained:
-        """The projections that the delta holds changes of."""
+        """Return the projections that the delta holds changes of."""
         if self.config is not None:
             return self.config.trained
         return "key-value" if self.W_Q is None else "attention"
@@ -271,7 +271,15 @@ class WeightDelta(Saved):
 
 
 def trained_weights(model: Model, trained: Trained = "key-value") -> dict[str, list[Weight]]:
-    """Return the weights and biases of the trained projections: by layer, under their field's name in `WeightDelta`."""
+    """Return the weights and biases of the trained projections: by layer, under their field's name in `WeightDelta`.
+
+    Args:
+        model: the model that holds the parameters.
+        trained: the projections: `key-value`, or `attention` for all four.
+
+    Returns:
+        By field's name (`W_K`, `b_K`, …), one weight for each layer. Biases that the model lacks are left out.
+    """
     weights_by_name: dict[str, list[Weight]] = {}
     for kind in PROJECTIONS_TRAINED[trained]:
         weights, biases = zip(*model.projections(kind), strict=True)

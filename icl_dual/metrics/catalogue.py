@@ -95,7 +95,16 @@ class Batch:
         seed: int = 0,
         streams: dict[str, np.random.Generator] | None = None,
     ) -> "Batch":
-        """Return the batch of these queries of the recordings."""
+        """Return the batch of some queries of the recordings.
+
+        Args:
+            recordings: the recordings of all queries.
+            queries: the batch's queries, as indices into the recordings.
+            n_first: how many of them, from the first, have their attention to the demonstrations compared.
+            seed: the seed of the random baselines.
+            streams: the random baselines' generators by name (`random_streams`), to share between batches; new ones
+                from `seed` where not given.
+        """
         return cls(
             gold=recordings.gold[queries],
             predictions={setting: labels[queries] for setting, labels in recordings.predictions.items()},
@@ -108,7 +117,7 @@ class Batch:
 
     @property
     def recordings(self) -> Recordings:
-        """The recordings of all queries.
+        """Return the recordings of all queries.
 
         Raises:
             ValueError: the metric is one of predictions alone.
@@ -126,68 +135,68 @@ class Batch:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers."""
+        """Return the number of layers."""
         return self.recordings.attn_out["ZSL"].shape[1]
 
     @property
     def n_heads(self) -> int:
-        """The number of query heads."""
+        """Return the number of query heads."""
         return self.recordings.query_scores["ICL"].shape[2]
 
     @property
     def labels_zero_shot(self) -> Int[Tensor, " query"]:
-        """The labels predicted zero-shot."""
+        """Return the labels predicted zero-shot."""
         return self.predictions["ZSL"]
 
     @property
     def labels_in_context(self) -> Int[Tensor, " query"]:
-        """The labels predicted in context."""
+        """Return the labels predicted in context."""
         return self.predictions["ICL"]
 
     @property
     def labels_finetuned(self) -> Int[Tensor, " query"]:
-        """The labels predicted after finetuning."""
+        """Return the labels predicted after finetuning."""
         return self.predictions["FT"]
 
     @cached_property
     def h_zero_shot(self) -> Float[Tensor, "query layer d_model"]:
-        """The attention output h_ZSL."""
+        """Return the attention output h_ZSL."""
         return self.recordings.attn_out["ZSL"][self.queries].double()
 
     @cached_property
     def h_in_context(self) -> Float[Tensor, "query layer d_model"]:
-        """The attention output h_ICL."""
+        """Return the attention output h_ICL."""
         return self.recordings.attn_out["ICL"][self.queries].double()
 
     @cached_property
     def h_finetuned(self) -> Float[Tensor, "query layer d_model"]:
-        """The attention output h_FT."""
+        """Return the attention output h_FT."""
         return self.recordings.attn_out["FT"][self.queries].double()
 
     @cached_property
     def m_zero_shot(self) -> Float[Tensor, "query layer head token"]:
-        """The attention scores m_ZSL over the query's own tokens, zero past its end."""
+        """Return the attention scores m_ZSL over the query's own tokens, zero past its end."""
         return self.recordings.query_scores["ZSL"][self.queries].double()
 
     @cached_property
     def m_in_context(self) -> Float[Tensor, "query layer head token"]:
-        """The attention scores m_ICL over the query's own tokens, zero past its end."""
+        """Return the attention scores m_ICL over the query's own tokens, zero past its end."""
         return self.recordings.query_scores["ICL"][self.queries].double()
 
     @cached_property
     def m_finetuned(self) -> Float[Tensor, "query layer head token"]:
-        """The attention scores m_FT over the query's own tokens, zero past its end."""
+        """Return the attention scores m_FT over the query's own tokens, zero past its end."""
         return self.recordings.query_scores["FT"][self.queries].double()
 
     @cached_property
     def rounding(self) -> float:
-        """The relative change of attention scores that rounding alone makes, in the type of the recorded weights."""
+        """Return the relative change of attention scores that rounding alone makes, in the recorded weights' type."""
         dtype = getattr(torch, self.recordings.metadata.get("dtype", "float32"))
         return max(ROUNDING, torch.finfo(dtype).eps)
 
     @cached_property
     def output_nulls(self) -> dict[str, Float[Tensor, "query layer"]]:
-        """What updates in random directions score by SimAOU and by its unnormalised form: means over `NULL_DRAWS`.
+        """Return SimAOU and its unnormalised form of updates in random directions: means over `NULL_DRAWS`.
 
         By name: `update` for a random update of FT's size, `inflation` for random updates of both, `unnormalised`.
         """
@@ -209,51 +218,51 @@ class Batch:
 
     @cached_property
     def random_m_update(self) -> Float[Tensor, "query layer head token"]:
-        """A random change of each attention map, as large as finetuning's, over the query's own tokens."""
+        """Return a random change of each attention map, as large as finetuning's, over the query's own tokens."""
         change = changed(self.m_zero_shot, self.m_finetuned, self.rounding)
         return random_map_updates(self.m_zero_shot, change, seed=self.streams["m_ft"])
 
     @cached_property
     def demo_tokens(self) -> Int[Tensor, " demo_token"]:
-        """Positions in the context of the demonstrations' tokens, in the order in which they were trained on."""
+        """Return the context positions of the demonstrations' tokens, in the order in which they were trained on."""
         segments = self.recordings.segments
         positions = (segments >= 0).nonzero().squeeze(-1)
         return positions[segments[positions].argsort(stable=True)]
 
     @cached_property
     def demo_steps(self) -> Int[Tensor, " demo_token"]:
-        """The training step of each of `demo_tokens`."""
+        """Return the training step of each of `demo_tokens`."""
         return self.recordings.segments[self.demo_tokens]
 
     @cached_property
     def trained_tokens(self) -> Int[Tensor, " demo_token"]:
-        """Positions among the training tokens of the demonstrations that the context has, in `demo_tokens`' order."""
+        """Return the positions of the context's demonstrations among the training tokens, ordered as `demo_tokens`."""
         assert self.recordings.training_segments is not None
         return torch.isin(self.recordings.training_segments, self.demo_steps).nonzero().squeeze(-1)
 
     @cached_property
     def q_finetuned(self) -> Float[Tensor, "query layer d_q"]:
-        """The first queries' attention queries after finetuning, heads side by side, scaled by 1/√d_head."""
+        """Return the first queries' attention queries after finetuning, heads side by side, scaled by 1/√d_head."""
         assert self.queries is not None
         return self.recordings.q[self.queries[: self.n_first]]
 
     @cached_property
     def token_weights_in_context(self) -> Float[Tensor, "query layer demo_token"]:
-        """In-context attention to each token of the demonstrations: the softmax of scores summed over heads."""
+        """Return in-context attention to each token of the demonstrations: the softmax of scores summed over heads."""
         assert self.queries is not None
         m = self.recordings.context_scores["ICL"][self.queries[: self.n_first]][..., self.demo_tokens].double()
         return demonstration_weights(m) if len(self.demo_tokens) else m
 
     @cached_property
     def token_weights_finetuned(self) -> Float[Tensor, "query layer demo_token"]:
-        """Finetuning's attention to the same tokens, by its training queries (`finetuning_attention`)."""
+        """Return finetuning's attention to the same tokens, by its training queries (`finetuning_attention`)."""
         assert self.recordings.training_q is not None
         m = finetuning_attention(self.recordings.training_q[:, self.trained_tokens], self.q_finetuned)
         return demonstration_weights(m) if len(self.demo_tokens) else m
 
     @cached_property
     def key_scores(self) -> Float[Tensor, "query layer demo_token"]:
-        """Finetuning's attention scores of the same tokens by its training keys, summed over heads."""
+        """Return finetuning's attention scores of the same tokens by its training keys, summed over heads."""
         assert self.recordings.training_k is not None
         keys = self.recordings.training_k
         q = query_by_kv_head(self.q_finetuned, self.n_heads, keys.shape[-1])
@@ -261,22 +270,22 @@ class Batch:
 
     @cached_property
     def demo_weights_in_context(self) -> Float[Tensor, "query layer demo"]:
-        """In-context attention to each demonstration: `token_weights_in_context` summed within it."""
+        """Return in-context attention to each demonstration: `token_weights_in_context` summed within it."""
         return by_demonstration(self.token_weights_in_context, self.demo_steps)
 
     @cached_property
     def demo_weights_finetuned(self) -> Float[Tensor, "query layer demo"]:
-        """Finetuning's attention to each demonstration: `token_weights_finetuned` summed within it."""
+        """Return finetuning's attention to each demonstration: `token_weights_finetuned` summed within it."""
         return by_demonstration(self.token_weights_finetuned, self.demo_steps)
 
     @cached_property
     def token_recall(self) -> Float[Tensor, "query layer"]:
-        """The share of in-context learning's `TOP_TOKENS` most attended tokens that are among finetuning's."""
+        """Return the share of ICL's `TOP_TOKENS` most attended tokens that are among FT's."""
         return top_recall(self.token_weights_in_context, self.token_weights_finetuned, TOP_TOKENS)
 
     @cached_property
     def demo_recall(self) -> Float[Tensor, "query layer"]:
-        """The share of in-context learning's `TOP_DEMONSTRATIONS` most attended demonstrations among finetuning's."""
+        """Return the share of ICL's `TOP_DEMONSTRATIONS` most attended demonstrations that are among FT's."""
         return top_recall(self.demo_weights_in_context, self.demo_weights_finetuned, TOP_DEMONSTRATIONS)
 
 

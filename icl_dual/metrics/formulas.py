@@ -43,7 +43,7 @@ class Rec2FTP:
 
     @property
     def value(self) -> float:
-        """The share both / finetuned; NaN where finetuning corrects nothing."""
+        """Return the share both / finetuned, from 0 to 1; NaN where finetuning corrects nothing."""
         return self.both / self.finetuned if self.finetuned else float("nan")
 
     def __str__(self) -> str:
@@ -57,6 +57,15 @@ def rec2ftp(
     ft: Int[Tensor, " query"],
 ) -> Rec2FTP:
     """Return Rec2FTP = N(FT right ∧ ICL right ∧ ZSL wrong) / N(FT right ∧ ZSL wrong), from label indices.
+
+    Args:
+        gold: the queries' correct labels.
+        zsl: the labels predicted zero-shot.
+        icl: the labels predicted in context.
+        ft: the labels predicted after finetuning.
+
+    Returns:
+        The two counts, and the expected share with ICL's predictions dealt to the queries at random.
 
     Example:
         >>> gold, zsl = torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1])
@@ -79,11 +88,14 @@ def recall(
     """Return Rec2FTP query by query: whether ICL is right where finetuning corrects ZSL; NaN where it does not.
 
     Args:
-        gold: the queries' labels.
-        zsl: predictions zero-shot.
-        icl: predictions in context.
-        ft: predictions after finetuning.
+        gold: the queries' correct labels.
+        zsl: the labels predicted zero-shot.
+        icl: the labels predicted in context.
+        ft: the labels predicted after finetuning.
         dealt: return the expected value with ICL's predictions dealt to the queries at random.
+
+    Returns:
+        For each query 1, 0 or NaN; with `dealt`, an expected share or NaN.
     """
     right = (icl == gold).double()
     if dealt:
@@ -98,6 +110,14 @@ def sim_aou(
 ) -> Float[Tensor, "query layer"]:
     """Return the similarity of attention output updates: cos(ĥ_ICL − ĥ_ZSL, ĥ_FT − ĥ_ZSL), with ĥ = h/‖h‖.
 
+    Args:
+        h_zsl: attention outputs at the recorded position, zero-shot.
+        h_icl: attention outputs in context.
+        h_ft: attention outputs after finetuning, with the zero-shot prompt.
+
+    Returns:
+        The cosine of each query and layer; NaN where an output does not change.
+
     Example:
         >>> h_zsl, h_icl, h_ft = (torch.tensor([[h]]) for h in ([1.0, 0.0], [0.0, 2.0], [0.0, 3.0]))
         >>> round(sim_aou(h_zsl, h_icl, h_ft).item(), 6)  # FT turns the output as ICL does
@@ -110,7 +130,16 @@ def sim_aou(
 def sim_aou_random(
     h_zsl: Float[Tensor, "query layer d_model"], h_icl: Float[Tensor, "query layer d_model"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer"]:
-    """Return SimAOU's baseline in the paper: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1)."""
+    """Return SimAOU's baseline in the paper: cos(ĥ_ICL − ĥ_ZSL, u), with u uniform in [0, 1).
+
+    Args:
+        h_zsl: attention outputs at the recorded position, zero-shot.
+        h_icl: attention outputs in context.
+        seed: the seed of u, or a generator to go on from.
+
+    Returns:
+        The cosine of each query and layer; NaN where the output does not change.
+    """
     return dual.cosine(_unit(h_icl) - _unit(h_zsl), _uniform(h_zsl, seed))
 
 
@@ -119,14 +148,32 @@ def sim_aou_unnormalised(
     h_icl: Float[Tensor, "query layer d_model"],
     h_ft: Float[Tensor, "query layer d_model"],
 ) -> Float[Tensor, "query layer"]:
-    """Return cos(h_ICL − h_ZSL, h_FT − h_ZSL): SimAOU without normalising the outputs first."""
+    """Return cos(h_ICL − h_ZSL, h_FT − h_ZSL): SimAOU without normalising the outputs first.
+
+    Args:
+        h_zsl: attention outputs at the recorded position, zero-shot.
+        h_icl: attention outputs in context.
+        h_ft: attention outputs after finetuning, with the zero-shot prompt.
+
+    Returns:
+        The cosine of each query and layer; NaN where an output does not change.
+    """
     return dual.cosine(h_icl - h_zsl, h_ft - h_zsl)
 
 
 def random_updates(
     update: Float[Tensor, "query *axes d"], *, seed: Seed = 0, draws: int = NULL_DRAWS
 ) -> Float[Tensor, "query {draws} *axes d"]:
-    """Return centred Gaussian directions, each as long as the update that it replaces, in float32."""
+    """Return centred Gaussian directions, each as long as the update that it replaces, in float32.
+
+    Args:
+        update: the updates to replace, vectors along the last axis.
+        seed: the seed of the directions, or a generator to go on from.
+        draws: the number of random updates for each given one.
+
+    Returns:
+        The random updates, `draws` of them along the second axis.
+    """
     n, *axes = update.shape
     r = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
     size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(r)
@@ -138,7 +185,12 @@ def sim_am(
 ) -> Float[Tensor, "query layer head"]:
     """Return the similarity of attention maps over the query's own tokens: cos(m_ICL, m_ZSL) or cos(m_ICL, m_FT).
 
-    Scores past a query's end have to be 0, which changes no cosine.
+    Args:
+        m_icl: attention scores in context, before the softmax; 0 past a query's end, which changes no cosine.
+        m_other: attention scores zero-shot or after finetuning, of the same tokens.
+
+    Returns:
+        The cosine of each head; NaN where all scores of a head are 0.
 
     Example:
         >>> m_icl, m_ft = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[4.0, 3.0]]]])
@@ -151,7 +203,15 @@ def sim_am(
 def sim_am_random(
     m_icl: Float[Tensor, "query layer head token"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer head"]:
-    """Return SimAM's baseline in the paper: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens."""
+    """Return SimAM's baseline in the paper: cos(m_ICL, u), with u uniform in [0, 1) over the query's own tokens.
+
+    Args:
+        m_icl: attention scores in context, before the softmax; 0 past a query's end.
+        seed: the seed of u, or a generator to go on from.
+
+    Returns:
+        The cosine of each head; NaN where all scores of a head are 0.
+    """
     return dual.cosine(m_icl, _uniform(m_icl, seed) * (m_icl != 0))
 
 
@@ -164,7 +224,14 @@ def sim_am_delta(
 ) -> Float[Tensor, "query layer head"]:
     """Return SimAMΔ = cos(m_ICL − m_ZSL, m_FT − m_ZSL): whether attention maps change alike.
 
-    NaN where the relative change of a map is at most `rounding`.
+    Args:
+        m_zsl: attention scores zero-shot, before the softmax; 0 past a query's end.
+        m_icl: attention scores in context.
+        m_ft: attention scores after finetuning, with the zero-shot prompt.
+        rounding: the relative change of a map up to which it is rounding and has no direction.
+
+    Returns:
+        The cosine of each head; NaN where the relative change of a map is at most `rounding`.
     """
     return dual.cosine(changed(m_zsl, m_icl, rounding), changed(m_zsl, m_ft, rounding))
 
@@ -176,6 +243,13 @@ def finetuning_attention(
 
     With training keys in place of training queries it is what attention scores in context (`query_by_kv_head`). In
     float64, one layer at a time, so that no product over all layers is held.
+
+    Args:
+        training_q: attention queries of the training tokens in finetuning, heads side by side.
+        q: attention queries of the finetuned model at the recorded position, heads side by side.
+
+    Returns:
+        The score of each training token, summed over heads.
     """
     by_layer = [
         layer_q.double() @ layer_training_q.double().mT
@@ -185,7 +259,16 @@ def finetuning_attention(
 
 
 def query_by_kv_head(q: Float[Tensor, "query layer d_q"], n_heads: int, d_kv: int) -> Float[Tensor, "query layer d_kv"]:
-    """Return queries summed over the heads that share a key-value head: their product with keys sums over heads."""
+    """Return queries summed over the heads that share a key-value head: their product with keys sums over heads.
+
+    Args:
+        q: attention queries, query heads side by side.
+        n_heads: the number of query heads.
+        d_kv: the width of a token's keys, key-value heads side by side.
+
+    Returns:
+        The summed queries, key-value heads side by side.
+    """
     d_head = q.shape[-1] // n_heads
     return q.unflatten(-1, (d_kv // d_head, -1, d_head)).sum(-2).flatten(-2)
 
@@ -203,7 +286,15 @@ def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[T
 def by_demonstration(
     weights: Float[Tensor, "query layer demo_token"], owners: Int[Tensor, " demo_token"]
 ) -> Float[Tensor, "query layer demo"]:
-    """Return attention summed within each demonstration; `owners` holds each token's demonstration."""
+    """Return attention summed within each demonstration.
+
+    Args:
+        weights: attention to each token of the demonstrations.
+        owners: the index of each token's demonstration.
+
+    Returns:
+        Attention to each demonstration that has tokens, in the order of the indices.
+    """
     demonstrations, index = owners.unique(return_inverse=True)
     return weights.new_zeros(*weights.shape[:2], len(demonstrations)).index_add_(2, index, weights)
 
@@ -212,6 +303,14 @@ def top_recall(
     icl: Float[Tensor, "query layer item"], ft: Float[Tensor, "query layer item"], k: int
 ) -> Float[Tensor, "query layer"]:
     """Return the share of ICL's k most attended items that are among FT's; NaN where there are fewer than k.
+
+    Args:
+        icl: attention to each item (a token or a demonstration) in context.
+        ft: attention to each item by finetuning.
+        k: the number of most attended items.
+
+    Returns:
+        The share of each query and layer, from 0 to 1.
 
     Example:
         >>> icl, ft = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]), torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
@@ -227,17 +326,43 @@ def top_recall(
 
 
 def top_recall_random(recall: Float[Tensor, "query layer"], k: int, n_items: int) -> Float[Tensor, "query layer"]:
-    """Return the recall that k items chosen at random out of n_items have, NaN where `recall` is."""
+    """Return the recall that k items chosen at random out of n_items have, NaN where `recall` is.
+
+    Args:
+        recall: the recall that this is the baseline of (`top_recall`).
+        k: the number of most attended items.
+        n_items: the number of all items.
+
+    Returns:
+        The expected share of each query and layer, from 0 to 1.
+    """
     return recall * 0 + k / max(n_items, 1)
 
 
 def kendall_random(m_icl: Float[Tensor, "query layer demo_token"], *, seed: Seed = 0) -> Float[Tensor, "query layer"]:
-    """Return Kendall's baseline in the paper: τ between ICL's attention and uniform random scores."""
+    """Return Kendall's baseline in the paper: τ between ICL's attention and uniform random scores.
+
+    Args:
+        m_icl: attention to each token of the demonstrations in context.
+        seed: the seed of the random scores, or a generator to go on from.
+
+    Returns:
+        Kendall's τ of each query and layer, from −1 to 1; NaN where attention is constant.
+    """
     return kendall(m_icl, _uniform(m_icl, seed))
 
 
 def changed(m: Tensor, other: Tensor, rounding: float) -> Tensor:
-    """Return the change of attention maps from m to other; zero where it is rounding."""
+    """Return the change of attention maps from m to other; zero where it is rounding.
+
+    Args:
+        m: attention scores before the softmax, tokens along the last axis.
+        other: attention scores of the same tokens in another setting.
+        rounding: the relative change of a map up to which it is rounding.
+
+    Returns:
+        The difference of each score, in the unit of the scores.
+    """
     change = other - m
     size = torch.maximum(m.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True))
     return change.where(change.norm(dim=-1, keepdim=True) > rounding * size, 0.0)
@@ -246,7 +371,16 @@ def changed(m: Tensor, other: Tensor, rounding: float) -> Tensor:
 def random_map_updates(
     m_zsl: Float[Tensor, "query layer head token"], change: Float[Tensor, "query layer head token"], *, seed: Seed = 0
 ) -> Float[Tensor, "query layer head token"]:
-    """Return centred Gaussian changes of attention maps over the query's own tokens, each as large as `change`."""
+    """Return centred Gaussian changes of attention maps over the query's own tokens, each as large as `change`.
+
+    Args:
+        m_zsl: attention scores zero-shot, 0 past a query's end, which marks the query's tokens.
+        change: the changes of maps to replace.
+        seed: the seed of the changes, or a generator to go on from.
+
+    Returns:
+        The random changes, 0 past a query's end.
+    """
     is_token = (m_zsl != 0).any(-2, keepdim=True)  # past a query's end the scores of all heads are 0
     noise = np.random.default_rng(seed).standard_normal(tuple(change.shape), dtype=np.float32)
     r = torch.from_numpy(noise).to(change) * is_token

@@ -144,7 +144,11 @@ class Model:
 
     @property
     def start_tokens(self) -> list[int]:
-        """The start token of a sequence: what the tokenizer itself adds, else BOS, else EOS."""
+        """Return the start token of a sequence: what the tokenizer itself adds, else BOS, else EOS.
+
+        Raises:
+            UnsupportedModelError: the model has no tokenizer, or its tokenizer has neither BOS nor EOS.
+        """
         tokenizer = self._required_tokenizer()
         added_by_tokenizer = list(tokenizer("").input_ids)
         if added_by_tokenizer:
@@ -159,7 +163,11 @@ class Model:
 
     @property
     def end_tokens(self) -> list[int]:
-        """The end token of a sequence: EOS."""
+        """Return the end token of a sequence: EOS.
+
+        Raises:
+            UnsupportedModelError: the model has no tokenizer, or its tokenizer has no EOS.
+        """
         tokenizer = self._required_tokenizer()
         if tokenizer.eos_token_id is None:
             raise UnsupportedModelError(
@@ -170,7 +178,7 @@ class Model:
 
     @property
     def separator(self) -> list[int]:
-        """The tokens that end a demonstration: EOS for XGLM, the paper's architecture; a line break for all others."""
+        """Return the tokens that end a demonstration: EOS for XGLM (the paper's models), a line break for others."""
         return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
 
     def _required_tokenizer(self) -> Any:

@@ -47,12 +47,12 @@ class Corpus:
 
     @property
     def d_vocab(self) -> int:
-        """Size of the vocabulary."""
+        """Return the size of the vocabulary."""
         return len(self.tokenizer)
 
     @cached_property
     def digest(self) -> str:
-        """A short hash of the token ids of both splits."""
+        """Return a short hash of the token ids of both splits."""
         digest = hashlib.sha256()
         for tokens in (self.train, self.validation):
             digest.update(tokens.to(torch.int32).numpy().tobytes())
@@ -196,17 +196,17 @@ class LabelMapping:
 
     @property
     def d_vocab(self) -> int:
-        """Size of the vocabulary: a start token, every x and every y."""
+        """Return the size of the vocabulary: a start token, every x and every y."""
         return 1 + self.n_x + self.n_y
 
     @property
     def length(self) -> int:
-        """Tokens in a sequence: the start token and the pairs."""
+        """Return the number of tokens in a sequence: the start token and the pairs."""
         return 1 + 2 * self.n_pairs
 
     @property
     def digest(self) -> str:
-        """The task's sizes, which determine its sequences."""
+        """Return the task's sizes, which determine its sequences."""
         return f"{self.n_x} to {self.n_y}, {self.n_pairs} pairs"
 
     def training_sequences(self, length: int, n: int, seed: int) -> Int[Tensor, "sequence pos"]:

@@ -42,7 +42,7 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval."""
+        """Return whether there is an interval."""
         return not (np.isnan(self.low) or np.isnan(self.high))
 
     def format(self, digits: int = 3, *, scale: float = 1.0, counts: str = "") -> str:
