@@ -23,7 +23,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
-from icl_dual.storage import Saved
+from icl_dual.storage import AssetError, Saved, load_tensors
 
 SETTINGS = ("ZSL", "ICL", "FT")
 """The three settings: zero-shot, in-context and finetuned, by their keys in tables and saved files."""
@@ -99,7 +99,7 @@ class Recordings(Saved):
                 same name, that was finetuned by other means.
             delta: the finetuning; without one, or with one that has no training queries, the recordings have none.
             steps: for a control, with other demonstrations in context than were trained on: the training step that each
-                of in_context's demonstrations stands for, token by token; −1 for none.
+                of in_context's demonstrations corresponds to, token by token; −1 for none.
 
         Raises:
             ValueError: the captures or the delta are of different models, queries or demonstrations, or lack a field;
@@ -147,7 +147,16 @@ class Recordings(Saved):
             RecordingError: a number is not finite, or a label index is not below `n_labels`.
             AssetError: the folder is missing or damaged, or holds another result.
         """
-        recordings, path = super().load(folder), Path(folder)
+        path = Path(folder)
+        try:
+            recordings = super().load(path)
+        except AssetError as error:
+            if not _is_cell(path):
+                raise
+            raise AssetError(
+                f"expected a saved Recordings in {path}, got the folder of a cell: pass its folder recordings, which a "
+                "cell has that was run with keep_recordings=True"
+            ) from error
         limit = label_limit(path, recordings.metadata) if n_labels is None else n_labels
         for name, tensor in recordings._tensors():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -173,6 +182,14 @@ class Recordings(Saved):
                 yield name, value
             elif isinstance(value, dict):
                 yield from ((f"{name}/{key}", member) for key, member in value.items() if isinstance(member, Tensor))
+
+
+def _is_cell(folder: Path) -> bool:
+    """Return whether a folder holds a study's cell, which saves its settings with its comparison."""
+    try:
+        return "settings" in load_tensors(folder)[1]
+    except AssetError:
+        return False
 
 
 def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
@@ -226,7 +243,7 @@ def _check_match(
             )
     elif steps is not None:
         _check_steps(in_context, delta, steps)
-    else:
+    if delta is not None and steps is None:
         advice = "for a control, with others in context, pass steps= of icl_dual.contexts.matching_training_steps"
         check_training_sequences(delta, in_context, advice)
 

@@ -1,9 +1,8 @@
-"""Recordings in the released layout: written for the released scripts, and read back.
+"""Write recordings in the layout of the paper's released code, and read that layout.
 
-The released code of Dai et al. (microsoft/LMOps, `understand_icl`) records each setting in a folder, `zs`, `icl`,
-`ftzs` and `ft`, as one JSON object a line in `record_info.jsonl`; its scripts compute the paper's numbers from these.
-This module writes folders that those scripts read, and reads such folders, its own or those of the released code. The
-layout is in `docs/recordings.md`.
+The released code of Dai et al. (microsoft/LMOps, `understand_icl`) writes four folders: `zs`, `icl` and `ftzs` for the
+three settings, and `ft` for the training steps. Each holds `record_info.jsonl`, with one JSON object a line. The
+released scripts compute the paper's numbers from these files. `docs/recordings.md` describes the layout.
 """
 
 import itertools
@@ -24,33 +23,40 @@ from torch import Tensor
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings.recordings import SETTINGS, RecordingError, Recordings, label_limit
-from icl_dual.storage import atomic_folder
+from icl_dual.storage import atomic_folder, first_line
 
 FOLDERS = {"ZSL": "zs", "ICL": "icl", "FT": "ftzs"}
-"""Where each setting is recorded. The fourth folder, `ft`, has finetuning's steps."""
+"""The folder of each setting. A fourth folder, `ft`, holds the training steps."""
 
 FILE = "record_info.jsonl"
 
 
 def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, progress: bool = True) -> None:
-    """Write recordings in the released layout, query by query; every digit is kept.
+    """Write recordings in the released layout, without rounding.
+
+    Args:
+        recordings: recordings with training queries, of a context with one start token and one separator token after
+            each demonstration.
+        folder: a new folder, or one that holds recordings in this layout.
+        progress: show a progress bar for each setting.
 
     Raises:
-        RecordingError: there are no training queries; separators are not one token each, which the layout takes for
-            granted; or a number is NaN.
+        RecordingError: there are no training queries, the context has other start tokens or separators, or a number
+            is not finite.
         AssetError: the folder holds other files.
     """
     if recordings.training_q is None or recordings.training_segments is None:
         raise RecordingError(
-            "expected recordings with finetuning's training queries, which the released layout's folder ft holds, got "
-            "recordings without: make them with a delta of icl_dual.finetune"
+            "expected recordings with training queries, which the folder ft of the released layout holds, got "
+            "recordings without them: pass a delta of icl_dual.finetune to Recordings.of"
         )
     steps = _by_step(recordings.training_segments)
-    expected = _segments([_Step(len(tokens), keep=True) for tokens in steps], len(recordings.segments))
-    if not torch.equal(expected, recordings.segments):
+    layout = _segments([_Step(len(tokens), keep=True) for tokens in steps], len(recordings.segments))
+    if not torch.equal(layout, recordings.segments):
         raise RecordingError(
-            "expected whole demonstrations behind one start token and each with one separator token after it, as "
-            f"the released layout has them, got a context of {len(recordings.segments)} tokens that are not ordered so"
+            "expected a context of one start token and whole demonstrations, each with one separator token after it, "
+            f"got a context of {len(recordings.segments)} tokens in another layout: build the prompts with a separator "
+            "of one token, or save with Recordings.save"
         )
     with atomic_folder(Path(folder)) as scratch:
         for setting, name in FOLDERS.items():
@@ -68,58 +74,72 @@ def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, pro
 
 
 def _query_record(recordings: Recordings, setting: str, query: int) -> dict[str, Any]:
-    line = {
+    """Return the record of one query in one setting, by the keys of the released layout."""
+    record = {
         "self_attn_out_hiddens": recordings.attn_out[setting][query],
         "attn_map": recordings.query_scores[setting][query, ..., : int(recordings.query_lengths[query])],
         "attn_map_ctx": recordings.context_scores[setting][query],
         "gold_label": int(recordings.gold[query]),
         "pred_label": int(recordings.predictions[setting][query]),
     }
-    return line | ({"attn_q": recordings.q[query]} if setting == "FT" else {})
+    return record | ({"attn_q": recordings.q[query]} if setting == "FT" else {})
 
 
 def load_recordings(
     folder: str | PathLike[str], *, n_labels: int | None = None, skip_bad: bool = False, progress: bool = True
 ) -> Recordings:
-    """Read recordings in the released layout, or what `Recordings.save` wrote; no model is needed.
+    """Read recordings from a folder in the released layout, or from one that `Recordings.save` wrote.
+
+    No model is needed.
 
     Args:
-        folder: has `zs`, `icl`, `ftzs` and `ft`, each with `record_info.jsonl`; or safetensors of ours.
-        n_labels: how many labels there are; where not given, what the folder's own metadata say, or the paper's task
-            that it is named after, or the most that a task of the paper has.
-        skip_bad: leave out examples with a damaged record, in all settings, instead of refusing the folder; what was
-            left out is in `skipped`. A damaged training step is left out where its demonstration's length is known.
+        folder: a folder with `zs`, `icl`, `ftzs` and `ft`, each of which holds `record_info.jsonl`; or a folder that
+            `Recordings.save` wrote. For a cell that was run with `keep_recordings=True`, its folder `recordings`.
+        n_labels: the number of labels. By default the number in the folder's metadata, else that of the paper's task
+            with the folder's name, else the largest number of labels of the paper's tasks.
+        skip_bad: leave out each example that has a damaged record, in all settings, instead of raising an error. A
+            damaged training step is left out if its number of tokens is known. `Recordings.skipped` lists the reasons.
         progress: show a progress bar.
 
+    Returns:
+        The recordings, in float32 where that holds every number exactly, else in float64.
+
     Raises:
-        RecordingError: a setting is missing, a line is no whole record, numbers of examples, layers, heads or tokens
-            differ, a number is not finite, or a label id is out of range; names file and line.
-        AssetError: safetensors that are damaged.
+        RecordingError: the folder or a setting is missing; a line is not a complete JSON object; numbers of examples,
+            layers, heads or tokens differ; a number is not finite; or a label index is out of range. Names file and
+            line.
+        AssetError: the folder was saved by another class, such as the `Comparison` in a cell's folder, or its saved
+            tensors are damaged.
     """
     folder = Path(folder)
     if (folder / "tensors.safetensors").exists():
         return Recordings.load(folder, n_labels)
     if not folder.is_dir():
-        raise RecordingError(f"expected a folder of recordings, found no {folder}")
+        raise RecordingError(
+            f"expected a folder of recordings, got {folder}, which does not exist: pass a folder with zs, icl, ftzs "
+            "and ft, or one that Recordings.save wrote"
+        )
     for name in (*FOLDERS.values(), "ft"):
         if not (folder / name / FILE).is_file():
             raise RecordingError(
-                f"expected recordings of the settings zs, icl, ftzs and ft in {folder}, found no {folder / name / FILE}"
+                f"expected {FILE} in each of the folders zs, icl, ftzs and ft of {folder}, got no "
+                f"{folder / name / FILE}: record this setting, or pass another folder"
             )
     metadata = _metadata(folder)
     reader = _Reader(folder, label_limit(folder, metadata) if n_labels is None else n_labels, skip_bad)
     examples = reader.examples(progress)
     training_q, steps = reader.steps(examples[0])
     segments = _segments(steps, examples[0]["ICL"].context.shape[1])
-    # A context ends behind a demonstration's separator: the last one's, or an earlier one's where not all were shown.
+    # A context ends with a separator: that of the last demonstration, or of an earlier one if not all are in context.
     ends = list(itertools.accumulate((step.n_tokens + 1 for step in steps), initial=1))[1:]
-    whole = len(segments) in ends or (reader.last_step_lost and len(segments) > ends[-1])
-    if not whole or not (segments >= 0).any():
+    is_whole = len(segments) in ends or (reader.last_step_unknown and len(segments) > ends[-1])
+    if not is_whole or not (segments >= 0).any():
         raise RecordingError(
             f"{folder / 'icl' / FILE}, line 1: expected a context of whole demonstrations of {folder / 'ft' / FILE} "
-            f"and their separators, {ends[-1]} tokens with all {len(steps)}, got {len(segments)}. Is a step missing?"
+            f"and their separators, {ends[-1]} tokens with all {len(steps)}, got {len(segments)}: check whether a "
+            "training step is missing, and record the folder again"
         )
-    kept = [step for step, one in enumerate(steps) if one.keep]
+    kept_steps = [index for index, step in enumerate(steps) if step.keep]
     return Recordings(
         gold=torch.tensor([example["ZSL"].gold for example in examples]),
         predictions={name: torch.tensor([example[name].prediction for example in examples]) for name in SETTINGS},
@@ -131,7 +151,7 @@ def load_recordings(
         q=_stacked(examples, "FT", "q"),
         training_q=training_q,
         training_segments=torch.cat(
-            [torch.tensor([START] + [step] * steps[step].n_tokens, dtype=torch.long) for step in kept]
+            [torch.tensor([START] + [index] * steps[index].n_tokens, dtype=torch.long) for index in kept_steps]
         ),
         metadata=metadata,
         skipped=tuple(reader.skipped),
@@ -141,27 +161,36 @@ def load_recordings(
 def _metadata(folder: Path) -> dict[str, Any]:
     path = folder / "metadata.json"
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        metadata = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(found, dict):
-        raise RecordingError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+        raise RecordingError(f"{path}: expected JSON, got {first_line(error)}: correct or delete the file") from error
+    if not isinstance(metadata, dict):
+        raise RecordingError(
+            f"{path}: expected a JSON object, got {type(metadata).__name__}: correct or delete the file"
+        )
+    return metadata
 
 
 class _Record(NamedTuple):
-    """One line of `zs`, `icl` or `ftzs`: the record of one query."""
+    """The record of one query in one setting: a line of `zs`, `icl` or `ftzs`."""
 
     hidden: Float[np.ndarray, "layer d_model"]
+    """Attention output at the recorded position, after W_O and before the residual sum (`self_attn_out_hiddens`)."""
     query: Float[np.ndarray, "layer head query_token"]
+    """Attention scores over the query's own tokens, scaled by 1/√d_head, before the softmax (`attn_map`)."""
     context: Float[np.ndarray, "layer context_pos"]
+    """Attention scores over the tokens before the query, start token included, summed over heads (`attn_map_ctx`)."""
     q: Float[np.ndarray, "layer d_q"] | None
+    """The attention query at the recorded position, heads concatenated, scaled by 1/√d_head (`attn_q`); in `ftzs`
+    alone."""
     gold: int
+    """The index of the correct label (`gold_label`)."""
     prediction: int
+    """The index of the predicted label (`pred_label`)."""
 
     @property
     def shape(self) -> dict[str, int]:
-        """The lengths of axes, in which all examples agree."""
+        """The lengths of the axes that must be equal in all examples, by their names in error messages."""
         n_layers, n_heads = self.query.shape[:2]
         return {
             "layers": n_layers,
@@ -175,36 +204,38 @@ _Example = dict[str, _Record]
 
 
 class _Step(NamedTuple):
-    """One line of `ft`: its demonstration's number of tokens, without the start token, and whether it is usable."""
+    """One training step: a line of `ft`."""
 
     n_tokens: int
+    """The number of tokens of the step's demonstration, without the start token."""
     keep: bool
+    """Whether the step's numbers are undamaged; the comparison leaves out other steps."""
 
 
 class _UnpairedError(RecordingError):
-    """Records of one line number that are not of one query."""
+    """Records in the same line of the settings' files belong to different queries."""
 
 
-def _shapes(example: _Example) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+def _setting_shapes(example: _Example) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
     return tuple((setting, tuple(record.shape.items())) for setting, record in example.items())
 
 
 class _Reader:
-    """Reads the lines of a folder, and refuses or skips what is wrong with them."""
+    """Reads the lines of a folder; raises an error for each damaged one, or skips it if `skip_bad`."""
 
     def __init__(self, folder: Path, n_labels: int, skip_bad: bool) -> None:
         self.folder, self.n_labels, self.skip_bad = folder, n_labels, skip_bad
         self.skipped: list[str] = []
-        self.last_step_lost = False
+        self.last_step_unknown = False
 
-    def wrong(self, error: RecordingError) -> None:
+    def refuse_or_skip(self, error: RecordingError, unit: str) -> None:
         if not self.skip_bad:
-            raise error
+            raise RecordingError(f"{error}: correct the record, or leave the {unit} out with skip_bad=True") from error
         self.skipped.append(str(error))
 
     def examples(self, progress: bool) -> list[_Example]:
-        """Return every example's records in the three settings; examples with another shape than most are left out."""
-        found: dict[int, _Example] = {}
+        """Return the records of each example in the three settings, of the shape that most examples have."""
+        examples: dict[int, _Example] = {}
         paths = {setting: self.folder / name / FILE for setting, name in FOLDERS.items()}
         size = sum(path.stat().st_size for path in paths.values())
         unpaired: RecordingError | None = None
@@ -217,118 +248,131 @@ class _Reader:
             for number, lines in enumerate(itertools.zip_longest(*files), start=1):
                 uneven |= None in lines
                 try:
-                    found[number] = self._example(number, dict(zip(SETTINGS, lines, strict=True)))
+                    examples[number] = self._example(number, dict(zip(SETTINGS, lines, strict=True)))
                 except _UnpairedError as error:
                     unpaired = unpaired or error
-                    self.wrong(error)
+                    self.refuse_or_skip(error, "example")
                 except RecordingError as error:
-                    self.wrong(error)
+                    self.refuse_or_skip(error, "example")
                 bar.update(sum(len(line or b"") for line in lines))
-        if uneven and unpaired:  # what looks like a pair may be one by chance only
+        if uneven and unpaired:  # records that match in gold label and shape may do so by chance
             raise RecordingError(
-                f"{unpaired}. It cannot be skipped: the settings have other numbers of lines, too, so a line may be "
-                "missing before this one and all after it belong to other queries"
+                f"{unpaired}: record the folder again, as skip_bad cannot leave this example out. The settings have "
+                "different numbers of lines, so a line may be missing before this one, and all later records may "
+                "belong to different queries"
             )
-        shapes = {number: _shapes(example) for number, example in found.items()}
+        shapes = {number: _setting_shapes(example) for number, example in examples.items()}
         if not shapes:
-            raise RecordingError(f"expected at least one whole example in {self.folder}, got none")
-        usual, _ = Counter(shapes.values()).most_common(1)[0]
-        for number in [number for number, shape in shapes.items() if shape != usual]:
-            setting, got, expected = next(
-                (s, dict(a), dict(b)) for (s, a), (_, b) in zip(shapes[number], usual, strict=True) if a != b
+            raise RecordingError(
+                f"expected at least one undamaged example in {self.folder}, got none: record the folder again"
             )
-            self.wrong(_bad(paths[setting], number, f"the shape of most examples, {expected}", got))
-            del found[number]
-        return list(found.values())
+        most_common_shape, _ = Counter(shapes.values()).most_common(1)[0]
+        for number in [number for number, shape in shapes.items() if shape != most_common_shape]:
+            setting, got, expected = next(
+                (name, dict(shape), dict(common))
+                for (name, shape), (_, common) in zip(shapes[number], most_common_shape, strict=True)
+                if shape != common
+            )
+            error = _bad(paths[setting], number, f"the shape of most examples, {expected}", got)
+            self.refuse_or_skip(error, "example")
+            del examples[number]
+        return list(examples.values())
 
     def _example(self, number: int, lines: dict[str, bytes | None]) -> _Example:
         example: _Example = {}
         for setting, line in lines.items():
             path = self.folder / FOLDERS[setting] / FILE
             if line is None:
-                longer = next(FOLDERS[other] for other, found in lines.items() if found is not None)
-                raise _bad(path, number, f"as many examples as in {longer}", f"the file's end after {number - 1}")
+                longer = next(FOLDERS[other] for other, other_line in lines.items() if other_line is not None)
+                raise _bad(path, number, f"as many examples as in {longer}", f"the end of the file after {number - 1}")
             example[setting] = self._record(_object(line, path, number), path, number, with_q=setting == "FT")
         zsl = example["ZSL"]
         for setting, record in example.items():
             path = self.folder / FOLDERS[setting] / FILE
             if record.gold != zsl.gold:
                 raise _UnpairedError(_bad(path, number, f"the gold label of zs, {zsl.gold}", record.gold))
-            mine, zero_shot = ([*r.query.shape, r.hidden.shape[1]] for r in (record, zsl))
-            if mine != zero_shot:
+            lengths, zero_shot_lengths = ([*r.query.shape, r.hidden.shape[1]] for r in (record, zsl))
+            if lengths != zero_shot_lengths:
                 axes = "layers, heads and query tokens in attn_map, d_model in self_attn_out_hiddens"
-                raise _UnpairedError(_bad(path, number, f"as many {axes} as zs has, {zero_shot}", mine))
+                raise _UnpairedError(_bad(path, number, f"as many {axes} as zs has, {zero_shot_lengths}", lengths))
         return example
 
-    def _record(self, found: dict[str, Any], path: Path, number: int, *, with_q: bool) -> _Record:
+    def _record(self, fields: dict[str, Any], path: Path, number: int, *, with_q: bool) -> _Record:
         def values(key: str, axes: str) -> np.ndarray:
-            return _array(found, key, axes, path, number)
+            return _array(fields, key, axes, path, number)
 
         record = _Record(
             hidden=values("self_attn_out_hiddens", "layer d_model"),
             query=values("attn_map", "layer head query_token"),
             context=values("attn_map_ctx", "layer context_token"),
             q=values("attn_q", "layer d_q") if with_q else None,
-            gold=self._label(found, "gold_label", path, number),
-            prediction=self._label(found, "pred_label", path, number),
+            gold=self._label(fields, "gold_label", path, number),
+            prediction=self._label(fields, "pred_label", path, number),
         )
         layers = {len(array) for array in record[:4] if isinstance(array, np.ndarray)}
         if len(layers) > 1:
             raise _bad(path, number, "the same number of layers under every key", sorted(layers))
         return record
 
-    def _label(self, found: dict[str, Any], key: str, path: Path, number: int) -> int:
-        label = _value(found, key, path, number)
+    def _label(self, fields: dict[str, Any], key: str, path: Path, number: int) -> int:
+        label = _value(fields, key, path, number)
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < self.n_labels:
             raise _bad(path, number, f"{key} out of the {self.n_labels} labels 0 to {self.n_labels - 1}", repr(label))
         return label
 
     def steps(self, example: _Example) -> tuple[Float[Tensor, "layer train_token d_q"], list[_Step]]:
-        """Return the attention queries of all usable training steps, and every step's length."""
-        path, like = self.folder / "ft" / FILE, example["FT"].q
-        assert like is not None
-        kept: list[np.ndarray] = []
+        """Return the attention queries of all undamaged training steps, and all steps of known length."""
+        path, ft_query = self.folder / "ft" / FILE, example["FT"].q
+        assert ft_query is not None
+        queries: list[np.ndarray] = []
         steps: list[_Step] = []
-        lost: RecordingError | None = None  # a step of unknown length: what follows it cannot be placed in the context
+        unplaceable: RecordingError | None = None  # for a step of unknown length: later steps have no known positions
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if lost is not None:
-                    raise RecordingError(f"{lost}. It cannot be skipped: steps after it could not be placed")
+                if unplaceable is not None:
+                    raise RecordingError(
+                        f"{unplaceable}: record the folder again, as skip_bad cannot leave this step out. Without its "
+                        "number of tokens, the positions of later steps in the context are unknown"
+                    )
                 try:
-                    q, n_tokens = self._step(line, path, number, like.shape)
+                    q, n_tokens = self._step(line, path, number, ft_query.shape)
                 except RecordingError as error:
-                    self.wrong(error)
-                    lost, self.last_step_lost = error, True
+                    self.refuse_or_skip(error, "training step")
+                    unplaceable, self.last_step_unknown = error, True
                     continue
                 except _BadValuesError as error:
-                    self.wrong(error.reason)
+                    self.refuse_or_skip(error.reason, "training step")
                     steps.append(_Step(error.n_tokens, keep=False))
                     continue
-                kept.append(q)
+                queries.append(q)
                 steps.append(_Step(n_tokens, keep=True))
-        if not kept:
-            raise RecordingError(f"expected at least one whole training step in {path}, got none")
-        return torch.from_numpy(np.concatenate(kept, axis=1)), steps
+        if not queries:
+            raise RecordingError(
+                f"expected at least one undamaged training step in {path}, got none: record the folder again"
+            )
+        return torch.from_numpy(np.concatenate(queries, axis=1)), steps
 
-    def _step(self, line: bytes, path: Path, number: int, like: tuple[int, ...]) -> tuple[np.ndarray, int]:
-        found = _object(line, path, number)
+    def _step(self, line: bytes, path: Path, number: int, ft_shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+        """Return the attention queries `[layer, train_token, d_q]` of a training step, and its number of tokens."""
+        fields = _object(line, path, number)
         try:
-            q = _array(found, "attn_q", "layer train_token d_q", path, number)
+            q = _array(fields, "attn_q", "layer train_token d_q", path, number)
         except RecordingError as error:
-            layers = found.get("attn_q")
+            layers = fields.get("attn_q")
             if not isinstance(layers, list) or not all(isinstance(layer, list) for layer in layers):
                 raise
             lengths = {len(layer) for layer in layers}
             if len(lengths) != 1 or min(lengths) < 2:
                 raise
             raise _BadValuesError(error, lengths.pop() - 1) from error
-        if q.shape[1] < 2 or (q.shape[0], q.shape[2]) != like:
-            raise _bad(path, number, f"attn_q of [{like[0]}, 2 tokens or more, {like[1]}], as in ftzs", list(q.shape))
+        if q.shape[1] < 2 or (q.shape[0], q.shape[2]) != ft_shape:
+            shape = f"[{ft_shape[0]}, 2 tokens or more, {ft_shape[1]}]"
+            raise _bad(path, number, f"attn_q of shape {shape}, as in ftzs", list(q.shape))
         return q, q.shape[1] - 1
 
 
 class _BadValuesError(Exception):
-    """A training step whose numbers are damaged, but whose length is known."""
+    """A training step has damaged numbers, but a known number of tokens."""
 
     def __init__(self, reason: RecordingError, n_tokens: int) -> None:
         super().__init__(str(reason))
@@ -336,78 +380,83 @@ class _BadValuesError(Exception):
 
 
 def _bad(path: Path, number: int, expected: str, got: object) -> RecordingError:
+    """Return an error without the advice what to do, which `_Reader` adds."""
     return RecordingError(f"{path}, line {number}: expected {expected}, got {got}")
 
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        found = orjson.loads(line)
+        fields = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            found = json.loads(line)  # reads NaN, too, which is to be refused by its place
+            fields = json.loads(line)  # reads NaN, too, so that the error of `_array` can name its position
         except (ValueError, RecursionError) as error:
-            raise _bad(path, number, "a whole JSON object", f"{len(line)} bytes that are none ({error})") from error
-    if not isinstance(found, dict):
-        raise _bad(path, number, "a JSON object", type(found).__name__)
-    return found
+            got = f"{len(line)} bytes of invalid JSON ({first_line(error)})"
+            raise _bad(path, number, "a complete JSON object", got) from error
+    if not isinstance(fields, dict):
+        raise _bad(path, number, "a JSON object", type(fields).__name__)
+    return fields
 
 
-def _value(found: dict[str, Any], key: str, path: Path, number: int) -> Any:
-    if key not in found:
-        raise _bad(path, number, f"the key {key!r}", f"only {sorted(found)}")
-    return found[key]
+def _value(fields: dict[str, Any], key: str, path: Path, number: int) -> Any:
+    if key not in fields:
+        raise _bad(path, number, f"the key {key!r}", f"only {sorted(fields)}")
+    return fields[key]
 
 
-def _array(found: dict[str, Any], key: str, axes: str, path: Path, number: int) -> np.ndarray:
-    """Return a record's numbers: in float32 where that holds them exactly, else in float64."""
-    value = _value(found, key, path, number)
-    wanted = f"{key} as finite numbers by [{axes}]"
+def _array(fields: dict[str, Any], key: str, axes: str, path: Path, number: int) -> np.ndarray:
+    """Return the numbers of one field, in float32 where that holds them exactly, else in float64."""
+    value = _value(fields, key, path, number)
+    expected = f"{key} as finite numbers of shape [{axes}]"
     try:
         array = np.asarray(value)
-        if array.dtype.kind not in "iuf":  # strings and truth values would pass for numbers
+        if array.dtype.kind not in "iuf":  # `astype` would convert strings and booleans to numbers
             raise TypeError(array.dtype)
         array = array.astype(np.float64)
     except (ValueError, TypeError, OverflowError):
         lengths = sorted({len(part) for part in value if isinstance(part, list)}) if isinstance(value, list) else []
         uneven = f"uneven lists: some have {lengths[0]} and some {lengths[-1]} entries" if len(lengths) > 1 else ""
-        raise _bad(path, number, wanted, uneven or "uneven lists, or entries that are no numbers") from None
+        raise _bad(path, number, expected, uneven or "uneven lists, or entries that are not numbers") from None
     if array.ndim != len(axes.split()) or 0 in array.shape:
-        raise _bad(path, number, wanted, f"a list of shape {list(array.shape)}")
+        raise _bad(path, number, expected, f"a list of shape {list(array.shape)}")
     if not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0]
-        raise _bad(path, number, wanted, f"{array[tuple(where)]} at {where.tolist()}")
+        position = np.argwhere(~np.isfinite(array))[0]
+        raise _bad(path, number, expected, f"{array[tuple(position)]} at {position.tolist()}")
     with np.errstate(over="ignore"):
-        single = array.astype(np.float32)
-    return single if np.array_equal(single, array) else array
+        in_float32 = array.astype(np.float32)
+    return in_float32 if np.array_equal(in_float32, array) else array
 
 
 def _segments(steps: Sequence[_Step], n_tokens: int) -> Int[Tensor, " prefix_pos"]:
     """Return the source of each token of a context: a start token, then each demonstration and its separator.
 
-    Steps after the last demonstration that fits whole were not in the context.
+    The context has the first demonstrations that fit whole into its number of tokens.
     """
-    owners = [START]
+    sources = [START]
     for index, step in enumerate(steps):
-        if len(owners) + step.n_tokens > n_tokens:
+        if len(sources) + step.n_tokens > n_tokens:
             break
-        owners += [index if step.keep else SEPARATOR] * step.n_tokens + [SEPARATOR]
-    return torch.tensor((owners + [SEPARATOR] * n_tokens)[:n_tokens])
+        sources += [index if step.keep else SEPARATOR] * step.n_tokens + [SEPARATOR]
+    return torch.tensor((sources + [SEPARATOR] * n_tokens)[:n_tokens])
 
 
 def _by_step(training_segments: Int[Tensor, " train_token"]) -> list[range]:
     """Return the positions of each step's demonstration among the training tokens, in order."""
-    owners = training_segments.tolist()
-    starts = [at for at, owner in enumerate(owners) if owner == START]
-    return [range(start + 1, end) for start, end in itertools.pairwise([*starts, len(owners)])]
+    sources = training_segments.tolist()
+    starts = [position for position, source in enumerate(sources) if source == START]
+    return [range(start + 1, end) for start, end in itertools.pairwise([*starts, len(sources)])]
 
 
 def _json_line(values: dict[str, Any], path: Path, number: int) -> bytes:
-    """Return a record as a line of JSON, its numbers exactly, as float64."""
-    plain = {key: value.double().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
-    for key, value in plain.items():
+    """Return a record as a line of JSON, with its numbers in float64, which holds them exactly."""
+    arrays = {key: value.double().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
+    for key, value in arrays.items():
         if not np.isfinite(value).all():
-            raise RecordingError(f"{path}, line {number}: expected finite numbers to write, got others in {key!r}")
-    contiguous = {key: np.ascontiguousarray(value) if np.ndim(value) else value for key, value in plain.items()}
+            raise RecordingError(
+                f"{path}, line {number}: expected finite numbers to write, got NaN or infinity in {key!r}: capture "
+                "again in float32, or with another learning rate"
+            )
+    contiguous = {key: np.ascontiguousarray(value) if np.ndim(value) else value for key, value in arrays.items()}
     return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
@@ -416,8 +465,10 @@ def _stacked(examples: Sequence[_Example], setting: str, name: str) -> Tensor:
 
 
 def _padded(maps: Sequence[np.ndarray]) -> Float[Tensor, "query layer head query_token"]:
-    longest = max(one.shape[-1] for one in maps)
-    padded = np.zeros((len(maps), *maps[0].shape[:2], longest), dtype=np.result_type(*(one.dtype for one in maps)))
-    for into, one in zip(padded, maps, strict=True):
-        into[..., : one.shape[-1]] = one
+    """Return attention maps as one tensor, with zeros after the last token of each query."""
+    longest = max(scores.shape[-1] for scores in maps)
+    dtype = np.result_type(*(scores.dtype for scores in maps))
+    padded = np.zeros((len(maps), *maps[0].shape[:2], longest), dtype=dtype)
+    for row, scores in zip(padded, maps, strict=True):
+        row[..., : scores.shape[-1]] = scores
     return torch.from_numpy(padded)

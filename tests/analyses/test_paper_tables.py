@@ -268,7 +268,7 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
     path = tmp_path / "found" / "icl" / "record_info.jsonl"
     path.write_text(path.read_text()[:-30])
     assert run("--recordings", tmp_path / "found") == 1
-    assert f"error: {path}, line 5: expected a whole JSON object" in capsys.readouterr().err
+    assert f"error: {path}, line 5: expected a complete JSON object" in capsys.readouterr().err
     assert run("--recordings", tmp_path / "found", "--skip-bad", "--json", tmp_path / "scores.json") == 0
     assert json.loads((tmp_path / "scores.json").read_text())["skipped"] == 1
     assert f"skipped: {path}, line 5" in capsys.readouterr().err
@@ -281,7 +281,7 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
         (("somewhere", "--json", "x.json"), 2, "--json takes the metrics of --recordings"),
         (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a number from 1, or all, got '0'"),
         (("nowhere",), 1, "error: expected finished cells in nowhere, found none"),
-        (("--recordings", "nowhere"), 1, "error: expected a folder of recordings, found no nowhere"),
+        (("--recordings", "nowhere"), 1, "error: expected a folder of recordings, got nowhere, which does not exist: pass"),
     ],
 )
 def test_what_a_user_can_mend_is_said(

@@ -252,8 +252,13 @@ def longer_context(record: dict) -> None:
 
 
 DAMAGES: list[tuple[Callable[[dict], Any], str, int, str]] = [
-    (cut, "icl", 5, "expected a whole JSON object"),
-    (cut, "zs", 2, "expected a whole JSON object"),
+    (
+        cut,
+        "icl",
+        5,
+        "expected a complete JSON object, got .*: correct the record, or leave the example out with skip_bad=",
+    ),
+    (cut, "zs", 2, "expected a complete JSON object"),
     (ragged, "zs", 3, "uneven lists: some have 2 and some 3 entries"),
     (one_head_less, "icl", 2, "expected as many layers, heads and query tokens"),
     (one_layer_less, "zs", 1, "the same number of layers under every key"),
@@ -291,22 +296,33 @@ def test_a_setting_of_other_heads_throughout_is_refused(folder: Path) -> None:
         damage(folder, "icl", number, one_head_less)
     with pytest.raises(icl.RecordingError, match=r"icl/record_info\.jsonl, line 1: expected as many layers, heads"):
         load(folder)
-    with pytest.raises(icl.RecordingError, match="at least one whole example"):
+    with pytest.raises(icl.RecordingError, match="at least one undamaged example"):
         load(folder, skip_bad=True)
+
+
+def test_a_folder_of_a_cell_or_of_another_result_is_refused_with_what_to_pass(folder: Path, tmp_path: Path) -> None:
+    comparison = icl.compare_recordings(load(folder))
+    comparison.save(tmp_path / "cell", {"settings": {"k": 4}, "provenance": {}})
+    message = "got the folder of a cell: pass its folder recordings, which a cell has that was run with keep_recordings"
+    with pytest.raises(icl.AssetError, match=message):
+        load(tmp_path / "cell")
+    comparison.save(tmp_path / "comparison")
+    with pytest.raises(icl.AssetError, match=r"got a saved Comparison: use Comparison\.load$"):
+        load(tmp_path / "comparison")
 
 
 @pytest.mark.parametrize("setting", FOLDERS)
 def test_a_missing_setting_is_named(folder: Path, setting: str) -> None:
     (folder / setting / "record_info.jsonl").unlink()
     for skip_bad in (False, True):
-        with pytest.raises(icl.RecordingError, match=rf"found no .*{setting}/record_info\.jsonl"):
+        with pytest.raises(icl.RecordingError, match=rf"got no .*{setting}/record_info\.jsonl: record this setting"):
             load(folder, skip_bad=skip_bad)
 
 
 def test_other_numbers_of_examples_are_refused_or_cut(folder: Path) -> None:
     path = folder / "ftzs" / "record_info.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
-    with pytest.raises(icl.RecordingError, match=r"ftzs.*, line 4: expected as many examples as in zs, got the file's"):
+    with pytest.raises(icl.RecordingError, match=r"ftzs.*, line 4: expected as many examples as in zs, got the end of"):
         load(folder)
     rest = load(folder, skip_bad=True)
     assert len(rest.gold) == 3
@@ -349,11 +365,15 @@ def test_a_damaged_last_step_is_left_out(folder: Path) -> None:
 
 def test_the_last_step_cut_off_is_left_out_and_one_before_it_is_not(folder: Path) -> None:
     damage(folder, "ft", 4, cut)
-    with pytest.raises(icl.RecordingError, match=r"ft.*, line 4: expected a whole JSON object"):
+    with pytest.raises(
+        icl.RecordingError, match=r"ft.*, line 4: expected a complete JSON object.*or leave the training step out"
+    ):
         load(folder)
     assert load(folder, skip_bad=True).segments.max() == 2
     damage(folder, "ft", 2, cut)
-    with pytest.raises(icl.RecordingError, match="It cannot be skipped: steps after it could not be placed"):
+    with pytest.raises(
+        icl.RecordingError, match=r"skip_bad cannot leave this step out.*positions of later steps in the context"
+    ):
         load(folder, skip_bad=True)
 
 
@@ -377,7 +397,9 @@ def test_a_training_step_that_is_missing_is_seen_by_the_context(folder: Path, lo
     del kept[lost - 1]
     path.write_text("\n".join(kept) + "\n")
     for skip_bad in (False, True):
-        with pytest.raises(icl.RecordingError, match=r"tokens with all 3, got 15\. Is a step missing"):
+        with pytest.raises(
+            icl.RecordingError, match=r"tokens with all 3, got 15: check whether a training step is missing"
+        ):
             load(folder, skip_bad=skip_bad)
 
 
@@ -409,10 +431,10 @@ def test_a_zero_vector_counts_as_the_scripts_count_it(folder: Path, setting: str
 
 def test_what_is_no_list_is_no_step(folder: Path) -> None:
     damage(folder, "ft", 2, lambda record: record.update(attn_q=["abc", "abc"]))
-    with pytest.raises(icl.RecordingError, match="It cannot be skipped"):
+    with pytest.raises(icl.RecordingError, match="record the folder again, as skip_bad cannot leave this step out"):
         load(folder, skip_bad=True)
     damage(folder, "ft", 2, lambda record: '{"attn_q":' + "[" * 100_000)
-    with pytest.raises(icl.RecordingError, match=r"ft.*, line 2: expected a whole JSON object"):
+    with pytest.raises(icl.RecordingError, match=r"ft.*, line 2: expected a complete JSON object"):
         load(folder)
 
 
