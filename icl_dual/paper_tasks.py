@@ -134,8 +134,10 @@ def unregister_task(name: str) -> None:
         TaskError: no task is registered under the name, or it is one of the paper's.
     """
     if name in _PAPER_TASKS or name not in _registered:
-        own = [registered for registered in _registered if registered not in _PAPER_TASKS]
-        raise TaskError(f"expected the name of a task that you registered, {own}, got {name!r}: choose one of these")
+        registered_names = [registered_name for registered_name in _registered if registered_name not in _PAPER_TASKS]
+        raise TaskError(
+            f"expected the name of a task that you registered, {registered_names}, got {name!r}: choose one of these"
+        )
     del _registered[name]
 
 

@@ -39,10 +39,10 @@ _MOVING = {
 
 def past_sum(v: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
     """Σ_{i<t} η^{t−i} v_i of values `[batch pos head d_head]`, token by token: m_t = η (m_{t−1} + v_{t−1})."""
-    found = [torch.zeros_like(v[:, 0])]
+    sums = [torch.zeros_like(v[:, 0])]
     for t in range(1, v.shape[1]):
-        found.append(eta[:, None].to(v) * (found[-1] + v[:, t - 1]))
-    return torch.stack(found, dim=1)
+        sums.append(eta[:, None].to(v) * (sums[-1] + v[:, t - 1]))
+    return torch.stack(sums, dim=1)
 
 
 def with_momentum(hf_model: Any, architecture: str, eta: torch.Tensor) -> list[torch.Tensor]:
@@ -53,7 +53,7 @@ def with_momentum(hf_model: Any, architecture: str, eta: torch.Tensor) -> list[t
     name = architecture.removeprefix("hooked-")
     values, output = _MOVING.get(name, ("self_attn.v_proj", "self_attn.o_proj"))
     n_heads, outputs = eta.shape[1], list[torch.Tensor]()
-    seen: dict[int, torch.Tensor] = {}
+    values_by_layer: dict[int, torch.Tensor] = {}
 
     def read(layer: int, projected: torch.Tensor) -> None:
         if name == "gpt2":
@@ -61,10 +61,10 @@ def with_momentum(hf_model: Any, architecture: str, eta: torch.Tensor) -> list[t
         elif name in ("neox", "bloom"):  # a head's query, key and value lie side by side
             projected = projected.unflatten(-1, (n_heads, 3, -1))[..., 2, :].flatten(2)
         by_head = projected.unflatten(-1, (-1, 8))
-        seen[layer] = by_head.repeat_interleave(n_heads // by_head.shape[2], dim=2)
+        values_by_layer[layer] = by_head.repeat_interleave(n_heads // by_head.shape[2], dim=2)
 
     def add(layer: int, z: torch.Tensor) -> tuple[torch.Tensor]:
-        return (z + past_sum(seen.pop(layer), eta[layer]).flatten(2),)
+        return (z + past_sum(values_by_layer.pop(layer), eta[layer]).flatten(2),)
 
     modules = {kind: [m for path, m in hf_model.named_modules() if path.endswith(kind)] for kind in (values, output)}
     for layer in range(len(eta)):

@@ -46,9 +46,9 @@ def hooked_transformer(
     state = module("loading_from_pretrained").get_pretrained_state_dict(
         str(folder), cfg, hf_model, dtype=hf_model.dtype
     )
-    made = construct(cfg, tokenizer)
-    made.load_and_process_state_dict(state, **(RAW | processing))
-    return made.eval()
+    hooked = construct(cfg, tokenizer)
+    hooked.load_and_process_state_dict(state, **(RAW | processing))
+    return hooked.eval()
 
 
 def construct(cfg: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Any:
@@ -85,7 +85,7 @@ def configuration(hf_model: PreTrainedModel, folder: Path) -> Any:
 
 def by_hand(hf: Any) -> dict[str, Any]:
     rope = hf.rope_parameters
-    own: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "n_layers": hf.num_hidden_layers,
         "d_model": hf.hidden_size,
         "n_ctx": hf.max_position_embeddings,
@@ -103,7 +103,7 @@ def by_hand(hf: Any) -> dict[str, Any]:
         "original_architecture": hf.architectures[0],
     }
     kinds = {"sliding_attention": "local", "full_attention": "global"}
-    own |= {
+    settings |= {
         "attn_scale": hf.query_pre_attn_scalar**0.5,
         "use_local_attn": True,
         "attn_types": [kinds[kind] for kind in hf.layer_types],
@@ -115,6 +115,6 @@ def by_hand(hf: Any) -> dict[str, Any]:
             "attn_scores_soft_cap": hf.attn_logit_softcapping,
             "output_logits_soft_cap": hf.final_logit_softcapping,
         }
-        return own | caps | {"rotary_base": rope["rope_theta"]}
+        return settings | caps | {"rotary_base": rope["rope_theta"]}
     bases = {"rotary_base": "full_attention", "rotary_base_local": "sliding_attention"}
-    return own | {"use_qk_norm": True} | {name: rope[kind]["rope_theta"] for name, kind in bases.items()}
+    return settings | {"use_qk_norm": True} | {name: rope[kind]["rope_theta"] for name, kind in bases.items()}

@@ -202,20 +202,24 @@ def test_attend_without_a_bias_equals_attention_written_out(
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
-    n_own=st.integers(1, 6),
+    n_zero_shot=st.integers(1, 6),
     n_demo=st.integers(0, 6),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
     repeated=st.booleans(),
 )
-def test_zero_shot_plus_delta_icl_is_attention_over_both(seed, n_own, n_demo, scale, repeated):
-    q, k, v = draw(seed, 2, 3, 4, 8), draw(seed + 1, 2, n_own + n_demo, 2, 8), draw(seed + 2, 2, n_own + n_demo, 2, 8)
+def test_zero_shot_plus_delta_icl_is_attention_over_both(seed, n_zero_shot, n_demo, scale, repeated):
+    q, k, v = (
+        draw(seed, 2, 3, 4, 8),
+        draw(seed + 1, 2, n_zero_shot + n_demo, 2, 8),
+        draw(seed + 2, 2, n_zero_shot + n_demo, 2, 8),
+    )
     if repeated:
         k = k[:, :1].expand_as(k).contiguous()
     whole = dual.attend(q, k, v, scale).z
-    own = dual.attend(q, k[:, :n_own], v[:, :n_own], scale)
-    demo = dual.attend(q, k[:, n_own:], v[:, n_own:], scale)
-    assert_exact(own.z + dual.delta_icl(own, demo), whole)
-    assert_exact(dual.merge(own, demo).z, whole)
+    zero_shot = dual.attend(q, k[:, :n_zero_shot], v[:, :n_zero_shot], scale)
+    demo = dual.attend(q, k[:, n_zero_shot:], v[:, n_zero_shot:], scale)
+    assert_exact(zero_shot.z + dual.delta_icl(zero_shot, demo), whole)
+    assert_exact(dual.merge(zero_shot, demo).z, whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -227,9 +231,9 @@ def test_a_sink_is_a_key_without_a_value(seed, cut, sink):
     weights = torch.einsum("bphd,bkhd->bphk", q, k)
     weights = torch.cat((weights, sinks[:, None].expand(2, 3, 2, 1)), dim=-1).softmax(-1)[..., :-1]
     expected = torch.einsum("bphk,bkhd->bphd", weights, v)
-    own, demo = (dual.attend(q, k[:, part], v[:, part], 1.0) for part in (slice(cut, None), slice(cut)))
-    own = dual.add_sink(own, sinks)
-    assert_exact(own.z + dual.delta_icl(own, demo), expected)
+    zero_shot, demo = (dual.attend(q, k[:, part], v[:, part], 1.0) for part in (slice(cut, None), slice(cut)))
+    zero_shot = dual.add_sink(zero_shot, sinks)
+    assert_exact(zero_shot.z + dual.delta_icl(zero_shot, demo), expected)
 
 
 @settings(max_examples=40, deadline=None)
@@ -265,8 +269,8 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
     rows = keys[None, -1:]
     groups = [slice(0, cuts[0]), slice(cuts[0], cuts[1]), slice(cuts[1], n)]
     parts = [rule.attend(q, k[:, at], v[:, at], rows, keys[None, at]) for at in groups]
-    own = rule.with_sink(dual.merge(parts[0], parts[2]))
-    split = own.z + dual.delta_icl(own, parts[1])
+    zero_shot = rule.with_sink(dual.merge(parts[0], parts[2]))
+    split = zero_shot.z + dual.delta_icl(zero_shot, parts[1])
     nothing = dual.AttentionPart(torch.zeros_like(q), torch.full((2, 1, heads), -torch.inf).double())
     mass = torch.stack([part.lse for part in (*parts, rule.with_sink(nothing))], dim=-1).softmax(-1)
     weighted = [mass[..., index, None] * part.z for index, part in enumerate(parts)]
@@ -319,10 +323,10 @@ def test_scores_far_from_zero_do_not_overflow(magnitude):
 def test_overlap_equals_its_definitions(seed, d, rank):
     rank = min(rank, d)
     a, b = draw(seed, d, d), draw(seed + 1, d, d)
-    found = dual.overlap(dual.Svd.of(a), dual.Svd.of(b), rank)
+    overlap = dual.overlap(dual.Svd.of(a), dual.Svd.of(b), rank)
     cosine = (a * b).sum() / (a.norm() * b.norm())
-    torch.testing.assert_close(found.cosine, cosine, atol=1e-10, rtol=0)
-    for angles, side in ((found.left_angles, 0), (found.right_angles, 1)):
+    torch.testing.assert_close(overlap.cosine, cosine, atol=1e-10, rtol=0)
+    for angles, side in ((overlap.left_angles, 0), (overlap.right_angles, 1)):
         bases = []
         for W in (a, b):
             U, _, Vh = np.linalg.svd(W.numpy())
@@ -332,12 +336,12 @@ def test_overlap_equals_its_definitions(seed, d, rank):
 
 
 def test_directions_that_a_matrix_does_not_have_have_no_angles():
-    one, full = torch.outer(draw(0, 6), draw(1, 6)), draw(2, 6, 6)
-    found = dual.overlap(dual.Svd.of(torch.stack((one, full, full.float()))), dual.Svd.of(full), 3)
-    assert found.left_angles.isnan().tolist() == [[False, True, True], [False] * 3, [False] * 3]
-    u = one[:, 0] / one[:, 0].norm()
+    rank_one, full = torch.outer(draw(0, 6), draw(1, 6)), draw(2, 6, 6)
+    overlap = dual.overlap(dual.Svd.of(torch.stack((rank_one, full, full.float()))), dual.Svd.of(full), 3)
+    assert overlap.left_angles.isnan().tolist() == [[False, True, True], [False] * 3, [False] * 3]
+    u = rank_one[:, 0] / rank_one[:, 0].norm()
     U = torch.linalg.svd(full).U[:, :3]
-    assert found.left_angles[0, 0].item() == pytest.approx(math.degrees(math.acos((U.mT @ u).norm())))
+    assert overlap.left_angles[0, 0].item() == pytest.approx(math.degrees(math.acos((U.mT @ u).norm())))
 
 
 def test_an_update_overlaps_itself_and_a_zero_update_is_undefined():
@@ -362,13 +366,13 @@ def test_random_directions_keep_the_spectrum_and_are_uniform():
     svd = dual.Svd.of(draw(0, d, d)).with_random_directions(torch.Generator().manual_seed(0))
     for basis in (svd.U, svd.Vh):
         torch.testing.assert_close(basis @ basis.mT, torch.eye(d).double())
-    many = dual.Svd(*(t.expand(n, *t.shape) for t in dual.Svd.of(draw(0, d, d))))
-    drawn = many.with_random_directions(torch.Generator().manual_seed(1))
-    assert (drawn.S == many.S).all()
-    cosines = dual.overlap(many, drawn, 1).cosine
+    svds = dual.Svd(*(t.expand(n, *t.shape) for t in dual.Svd.of(draw(0, d, d))))
+    random_svds = svds.with_random_directions(torch.Generator().manual_seed(1))
+    assert (random_svds.S == svds.S).all()
+    cosines = dual.overlap(svds, random_svds, 1).cosine
     assert abs(cosines.mean()) < 4 / d / math.sqrt(n)
     assert cosines.std().item() == pytest.approx(1 / d, rel=0.05)
-    assert drawn.U.mean(0).abs().max() < 5 / math.sqrt(d * n)  # signs are not fixed by QR's convention
+    assert random_svds.U.mean(0).abs().max() < 5 / math.sqrt(d * n)  # signs are not fixed by QR's convention
 
 
 @settings(max_examples=20, deadline=None)

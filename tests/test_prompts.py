@@ -10,11 +10,11 @@ import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START, Prompts, check_prompts
 
 
-def test_segments_say_whose_each_token_is(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
+def test_segments_hold_the_source_of_each_token(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
     rebuilt = [llama.tokenizer.bos_token_id]
     owners = [START]
-    shown = task.demonstrations(4, seed=1)
-    for index, example in enumerate(shown):
+    demonstrations = task.demonstrations(4, seed=1)
+    for index, example in enumerate(demonstrations):
         tokens = llama.encode(f"{task.prompt(example)} {task.label_words[example.label]}")
         rebuilt += [*tokens, *llama.encode("\n")]
         owners += [index] * len(tokens) + [SEPARATOR]
@@ -50,9 +50,10 @@ def test_the_papers_architecture_separates_by_eos(
     models_by_architecture: Callable[[str], icl.Model], task: icl.Task
 ) -> None:
     model = models_by_architecture("xglm")
-    shown, asked = task.demonstrations(2, 0), task.queries(2)
-    assert icl.build_prompts(model, task, shown, asked).separator == (model.tokenizer.eos_token_id,)
-    assert icl.build_prompts(model, task, shown, asked, separator=" ; ").separator == tuple(model.encode(" ; "))
+    demonstrations, queries = task.demonstrations(2, 0), task.queries(2)
+    assert icl.build_prompts(model, task, demonstrations, queries).separator == (model.tokenizer.eos_token_id,)
+    prompts = icl.build_prompts(model, task, demonstrations, queries, separator=" ; ")
+    assert prompts.separator == tuple(model.encode(" ; "))
 
 
 def test_too_long_a_context_is_refused_with_the_numbers(llama: icl.Model, task: icl.Task) -> None:
@@ -63,11 +64,11 @@ def test_too_long_a_context_is_refused_with_the_numbers(llama: icl.Model, task: 
 
 
 def test_queries_that_are_demonstrations_are_refused(llama: icl.Model, task: icl.Task) -> None:
-    shown = task.demonstrations(3, seed=0)
+    demonstrations = task.demonstrations(3, seed=0)
     with pytest.raises(icl.PromptError, match=r"got 1 text\(s\) in both"):
-        icl.build_prompts(llama, task, shown, [*task.queries(2), shown[1]])
+        icl.build_prompts(llama, task, demonstrations, [*task.queries(2), demonstrations[1]])
     with pytest.raises(icl.PromptError, match="at least one query"):
-        icl.build_prompts(llama, task, shown, [])
+        icl.build_prompts(llama, task, demonstrations, [])
 
 
 def test_no_demonstrations_at_all_is_the_zero_shot_setting(llama: icl.Model, task: icl.Task) -> None:
@@ -101,8 +102,8 @@ def reference_fit(llama: icl.Model, reference_task: icl.Task, k: int, n_ctx: int
         + len(llama.encode(label[1]))
     )
     taken = 1
-    for n_fit, shown in enumerate(reference_task.demonstrations(k, 1)):
-        taken += len(llama.encode(reference_task.prompt(shown) + label[shown.label])) + 1
+    for n_fit, example in enumerate(reference_task.demonstrations(k, 1)):
+        taken += len(llama.encode(reference_task.prompt(example) + label[example.label])) + 1
         if not taken + longest < n_ctx:
             return n_fit
     return k
@@ -113,25 +114,25 @@ def test_reference_demonstrations_are_cut_to_what_fits_and_finetuning_to_the_sam
     llama: icl.Model, reference_task: icl.Task, n_ctx: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", n_ctx)
-    shown, asked = reference_task.demonstrations(28, 1), reference_task.queries(5)
-    whole = icl.build_prompts(llama, reference_task, shown[:5], asked)
-    prompts = icl.build_prompts(llama, reference_task, shown, asked)
+    demonstrations, queries = reference_task.demonstrations(28, 1), reference_task.queries(5)
+    whole = icl.build_prompts(llama, reference_task, demonstrations[:5], queries)
+    prompts = icl.build_prompts(llama, reference_task, demonstrations, queries)
     n_fit = reference_fit(llama, reference_task, 28, n_ctx)
     assert 0 < n_fit < 28
     assert len(prompts.demonstrations) == n_fit
     assert prompts.training_sequences == prompts.demonstrations
     assert len(prompts.demonstration_label_lengths) == n_fit
     assert prompts.demonstrations[:5] == whole.demonstrations[:n_fit]
-    mismatched = icl.build_prompts(llama, reference_task, shown, asked, reference_k_mismatch=True)
+    mismatched = icl.build_prompts(llama, reference_task, demonstrations, queries, reference_k_mismatch=True)
     assert mismatched.demonstrations == prompts.demonstrations
     assert len(mismatched.training_sequences) == len(mismatched.demonstration_label_lengths) == 28
     assert mismatched.zero_shot() == prompts.zero_shot()
 
 
-def test_the_cut_does_not_depend_on_how_many_are_asked(llama: icl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cut_does_not_depend_on_the_number_of_queries(llama: icl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", 300)
-    asked = [{"text": f"{'very ' * (i % 9)}film {i}", "label": i % 2} for i in range(30)]
-    task = icl.Task("t", "Text: {text} Label:", ("no", "perhaps"), make_rows(), asked, protocol="reference")
+    query_rows = [{"text": f"{'very ' * (i % 9)}film {i}", "label": i % 2} for i in range(30)]
+    task = icl.Task("t", "Text: {text} Label:", ("no", "perhaps"), make_rows(), query_rows, protocol="reference")
     few, all_of_them = (icl.build_prompts(llama, task, task.demonstrations(20, 1), task.queries(n)) for n in (2, None))
     assert max(map(len, few.queries)) < max(map(len, all_of_them.queries))
     assert few.demonstrations == all_of_them.demonstrations
@@ -146,8 +147,9 @@ def test_not_one_reference_demonstration_that_fits_is_an_error(
 
 
 def test_the_reference_protocol_takes_its_splits_as_they_are(llama: icl.Model, reference_task: icl.Task) -> None:
-    shown = reference_task.demonstrations(3, 1)
-    assert icl.build_prompts(llama, reference_task, shown, shown).gold == tuple(example.label for example in shown)
+    demonstrations = reference_task.demonstrations(3, 1)
+    prompts = icl.build_prompts(llama, reference_task, demonstrations, demonstrations)
+    assert prompts.gold == tuple(example.label for example in demonstrations)
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +164,18 @@ def test_demonstrations_of_another_task_have_its_template_and_words(
 ) -> None:
     others = digits.demonstrations(4, seed=1)
     got = icl.build_prompts(llama, task, others, task.queries(7), demonstration_task=digits)
-    assert {example.label for example in others} >= {1, 2}, "a label index that the task asked does not have"
+    assert {example.label for example in others} >= {1, 2}, "a label index that the queries' task does not have"
     words = [digits.label_words[example.label] for example in others]
     texts = [f"Number: {dict(example.fields)['digit']} Class: {w}" for example, w in zip(others, words, strict=True)]
     assert [list(tokens) for tokens in got.demonstrations] == [llama.encode(text) for text in texts]
     assert list(got.demonstration_label_lengths) == [len(llama.encode(f" {word}")) for word in words]
-    assert got.zero_shot() == prompts.zero_shot(), "what is asked stays the task's"
+    assert got.zero_shot() == prompts.zero_shot(), "the queries stay the task's"
     assert got.start + got.separator == prompts.start + prompts.separator
 
 
 def test_the_task_itself_may_be_named_as_its_demonstrations(llama: icl.Model, task: icl.Task, prompts: Prompts) -> None:
-    shown, asked = task.demonstrations(4, seed=1), task.queries(7)
-    assert icl.build_prompts(llama, task, shown, asked, demonstration_task=task) == prompts
+    demonstrations, queries = task.demonstrations(4, seed=1), task.queries(7)
+    assert icl.build_prompts(llama, task, demonstrations, queries, demonstration_task=task) == prompts
 
 
 def test_another_tasks_demonstrations_count_towards_the_context(

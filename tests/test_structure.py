@@ -62,23 +62,27 @@ def test_every_module_imports_without_a_warning() -> None:
 def test_no_function_or_class_has_the_path_of_a_module(name: str) -> None:
     module = importlib.import_module(name)
     assert inspect.ismodule(module)
-    parent, _, own = name.rpartition(".")
+    parent, _, attribute = name.rpartition(".")
     if parent:
-        assert getattr(importlib.import_module(parent), own) is module, f"{name} is shadowed in {parent}"
+        assert getattr(importlib.import_module(parent), attribute) is module, f"{name} is shadowed in {parent}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_the_table_only(path: Path) -> None:
     rank = {name: index for index, names in enumerate(LAYERS) for name in names}
     relative = path.relative_to(ROOT)
-    mine = relative.parts[0].removesuffix(".py")
-    if mine == "__init__":
+    importing_area = relative.parts[0].removesuffix(".py")
+    if importing_area == "__init__":
         return
-    assert mine in rank, f"{mine} has no place in LAYERS: add it there, and to the table in CONTRIBUTING.md"
+    assert importing_area in rank, (
+        f"{importing_area} has no place in LAYERS: add it there, and to the table in CONTRIBUTING.md"
+    )
     for module, name in imports(path):
-        other = area(module) or (name if module == "icl_dual" else None)
-        if other is not None and other != mine:
-            assert rank[other] <= rank[mine], f"{relative} imports {other}, which stands below it"
+        imported_area = area(module) or (name if module == "icl_dual" else None)
+        if imported_area is not None and imported_area != importing_area:
+            assert rank[imported_area] <= rank[importing_area], (
+                f"{relative} imports {imported_area}, which stands below it"
+            )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
