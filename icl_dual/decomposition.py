@@ -15,11 +15,10 @@ start token's and the query's belong to z_0, the demonstrations' to the direct u
 Every decomposition has its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from os import PathLike
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -37,7 +36,7 @@ from icl_dual.momentum import decay_matrix
 from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
-from icl_dual.storage import Saved
+from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.torch_utils import checked_index
 
 GROUPS = ("sink", "start", "query", "separators")
@@ -184,7 +183,7 @@ class Decomposition(Saved):
     """How far the terms are from adding up, relative to what they add up to."""
     momentum: MomentumTerms | None = None
     """What momentum adds; `None` for a model without."""
-    attention_inputs: AttentionInputs | None = None
+    attention_inputs: AttentionInputs | None = field(default=None, metadata=NOT_SAVED)
     """What `by_token` computes from: in_context's own tensors, kept in memory with the decomposition. Not saved: `None`
     after loading."""
 
@@ -342,12 +341,12 @@ class Decomposition(Saved):
     @property
     def direct(self) -> Float[Tensor, "query layer d_model"]:
         """Return the direct update: what the demonstrations add through this layer's attention, after W_O."""
-        return _through_W_O(self.from_demonstrations, self.W_O)
+        return _sum_through_W_O(self.from_demonstrations, self.W_O)
 
     @property
     def inherited(self) -> Float[Tensor, "query layer d_model"]:
         """Return the inherited update, (z_0 − z_ZSL) W_O: the layer's input, or the query's position, had changed."""
-        return _through_W_O(self.z_0 - self.z_zsl, self.W_O)
+        return _sum_through_W_O(self.z_0 - self.z_zsl, self.W_O)
 
     @property
     def realised(self) -> Float[Tensor, "query layer d_model"]:
@@ -366,7 +365,7 @@ class Decomposition(Saved):
 
     def _share_of_realised(self, update: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
         realised = self.realised
-        rounding = 4 * self.residuals.realised * _through_W_O(self.z, self.W_O, self.b_O).norm(dim=-1)
+        rounding = 4 * self.residuals.realised * _sum_through_W_O(self.z, self.W_O, self.b_O).norm(dim=-1)
         norm = realised.norm(dim=-1)
         return torch.where(norm > rounding, (update * realised).sum(-1) / norm**2, torch.nan)
 
@@ -394,18 +393,6 @@ class Decomposition(Saved):
         return summary_frame(
             {"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()}
         )
-
-    def save(self, folder: str | PathLike[str], about: Mapping[str, Any] | None = None) -> None:
-        """Write the decomposition into a folder, as safetensors and JSON; without `attention_inputs`.
-
-        Args:
-            folder: a new folder, or one that holds a decomposition already.
-            about: more JSON values to keep with it, such as settings and provenance.
-
-        Raises:
-            AssetError: the folder holds other files.
-        """
-        Saved.save(replace(self, attention_inputs=None), folder, about)
 
     @classmethod
     def _upgraded(
@@ -715,11 +702,11 @@ def _residuals(
     full_prompt_z = _full_prompt_z(model, in_context.prompts, full_prompt, W_O)
     return Residuals(
         split=torch.maximum(
-            _relative(_through_W_O(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
+            _relative(_sum_through_W_O(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
         ),
-        full_prompt=_relative(_through_W_O(full_prompt_z, W_O, b_O), expected),
+        full_prompt=_relative(_sum_through_W_O(full_prompt_z, W_O, b_O), expected),
         run=_relative(h_icl[:1], expected),
-        realised=_relative(h_zsl + _through_W_O(z - z_zsl, W_O), h_icl),
+        realised=_relative(h_zsl + _sum_through_W_O(z - z_zsl, W_O), h_icl),
     )
 
 
@@ -769,7 +756,7 @@ def _field(capture: Capture, name: Field) -> Tensor:
     return getattr(capture, name)
 
 
-def _through_W_O(  # noqa: N802 - the field's name
+def _sum_through_W_O(  # noqa: N802 - the field's name
     z: Float[Tensor, "query layer head d_head"],
     W_O: Float[Tensor, "layer head d_head d_model"],
     b_O: Float[Tensor, "layer d_model"] | None = None,

@@ -5,8 +5,9 @@ saved as one object. The steps remain available one by one: `finetune`, `capture
 `compare_updates`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
@@ -19,6 +20,9 @@ from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.updates import UpdateComparison, compare_updates
+
+Setting = Literal["ZSL", "ICL", "FT"]
+"""The three settings: zero-shot, in-context learning, finetuned."""
 
 UPDATE_FIELDS: tuple[Field, ...] = ("attn_out", "q_scored", "keys_values")
 """The fields that `compare_updates` needs; `DECOMPOSE_FIELDS` has them all."""
@@ -143,7 +147,7 @@ class Experiment(Saved):
         accuracies = {name: getattr(self, name).accuracy for name in ("zero_shot", "in_context", "finetuned")}
         return (
             f"Experiment({self.in_context.model!r}, {len(prompts.queries)} queries, {len(prompts.demonstrations)} "
-            f"demonstrations, lr={self.delta.lr}, accuracy: "
+            f"demonstrations, {'finetuned elsewhere' if self.delta.lr is None else f'lr={self.delta.lr}'}, accuracy: "
             f"{', '.join(f'{name}={value:.3f}' for name, value in accuracies.items())})"
         )
 
@@ -215,18 +219,40 @@ def run_experiment(
         trained = prompts if finetune_prompts is None else finetune_prompts
         delta = finetune(model, trained, lr=lr, config=config, factors=factors, progress=progress)
 
-    def run(setting: Prompts) -> Capture:
-        return capture(model, setting, fields=fields, batch_size=batch_size, progress=progress)
+    def run(setting: Setting, setting_prompts: Prompts) -> Capture:
+        return capture(model, setting_prompts, fields=fields, batch_size=batch_size, progress=progress)
 
-    in_context_capture, zero_shot_capture = run(prompts), run(zero_shot)
+    return capture_settings(model, prompts, zero_shot, delta, run, steps=None if steps is None else tuple(steps))
+
+
+def capture_settings(
+    model: Model,
+    in_context: Prompts,
+    zero_shot: Prompts,
+    delta: WeightDelta,
+    run: Callable[[Setting, Prompts], Capture],
+    *,
+    steps: tuple[int, ...] | None = None,
+) -> Experiment:
+    """Capture the three settings with a finetuning that is made already.
+
+    Args:
+        model: the model to run; it comes back as it was.
+        in_context: the queries with their demonstrations.
+        zero_shot: the same queries without.
+        delta: the change of weights by finetuning.
+        run: captures a setting (`ICL`, `ZSL` or `FT`) of prompts, with the model as it is when called.
+        steps: for a control, as in `run_experiment`.
+    """
+    in_context_capture, zero_shot_capture = run("ICL", in_context), run("ZSL", zero_shot)
     with delta.applied(model):
-        finetuned_capture = run(zero_shot)
+        finetuned_capture = run("FT", zero_shot)
     return Experiment(
         zero_shot=zero_shot_capture,
         in_context=in_context_capture,
         finetuned=finetuned_capture,
         delta=delta,
-        steps=None if steps is None else tuple(steps),
+        steps=steps,
         model=model,
     )
 

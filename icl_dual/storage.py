@@ -62,13 +62,16 @@ class Saved:
 
         Args:
             folder: a new folder, or one that holds such a result already.
-            about: more JSON values to keep beside it, such as settings and provenance.
+            about: more JSON values to keep with it, such as settings and provenance; `load` does not return them.
 
         Raises:
             AssetError: the folder holds other files.
+            ValueError: `about` has a name of the result's own.
         """
         tensors: dict[str, Tensor] = {}
         metadata = _flatten(self, "", tensors)
+        if shared := (about or {}).keys() & {*(field.name for field in _saved_fields(self)), CLASS}:
+            raise ValueError(f"expected about without the result's own names, got {sorted(shared)}: rename these")
         save_tensors(Path(folder), tensors, {**metadata, **(about or {}), CLASS: type(self).__name__})
 
     @classmethod
@@ -161,7 +164,10 @@ def _value(hint: Any, path: str, tensors: Mapping[str, Tensor], part: Any) -> An
     if get_origin(hint) is dict or hint is dict:
         member = (get_args(hint) or (str, Any))[1]
         # Members keep the order they were saved in where JSON holds them; safetensors sorts its names.
-        names = dict.fromkeys([*(part or {}), *(key.removeprefix(f"{path}/").split("/")[0] for key in nested)])
+        # A tensor's name may have slashes of its own; what has members of its own ends at the first.
+        is_nested = dataclasses.is_dataclass(member) or hasattr(member, "_fields") or get_origin(member) is dict
+        keys = [key.removeprefix(f"{path}/") for key in nested]
+        names = dict.fromkeys([*(part or {}), *(key.split("/")[0] if is_nested else key for key in keys)])
         return {name: _value(member, f"{path}/{name}", tensors, (part or {}).get(name)) for name in names}
     return _tuples(part) if get_origin(hint) is tuple or hint is tuple else part
 
@@ -201,7 +207,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write `tensors.safetensors` and `metadata.json` into a folder that appears complete or not at all."""
+    """Write `tensors.safetensors` and `metadata.json` into a folder that appears complete or not at all.
+
+    Args:
+        folder: the folder to write; one that holds nothing but such files is replaced.
+        tensors: tensors by name, of any device. Tensors that share memory are written apart.
+        metadata: values by name that JSON can hold.
+
+    Raises:
+        AssetError: the folder holds other files.
+    """
     with atomic_folder(folder) as scratch:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in _apart(tensors)}, scratch / TENSORS)
         (scratch / METADATA).write_text(json.dumps(metadata, indent=1, ensure_ascii=False))
@@ -231,15 +246,17 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         AssetError: the folder is missing, incomplete or damaged.
     """
     if not folder.is_dir():
-        raise AssetError(f"expected a folder with {TENSORS} and {METADATA}, got {folder}, which does not exist")
+        raise AssetError(
+            f"expected a folder with {TENSORS} and {METADATA}, got {folder}, which does not exist: check the path"
+        )
     try:
         metadata = json.loads((folder / METADATA).read_text())
         with safe_open(folder / TENSORS, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise AssetError(
-            f"expected {TENSORS} and {METADATA} in {folder}, got {first_line(error)}. Delete the folder "
-            "to have it made again."
+            f"expected {TENSORS} and {METADATA} in {folder}, got {first_line(error)}: delete the folder "
+            "to have it made again"
         ) from error
 
 
@@ -250,7 +267,8 @@ def reading(what: str, folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (KeyError, TypeError) as error:
         raise AssetError(
-            f"expected a saved {what} in {folder}, got something else, or of another version ({error!r})"
+            f"expected a saved {what} in {folder}, got another result, or one of an unknown version ({error!r}): use the "
+            f"load of the class that saved it, or save the {what} again"
         ) from error
 
 
@@ -262,13 +280,18 @@ def first_line(error: BaseException) -> str:
 def check_same_settings(folder: Path, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Check that what a folder or file holds was made with the settings that are wanted now.
 
+    Args:
+        folder: the folder or file, which the error names.
+        wanted: the settings that are wanted, by name.
+        saved: the settings that were saved, by name. Those that `wanted` lacks are not compared.
+
     Raises:
         SettingsError: they differ; names each setting, the saved value and the wanted one.
     """
-    pairs = {key: (saved.get(key), value) for key, value in wanted.items()}
-    different = [f"{key}={old!r} (wanted {new!r})" for key, (old, new) in pairs.items() if old != new]
+    different = [key for key, value in wanted.items() if saved.get(key) != value]
     if different:
+        expected, got = (", ".join(f"{key}={values.get(key)!r}" for key in different) for values in (wanted, saved))
         raise SettingsError(
-            f"{folder} was made with other settings: {', '.join(different)}. Use another output folder, or delete this "
-            "one"
+            f"expected a result made with {expected}, got {folder}, made with {got}: choose another output folder, or "
+            "delete this one"
         )

@@ -21,12 +21,12 @@ import torch
 from icl_dual.assets import check_model_name
 from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, matching_training_steps, relabel
-from icl_dual.experiment import Experiment
+from icl_dual.experiment import Experiment, Setting, capture_settings
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.sgd import finetune
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
 from icl_dual.metrics.comparison import Comparison
-from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, load_model
+from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, control_provenance, load_model
 from icl_dual.paper_tasks import load_task, registered_task
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
@@ -321,7 +321,7 @@ def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell)
     if given != expected:
         advice = "pass the model and task of the cell's names"
         if cell.weights != "trained":
-            advice = "make the model with control_model, by the cell's weights and seed"
+            advice = "make the model with control_model, control_provenance, by the cell's weights and seed"
         if (MOMENTUM_TAG in cell.model) != (MOMENTUM_TAG in model.name):
             advice = (
                 "within `with momentum_attention(model, eta):`, the model's name includes its momentum, and so must "
@@ -390,7 +390,7 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
         return CellResult(
             Cell.from_settings(metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder)
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise StudyError(
             f"expected a finished cell in {folder}, got something else ({error!r}): pass a folder that run_cell or "
             "run_study wrote"
@@ -563,7 +563,7 @@ class _Tasks:
             TaskError: a task is unknown.
         """
         names = [cell.task] if cell.context_task is None else [cell.task, cell.context_task]
-        if cell.source is not None and all((name, cell.protocol) in self.passed for name in names):
+        if cell.source is not None and any((name, cell.protocol) in self.passed for name in names):
             raise StudyError(
                 f"{cell.name}: expected source=None for tasks that are passed in with their rows, got "
                 f"source={cell.source!r}: leave source out"
@@ -600,7 +600,8 @@ class _Tasks:
             return task
         if (task := self.loaded.get((name, cell.source, cell.protocol))) is not None:
             return task
-        registered = registered_task(name)
+        # With a source, `load_task` says that a registered task has rows of its own.
+        registered = registered_task(name) if cell.source is None else None
         return registered if registered is not None and registered.protocol == cell.protocol else None
 
 
@@ -658,19 +659,12 @@ class _Runs:
         self._begin(model, of_cell.prompts)
         # Finetuning first: a learning rate that diverges then costs no captures.
         delta = self._finetuned(model, of_cell.finetuning, cell)
-        in_context_capture = self._captured("ICL", model, of_cell.in_context)
-        zero_shot_capture = self._captured("ZSL", model, zero_shot)
-        with delta.applied(model):
-            applied = cell.lr, cell.finetuning, cell.delta, of_cell.finetuning.training_sequences
-            finetuned_capture = self._captured("FT", model, zero_shot, with_delta=applied)
-        return Experiment(
-            zero_shot=zero_shot_capture,
-            in_context=in_context_capture,
-            finetuned=finetuned_capture,
-            delta=delta,
-            steps=of_cell.steps,
-            model=model,
-        )
+        applied = cell.lr, cell.finetuning, cell.delta, of_cell.finetuning.training_sequences
+
+        def run(setting: Setting, prompts: Prompts) -> Capture:
+            return self._captured(setting, model, prompts, with_delta=applied if setting == "FT" else None)
+
+        return capture_settings(model, of_cell.in_context, zero_shot, delta, run, steps=of_cell.steps)
 
     def _begin(self, model: Model, prompts: Prompts) -> None:
         """Start a cell; other demonstrations than the last cell's drop what is kept, except the zero-shot capture."""
@@ -719,6 +713,9 @@ def _load_same(cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtyp
     check_same_settings(folder, {"dtype": _dtype_name(dtype if passed is None else passed.dtype)}, result.provenance)
     if passed is not None and cell.weights == "trained":
         _check_same_model(passed, result)
+    elif passed is not None:
+        origin = {"model": control_provenance(passed.provenance, cell.weights, cell.seed)}
+        check_same_settings(folder, origin, result.provenance)
     return result
 
 

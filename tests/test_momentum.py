@@ -159,10 +159,16 @@ def test_a_decay_out_of_range_is_refused(eta):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"eta": torch.tensor(0.5)}, "expected eta with one value for each query head, a multiple of the 2 heads of v, got"),
+        (
+            {"eta": torch.tensor(0.5)},
+            "expected eta with one value for each query head, a multiple of the 2 heads of v, got",
+        ),
         ({"eta": torch.full((3,), 0.5)}, "expected eta with one value for each query head"),
         ({"eta": 0.5}, "expected eta with one value for each query head"),
-        ({"v": torch.zeros(3, 2, 2)}, r"expected v of shape \[batch pos kv_head d_head\], got torch.float32 \[3, 2, 2\]"),
+        (
+            {"v": torch.zeros(3, 2, 2)},
+            r"expected v of shape \[batch pos kv_head d_head\], got torch.float32 \[3, 2, 2\]",
+        ),
         ({"state": torch.zeros(1, 2, 3)}, r"expected state of shape \[1, 2, 2\], got"),
         ({"documents": torch.zeros(1, 2)}, r"expected documents as integers of shape \[1, 3\]"),
         ({"documents": torch.ones(1, 3, dtype=torch.bool)}, "expected documents as integers .* got torch.bool"),

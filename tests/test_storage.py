@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import icl_dual as icl
-from icl_dual.storage import Saved, atomic_folder, check_same_settings, load_tensors, save_tensors
+from icl_dual.storage import NOT_SAVED, Saved, atomic_folder, check_same_settings, load_tensors, save_tensors
 
 
 def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
     assert torch.equal(loaded["a"], tensors["a"])
     torch.testing.assert_close(loaded["b/c"], tensors["b/c"], equal_nan=True)
     (tmp_path / "x" / "tensors.safetensors").write_bytes(b"broken")
-    with pytest.raises(icl.AssetError, match="Delete the folder to have it made again"):
+    with pytest.raises(icl.AssetError, match="delete the folder to have it made again"):
         load_tensors(tmp_path / "x")
 
 
@@ -116,7 +116,9 @@ def test_what_an_older_file_lacks_is_absent_but_what_is_needed_is_an_error(tmp_p
     assert (loaded.extra, loaded.n, loaded.limit) == (None, 100, None)
     del tensors["pair/left"]
     save_tensors(tmp_path / "x", tensors, metadata)
-    with pytest.raises(icl.AssetError, match=r"expected a saved Result in .*KeyError\('pair/left'\)"):
+    with pytest.raises(
+        icl.AssetError, match=r"expected a saved Result in .*KeyError\('pair/left'\)\): use the load of"
+    ):
         Result.load(tmp_path / "x")
 
 
@@ -132,5 +134,29 @@ def test_another_class_is_not_loaded(tmp_path: Path) -> None:
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
     check_same_settings(tmp_path, {"k": 1}, {"k": 1, "more": 2})
-    with pytest.raises(icl.SettingsError, match=r"k=1 \(wanted 2\), lr=None \(wanted 0.1\)\. Use"):
+    with pytest.raises(icl.SettingsError, match=r"made with k=2, lr=0\.1, got .*, made with k=1, lr=None: choose"):
         check_same_settings(tmp_path, {"k": 2, "lr": 0.1}, {"k": 1})
+
+
+def test_names_may_have_slashes(tmp_path: Path) -> None:
+    result(by_name={"ICL/FT ratio": torch.ones(2), "ICL": torch.zeros(1)}).save(tmp_path / "x")
+    loaded = Result.load(tmp_path / "x").by_name
+    assert loaded.keys() == {"ICL/FT ratio", "ICL"}
+    assert torch.equal(loaded["ICL/FT ratio"], torch.ones(2))
+
+
+def test_metadata_beside_a_result_never_take_its_own_names(tmp_path: Path) -> None:
+    for name in ("limit", "class"):
+        with pytest.raises(ValueError, match=rf"expected about without the result's own names, got \['{name}'\]"):
+            result().save(tmp_path / "x", {name: 3})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_field_that_is_not_saved_comes_back_as_its_default(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class WithModel(Saved):
+        name: str
+        model: Any = dataclasses.field(default=None, metadata=NOT_SAVED)
+
+    WithModel("x", model=object()).save(tmp_path / "x")
+    assert WithModel.load(tmp_path / "x") == WithModel("x", None)

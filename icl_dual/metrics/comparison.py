@@ -36,7 +36,7 @@ from icl_dual.statistics.intervals import (
     paired_test,
     proportion,
 )
-from icl_dual.storage import Saved
+from icl_dual.storage import AssetError, Saved
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
@@ -91,7 +91,7 @@ class Comparison(Saved):
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The share of queries whose predicted label is the gold one, by setting."""
+        """Return the share of queries with the gold label as prediction, by setting."""
         return {name: (labels == self.gold).double().mean().item() for name, labels in self.predictions.items()}
 
     def by_query(self) -> dict[str, Float[Tensor, " query"]]:
@@ -211,8 +211,10 @@ class Comparison(Saved):
             baseline, called = values_by_name[row["baseline"]], metrics()[row["baseline"]].called
         elif metric.null is not None:
             baseline, called = torch.full_like(values, metric.null), f"{metric.null:g}"
+            row["baseline"] = ""  # which this comparison lacks
         else:
-            return row | {"verdict": "not tested: it has no baseline"}
+            lacking = f"its baseline {row['baseline']} is absent (compare again)" if row["baseline"] else "no baseline"
+            return row | {"verdict": f"not tested: {lacking}"}
         n_shared = min(len(values), len(baseline))
         row |= {"baseline_value": baseline.nanmean().item()}
         return row | _verdict(metric, values[:n_shared], baseline[:n_shared], called)
@@ -229,6 +231,11 @@ class Comparison(Saved):
         """
         # safetensors sorts its names: settings and metrics come back in the order of the tables.
         loaded = super().load(folder)
+        if missing := set(SETTINGS) - loaded.predictions.keys():
+            raise AssetError(
+                f"expected a saved Comparison with the predictions of {SETTINGS} in {folder}, got none of "
+                f"{sorted(missing)}: compare again"
+            )
         by_setting = {
             group: {name: values[name] for name in SETTINGS if name in values}
             for group in ("predictions", "label_log_probs")

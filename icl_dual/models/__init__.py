@@ -39,7 +39,7 @@ from icl_dual.models.backend import (  # noqa: E402
     UnsupportedModelError,
     Weight,
 )
-from icl_dual.models.controls import Control, control_model, control_name  # noqa: E402 - the version is checked first
+from icl_dual.models.controls import Control, control_model, control_name, control_provenance  # noqa: E402 - the version is checked first
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
@@ -58,6 +58,7 @@ __all__ = [
     "Weight",
     "control_model",
     "control_name",
+    "control_provenance",
     "load_model",
     "momentum_attention",
     "tiny_model",

@@ -16,6 +16,11 @@ def control_name(name: str, control: Control, seed: int) -> str:
     return f"{name} ({control}, seed {seed})"
 
 
+def control_provenance(provenance: str, control: Control, seed: int) -> str:
+    """Return the provenance of a control of a model."""
+    return f"{provenance}, {control}, seed {seed}"
+
+
 def control_model(model: Model, control: Control, *, seed: int) -> Model:
     """Build a model of the same configuration with reinitialised weights.
 
@@ -51,7 +56,7 @@ def control_model(model: Model, control: Control, *, seed: int) -> Model:
     controlled = Model(
         reinitialised,
         control_name(model.name, control, seed),
-        f"{model.provenance}, {control}, seed {seed}",
+        control_provenance(model.provenance, control, seed),
         momentum=model.momentum,
         description=control_name(model.description, control, seed),
     )

@@ -25,6 +25,7 @@ from icl_dual.metrics.formulas import (
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.recordings.recordings import SETTINGS
 from icl_dual.statistics.ranks import kendall
+from icl_dual.storage import load_tensors, save_tensors
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -69,10 +70,10 @@ def test_compare_puts_each_capture_in_its_place(runs: dict) -> None:
     after = sim_am(in_context.query_scores.double(), ft.query_scores.double()).mean(-1)
     torch.testing.assert_close(comparison.per_layer["SimAM before FT"], before)
     torch.testing.assert_close(comparison.per_layer["SimAM after FT"], after)
-    own = runs["delta"].training_q[:, of_demonstrations(runs["delta"])]
+    demo_q = runs["delta"].training_q[:, of_demonstrations(runs["delta"])]
     # By the same steps as `compare`: a token that stands twice has equal scores, which rounding puts in either order.
     scale = ft.q.shape[-1] ** -0.5
-    m_ft = finetuning_attention(own.flatten(2) * scale, ft.q.flatten(2) * scale)
+    m_ft = finetuning_attention(demo_q.flatten(2) * scale, ft.q.flatten(2) * scale)
     m_icl = in_context.context_scores[..., in_context.prompts.demonstration_positions].double()
     weights = demonstration_weights(m_icl), demonstration_weights(m_ft)
     torch.testing.assert_close(comparison.per_layer["Kendall"], kendall(*weights))
@@ -186,8 +187,8 @@ def test_no_number_depends_on_the_queries_taken_at_once(monkeypatch: pytest.Monk
     assert tuple(got) == layer_metrics()
     for name, values in expected.items():
         torch.testing.assert_close(got[name], values, rtol=0, atol=1e-12, equal_nan=True, msg=name)
-        drawn = ("random" in name or "null" in name) and "recall" not in name
-        assert torch.equal(other[name].nan_to_num(), got[name].nan_to_num()) != drawn, name
+        is_random = ("random" in name or "null" in name) and "recall" not in name
+        assert torch.equal(other[name].nan_to_num(), got[name].nan_to_num()) != is_random, name
 
 
 def test_heads_that_did_not_change_are_left_out_of_sim_am_delta() -> None:
@@ -240,17 +241,17 @@ def test_kendall_on_keys_scores_the_training_keys_head_by_head(
     runs = run_settings(model, prompts)
     tau = icl.compare(**runs).per_layer["Kendall on keys"]
     delta, ft, in_context = runs["delta"], runs["finetuned"], runs["in_context"]
-    own, group = of_demonstrations(delta), model.n_heads // model.n_key_value_heads
+    demo_tokens, group = of_demonstrations(delta), model.n_heads // model.n_key_value_heads
     assert group == {"llama": 2, "gpt2": 1}[architecture]
     for query, layer in ((0, 0), (3, 1), (6, 2)):
-        of_tokens = np.zeros(len(own))
-        for at, token in enumerate(own):
+        of_tokens = np.zeros(len(demo_tokens))
+        for at, token in enumerate(demo_tokens):
             for head in range(model.n_heads):
                 of_tokens[at] += float(
                     ft.q[query, layer, head].double() @ delta.training_k[layer, token, head // group].double()
                 )
-        shown = in_context.context_scores[query, layer, prompts.demonstration_positions].double().numpy()
-        assert tau[query, layer].item() == pytest.approx(slow_tau(shown, of_tokens), abs=1e-12)
+        m_icl = in_context.context_scores[query, layer, prompts.demonstration_positions].double().numpy()
+        assert tau[query, layer].item() == pytest.approx(slow_tau(m_icl, of_tokens), abs=1e-12)
 
 
 def test_recordings_without_keys_have_no_kendall_on_keys(runs: dict, tmp_path: Path) -> None:
@@ -270,9 +271,9 @@ def reordered(llama: icl.Model, task: icl.Task, runs: dict) -> Callable[[tuple[i
     """Runs whose context has the demonstrations in another order than was finetuned on."""
 
     def run(order: tuple[int, ...]) -> dict:
-        shown = task.demonstrations(4, seed=1)
-        other = icl.build_prompts(llama, task, [shown[index] for index in order], task.queries(7))
-        return runs | {"in_context": icl.capture(llama, other, progress=False)}
+        demonstrations = task.demonstrations(4, seed=1)
+        prompts = icl.build_prompts(llama, task, [demonstrations[index] for index in order], task.queries(7))
+        return runs | {"in_context": icl.capture(llama, prompts, progress=False)}
 
     return run
 
@@ -295,19 +296,19 @@ def test_another_order_in_context_is_compared_demonstration_by_demonstration(
     runs = reordered(order)
     steps = [-1 if step in left_out else step for step in order]
     per_layer = icl.compare(**runs, steps=steps).per_layer
-    delta, shown, ft = runs["delta"], runs["in_context"], runs["finetuned"]
+    delta, in_context, ft = runs["delta"], runs["in_context"], runs["finetuned"]
     context, trained, at = [], [], 0
     for step, tokens in enumerate(delta.demonstrations):
         at += 1  # its start token
         if step not in left_out:
-            context += positions_of(shown.prompts, order.index(step))
+            context += positions_of(in_context.prompts, order.index(step))
             trained += range(at, at + len(tokens))
         at += len(tokens)
     for query, layer in ((0, 1), (5, 2)):
         scores = [
             float((ft.q[query, layer].double() * delta.training_q[layer, token].double()).sum()) for token in trained
         ]
-        m_icl = shown.context_scores[query, layer, context].double().numpy()
+        m_icl = in_context.context_scores[query, layer, context].double().numpy()
         assert per_layer["Kendall"][query, layer].item() == pytest.approx(slow_tau(m_icl, np.array(scores)), abs=1e-12)
 
 
@@ -477,3 +478,42 @@ def test_a_saved_comparison_that_lacks_a_metric_loads_without_it(runs: dict, tmp
     dataclasses.replace(comparison, per_layer=older).save(tmp_path / "y")
     (row,) = [line for line in str(icl.Comparison.load(tmp_path / "y")).splitlines() if line.startswith("SimAOU")]
     assert "absent: the comparison was made without it (compare again)" in row
+
+
+def test_a_verdict_names_only_a_baseline_that_is_there() -> None:
+    n = 20
+    comparison = answers([1] * n, [0] * n, [1] * n, [1] * n)
+    per_layer = {"SimAOU": comparison.per_layer["SimAOU"], "Kendall": torch.full((n, 1), 0.25).double()}
+    lacking = dataclasses.replace(comparison, per_layer=per_layer)
+    rows = lacking.summary().set_index("metric").to_dict("index")
+    assert (rows["Kendall"]["baseline"], rows["Kendall"]["baseline_value"]) == ("", 0.0)
+    assert rows["Kendall"]["verdict"].startswith("above 0 (p")
+    assert "Kendall random" not in str(lacking)
+    assert rows["SimAOU"]["verdict"] == "not tested: its baseline SimAOU random update is absent (compare again)"
+
+
+def test_a_comparison_without_a_setting_is_not_loaded(runs: dict, tmp_path: Path) -> None:
+    icl.compare(**runs).save(tmp_path / "x")
+    tensors, metadata = load_tensors(tmp_path / "x")
+    del tensors["predictions/FT"]
+    save_tensors(tmp_path / "x", tensors, metadata)
+    with pytest.raises(icl.AssetError, match=r"got none of \['FT'\]: compare again"):
+        icl.Comparison.load(tmp_path / "x")
+
+
+def test_a_delta_between_models_is_compared_without_attention_to_the_demonstrations(
+    llama: icl.Model, make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    tuned = make_model("llama", name="llama")
+    delta = icl.finetune(tuned, prompts, lr=0.05, progress=False)
+    with delta.applied(tuned):
+        between = icl.WeightDelta.between(llama, tuned)
+    fields = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
+    experiment = icl.run_experiment(llama, prompts, delta=between, fields=fields, progress=False)
+    assert "finetuned elsewhere" in repr(experiment)
+    expected = icl.run_experiment(llama, prompts, delta=delta, fields=fields, progress=False)
+    got, whole = experiment.compare().per_layer, expected.compare().per_layer
+    assert "Kendall" not in got
+    torch.testing.assert_close(got["SimAOU"], whole["SimAOU"], atol=1e-4, rtol=1e-3)
+    cosine = experiment.updates(progress=False).cosine
+    torch.testing.assert_close(cosine, expected.updates(progress=False).cosine, atol=1e-3, rtol=1e-2)
