@@ -61,7 +61,7 @@ def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, 
         while (labels == true_labels).all() and len(true_labels):
             labels = rng.integers(n_labels, size=len(true_labels))
     elif context != "own":
-        raise ValueError(f"expected context as one of {get_args(Context)}, got {context!r}")
+        raise ValueError(f"expected context as one of {get_args(Context)}, got {context!r}: choose one of these")
     return [replace(example, label=int(label)) for example, label in zip(demonstrations, labels, strict=True)]
 
 

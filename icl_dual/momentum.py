@@ -242,18 +242,18 @@ def eta_by_layer_and_head(
     try:
         values = torch.as_tensor(eta, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected eta as a number or a tensor, got {eta!r}") from error
+        raise ValueError(f"expected eta as a number or a tensor, got {eta!r}: pass one of these") from error
     if values.shape not in ((), (n_heads,), (n_layers, n_heads)):
         raise ValueError(
             f"expected eta as a number, or of shape [head] = [{n_heads}] or [layer head] = [{n_layers}, {n_heads}], "
-            f"got shape {list(values.shape)}"
+            f"got shape {list(values.shape)}: pass one of these shapes"
         )
     check_eta(values)
     with_momentum = range(n_layers) if layers is None else layers
     if isinstance(with_momentum, int):
         raise ValueError(f"expected layers as a sequence, got {with_momentum}: pass layers=[{with_momentum}]")
     if not set(with_momentum) <= set(range(n_layers)):
-        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(with_momentum)}")
+        raise ValueError(f"expected layers from 0 to {n_layers - 1}, got {list(with_momentum)}: choose among these")
     by_layer_and_head = torch.zeros(n_layers, n_heads, dtype=torch.float64)
     by_layer_and_head[list(with_momentum)] = values.expand(n_layers, n_heads)[list(with_momentum)]
     return by_layer_and_head

@@ -231,7 +231,7 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
     if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
         raise PromptError(
             f"expected gold as a label index from 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} "
-            f"queries, got {gold}"
+            f"queries, got {gold}: pass the index of each query's label in Prompts.labels"
         )
     lengths = tuple(map(len, prompts.training_sequences))
     if len(label_lengths) != len(lengths) or not all(
@@ -239,7 +239,8 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
     ):
         raise PromptError(
             "expected demonstration_label_lengths as one number for each demonstration, from 1 to its length in tokens "
-            f"{lengths}, got {label_lengths}"
+            f"{lengths}, got {label_lengths}: pass the number of label tokens at the end of each demonstration, "
+            "those in left_out included"
         )
     # A label's last token is predicted and never read.
     longest_labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1
@@ -270,11 +271,12 @@ def _check_options(
     if reference and separator is not None:
         raise PromptError(
             f"expected no separator under the reference protocol, which ends demonstrations by EOS, got "
-            f"separator={separator!r}"
+            f"separator={separator!r}: leave separator out, or load the task with protocol='answer'"
         )
     if reference_k_mismatch and not reference:
         raise PromptError(
-            "expected reference_k_mismatch with a task of the reference protocol only, got one of the answer protocol"
+            "expected reference_k_mismatch with a task of the reference protocol only, got one of the answer protocol: "
+            "leave it out, or load the task with protocol='reference'"
         )
     shared = shared_texts(demonstrations, queries)
     if shared and not reference:
@@ -289,13 +291,15 @@ def _check_token_ids(model: Model, prompts: Prompts) -> None:
     for name, sequences in {**non_empty, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
         for index, tokens in enumerate(sequences):
             if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
-                raise PromptError(f"expected {name} as tuples of token ids, got {tokens!r}")
+                raise PromptError(
+                    f"expected {name} as tuples of token ids, got {tokens!r}: pass tuple(ids) of integers"
+                )
             if not tokens and name in non_empty:
                 raise PromptError(f"expected at least one token in each of the {name}, got none in {name}[{index}]")
             if tokens and not 0 <= min(tokens) <= max(tokens) < model.d_vocab:
                 raise PromptError(
                     f"expected token ids from 0 to {model.d_vocab - 1}, the vocabulary of {model.name}, got {tokens} "
-                    f"in {name}"
+                    f"in {name}: encode the text with this model's tokenizer"
                 )
 
 

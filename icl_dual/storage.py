@@ -267,8 +267,8 @@ def reading(what: str, folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (KeyError, TypeError) as error:
         raise AssetError(
-            f"expected a saved {what} in {folder}, got another result, or one of an unknown version ({error!r}): use the "
-            f"load of the class that saved it, or save the {what} again"
+            f"expected a saved {what} in {folder}, got another result, or one of an unknown version ({error!r}): use "
+            f"the load of the class that saved it, or save the {what} again"
         ) from error
 
 

@@ -414,7 +414,7 @@ def _check_match(model: Model, zero_shot: Capture, in_context: Capture, delta: W
     check_fields(("q_scored", "keys_values"), in_context=in_context)
     check_fields(("attn_out",), zero_shot=zero_shot)
     if not 1 <= rank <= model.d_head:
-        raise ValueError(f"expected a rank from 1 to d_head = {model.d_head}, got {rank}")
+        raise ValueError(f"expected a rank from 1 to d_head = {model.d_head}, got {rank}: pass rank= in this range")
     if model.dtype.itemsize < 4:
         raise ValueError(
             f"expected a model in float32 or float64, got {model.dtype}: ΔW_FT is a small difference of two runs, and "

@@ -431,10 +431,11 @@ def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
     if len(above):
         layer = int(above[0])
         raise UnsupportedModelError(
-            f"{model.name} ({model.architecture}), layer {layer}: attention recomputed from queries, keys and values "
-            f"differs by {by_layer[layer]:.1e} from the model's own; expected at most {TOLERANCE[model.dtype]:.0e}. "
-            "Its attention does more than softmax over scaled scores (position biases, gates, a norm before W_O, a "
-            "hook left on the model …) and cannot be split exactly: remove such hooks, or use another model"
+            f"{model.name} ({model.architecture}), layer {layer}: expected attention recomputed from queries, keys and "
+            f"values to differ by at most {TOLERANCE[model.dtype]:.0e} from the model's own, got "
+            f"{by_layer[layer]:.1e}: remove hooks that change attention, or use another model. The attention does more "
+            "than softmax over scaled scores (position biases, gates, a norm before W_O, a hook left on the model …) and "
+            "cannot be split exactly"
         )
     return by_layer.max().item()
 
@@ -464,10 +465,10 @@ def measure_pass(model: Model, start: Tokens) -> float:
         worst = max(worst, residual := _residual(output, expected).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: the pass of queries after their shared prefix "
-                f"differs by {residual:.1e} from a plain forward pass; expected at most {TOLERANCE[model.dtype]:.0e}. "
-                "The model cannot run queries apart from their demonstrations (it may not take position_ids that "
-                "jump): use another model"
+                f"{model.name} ({model.architecture}), layer {layer}: expected the pass of queries after their "
+                f"shared prefix to differ by at most {TOLERANCE[model.dtype]:.0e} from a plain forward pass, got "
+                f"{residual:.1e}: use another model. This one cannot run queries apart from their demonstrations (it "
+                "may ignore position_ids that jump)"
             )
     return worst
 

@@ -707,7 +707,7 @@ def register_metric(metric: Metric) -> Metric:
     if not metric.name or metric.name in (*known, *figures()):
         raise ValueError(
             f"expected a metric name that is not taken, got {metric.name!r}: choose another, or remove the metric that "
-            "you registered with unregister_metric"
+            "you registered with icl_dual.metrics.unregister_metric"
         )
     if unknown := [name for name in (*metric.baselines, *metric.drawing.beside) if name not in known]:
         raise ValueError(
@@ -730,5 +730,8 @@ def unregister_metric(name: str) -> None:
         ValueError: there is no such registered metric.
     """
     if name not in _registered:
-        raise ValueError(f"expected the name of a registered metric out of {list(_registered)}, got {name!r}")
+        raise ValueError(
+            f"expected the name of a metric that you registered, out of {list(_registered)}, got {name!r}: choose one "
+            "of these"
+        )
     del _registered[name]

@@ -128,7 +128,9 @@ def test_a_verdict_counts_how_many_are_asked(difference: float, p: float, better
 def test_a_cell_of_other_settings_is_refused(out: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(out, tiny_model) == 1  # of the presets as they are
     assert re.search(
-        r"^error: .* was made with other settings: preset=.* \(wanted", capsys.readouterr().err, re.MULTILINE
+        r"^error: expected a result made with preset=.*, got .*, made with preset=",
+        capsys.readouterr().err,
+        re.MULTILINE,
     )
 
 

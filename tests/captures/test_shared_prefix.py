@@ -94,7 +94,9 @@ def test_attention_that_is_not_softmax_of_scores_is_refused(
     gated = make_model("llama", name="gated")
     gated.wrapped.blocks[1].attn.o.original_component.register_forward_pre_hook(lambda module, args: None)
     gated.wrapped.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
-    with pytest.raises(icl.UnsupportedModelError, match=r"gated .* layer 1: attention recomputed"):
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"gated .* layer 1: expected attention recomputed .*, got .*: remove hooks"
+    ):
         icl.capture(gated, prompts, progress=False)
     gated.wrapped.reset_hooks()
 
@@ -105,7 +107,10 @@ def test_a_model_that_ignores_positions_is_refused(
     model = make_model("gpt2", name="deaf")
     run = model.run
     monkeypatch.setattr(model, "run", lambda tokens, **kwargs: run(tokens, **{**kwargs, "positions": None}))
-    with pytest.raises(icl.UnsupportedModelError, match=r"deaf .* layer 0: the pass of queries after"):
+    with pytest.raises(
+        icl.UnsupportedModelError,
+        match=r"deaf .* layer 0: expected the pass of queries after .*, got .*: use another model",
+    ):
         icl.capture(model, prompts, progress=False)
 
 

@@ -309,10 +309,10 @@ def test_metrics_that_cannot_be_registered_are_refused(change: dict, message: st
 
 
 def test_a_name_can_be_registered_once_and_again_after_it_was_removed() -> None:
-    expected = f"got '{ALIGNMENT.name}': .* with unregister_metric"
+    expected = f"got '{ALIGNMENT.name}': .* with icl_dual.metrics.unregister_metric"
     with registered(ALIGNMENT), pytest.raises(ValueError, match=expected):
         register_metric(ALIGNMENT)
     with registered(ALIGNMENT):
         assert ALIGNMENT.name in layer_metrics()
-    with pytest.raises(ValueError, match=r"expected the name of a registered metric out of \[\], got 'SimAOU'"):
+    with pytest.raises(ValueError, match=r"a metric that you registered, out of \[\], got 'SimAOU': choose"):
         unregister_metric("SimAOU")

@@ -431,7 +431,9 @@ def test_a_context_that_the_prompts_just_fit_is_enough_and_one_less_is_refused(p
 def test_an_intervention_on_attention_that_hooks_do_not_show_is_refused() -> None:
     wrapped = toy()
     wrapped.add_hook("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.9)
-    with pytest.raises(icl.UnsupportedModelError, match=r"layer 1: attention recomputed from queries, keys and values"):
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"layer 1: expected attention recomputed from queries, keys and values"
+    ):
         icl.capture(icl.Model(wrapped), toy_prompts(), progress=False)
 
 

@@ -42,12 +42,12 @@ class KilledError(Exception):
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training end like a killed process: in the middle of a step, with nothing written."""
-    own = training._Trainer.training_step
+    original_step = training._Trainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
             raise KilledError
-        return own(self, *args, **kwargs)
+        return original_step(self, *args, **kwargs)
 
     monkeypatch.setattr(training._Trainer, "training_step", training_step)
 
@@ -72,21 +72,23 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(eta, tmp_path, monkeypat
 
 
 def test_models_of_a_seed_start_alike_and_see_the_same_in_the_same_order(tmp_path, monkeypatch):
-    seen: dict[str, list] = {}
+    weights_and_batches: dict[str, list] = {}
 
     def training_step(self, model, inputs, *args):
         name = str(self.model.config.eta)
-        if name not in seen:
-            seen[name] = [torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "eta" not in n])]
-        seen[name].append(inputs["input_ids"].clone())
-        return own(self, model, inputs, *args)
+        if name not in weights_and_batches:
+            weights_and_batches[name] = [
+                torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "eta" not in n])
+            ]
+        weights_and_batches[name].append(inputs["input_ids"].clone())
+        return original_step(self, model, inputs, *args)
 
-    own = training._Trainer.training_step
+    original_step = training._Trainer.training_step
     monkeypatch.setattr(training._Trainer, "training_step", training_step)
     for eta in (0.0, 0.5, "learned"):
         run(tmp_path / str(eta), eta=eta)
     run(tmp_path / "other", eta=0.9, seed=2)
-    vanilla, *others = seen.values()
+    vanilla, *others = weights_and_batches.values()
     for number, other in enumerate(others):
         same = all(torch.equal(a, b) for a, b in zip(vanilla, other, strict=True))
         assert same == (number < 2)
@@ -99,25 +101,25 @@ def test_training_learns_and_leaves_random_states_alone(tmp_path):
     assert random.getstate() == python
     assert str(np.random.get_state()) == str(of_numpy)  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), of_torch)
-    found = losses(tmp_path)
-    assert found[-1][1] < 0.8 < found[0][1]
+    loss_by_step = losses(tmp_path)
+    assert loss_by_step[-1][1] < 0.8 < loss_by_step[0][1]
     assert pretraining.in_context_accuracy(model, TASK).shape == (512, 4)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(icl.SettingsError, match=r"eta=0\.5 \(wanted 0\.3\), seed=1 \(wanted 2\)"):
+    with pytest.raises(icl.SettingsError, match=r"made with eta=0\.3, seed=2, got .*, made with eta=0\.5, seed=1: "):
         run(tmp_path, eta=0.3, seed=2)
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    own = MomentumForCausalLM.forward
+    original_forward = MomentumForCausalLM.forward
 
     def forward(self, *args, **kwargs):
-        found = own(self, *args, **kwargs)
+        outputs = original_forward(self, *args, **kwargs)
         if self.training and (tmp_path / "checkpoints/checkpoint-6").exists():
-            found["loss"] = found["loss"] * torch.nan
-        return found
+            outputs["loss"] = outputs["loss"] * torch.nan
+        return outputs
 
     monkeypatch.setattr(MomentumForCausalLM, "forward", forward)
     with pytest.raises(icl.DivergedError, match=r"step 7: expected a finite loss, got nan; .*checkpoint-4: lower"):
@@ -133,13 +135,13 @@ def test_a_gradient_that_is_not_a_number_moves_no_weight(tmp_path, monkeypatch):
     models: list[MomentumForCausalLM] = []
 
     def training_step(self, model, *args):
-        loss = own(self, model, *args)
+        loss = original_step(self, model, *args)
         if self.state.global_step == 5:
             next(model.parameters()).grad[0, 0] = torch.nan
         models[:] = [model]
         return loss
 
-    own = training._Trainer.training_step
+    original_step = training._Trainer.training_step
     monkeypatch.setattr(training._Trainer, "training_step", training_step)
     with pytest.raises(
         icl.DivergedError, match=r"step 6: expected finite gradients, got a norm of nan; .*checkpoint-4"
@@ -175,13 +177,13 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path, monkeypatch
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    for options, said in (
+    for options, message in (
         ({"device": "meta"}, "expected device as cpu, or as cuda on a machine with a GPU, got 'meta'"),
         ({"checkpoints": 0}, "expected checkpoints of at least 1, got 0"),
         ({"eta": 1.0}, "expected eta from 0 to below 1, got 1"),
         ({"preset": replace(PRESET, n_ctx=7)}, "expected a context of 9 tokens for 4 pairs, got 7"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             run(tmp_path / "folder", **options)
     for wrong in ({"n_steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"n_warmup": 12}):
         with pytest.raises(ValueError, match="expected sizes above 0, and n_warmup below n_steps"):
@@ -198,17 +200,17 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(seed):
+def test_a_mapping_holds_throughout_its_sequence_and_changes_between_sequences(seed):
     task = pretraining.LabelMapping()
     sequences = task.training_sequences(task.length, 40, seed)
     labels = task.labels(sequences)
     mappings = []
-    for row, asked in zip(sequences.tolist(), labels.tolist(), strict=True):
+    for row, row_labels in zip(sequences.tolist(), labels.tolist(), strict=True):
         pairs = list(zip(row[1::2], row[2::2], strict=True))
         mapping = dict(pairs)
         assert row[0] == 0
         assert all(mapping[x] == y and 1 <= x <= 8 < y <= 12 for x, y in pairs)
-        assert asked == [-100 if position % 2 or not position else row[position] for position in range(33)]
+        assert row_labels == [-100 if position % 2 or not position else row[position] for position in range(33)]
         mappings.append(mapping)
     assert len({str(sorted(mapping.items())) for mapping in mappings}) > 30
     with pytest.raises(ValueError, match="expected a context of 33 tokens for 16 pairs, got 32"):
@@ -218,21 +220,23 @@ def test_a_mapping_holds_throughout_its_sequence_and_is_drawn_anew_for_the_next(
 def test_the_ceiling_is_reached_by_looking_labels_up_and_guessing_at_others():
     task, n = pretraining.LabelMapping(), 4000
     rows = task.training_sequences(task.length, n, seed=0).tolist()
-    seen = np.mean([[row[1 + 2 * pair] in row[1 : 1 + 2 * pair : 2] for pair in range(16)] for row in rows], axis=0)
+    known_share = np.mean(
+        [[row[1 + 2 * pair] in row[1 : 1 + 2 * pair : 2] for pair in range(16)] for row in rows], axis=0
+    )
     best = np.array([task.best_accuracy(pair) for pair in range(16)])
     assert best[0] == 0.25
-    assert np.abs(seen + (1 - seen) / 4 - best).max() < 4 * 0.5 * 0.75 / math.sqrt(n)
+    assert np.abs(known_share + (1 - known_share) / 4 - best).max() < 4 * 0.5 * 0.75 / math.sqrt(n)
 
 
 def test_accuracy_counts_the_labels_that_are_most_likely(tmp_path):
     model = run(tmp_path)
     sequences = TASK.training_sequences(TASK.length, 6, seed=3)
-    found = pretraining.in_context_accuracy(model, TASK, n=6, seed=3)
-    for row, right in zip(sequences, found, strict=True):
+    correct = pretraining.in_context_accuracy(model, TASK, n=6, seed=3)
+    for row, correct_by_pair in zip(sequences, correct, strict=True):
         for pair in range(4):
             logits = model(row[None, : 2 + 2 * pair]).logits[0, -1]
             best = max((4, 5), key=lambda token: logits[token].item())
-            assert bool(right[pair]) == (best == row[2 + 2 * pair].item())
+            assert bool(correct_by_pair[pair]) == (best == row[2 + 2 * pair].item())
 
 
 def test_a_corpus_is_lines_of_its_texts_and_perplexity_their_likelihood():
