@@ -33,8 +33,8 @@ SMALL: Any = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    released.write_random(tmp_path / "found", **SMALL)
-    return tmp_path / "found"
+    released.write_random(tmp_path / "recordings", **SMALL)
+    return tmp_path / "recordings"
 
 
 def lines(folder: Path, setting: str) -> list[dict]:
@@ -44,11 +44,11 @@ def lines(folder: Path, setting: str) -> list[dict]:
 def damage(folder: Path, setting: str, number: int, change: Callable[[dict], Any]) -> Path:
     """Change one record; what `change` returns, if anything, takes its place."""
     path = folder / setting / "record_info.jsonl"
-    found = path.read_text().splitlines()
-    record = json.loads(found[number - 1])
+    records = path.read_text().splitlines()
+    record = json.loads(records[number - 1])
     changed = change(record)
-    found[number - 1] = changed if isinstance(changed, str) else json.dumps(record)
-    path.write_text("\n".join(found) + "\n")
+    records[number - 1] = changed if isinstance(changed, str) else json.dumps(record)
+    path.write_text("\n".join(records) + "\n")
     return path
 
 
@@ -93,14 +93,14 @@ def test_every_number_is_what_the_definitions_say(
 def test_rank_correlation_and_recall_stop_at_the_hundredth_query(tmp_path: Path) -> None:
     released.write_random(tmp_path, **SMALL | {"n_examples": 103, "demonstration_lengths": [30, 40, 25, 20, 9, 8]})
     recordings = load(tmp_path)
-    found = icl.compare_recordings(recordings)
-    assert_scores(found.released(), released.scores(tmp_path))
-    assert {name: len(values) for name, values in found.per_layer.items() if len(values) < 103}.keys() == {
-        name for name in found.per_layer if name.startswith(("Kendall", "Top"))
+    comparison = icl.compare_recordings(recordings)
+    assert_scores(comparison.released(), released.scores(tmp_path))
+    assert {name: len(values) for name, values in comparison.per_layer.items() if len(values) < 103}.keys() == {
+        name for name in comparison.per_layer if name.startswith(("Kendall", "Top"))
     }
     whole = icl.compare_recordings(recordings, kendall_queries=None)
     assert len(whole.per_layer["Kendall"]) == 103
-    assert torch.equal(whole.per_layer["Kendall"][:100], found.per_layer["Kendall"])
+    assert torch.equal(whole.per_layer["Kendall"][:100], comparison.per_layer["Kendall"])
 
 
 def test_what_vanishes_in_the_softmax_ties(tmp_path: Path) -> None:
@@ -127,32 +127,32 @@ def runs(llama: icl.Model, reference_prompts: icl.Prompts) -> dict:
 
 @pytest.fixture(scope="module")
 def reference_prompts(llama: icl.Model, reference_task: icl.Task) -> icl.Prompts:
-    shown, asked = reference_task.demonstrations(4, seed=1), reference_task.queries(7)
-    return icl.build_prompts(llama, reference_task, shown, asked)
+    demonstrations, queries = reference_task.demonstrations(4, seed=1), reference_task.queries(7)
+    return icl.build_prompts(llama, reference_task, demonstrations, queries)
 
 
 def test_a_capture_exports_what_the_layout_asks_for(runs: dict, tmp_path: Path) -> None:
     """Held against the captures themselves, and against the definitions computed on what was written."""
     recordings = icl.Recordings.of(**runs)
     write_recordings(recordings, tmp_path / "out", progress=False)
-    found = released.read(tmp_path / "out")
+    records_by_folder = released.read(tmp_path / "out")
     zsl, in_context, ft, delta = (runs[name] for name in ("zero_shot", "in_context", "finetuned", "delta"))
     prompts = in_context.prompts
-    assert [len(found[name]) for name in FOLDERS] == [7, 7, 7, 4]
+    assert [len(records_by_folder[name]) for name in FOLDERS] == [7, 7, 7, 4]
     for name, run in (("zs", zsl), ("icl", in_context), ("ftzs", ft)):
-        for index, line in enumerate(found[name]):
+        for index, line in enumerate(records_by_folder[name]):
             n_tokens = len(prompts.queries[index]) + len(prompts.labels[0])
             assert torch.equal(torch.tensor(line["self_attn_out_hiddens"]), run.attn_out[index])
             assert torch.equal(torch.tensor(line["attn_map"]), run.query_scores[index, ..., :n_tokens])
             assert np.shape(line["attn_map_ctx"]) == (3, len(run.prompts.prefix))
             assert (line["gold_label"], line["pred_label"]) == (run.gold[index], run.predictions[index])
             assert ("attn_q" in line) == (name == "ftzs")
-    q = torch.tensor(found["ftzs"][2]["attn_q"])
+    q = torch.tensor(records_by_folder["ftzs"][2]["attn_q"])
     torch.testing.assert_close(q, ft.q[2].flatten(1) / ft.q.shape[-1] ** 0.5)
-    assert [np.shape(line["attn_q"]) for line in found["ft"]] == [
+    assert [np.shape(line["attn_q"]) for line in records_by_folder["ft"]] == [
         (3, 1 + len(tokens), 32) for tokens in prompts.demonstrations
     ]
-    first = torch.tensor(found["ft"][0]["attn_q"])
+    first = torch.tensor(records_by_folder["ft"][0]["attn_q"])
     torch.testing.assert_close(first, delta.training_q[:, : first.shape[1]].flatten(2) / ft.q.shape[-1] ** 0.5)
     # Of queries in few bits: a token that stands twice has equal scores, which rounding would put in either order.
     few_bits = {name: (getattr(recordings, name) * 64).round() / 64 for name in ("q", "training_q")}
@@ -348,14 +348,14 @@ def test_a_damaged_training_step_is_refused_or_left_out_of_the_comparison(folder
     assert rest.training_segments is not None
     assert rest.training_segments.unique().tolist() == [START, 0, 2, 3]
     # As if it had been a separator all along: the others' attention is what the definitions say.
-    found = icl.compare_recordings(rest).per_layer["Kendall"]
+    tau = icl.compare_recordings(rest).per_layer["Kendall"]
     records = released.read(folder)
     tokens = [at for at, owner in enumerate(rest.segments.tolist()) if owner >= 0]
     steps = [records["ft"][step] for step in (0, 2, 3)]
     for query in range(5):
         icl_row = released.icl_token_weights(records["icl"][query], 1, tokens)
         ft_row = released.ft_token_weights(records["ftzs"][query], steps, 1)
-        assert found[query, 1].item() == pytest.approx(released.tau(icl_row, ft_row), abs=1e-9)
+        assert tau[query, 1].item() == pytest.approx(released.tau(icl_row, ft_row), abs=1e-9)
 
 
 def test_a_damaged_last_step_is_left_out(folder: Path) -> None:
