@@ -577,6 +577,13 @@ class AttentionRule(NamedTuple):
     def visible(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Bool[Tensor, "_ pos key"]:
         """Return which keys each row sees: none after itself, and none before the window.
 
+        Args:
+            rows: the position of each query.
+            keys: the position of each key.
+
+        Returns:
+            Whether each row sees each key.
+
         >>> import torch
         >>> rule = AttentionRule(scale=1.0, softcap=None, window=2)
         >>> rule.visible(torch.tensor([[3]]), torch.tensor([[1, 2, 3, 4]]))

@@ -122,12 +122,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """Return the device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """Return the dtype of the weights."""
         return next(self.parameters()).dtype
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -305,7 +305,7 @@ class Model:
 
     @property
     def rotary(self) -> bool:
-        """Whether queries and keys have rotary embedding, so that scores depend on distances and not on positions."""
+        """Return whether queries and keys have rotary embedding: scores depend on distances, not on positions."""
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.hook_points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
