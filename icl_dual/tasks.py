@@ -77,8 +77,9 @@ class Task:
             texts and texts of queries included, and there is no selection pool.
 
     Raises:
-        TaskError: a row lacks a field, has empty text or an unknown label (the message has the row's number); there
-            are fewer than two classes, or no rows; template, label words or protocol are invalid.
+        TaskError: a row lacks a field, has empty text or an unknown label (the message has the row's number, or its
+            line in the file); a row of a CSV file has more or fewer fields than the header; there are fewer than two
+            classes, or no rows; template, label words or protocol are invalid.
 
     Example:
         >>> import icl_dual
@@ -264,9 +265,11 @@ class Task:
 
     def _examples(self, rows: Rows, argument: str) -> list[Example]:
         """Return rows as examples, in their order."""
-        source = str(rows) if isinstance(rows, str | PathLike) else argument
-        records = _read_rows(Path(rows)) if isinstance(rows, str | PathLike) else rows
-        examples = [self._example(row, f"{source}, row {number}") for number, row in enumerate(records, start=1)]
+        if isinstance(rows, str | PathLike):
+            source, unit, numbered_rows = str(rows), "line", _read_rows(Path(rows))
+        else:
+            source, unit, numbered_rows = argument, "row", enumerate(rows, start=1)
+        examples = [self._example(row, f"{source}, {unit} {number}") for number, row in numbered_rows]
         n_classes = len({example.label for example in examples})
         if n_classes < 2:
             raise TaskError(
@@ -308,7 +311,7 @@ class Task:
         if not 0 <= index < len(self.label_words):
             raise TaskError(
                 f"{self.name}: {where}: expected a label from 0 to {len(self.label_words) - 1} or one of "
-                f"{list(self.label_words)}, got {label!r}: correct it, or leave the row out"
+                f"{list(self.label_words)}, got {label!r}: correct it, or the task's label_words"
             )
         return index
 
@@ -356,9 +359,12 @@ def field_names(template: str) -> list[str]:
         ) from error
 
 
-def _read_rows(path: Path) -> list[Mapping[str, Any]]:
-    """Return the rows of a JSONL or CSV file."""
-    readers: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {".jsonl": _read_jsonl, ".csv": _read_csv}
+def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return the rows of a JSONL or CSV file, each after the number of the line that it begins on."""
+    readers: dict[str, Callable[[Path], list[tuple[int, Mapping[str, Any]]]]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+    }
     if path.suffix not in readers:
         raise TaskError(
             f"expected a .jsonl or .csv file of rows, got {str(path)!r}: convert it, or pass the rows as dictionaries"
@@ -371,8 +377,8 @@ def _read_rows(path: Path) -> list[Mapping[str, Any]]:
         ) from error
 
 
-def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
-    rows = []
+def _read_jsonl(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -386,10 +392,23 @@ def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
                     f"{path}, line {number}: expected a JSON object, got {type(row).__name__}: write each row as "
                     '{"text": …, "label": …}'
                 )
-            rows.append(row)
+            rows.append((number, row))
     return rows
 
 
-def _read_csv(path: Path) -> list[Mapping[str, Any]]:
+def _read_csv(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines))
+        reader = csv.reader(lines)
+        header = next(reader, [])
+        number = reader.line_num + 1  # a quoted text may have several lines
+        for values in reader:
+            if values and len(values) != len(header):
+                raise TaskError(
+                    f"{path}, line {number}: expected {len(header)} columns ({', '.join(header)}), got {len(values)}: "
+                    "quote texts that contain commas or line breaks"
+                )
+            if values:
+                rows.append((number, dict(zip(header, values, strict=True))))
+            number = reader.line_num + 1
+    return rows

@@ -121,6 +121,44 @@ def test_rows_come_from_jsonl_and_csv(tmp_path: Path) -> None:
         assert icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / name).demonstrations(9, 0) == expected
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            "dull, slow and long,0",
+            r"line 5: expected 2 columns \(text, label\), got 3: quote texts that contain commas",
+        ),
+        ("dull", r"line 5: expected 2 columns \(text, label\), got 1: quote texts"),
+        ("dull,maybe", "line 5: expected a label from 0 to 1 .*, got 'maybe': correct it, or the task's label_words"),
+        (",0", "line 5: expected text as 'text', got ''"),
+    ],
+)
+def test_bad_rows_of_a_csv_file_are_named_by_their_line(row: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,label\n\n"fine, and\nlong",0\n{row}\ngood,1\n')
+    with pytest.raises(icl.TaskError, match=rf"rows\.csv, {message}"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), path)
+
+
+def test_quoted_commas_line_breaks_and_empty_lines_are_read_from_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('label,text\n0,"fine, and\nlong"\n\n1,good\n')
+    task = icl.Task("t", TEMPLATE, ("no", "yes"), path)
+    assert {example.fields[0][1] for example in (*task.demonstrations(1, 0), *task.queries())} == {
+        "fine, and\nlong",
+        "good",
+    }
+
+
+def test_bad_rows_of_a_jsonl_file_are_named_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": "maybe"}\n')
+    with pytest.raises(
+        icl.TaskError, match=r"rows\.jsonl, line 2: expected a label .*, got 'maybe': correct it, or the"
+    ):
+        icl.Task("t", TEMPLATE, ("no", "yes"), path)
+
+
 def test_unreadable_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", \n')
     with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object, got .* line of its own"):
