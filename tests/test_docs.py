@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
@@ -228,25 +229,46 @@ def test_the_guide_runs(run_page: Run) -> None:
         elif heading == "Decomposition":
             assert scope["split"].residual < 2e-6
             assert "Residuals(split=" in printed
+            assert "icl_share" in printed
+            masses = scope["split"].masses().groupby("layer").mean()
+            assert masses.shape == (30, len(scope["split"].groups))
+            assert masses.sum(axis=1).tolist() == pytest.approx([1.0] * 30, abs=1e-5)
         elif heading == "ΔW_ICL against ΔW_FT":
             assert scope["updates"].cosine.isfinite().all()
             assert scope["delta_W_ICL"].shape == (30, 3, 64, 64)
+            assert "torch.Size([64, 64])" in printed
+            expected = scope["updates"].delta_W(layer=-1, head=0)
+            torch.testing.assert_close(scope["delta_W_ICL"][-1, 0].double(), expected, rtol=1e-4, atol=1e-5)
             assert scope["W_ZSL"].shape == (len(scope["queries"]), 30, 3, 64, 64)
         elif heading == "Momentum attention on a pretrained model":
             assert scope["model"].momentum is None
             assert "momentum norm=" in printed
+        elif heading == "A model that was finetuned by other means":
+            assert printed.splitlines() == ["key-value"]
+            assert scope["delta_between"].W_V.flatten(1).any(dim=1).tolist() == [False, True]
         elif heading == "Several finetunings at once":
             assert [line.split()[0] for line in printed.splitlines()] == ["0.0003", "0.001", "0.003"]
         elif heading == "Your own task":
             assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
-    assert len(ran) == 7
+    assert len(ran) == 8
 
 
 def test_the_page_on_studies_runs(run_page: Run) -> None:
     ran = []
     for heading, scope, printed in run_page("docs/studies.md"):
         ran.append(heading)
-        if heading == "Recordings":
+        if heading == "Cells":
+            (finished,) = scope["results"]
+            assert scope["result"].cell == finished.cell == scope["cell"]
+            assert scope["result"].provenance == finished.provenance, "read, not run again"
+            pd.testing.assert_frame_equal(scope["table"], finished.to_frame())
+            assert printed.count("SimAOU") == 1
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("load_model", "load_task"):  # a finished cell needs neither
+                    patch.setattr(f"icl_dual.study.{name}", None)
+                (read,) = icl.run_study([scope["cell"]], "study", keep_recordings=True)
+            assert read.provenance == finished.provenance
+        elif heading == "Recordings":
             expected = scope["results"][0].comparison.released()
             released = icl.compare_recordings(scope["recordings"], seed=1).released()
             for name, values in expected.items():
