@@ -46,7 +46,7 @@ class Experiment(Saved):
     """The change of weights by finetuning."""
     steps: tuple[int, ...] | None = None
     """For a control with other demonstrations in context than finetuning had: the training step that each demonstration
-    in context stands for, −1 for none. `None` where both are the same."""
+    in context corresponds to, −1 for none. `None` where both are the same."""
     model: Model | None = field(default=None, metadata=NOT_SAVED)
     """The model that was captured; `None` after loading."""
 
@@ -179,7 +179,7 @@ def run_experiment(
         delta: a change of this model's weights made before, which is captured in place of a new finetuning.
         finetune_prompts: prompts with other demonstrations to finetune on, for a control; by default
             those of `prompts`.
-        steps: for a control, the training step that each demonstration in context stands for, −1 for none
+        steps: for a control, the training step that each demonstration in context corresponds to, −1 for none
             (`icl_dual.contexts.matching_training_steps`).
         batch_size: the largest number of queries to run at once.
         progress: show progress bars.

@@ -282,7 +282,7 @@ class _CellPrompts:
     finetuning: Prompts
     """The prompts that finetuning trains on the demonstrations of."""
     steps: tuple[int, ...] | None
-    """The training step that each demonstration in context stands for, where it is not its own."""
+    """The training step that each demonstration in context corresponds to, where it is not its own."""
 
     @classmethod
     def of(cls, model: Model, draw: _Draw, cell: Cell) -> "_CellPrompts":

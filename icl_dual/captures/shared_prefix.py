@@ -434,8 +434,8 @@ def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
             f"{model.name} ({model.architecture}), layer {layer}: expected attention recomputed from queries, keys and "
             f"values to differ by at most {TOLERANCE[model.dtype]:.0e} from the model's own, got "
             f"{by_layer[layer]:.1e}: remove hooks that change attention, or use another model. The attention does more "
-            "than softmax over scaled scores (position biases, gates, a norm before W_O, a hook left on the model …) and "
-            "cannot be split exactly"
+            "than softmax over scaled scores (position biases, gates, a norm before W_O, a hook left on the model …) "
+            "and cannot be split exactly"
         )
     return by_layer.max().item()
 

@@ -73,7 +73,7 @@ def finetune(
 
     Raises:
         ValueError: lr is not a positive number, there are no demonstrations, a demonstration has no token that can be
-            predicted, or factors are asked for where keys and values are not both trained.
+            predicted, or factors=True where keys and values are not both trained.
         PromptError: the prompts are incomplete, or the model cannot read them.
         DivergedError: the loss or the weights exploded or are not finite; says at which step and lr.
         UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), or the

@@ -272,7 +272,7 @@ def compare(
         delta: the finetuning on the same demonstrations. Without one, or with one that has no training queries,
             Kendall's τ and recall are absent.
         steps: for a control, with other demonstrations in context than were trained on: the training step that each of
-            them stands for, −1 for none (`icl_dual.contexts.matching_training_steps`).
+            them corresponds to, −1 for none (`icl_dual.contexts.matching_training_steps`).
         seed: the seed of the random baselines.
 
     Raises:

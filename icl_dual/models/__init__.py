@@ -14,7 +14,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |
 | `bridge` | the backend for `TransformerBridge` (transformer-lens 3.9 to 4.x) |
-| `hooked` | the backend for `HookedTransformer` (transformer-lens 3.9 to 3.x) |
+| `hooked` | the backend for `HookedTransformer` (transformer-lens 3.9, below 4) |
 """
 
 from importlib.metadata import version
