@@ -243,11 +243,16 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        AssetError: the folder is missing, incomplete or damaged.
+        AssetError: the folder is missing, incomplete or damaged, or holds no saved result.
     """
     if not folder.is_dir():
         raise AssetError(
             f"expected a folder with {TENSORS} and {METADATA}, got {folder}, which does not exist: check the path"
+        )
+    if not any((folder / name).exists() for name in (TENSORS, METADATA)):
+        raise AssetError(
+            f"expected a saved result in {folder}, got a folder without {TENSORS} and {METADATA}: pass a result's own "
+            "folder; the cells of a study are its sub-folders"
         )
     try:
         metadata = json.loads((folder / METADATA).read_text())

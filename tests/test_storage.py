@@ -39,6 +39,24 @@ def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
         load_tensors(tmp_path / "x")
 
 
+def test_a_folder_of_results_is_not_called_damaged(tmp_path: Path) -> None:
+    """The advice to delete a folder is for damaged results only: a study's folder holds all of its cells."""
+    save_tensors(tmp_path / "study" / "cell", {"a": torch.ones(1)}, {})
+    expected = (
+        r"expected a saved result in .*study, got a folder without tensors\.safetensors and metadata\.json: pass a "
+        "result's own folder; the cells of a study are its sub-folders"
+    )
+    for load in (load_tensors, icl.load_cell):
+        with pytest.raises(icl.AssetError, match=expected) as raised:
+            load(tmp_path / "study")
+        assert "delete" not in str(raised.value).lower()
+    for name in ("tensors.safetensors", "metadata.json"):
+        save_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
+        (tmp_path / name / name).unlink()
+        with pytest.raises(icl.AssetError, match="delete the folder to have it made again"):
+            load_tensors(tmp_path / name)
+
+
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
