@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from icl_dual.metrics import catalogue
+from icl_dual.metrics.catalogue import Drawing
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.statistics.intervals import Interval
 
@@ -24,24 +25,27 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
 
     Args:
         comparisons: one comparison, or several of the same queries (of several seeds, say), averaged query by query.
-        metric: `SimAOU`, `SimAM` or `Kendall`, with their baselines; or another metric that comparisons have by layer.
+        metric: `SimAOU`, `SimAM` or `Kendall`, with their baselines; or another metric that comparisons have by layer,
+            also one that is not registered now. A registered metric without `Drawing.beside` is drawn with its
+            `baselines`, as dotted grey lines.
         ax: the Axes to draw on; new Axes with a legend where not given.
 
     Returns:
         The Axes drawn on.
 
     Raises:
-        ValueError: no such metric is registered, or the comparisons have none of its lines.
+        ValueError: no such metric is registered or in every comparison, or the comparisons have none of its lines.
     """
-    lead = catalogue.figures().get(metric) or catalogue.metrics().get(metric)
-    if lead is None or lead.axes != "query layer":
+    together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
+    drawings = _drawings(metric)
+    if not drawings and all(metric in comparison.per_layer for comparison in together):
+        drawings = {metric: Drawing()}  # comparisons keep the values of a metric that is not registered now
+    if not drawings:
         raise ValueError(
             f"expected one of the figures {list(catalogue.figures())} or of the metrics by layer "
             f"{list(catalogue.layer_metrics())}, got {metric!r}: pass one of these, or register it with register_metric"
         )
-    together = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
-    beside = lead.drawing.beside if metric in catalogue.figures() else ()
-    names = [name for name in (lead.name, *beside) if all(name in comparison.per_layer for comparison in together)]
+    names = [name for name in drawings if all(name in comparison.per_layer for comparison in together)]
     if not names:
         raise ValueError(
             f"expected comparisons with {metric!r}, got at least one without: it was made before the metric was "
@@ -49,12 +53,13 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
         )
     ax, is_new = _axes(ax)
     for name in names:
-        drawing = catalogue.metrics()[name].drawing
+        drawing = drawings[name]
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         style = {"color": drawing.color, "linestyle": drawing.linestyle}
         _mean_by_layer(values, ax, label=drawing.label or name, **style)
-    _finish(ax, is_new, ylabel=lead.drawing.axis_label or lead.name)
+    lead = next(iter(drawings))
+    _finish(ax, is_new, ylabel=drawings[lead].axis_label or lead)
     return ax
 
 
@@ -248,6 +253,20 @@ def label_counts(
     ax.set(ylabel="share of queries", ylim=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _drawings(metric: str) -> dict[str, Drawing]:
+    """Return the drawings of a figure's or metric's lines by name, its own first; empty where none has this name."""
+    metrics, figures = catalogue.metrics(), catalogue.figures()
+    lead = figures.get(metric) or metrics.get(metric)
+    if lead is None or lead.axes != "query layer":
+        return {}
+    drawings = {lead.name: lead.drawing}
+    if lead.drawing.beside:
+        beside = lead.drawing.beside if metric in figures else ()
+        return drawings | {name: metrics[name].drawing for name in beside if name in metrics}
+    baselines = () if lead in catalogue.BUILT_IN else lead.baselines
+    return drawings | {name: Drawing(color="0.5", linestyle=":") for name in baselines}
 
 
 def _check_shape(values: Tensor, axes: str) -> None:

@@ -7,12 +7,14 @@
 | `comparison` | three settings compared, query by query and layer by layer |
 """
 
-from icl_dual.metrics.catalogue import Metric, register_metric, unregister_metric
+from icl_dual.metrics.catalogue import Batch, Drawing, Metric, register_metric, unregister_metric
 from icl_dual.metrics.comparison import KENDALL_QUERIES, Comparison, compare, compare_recordings, estimate
 
 __all__ = [
     "KENDALL_QUERIES",
+    "Batch",
     "Comparison",
+    "Drawing",
     "Metric",
     "compare",
     "compare_recordings",

@@ -11,11 +11,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
@@ -66,8 +66,9 @@ RANGE_TOLERANCE = 1e-6
 class Batch:
     """What a metric's function reads: the recordings of some queries. Each attribute is computed once, when first read.
 
-    `h_…` are attention outputs, `m_…` attention scores over the query's own tokens, both in float64. Attributes of the
-    demonstrations (`token_weights_…`, `demo_weights_…`, `key_scores`) have the batch's first `n_first` queries only.
+    `h_…` are attention outputs, `m_…` attention scores over the query's own tokens, both in float64. Queries differ in
+    length: `m_…` are zero past a query's end, where `query_mask` is False. Attributes of the demonstrations
+    (`token_weights_…`, `demo_weights_…`, `key_scores`) have the batch's first `n_first` queries only.
     """
 
     gold: Int[Tensor, " query"]
@@ -175,18 +176,27 @@ class Batch:
 
     @cached_property
     def m_zero_shot(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_ZSL over the query's own tokens, zero past its end."""
+        """Return the attention scores m_ZSL over the query's own tokens, zero past its end (`query_mask`)."""
         return self.recordings.query_scores["ZSL"][self.queries].double()
 
     @cached_property
     def m_in_context(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_ICL over the query's own tokens, zero past its end."""
+        """Return the attention scores m_ICL over the query's own tokens, zero past its end (`query_mask`)."""
         return self.recordings.query_scores["ICL"][self.queries].double()
 
     @cached_property
     def m_finetuned(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_FT over the query's own tokens, zero past its end."""
+        """Return the attention scores m_FT over the query's own tokens, zero past its end (`query_mask`)."""
         return self.recordings.query_scores["FT"][self.queries].double()
+
+    @cached_property
+    def query_mask(self) -> Bool[Tensor, "query token"]:
+        """Return True at the query's own tokens, False past its end, for the tokens of `m_…`.
+
+        Past its end `m_…` are zero, which changes no cosine, but a mean, a softmax or a correlation.
+        """
+        n_tokens = self.recordings.query_scores["ZSL"].shape[-1]
+        return torch.arange(n_tokens) < self.recordings.query_lengths[self.queries][:, None]
 
     @cached_property
     def rounding(self) -> float:
@@ -312,7 +322,14 @@ class Drawing:
     figure: str = ""
     """The name that `plots.layers` takes for the metric with others beside it; the metric's own name where empty."""
     beside: tuple[str, ...] = ()
-    """Names of the metrics that are drawn beside it, in the legend's order."""
+    """Names of the metrics that are drawn beside it, in the legend's order; without them, a registered metric is drawn
+    with its baselines."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beside, str):
+            raise ValueError(
+                f"expected beside as a tuple of names, got the string {self.beside!r}: pass ({self.beside!r},)"
+            )
 
 
 @document_fields
@@ -366,6 +383,22 @@ class Metric:
     drawing: Drawing = Drawing()
     """How `icl_dual.plots.layers` draws it."""
 
+    def __post_init__(self) -> None:
+        expected = f"metric {self.name!r}: expected"
+        for name, options in {"axes": get_args(Axes), "interval": get_args(IntervalRule)}.items():
+            if (value := getattr(self, name)) not in options:
+                raise ValueError(f"{expected} {name} out of {options}, got {value!r}: choose one of these")
+        for name in ("baselines", "needs"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{expected} {name} as a tuple of names, got the string {value!r}: pass ({value!r},)")
+        if unknown := [name for name in self.needs if name not in get_args(Need)]:
+            raise ValueError(f"{expected} needs out of {get_args(Need)}, got {unknown}: choose among these")
+        if len(self.range) != 2 or not self.range[0] < self.range[1]:
+            raise ValueError(
+                f"{expected} range as the least and the largest possible value, got {self.range!r}: pass the smaller "
+                "first, such as (-1, 1)"
+            )
+
     def missing(self, recordings: Recordings) -> tuple[Need, ...]:
         """Return the fields that the metric needs and the recordings lack."""
         return tuple(name for name in self.needs if getattr(recordings, name) is None)
@@ -376,7 +409,11 @@ class Metric:
         Raises:
             ValueError: the function returns no floating-point tensor with the metric's axes, or a value out of range.
         """
-        values = self.function(batch)
+        try:
+            values = self.function(batch)
+        except Exception as error:
+            error.add_note(f"raised by the function of the metric {self.name!r}: correct it and register it again")
+            raise
         shape = [batch.n_first if self.first_queries else len(batch.gold)]
         shape += [batch.n_layers] if self.axes == "query layer" else []
         expected = (
@@ -691,6 +728,7 @@ def register_metric(metric: Metric) -> Metric:
         metric: of a name that is not taken. The metrics that it names as baselines or in its drawing come first.
 
     Raises:
+        TypeError: it is no `Metric`.
         ValueError: the name is taken or empty, a metric that it names is not registered, or its flags contradict its
             axes.
 
@@ -703,6 +741,8 @@ def register_metric(metric: Metric) -> Metric:
         True
         >>> unregister_metric(metric.name)
     """
+    if not isinstance(metric, Metric):
+        raise TypeError(f"expected a Metric, such as icl.Metric('name', function), got {metric!r}: pass a Metric")
     known = metrics()
     if not metric.name or metric.name in (*known, *figures()):
         raise ValueError(

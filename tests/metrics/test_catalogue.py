@@ -2,12 +2,14 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from helpers import noisy_recordings
+from matplotlib.axes import Axes
 
 import icl_dual as icl
 from icl_dual import dual
@@ -155,8 +157,13 @@ def test_a_registered_metric_is_compared_tabled_saved_and_drawn(recordings: icl.
     assert list(kept.per_layer) == [*PER_LAYER, ALIGNMENT.name]
     assert torch.equal(kept.per_layer[ALIGNMENT.name], expected)
     assert kept.overall()["metric"].tolist() == [*OVERALL, ALIGNMENT.name]
+    (line,) = (
+        line for line in icl.plots.layers(kept, ALIGNMENT.name).get_lines() if line.get_label() == ALIGNMENT.name
+    )
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), expected.mean(0))
     with pytest.raises(ValueError, match=f"got '{ALIGNMENT.name}'"):
-        icl.plots.layers(kept, ALIGNMENT.name)
+        icl.plots.layers(before, ALIGNMENT.name)
+    plt.close("all")
 
 
 def test_a_comparison_from_before_a_metric_was_registered_lacks_it(recordings: icl.Recordings, tmp_path: Path) -> None:
@@ -271,6 +278,38 @@ def test_a_metric_of_the_wrong_shape_is_refused(recordings: icl.Recordings, func
         icl.compare_recordings(recordings)
 
 
+def correlation(batch: Batch) -> torch.Tensor:
+    """Return Pearson's r of ICL's and FT's attention scores over each query's own tokens, as a mean over heads."""
+    mask = batch.query_mask[:, None, None].double()
+
+    def centred(m: torch.Tensor) -> torch.Tensor:
+        return mask * (m - (mask * m).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
+
+    return dual.cosine(centred(batch.m_in_context), centred(batch.m_finetuned)).mean(-1)
+
+
+def test_the_query_mask_is_true_at_a_querys_own_tokens(
+    recordings: icl.Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison_module, "QUERIES_AT_ONCE", 3)
+    lengths = torch.tensor([5, 3, 4, 2, 5, 4, 3])
+    past_end = torch.arange(5) >= lengths[:, None]
+    scores = {
+        name: m.masked_fill(past_end[:, None, None], 0) + 0.3 * ~past_end[:, None, None]
+        for name, m in recordings.query_scores.items()
+    }
+    recordings = dataclasses.replace(recordings, query_scores=scores, query_lengths=lengths)
+    with registered(Metric("correlation", correlation, range=(-1, 1))):
+        values = icl.compare_recordings(recordings).per_layer["correlation"]
+    for query, length in enumerate(lengths):
+        for layer in range(2):
+            pairs = [[scores[name][query, layer, head, :length].numpy() for name in ("ICL", "FT")] for head in range(2)]
+            expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])
+            np.testing.assert_allclose(values[query, layer], expected, rtol=1e-9, atol=1e-12)
+    batch = Batch.of(recordings, torch.tensor([3, 0]), n_first=0)
+    assert batch.query_mask.tolist() == [[True, True, False, False, False], [True] * 5]
+
+
 def test_values_out_of_a_metrics_range_are_refused(recordings: icl.Recordings) -> None:
     metric = Metric("mine", lambda batch: batch.h_in_context[..., 0] * 0 + 1.5, range=(-1, 1))
     with registered(metric), pytest.raises(ValueError, match=r"'mine': expected values from -1 to 1, got 1.5: correct"):
@@ -285,6 +324,88 @@ def test_a_metric_of_predictions_that_reads_more_is_refused(recordings: icl.Reco
     metric = Metric("mine", lambda batch: batch.h_in_context.mean((1, 2)), axes="query", from_predictions=True)
     with registered(metric), pytest.raises(ValueError, match="register it with from_predictions=False"):
         comparison.overall()
+
+
+def test_an_error_of_a_registered_metrics_function_names_the_metric(recordings: icl.Recordings) -> None:
+    def fails(batch: Batch) -> torch.Tensor:
+        return batch.predictions["no such setting"].double()
+
+    comparison = icl.compare_recordings(recordings)
+    note = "raised by the function of the metric 'mine': correct it and register it again"
+    with registered(Metric("mine", fails, axes="query", from_predictions=True)), pytest.raises(KeyError) as raised:
+        comparison.by_query()
+    assert raised.value.__notes__ == [note]
+    with registered(Metric("mine", fails)), pytest.raises(KeyError) as raised:
+        icl.compare_recordings(recordings)
+    assert raised.value.__notes__ == [note]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"axes": "layer query"}, r"expected axes out of \('query', 'query layer'\), got 'layer query': choose"),
+        ({"interval": "t"}, r"expected interval out of \('bootstrap', 'proportion', 'accuracy'\), got 't': choose"),
+        ({"range": (1, -1)}, r"expected range as the least and the largest .*, got \(1, -1\): pass the smaller first"),
+        ({"range": (0, float("nan"))}, r"expected range .*, got \(0, nan\)"),
+        ({"range": (0,)}, r"expected range .*, got \(0,\)"),
+        ({"baselines": "SimAOU"}, r"baselines as a tuple of names, got the string 'SimAOU': pass \('SimAOU',\)"),
+        ({"needs": "training_q"}, r"needs as a tuple of names, got the string 'training_q': pass \('training_q',\)"),
+        ({"needs": ("q",)}, r"expected needs out of \('training_q', 'training_k'\), got \['q'\]: choose"),
+    ],
+)
+def test_a_metric_of_unknown_settings_is_refused(change: dict, message: str) -> None:
+    metric: Any = Metric("mine", update_alignment)
+    vars(metric).update(change)  # as without the type checks that tests have on
+    with pytest.raises(ValueError, match=rf"metric 'mine': .*{message}"):
+        metric.__post_init__()
+
+
+def test_one_name_in_place_of_a_tuple_is_refused_as_beside() -> None:
+    drawing: Any = Drawing()
+    vars(drawing)["beside"] = "SimAOU"  # as without the type checks that tests have on
+    with pytest.raises(ValueError, match=r"beside as a tuple of names, got the string 'SimAOU': pass \('SimAOU',\)"):
+        drawing.__post_init__()
+
+
+def test_only_a_metric_can_be_registered() -> None:
+    unchecked: Any = getattr(register_metric, "__wrapped__", register_metric)
+    with pytest.raises(TypeError, match=r"expected a Metric, such as icl\.Metric\('name', function\), got <function"):
+        unchecked(update_alignment)
+    assert tuple(metrics()) == OVERALL
+
+
+def test_what_a_metric_is_made_of_is_public() -> None:
+    assert (icl.metrics.Batch, icl.metrics.Drawing, icl.metrics.Metric) == (Batch, Drawing, Metric)
+    assert {"Batch", "Drawing"} <= set(icl.metrics.__all__)
+
+
+def lines_of(ax: Axes) -> list[tuple[str, str, str]]:
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    return [(str(line.get_label()), str(line.get_color()), str(line.get_linestyle())) for line in lines]
+
+
+def test_a_registered_metric_is_drawn_with_its_baselines(recordings: icl.Recordings) -> None:
+    baseline = Metric("mine at random", update_alignment)
+    metric = Metric("mine", update_alignment, baselines=("mine at random", "SimAOU random"))
+    with registered(baseline, metric):
+        comparison = icl.compare_recordings(recordings)
+        ax = icl.plots.layers(comparison, "mine")
+        assert lines_of(ax) == [("mine", "C0", "-"), ("mine at random", "0.5", ":"), ("SimAOU random", "0.5", ":")]
+        alone = icl.plots.layers(comparison, "SimAMΔ")
+        assert lines_of(alone) == [("SimAMΔ", "C0", "-")], "pictures of built-in metrics are what they were"
+    plt.close("all")
+
+
+def test_a_metric_that_is_not_registered_now_is_drawn_from_what_was_saved(recordings: icl.Recordings) -> None:
+    with registered(ALIGNMENT):
+        comparison = icl.compare_recordings(recordings)
+    ax = icl.plots.layers(comparison, ALIGNMENT.name)
+    assert lines_of(ax) == [(ALIGNMENT.name, "C0", "-")]
+    assert ax.get_ylabel() == ALIGNMENT.name
+    without = icl.compare_recordings(recordings)
+    with pytest.raises(ValueError, match=rf"got '{ALIGNMENT.name}': .*register_metric"):
+        icl.plots.layers([comparison, without], ALIGNMENT.name)
+    plt.close("all")
 
 
 @pytest.mark.parametrize(
