@@ -32,7 +32,7 @@ from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.recordings.released_layout import write_recordings
-from icl_dual.storage import atomic_folder, check_same_settings, load_tensors
+from icl_dual.storage import AssetError, atomic_folder, check_same_settings, load_tensors
 from icl_dual.tasks import Example, Protocol, Split, Task
 
 RECORDINGS = "recordings"
@@ -321,7 +321,7 @@ def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell)
     if given != expected:
         advice = "pass the model and task of the cell's names"
         if cell.weights != "trained":
-            advice = "make the model with control_model, control_provenance, by the cell's weights and seed"
+            advice = "make the model with control_model, by the cell's weights and seed"
         if (MOMENTUM_TAG in cell.model) != (MOMENTUM_TAG in model.name):
             advice = (
                 "within `with momentum_attention(model, eta):`, the model's name includes its momentum, and so must "
@@ -430,7 +430,8 @@ def run_study(
         The finished cells, in the order of `cells`.
 
     Raises:
-        StudyError: two cells would share a folder, two tasks or models a name, or a cell's settings are invalid.
+        StudyError: two cells would share a folder, two tasks or models a name, a cell's settings are invalid, or cells,
+            tasks or models are not a list.
         SettingsError: a complete cell has other settings, other weights or other rows; the message has both values.
         TaskError: a task is unknown, or has too few rows for k or the number of queries.
         AssetError: a model's name is unknown, or model or rows cannot be fetched.
@@ -446,6 +447,7 @@ def run_study(
         >>> [result.cell.seed for result in results]
         [1, 2]
     """
+    _check_lists(cells, tasks, models)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, keep_recordings)
     results, runs = dict(plan.finished), _Runs(progress)
     current: dict[str, Model] = {}
@@ -460,6 +462,13 @@ def run_study(
             results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings)
             bar.update()
     return [results[cell] for cell in plan.folders]
+
+
+def _check_lists(cells: object, tasks: object, models: object) -> None:
+    """Raise a StudyError where a study was given one cell, task or model instead of a list of them."""
+    for name, value, cls in (("cells", cells, Cell), ("tasks", tasks, Task), ("models", models, Model)):
+        if isinstance(value, cls):
+            raise StudyError(f"expected {name} as a list, got a {cls.__name__}: pass [{name.removesuffix('s')}]")
 
 
 def export_recordings(
@@ -614,7 +623,10 @@ def _check_model(cell: Cell, models: Mapping[str, Model]) -> None:
             f"expected a cell's model as it is loaded, got {cell.model!r}, a model with momentum: pass the model "
             "within `with momentum_attention(model, eta):` as run_study(models=[model]), or use icl_dual.run_cell there"
         )
-    check_model_name(cell.model)
+    try:
+        check_model_name(cell.model)
+    except AssetError as error:
+        raise AssetError(f"{error}, or pass a Model of this name as run_study(models=[model])") from error
 
 
 def _make_model(cell: Cell, passed: Model | None, device: str | torch.device, dtype: torch.dtype) -> Model:

@@ -639,6 +639,24 @@ def query_rows(task: icl.Task) -> list[dict[str, object]]:
     return [{**dict(example.fields), "label": example.label} for example in task.queries()]
 
 
+def test_one_cell_task_or_model_in_place_of_a_list_is_refused(mine: icl.Model, task: icl.Task, tmp_path: Path) -> None:
+    run: Any = getattr(icl.run_study, "__wrapped__", icl.run_study)  # without the type checks that tests have on
+    with pytest.raises(icl.StudyError, match=r"expected cells as a list, got a Cell: pass \[cell\]"):
+        run(MINE, tmp_path)
+    with pytest.raises(icl.StudyError, match=r"expected tasks as a list, got a Task: pass \[task\]"):
+        run([MINE], tmp_path, tasks=task, models=[mine])
+    with pytest.raises(icl.StudyError, match=r"expected models as a list, got a Model: pass \[model\]"):
+        run([MINE], tmp_path, tasks=[task], models=mine)
+
+
+def test_an_unknown_models_name_may_be_of_a_model_that_was_not_passed_in(task: icl.Task, tmp_path: Path) -> None:
+    expected = (
+        r"got 'mine': check its spelling, or its path, or pass a Model of this name as run_study\(models=\[model\]\)"
+    )
+    with pytest.raises(icl.AssetError, match=expected):
+        icl.run_study([MINE], tmp_path, tasks=[task], progress=False)
+
+
 def test_names_that_two_objects_share_and_files_for_folders_are_refused(
     mine: icl.Model, task: icl.Task, tmp_path: Path
 ) -> None:

@@ -193,7 +193,7 @@ class Batch:
     def query_mask(self) -> Bool[Tensor, "query token"]:
         """Return True at the query's own tokens, False past its end, for the tokens of `m_…`.
 
-        Past its end `m_…` are zero, which changes no cosine, but a mean, a softmax or a correlation.
+        The zeros past its end do not change a cosine. They change a mean, a softmax or a correlation.
         """
         n_tokens = self.recordings.query_scores["ZSL"].shape[-1]
         return torch.arange(n_tokens) < self.recordings.query_lengths[self.queries][:, None]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 import icl_dual as icl
 from icl_dual import dual
+from icl_dual import metrics as metrics_package
 from icl_dual.metrics import comparison as comparison_module
 from icl_dual.metrics.catalogue import (
     BUILT_IN,
@@ -375,8 +376,8 @@ def test_only_a_metric_can_be_registered() -> None:
 
 
 def test_what_a_metric_is_made_of_is_public() -> None:
-    assert (icl.metrics.Batch, icl.metrics.Drawing, icl.metrics.Metric) == (Batch, Drawing, Metric)
-    assert {"Batch", "Drawing"} <= set(icl.metrics.__all__)
+    assert (metrics_package.Batch, metrics_package.Drawing) == (Batch, Drawing)
+    assert {"Batch", "Drawing", "Metric"} <= set(metrics_package.__all__)
 
 
 def lines_of(ax: Axes) -> list[tuple[str, str, str]]:
