@@ -262,7 +262,12 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
             assert scope["result"].cell == finished.cell == scope["cell"]
             assert scope["result"].provenance == finished.provenance, "read, not run again"
             pd.testing.assert_frame_equal(scope["table"], finished.to_frame())
-            assert printed.count("SimAOU") == 1
+            header, row = printed.splitlines()
+            assert header.split() == ["task", "seed", "value", "low", "high"]
+            _, task, seed, *estimate = row.split()
+            interval = finished.comparison.intervals()["SimAOU"]
+            assert (task, seed) == ("sst2", "1")
+            assert [*map(float, estimate)] == pytest.approx([interval.value, interval.low, interval.high], abs=1e-5)
             with pytest.MonkeyPatch.context() as patch:
                 for name in ("load_model", "load_task"):  # a finished cell needs neither
                     patch.setattr(f"icl_dual.study.{name}", None)
