@@ -723,9 +723,11 @@ def _load_same(cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtyp
     result = load_cell(folder)
     check_same_settings(folder, asdict(cell), asdict(result.cell))
     check_same_settings(folder, {"dtype": _dtype_name(dtype if passed is None else passed.dtype)}, result.provenance)
-    if passed is not None and cell.weights == "trained":
+    if passed is None:
+        return result
+    if cell.weights == "trained":
         _check_same_model(passed, result)
-    elif passed is not None:
+    else:
         origin = {"model": control_provenance(passed.provenance, cell.weights, cell.seed)}
         check_same_settings(folder, origin, result.provenance)
     return result

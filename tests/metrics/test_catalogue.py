@@ -305,7 +305,7 @@ def test_the_query_mask_is_true_at_a_querys_own_tokens(
     for query, length in enumerate(lengths):
         for layer in range(2):
             pairs = [[scores[name][query, layer, head, :length].numpy() for name in ("ICL", "FT")] for head in range(2)]
-            expected = np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])
+            expected = np.mean([np.corrcoef(icl_scores, ft_scores)[0, 1] for icl_scores, ft_scores in pairs])
             np.testing.assert_allclose(values[query, layer], expected, rtol=1e-9, atol=1e-12)
     batch = Batch.of(recordings, torch.tensor([3, 0]), n_first=0)
     assert batch.query_mask.tolist() == [[True, True, False, False, False], [True] * 5]
