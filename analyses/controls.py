@@ -111,7 +111,9 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
         origin = {name: result.provenance[name] for name in ("model", "dtype")}
         settings = {"n_orders": args.orders, "settings": asdict(cell), "origin": origin}
         if folder.exists():
-            check_same_settings(folder, settings, load_tensors(folder)[1])
+            saved = load_tensors(folder)[1]
+            saved["settings"] = asdict(icl.Cell.from_settings(saved["settings"]))  # of an older version, too
+            check_same_settings(folder, settings, saved)
         else:
             started = time.perf_counter()
             model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))

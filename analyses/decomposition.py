@@ -134,7 +134,10 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
         folder = args.out / "cells" / cell.name
         if folder.exists():
             tensors, metadata = load_tensors(folder)
-            check_same_settings(folder, settings, metadata["settings"])
+            saved = dict(metadata["settings"])
+            rank = saved.pop("rank")
+            saved = {**asdict(icl.Cell.from_settings(saved)), "rank": rank}  # of an older version, too
+            check_same_settings(folder, settings, saved)
             check_same_settings(folder, {"dtype": args.dtype}, metadata["about"])
             yield Result(name, tensors, metadata["about"])
             continue

@@ -1,6 +1,8 @@
 """Slow references, made-up rows and the three settings, as several test modules use them."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,3 +175,10 @@ class FullPrompts:
         tokens = torch.tensor([[*self.prompts.prefix, *self.prompts.queries[query], *after]])
         with torch.no_grad():
             return self.model.run(tokens, **callbacks)
+
+
+def as_saved_by_0_1(folder: Path) -> None:
+    """Rewrite a folder's saved settings of a cell as version 0.1 wrote them: finetuning's options among the others."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["settings"] |= metadata["settings"].pop("finetuning")
+    (folder / "metadata.json").write_text(json.dumps(metadata))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import as_saved_by_0_1
 
 import icl_dual as icl
 
@@ -95,6 +96,8 @@ def test_the_same_again_needs_no_model(out: Path, tiny_model: str, monkeypatch: 
     monkeypatch.setattr(icl, "load_model", load_model)
     monkeypatch.setitem(tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})
     before = (out / "controls.csv").read_bytes()
+    for folder in (next((out / "cells").iterdir()), next((out / "orders").iterdir())):
+        as_saved_by_0_1(folder)
     assert script.main(["--model", tiny_model, *ARGUMENTS, "--orders", "2", "--out", str(out)]) == 0
     assert (out / "controls.csv").read_bytes() == before
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import decomposition as script
 import pandas as pd
 import pytest
+from helpers import as_saved_by_0_1
 
 import icl_dual as icl
 
@@ -58,6 +59,7 @@ def test_finished_cells_are_drawn_again_without_the_model(
 ) -> None:
     monkeypatch.setattr(icl, "load_model", lambda *args, **kwargs: pytest.fail("no model is needed"))
     before = (out / "layers.csv").read_bytes()
+    as_saved_by_0_1(next((out / "cells").iterdir()))
     assert script.main([*arguments, "--out", str(out)]) == 0
     assert (out / "layers.csv").read_bytes() == before
 

@@ -281,7 +281,11 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
         (("somewhere", "--json", "x.json"), 2, "--json takes the metrics of --recordings"),
         (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a number from 1, or all, got '0'"),
         (("nowhere",), 1, "error: expected finished cells in nowhere, found none"),
-        (("--recordings", "nowhere"), 1, "error: expected a folder of recordings, got nowhere, which does not exist: pass"),
+        (
+            ("--recordings", "nowhere"),
+            1,
+            "error: expected a folder of recordings, got nowhere, which does not exist: pass",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_said(
