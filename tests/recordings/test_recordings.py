@@ -72,9 +72,7 @@ def test_recordings_without_a_delta_have_no_training_queries(
     saved = icl.Recordings.load(tmp_path / "saved")
     assert saved.training_q is saved.training_segments is saved.training_k is None
     assert torch.equal(saved.segments, recordings.segments)
-    with pytest.raises(
-        icl.RecordingError, match=r"with finetuning's training queries, .* with a delta of icl_dual.fine"
-    ):
+    with pytest.raises(icl.RecordingError, match=r"with training queries, .*: pass a delta of icl_dual\.finetune"):
         write_recordings(without, tmp_path / "released", progress=False)
     assert not (tmp_path / "released").exists()
 
