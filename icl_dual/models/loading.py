@@ -45,11 +45,8 @@ def load_model(
         ValueError: torch cannot use the device.
 
     Example:
-        The first call downloads the model, so this example is not run as a test:
-
-        >>> model = icl_dual.load_model("smollm2-135m")  # doctest: +SKIP
-        >>> model.description  # doctest: +SKIP
-        'SmolLM2-135M-Instruct (Q4_1, dequantised)'
+        `icl_dual.load_model("smollm2-135m").description` is `"SmolLM2-135M-Instruct (Q4_1, dequantised)"`. The first
+        call downloads the model.
     """
     try:
         torch.empty(0, device=device)
