@@ -1,4 +1,5 @@
-"""Draw the claim in one figure: SimAOU of in-context learning and finetuning beside what must score less than it.
+"""Draw the claim in one figure: SimAOU of in-context learning and finetuning, and of controls that
+should score less.
 
 Reads the table that `controls.py` wrote; runs no model.
 """

@@ -30,7 +30,7 @@ def weights(model: icl.Model) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, parameter in named.items():
         *within, part, kind = name.split(".")
-        if ".".join([*within, "qkv", kind]) in named:  # beside what the bridge has split out of it
+        if ".".join([*within, "qkv", kind]) in named:  # next to the parts that the bridge split out of it
             if part not in ("qkv", "o"):
                 continue
             name = ".".join([*within, qkv if part == "qkv" else output, kind])

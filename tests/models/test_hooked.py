@@ -296,7 +296,7 @@ def test_the_same_weights_behind_a_bridge_give_the_same_numbers(
         # Steps of SGD amplify rounding, and so do arccosines of nearly 1.
         loose = 10 if "angles" in name else 1 if name.startswith(("in_context.", "zsl.", "split.")) else 3
         # A token that stands twice in the demonstrations has two equal scores, which rounding puts in either order.
-        loose = 1000 if name.startswith("Kendall") else loose
+        loose = (1000 if dtype is torch.float32 else 100) if name.startswith("Kendall") else loose
         off = (others[name] - value).nan_to_num().norm()
         assert off <= loose * rounding * value.nan_to_num().norm(), name
 
