@@ -9,7 +9,7 @@
 
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
-from icl_dual.finetuning.weight_delta import Factors, FinetuneConfig, Loss, Method, Trained, WeightDelta
+from icl_dual.finetuning.weight_delta import Factors, FinetuneConfig, Loss, Method, Noise, Trained, WeightDelta
 
 __all__ = [
     "DivergedError",
@@ -17,6 +17,7 @@ __all__ = [
     "FinetuneConfig",
     "Loss",
     "Method",
+    "Noise",
     "Trained",
     "WeightDelta",
     "finetune",

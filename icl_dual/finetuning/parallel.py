@@ -27,6 +27,7 @@ from icl_dual.finetuning.weight_delta import (
     PAPER_FINETUNING,
     PROJECTIONS_TRAINED,
     FinetuneConfig,
+    Noise,
     WeightDelta,
     trained_weights,
 )
@@ -44,6 +45,7 @@ def finetune_many(
     lrs: Sequence[float],
     *,
     config: FinetuneConfig = PAPER_FINETUNING,
+    noises: Sequence[Noise | None] | None = None,
     at_once: int = 8,
     progress: bool = True,
 ) -> Iterator[WeightDelta | DivergedError]:
@@ -60,6 +62,7 @@ def finetune_many(
         prompts: by run, the prompts; their demonstrations are the training sequences.
         lrs: by run, the learning rate.
         config: the loss, the method and the trained projections of all runs, as in `finetune`.
+        noises: by run, the noise on the weights that it starts from, as in `finetune`; no noise by default.
         at_once: the most runs in parallel; each needs memory for its delta and its gradient. Halved where memory runs
             out.
         progress: show progress bars.
@@ -69,7 +72,7 @@ def finetune_many(
         start when the iterator reaches them, `at_once` at a time.
 
     Raises:
-        ValueError: there are not as many rates as prompts, at_once is below 1, or as in `finetune`.
+        ValueError: there are not as many rates or noises as prompts, at_once is below 1, or as in `finetune`.
         PromptError: the prompts are incomplete, or the model cannot read them.
         UnsupportedModelError: as in `finetune`, or a trained projection is not a layer that the forward pass calls.
     """
@@ -77,6 +80,12 @@ def finetune_many(
         raise ValueError(
             f"expected as many learning rates as prompts, got {len(prompts)} prompts and {len(lrs)} rates: pass one "
             "rate for each"
+        )
+    noises = [None] * len(prompts) if noises is None else noises
+    if len(prompts) != len(noises):
+        raise ValueError(
+            f"expected as many noises as prompts, got {len(prompts)} prompts and {len(noises)} noises: pass one for "
+            "each, None for a run without"
         )
     if at_once < 1:
         raise ValueError(f"expected at_once of at least 1, got {at_once}: pass 1 to finetune one after another")
@@ -90,17 +99,17 @@ def finetune_many(
     )
     if is_sequential:
         return (
-            _delta_or_error(model, run_prompts, lr, config, progress)
-            for run_prompts, lr in zip(prompts, lrs, strict=True)
+            _delta_or_error(model, run_prompts, lr, config, noise, progress)
+            for run_prompts, lr, noise in zip(prompts, lrs, noises, strict=True)
         )
-    return _finetune_groups(model, prompts, lrs, config, at_once, progress)
+    return _finetune_groups(model, prompts, lrs, config, noises, at_once, progress)
 
 
 def _delta_or_error(
-    model: Model, prompts: Prompts, lr: float, config: FinetuneConfig, progress: bool
+    model: Model, prompts: Prompts, lr: float, config: FinetuneConfig, noise: Noise | None, progress: bool
 ) -> WeightDelta | DivergedError:
     try:
-        return finetune(model, prompts, lr=lr, config=config, progress=progress)
+        return finetune(model, prompts, lr=lr, config=config, noise=noise, progress=progress)
     except DivergedError as error:
         return error.with_traceback(None)  # the traceback would keep the run's memory
 
@@ -110,6 +119,7 @@ def _finetune_groups(
     prompts: Sequence[Prompts],
     lrs: Sequence[float],
     config: FinetuneConfig,
+    noises: Sequence[Noise | None],
     at_once: int,
     progress: bool,
 ) -> Iterator[WeightDelta | DivergedError]:
@@ -119,7 +129,7 @@ def _finetune_groups(
         while first < len(prompts):
             group = slice(first, first + at_once)
             try:
-                results = _ParallelRuns(model, prompts[group], lrs[group], config).run(progress)
+                results = _ParallelRuns(model, prompts[group], lrs[group], config, noises[group]).run(progress)
             except (RuntimeError, MemoryError) as error:
                 if at_once == 1 or not is_out_of_memory(error):
                     raise
@@ -143,6 +153,8 @@ class _Run:
     """The prompts; their demonstrations are the training sequences."""
     lr: float
     """The learning rate."""
+    noise: Noise | None = None
+    """The noise on the weights that it starts from; `None` without noise."""
     losses: list[float] = field(default_factory=list)
     """The mean cross-entropy of each step's demonstration, in nats."""
     q: list[Tensor] = field(default_factory=list)
@@ -163,20 +175,36 @@ class _Run:
 class _ParallelRuns:
     """Runs of SGD that share each pass, as rows of its batch. A run that has finished or diverged leaves the batch."""
 
-    def __init__(self, model: Model, prompts: Sequence[Prompts], lrs: Sequence[float], config: FinetuneConfig) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompts],
+        lrs: Sequence[float],
+        config: FinetuneConfig,
+        noises: Sequence[Noise | None],
+    ) -> None:
         self.model = model
         self.config = config
-        self.runs = [_Run(run_prompts, lr) for run_prompts, lr in zip(prompts, lrs, strict=True)]
+        self.runs = [_Run(*settings) for settings in zip(prompts, lrs, noises, strict=True)]
         self.active = list(self.runs)
-        weights = trained_weights(model, config.trained)
+        self.weights = weights = trained_weights(model, config.trained)
         self.weight_norm = total_norm(
             [weight.parameter.detach() for by_layer in weights.values() for weight in by_layer]
         )
         self.deltas: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
-        """By a delta's name and by layer, the change of the weights so far of each active run."""
+        """By a delta's name and by layer, the difference of each active run's weights from the model's: the run's noise
+        and its steps so far."""
         for name, by_layer in weights.items():
             matrices = [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
             self.deltas[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
+        for index, run in enumerate(self.runs):
+            for name, by_layer in self._noise(run).items():
+                for tensor, change in zip(self.deltas[name], by_layer, strict=True):
+                    tensor[index] = change
+
+    def _noise(self, run: _Run) -> dict[str, list[Tensor]]:
+        """Return the noise on a run's weights by a delta's name and by layer; nothing for a run without noise."""
+        return {} if run.noise is None else run.noise.changes(self.weights)
 
     def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
         """Take all steps of all runs and return each run's result."""
@@ -271,6 +299,8 @@ class _ParallelRuns:
             name: torch.stack([tensor.detach()[index] for tensor in by_layer]).cpu()
             for name, by_layer in self.deltas.items()
         }
+        for name, by_layer in self._noise(run).items():  # drawn once more, which costs less than to keep it
+            deltas[name] -= torch.stack(by_layer).cpu()
         return WeightDelta(
             model=self.model.name,
             fingerprint=fingerprint,
@@ -281,4 +311,5 @@ class _ParallelRuns:
             losses=torch.tensor(run.losses, dtype=torch.float64),
             training_q=torch.cat(run.q, dim=1),
             training_k=torch.cat(run.k, dim=1),
+            noise=run.noise,
         )

@@ -24,6 +24,7 @@ from icl_dual.finetuning.weight_delta import (
     PAPER_FINETUNING,
     Factors,
     FinetuneConfig,
+    Noise,
     WeightDelta,
     restored,
     trained_weights,
@@ -55,6 +56,7 @@ def finetune(
     *,
     lr: float,
     config: FinetuneConfig = PAPER_FINETUNING,
+    noise: Noise | None = None,
     factors: bool = False,
     progress: bool = True,
 ) -> WeightDelta:
@@ -68,6 +70,8 @@ def finetune(
             demonstrations' losses, is to first order as long as all steps of `sgd` together. With `layer-causal`,
             gradients stop at every layer's input, and each layer's output is read by the final norm and the
             unembedding, which stay frozen.
+        noise: noise on the trained weights that finetuning starts from. The delta is the change from there on, without
+            the noise.
         factors: keep the outer products that the delta of keys and values is the sum of, and check that it is.
         progress: show a progress bar.
 
@@ -104,7 +108,8 @@ def finetune(
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr) if factors else None
-    with restored(parameters) as before, only_trained(model, parameters):
+    with restored(parameters) as clean, only_trained(model, parameters):
+        before = clean if noise is None else _add_noise(weights, noise)
         descent = _GradientDescent(model, parameters, before, lr, full_batch=config.method == "full-batch")
         steps = zip(prompts.training_sequences, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training_sequences)
@@ -142,7 +147,18 @@ def finetune(
         training_q=torch.cat(training["q"], dim=1),
         training_k=torch.cat(training["k"], dim=1),
         factors=None if recorder is None else recorder.factors(deltas["W_K"], deltas["W_V"]),
+        noise=noise,
     )
+
+
+def _add_noise(weights: dict[str, list[Weight]], noise: Noise) -> list[Tensor]:
+    """Add noise to the trained weights and return copies of their values with it."""
+    changes = noise.changes(weights)
+    with torch.no_grad():
+        for name, by_layer in weights.items():
+            for weight, change in zip(by_layer, changes[name], strict=True):
+                weight.parameter.add_(weight.from_matrix(change).to(weight.parameter))
+    return [weight.parameter.detach().clone() for by_layer in weights.values() for weight in by_layer]
 
 
 def divergence(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:

@@ -56,6 +56,47 @@ class FinetuneConfig:
                 raise ValueError(f"expected {name} out of {get_args(options)}, got {value!r}: choose one of these")
 
 
+@document_fields
+@dataclass(frozen=True)
+class Noise:
+    """Random noise on the weights that finetuning starts from. Replicas with noise show how stable its outcome is.
+
+    Each trained weight and bias starts from W·(1 + size·g), with g drawn from a standard normal distribution. The same
+    seed gives the same g for every model of the same shape.
+
+    >>> Noise(seed=1)
+    Noise(seed=1, size=0.001953125)
+
+    Raises:
+        ValueError: the size is not above 0 and below 1.
+    """
+
+    seed: int
+    """The seed of g."""
+    size: float = 2**-9
+    """The relative size of the noise. The default is the unit roundoff of bfloat16, in which most models are published:
+    a weight is known no better than that."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size < 1:
+            raise ValueError(f"expected size above 0 and below 1, got {self.size}: pass 2**-9, or a similar number")
+
+    def changes(self, weights: dict[str, list[Weight]]) -> dict[str, list[Tensor]]:
+        """Return size·g·W of each weight and bias as a matrix or vector, in float32 at least, on the weight's device.
+
+        Args:
+            weights: by field's name in `WeightDelta` and by layer, as `trained_weights` returns them.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        changes: dict[str, list[Tensor]] = {}
+        for name, by_layer in weights.items():
+            changes[name] = []
+            for weight in by_layer:
+                matrix = at_least_float32(weight.to_matrix(weight.parameter.detach()))
+                changes[name].append(self.size * torch.randn(matrix.shape, generator=generator).to(matrix) * matrix)
+        return changes
+
+
 PAPER_FINETUNING = FinetuneConfig()
 """The finetuning of Dai et al. (2023)."""
 
@@ -104,7 +145,7 @@ class WeightDelta(Saved):
     model: str
     """The name of the model that was finetuned."""
     fingerprint: str
-    """The fingerprint of the weights that finetuning started from."""
+    """The fingerprint of the model's weights before finetuning, and before `noise`."""
     lr: float | None
     """The learning rate; `None` where it is unknown (`WeightDelta.between`)."""
     config: FinetuneConfig | None
@@ -136,14 +177,17 @@ class WeightDelta(Saved):
     """Δb_O; `None` where the output projections have no bias, or were not trained."""
     factors: Factors | None = None
     """The outer products that ΔW_K and ΔW_V are the sums of; `None` where `finetune` was not told to keep them."""
+    noise: Noise | None = None
+    """The noise on the weights that finetuning started from, which is no part of the delta; `None` without noise."""
 
     def __repr__(self) -> str:
         matrices = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
         norms = ", ".join(f"‖Δ{name}‖={delta.norm():.3g}" for name, delta in matrices.items() if delta is not None)
         if self.config is None:
             return f"WeightDelta({self.model!r}, finetuned elsewhere, {self.trained} changed, {norms})"
+        noise = "" if self.noise is None else f"noise of {self.noise.size:.3g} with seed {self.noise.seed}, "
         return (
-            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.trained} trained, "
+            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.trained} trained, {noise}"
             f"{len(self.losses)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, {norms})"
         )
 

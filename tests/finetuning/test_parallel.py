@@ -17,7 +17,7 @@ from helpers import some_eta
 from torch import nn
 
 import icl_dual as icl
-from icl_dual.finetuning import parallel, sgd
+from icl_dual.finetuning import Noise, parallel, sgd
 from icl_dual.finetuning.weight_delta import Loss, Method, Trained
 from icl_dual.prompts import Prompts
 
@@ -28,9 +28,10 @@ def equal_to_one_by_one(
     """Several runs at once, each held against `finetune`."""
     deltas = list(icl.finetune_many(model, prompts, lrs, progress=False, **options))
     options.pop("at_once", None)
-    for got, run_prompts, lr in zip(deltas, prompts, lrs, strict=True):
+    noises = options.pop("noises", [None] * len(prompts))
+    for got, run_prompts, lr, noise in zip(deltas, prompts, lrs, noises, strict=True):
         assert isinstance(got, icl.WeightDelta)
-        expected = icl.finetune(model, run_prompts, lr=lr, progress=False, **options)
+        expected = icl.finetune(model, run_prompts, lr=lr, noise=noise, progress=False, **options)
         for name, value in vars(expected).items():
             other = getattr(got, name)
             if isinstance(value, torch.Tensor):
@@ -81,6 +82,29 @@ def test_several_at_once_with_momentum_attention(make_model: Callable[..., icl.M
     model = make_model("llama", torch.float64)
     with icl.momentum_attention(model, some_eta()):
         equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-5)
+
+
+@pytest.mark.parametrize("trained", ["key-value", "attention"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox"])
+def test_noisy_and_clean_runs_share_a_batch_and_equal_runs_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, trained: Trained
+) -> None:
+    model = make_model(architecture, torch.float64)
+    before, prompts = snapshot(model), [several(model, task)[0]] * 4
+    noises = [None, Noise(1), Noise(2), Noise(1, size=0.1)]
+    config = icl.FinetuneConfig(trained=trained)
+    deltas = equal_to_one_by_one(model, prompts, [LR] * 4, 1e-5, config=config, noises=noises)
+    assert same(model, before)
+    assert [delta.noise for delta in deltas if isinstance(delta, icl.WeightDelta)] == noises
+    (alone,) = icl.finetune_many(model, prompts[:1], [LR], config=config, noises=[Noise(2)], progress=False)
+    assert isinstance(alone, icl.WeightDelta)
+    assert isinstance(deltas[2], icl.WeightDelta)
+    assert (alone.W_V - deltas[2].W_V).norm() <= 1e-9 * alone.W_V.norm()
+
+
+def test_as_many_noises_as_prompts(llama: icl.Model, prompts: Prompts) -> None:
+    with pytest.raises(ValueError, match="expected as many noises as prompts, got 2 prompts and 1 noises"):
+        icl.finetune_many(llama, [prompts, prompts], [LR, LR], noises=[None])
 
 
 @pytest.mark.parametrize(
@@ -227,7 +251,7 @@ def test_losses_over_a_large_vocabulary_lose_no_digits(
         return logits[torch.arange(3)[:, None], read]
 
     monkeypatch.setattr(model, "run", run)
-    runs = parallel._ParallelRuns(model, [prompts] * 3, [LR] * 3, icl.FinetuneConfig())
+    runs = parallel._ParallelRuns(model, [prompts] * 3, [LR] * 3, icl.FinetuneConfig(), [None] * 3)
     losses = runs._losses([row] * 3)
     targets = torch.tensor(row[len(prompts.start) :])
     for got, row_logits in zip(losses.tolist(), logits[:, len(prompts.start) - 1 : -1].double(), strict=True):

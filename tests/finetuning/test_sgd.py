@@ -30,8 +30,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import icl_dual as icl
-from icl_dual.finetuning import sgd
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.finetuning import Noise, sgd
+from icl_dual.finetuning.weight_delta import Loss, Method, Trained, trained_weights
 from icl_dual.prompts import Prompts
 
 
@@ -300,6 +300,47 @@ def test_factors_make_up_the_delta_of_any_method(
 def test_nothing_to_train_on_is_refused(llama: icl.Model, prompts: Prompts) -> None:
     with pytest.raises(ValueError, match="expected prompts with demonstrations to finetune on, got none"):
         icl.finetune(llama, prompts.zero_shot(), lr=LR, progress=False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", get_args(Method))
+def test_finetuning_from_noisy_weights_is_that_of_a_model_with_these_weights(
+    make_model: Callable[..., icl.Model], prompts: Prompts, architecture: str, method: Method
+) -> None:
+    model, noisy = make_model(architecture, torch.float64), make_model(architecture, torch.float64)
+    before, config, ratios = snapshot(model), icl.FinetuneConfig(method=method, trained="attention"), []
+    weights = trained_weights(noisy, "attention")
+    with torch.no_grad():
+        for name, changes in Noise(3).changes(weights).items():
+            for weight, change in zip(weights[name], changes, strict=True):
+                ratios.append((change / weight.to_matrix(weight.parameter.detach())).flatten())
+                weight.parameter.add_(weight.from_matrix(change))
+    ratio = torch.cat(ratios)[~torch.cat(ratios).isnan()]  # GPT-2's biases are zero
+    assert ratio.std().item() == pytest.approx(2**-9, rel=0.05)
+    assert abs(ratio.mean()) < 4 * 2**-9 / math.sqrt(len(ratio))
+    delta = icl.finetune(model, prompts, lr=LR, config=config, noise=Noise(3), progress=False)
+    expected = icl.finetune(noisy, prompts, lr=LR, config=config, progress=False)
+    assert same(model, before)
+    for name in ("W_Q", "W_K", "W_V", "W_O", "losses", "training_q", "training_k"):
+        torch.testing.assert_close(getattr(delta, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+    assert delta.fingerprint == model.fingerprint() != expected.fingerprint
+    assert "noise of 0.00195 with seed 3" in repr(delta)
+
+
+def test_other_seeds_are_other_noise_and_none_is_none(llama: icl.Model, prompts: Prompts) -> None:
+    clean, again, first, second = (
+        icl.finetune(llama, prompts, lr=LR, noise=noise, progress=False) for noise in (None, None, Noise(1), Noise(2))
+    )
+    assert torch.equal(clean.W_V, again.W_V)
+    assert not torch.equal(first.W_V, second.W_V)
+    assert not torch.equal(first.W_V, clean.W_V)
+    assert "noise" not in repr(clean)
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, 1.0, math.nan])
+def test_the_size_of_noise_is_a_part_of_the_weight(size: float) -> None:
+    with pytest.raises(ValueError, match="expected size above 0 and below 1, got"):
+        Noise(1, size=size)
 
 
 @pytest.mark.parametrize(("dtype", "at_least"), [(torch.bfloat16, 0.85), (torch.float16, 0.985)])

@@ -12,6 +12,7 @@ from finetuning_references import KINDS, LR, movable, same, snapshot
 from toys import ARCHITECTURES
 
 import icl_dual as icl
+from icl_dual.finetuning import Noise
 from icl_dual.finetuning.weight_delta import Method, Trained
 from icl_dual.prompts import Prompts
 from icl_dual.storage import save_tensors
@@ -92,9 +93,10 @@ def assert_same_fields(got: Any, expected: Any) -> None:
             assert other == value, name
 
 
-def test_factors_are_saved_with_their_delta(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:
-    delta = icl.finetune(llama, prompts, lr=LR, factors=True, progress=False)
+def test_factors_and_noise_are_saved_with_their_delta(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:
+    delta = icl.finetune(llama, prompts, lr=LR, factors=True, noise=Noise(5), progress=False)
     delta.save(tmp_path / "delta")
+    assert icl.WeightDelta.load(tmp_path / "delta").noise == Noise(5)
     assert_same_delta(icl.WeightDelta.load(tmp_path / "delta"), delta)
 
 
