@@ -10,21 +10,26 @@
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
+    UNSTABLE,
     Interval,
     Paired,
+    Shifts,
     Table,
     bootstrap,
     mean_of_intervals,
     over_seeds,
     paired_test,
     proportion,
+    widened,
     wilson,
 )
 
 __all__ = [
     "MIN_QUERIES",
+    "UNSTABLE",
     "Interval",
     "Paired",
+    "Shifts",
     "Table",
     "bootstrap",
     "mean_of_intervals",
@@ -32,5 +37,6 @@ __all__ = [
     "paired_test",
     "proportion",
     "summary_frame",
+    "widened",
     "wilson",
 ]

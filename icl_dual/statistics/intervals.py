@@ -18,10 +18,15 @@ MIN_QUERIES = 5
 RESAMPLES = 2000
 """The number of bootstrap resamples."""
 
+UNSTABLE = "†"
+"""The mark of an estimate with a spread over replicas that exceeds its interval over queries."""
+
 _TAILS = (0.025, 0.975)
 
 Table = Float[Tensor | np.ndarray, "..."]
 """Scores `[seed query]`, NaN where undefined."""
+Shifts = Float[Tensor | np.ndarray, "seed replica"]
+"""How far each replica of a seed's finetuning moves an estimate."""
 _Counts = Float[np.ndarray, "resample item"]
 
 
@@ -39,14 +44,22 @@ class Interval:
     """The number of queries with a value; of several groups, the smallest."""
     n_seeds: int = 1
     """The number of seeds; of several groups, the smallest."""
+    spread: float = float("nan")
+    """The range of the estimate over replicas of the finetuning, which the interval includes (`widened`); NaN where
+    there are no replicas."""
 
     @property
     def known(self) -> bool:
         """Return whether there is an interval."""
         return not (np.isnan(self.low) or np.isnan(self.high))
 
+    @property
+    def unstable(self) -> bool:
+        """Return whether the spread over replicas exceeds the width of the interval over queries alone."""
+        return bool(np.isposinf(self.spread) or self.spread > self.high - self.low - self.spread)
+
     def format(self, digits: int = 3, *, scale: float = 1.0, counts: str = "") -> str:
-        """Return the estimate and its interval as text.
+        """Return the estimate and its interval as text; a dagger (`UNSTABLE`) marks an unstable estimate.
 
         Args:
             digits: the number of digits after the point.
@@ -60,8 +73,11 @@ class Interval:
             '0.152 (3 queries: no interval)'
             >>> Interval(float("nan"), float("nan"), float("nan"), n_queries=0).format()
             'undefined'
+            >>> Interval(0.152, 0.14, 0.263, n_queries=80, spread=0.1).format()
+            '0.152† [0.140, 0.263]'
         """
         value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high))
+        value += UNSTABLE if self.unstable else ""
         suffix = f" ({counts})" if counts else ""
         if np.isnan(self.value):
             return f"undefined{suffix}"
@@ -166,6 +182,38 @@ def mean_of_intervals(*estimates: Interval) -> Interval:
     mean, below, above = value.mean(), *(np.linalg.norm(end - value) / len(value) for end in (low, high))
     n_queries, n_seeds = (min(getattr(estimate, name) for estimate in estimates) for name in ("n_queries", "n_seeds"))
     return Interval(float(mean), float(mean - below), float(mean + above), n_queries, n_seeds)
+
+
+def widened(interval: Interval, *shifts: Shifts) -> Interval:
+    """Return an interval over queries, widened by what replicas of the finetuning change.
+
+    A seed's replicas move its estimate down and up by the lowest and the highest of their shifts and 0, which is the
+    run itself. Seeds and groups were finetuned apart, so their moves add up as independent errors do: the mean moves by
+    the root of the sum of their squares.
+
+    Args:
+        interval: the interval over queries, of a mean over groups.
+        shifts: by group, how far each seed's replicas move the estimate; NaN where a replica has no value, infinite
+            where it diverged. Without replicas, the interval is returned as it is.
+
+    Example:
+        >>> print(widened(Interval(0.15, 0.14, 0.16, n_queries=80), np.array([[0.002, 0.08, -0.01]])))
+        0.150† [0.130, 0.240]
+    """
+    tables = [np.asarray(group, dtype=np.float64) for group in shifts]
+    if not tables or not all(table.size for table in tables):
+        return interval
+    below, above = (float(np.linalg.norm(_moves(tables, side))) for side in (-1, 1))
+    return replace(interval, low=interval.low - below, high=interval.high + above, spread=below + above)
+
+
+def _moves(tables: list[np.ndarray], side: int) -> Float[np.ndarray, " seed"]:
+    """Return how far each group's seeds move the mean of all to one side, at least 0."""
+    by_seed = [
+        np.where(np.isinf(table).any(1), np.inf, np.nan_to_num(side * table).max(1).clip(0)) / len(table)
+        for table in tables
+    ]
+    return np.concatenate(by_seed) / len(tables)
 
 
 def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:

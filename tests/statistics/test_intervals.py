@@ -19,6 +19,7 @@ from icl_dual.statistics.intervals import (
     mean_of_intervals,
     over_seeds,
     paired_test,
+    widened,
     wilson,
 )
 
@@ -373,3 +374,46 @@ def test_students_interval_holds_the_true_difference_as_often_as_it_says():
         difference = over_seeds(row + 0.3 + rng.normal(size=5), row).difference
         inside += difference.low <= 0.3 <= difference.high
     assert 0.93 < inside / 2000 < 0.97
+
+
+def test_replicas_widen_an_interval_to_both_sides_by_their_farthest_shifts() -> None:
+    interval = Interval(0.15, 0.14, 0.16, 80)
+    wider = widened(interval, np.array([[0.002, 0.08, -0.01]]))
+    assert (wider.low, wider.high, wider.spread) == pytest.approx((0.13, 0.24, 0.09))
+    assert wider.unstable
+    steady = widened(interval, np.array([[0.002, -0.001]]))
+    assert (steady.low, steady.high) == pytest.approx((0.139, 0.162))
+    assert not steady.unstable
+    assert not interval.unstable, "it was finetuned once"
+    assert widened(interval) == interval
+    assert widened(interval, np.empty((2, 0))) == interval
+
+
+def test_the_run_itself_is_one_of_the_replicas() -> None:
+    wider = widened(Interval(0.5, 0.4, 0.6, 9), np.array([[0.3, 0.1]]))
+    assert (wider.low, wider.high, wider.spread) == pytest.approx((0.4, 0.9, 0.3))
+
+
+@given(seed=SEEDS, n_groups=st.integers(1, 3), n_seeds=st.integers(1, 4))
+def test_moves_of_seeds_and_groups_add_up_as_independent_errors(seed: int, n_groups: int, n_seeds: int) -> None:
+    shifts = normal(seed, n_groups, n_seeds, 3)
+    wider = widened(Interval(0.0, -1.0, 1.0, 9), *shifts)
+    up = [max(0.0, *by_replica) for group in shifts.tolist() for by_replica in group]
+    down = [max(0.0, *(-shift for shift in by_replica)) for group in shifts.tolist() for by_replica in group]
+    n = n_groups * n_seeds
+    assert wider.high - 1 == pytest.approx(math.sqrt(sum((move / n) ** 2 for move in up)))
+    assert -1 - wider.low == pytest.approx(math.sqrt(sum((move / n) ** 2 for move in down)))
+
+
+def test_a_diverged_replica_leaves_no_bound_and_one_without_a_value_counts_as_none() -> None:
+    interval = Interval(0.5, 0.4, 0.6, 9)
+    diverged = widened(interval, np.array([[0.01, np.inf], [0.0, 0.0]]))
+    assert (diverged.low, diverged.high, diverged.unstable) == (-math.inf, math.inf, True)
+    assert diverged.format() == "0.500† [-inf, inf]"
+    assert widened(interval, np.array([[np.nan, 0.1]])) == widened(interval, np.array([[0.1]]))
+
+
+def test_only_a_spread_beyond_the_interval_over_queries_is_unstable() -> None:
+    interval = Interval(0.5, 0.4, 0.6, 9)
+    assert not widened(interval, np.array([[0.19]])).unstable
+    assert widened(interval, np.array([[0.21]])).unstable
