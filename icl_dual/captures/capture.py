@@ -10,7 +10,7 @@ over a full prompt. A model that fails either check is refused.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +27,7 @@ from icl_dual.captures.shared_prefix import (
     label_word_log_probs,
     log_probs_of,
     measure_pass,
+    norms_of,
     run_prefix,
     run_queries,
 )
@@ -45,12 +46,13 @@ Field = Literal[
     "context_scores",
     "demo_scores",
     "query_scores",
+    "residual_norms",
     "keys_values",
     "full_prompt",
     "next_log_probs",
 ]
-METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
-"""The fields that the paper's metrics need."""
+METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores", "residual_norms")
+"""The fields that the paper's metrics need, and that tell which tokens carry massive activations."""
 DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values", "full_prompt")
 """The fields that `icl_dual.decompose` needs."""
 
@@ -107,6 +109,9 @@ class Capture(Saved):
     """Scores over the tokens of the demonstrations, without start token and separators."""
     query_scores: Float[Tensor, "query layer head query_token"] | None
     """Scores over the query's own tokens, without the start token; zero past a query's end, which changes no cosine."""
+    residual_norms: Float[Tensor, "query layer query_token"] | None
+    """Norm of the residual stream after each layer at the query's own tokens, those of `query_scores`; zero past a
+    query's end. The start token is left out: no metric reads it."""
     keys_values: KeysValues | None
     """Keys and values of the demonstrations and of each query's own tokens."""
     full_prompt: FullPromptPass | None
@@ -138,6 +143,25 @@ class Capture(Saved):
             return {}
         annotation = get_args(type(self).__annotations__[field])[0]
         return dict(zip(annotation.dim_str.split(), tensor.shape, strict=True))
+
+    def first(self, n_queries: int) -> "Capture":
+        """Return the capture of the first queries alone."""
+        prompts = self.prompts.first(n_queries)
+        longest = max(map(len, prompts.suffixes))
+        by_query = {
+            name: value[:n_queries, ..., :longest] if name in ("query_scores", "residual_norms") else value[:n_queries]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        keys_values = self.keys_values
+        if keys_values is not None:
+            n_pos = len(prompts.start) + longest
+            query_keys, query_values = (
+                keys_or_values[:n_queries, :, :n_pos]
+                for keys_or_values in (keys_values.query_keys, keys_values.query_values)
+            )
+            keys_values = replace(keys_values, query_keys=query_keys, query_values=query_values)
+        return replace(self, prompts=prompts, keys_values=keys_values, **by_query)
 
     def __repr__(self) -> str:
         names = [name for name in get_args(Field) if getattr(self, name) is not None]
@@ -194,6 +218,8 @@ def capture(
         label_tokens = [prompts.labels[index][0] for index in single_token_labels]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
+        if "residual_norms" in fields:
+            callbacks["on_residual"] = recorder.on_residual
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
             recorder.residual = max(recorder.residual, batch.residual)
             next_log_probs = log_probs_of(batch.logits)[:, 0]
@@ -258,12 +284,16 @@ class _Recorder:
             "context_scores": (n_queries, n_layers, n_prefix),
             "demo_scores": (n_queries, n_layers, n_heads, len(demo_positions)),
             "query_scores": (n_queries, n_layers, n_heads, longest),
+            "residual_norms": (n_queries, n_layers, longest),
             "next_log_probs": (n_queries, model.d_vocab),
         }
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
         self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
             self.tensors |= {name: torch.zeros(keys_shape, dtype=dtype) for name in ("query_keys", "query_values")}
+        if "residual_norms" in fields:
+            common_norms = torch.stack(context.norms)[:, n_prefix:]
+            self.tensors["residual_norms"][..., : common_norms.shape[-1]] = common_norms.to("cpu", dtype)
 
     def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
         """Record a layer's attention."""
@@ -312,6 +342,15 @@ class _Recorder:
         if "attn_out" in self.tensors:
             rows = torch.arange(len(batch), device=last.device)
             self.tensors["attn_out"][batch, layer] = output[rows, last].to(self.tensors["attn_out"])
+
+    def on_residual(
+        self, layer: int, stream: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
+    ) -> None:
+        """Record the norms of the residual stream after a layer."""
+        n_common, n_pos = self.n_before_rows - len(self.prompts.start), stream.shape[1]
+        past_end = torch.arange(n_pos, device=last.device) > last[:, None]
+        norms = norms_of(stream).masked_fill(past_end, 0.0)
+        self.tensors["residual_norms"][batch, layer, n_common : n_common + n_pos] = norms.cpu()
 
     def capture(self, log_probs: Float[Tensor, "query label"], full_prompt: FullPromptPass | None) -> Capture:
         """Return what was recorded."""

@@ -12,7 +12,8 @@ once:
    product for the whole batch, and no key or value is copied per query. The zero-shot pass is the same with the start
    token alone in the cache: in-context learning is the zero-shot pass with the demonstrations added to what is merged.
    Where the model has momentum, the cached values leave one vector per head, from which each query's sum continues.
-3. Callbacks receive each layer's attention and attention output; what to keep of them is the caller's choice.
+3. Callbacks receive each layer's attention, attention output and residual stream; what to keep of them is the caller's
+   choice. Of what runs once, the norms of the residual stream are kept beside keys and values.
 4. Every pass recomputes the heads' output over its tokens from queries, keys and values and compares it with the
    model's own. `measure_pass` compares the whole pass with a plain forward pass over a full prompt. A model that fails
    either is refused.
@@ -54,7 +55,8 @@ logger = logging.getLogger(__name__)
 OnBatchAttention = Callable[[int, Attention, Sequence[int], Int[Tensor, " batch"]], None]
 """Called with the layer, its attention, the rows' indices, and each row's last position."""
 OnBatchOutput = Callable[[int, Tensor, Sequence[int], Int[Tensor, " batch"]], None]
-"""Called with the layer, attention's output `[batch pos d_model]`, the rows' indices, and each row's last position."""
+"""Called with the layer, attention's output or the residual stream after the layer `[batch pos d_model]`, the rows'
+indices, and each row's last position."""
 
 
 @document_fields
@@ -78,7 +80,7 @@ class FullPromptPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys, values and momentum state of the tokens that come before every row, by layer."""
+    """Keys, values, momentum state and residual norms of the tokens that come before every row, by layer."""
 
     keys: list[Float[Tensor, "pos kv_head d_head"]]
     """Keys as scored, by layer."""
@@ -86,6 +88,8 @@ class PrefixCache:
     """Values, by layer."""
     states: list[Float[Tensor, "head d_head"] | None]
     """`Momentum.state` after the last token, by layer; `None` where the layer has no momentum."""
+    norms: list[Float[Tensor, " pos"]]
+    """Norms of the residual stream after the layer, by layer."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and blocks."""
 
@@ -112,13 +116,15 @@ class PrefixCache:
         """Return the cache extended by a block of tokens that ran after it."""
         keys = [torch.cat(pair) for pair in zip(self.keys, block.keys, strict=True)]
         values = [torch.cat(pair) for pair in zip(self.values, block.values, strict=True)]
-        return PrefixCache(keys, values, block.states, max(self.residual, block.residual))
+        norms = [torch.cat(pair) for pair in zip(self.norms, block.norms, strict=True)]
+        return PrefixCache(keys, values, block.states, norms, max(self.residual, block.residual))
 
 
 def empty_cache(model: Model) -> PrefixCache:
     """Return a cache of no tokens."""
     empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
-    return PrefixCache([empty] * model.n_layers, [empty] * model.n_layers, [None] * model.n_layers, 0.0)
+    n_layers, norms = model.n_layers, norms_of(empty.flatten(1))
+    return PrefixCache([empty] * n_layers, [empty] * n_layers, [None] * n_layers, [norms] * n_layers, 0.0)
 
 
 @dataclass
@@ -179,14 +185,18 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
 
 def _run_block(model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache) -> PrefixCache:
     """Return the cache of one block of prefix tokens, run after the ones before."""
-    block = PrefixCache([], [], [], 0.0)
+    block = PrefixCache([], [], [], [], 0.0)
 
     def on_attention(layer: int, attention: Attention) -> None:
         block.keys.append(attention.k[0])
         block.values.append(attention.v[0])
         block.states.append(None if attention.momentum is None else attention.momentum.state[0])
 
-    _, residual = _run_after(cache, model, tokens, torch.zeros_like(tokens[:, :1]), on_attention)
+    def on_residual(layer: int, residual: Tensor) -> None:
+        block.norms.append(norms_of(residual[0]))
+
+    logit_positions = torch.zeros_like(tokens[:, :1])
+    _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_residual=on_residual)
     return replace(block, residual=residual)
 
 
@@ -195,7 +205,7 @@ def _run_whole(
 ) -> tuple[PrefixCache, FullPromptPass | None]:
     """Run a prefix as one sequence, with a row after it where one is given."""
     tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
-    q, k, v, states, attn_out = [], [], [], [], []
+    q, k, v, states, attn_out, norms = [], [], [], [], [], []
 
     def on_attention(layer: int, attention: Attention) -> None:
         q.append(attention.q[0, -1].clone())  # a view would keep all of q in memory
@@ -207,13 +217,17 @@ def _run_whole(
     def on_output(layer: int, output: Tensor) -> None:
         attn_out.append(output[0, -1].clone())
 
+    def on_residual(layer: int, residual: Tensor) -> None:
+        norms.append(norms_of(residual[0, :n]))
+
+    logit_positions = torch.zeros_like(tokens[:, :1])
     try:
-        _, residual = _run_after(cache, model, tokens, torch.zeros_like(tokens[:, :1]), on_attention, on_output)
+        _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise _memory_error(model, FULL_PROMPT if row else PREFIX_PART, tokens, cache, error) from error
         raise
-    prefix_cache = PrefixCache([keys[:n] for keys in k], [values[:n] for values in v], states, residual)
+    prefix_cache = PrefixCache([keys[:n] for keys in k], [values[:n] for values in v], states, norms, residual)
     if row is None:
         return prefix_cache, None
     dtype = torch.promote_types(model.dtype, torch.float32)
@@ -228,6 +242,7 @@ def _run_after(
     logit_positions: Int[Tensor, "batch n_read"],
     on_attention: Callable[[int, Attention], None],
     on_output: OnTensor | None = None,
+    on_residual: OnTensor | None = None,
 ) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
     """Run rows after the cached tokens; `on_attention` receives each layer's attention with the z of the whole prompt.
 
@@ -255,6 +270,7 @@ def _run_after(
         read=logit_positions,
         on_attention=merge_cache,
         on_output=on_output,
+        on_residual=on_residual,
         momentum_states=cache.states,
     )
     return logits, _check_residuals(model, residuals)
@@ -280,6 +296,7 @@ def run_queries(
     *,
     on_attention: OnBatchAttention | None = None,
     on_output: OnBatchOutput | None = None,
+    on_residual: OnBatchOutput | None = None,
     n_after: int = 0,
 ) -> Iterator[QueryBatch]:
     """Run rows after the shared tokens, in batches padded on the right (causality keeps that exact).
@@ -295,6 +312,8 @@ def run_queries(
         on_attention: called at every layer with the batch's attention (z is that of the whole prompt), the rows'
             indices and their last positions.
         on_output: called at every layer with the attention output after W_O, the rows' indices and their last
+            positions.
+        on_residual: called at every layer with the residual stream after it, the rows' indices and their last
             positions.
         n_after: how many tokens at the end of each row come after the positions of the logits.
 
@@ -320,8 +339,13 @@ def run_queries(
             if on_output is not None:
                 on_output(layer, output, batch, last)
 
+        def on_batch_residual(layer: int, stream: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
+            assert on_residual is not None
+            on_residual(layer, stream, batch, last)
+
+        callbacks = on_batch_attention, on_batch_output, None if on_residual is None else on_batch_residual
         try:
-            logits, residual = _run_after(context, model, tokens, logit_positions, on_batch_attention, on_batch_output)
+            logits, residual = _run_after(context, model, tokens, logit_positions, *callbacks)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -412,6 +436,12 @@ def check_rope_scaling(model: Model, prompts: Prompts, query_prefix: Tokens) -> 
 def log_probs_of(logits: Tensor) -> Tensor:
     """Return log-probabilities in nats, in float32 or wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def norms_of(residual: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " *axes"]:
+    """Return the norm of each token's residual stream, in float32 or wider: massive activations overflow float16."""
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    return torch.linalg.vector_norm(residual, dim=-1, dtype=dtype)
 
 
 def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FullPrompts, make_rows, relative_error
-from toys import ARCHITECTURES
+from helpers import FullPrompts, boot, make_rows, relative_error
+from toys import ARCHITECTURES, BRIDGED
+from transformers import PreTrainedModel
 
 import icl_dual as icl
+from icl_dual.captures import shared_prefix
 from icl_dual.captures.capture import METRIC_FIELDS
+from icl_dual.captures.shared_prefix import norms_of
 from icl_dual.prompts import Prompts
 
 ALL_FIELDS = (*METRIC_FIELDS, "demo_scores", "keys_values")
@@ -79,6 +82,70 @@ def test_scores_queries_keys_and_values_are_those_of_the_full_prompt(
             own = slice(n_start, n_start + n_query)
             assert relative_error(kept.query_keys[query, layer, own], attention.k[0, n_prefix:]) < 1e-5
             assert relative_error(kept.query_values[query, layer, own], attention.v[0, n_prefix:]) < 1e-5
+
+
+def residual_stream(hf_model: PreTrainedModel, tokens: tuple[int, ...]) -> torch.Tensor:
+    """The residual stream after each layer, `[layer pos d_model]`, by a forward pass of Hugging Face's model alone.
+
+    Its last hidden state is after the final norm, so that of the last layer is read where the layer returns it.
+    """
+    n_layers = hf_model.config.num_hidden_layers
+    (layers,) = [m for m in hf_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
+    last: list[Any] = []
+    handle = layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
+    with torch.no_grad():
+        states = hf_model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    handle.remove()
+    of_last = last[0][0] if isinstance(last[0], tuple) else last[0]
+    return torch.stack([state[0] for state in (*states[1:n_layers], of_last.view_as(states[0]))])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "protocol"), [*((name, "answer") for name in BRIDGED), ("llama", "reference")]
+)
+def test_residual_norms_are_those_of_a_plain_hugging_face_pass(
+    make_hf_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    task: icl.Task,
+    reference_task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    protocol: str,
+) -> None:
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", 48)
+    model = icl.Model(boot(make_hf_model(architecture), tokenizer))
+    plain = make_hf_model(architecture)
+    prompts = build_prompts(model, task if protocol == "answer" else reference_task)
+    fields = (*METRIC_FIELDS, "full_prompt")  # with it, demonstrations and the template's tokens run as one sequence
+    for setting, kept in ((prompts, METRIC_FIELDS), (prompts, fields), (prompts.zero_shot(), METRIC_FIELDS)):
+        got = icl.capture(model, setting, fields=kept, batch_size=3, progress=False)
+        norms, scores = got.residual_norms, got.query_scores
+        assert norms is not None
+        assert scores is not None
+        assert norms.shape == (*scores.shape[:2], scores.shape[-1]), "the tokens of the scores"
+        for query, tokens in enumerate(setting.suffixes):
+            expected = residual_stream(plain, setting.prefix + tokens)[:, len(setting.prefix) :].norm(dim=-1)
+            torch.testing.assert_close(norms[query, :, : len(tokens)], expected, rtol=1e-4, atol=1e-5)
+            assert (norms[query, :, len(tokens) :] == 0).all()
+
+
+def test_residual_norms_of_hooked_transformers_are_those_of_the_full_prompt(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task
+) -> None:
+    for model in (models_by_architecture(name) for name in ARCHITECTURES if name not in BRIDGED):
+        prompts = build_prompts(model, task)
+        got = icl.capture(model, prompts, fields=("residual_norms",), batch_size=3, progress=False).residual_norms
+        assert got is not None
+        for query, tokens in enumerate(prompts.suffixes):
+            streams: list[torch.Tensor] = []
+            FullPrompts(model, prompts).run(query, on_residual=lambda layer, stream, to=streams: to.append(stream[0]))
+            expected = torch.stack(streams)[:, len(prompts.prefix) :].norm(dim=-1)
+            torch.testing.assert_close(got[query, :, : len(tokens)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_float16_cannot_hold_is_finite() -> None:
+    stream = torch.full((2, 3, 64), 60000.0, dtype=torch.float16)  # the norm is 480,000, the largest float16 65,504
+    torch.testing.assert_close(norms_of(stream), torch.full((2, 3), 480_000.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("protocol", ["answer", "reference"])
