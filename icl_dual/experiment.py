@@ -5,19 +5,26 @@ saved as one object. The steps remain available one by one: `finetune`, `capture
 `compare_updates`.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.field_docs import document_fields
-from icl_dual.finetuning.sgd import finetune
+from icl_dual.finetuning.replicas import (
+    REPLICA_QUERIES,
+    REPLICAS,
+    Finetuned,
+    check_replicas,
+    finetune_with_replicas,
+)
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
-from icl_dual.metrics.comparison import Comparison, compare
+from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
+from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.recordings.recordings import Recordings
+from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
 from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.updates import UpdateComparison, compare_updates
 
@@ -47,11 +54,18 @@ class Experiment(Saved):
     steps: tuple[int, ...] | None = None
     """For a control with other demonstrations in context than finetuning had: the training step that each demonstration
     in context corresponds to, −1 for none. `None` where both are the same."""
+    replicas: dict[str, Recordings] = field(default_factory=dict)
+    """By replica of the finetuning: what the metrics are computed from, for its first queries. Empty where the
+    experiment finetuned once."""
+    diverged: dict[str, str] = field(default_factory=dict)
+    """By replica of the finetuning that diverged: the error."""
     model: Model | None = field(default=None, metadata=NOT_SAVED)
     """The model that was captured; `None` after loading."""
 
     def compare(self, *, seed: int = 0) -> Comparison:
         """Compare in-context learning with finetuning by the paper's metrics, query by query and layer by layer.
+
+        Each metric carries its spread over replicas of the finetuning, where the experiment has any.
 
         Args:
             seed: the seed of the random baselines.
@@ -59,8 +73,9 @@ class Experiment(Saved):
         Raises:
             ValueError: the experiment was run without `METRIC_FIELDS`.
         """
-        self._check_fields("compare", METRIC_FIELDS, METRIC_FIELDS, METRIC_FIELDS)
-        return compare(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps, seed=seed)
+        self._check_fields("compare", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
+        comparison = compare(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps, seed=seed)
+        return with_stability(comparison, self.replicas, self.diverged, seed=seed)
 
     def decompose(self, model: Model | None = None) -> Decomposition:
         """Split in-context attention at every layer and head into its zero-shot part and ΔICL.
@@ -104,8 +119,20 @@ class Experiment(Saved):
         Raises:
             ValueError: the experiment was run without `METRIC_FIELDS`.
         """
-        self._check_fields("recordings", METRIC_FIELDS, METRIC_FIELDS, METRIC_FIELDS)
+        self._check_fields("recordings", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
         return Recordings.of(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps)
+
+    def massive_activations(self, *, ratio: float = MASSIVE_RATIO) -> MassiveActivations:
+        """Find the queries' tokens whose residual norm is far above the median, by layer and setting.
+
+        Args:
+            ratio: how many times the median of its layer and setting a token's norm must exceed.
+
+        Raises:
+            ValueError: the experiment was run without the field `residual_norms`, or the ratio is not above 1.
+        """
+        self._check_fields("massive_activations", *[("residual_norms",)] * 3)
+        return find_massive_activations(**self._captures, finetuned=self.finetuned, ratio=ratio)
 
     @property
     def _captures(self) -> dict[str, Capture]:
@@ -158,6 +185,7 @@ def run_experiment(
     *,
     lr: float | None = None,
     config: FinetuneConfig = PAPER_FINETUNING,
+    replicas: int = REPLICAS,
     fields: Collection[Field] = METRIC_FIELDS,
     factors: bool = False,
     delta: WeightDelta | None = None,
@@ -173,6 +201,9 @@ def run_experiment(
         prompts: the queries with their demonstrations.
         lr: the learning rate of finetuning; `None` only where `delta` is given.
         config: the loss, the method and the trained projections of finetuning; the paper's by default.
+        replicas: how often to repeat the finetuning at slightly other rates from slightly other weights, which shows
+            how stable each metric is: at least 2, or 0 for none. Without `METRIC_FIELDS`, or with a `delta`, there are
+            none.
         fields: the fields of every capture: `METRIC_FIELDS` for `.compare()`, `DECOMPOSE_FIELDS` for `.decompose()` and
             `.updates()`, `METRIC_FIELDS + DECOMPOSE_FIELDS` for all three.
         factors: keep the outer products that the delta of keys and values is the sum of.
@@ -188,7 +219,8 @@ def run_experiment(
         The experiment, which keeps a reference to the model.
 
     Raises:
-        ValueError: both or none of `lr` and `delta` are given, or an argument that `finetune` or `capture` refuses.
+        ValueError: both or none of `lr` and `delta` are given, `replicas` is 1 or negative, or an argument that
+            `finetune` or `capture` refuses.
         PromptError: the prompts are incomplete, or the model cannot read them.
         DivergedError: finetuning diverged; nothing was captured then.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks to rounding level.
@@ -210,19 +242,32 @@ def run_experiment(
         True
     """
     _check_arguments(lr, config, factors, delta, finetune_prompts)
+    check_replicas(replicas)
     check_capture_arguments(fields, batch_size)
     check_prompts(model, prompts)
     zero_shot = prompts.zero_shot()
     # Finetuning first: a learning rate that diverges then costs no captures.
     if delta is None:
         assert lr is not None
-        trained = prompts if finetune_prompts is None else finetune_prompts
-        delta = finetune(model, trained, lr=lr, config=config, factors=factors, progress=progress)
+        finetuned = finetune_with_replicas(
+            model,
+            prompts if finetune_prompts is None else finetune_prompts,
+            lr=lr,
+            replicas=replicas if set(METRIC_FIELDS) <= set(fields) else 0,
+            config=config,
+            factors=factors,
+            progress=progress,
+        )
+    else:
+        finetuned = Finetuned(delta)
 
     def run(setting: Setting, setting_prompts: Prompts) -> Capture:
         return capture(model, setting_prompts, fields=fields, batch_size=batch_size, progress=progress)
 
-    return capture_settings(model, prompts, zero_shot, delta, run, steps=None if steps is None else tuple(steps))
+    steps = None if steps is None else tuple(steps)
+    experiment = capture_settings(model, prompts, zero_shot, finetuned.delta, run, steps=steps)
+    captures = capture_replicas(model, zero_shot, finetuned.replicas, batch_size=batch_size, progress=progress)
+    return add_replicas(experiment, finetuned, captures)
 
 
 def capture_settings(
@@ -255,6 +300,49 @@ def capture_settings(
         steps=steps,
         model=model,
     )
+
+
+def capture_replicas(
+    model: Model, zero_shot: Prompts, deltas: Mapping[str, WeightDelta], *, batch_size: int = 64, progress: bool = True
+) -> dict[str, Capture]:
+    """Capture the finetuned setting of each replica, on the first queries.
+
+    Args:
+        model: the model to run; it comes back as it was.
+        zero_shot: the queries without demonstrations.
+        deltas: by replica, the change of weights by finetuning.
+        batch_size: the largest number of queries to run at once.
+        progress: show progress bars.
+    """
+    captures = {}
+    for name, delta in deltas.items():
+        with delta.applied(model):
+            captures[name] = capture(model, zero_shot.first(REPLICA_QUERIES), batch_size=batch_size, progress=progress)
+    return captures
+
+
+def add_replicas(experiment: Experiment, finetuned: Finetuned, captures: Mapping[str, Capture]) -> Experiment:
+    """Return an experiment with what the metrics of each replica of its finetuning are computed from.
+
+    Args:
+        experiment: the experiment of the finetuning itself.
+        finetuned: the finetuning with its replicas.
+        captures: by replica that did not diverge, its finetuned setting (`capture_replicas`).
+    """
+    zero_shot, in_context = (
+        getattr(experiment, name).first(REPLICA_QUERIES) if captures else None for name in ("zero_shot", "in_context")
+    )
+    recordings = {
+        name: Recordings.of(
+            zero_shot=zero_shot,
+            in_context=in_context,
+            finetuned=finetuned_capture,
+            delta=finetuned.replicas[name],
+            steps=experiment.steps,
+        )
+        for name, finetuned_capture in captures.items()
+    }
+    return replace(experiment, replicas=recordings, diverged=dict(finetuned.diverged))
 
 
 def _check_arguments(

@@ -136,6 +136,10 @@ class Prompts:
         """Return prompts with the same queries and no demonstrations."""
         return replace(self, demonstrations=(), demonstration_label_lengths=(), left_out=())
 
+    def first(self, n_queries: int) -> "Prompts":
+        """Return prompts with the first queries alone, after the same demonstrations."""
+        return replace(self, queries=self.queries[:n_queries], gold=self.gold[:n_queries])
+
 
 def build_prompts(
     model: Model,

@@ -21,10 +21,10 @@ import torch
 from icl_dual.assets import check_model_name
 from icl_dual.captures.capture import Capture, capture
 from icl_dual.contexts import Context, matching_training_steps, relabel
-from icl_dual.experiment import Experiment, Setting, capture_settings
+from icl_dual.experiment import Experiment, Setting, add_replicas, capture_replicas, capture_settings
 from icl_dual.field_docs import document_fields
-from icl_dual.finetuning.sgd import finetune
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
+from icl_dual.finetuning.replicas import REPLICAS, Finetuned, check_replicas, finetune_with_replicas
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, control_provenance, load_model
 from icl_dual.paper_tasks import load_task, registered_task
@@ -92,8 +92,15 @@ class Cell:
     """The loss, the method and the trained projections of finetuning."""
     delta: Literal["finetuned", "random"] = "finetuned"
     """The change of weights in the finetuned setting: finetuning's, or one of the same norm in random directions."""
+    replicas: int = REPLICAS
+    """How often to repeat the finetuning at slightly other rates from slightly other weights, which shows how stable
+    each metric is: at least 2, or 0 for none."""
 
     def __post_init__(self) -> None:
+        try:
+            check_replicas(self.replicas)
+        except ValueError as error:
+            raise StudyError(str(error)) from error
         for name, options in _OPTIONS.items():
             if getattr(self, name) not in options:
                 raise StudyError(f"expected {name} out of {options}, got {getattr(self, name)!r}: choose one of these")
@@ -116,9 +123,10 @@ class Cell:
     def from_settings(cls, settings: Mapping[str, Any]) -> "Cell":
         """Return the cell of settings as they are saved, by this version or by an older one.
 
-        Version 0.1 saved the finetuning's loss, method and trained projections among the other settings.
+        Version 0.1 saved the finetuning's loss, method and trained projections among the other settings, and finetuned
+        once, without replicas.
         """
-        given = dict(settings)
+        given = {"replicas": 0, **settings}
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
         finetuning = FinetuneConfig(**given.pop("finetuning", flat))
         return cls(**given, finetuning=finetuning)
@@ -372,6 +380,8 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         "shared_texts": len(shared_texts([*draw.demonstrations, *draw.context], draw.queries)),
         "label_words": draw.task.label_words,
         "losses": experiment.delta.losses.tolist(),
+        "replicas": [*experiment.replicas, *experiment.diverged],
+        "diverged_replicas": list(experiment.diverged.values()),
         "demonstrations": [example.key for example in draw.demonstrations],
         "context": [(example.key, example.label) for example in draw.context],
         "queries": [example.key for example in draw.queries],
@@ -670,13 +680,22 @@ class _Runs:
         zero_shot = of_cell.prompts.zero_shot()
         self._begin(model, of_cell.prompts)
         # Finetuning first: a learning rate that diverges then costs no captures.
-        delta = self._finetuned(model, of_cell.finetuning, cell)
+        finetuned = self._finetuned(model, of_cell.finetuning, cell)
         applied = cell.lr, cell.finetuning, cell.delta, of_cell.finetuning.training_sequences
 
         def run(setting: Setting, prompts: Prompts) -> Capture:
             return self._captured(setting, model, prompts, with_delta=applied if setting == "FT" else None)
 
-        return capture_settings(model, of_cell.in_context, zero_shot, delta, run, steps=of_cell.steps)
+        experiment = capture_settings(model, of_cell.in_context, zero_shot, finetuned.delta, run, steps=of_cell.steps)
+        if not cell.replicas:
+            return experiment
+        key = model.name, model.fingerprint(), applied, cell.replicas, zero_shot
+        captures = self._once(
+            "replicas",
+            key,
+            lambda: capture_replicas(model, zero_shot, finetuned.replicas, progress=self.progress),
+        )
+        return add_replicas(experiment, finetuned, captures)
 
     def _begin(self, model: Model, prompts: Prompts) -> None:
         """Start a cell; other demonstrations than the last cell's drop what is kept, except the zero-shot capture."""
@@ -689,13 +708,15 @@ class _Runs:
         key = model.name, model.fingerprint(), with_delta, prompts
         return self._once(setting, key, lambda: capture(model, prompts, progress=self.progress))
 
-    def _finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> WeightDelta:
-        """Return the delta of a cell's finetuning, or a random one of its norm where the cell says so."""
-        options: dict[str, Any] = {"lr": cell.lr, "config": cell.finetuning}
+    def _finetuned(self, model: Model, prompts: Prompts, cell: Cell) -> Finetuned:
+        """Return a cell's finetuning with its replicas, or random deltas of their norms where the cell says so."""
+        options: dict[str, Any] = {"lr": cell.lr, "config": cell.finetuning, "replicas": cell.replicas}
         trained_on = prompts.start, prompts.training_sequences, prompts.demonstration_label_lengths
         key = model.name, model.fingerprint(), trained_on, options
-        delta = self._once("finetuning", key, lambda: finetune(model, prompts, **options, progress=self.progress))
-        return delta.randomised(cell.seed) if cell.delta == "random" else delta
+        finetuned: Finetuned = self._once(
+            "finetuning", key, lambda: finetune_with_replicas(model, prompts, **options, progress=self.progress)
+        )
+        return finetuned.randomised(cell.seed) if cell.delta == "random" else finetuned
 
     def _once(self, stage: str, key: Any, make: Callable[[], Any]) -> Any:
         """Return the result that is kept under a key, or make it and keep it as the latest."""

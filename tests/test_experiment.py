@@ -13,6 +13,7 @@ import icl_dual as icl
 from icl_dual import experiment as module
 from icl_dual.captures.capture import Field
 from icl_dual.contexts import matching_training_steps
+from icl_dual.finetuning import Finetuned
 from icl_dual.storage import load_tensors
 
 ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
@@ -31,7 +32,7 @@ def assert_same(got: Any, expected: Any, path: str = "") -> None:
             if field.metadata.get("saved", True):
                 assert_same(getattr(got, field.name), getattr(expected, field.name), f"{path}.{field.name}")
     elif isinstance(got, dict):
-        assert list(got) == list(expected), path
+        assert got.keys() == expected.keys(), path
         for name in got:
             assert_same(got[name], expected[name], f"{path}[{name!r}]")
     elif isinstance(got, tuple | list):
@@ -44,7 +45,7 @@ def assert_same(got: Any, expected: Any, path: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def experiment(llama: icl.Model, prompts: icl.Prompts) -> icl.Experiment:
-    return icl.run_experiment(llama, prompts, lr=LR, fields=ALL, factors=True, progress=False)
+    return icl.run_experiment(llama, prompts, lr=LR, replicas=2, fields=ALL, factors=True, progress=False)
 
 
 def test_an_experiment_is_what_its_steps_give_bit_for_bit(
@@ -56,10 +57,12 @@ def test_an_experiment_is_what_its_steps_give_bit_for_bit(
     with delta.applied(llama):
         finetuned = icl.capture(llama, prompts.zero_shot(), fields=ALL, progress=False)
     pair: dict[str, Any] = {"zero_shot": zero_shot, "in_context": in_context}
-    expected = icl.Experiment(**pair, finetuned=finetuned, delta=delta)
+    expected = icl.Experiment(**pair, finetuned=finetuned, delta=delta, replicas=experiment.replicas)
     assert_same(experiment, expected)
     assert experiment.delta.factors is not None
-    assert_same(experiment.compare(seed=3), icl.compare(**pair, finetuned=finetuned, delta=delta, seed=3))
+    comparison = experiment.compare(seed=3)
+    expected_comparison = icl.compare(**pair, finetuned=finetuned, delta=delta, seed=3)
+    assert_same(dataclasses.replace(comparison, stability=None), expected_comparison)
     assert_same(experiment.decompose(), icl.decompose(llama, **pair))
     updates = icl.compare_updates(llama, **pair, delta=delta, rank=2, seed=4, progress=False)
     assert_same(experiment.updates(rank=2, seed=4, progress=False), updates)
@@ -73,20 +76,21 @@ def test_finetuning_comes_first_and_the_model_comes_back(
 ) -> None:
     before = llama.fingerprint()
     stages: list[str] = []
-    capture, finetune = module.capture, module.finetune
+    capture, finetune = module.capture, module.finetune_with_replicas
 
     def counted_capture(model: icl.Model, prompts: icl.Prompts, **options: Any) -> icl.Capture:
         stages.append(f"{len(prompts.demonstrations)} demonstrations {model.fingerprint() == before}")
         return capture(model, prompts, **options)
 
-    def counted_finetune(*args: Any, **options: Any) -> icl.WeightDelta:
+    def counted_finetune(*args: Any, **options: Any) -> Finetuned:
         stages.append("finetuning")
         return finetune(*args, **options)
 
     monkeypatch.setattr(module, "capture", counted_capture)
-    monkeypatch.setattr(module, "finetune", counted_finetune)
-    icl.run_experiment(llama, prompts, lr=LR, progress=False)
-    assert stages == ["finetuning", "4 demonstrations True", "0 demonstrations True", "0 demonstrations False"]
+    monkeypatch.setattr(module, "finetune_with_replicas", counted_finetune)
+    icl.run_experiment(llama, prompts, lr=LR, replicas=2, progress=False)
+    captures = ["4 demonstrations True", "0 demonstrations True", *["0 demonstrations False"] * 3]
+    assert stages == ["finetuning", *captures]
     assert llama.fingerprint() == before
     stages.clear()
     with pytest.raises(icl.DivergedError):
@@ -162,7 +166,7 @@ def test_missing_fields_are_named_with_those_to_request(llama: icl.Model, prompt
             method()
     for method in (for_terms.compare, for_terms.recordings):
         message = (
-            r"for \w+\(\), got zero_shot without \['q', 'context_scores', 'query_scores'\]: run the .*METRIC_FIELDS,"
+            r"for \w+\(\), got zero_shot without \['q', 'context_scores', 'query_scores', 'residual_norms'\]: run the .*METRIC_FIELDS,"
         )
         with pytest.raises(ValueError, match=message):
             method()
@@ -178,7 +182,7 @@ def test_arguments_are_checked_before_anything_runs(
     def run(*args: object, **kwargs: object) -> None:
         raise AssertionError("nothing should run")
 
-    monkeypatch.setattr(module, "finetune", run)
+    monkeypatch.setattr(module, "finetune_with_replicas", run)
     monkeypatch.setattr(module, "capture", run)
     invalid: list[tuple[dict[str, Any], str]] = [
         ({}, "expected lr or delta, got neither: pass"),
@@ -193,6 +197,8 @@ def test_arguments_are_checked_before_anything_runs(
             "got delta and config, factors, finetune_prompts: leave out delta, or these",
         ),
         ({"lr": 0.1, "batch_size": 0}, "expected batch_size of at least 1, got 0"),
+        ({"lr": 0.1, "replicas": 1}, "expected replicas as 0 for none, or at least 2, got 1: one replica shows no"),
+        ({"lr": 0.1, "replicas": -1}, "expected replicas as 0 for none, or at least 2, got -1"),
     ]
     for options, message in invalid:
         with pytest.raises(ValueError, match=message):
@@ -213,13 +219,14 @@ def test_controls_finetune_on_other_demonstrations_or_apply_another_delta(
     demonstrations, queries = task.demonstrations(4, seed=1), task.queries(7)
     changed = icl.build_prompts(llama, task, icl.relabel(demonstrations, "reordered", 2, seed=1), queries)
     steps = matching_training_steps(changed, prompts, 4, "reordered", seed=1)
-    control = icl.run_experiment(llama, changed, lr=LR, finetune_prompts=prompts, steps=steps, progress=False)
+    options: dict[str, Any] = {"steps": steps, "replicas": 0, "progress": False}
+    control = icl.run_experiment(llama, changed, lr=LR, finetune_prompts=prompts, **options)
     delta = icl.finetune(llama, prompts, lr=LR, progress=False)
     assert_same(control.delta, delta)
     assert control.steps == tuple(steps)
     assert sorted(steps) == [0, 1, 2, 3] != steps
     assert control.in_context.prompts == changed
-    same = icl.run_experiment(llama, changed, delta=delta, steps=steps, progress=False)
+    same = icl.run_experiment(llama, changed, delta=delta, **options)
     assert_same(same, control)
     captures = {name: getattr(control, name) for name in ("zero_shot", "in_context", "finetuned")}
     assert_same(control.compare(seed=2), icl.compare(**captures, delta=delta, steps=steps, seed=2))

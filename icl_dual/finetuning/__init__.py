@@ -5,16 +5,20 @@
 | `weight_delta` | `WeightDelta`: the change of weights, applied, saved, randomised, taken between two models |
 | `sgd` | `finetune`: the paper's finetuning, one demonstration a step, and its variants |
 | `parallel` | `finetune_many`: several finetunings in parallel |
+| `replicas` | `finetune_with_replicas`: the finetuning again, at slightly other rates from slightly other weights |
 """
 
 from icl_dual.finetuning.parallel import finetune_many
+from icl_dual.finetuning.replicas import REPLICAS, Finetuned, finetune_with_replicas
 from icl_dual.finetuning.sgd import DivergedError, finetune
 from icl_dual.finetuning.weight_delta import Factors, FinetuneConfig, Loss, Method, Noise, Trained, WeightDelta
 
 __all__ = [
+    "REPLICAS",
     "DivergedError",
     "Factors",
     "FinetuneConfig",
+    "Finetuned",
     "Loss",
     "Method",
     "Noise",
@@ -22,4 +26,5 @@ __all__ = [
     "WeightDelta",
     "finetune",
     "finetune_many",
+    "finetune_with_replicas",
 ]

@@ -9,7 +9,7 @@ cosine of the plain differences (SimAOU unnormalised, SimAMΔ), and nulls by the
 that are as long as those observed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -24,17 +24,22 @@ from torch import Tensor
 from icl_dual.captures.capture import Capture
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
-from icl_dual.metrics.catalogue import ABSENT, Batch, Metric, metrics, random_streams
+from icl_dual.metrics.batch import Batch, random_streams
+from icl_dual.metrics.catalogue import ABSENT, Metric, metrics
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
+from icl_dual.metrics.stability import Stability
 from icl_dual.recordings.recordings import SETTINGS, Recordings
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
+    UNSTABLE,
     Interval,
+    Shifts,
     Table,
     bootstrap,
     mean_of_intervals,
     paired_test,
     proportion,
+    widened,
 )
 from icl_dual.storage import AssetError, Saved
 
@@ -49,7 +54,7 @@ SIGNIFICANT = 0.05
 """A verdict says above or below where p is smaller than this."""
 
 
-def estimate(*groups: Table, of: str) -> Interval:
+def estimate(*groups: Table, of: str, shifts: Sequence[Shifts] = ()) -> Interval:
     """Return a metric of one task, or its mean over several, with the interval of its rule (`Metric.interval`).
 
     By the rule `proportion` (Rec2FTP, a share of few queries) the interval is Wilson's (`intervals.proportion`), also
@@ -59,14 +64,16 @@ def estimate(*groups: Table, of: str) -> Interval:
     Args:
         groups: tables `[seed query]`, one for each task.
         of: the metric's name; one that is not registered has the rule `bootstrap`.
+        shifts: by task, how far each seed's replicas of the finetuning move the metric (`Comparison.shifts`), by which
+            the interval is widened; without them, the interval is over queries and seeds alone.
     """
     metric = metrics().get(of)
     rule = "bootstrap" if metric is None else metric.interval
     if rule == "proportion":
-        return mean_of_intervals(*(proportion(group) for group in groups))
+        return widened(mean_of_intervals(*(proportion(group) for group in groups)), *shifts)
     interval = bootstrap(*groups)
     is_extreme = rule == "accuracy" and len(groups) == 1 and interval.value in (0.0, 1.0)
-    return proportion(*groups) if is_extreme else interval
+    return widened(proportion(*groups) if is_extreme else interval, *shifts)
 
 
 @document_fields
@@ -88,6 +95,8 @@ class Comparison(Saved):
     per_query: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
     """By registered metric with one value a query: its values, NaN where undefined. Those of predictions alone, such as
     accuracy, are not kept here: they follow from `predictions`."""
+    stability: Stability | None = None
+    """How far replicas of the finetuning move each metric; `None` where it was finetuned once."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -105,36 +114,70 @@ class Comparison(Saved):
         per_query = {name: values.double() for name, values in self.per_query.items()}
         return from_predictions | per_query | {name: v.nanmean(1).double() for name, v in self.per_layer.items()}
 
+    def shifts(self, metric: str) -> Float[Tensor, "1 replica"]:
+        """Return how far each replica of the finetuning moves a metric over all layers together; empty without any."""
+        shifts = {} if self.stability is None else self.stability.shifts
+        return shifts.get(metric, torch.empty(0, dtype=torch.float64))[None]
+
     def intervals(self) -> dict[str, Interval]:
-        """Return each number over all layers together, with its 95 % interval (`estimate`)."""
-        return {name: estimate(values[None], of=name) for name, values in self.by_query().items()}
+        """Return each number over all layers together, with its 95 % interval over queries and replicas."""
+        return {name: self._interval(name, values) for name, values in self.by_query().items()}
+
+    @property
+    def unstable(self) -> tuple[str, ...]:
+        """Return the metrics with a spread over replicas that exceeds their interval over queries.
+
+        These are the metrics that are held against a baseline. One that baselines are, such as a random update's, is
+        not among them.
+        """
+        values_by_name = self.by_query()
+        held = [name for name, metric in metrics().items() if metric.baselines and name in values_by_name]
+        return tuple(name for name in held if self._interval(name, values_by_name[name]).unstable)
 
     def overall(self) -> pd.DataFrame:
-        """Return the numbers over all layers together: metric, value, low and high (its 95 % interval), n queries."""
+        """Return the numbers over all layers together: metric, value, low and high (its 95 % interval), spread, n.
+
+        The spread is the range over replicas of the finetuning, which the interval includes; n counts queries.
+        """
         return pd.DataFrame(
-            {"metric": name, "value": x.value, "low": x.low, "high": x.high, "n": x.n_queries}
+            {"metric": name, "value": x.value, "low": x.low, "high": x.high, "spread": x.spread, "n": x.n_queries}
             for name, x in self.intervals().items()
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row for each number: metric, layer, value, low, high, and the n queries that it is a mean over.
+        """Return one row for each number: metric, layer, value, low, high, spread, and the n queries it is a mean over.
 
-        The layer is empty for all layers together; only these rows have low and high, the 95 % interval.
+        The layer is empty for all layers together; only these rows have low and high, the 95 % interval. The spread is
+        the range over replicas of the finetuning.
         """
         rows: list[dict[str, Any]] = []
         for metric, values in self.by_query().items():
-            interval = estimate(values[None], of=metric)  # a query counts once, however many of its layers are defined
+            interval = self._interval(metric, values)  # a query counts once, however many of its layers are defined
             numbers = {"value": values.nanmean().item(), "low": interval.low, "high": interval.high}
-            rows.append({"metric": metric, "layer": None, **numbers, "n": int(values.isfinite().sum())})
-            if metric in self.per_layer:
-                by_layer = self.per_layer[metric]
-                pairs = zip(by_layer.nanmean(0).tolist(), by_layer.isfinite().sum(0).tolist(), strict=True)
-                ends = {"low": np.nan, "high": np.nan}
-                rows += [
-                    {"metric": metric, "layer": layer, "value": value, **ends, "n": n}
-                    for layer, (value, n) in enumerate(pairs)
-                ]
+            numbers |= {"spread": interval.spread, "n": int(values.isfinite().sum())}
+            rows.append({"metric": metric, "layer": None, **numbers})
+            rows += self._layer_rows(metric)
         return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+    def _layer_rows(self, metric: str) -> list[dict[str, Any]]:
+        """Return the rows of a metric's layers in `to_frame`."""
+        if metric not in self.per_layer:
+            return []
+        values = self.per_layer[metric]
+        spreads = [np.nan] * values.shape[1]
+        if self.stability is not None and metric in self.stability.layer_shifts:
+            low, high = self.stability.layer_range(metric)
+            spreads = (high - low).tolist()
+        columns = zip(values.nanmean(0).tolist(), spreads, values.isfinite().sum(0).tolist(), strict=True)
+        ends = {"low": np.nan, "high": np.nan}
+        return [
+            {"metric": metric, "layer": layer, "value": value, **ends, "spread": spread, "n": n}
+            for layer, (value, spread, n) in enumerate(columns)
+        ]
+
+    def _interval(self, metric: str, values: Float[Tensor, " query"]) -> Interval:
+        """Return a metric over all layers together with its interval over queries and replicas."""
+        return estimate(values[None], of=metric, shifts=(self.shifts(metric),))
 
     def to_latex(self) -> str:
         """Return a LaTeX table (booktabs) of the numbers over all layers together, with their 95 % intervals."""
@@ -148,9 +191,9 @@ class Comparison(Saved):
     def summary(self) -> pd.DataFrame:
         """Return a row for each headline metric, with the baseline that it is held against and a verdict.
 
-        Columns: metric, value, low, high, n, baseline, baseline_value, p, verdict. p is two-sided, of
+        Columns: metric, value, low, high, spread, n, baseline, baseline_value, p, verdict. p is two-sided, of
         `intervals.paired_test` between the metric and its first baseline on the same queries. It is not corrected for
-        the number of tests.
+        the number of tests. A verdict that a replica of the finetuning overturns says so.
         """
         values_by_name = self.by_query()
         headlines = [metric for metric in metrics().values() if metric.headline]
@@ -171,23 +214,23 @@ class Comparison(Saved):
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name} accuracy={value:.3f}" for name, value in self.accuracy.items())
-        return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp})"
+        return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp}, {self._stability_in_words()})"
 
     def _repr_html_(self) -> str:
-        return self._printed().to_html(index=False)
+        return f"{self._printed().to_html(index=False)}<p>{self._stability_in_words()}</p>"
 
     def __str__(self) -> str:
         frame = self._printed()
         width = {name: max(len(name), *map(len, frame[name])) for name in frame}
         texts = {name: frame[name].str.ljust(width[name]) for name in frame}
         lines = pd.DataFrame(texts).to_string(index=False, header=[name.ljust(width[name]) for name in frame])
-        return "\n".join(line.strip() for line in lines.splitlines())
+        return "\n".join([*(line.strip() for line in lines.splitlines()), self._stability_in_words()])
 
     def _printed(self) -> pd.DataFrame:
         """Return `summary` as text."""
         rows = []
         for row in self.summary().to_dict("records"):
-            interval = Interval(row["value"], row["low"], row["high"], row["n"])
+            interval = Interval(row["value"], row["low"], row["high"], row["n"], spread=row["spread"])
             absent = row["verdict"].startswith("absent")
             has_baseline = not np.isnan(row["baseline_value"])
             against = f"{row['baseline']} {row['baseline_value']:.3f}".strip() if has_baseline else ""
@@ -195,18 +238,30 @@ class Comparison(Saved):
             rows.append((row["metric"], text, against, row["verdict"]))
         return pd.DataFrame(rows, columns=["metric", "value [95 % interval]", "held against", "verdict"])
 
+    def _stability_in_words(self) -> str:
+        """Return how stable the metrics are over replicas of the finetuning."""
+        if self.stability is None:
+            return "stability not measured: finetuned once"
+        n, diverged = len(self.stability.replicas), len(self.stability.diverged)
+        if diverged:
+            return f"unstable: {diverged} of {n} replicas of the finetuning diverged"
+        if self.unstable:
+            return f"unstable{UNSTABLE} over {n} replicas of the finetuning: {', '.join(self.unstable)}"
+        return f"stable over {n} replicas of the finetuning"
+
     def _counts(self, metric: str) -> str:
         return f"{self.rec2ftp.both}/{self.rec2ftp.finetuned}" if metric == "Rec2FTP" else ""
 
     def _summary_row(self, metric: Metric, values_by_name: dict[str, Tensor]) -> dict[str, Any]:
-        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "spread": np.nan, "n": 0}
         row |= {"baseline": next(iter(metric.baselines), ""), "baseline_value": np.nan, "p": np.nan}
         if metric.name not in values_by_name:
             reasons = [ABSENT[name] for name in metric.needs] or ["the comparison was made without it (compare again)"]
             return row | {"verdict": f"absent: {reasons[0]}"}
         values = values_by_name[metric.name]
-        interval = estimate(values[None], of=metric.name)
-        row |= {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n_queries}
+        interval = self._interval(metric.name, values)
+        row |= {"value": interval.value, "low": interval.low, "high": interval.high, "spread": interval.spread}
+        row |= {"n": interval.n_queries}
         if row["baseline"] in values_by_name:
             baseline, called = values_by_name[row["baseline"]], metrics()[row["baseline"]].called
         elif metric.null is not None:
@@ -217,7 +272,10 @@ class Comparison(Saved):
             return row | {"verdict": f"not tested: {lacking}"}
         n_shared = min(len(values), len(baseline))
         row |= {"baseline_value": baseline.nanmean().item()}
-        return row | _verdict(metric, values[:n_shared], baseline[:n_shared], called)
+        shifts = self.shifts(metric.name)[0]
+        if row["baseline"]:
+            shifts = shifts - self.shifts(row["baseline"])[0]
+        return row | _verdict(metric, values[:n_shared], baseline[:n_shared], called, shifts)
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
@@ -317,7 +375,7 @@ def compare_recordings(
             if n_first or not metric.first_queries:
                 values_by_name.setdefault(name, []).append(metric.values(batch))
     values = {name: torch.cat(batches) for name, batches in values_by_name.items()}
-    predictions = recordings.predictions
+    predictions = {setting: recordings.predictions[setting] for setting in SETTINGS}  # files sort them by name
     return Comparison(
         gold=recordings.gold,
         predictions=predictions,
@@ -328,10 +386,54 @@ def compare_recordings(
     )
 
 
+def with_stability(
+    comparison: Comparison,
+    replicas: Mapping[str, Recordings],
+    diverged: Mapping[str, str] | None = None,
+    *,
+    seed: int = 0,
+) -> Comparison:
+    """Return a comparison that knows how far replicas of its finetuning move each metric.
+
+    Args:
+        comparison: the comparison of the finetuning itself.
+        replicas: by replica, the recordings of its first queries with the replica's finetuned model.
+        diverged: by replica that diverged, the error.
+        seed: the seed of the random baselines, as in `compare`.
+
+    Returns:
+        The comparison, or the one given where there is no replica.
+    """
+    diverged = diverged or {}
+    if not replicas and not diverged:
+        return comparison
+    compared = {name: compare_recordings(recordings, seed=seed) for name, recordings in replicas.items()}
+    stability = Stability.of(
+        comparison.by_query(),
+        comparison.per_layer,
+        {name: (replica.by_query(), replica.per_layer) for name, replica in compared.items()},
+        n_queries=min((len(replica.gold) for replica in compared.values()), default=0),
+        diverged=diverged,
+    )
+    return replace(comparison, stability=stability)
+
+
 def _verdict(
-    metric: Metric, values: Float[Tensor, " query"], baseline: Float[Tensor, " query"], called: str
+    metric: Metric,
+    values: Float[Tensor, " query"],
+    baseline: Float[Tensor, " query"],
+    called: str,
+    shifts: Float[Tensor, " replica"],
 ) -> dict[str, Any]:
-    """Return p of the paired test against the baseline, and what it means in words."""
+    """Return p of the paired test against the baseline, and what it means in words.
+
+    Args:
+        metric: the metric.
+        values: its values.
+        baseline: the values of what it is held against.
+        called: what the verdict calls that.
+        shifts: how far each replica of the finetuning moves the difference of both means.
+    """
     if not values.isfinite().any():
         return {"p": np.nan, "verdict": f"undefined: {metric.undefined}"}
     test = paired_test(values[None], baseline[None])
@@ -340,7 +442,11 @@ def _verdict(
         return {"p": test.p, "verdict": f"not tested: {n} {'query' if n == 1 else 'queries'}, fewer than {MIN_QUERIES}"}
     side = "not above" if test.p >= SIGNIFICANT else "above" if test.difference.value > 0 else "below"
     p = "p < .001" if test.p < 0.001 else f"p = {test.p:.3f}".replace("0.", ".")
-    return {"p": test.p, "verdict": f"{side} {called} ({p})"}
+    verdict = f"{side} {called} ({p})"
+    overturned = int((((test.difference.value + shifts) * test.difference.value) < 0).sum())
+    if side != "not above" and overturned:
+        verdict += f", overturned in {overturned} of {len(shifts)} replicas"
+    return {"p": test.p, "verdict": verdict}
 
 
 def _in_order(values_by_name: dict[str, Tensor]) -> dict[str, Tensor]:

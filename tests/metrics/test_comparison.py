@@ -89,8 +89,8 @@ def test_comparisons_save_and_load_and_become_a_tidy_frame(runs: dict, tmp_path:
     assert list(loaded.per_layer) == list(layer_metrics())
     frame = loaded.to_frame()
     pd.testing.assert_frame_equal(frame, comparison.to_frame())
-    assert frame.columns.tolist() == ["metric", "layer", "value", "low", "high", "n"]
-    by_layer = frame.drop(columns=["low", "high"]).set_index(["metric", "layer"]).to_dict(orient="index")
+    assert frame.columns.tolist() == ["metric", "layer", "value", "low", "high", "spread", "n"]
+    by_layer = frame.drop(columns=["low", "high", "spread"]).set_index(["metric", "layer"]).to_dict(orient="index")
     expected = comparison.per_layer["Kendall"][:, 1].mean().item()
     assert by_layer["Kendall", 1] == {"value": pytest.approx(expected), "n": 7}
     intervals = comparison.intervals()
@@ -431,7 +431,8 @@ def test_a_printed_comparison_has_five_rows_each_with_a_verdict() -> None:
     assert (accuracy["value"], accuracy["low"], accuracy["high"]) == (0.75, expected.low, expected.high)
     assert (accuracy["n"], accuracy["baseline_value"]) == (20, 0.0)
     lines = str(comparison).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
+    assert lines[-1] == "stability not measured: finetuned once"
     assert lines[1].split("  ")[0] == "ICL accuracy"
     assert "0.750 [" in lines[1]
     assert "ZSL accuracy 0.000" in lines[1]

@@ -1,0 +1,120 @@
+"""Replicas: the same finetuning again, at slightly other rates from slightly other weights.
+
+SGD amplifies small differences. Near a threshold, a relative change of the rate by 10⁻³, or of the weights by the
+precision that they are stored in, changes what is learned. Replicas change both, and show whether a number depends on
+it. Their rates are the run's times 1 − 10⁻³, 1 + 10⁻³ and 1 in turn. Their noise on the weights comes in pairs of
+opposite sign, of which one is likely to be on the other side of a threshold nearby.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from icl_dual.finetuning.parallel import finetune_many
+from icl_dual.finetuning.sgd import DivergedError, finetune
+from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, Noise, WeightDelta
+from icl_dual.models import Model
+from icl_dual.prompts import Prompts
+
+REPLICAS = 3
+"""The default number of replicas: together they take less than half of a cell's time (`analyses/benchmark.py`)."""
+
+RATE_CHANGE = 1e-3
+"""The relative change of the learning rate."""
+
+REPLICA_QUERIES = 25
+"""Replicas are captured on this many of the first queries."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finetuning with its replicas."""
+
+    delta: WeightDelta
+    """The change of weights by the finetuning itself."""
+    replicas: Mapping[str, WeightDelta] = field(default_factory=dict)
+    """By replica: the change of weights."""
+    diverged: Mapping[str, str] = field(default_factory=dict)
+    """By replica that diverged: the error."""
+
+    def randomised(self, seed: int) -> "Finetuned":
+        """Return random deltas of the same norms, in the same directions for all (`WeightDelta.randomised`)."""
+        replicas = {name: delta.randomised(seed) for name, delta in self.replicas.items()}
+        return replace(self, delta=self.delta.randomised(seed), replicas=replicas)
+
+
+def check_replicas(n: int) -> None:
+    """Check the number of replicas.
+
+    Raises:
+        ValueError: it is negative, or a single one.
+    """
+    if n < 0 or n == 1:
+        raise ValueError(
+            f"expected replicas as 0 for none, or at least 2, got {n}: one replica shows no spread, {REPLICAS} are the "
+            "default"
+        )
+
+
+def replica_settings(lr: float, n: int) -> dict[str, tuple[float, Noise]]:
+    """Return the learning rate and the noise of each replica, by its name.
+
+    Example:
+        >>> for name, settings in replica_settings(0.5, 3).items():
+        ...     print(name, settings)
+        lr × 0.999, noise +1 (0.4995, Noise(seed=1, size=0.001953125))
+        lr × 1.001, noise -1 (0.5005, Noise(seed=1, size=-0.001953125))
+        lr × 1, noise +2 (0.5, Noise(seed=2, size=0.001953125))
+    """
+    settings = {}
+    for index, factor in zip(range(n), itertools.cycle((1 - RATE_CHANGE, 1 + RATE_CHANGE, 1.0)), strict=False):
+        noise, is_opposite = Noise(1 + index // 2), index % 2
+        name = f"lr × {factor:g}, noise {'-' if is_opposite else '+'}{noise.seed}"
+        settings[name] = lr * factor, replace(noise, size=-noise.size) if is_opposite else noise
+    return settings
+
+
+def finetune_with_replicas(
+    model: Model,
+    prompts: Prompts,
+    *,
+    lr: float,
+    replicas: int = REPLICAS,
+    config: FinetuneConfig = PAPER_FINETUNING,
+    factors: bool = False,
+    progress: bool = True,
+) -> Finetuned:
+    """Finetune a model with replicas, which run in parallel with it where `finetune_many` can do that.
+
+    Args:
+        model: the model to finetune; restored afterwards.
+        prompts: their demonstrations are the training sequences.
+        lr: the learning rate.
+        replicas: the number of replicas: 0 for none, or at least 2.
+        config: the loss, the method and the trained projections.
+        factors: keep the outer products of the finetuning itself.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: the number of replicas is 1 or negative, or as in `finetune`.
+        DivergedError: the finetuning itself diverged. A replica that diverged is named instead.
+        PromptError, UnsupportedModelError: as in `finetune`.
+    """
+    check_replicas(replicas)
+    settings = replica_settings(lr, replicas)
+    lrs, noises = [rate for rate, _ in settings.values()], [noise for _, noise in settings.values()]
+    if factors or not replicas:
+        delta = finetune(model, prompts, lr=lr, config=config, factors=factors, progress=progress)
+        runs = finetune_many(model, [prompts] * replicas, lrs, noises=noises, config=config, progress=progress)
+    else:
+        lrs, noises = [lr, *lrs], [None, *noises]
+        runs = finetune_many(model, [prompts] * len(lrs), lrs, noises=noises, config=config, progress=progress)
+        delta = next(runs)
+        if isinstance(delta, DivergedError):
+            raise delta
+    results = dict(zip(settings, runs, strict=True))
+    return Finetuned(
+        delta,
+        {name: result for name, result in results.items() if isinstance(result, WeightDelta)},
+        {name: str(result) for name, result in results.items() if isinstance(result, DivergedError)},
+    )

@@ -1,0 +1,79 @@
+"""`Stability`: how far replicas of the finetuning move each metric.
+
+Finetuning amplifies small differences. Near a threshold, a change of the learning rate by 10⁻³, or of the weights by
+the precision that they are stored in, decides whether a token keeps a massive activation, and with it the value of a
+metric. An interval over queries does not see this. So the finetuning is repeated at slightly other rates from slightly
+other weights (`icl_dual.finetuning.replicas`), and each metric carries the range of its values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl_dual.field_docs import document_fields
+
+
+@document_fields
+@dataclass(frozen=True, repr=False)
+class Stability:
+    """How far each replica of the finetuning moves each metric, on the same queries."""
+
+    replicas: tuple[str, ...]
+    """The difference of each replica from the finetuning itself, in words. Those that diverged come last."""
+    n_queries: int
+    """The number of first queries that replicas are captured on."""
+    shifts: dict[str, Float[Tensor, " replica"]]
+    """By metric: the replica's value less the run's own on the same queries; NaN where one of the two is undefined,
+    infinite where the replica diverged."""
+    layer_shifts: dict[str, Float[Tensor, "replica layer"]] = field(default_factory=dict)
+    """By metric: the shifts at each layer."""
+    diverged: tuple[str, ...] = ()
+    """The errors of the replicas that diverged."""
+
+    @classmethod
+    def of(
+        cls,
+        overall: Mapping[str, Float[Tensor, "_"]],
+        by_layer: Mapping[str, Float[Tensor, "_ layer"]],
+        replicas: Mapping[str, tuple[Mapping[str, Float[Tensor, "_"]], Mapping[str, Float[Tensor, "_ layer"]]]],
+        *,
+        n_queries: int,
+        diverged: Mapping[str, str],
+    ) -> "Stability":
+        """Return the stability of metrics, from their values in the run and in its replicas.
+
+        Args:
+            overall: by metric, each query's value over all layers together.
+            by_layer: by metric, each query's value at each layer.
+            replicas: by replica, the same two for its first `n_queries` queries.
+            n_queries: how many first queries the replicas have.
+            diverged: by replica that diverged, the error.
+        """
+
+        def shift(values: Tensor, replica: Tensor) -> Tensor:
+            return replica.double().nanmean(0) - values[: len(replica)].double().nanmean(0)
+
+        def shifts(name: str, values: Tensor, part: int) -> Tensor:
+            kept = [shift(values, replica[part][name]) for replica in replicas.values()]
+            lost = [torch.full_like(values[0], torch.inf, dtype=torch.float64)] * len(diverged)
+            return torch.stack([*kept, *lost])
+
+        return cls(
+            replicas=(*replicas, *diverged),
+            n_queries=n_queries,
+            shifts={name: shifts(name, values, 0) for name, values in overall.items()},
+            layer_shifts={name: shifts(name, values, 1) for name, values in by_layer.items()},
+            diverged=tuple(diverged.values()),
+        )
+
+    def layer_range(self, metric: str) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+        """Return how far replicas move a metric down and up at each layer: at most 0, and at least 0."""
+        shifts = self.layer_shifts[metric].nan_to_num(nan=0.0, posinf=torch.inf)
+        return shifts.amin(0).clamp(max=0), shifts.amax(0).clamp(min=0)
+
+    def __repr__(self) -> str:
+        diverged = f", {len(self.diverged)} diverged" if self.diverged else ""
+        return f"Stability({len(self.replicas)} replicas on {self.n_queries} queries{diverged})"
