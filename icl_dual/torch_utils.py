@@ -31,6 +31,11 @@ def at_least_float32(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Return whether a dtype is of floating-point numbers in half precision, or in less."""
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
 def pad_right(
     sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None
 ) -> Int[Tensor, "batch pos"]:

@@ -152,9 +152,17 @@ def same(model: icl.Model, before: list[torch.Tensor]) -> bool:
 
 
 def model_of(make_model: Callable[..., icl.Model], half: icl.Model) -> icl.Model:
-    """The same weights in float32."""
+    """The same rounded weights and buffers in float32."""
     model = make_model("llama")
+    original, rounded = model.wrapped.original_model, half.wrapped.original_model
     with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), half.parameters(), strict=True):
-            mine.copy_(theirs.float())
+        for tensors in ("parameters", "buffers"):
+            for mine, theirs in zip(getattr(original, tensors)(), getattr(rounded, tensors)(), strict=True):
+                mine.copy_(theirs)
     return model
+
+
+def cosines(delta: icl.WeightDelta, expected: icl.WeightDelta, kinds: str) -> torch.Tensor:
+    """By projection and layer, the cosine of ΔW with the expected one."""
+    pairs = [(getattr(delta, f"W_{kind}").flatten(1), getattr(expected, f"W_{kind}").flatten(1)) for kind in kinds]
+    return torch.stack([nn.functional.cosine_similarity(got.double(), wanted.double()) for got, wanted in pairs])

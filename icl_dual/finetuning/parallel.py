@@ -20,21 +20,23 @@ from icl_dual.finetuning.sgd import (
     divergence,
     finetune,
     only_trained,
+    rounds_changes,
     total_norm,
     with_untrained,
 )
 from icl_dual.finetuning.weight_delta import (
     PAPER_FINETUNING,
-    PROJECTIONS_TRAINED,
     FinetuneConfig,
     Noise,
     WeightDelta,
     trained_weights,
 )
-from icl_dual.models import Model, ProjectionName, UnsupportedModelError
+from icl_dual.models import Model, UnsupportedModelError
+from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
-from icl_dual.torch_utils import is_out_of_memory
+from icl_dual.torch_utils import at_least_float32, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,8 @@ def finetune_many(
     Runs of SGD go in parallel, as rows of one batch. Their deltas equal those of `finetune` up to rounding, which is
     smaller here because no small change is added to a large weight. SGD amplifies rounding step by step, also that of
     another number of threads: compare runs with each other in float64. Runs go one after another with other methods, in
-    half precision, for a `HookedTransformer`, and for models with a rotary embedding that depends on the sequence
-    length (dynamic NTK, LongRoPE).
+    the reference protocol in half precision, for a `HookedTransformer`, and for models with a rotary embedding that
+    depends on the sequence length (dynamic NTK, LongRoPE).
 
     Args:
         model: the model to finetune; restored afterwards.
@@ -93,7 +95,7 @@ def finetune_many(
         check_arguments(model, run_prompts, lr)
     is_sequential = (
         config.method != "sgd"
-        or model.dtype.itemsize < 4
+        or any(rounds_changes(model, run_prompts) for run_prompts in prompts)
         or not model.supports_projection_deltas
         or model.rope_scaling_threshold is not None
     )
@@ -195,7 +197,7 @@ class _ParallelRuns:
         """By a delta's name and by layer, the difference of each active run's weights from the model's: the run's noise
         and its steps so far."""
         for name, by_layer in weights.items():
-            matrices = [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
+            matrices = [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
             self.deltas[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
         for index, run in enumerate(self.runs):
             for name, by_layer in self._noise(run).items():
@@ -212,6 +214,7 @@ class _ParallelRuns:
         title = f"finetuning {len(self.runs)} in parallel"
         with (
             only_trained(self.model, []),
+            exact_float32(),
             progress_bar(total=n_steps, desc=title, show=progress, unit="step") as bar,
         ):
             while self.active:
@@ -253,25 +256,19 @@ class _ParallelRuns:
         logits = model.run(
             ids,
             read=read,
-            on_query=lambda layer, q: by_layer["q"].append(q.detach().cpu()),
-            on_key=lambda layer, k: by_layer["k"].append(k.detach().cpu()),
-            projection_deltas=dict.fromkeys(PROJECTIONS_TRAINED[self.config.trained], self._projection_delta),
+            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach().cpu()),
+            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach().cpu()),
+            projection_deltas=projection_deltas_of(self.deltas),
         )
         for name, layers in by_layer.items():
             for run, row, content in zip(self.active, sequences, torch.stack(layers, dim=1), strict=True):
                 getattr(run, name).append(content[:, : len(row)].clone())
         targets = ids.gather(1, read + 1)
         # Flat: over an axis that is not the last, torch sums a vocabulary one by one, and loses digits.
-        flat_losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        flat_logits = at_least_float32(logits.flatten(0, 1))
+        flat_losses = nn.functional.cross_entropy(flat_logits, targets.flatten(), reduction="none")
         token_losses = flat_losses.view(targets.shape)
         return token_losses.where(is_target, 0.0).sum(1) / is_target.sum(1)
-
-    def _projection_delta(
-        self, layer: int, kind: ProjectionName, x: Float[Tensor, "run pos d_in"]
-    ) -> Float[Tensor, "run pos d_out"]:
-        """Return ΔW x + Δb of each active run."""
-        delta = x @ self.deltas[f"W_{kind}"][layer].mT
-        return delta + self.deltas[f"b_{kind}"][layer].unsqueeze(1) if f"b_{kind}" in self.deltas else delta
 
     def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
         """Return how many of a sequence's last tokens the loss is the mean over."""

@@ -2,7 +2,8 @@
 
 The paper's (Dai et al., 2023): one demonstration a step, in the order of the in-context prompt, one epoch, plain SGD at
 a constant learning rate. Weights and biases of the key and value projections are trained, all others are frozen, and
-the model is restored bit for bit afterwards.
+the model is restored bit for bit afterwards. Where weights are in half precision, their changes are kept in float32 and
+run beside them.
 
 The variants (`FinetuneConfig`): the loss of the label word alone (Shen et al., 2024); one step on all demonstrations
 together, with the gradients that equations 7–9 read as the dual form; each layer trained by a loss of its own, so that
@@ -29,10 +30,13 @@ from icl_dual.finetuning.weight_delta import (
     restored,
     trained_weights,
 )
-from icl_dual.models import Model, OnTensor, Projection, ProjectionName, UnsupportedModelError, Weight
+from icl_dual.models import Model, OnTensor, ProjectionName, UnsupportedModelError, Weight
+from icl_dual.models.backend import ProjectionDelta
+from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.torch_utils import at_least_float32
+from icl_dual.torch_utils import at_least_float32, is_half
 
 EXPLODED_LOSS = 3.0
 """The largest loss that is no explosion, in units of log(d_vocab), the loss of a uniform prediction; or of the first
@@ -102,15 +106,20 @@ def finetune(
             f"expected keys and values to be trained where factors are kept, got trained={config.trained!r}: set "
             "trained to 'key-value' or 'attention', or factors=False"
         )
-    weights = trained_weights(model, config.trained)
-    parameters = [weight.parameter for by_layer in weights.values() for weight in by_layer]
+    weights, rounded = trained_weights(model, config.trained), rounds_changes(model, prompts)
+    is_beside = is_half(model.storage_dtype) and not rounded
+    trained = _zero_changes(weights) if is_beside else weights
+    parameters = _parameters(trained)
+    projection_deltas = _deltas_beside(trained) if is_beside else None
     losses: list[float] = []
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
-    recorder = _FactorRecorder(model, lr) if factors else None
-    with restored(parameters) as clean, only_trained(model, parameters):
-        before = clean if noise is None else _add_noise(weights, noise)
-        descent = _GradientDescent(model, parameters, before, lr, full_batch=config.method == "full-batch")
+    recorder = _FactorRecorder(model, lr, trained) if factors else None
+    with restored(parameters) as before, only_trained(model, parameters), exact_float32():
+        changes = None if noise is None else noise.changes(weights)
+        descent = _GradientDescent(
+            trained, before, changes, lr, total_norm(_parameters(weights)), full_batch=config.method == "full-batch"
+        )
         steps = zip(prompts.training_sequences, prompts.demonstration_label_lengths, strict=True)
         total = len(prompts.training_sequences)
         for step, (tokens, label_length) in enumerate(
@@ -126,6 +135,7 @@ def finetune(
                 n_targets,
                 layer_causal=config.method == "layer-causal",
                 recorder=recorder,
+                projection_deltas=projection_deltas,
             )
             losses.append(loss)
             training["q"].append(q)
@@ -135,7 +145,7 @@ def finetune(
             change = descent.step(last=step == total)
             if (error := divergence(model, losses, change, total, lr)) is not None:
                 raise error
-        deltas = _deltas(model, weights, before)
+        deltas = _deltas(model, trained, descent.changes())
     return WeightDelta(
         model=model.name,
         fingerprint=fingerprint,
@@ -148,17 +158,36 @@ def finetune(
         training_k=torch.cat(training["k"], dim=1),
         factors=None if recorder is None else recorder.factors(deltas["W_K"], deltas["W_V"]),
         noise=noise,
+        rounded=rounded,
     )
 
 
-def _add_noise(weights: dict[str, list[Weight]], noise: Noise) -> list[Tensor]:
-    """Add noise to the trained weights and return copies of their values with it."""
-    changes = noise.changes(weights)
-    with torch.no_grad():
-        for name, by_layer in weights.items():
-            for weight, change in zip(by_layer, changes[name], strict=True):
-                weight.parameter.add_(weight.from_matrix(change).to(weight.parameter))
-    return [weight.parameter.detach().clone() for by_layer in weights.values() for weight in by_layer]
+def rounds_changes(model: Model, prompts: Prompts) -> bool:
+    """Return whether finetuning adds its steps to half-precision weights, which rounds them, as in the paper's set-up.
+
+    Changes otherwise run beside such weights. The paper's own set-up is the reference protocol in half precision
+    throughout. A `HookedTransformer` has no modules that a change could run beside.
+    """
+    is_reference = prompts.protocol == "reference" and is_half(model.dtype)
+    return is_half(model.storage_dtype) and (is_reference or not model.supports_projection_deltas)
+
+
+def _zero_changes(weights: dict[str, list[Weight]]) -> dict[str, list[Weight]]:
+    """Return a change of zero for each weight and bias, in float32, to be trained in its stead."""
+    changes: dict[str, list[Weight]] = {}
+    for name, by_layer in weights.items():
+        axes = "d_out d_in" if name.startswith("W") else "d_out"
+        matrices = [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
+        changes[name] = [Weight(nn.Parameter(torch.zeros_like(matrix)), axes, axes) for matrix in matrices]
+    return changes
+
+
+def _deltas_beside(trained: dict[str, list[Weight]]) -> dict[ProjectionName, ProjectionDelta]:
+    return projection_deltas_of({name: [w.parameter for w in by_layer] for name, by_layer in trained.items()})
+
+
+def _parameters(weights: dict[str, list[Weight]]) -> list[nn.Parameter]:
+    return [weight.parameter for by_layer in weights.values() for weight in by_layer]
 
 
 def divergence(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:
@@ -200,16 +229,48 @@ def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
 
 
 class _GradientDescent:
-    """Takes a step along each demonstration's gradient, or one step along the sum of all of them."""
+    """Takes a step along each demonstration's gradient, or one step along the sum of all of them.
+
+    Args:
+        trained: the parameters to step on, by name and by layer.
+        before: copies of their values.
+        noise: by name and by layer, changes of the parameters to start from; `None` for none.
+        lr: the learning rate.
+        weight_norm: the norm of the weights that change.
+        full_batch: whether to take one step along the sum of all gradients.
+    """
 
     def __init__(
-        self, model: Model, parameters: list[nn.Parameter], before: list[Tensor], lr: float, *, full_batch: bool
+        self,
+        trained: dict[str, list[Weight]],
+        before: list[Tensor],
+        noise: dict[str, list[Tensor]] | None,
+        lr: float,
+        weight_norm: float,
+        *,
+        full_batch: bool,
     ) -> None:
-        self.parameters, self.before, self.lr, self.full_batch = parameters, before, lr, full_batch
-        self.weight_norm, self.path_length = total_norm(before), 0.0
+        self.parameters, self.lr, self.full_batch = _parameters(trained), lr, full_batch
+        self.weight_norm, self.path_length = weight_norm, 0.0
         # Half precision would round small steps to nothing: they are taken on float32 copies, as in mixed precision.
-        is_half = model.dtype.itemsize < 4
-        self.stepped = [nn.Parameter(parameter.detach().float()) for parameter in parameters] if is_half else parameters
+        self.is_rounded = any(is_half(parameter.dtype) for parameter in self.parameters)
+        self.stepped = (
+            [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+            if self.is_rounded
+            else self.parameters
+        )
+        self.start = before
+        if noise is not None:
+            changes = [
+                weight.from_matrix(change)
+                for name, by_layer in trained.items()
+                for weight, change in zip(by_layer, noise[name], strict=True)
+            ]
+            with torch.no_grad():
+                for stepped, change in zip(self.stepped, changes, strict=True):
+                    stepped.add_(change)
+            self._round()
+            self.start = [stepped.detach().clone() for stepped in self.stepped]
         self.gradient_sums: list[Tensor] = []
         self.optimizer = torch.optim.SGD(self.stepped, lr=lr, foreach=True)
 
@@ -234,23 +295,28 @@ class _GradientDescent:
         for parameter, gradient in zip(self.stepped, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
-        if self.stepped is not self.parameters:
-            for stepped, parameter in zip(self.stepped, self.parameters, strict=True):
-                parameter.detach().copy_(stepped.detach())
+        self._round()
         if self.path_length <= EXPLODED_WEIGHTS:
             return self.path_length
-        return total_norm(_differences(self.parameters, self.before)) / self.weight_norm
+        return total_norm(self.changes()) / self.weight_norm
+
+    def changes(self) -> list[Tensor]:
+        """Return the change of each parameter since the start, before it was rounded, in float32 at least."""
+        return [stepped.detach() - start for stepped, start in zip(self.stepped, self.start, strict=True)]
+
+    def _round(self) -> None:
+        """Write float32 copies into the half-precision parameters that they are copies of."""
+        if self.is_rounded:
+            for stepped, parameter in zip(self.stepped, self.parameters, strict=True):
+                parameter.detach().copy_(stepped.detach())
 
 
 class _FactorRecorder:
     """Records the projections' input and the error signal at their output for every training token, step by step."""
 
-    def __init__(self, model: Model, lr: float) -> None:
+    def __init__(self, model: Model, lr: float, trained: dict[str, list[Weight]]) -> None:
         self.model, self.lr = model, lr
-        self.projections: dict[ProjectionName, list[Projection]] = {
-            "K": model.projections("K"),
-            "V": model.projections("V"),
-        }
+        self.projections: dict[ProjectionName, list[Weight]] = {"K": trained["W_K"], "V": trained["W_V"]}
         self.x: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
         self.errors: dict[ProjectionName, list[list[Tensor]]] = {
             kind: [[] for _ in self.x] for kind in self.projections
@@ -274,11 +340,11 @@ class _FactorRecorder:
         Raises:
             UnsupportedModelError: they do not; says at which layer.
         """
-        for kind, projections in self.projections.items():
-            for layer, projection in enumerate(projections):
-                parameter_gradient = projection.W.parameter.grad
+        for kind, by_layer in self.projections.items():
+            for layer, weight in enumerate(by_layer):
+                parameter_gradient = weight.parameter.grad
                 assert parameter_gradient is not None
-                expected = -self.lr * at_least_float32(projection.W.to_matrix(parameter_gradient)).cpu()
+                expected = -self.lr * at_least_float32(weight.to_matrix(parameter_gradient)).cpu()
                 error = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - expected).norm()
                 if not error <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * expected.norm():
                     raise UnsupportedModelError(
@@ -308,6 +374,7 @@ def _backward(
     *,
     layer_causal: bool,
     recorder: _FactorRecorder | None,
+    projection_deltas: dict[ProjectionName, ProjectionDelta] | None,
 ) -> tuple[float, Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]]:
     """Leave the gradient of the mean cross-entropy of a demonstration's last `n_targets` tokens at the parameters.
 
@@ -337,6 +404,7 @@ def _backward(
         on_key=record("k"),
         on_residual=stop_gradient if layer_causal else None,
         on_gradient=None if recorder is None else recorder.on_gradient,
+        projection_deltas=projection_deltas,
     )
     loss = nn.functional.cross_entropy(at_least_float32(logits[0]), targets)
     if layer_causal:
@@ -380,21 +448,17 @@ def _check_readout(model: Model, got: Tensor, expected: Tensor) -> None:
         )
 
 
-def total_norm(tensors: list[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> float:
     """Return the Euclidean norm of all elements of several tensors, computed in float32 at least."""
-    return nn.utils.get_total_norm([at_least_float32(tensor) for tensor in tensors]).item()
+    return nn.utils.get_total_norm([at_least_float32(tensor.detach()) for tensor in tensors]).item()
 
 
-def _differences(after: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
-    return [new.detach() - old for new, old in zip(after, before, strict=True)]
-
-
-def _deltas(model: Model, weights: dict[str, list[Weight]], before: list[Tensor]) -> dict[str, Any]:
-    """Return the change of each trained weight since `before`, as matrices by layer, and zero for the untrained."""
-    old = iter(before)
+def _deltas(model: Model, trained: dict[str, list[Weight]], changes: list[Tensor]) -> dict[str, Any]:
+    """Return the change of each trained weight as matrices by layer, and zero for the untrained."""
+    remaining = iter(changes)
     deltas = {
-        name: torch.stack([weight.to_matrix(weight.parameter.detach() - next(old)).cpu() for weight in by_layer])
-        for name, by_layer in weights.items()
+        name: torch.stack([weight.to_matrix(next(remaining)).cpu() for weight in by_layer])
+        for name, by_layer in trained.items()
     }
     return with_untrained(model, deltas)
 
@@ -405,7 +469,7 @@ def with_untrained(model: Model, deltas: dict[str, Tensor]) -> dict[str, Any]:
     for kind in ("K", "V"):
         W, b = model.projections(kind)[0]
         for name, weight in ((f"W_{kind}", W), (f"b_{kind}", b)):
-            like = None if weight is None else weight.to_matrix(weight.parameter.detach())
+            like = None if weight is None else at_least_float32(weight.to_matrix(weight.parameter.detach()))
             untrained = None if like is None else like.new_zeros(model.n_layers, *like.shape).cpu()
             all_deltas.setdefault(name, untrained)
     return all_deltas

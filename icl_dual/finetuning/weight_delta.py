@@ -1,8 +1,8 @@
 """`WeightDelta`: the change that finetuning made to a model's attention weights, and how the finetuning was set.
 
 A delta holds ΔW and Δb of the projections of attention at every layer, as matrices `[d_out d_in]` with heads in order,
-whatever way the model stores them. It can be added to the model for the length of a `with` block, saved, replaced by a
-random direction of the same norm, and taken between a model and any finetuned copy of it.
+whatever way the model stores them, in float32 at least. It can be applied to the model for the length of a `with`
+block, saved, replaced by a random direction of the same norm, and taken between a model and any finetuned copy of it.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, ProjectionName, Weight
+from icl_dual.models.changes import changed_projections
 from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
+from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.storage import CLASS, Saved
-from icl_dual.torch_utils import at_least_float32
+from icl_dual.torch_utils import at_least_float32, is_half
 
 Loss = Literal["all", "label"]
 """The tokens of a demonstration that the loss is the mean cross-entropy of: `all`, or its `label` word alone."""
@@ -68,18 +70,18 @@ class Noise:
     Noise(seed=1, size=0.001953125)
 
     Raises:
-        ValueError: the size is not above 0 and below 1.
+        ValueError: the size is 0, or not between −1 and 1.
     """
 
     seed: int
     """The seed of g."""
     size: float = 2**-9
     """The relative size of the noise. The default is the unit roundoff of bfloat16, in which most models are published:
-    a weight is known no better than that."""
+    a weight is known no better than that. A negative size turns the noise round."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.size < 1:
-            raise ValueError(f"expected size above 0 and below 1, got {self.size}: pass 2**-9, or a similar number")
+        if not 0 < abs(self.size) < 1:
+            raise ValueError(f"expected size between -1 and 1 and not 0, got {self.size}: pass 2**-9, or a similar one")
 
     def changes(self, weights: dict[str, list[Weight]]) -> dict[str, list[Tensor]]:
         """Return size·g·W of each weight and bias as a matrix or vector, in float32 at least, on the weight's device.
@@ -179,6 +181,9 @@ class WeightDelta(Saved):
     """The outer products that ΔW_K and ΔW_V are the sums of; `None` where `finetune` was not told to keep them."""
     noise: Noise | None = None
     """The noise on the weights that finetuning started from, which is no part of the delta; `None` without noise."""
+    rounded: bool = False
+    """Whether half-precision weights are rounded after the delta is added to them, as in the paper's own set-up and by
+    `between`. Otherwise the delta runs beside such weights. Wider weights always get it added."""
 
     def __repr__(self) -> str:
         matrices = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
@@ -250,14 +255,18 @@ class WeightDelta(Saved):
             **{"b_K": None, "b_V": None, **deltas},
             demonstrations=[],
             losses=torch.empty(0, dtype=torch.float64),
+            rounded=True,
         )
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """Yield the model with the delta added; afterwards it is as it was, bit for bit, also after an exception.
+        """Yield the model with the delta; afterwards it is as it was, bit for bit, also after an exception.
+
+        The delta is added to the weights. Weights in half precision, which would round most of it away, stay as they
+        are, and each projection adds ΔW x + Δb in float32 to its output (unless the delta is `rounded`).
 
         Raises:
-            ValueError: the delta belongs to another model, or to other weights of it.
+            ValueError: the delta belongs to another model, to other weights of it, or to another precision.
         """
         shape = (model.n_layers, model.n_key_value_heads * model.d_head, model.d_model)
         if self.model != model.name or tuple(self.W_K.shape) != shape:
@@ -265,24 +274,44 @@ class WeightDelta(Saved):
                 f"expected a delta of {model.name!r} with ΔW_K of shape {shape}, got one of {self.model!r} with shape "
                 f"{tuple(self.W_K.shape)}: apply it to the model that was finetuned"
             )
+        if (precision := fingerprinted_precision(self.fingerprint)) not in ("", model.precision):
+            raise ValueError(
+                f"expected a delta of {model.name!r} in the model's precision, {model.precision}, got one that was "
+                f"finetuned in {precision}: finetune again, or load the model in the delta's precision with dtype and "
+                "arithmetic of icl_dual.load_model"
+            )
         if self.fingerprint != (fingerprint := model.fingerprint()):
             raise ValueError(
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {fingerprint}), got one "
                 f"from {self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
         weights = trained_weights(model, self.trained)
+        if is_half(model.storage_dtype) and model.supports_projection_deltas and not self.rounded:
+            with changed_projections(model, {name: getattr(self, name) for name in weights}):
+                yield model
+            return
         with restored([weight.parameter for by_layer in weights.values() for weight in by_layer]):
             with torch.no_grad():
                 for name, by_layer in weights.items():
                     for weight, delta in zip(by_layer, getattr(self, name), strict=True):
-                        weight.parameter.add_(weight.from_matrix(delta).to(weight.parameter))
+                        change = weight.from_matrix(delta).to(weight.parameter.device)
+                        if is_half(weight.parameter.dtype):  # rounded once: the sum, not the change
+                            weight.parameter.copy_(at_least_float32(weight.parameter) + change)
+                        else:
+                            weight.parameter.add_(change)
             yield model
 
     @classmethod
     def _upgraded(
         cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return a delta of version 0.1, which kept options and the residual of factors flat, as this one does."""
+        """Return a delta of an older version as this one keeps it.
+
+        Version 0.1 kept options and the residual of factors flat. Before there was `rounded`, a half-precision model's
+        delta was the difference of its rounded weights.
+        """
+        if "rounded" not in metadata and "W_K" in tensors:
+            metadata = {**metadata, "rounded": is_half(tensors["W_K"].dtype)}
         if CLASS in metadata:
             return tensors, metadata
         if "W_O" in tensors and metadata.get("layout") != LAYOUT:

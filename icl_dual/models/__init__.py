@@ -10,6 +10,8 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `controls` | control models: untrained, or with random blocks |
 | `momentum` | `momentum_attention`: run a model with momentum attention for a while |
 | `momentum_gpt2` | a GPT-2 that is trained with momentum attention |
+| `precision` | half-precision weights that run in float32, TF32 switched off, names of precisions |
+| `changes` | changes of projections that run beside the weights |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |

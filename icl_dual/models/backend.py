@@ -6,13 +6,16 @@ how they take positions; `bridge` and `hooked` implement this interface for one 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icl_dual import dual
+from icl_dual.models.precision import check_arithmetic
 from icl_dual.momentum import Momentum
 
 
@@ -117,6 +120,9 @@ class Backend(ABC):
     supports_projection_deltas: ClassVar[bool] = False
     """Whether `projection_delta_hook` is available."""
 
+    supports_arithmetic: ClassVar[bool] = False
+    """Whether weights can run in another dtype than their own (`arithmetic`)."""
+
     wrapped: Any
     """The TransformerLens model."""
     tokenizer: Any
@@ -143,9 +149,12 @@ class Backend(ABC):
     hook_points: dict[str, Any]
     """The model's hook points by name."""
 
-    def __init__(self, wrapped: Any) -> None:
+    def __init__(self, wrapped: Any, arithmetic: torch.dtype | None = None) -> None:
         self.wrapped = wrapped
+        self.arithmetic = arithmetic
+        """The dtype of the computation; `None` for the dtype of the weights."""
         self.check_supported()
+        self._check_arithmetic()
         cfg = wrapped.cfg
         self.tokenizer = wrapped.tokenizer
         self.n_layers = int(cfg.n_layers)
@@ -164,6 +173,21 @@ class Backend(ABC):
         Raises:
             UnsupportedModelError: the model is not supported; the message says why.
         """
+
+    def _check_arithmetic(self) -> None:
+        """Check that the weights can run in `arithmetic`."""
+        dtype = next(self.parameters()).dtype
+        check_arithmetic(dtype, self.arithmetic)
+        if not self.supports_arithmetic and self.arithmetic not in (None, dtype):
+            raise UnsupportedModelError(
+                f"expected no arithmetic for a {type(self.wrapped).__name__}, which runs in the dtype of its weights "
+                f"({dtype}), got arithmetic={self.arithmetic}: load it with dtype=torch.float32, or pass a "
+                "TransformerBridge"
+            )
+
+    def upcast(self) -> AbstractContextManager[None]:
+        """Return a context inside which the weights run in `arithmetic`."""
+        return nullcontext()
 
     @abstractmethod
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -1,6 +1,7 @@
 """The backend for `TransformerBridge`: a Hugging Face model with raw weights and TransformerLens's hooks in it."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,12 +28,15 @@ from icl_dual.models.backend import (
     callback_hook,
     check_unsupported,
 )
+from icl_dual.models.precision import upcast
+from icl_dual.torch_utils import is_half
 
 
 class BridgeBackend(Backend):
     """Reads a `TransformerBridge` with raw weights."""
 
     supports_projection_deltas = True
+    supports_arithmetic = True
 
     HOOK_NAMES: ClassVar[dict[str, str]] = {
         "q": "hook_q",
@@ -45,9 +49,9 @@ class BridgeBackend(Backend):
         "sin": "hook_sin",
     }
 
-    def __init__(self, wrapped: TransformerBridge) -> None:
-        super().__init__(wrapped)
+    def __init__(self, wrapped: TransformerBridge, arithmetic: torch.dtype | None = None) -> None:
         self.original: Any = wrapped.original_model
+        super().__init__(wrapped, arithmetic)
         self.architecture = str(self.wrapped.cfg.architecture)
         self.rope_scaling_threshold = _rope_scaling_threshold(self.original.config)
 
@@ -69,13 +73,19 @@ class BridgeBackend(Backend):
         required = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
         hooks = frozenset(bridge.hook_dict)
         for layer in range(cfg.n_layers):
-            _check_attention(bridge, cfg.architecture, layer)
+            _check_attention(bridge, cfg.architecture, layer, self.arithmetic)
             missing = [name for name in required if f"blocks.{layer}.attn.{name}" not in hooks]
             if missing:
                 raise UnsupportedModelError(
                     f"{cfg.architecture}, layer {layer}: expected softmax attention with hooks {required}, got none of "
                     f"{missing}: its attention cannot be read, use another model"
                 )
+
+    def upcast(self) -> AbstractContextManager[None]:
+        """Return a context inside which blocks run on copies of their weights in `arithmetic`, one block at a time."""
+        if self.arithmetic is None:
+            return nullcontext()
+        return upcast([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""
@@ -146,7 +156,7 @@ class BridgeBackend(Backend):
         bridge = TransformerBridge.boot_transformers(
             self.architecture, hf_model=hf_model, tokenizer=self.tokenizer, device=hf_model.device, dtype=hf_model.dtype
         )
-        return BridgeBackend(bridge)
+        return BridgeBackend(bridge, self.arithmetic)
 
     def attention_inputs(
         self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
@@ -189,7 +199,7 @@ class BridgeBackend(Backend):
         """Return a hook on the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return output + delta(layer, kind, args[0])
+            return (output + delta(layer, kind, args[0])).to(output.dtype)
 
         return self._linear(layer, kind), hook_fn
 
@@ -222,12 +232,12 @@ class BridgeBackend(Backend):
         return decoder.build_alibi_tensor(mask, self.n_heads, torch.float32)[:, 0, 1]
 
 
-def _check_attention(bridge: TransformerBridge, architecture: str, layer: int) -> None:
+def _check_attention(bridge: TransformerBridge, architecture: str, layer: int, arithmetic: torch.dtype | None) -> None:
     """Check what a layer's attention does beyond softmax over scaled scores, as far as its parts show it."""
     attn: Any = getattr(bridge.blocks[layer], "attn", None)
     original = getattr(attn, "original_component", None)
     config: Any = bridge.original_model.config
-    half_precision = next(bridge.original_model.parameters()).dtype.itemsize < 4
+    half_precision = is_half(arithmetic or next(bridge.original_model.parameters()).dtype)
     present_by_feature = {
         "multi-head latent attention (keys and values from one compressed vector)": hasattr(
             original, "kv_a_proj_with_mqa"

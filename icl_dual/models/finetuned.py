@@ -13,7 +13,17 @@ from icl_dual.models.hooked import is_hooked_transformer
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 
-SHAPE = ("architecture", "n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_vocab", "dtype")
+SHAPE = (
+    "architecture",
+    "n_layers",
+    "n_heads",
+    "n_key_value_heads",
+    "d_model",
+    "d_head",
+    "d_vocab",
+    "dtype",
+    "storage_dtype",
+)
 """The attributes in which a finetuned copy agrees with its model."""
 
 
@@ -53,7 +63,7 @@ def _wrapped(model: Model, tuned: Any) -> Model:
     if isinstance(tuned, Model):
         return tuned
     if isinstance(tuned, TransformerBridge) or is_hooked_transformer(tuned):
-        return Model(tuned, **options)
+        return _with_arithmetic_of(model, tuned, options)
     if not isinstance(tuned, PreTrainedModel):
         raise ValueError(
             "expected tuned as an icl_dual.Model, a TransformerBridge or a Hugging Face PreTrainedModel, got "
@@ -75,7 +85,13 @@ def _wrapped(model: Model, tuned: Any) -> Model:
     bridge = TransformerBridge.boot_transformers(
         model.architecture, hf_model=hf_model, tokenizer=model.tokenizer, device=model.device, dtype=hf_model.dtype
     )
-    return Model(bridge, **options)
+    return _with_arithmetic_of(model, bridge, options)
+
+
+def _with_arithmetic_of(model: Model, wrapped: Any, options: dict[str, Any]) -> Model:
+    """Wrap a copy, to run in the model's arithmetic where its weights have the dtype of the model's."""
+    is_same = next(wrapped.parameters()).dtype == model.storage_dtype
+    return Model(wrapped, **options, arithmetic=model.backend.arithmetic if is_same else None)
 
 
 def _mismatch(model: Model, name: str, got: object) -> ValueError:

@@ -68,8 +68,8 @@ class HookedBackend(Backend):
         "rot_k": "hook_rot_k",
     }
 
-    def __init__(self, wrapped: Any) -> None:
-        super().__init__(wrapped)
+    def __init__(self, wrapped: Any, arithmetic: torch.dtype | None = None) -> None:
+        super().__init__(wrapped, arithmetic)
         cfg = wrapped.cfg
         self.architecture = cfg.original_architecture or "HookedTransformer"
         self.rope_scaling_threshold = int(cfg.train_seq_length or cfg.n_ctx) if cfg.use_dynamic_ntk_rope else None

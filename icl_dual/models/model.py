@@ -28,7 +28,9 @@ from icl_dual.models.backend import (
     UnsupportedModelError,
 )
 from icl_dual.models.bridge import BridgeBackend
+from icl_dual.models.changes import WeightChanges, projection_deltas_of
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
+from icl_dual.models.precision import exact_float32, precision_name
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 
 if TYPE_CHECKING:
@@ -53,11 +55,15 @@ class Model:
             another model, use `momentum_attention`.
         description: what the model is, in words for tables and captions, e.g. `SmolLM2-135M-Instruct (Q4_1,
             dequantised)`; by default the name.
+        arithmetic: the dtype of the computation, by default that of the weights. With `torch.float32`, weights in
+            bfloat16 or float16 run as float32 copies, one block at a time (*half-precision storage with float32
+            arithmetic*).
 
     Raises:
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
-            processed.
-        ValueError: η is out of range, or its shape is not by layer and head.
+            processed, or its class cannot run in another dtype than its weights'.
+        ValueError: arithmetic is another than float32 for weights in half precision, η is out of range, or its shape is
+            not by layer and head.
 
     Example:
         >>> import torch
@@ -81,8 +87,9 @@ class Model:
         *,
         momentum: Eta | None = None,
         description: str | None = None,
+        arithmetic: torch.dtype | None = None,
     ) -> None:
-        self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped)
+        self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped, arithmetic)
         self.wrapped: Any = self.backend.wrapped
         self.name = name
         self.description = name if description is None else description
@@ -108,6 +115,8 @@ class Model:
         """Relative error of the shared-prefix pass against a full-prompt pass; `capture` measures it once."""
         self.momentum: Float[Tensor, "layer head"] | None = None
         """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
+        self.weight_changes: tuple[WeightChanges, ...] = ()
+        """The changes of projections that every run adds beside the weights (`changed_projections`)."""
         if momentum is not None:
             self.momentum = eta_by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
@@ -117,7 +126,7 @@ class Model:
         return (
             f"Model({self.name!r}{description}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, {momentum}"
-            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+            f"dtype={self.precision}, device={self.device})"
         )
 
     @property
@@ -127,8 +136,18 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the computation: of activations, captures and tolerances."""
+        return self.backend.arithmetic or self.storage_dtype
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
         """Return the dtype of the weights."""
         return next(self.parameters()).dtype
+
+    @property
+    def precision(self) -> str:
+        """Return the precision in words, e.g. `float32`, or `bfloat16 storage, float32 arithmetic`."""
+        return precision_name(self.storage_dtype, self.dtype)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every weight of the model, fused projections as one weight."""
@@ -256,17 +275,16 @@ class Model:
                 hooks.append(backend.output_hook(layer, on_output))
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
-            if on_gradient is not None:
+            for deltas in (*map(projection_deltas_of, self.weight_changes), projection_deltas or {}):
+                hooks += [backend.projection_delta_hook(layer, kind, delta) for kind, delta in deltas.items()]
+            if on_gradient is not None:  # after the deltas: a frozen projection's own output has no gradient
                 hooks += [
                     *backend.gradient_hooks(layer, "K", on_gradient),
                     *backend.gradient_hooks(layer, "V", on_gradient),
                 ]
-            hooks += [
-                backend.projection_delta_hook(layer, kind, delta) for kind, delta in (projection_deltas or {}).items()
-            ]
         if read is not None:
             hooks.append((backend.hook_points["unembed.hook_in"], _select_positions(read)))
-        with _attached(hooks), _evaluation_mode(self.wrapped):
+        with _attached(hooks), _evaluation_mode(self.wrapped), exact_float32(), backend.upcast():
             return backend.forward(tokens, positions)
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
@@ -275,7 +293,8 @@ class Model:
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream: final norm, then unembedding."""
-        return self.backend.unembed(residual)
+        with exact_float32(), self.backend.upcast():
+            return self.backend.unembed(residual)
 
     def projections(self, kind: ProjectionName) -> list[Projection]:
         """Return one projection of every layer, with the parameters that the forward pass uses.
@@ -293,15 +312,25 @@ class Model:
     def output_projections(
         self,
     ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
-        """Return W_O by layer and head, and b_O by layer (`None` without biases)."""
+        """Return W_O by layer and head, and b_O by layer (`None` without biases), as they act in a run."""
         projections = self.projections("O")
-        heads = [projection.matrix.T.reshape(self.n_heads, self.d_head, -1) for projection in projections]
-        return torch.stack(heads), _stacked([projection.bias for projection in projections])
+        W = self._with_changes("W_O", torch.stack([projection.matrix for projection in projections]))
+        b = self._with_changes("b_O", _stacked([projection.bias for projection in projections]))
+        return W.mT.unflatten(1, (self.n_heads, self.d_head)).contiguous(), b
 
     def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
-        """Return b_V by layer and key-value head; `None` without biases."""
-        biases = _stacked([projection.bias for projection in self.projections("V")])
+        """Return b_V by layer and key-value head, as it acts in a run; `None` without biases."""
+        biases = self._with_changes("b_V", _stacked([projection.bias for projection in self.projections("V")]))
         return None if biases is None else biases.view(self.n_layers, self.n_key_value_heads, self.d_head)
+
+    def _with_changes(self, name: str, weights: Any) -> Any:
+        """Return stacked weights with `weight_changes` added, in the dtype of the computation at least; or `None`."""
+        if weights is None:
+            return None
+        for changes in self.weight_changes:
+            if name in changes:
+                weights = weights + changes[name]
+        return weights.to(torch.promote_types(weights.dtype, self.dtype))
 
     @property
     def rotary(self) -> bool:
@@ -309,13 +338,15 @@ class Model:
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.hook_points for layer in range(self.n_layers))
 
     def fingerprint(self) -> str:
-        """Return the weights' dtype and a short hash of the weights and of η.
+        """Return the precision and a short hash of the weights and of η.
 
         Two models with different weights (for example with a delta applied), or with different η, have different
         fingerprints. The hash reads up to `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it.
+        The precision is the dtype of the computation; that of the weights follows where it is another one.
         """
         digest = hashlib.sha256()
-        for parameter in self.backend.forward_weights():
+        changes = (tensor for changes in self.weight_changes for tensor in changes.values())
+        for parameter in (*self.backend.forward_weights(), *changes):
             flat = parameter.detach().reshape(-1)
             stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
             while math.gcd(stride, parameter.shape[-1]) > 1:  # else it would read some columns only
@@ -323,7 +354,8 @@ class Model:
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())
-        return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
+        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.storage_dtype))
+        return ":".join([*dtypes, digest.hexdigest()[:16]])
 
     def foreign_hooks(self) -> str:
         """Return a short hash of where the model has hooks of others, and how many; an empty string for none."""
@@ -351,11 +383,11 @@ def _check_no_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
         )
 
 
-def _backend_of(wrapped: Any) -> Backend:
+def _backend_of(wrapped: Any, arithmetic: torch.dtype | None) -> Backend:
     if isinstance(wrapped, TransformerBridge):
-        return BridgeBackend(wrapped)
+        return BridgeBackend(wrapped, arithmetic)
     if is_hooked_transformer(wrapped):
-        return HookedBackend(wrapped)
+        return HookedBackend(wrapped, arithmetic)
     got = type(wrapped).__name__
     if isinstance(wrapped, str):
         got, advice = repr(wrapped), "load it with icl_dual.load_model"

@@ -13,13 +13,15 @@ from icl_dual.models.model import Model
 N_CTX = 512
 
 
-def tiny_model(seed: int = 0) -> Model:
+def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, arithmetic: torch.dtype | None = None) -> Model:
     """Build a two-layer Llama with random weights and a byte-level tokenizer, offline and in under a second.
 
     Its predictions mean nothing; its attention, decompositions and finetuning work like those of any other model.
 
     Args:
         seed: the seed of the weights. Global random states are left unchanged.
+        dtype: the dtype of the weights, which are drawn in float32.
+        arithmetic: the dtype of the computation, as in `load_model`.
 
     Returns:
         A model with 2 layers, 4 query heads, 2 key-value heads, d_head 8 and a context of 512 tokens.
@@ -51,11 +53,15 @@ def tiny_model(seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators, too
         hf_model: Any = LlamaForCausalLM(config).eval()
+    for parameter in hf_model.parameters():  # not the buffers: transformers too loads rotary frequencies in float32
+        parameter.data = parameter.data.to(dtype)
     with TemporaryDirectory() as folder:  # TransformerLens reloads the tokenizer from the folder it came from
         tokenizer.save_pretrained(folder)
         saved = PreTrainedTokenizerFast.from_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers("tiny", hf_model=hf_model, tokenizer=saved, device="cpu")
-    return Model(bridge, name="tiny", provenance=f"random weights, seed {seed}")
+        bridge = TransformerBridge.boot_transformers(
+            "tiny", hf_model=hf_model, tokenizer=saved, device="cpu", dtype=dtype
+        )
+    return Model(bridge, name="tiny", provenance=f"random weights, seed {seed}", arithmetic=arithmetic)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

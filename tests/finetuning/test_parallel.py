@@ -107,18 +107,36 @@ def test_as_many_noises_as_prompts(llama: icl.Model, prompts: Prompts) -> None:
         icl.finetune_many(llama, [prompts, prompts], [LR, LR], noises=[None])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_half_precision_goes_side_by_side_too(
+    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str
+) -> None:
+    model = icl.Model(make_model(architecture, torch.bfloat16).wrapped, arithmetic=torch.float32)
+    before, noises = snapshot(model), [None, Noise(1), None, Noise(2)]
+    equal_to_one_by_one(model, several(model, task), [LR] * 4, 1e-3, noises=noises)
+    assert same(model, before)
+    half = icl.Model(model.wrapped)
+    equal_to_one_by_one(half, several(model, task), [LR] * 4, 0.1, noises=noises)
+
+
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "method"),
+    ("architecture", "dtype", "method", "is_reference"),
     [
-        ("llama", torch.bfloat16, "sgd"),
-        ("llama", torch.float32, "layer-causal"),
-        ("gpt2", torch.float32, "full-batch"),
+        ("llama", torch.bfloat16, "sgd", True),
+        ("llama", torch.float32, "layer-causal", False),
+        ("gpt2", torch.float32, "full-batch", False),
     ],
 )
 def test_what_cannot_go_side_by_side_goes_one_by_one(
-    make_model: Callable[..., icl.Model], task: icl.Task, architecture: str, dtype: torch.dtype, method: Method
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    architecture: str,
+    dtype: torch.dtype,
+    method: Method,
+    is_reference: bool,
 ) -> None:
-    model = make_model(architecture, dtype)
+    model, task = make_model(architecture, dtype), reference_task if is_reference else task
     equal_to_one_by_one(model, several(model, task), [LR, LR, LR, 1e-3], 0.0, config=icl.FinetuneConfig(method=method))
 
 

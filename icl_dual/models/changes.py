@@ -1,0 +1,54 @@
+"""Changes of attention's projections that run beside the weights: y = W x + ΔW x.
+
+Weights in half precision would round a small change away. Beside them, it keeps its own precision.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from icl_dual.models.backend import ProjectionDelta, ProjectionName
+from icl_dual.torch_utils import at_least_float32
+
+if TYPE_CHECKING:
+    from icl_dual.models.model import Model
+
+WeightChanges = Mapping[str, Float[Tensor, "layer *axes"]]
+"""ΔW `[layer d_out d_in]` and Δb `[layer d_out]` by name: `W_K`, `b_K`, `W_V` and so on."""
+
+
+@contextmanager
+def changed_projections(model: "Model", changes: WeightChanges) -> Iterator["Model"]:
+    """Run a model with changed projections inside a `with` block, its weights left as they are.
+
+    Every run adds ΔW x + Δb to the projections' outputs, computed in float32 at least. Inside the block the model has
+    another fingerprint.
+
+    Args:
+        model: the model to run; one that `supports_projection_deltas`.
+        changes: the change of each projection that changes.
+    """
+    before = model.weight_changes
+    model.weight_changes = (*before, {name: change.to(model.device) for name, change in changes.items()})
+    try:
+        yield model
+    finally:
+        model.weight_changes = before
+
+
+def projection_deltas_of(changes: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[ProjectionName, ProjectionDelta]:
+    """Return the functions that compute ΔW x + Δb of each changed projection in float32 at least, for `Model.run`.
+
+    Args:
+        changes: by name and by layer, ΔW `[d_out d_in]` and Δb `[d_out]`, or one for each row of a batch, `[batch d_out
+            d_in]` and `[batch d_out]`. They are read when the functions are called.
+    """
+
+    def delta_of(layer: int, kind: ProjectionName, x: Tensor) -> Tensor:
+        output = at_least_float32(x) @ changes[f"W_{kind}"][layer].mT
+        return output + changes[f"b_{kind}"][layer].unsqueeze(-2) if f"b_{kind}" in changes else output
+
+    return {kind: delta_of for kind in get_args(ProjectionName) if f"W_{kind}" in changes}

@@ -1,0 +1,180 @@
+"""Numeric precision: its names, float32 copies of half-precision weights while they run, and TF32 switched off."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from icl_dual.torch_utils import is_half
+
+
+def check_arithmetic(dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:
+    """Check that weights of a dtype can run in an arithmetic.
+
+    Raises:
+        ValueError: arithmetic is neither the weights' dtype nor float32 for weights in half precision.
+    """
+    if arithmetic not in (None, dtype) and not (is_half(dtype) and arithmetic == torch.float32):
+        raise ValueError(
+            f"expected arithmetic=torch.float32 with weights in bfloat16 or float16, got arithmetic={arithmetic} with "
+            f"weights in {dtype}: leave arithmetic out to compute in the dtype of the weights"
+        )
+
+
+def precision_name(dtype: torch.dtype, arithmetic: torch.dtype) -> str:
+    """Return a precision in words.
+
+    Args:
+        dtype: the dtype of the weights.
+        arithmetic: the dtype of the computation.
+
+    Example:
+        >>> precision_name(torch.bfloat16, torch.float32)
+        'bfloat16 storage, float32 arithmetic'
+        >>> precision_name(torch.bfloat16, torch.bfloat16)
+        'bfloat16'
+    """
+    storage, computed = (str(each).removeprefix("torch.") for each in (dtype, arithmetic))
+    return storage if storage == computed else f"{storage} storage, {computed} arithmetic"
+
+
+def fingerprinted_precision(fingerprint: str) -> str:
+    """Return the precision in words that a fingerprint (`Model.fingerprint`) begins with.
+
+    Example:
+        >>> fingerprinted_precision("float32:bfloat16:5d41402abc4b2a76")
+        'bfloat16 storage, float32 arithmetic'
+        >>> fingerprinted_precision("float32:5d41402abc4b2a76")
+        'float32'
+    """
+    arithmetic, _, storage = fingerprint.rpartition(":")[0].partition(":")
+    return f"{storage} storage, {arithmetic} arithmetic" if storage else arithmetic
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Multiply float32 matrices in float32 on GPUs too, without TF32, inside a `with` block; restore the setting."""
+    settings: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+class _Replaced(NamedTuple):
+    """A parameter or buffer that a copy stands in for."""
+
+    tensors: dict[str, Any]
+    """A module's parameters or buffers by name."""
+    name: str
+    """Its name in `tensors`."""
+    original: Tensor
+    """The module's own tensor."""
+
+
+class _Copies:
+    """Stands copies of a wider dtype in for modules' half-precision parameters and buffers, for a while."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.originals: dict[int, Tensor] = {}
+        """By the address of a copy that is in use, the original."""
+
+    @contextmanager
+    def of(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Replace the parameters and buffers of some modules inside a `with` block."""
+        replaced: list[_Replaced] = []
+        copies: dict[int, Tensor] = {}  # by the original's id: tied weights share one copy
+        try:
+            for module in modules:
+                of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
+                for tensors in of_module:
+                    for name, tensor in tensors.items():
+                        if tensor is not None and is_half(tensor.dtype):
+                            if id(tensor) not in copies:
+                                copies[id(tensor)] = self._copy(tensor)
+                            replaced.append(_Replaced(tensors, name, tensor))
+                            tensors[name] = copies[id(tensor)]
+            yield
+        finally:
+            for tensors, name, original in replaced:
+                tensors[name] = original
+            for copy in copies.values():
+                del self.originals[copy.untyped_storage().data_ptr()]
+
+    def _copy(self, original: Tensor) -> Tensor:
+        copy = original.detach().to(self.dtype, memory_format=torch.contiguous_format)
+        self.originals[copy.untyped_storage().data_ptr()] = original
+        return nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
+
+    def pack(self, tensor: Tensor) -> "Tensor | _View":
+        """Return what autograd keeps of a tensor: of a copy, only where to make it from again."""
+        original = self.originals.get(tensor.untyped_storage().data_ptr())
+        if original is None:
+            return tensor
+        return _View(original, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(self, kept: "Tensor | _View") -> Tensor:
+        """Return a tensor that autograd has kept."""
+        if isinstance(kept, Tensor):
+            return kept
+        copy = kept.original.detach().to(self.dtype, memory_format=torch.contiguous_format)
+        return copy.as_strided(kept.size, kept.stride, kept.offset)
+
+
+class _View(NamedTuple):
+    """A view of a copy, as it can be made from the original again."""
+
+    original: Tensor
+    """The half-precision tensor."""
+    size: Sequence[int]
+    """The view's size."""
+    stride: Sequence[int]
+    """The view's strides, in elements."""
+    offset: int
+    """The view's first element in the copy."""
+
+
+@contextmanager
+def upcast(roots: Sequence[nn.Module], blocks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Run half-precision weights in a wider dtype inside a `with` block; the model itself is left as it is.
+
+    Each block's weights and buffers are replaced with copies in the wider dtype while the block runs, one block at a
+    time. Those outside of all blocks (embeddings, final norm, unembedding) are replaced throughout. The backward pass
+    makes the copies again: autograd keeps none of them. Gradients reach activations, not the half-precision weights.
+
+    Args:
+        roots: the modules that hold the whole model.
+        blocks: the modules that run one after another.
+        dtype: the wider dtype.
+    """
+    copies = _Copies(dtype)
+    in_blocks = {id(module) for block in blocks for module in block.modules()}
+    modules = {id(module): module for root in roots for module in root.modules() if id(module) not in in_blocks}
+    with ExitStack() as stack:
+        for block in blocks:
+            _upcast_while_running(block, copies, stack)
+        stack.enter_context(copies.of(modules.values()))
+        stack.enter_context(saved_tensors_hooks(copies.pack, copies.unpack))
+        yield
+
+
+def _upcast_while_running(block: nn.Module, copies: _Copies, stack: ExitStack) -> None:
+    """Attach hooks that replace a block's weights before it runs and restore them after it, however it ends."""
+    entered = ExitStack()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.enter_context(copies.of(block.modules()))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.close()
+
+    stack.push(entered)  # after an exception that hooks do not see, such as Ctrl-C
+    stack.callback(block.register_forward_pre_hook(enter).remove)
+    stack.callback(block.register_forward_hook(leave, always_call=True).remove)
