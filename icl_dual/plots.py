@@ -23,6 +23,8 @@ LAYERWISE = tuple(catalogue.figures())
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
     """Draw a metric by layer, with its baselines: means over queries, with bands of ±1.96 standard errors.
 
+    Where comparisons have replicas of the finetuning, dotted lines hold the range of the means over replicas.
+
     Args:
         comparisons: one comparison, or several of the same queries (of several seeds, say), averaged query by query.
         metric: `SimAOU`, `SimAM` or `Kendall`, with their baselines; or another metric that comparisons have by layer,
@@ -58,6 +60,8 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         style = {"color": drawing.color, "linestyle": drawing.linestyle}
         _mean_by_layer(values, ax, label=drawing.label or name, **style)
+        for edge in _replica_edges(together, name):
+            ax.plot(np.arange(len(edge)), values.nanmean(0) + edge, color=drawing.color, linestyle=":", linewidth=0.8)
     lead = next(iter(drawings))
     _finish(ax, is_new, ylabel=drawings[lead].axis_label or lead)
     return ax
@@ -170,7 +174,9 @@ def demonstrations(
 
 
 def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = None) -> Axes:
-    """Draw estimates with their 95 % intervals, one row for each name, from the top; hollow where there is no interval.
+    """Draw estimates with their 95 % intervals, one row for each name, from the top.
+
+    An estimate without interval is hollow; an unstable one (`Interval.unstable`) is a cross.
 
     Args:
         estimates: by row, then by series (tasks, say), which have the same colour in every row.
@@ -182,11 +188,15 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
         offset = (index - (len(series) - 1) / 2) * 0.6 / len(series)
         points = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
         style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "color": f"C{index}"}
-        for known, label in ((True, name), (False, None)):
-            y = [at for at, estimate in points if estimate.known is known]
-            chosen = [estimate for _, estimate in points if estimate.known is known]
-            face = f"C{index}" if known else "white"  # an estimate without interval
-            ax.plot([estimate.value for estimate in chosen], y, label=label, markerfacecolor=face, **style)
+        looks: dict[str, dict[str, Any]] = {
+            "stable": {"label": name},
+            "unstable": {"marker": "x", "markersize": 5},
+            "no interval": {"markerfacecolor": "white"},
+        }
+        for kind, look in looks.items():
+            y = [at for at, estimate in points if _kind(estimate) == kind]
+            chosen = [estimate for _, estimate in points if _kind(estimate) == kind]
+            ax.plot([estimate.value for estimate in chosen], y, **style | look)
             low, high = [estimate.low for estimate in chosen], [estimate.high for estimate in chosen]
             ax.hlines(y, low, high, color=f"C{index}", linewidth=1.2)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
@@ -208,6 +218,9 @@ def curves(
 ) -> Axes:
     """Draw estimates against a number (of demonstrations, say, or η), with their 95 % intervals as bands.
 
+    An unstable estimate (`Interval.unstable`) is crossed out: replicas of its finetuning differ by more than its
+    interval over queries is wide.
+
     Args:
         estimates: by series, then by the number on the x axis.
         ylabel: the y axis's text.
@@ -219,6 +232,9 @@ def curves(
         ax.plot(x, [estimate.value for estimate in by_number.values()], ".-", color=f"C{index}", label=name)
         low, high = ([getattr(estimate, end) for estimate in by_number.values()] for end in ("low", "high"))
         ax.fill_between(x, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
+        unstable = [(number, estimate.value) for number, estimate in by_number.items() if estimate.unstable]
+        if unstable:
+            ax.plot(*zip(*unstable, strict=True), "x", markersize=7, color=f"C{index}")
     if is_new:
         ax.legend(frameon=False)
     ax.set(ylabel=ylabel)
@@ -279,6 +295,29 @@ def _check_shape(values: Tensor, axes: str) -> None:
 def _axes(ax: Axes | None) -> tuple[Axes, bool]:
     """Return the Axes given, or new ones, and whether they are new."""
     return (plt.figure(figsize=(5, 3.2), layout="constrained").subplots(), True) if ax is None else (ax, False)
+
+
+def _kind(estimate: Interval) -> str:
+    """Return how an estimate is marked."""
+    if not estimate.known:
+        return "no interval"
+    return "unstable" if estimate.unstable else "stable"
+
+
+def _replica_edges(comparisons: Sequence[Comparison], metric: str) -> list[Float[Tensor, " layer"]]:
+    """Return how far replicas of the finetuning move a metric's mean down and up, by layer; empty where they do not.
+
+    Comparisons of several seeds were finetuned apart: their moves add up as independent errors do.
+    """
+    ranges = [
+        torch.stack(comparison.stability.layer_range(metric))
+        for comparison in comparisons
+        if comparison.stability is not None and metric in comparison.stability.layer_shifts
+    ]
+    if len(ranges) < len(comparisons) or not any(edges.any() for edges in ranges):
+        return []
+    down, up = torch.stack(ranges).square().sum(0).sqrt() / len(ranges)
+    return [-down, up]
 
 
 def _mean_by_layer(values: Float[Tensor, "query layer"], ax: Axes, *, color: str, **style: Any) -> None:

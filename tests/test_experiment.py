@@ -166,7 +166,7 @@ def test_missing_fields_are_named_with_those_to_request(llama: icl.Model, prompt
             method()
     for method in (for_terms.compare, for_terms.recordings):
         message = (
-            r"for \w+\(\), got zero_shot without \['q', 'context_scores', 'query_scores', 'residual_norms'\]: run the .*METRIC_FIELDS,"
+            r"for \w+\(\), got zero_shot without \['q', 'context_scores', 'query_scores'\]: run the .*METRIC_FIELDS,"
         )
         with pytest.raises(ValueError, match=message):
             method()

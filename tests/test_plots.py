@@ -9,12 +9,13 @@ import torch
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
+from icl_dual.metrics.stability import Stability
 from icl_dual.statistics.intervals import Interval
 
 
 @pytest.fixture(scope="module")
 def comparison(llama: icl.Model, task: icl.Task, tmp_path_factory: pytest.TempPathFactory) -> icl.Comparison:
-    cell = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5)
+    cell = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5, replicas=0)
     return icl.run_cell(llama, task, cell, tmp_path_factory.mktemp("cells") / "cell", progress=False).comparison
 
 
@@ -37,6 +38,36 @@ def test_layers_draws_the_means_on_the_axes_it_is_given(
         np.testing.assert_allclose(np.asarray(line.get_ydata()), comparison.per_layer[name].mean(0))
     fig.savefig(tmp_path / "figure.png")
     plt.close(fig)
+
+
+def test_layers_draws_the_range_of_the_means_over_replicas(comparison: icl.Comparison) -> None:
+    shifts = torch.tensor([[0.1, -0.3, 0.0], [0.2, -0.1, 0.0]], dtype=torch.float64)
+    stability = Stability(replicas=("a", "b"), n_queries=5, shifts={}, layer_shifts={"SimAOU": shifts})
+    moved = dataclasses.replace(comparison, stability=stability)
+
+    def edges(comparisons: list[icl.Comparison]) -> list[list[float]]:
+        ax = icl.plots.layers(comparisons, "SimAOU")
+        mean = comparison.per_layer["SimAOU"].mean(0).numpy()
+        dotted = [line for line in ax.get_lines() if line.get_color() == "C0" and line.get_linestyle() == ":"]
+        plt.close("all")
+        return [(np.asarray(line.get_ydata()) - mean).tolist() for line in dotted]
+
+    assert edges([moved]) == [pytest.approx([0, -0.3, 0], abs=1e-6), pytest.approx([0.2, 0, 0], abs=1e-6)]
+    two_seeds = [pytest.approx([0, -0.3 / 2**0.5, 0], abs=1e-6), pytest.approx([0.2 / 2**0.5, 0, 0], abs=1e-6)]
+    assert edges([moved, moved]) == two_seeds, "as independent errors add up"
+    assert edges([comparison]) == []
+    assert edges([moved, comparison]) == [], "one of them was finetuned once"
+
+
+def test_unstable_estimates_are_crosses(comparison: icl.Comparison) -> None:
+    stable, unstable = Interval(0.3, 0.1, 0.6, 9, spread=0.1), Interval(0.5, 0.2, 0.6, 9, spread=0.3)
+    ax = icl.plots.dots({"claim": {"a": stable}, "control": {"a": unstable}})
+    crosses = [np.asarray(line.get_xdata()).tolist() for line in ax.get_lines() if line.get_marker() == "x"]
+    assert crosses == [[0.5]]
+    ax = icl.plots.curves({"SimAOU": {0.1: stable, 0.2: unstable}})
+    crosses = [np.asarray(line.get_xydata()).tolist() for line in ax.get_lines() if line.get_marker() == "x"]
+    assert crosses == [[[0.2, 0.5]]]
+    plt.close("all")
 
 
 def test_label_counts_draws_shares(comparison: icl.Comparison) -> None:

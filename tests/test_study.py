@@ -14,12 +14,13 @@ from helpers import make_rows
 import icl_dual as icl
 from icl_dual import study
 from icl_dual.contexts import Context
+from icl_dual.finetuning import Finetuned, Noise, replicas
 from icl_dual.finetuning.weight_delta import Method, Trained
 from icl_dual.models import Control
 from icl_dual.storage import load_tensors, save_tensors
 from icl_dual.tasks import Protocol
 
-CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5)
+CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5, replicas=0)
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_cell_of_a_model_with_momentum_has_its_name(llama: icl.Model, task: ic
 def test_a_cells_frame_is_tidy(llama: icl.Model, task: icl.Task, tmp_path: Path) -> None:
     frame = icl.run_cell(llama, task, CELL, tmp_path / "cell", progress=False).to_frame()
     keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer"]
-    assert list(frame.columns) == [*keys, "value", "low", "high", "n"]
+    assert list(frame.columns) == [*keys, "value", "low", "high", "spread", "n"]
     assert set(frame["protocol"]) == {"answer"}
     assert not frame.duplicated(keys).any()
 
@@ -243,18 +244,24 @@ def digits(known: list[str], monkeypatch: pytest.MonkeyPatch) -> icl.Task:
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a study runs, stage by stage: its captures by what stands in context, and its finetunings."""
     ran: list[str] = []
-    capture, finetune = study.capture, study.finetune
+    capture, finetune = study.capture, study.finetune_with_replicas
 
     def counted_capture(model: icl.Model, prompts: icl.Prompts, **kwargs: Any) -> icl.Capture:
         ran.append("in context" if prompts.demonstrations else "zero-shot")
         return capture(model, prompts, **kwargs)
 
-    def counted_finetune(*args: Any, **kwargs: Any) -> icl.WeightDelta:
+    def counted_finetune(*args: Any, **kwargs: Any) -> Finetuned:
         ran.append("finetuning")
         return finetune(*args, **kwargs)
 
+    def counted_replicas(*args: Any, **kwargs: Any) -> dict[str, icl.Capture]:
+        ran.append("replicas")
+        return capture_replicas(*args, **kwargs)
+
+    capture_replicas = study.capture_replicas
     monkeypatch.setattr(study, "capture", counted_capture)
-    monkeypatch.setattr(study, "finetune", counted_finetune)
+    monkeypatch.setattr(study, "finetune_with_replicas", counted_finetune)
+    monkeypatch.setattr(study, "capture_replicas", counted_replicas)
     return ran
 
 
@@ -475,6 +482,54 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
     assert {path.name for path in tmp_path.iterdir()} == {cell.name for cell in cells}
     loaded = [icl.load_cell(tmp_path / cell.name) for cell in cells]
     assert [result.cell for result in loaded] == cells
+
+
+REPLICAS_OF_ONE_RUN: list[tuple[dict[str, Any], list[str]]] = [
+    ({"context": "flipped labels"}, ["in context"]),
+    ({"delta": "random"}, ["zero-shot", "replicas"]),
+    ({"lr": 0.01}, ["finetuning", "zero-shot", "replicas"]),
+]
+
+
+@pytest.mark.parametrize(("changed", "expected"), REPLICAS_OF_ONE_RUN)
+def test_cells_share_replicas_as_they_share_their_finetuning(
+    known: list[str], stages: list[str], tmp_path: Path, changed: dict[str, Any], expected: list[str]
+) -> None:
+    cell = dataclasses.replace(CELL, k=5, n_queries=3, replicas=2)
+    other = dataclasses.replace(cell, **changed)
+    results = icl.run_study([cell], tmp_path / "first", progress=False)
+    stages.clear()
+    both = icl.run_study([cell, other], tmp_path / "both", progress=False)
+    assert stages == ["finetuning", "in context", "zero-shot", "zero-shot", "replicas", *expected]
+    same_numbers(both[0], results[0])
+    (alone,) = icl.run_study([both[1].cell], tmp_path / "alone", progress=False)
+    same_numbers(both[1], alone)
+    stability, own = both[1].comparison.stability, both[0].comparison.stability
+    assert stability is not None
+    assert own is not None
+    assert list(stability.replicas) == both[1].provenance["replicas"]
+    assert not stability.shifts["SimAOU"][:2].equal(own.shifts["SimAOU"])
+
+
+def test_a_cell_of_one_replica_is_refused_and_replicas_are_a_setting(known: list[str], tmp_path: Path) -> None:
+    with pytest.raises(icl.StudyError, match="expected replicas as 0 for none, or at least 2, got 1"):
+        dataclasses.replace(CELL, replicas=1)
+    icl.run_study([CELL], tmp_path, progress=False)
+    with pytest.raises(
+        icl.SettingsError, match=r"expected a result made with replicas=2, got .*, made with replicas=0"
+    ):
+        icl.run_study([dataclasses.replace(CELL, replicas=2)], tmp_path, progress=False)
+
+
+def test_a_cell_names_its_diverged_replicas(known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = {"near": (0.05, Noise(1)), "far": (1e6, Noise(2))}
+    monkeypatch.setattr(replicas, "replica_settings", lambda lr, n: far)
+    (result,) = icl.run_study([dataclasses.replace(CELL, replicas=2)], tmp_path, progress=False)
+    assert result.provenance["replicas"] == ["near", "far"]
+    assert "finetuning diverged at step" in result.provenance["diverged_replicas"][0]
+    assert result.comparison.unstable
+    assert "1 of 2 replicas of the finetuning diverged" in repr(result)
+    assert icl.load_cell(result.folder).comparison.unstable == result.comparison.unstable
 
 
 def test_a_random_delta_moves_as_far_as_the_finetuned_one(
