@@ -8,6 +8,7 @@ from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.experiment import Experiment, run_experiment
 from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
+from icl_dual.massive_activations import MassiveActivations, find_massive_activations
 from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, register_metric
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "compare",
     "compare_recordings",
     "load_recordings",
+    "find_massive_activations",
     "register_metric",
     "Metric",
     "statistics",
@@ -71,6 +73,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "WeightDelta",
     "Comparison",
     "Recordings",
+    "MassiveActivations",
     "Decomposition",
     "UpdateComparison",
     "DeltaSummary",

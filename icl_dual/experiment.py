@@ -122,7 +122,7 @@ class Experiment(Saved):
         self._check_fields("recordings", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
         return Recordings.of(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps)
 
-    def massive_activations(self, *, ratio: float = MASSIVE_RATIO) -> MassiveActivations:
+    def massive_activations(self, *, ratio: float | int = MASSIVE_RATIO) -> MassiveActivations:
         """Find the queries' tokens whose residual norm is far above the median, by layer and setting.
 
         Args:

@@ -124,7 +124,16 @@ def noisy_recordings(n: int, layers: int, d: int, ratio: float, seed: int = 0) -
         q=draw(seed + 8, n, layers, 6),
         training_q=draw(seed + 9, layers, 5, 6),
         training_segments=torch.tensor([-1, 0, 0, -1, 1]),
+        residual_norms={name: norms_with_a_massive_token(n, layers, 5, name) for name in SETTINGS},
     )
+
+
+def norms_with_a_massive_token(n: int, layers: int, n_tokens: int, setting: str) -> torch.Tensor:
+    """Residual norms near 1; out of context, the first token's is 50 in every other query, from the second layer on."""
+    norms = 1 + 0.1 * draw(11 + SETTINGS.index(setting), n, layers, n_tokens).clamp(-3, 3)
+    if setting != "ICL":
+        norms[::2, min(1, layers - 1) :, 0] = 50.0
+    return norms
 
 
 def snapshot(model: icl.Model) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ LAYERS = (
     ("models",),
     ("prompts", "contexts"),
     ("captures",),
+    ("massive_activations",),
     ("decomposition",),
     ("finetuning",),
     ("updates", "order_sensitivity"),

@@ -3,11 +3,13 @@
 | module | holds |
 |---|---|
 | `formulas` | the metrics on plain tensors |
+| `batch` | `Batch`, what a metric's function reads |
 | `catalogue` | one `Metric` for each: name, function, baselines, interval rule, drawing; registering one of yours |
 | `comparison` | three settings compared, query by query and layer by layer |
 """
 
-from icl_dual.metrics.catalogue import Batch, Drawing, Metric, register_metric, unregister_metric
+from icl_dual.metrics.batch import Batch
+from icl_dual.metrics.catalogue import Drawing, Metric, register_metric, unregister_metric
 from icl_dual.metrics.comparison import KENDALL_QUERIES, Comparison, compare, compare_recordings, estimate
 
 __all__ = [

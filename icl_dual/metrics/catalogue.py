@@ -3,37 +3,26 @@
 | name | holds |
 |---|---|
 | `Metric` | a metric's name, function, axes, baselines, interval, range and drawing |
-| `Batch` | what a metric's function reads: attention outputs, scores and labels of some queries, each computed once |
 | `BUILT_IN` | the paper's metrics, their corrected forms and their nulls, in the order of tables |
+| `without_massive_tokens` | a metric of the query's own tokens without those that carry massive activations |
 | `register_metric` | adds a metric of yours: it is computed, saved, tabled and drawn like those built in |
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.field_docs import document_fields
+from icl_dual.metrics.batch import Batch
 from icl_dual.metrics.formulas import (
-    NULL_DRAWS,
-    ROUNDING,
     TOP_DEMONSTRATIONS,
     TOP_TOKENS,
-    by_demonstration,
     changed,
-    demonstration_weights,
-    finetuning_attention,
     kendall_random,
     mean_over_heads,
-    query_by_kv_head,
-    random_map_updates,
-    random_updates,
     recall,
     sim_am,
     sim_am_delta,
@@ -41,7 +30,6 @@ from icl_dual.metrics.formulas import (
     sim_aou,
     sim_aou_random,
     sim_aou_unnormalised,
-    top_recall,
     top_recall_random,
 )
 from icl_dual.recordings.recordings import Recordings
@@ -49,261 +37,17 @@ from icl_dual.statistics.ranks import kendall
 
 Axes = Literal["query", "query layer"]
 IntervalRule = Literal["bootstrap", "proportion", "accuracy"]
-Need = Literal["training_q", "training_k"]
+Need = Literal["training_q", "training_k", "residual_norms"]
 
 ABSENT: dict[Need, str] = {
     "training_q": "it needs finetuning's training queries (pass compare a delta of icl_dual.finetune)",
     "training_k": "it needs finetuning's training keys (the released code records none)",
+    "residual_norms": "it needs the norms of the residual stream (the released code records none; capture again)",
 }
 """By field of `Recordings` that may be missing: why the metrics that need it are absent from a comparison."""
 
 RANGE_TOLERANCE = 1e-6
 """Values may be this far outside a metric's range: a cosine rounds beyond 1."""
-
-
-@document_fields
-@dataclass(frozen=True, eq=False, repr=False)
-class Batch:
-    """What a metric's function reads: the recordings of some queries. Each attribute is computed once, when first read.
-
-    `h_…` are attention outputs, `m_…` attention scores over the query's own tokens, both in float64. Queries differ in
-    length: `m_…` are zero past a query's end, where `query_mask` is False. Attributes of the demonstrations
-    (`token_weights_…`, `demo_weights_…`, `key_scores`) have the batch's first `n_first` queries only.
-    """
-
-    gold: Int[Tensor, " query"]
-    """The queries' label indices."""
-    predictions: dict[str, Int[Tensor, " query"]]
-    """By setting (ZSL, ICL, FT): each query's most probable label."""
-    source: Recordings | None = None
-    """The recordings of all queries; `None` for a metric of predictions alone."""
-    queries: Int[Tensor, " query"] | None = None
-    """The batch's queries, as indices into the recordings."""
-    n_first: int = 0
-    """How many of the batch's queries have their attention to the demonstrations compared."""
-    seed: int = 0
-    """The seed of the random baselines."""
-    streams: dict[str, np.random.Generator] = field(default_factory=dict)
-    """The random baselines' generators by name, shared by all batches of a comparison."""
-
-    @classmethod
-    def of(
-        cls,
-        recordings: Recordings,
-        queries: Int[Tensor, " query"],
-        *,
-        n_first: int,
-        seed: int = 0,
-        streams: dict[str, np.random.Generator] | None = None,
-    ) -> "Batch":
-        """Return the batch of some queries of the recordings.
-
-        Args:
-            recordings: the recordings of all queries.
-            queries: the batch's queries, as indices into the recordings.
-            n_first: how many of them, from the first, have their attention to the demonstrations compared.
-            seed: the seed of the random baselines.
-            streams: the random baselines' generators by name (`random_streams`), to share between batches; new ones
-                from `seed` where not given.
-        """
-        return cls(
-            gold=recordings.gold[queries],
-            predictions={setting: labels[queries] for setting, labels in recordings.predictions.items()},
-            source=recordings,
-            queries=queries,
-            n_first=n_first,
-            seed=seed,
-            streams=random_streams(seed) if streams is None else streams,
-        )
-
-    @property
-    def recordings(self) -> Recordings:
-        """Return the recordings of all queries.
-
-        Raises:
-            ValueError: the metric is one of predictions alone.
-        """
-        if self.source is None:
-            raise ValueError(
-                "expected a metric with from_predictions=True to read gold labels and predictions only, got one that "
-                "reads recordings: register it with from_predictions=False"
-            )
-        return self.source
-
-    def generator(self, name: str) -> np.random.Generator:
-        """Return the generator of a random baseline of yours: it goes on from batch to batch, and is no other's."""
-        return self.streams.setdefault(f"registered/{name}", np.random.default_rng([self.seed, *name.encode()]))
-
-    @property
-    def n_layers(self) -> int:
-        """Return the number of layers."""
-        return self.recordings.attn_out["ZSL"].shape[1]
-
-    @property
-    def n_heads(self) -> int:
-        """Return the number of query heads."""
-        return self.recordings.query_scores["ICL"].shape[2]
-
-    @property
-    def labels_zero_shot(self) -> Int[Tensor, " query"]:
-        """Return the labels predicted zero-shot."""
-        return self.predictions["ZSL"]
-
-    @property
-    def labels_in_context(self) -> Int[Tensor, " query"]:
-        """Return the labels predicted in context."""
-        return self.predictions["ICL"]
-
-    @property
-    def labels_finetuned(self) -> Int[Tensor, " query"]:
-        """Return the labels predicted after finetuning."""
-        return self.predictions["FT"]
-
-    @cached_property
-    def h_zero_shot(self) -> Float[Tensor, "query layer d_model"]:
-        """Return the attention output h_ZSL."""
-        return self.recordings.attn_out["ZSL"][self.queries].double()
-
-    @cached_property
-    def h_in_context(self) -> Float[Tensor, "query layer d_model"]:
-        """Return the attention output h_ICL."""
-        return self.recordings.attn_out["ICL"][self.queries].double()
-
-    @cached_property
-    def h_finetuned(self) -> Float[Tensor, "query layer d_model"]:
-        """Return the attention output h_FT."""
-        return self.recordings.attn_out["FT"][self.queries].double()
-
-    @cached_property
-    def m_zero_shot(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_ZSL over the query's own tokens, zero past its end (`query_mask`)."""
-        return self.recordings.query_scores["ZSL"][self.queries].double()
-
-    @cached_property
-    def m_in_context(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_ICL over the query's own tokens, zero past its end (`query_mask`)."""
-        return self.recordings.query_scores["ICL"][self.queries].double()
-
-    @cached_property
-    def m_finetuned(self) -> Float[Tensor, "query layer head token"]:
-        """Return the attention scores m_FT over the query's own tokens, zero past its end (`query_mask`)."""
-        return self.recordings.query_scores["FT"][self.queries].double()
-
-    @cached_property
-    def query_mask(self) -> Bool[Tensor, "query token"]:
-        """Return True at the query's own tokens, False past its end, for the tokens of `m_…`.
-
-        The zeros past its end do not change a cosine. They change a mean, a softmax or a correlation.
-        """
-        n_tokens = self.recordings.query_scores["ZSL"].shape[-1]
-        return torch.arange(n_tokens) < self.recordings.query_lengths[self.queries][:, None]
-
-    @cached_property
-    def rounding(self) -> float:
-        """Return the relative change of attention scores that rounding alone makes, in the recorded weights' type."""
-        dtype = getattr(torch, self.recordings.metadata.get("dtype", "float32"))
-        return max(ROUNDING, torch.finfo(dtype).eps)
-
-    @cached_property
-    def output_nulls(self) -> dict[str, Float[Tensor, "query layer"]]:
-        """Return SimAOU and its unnormalised form of updates in random directions: means over `NULL_DRAWS`.
-
-        By name: `update` for a random update of FT's size, `inflation` for random updates of both, `unnormalised`.
-        """
-        h_zsl, h_icl, h_ft = self.h_zero_shot, self.h_in_context, self.h_finetuned
-        names = ("update", "inflation", "unnormalised")
-        totals = {name: torch.zeros(h_zsl.shape[:2], dtype=h_zsl.dtype) for name in names}
-        r_ft = random_updates(h_ft - h_zsl, seed=self.streams["h_ft"])
-        r_icl = random_updates(h_icl - h_zsl, seed=self.streams["h_icl"])
-        for of_ft, of_icl in zip(r_ft.unbind(1), r_icl.unbind(1), strict=True):
-            random_ft = h_zsl + of_ft
-            scores = (
-                sim_aou(h_zsl, h_icl, random_ft),
-                sim_aou(h_zsl, h_zsl + of_icl, random_ft),
-                dual.cosine(h_icl - h_zsl, of_ft.double()),
-            )
-            for total, score in zip(totals.values(), scores, strict=True):
-                total += score / NULL_DRAWS
-        return totals
-
-    @cached_property
-    def random_m_update(self) -> Float[Tensor, "query layer head token"]:
-        """Return a random change of each attention map, as large as finetuning's, over the query's own tokens."""
-        change = changed(self.m_zero_shot, self.m_finetuned, self.rounding)
-        return random_map_updates(self.m_zero_shot, change, seed=self.streams["m_ft"])
-
-    @cached_property
-    def demo_tokens(self) -> Int[Tensor, " demo_token"]:
-        """Return the context positions of the demonstrations' tokens, in the order in which they were trained on."""
-        segments = self.recordings.segments
-        positions = (segments >= 0).nonzero().squeeze(-1)
-        return positions[segments[positions].argsort(stable=True)]
-
-    @cached_property
-    def demo_steps(self) -> Int[Tensor, " demo_token"]:
-        """Return the training step of each of `demo_tokens`."""
-        return self.recordings.segments[self.demo_tokens]
-
-    @cached_property
-    def trained_tokens(self) -> Int[Tensor, " demo_token"]:
-        """Return the positions of the context's demonstrations among the training tokens, ordered as `demo_tokens`."""
-        assert self.recordings.training_segments is not None
-        return torch.isin(self.recordings.training_segments, self.demo_steps).nonzero().squeeze(-1)
-
-    @cached_property
-    def q_finetuned(self) -> Float[Tensor, "query layer d_q"]:
-        """Return the first queries' attention queries after finetuning, heads side by side, scaled by 1/√d_head."""
-        assert self.queries is not None
-        return self.recordings.q[self.queries[: self.n_first]]
-
-    @cached_property
-    def token_weights_in_context(self) -> Float[Tensor, "query layer demo_token"]:
-        """Return in-context attention to each token of the demonstrations: the softmax of scores summed over heads."""
-        assert self.queries is not None
-        m = self.recordings.context_scores["ICL"][self.queries[: self.n_first]][..., self.demo_tokens].double()
-        return demonstration_weights(m) if len(self.demo_tokens) else m
-
-    @cached_property
-    def token_weights_finetuned(self) -> Float[Tensor, "query layer demo_token"]:
-        """Return finetuning's attention to the same tokens, by its training queries (`finetuning_attention`)."""
-        assert self.recordings.training_q is not None
-        m = finetuning_attention(self.recordings.training_q[:, self.trained_tokens], self.q_finetuned)
-        return demonstration_weights(m) if len(self.demo_tokens) else m
-
-    @cached_property
-    def key_scores(self) -> Float[Tensor, "query layer demo_token"]:
-        """Return finetuning's attention scores of the same tokens by its training keys, summed over heads."""
-        assert self.recordings.training_k is not None
-        keys = self.recordings.training_k
-        q = query_by_kv_head(self.q_finetuned, self.n_heads, keys.shape[-1])
-        return finetuning_attention(keys[:, self.trained_tokens], q)
-
-    @cached_property
-    def demo_weights_in_context(self) -> Float[Tensor, "query layer demo"]:
-        """Return in-context attention to each demonstration: `token_weights_in_context` summed within it."""
-        return by_demonstration(self.token_weights_in_context, self.demo_steps)
-
-    @cached_property
-    def demo_weights_finetuned(self) -> Float[Tensor, "query layer demo"]:
-        """Return finetuning's attention to each demonstration: `token_weights_finetuned` summed within it."""
-        return by_demonstration(self.token_weights_finetuned, self.demo_steps)
-
-    @cached_property
-    def token_recall(self) -> Float[Tensor, "query layer"]:
-        """Return the share of ICL's `TOP_TOKENS` most attended tokens that are among FT's."""
-        return top_recall(self.token_weights_in_context, self.token_weights_finetuned, TOP_TOKENS)
-
-    @cached_property
-    def demo_recall(self) -> Float[Tensor, "query layer"]:
-        """Return the share of ICL's `TOP_DEMONSTRATIONS` most attended demonstrations that are among FT's."""
-        return top_recall(self.demo_weights_in_context, self.demo_weights_finetuned, TOP_DEMONSTRATIONS)
-
-
-def random_streams(seed: int) -> dict[str, np.random.Generator]:
-    """Return the built-in baselines' generators, one for each, so that the size of batches changes no number."""
-    streams = {name: np.random.default_rng(seed) for name in ("SimAOU", "SimAM", "token", "demonstration")}
-    # Independent of one another: two of the updates of the inflation null are random at once.
-    return streams | {name: np.random.default_rng([seed, at]) for at, name in enumerate(("h_icl", "h_ft", "m_ft"), 1)}
 
 
 @document_fields
@@ -434,12 +178,110 @@ class Metric:
         return values
 
 
+def without_massive_tokens(metric: Metric, baselines: tuple[str, ...] = ()) -> Metric:
+    """Return a metric of the query's own tokens without those that carry massive activations.
+
+    It has the name of the metric with "without massive tokens" after it, and is absent where recordings have no
+    residual norms.
+
+    Args:
+        metric: a metric of `Batch.m_…` and `Batch.query_mask`.
+        baselines: the names of the metrics that it is held against; each must exist without massive tokens as well.
+    """
+    return replace(
+        metric,
+        name=_without(metric.name),
+        function=lambda batch: metric.function(batch.without_massive_tokens),
+        needs=(*metric.needs, "residual_norms"),
+        baselines=tuple(map(_without, baselines)),
+        headline=False,
+        undefined=f"{metric.undefined}, or all tokens are massive",
+        released=None,
+        released_zeros=False,
+        drawing=Drawing(),
+    )
+
+
+def _without(name: str) -> str:
+    return f"{name} without massive tokens"
+
+
 _COSINE, _SHARE = (-1.0, 1.0), (0.0, 1.0)
 _NO_UPDATE = "no attention output changes"
 _NO_SCORES = "all attention scores are zero"
 _NO_CHANGE = "no attention map changes beyond rounding"
 _NO_RANKS = "no demonstration is both in context and trained on, or attention to all is equal"
 _TOO_FEW = "there are fewer items than are counted"
+
+_OF_QUERY_TOKENS: tuple[Metric, ...] = (
+    Metric(
+        "SimAM before FT",
+        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_zero_shot)),
+        range=_COSINE,
+        called="its value before FT",
+        undefined=_NO_SCORES,
+        released="ZSL SimAM",
+        released_zeros=True,
+        drawing=Drawing("ICL and ZSL (before FT)", color="C1", linestyle="--"),
+    ),
+    Metric(
+        "SimAM after FT",
+        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_finetuned)),
+        range=_COSINE,
+        baselines=("SimAM before FT", "SimAM random update", "SimAM random"),
+        headline=True,
+        undefined=_NO_SCORES,
+        released="SimAM",
+        released_zeros=True,
+        drawing=Drawing(
+            "ICL and FT",
+            axis_label="SimAM (cosine)",
+            figure="SimAM",
+            beside=("SimAM before FT", "SimAM random"),
+        ),
+    ),
+    Metric(
+        "SimAM random",
+        lambda batch: mean_over_heads(sim_am_random(batch.m_in_context, seed=batch.streams["SimAM"])),
+        range=_COSINE,
+        undefined=_NO_SCORES,
+        released="Random SimAM",
+        released_zeros=True,
+        drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+    ),
+    Metric(
+        "SimAM random update",
+        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_zero_shot + batch.random_m_update)),
+        range=_COSINE,
+        undefined=_NO_SCORES,
+    ),
+    Metric(
+        "SimAMΔ",
+        lambda batch: sim_am_delta(
+            batch.m_zero_shot, batch.m_in_context, batch.m_finetuned, rounding=batch.rounding
+        ).nanmean(-1),
+        range=_COSINE,
+        baselines=("SimAMΔ random",),
+        null=0.0,
+        undefined=_NO_CHANGE,
+    ),
+    Metric(
+        "SimAMΔ random",
+        lambda batch: dual.cosine(
+            changed(batch.m_zero_shot, batch.m_in_context, batch.rounding), batch.random_m_update
+        ).nanmean(-1),
+        range=_COSINE,
+        null=0.0,
+        undefined=_NO_CHANGE,
+    ),
+)
+"""The metrics that read attention to the query's own tokens."""
+
+_WITHOUT_MASSIVE_TOKENS = tuple(
+    without_massive_tokens(metric, tuple(name for name in metric.baselines if name != "SimAM random"))
+    for metric in _OF_QUERY_TOKENS
+    if metric.name != "SimAM random"  # uniform numbers, whatever tokens there are
+)
 
 BUILT_IN: tuple[Metric, ...] = (
     Metric(
@@ -540,66 +382,8 @@ BUILT_IN: tuple[Metric, ...] = (
         null=0.0,
         undefined=_NO_UPDATE,
     ),
-    Metric(
-        "SimAM before FT",
-        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_zero_shot)),
-        range=_COSINE,
-        called="its value before FT",
-        undefined=_NO_SCORES,
-        released="ZSL SimAM",
-        released_zeros=True,
-        drawing=Drawing("ICL and ZSL (before FT)", color="C1", linestyle="--"),
-    ),
-    Metric(
-        "SimAM after FT",
-        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_finetuned)),
-        range=_COSINE,
-        baselines=("SimAM before FT", "SimAM random update", "SimAM random"),
-        headline=True,
-        undefined=_NO_SCORES,
-        released="SimAM",
-        released_zeros=True,
-        drawing=Drawing(
-            "ICL and FT",
-            axis_label="SimAM (cosine)",
-            figure="SimAM",
-            beside=("SimAM before FT", "SimAM random"),
-        ),
-    ),
-    Metric(
-        "SimAM random",
-        lambda batch: mean_over_heads(sim_am_random(batch.m_in_context, seed=batch.streams["SimAM"])),
-        range=_COSINE,
-        undefined=_NO_SCORES,
-        released="Random SimAM",
-        released_zeros=True,
-        drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
-    ),
-    Metric(
-        "SimAM random update",
-        lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_zero_shot + batch.random_m_update)),
-        range=_COSINE,
-        undefined=_NO_SCORES,
-    ),
-    Metric(
-        "SimAMΔ",
-        lambda batch: sim_am_delta(
-            batch.m_zero_shot, batch.m_in_context, batch.m_finetuned, rounding=batch.rounding
-        ).nanmean(-1),
-        range=_COSINE,
-        baselines=("SimAMΔ random",),
-        null=0.0,
-        undefined=_NO_CHANGE,
-    ),
-    Metric(
-        "SimAMΔ random",
-        lambda batch: dual.cosine(
-            changed(batch.m_zero_shot, batch.m_in_context, batch.rounding), batch.random_m_update
-        ).nanmean(-1),
-        range=_COSINE,
-        null=0.0,
-        undefined=_NO_CHANGE,
-    ),
+    *_OF_QUERY_TOKENS,
+    *_WITHOUT_MASSIVE_TOKENS,
     Metric(
         "Kendall",
         lambda batch: kendall(batch.token_weights_in_context, batch.token_weights_finetuned),

@@ -3,13 +3,14 @@ finetuning's queries; from a model's captures, or read from a folder (`icl_dual.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
@@ -21,12 +22,17 @@ from icl_dual.captures.pairing import (
 )
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
+from icl_dual.massive_activations import ordinary_tokens
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.storage import AssetError, Saved, load_tensors
 
 SETTINGS = ("ZSL", "ICL", "FT")
 """The three settings: zero-shot, in-context and finetuned, by their keys in tables and saved files."""
+
+REQUIRED_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores")
+"""The fields of captures without which there are no recordings. Without others of `METRIC_FIELDS`, which older versions
+did not capture, some metrics are absent."""
 
 MOST_LABELS = max(map(len, PAPER_LABELS.values()))
 """The most labels of a task of the paper: where nothing else is known, a larger label id means a damaged file."""
@@ -67,6 +73,9 @@ class Recordings(Saved):
     """The training step of each training token, negative for start tokens; `None` without `training_q`."""
     training_k: Float[Tensor, "layer train_token d_kv"] | None = None
     """Finetuning's keys, key-value heads side by side; the released code records none."""
+    residual_norms: dict[str, Float[Tensor, "query layer query_token"]] | None = None
+    """By setting: norms of the residual stream after each layer at the query's own tokens; zero past its end. The
+    released code records none."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Settings and provenance of the cell that they come from."""
     skipped: tuple[str, ...] = ()
@@ -118,12 +127,29 @@ class Recordings(Saved):
             segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
             q=_field(finetuned, "q").flatten(2) * scale,
             **_training(delta, len(prompts.start), scale),
+            residual_norms=_residual_norms(captures),
             metadata={
                 "protocol": prompts.protocol,
                 "n_labels": len(prompts.labels),
                 "dtype": zero_shot.fingerprint.partition(":")[0],
             },
         )
+
+    @cached_property
+    def ordinary_tokens(self) -> Bool[Tensor, "query query_token"]:
+        """Return True at the queries' tokens without massive activations, False past a query's end.
+
+        The median that a norm is held against is over all queries (`icl_dual.massive_activations`).
+
+        Raises:
+            RecordingError: there are no `residual_norms`.
+        """
+        if self.residual_norms is None:
+            raise RecordingError(
+                "expected recordings with residual_norms, got recordings without them: record again from captures with "
+                "the field residual_norms"
+            )
+        return ordinary_tokens(self.residual_norms, self.query_lengths)
 
     def __repr__(self) -> str:
         _, n_layers, n_heads, _ = self.query_scores["ZSL"].shape
@@ -177,7 +203,8 @@ class Recordings(Saved):
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor by its name, those by setting as `field/setting`."""
-        for name, value in vars(self).items():
+        for name in (member.name for member in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
                 yield name, value
             elif isinstance(value, dict):
@@ -226,6 +253,13 @@ def _training(delta: WeightDelta | None, n_start: int, scale: float) -> dict[str
         "training_segments": torch.cat([part for step in steps for part in (start, step)]),
         "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
     }
+
+
+def _residual_norms(captures: dict[str, Capture]) -> dict[str, Tensor] | None:
+    """Return residual norms by setting; `None` where a capture has none, as those of older versions."""
+    norms = {setting: capture.residual_norms for setting, capture in captures.items()}
+    complete = {setting: values for setting, values in norms.items() if values is not None}
+    return complete if len(complete) == len(norms) else None
 
 
 def _check_match(

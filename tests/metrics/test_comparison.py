@@ -212,7 +212,8 @@ def test_random_changes_of_maps_score_nothing_but_their_maps_are_alike() -> None
     for values in scores.values():
         for query, length in enumerate(lengths):
             values[query, ..., length:] = 0
-    per_layer = icl.compare_recordings(dataclasses.replace(recordings, query_scores=scores)).per_layer
+    recordings = dataclasses.replace(recordings, query_scores=scores, residual_norms=None)
+    per_layer = icl.compare_recordings(recordings).per_layer
     per_query = 1 / np.sqrt(2 * lengths)  # of two heads' mean cosine: padding has no part in it
     bound = 4 * math.sqrt((per_query**2).sum()) / 300
     assert (per_layer["SimAMΔ random"].mean(0).abs() < bound).all()
@@ -358,7 +359,7 @@ def captures_of(runs: dict) -> dict:
 def test_without_a_delta_all_but_attention_to_the_demonstrations_is_compared(runs: dict, tmp_path: Path) -> None:
     whole = icl.compare(**runs, seed=3)
     without = icl.compare(**captures_of(runs), seed=3)
-    needing = {name for name, metric in metrics().items() if metric.needs}
+    needing = {name for name, metric in metrics().items() if {*metric.needs} & {"training_q", "training_k"}}
     assert set(whole.per_layer) - set(without.per_layer) == needing
     assert needing == {name for name in layer_metrics() if name.startswith(("Kendall", "Top-"))}
     for name, values in without.per_layer.items():
@@ -461,7 +462,7 @@ def test_a_latex_table_has_every_overall_number(runs: dict) -> None:
     assert "SimAM$\\Delta$" in table
     rows = [line.split("&") for line in table.splitlines() if line.count("&") == 2][1:]
     intervals = comparison.intervals()
-    assert len(rows) == len(intervals) == 26
+    assert len(rows) == len(intervals) == 31
     for (name, text, n), (metric, interval) in zip(rows, intervals.items(), strict=True):
         assert name.strip() == metric.replace("Δ", r"$\Delta$")
         assert text.strip().startswith(f"{interval.value:.3f}" if math.isfinite(interval.value) else "undefined")
@@ -474,7 +475,7 @@ def test_a_saved_comparison_that_lacks_a_metric_loads_without_it(runs: dict, tmp
     dataclasses.replace(comparison, per_layer=older).save(tmp_path / "x")
     loaded = icl.Comparison.load(tmp_path / "x")
     assert list(loaded.per_layer) == [name for name in layer_metrics() if name != "SimAOU inflation null"]
-    assert len(loaded.overall()) == 25
+    assert len(loaded.overall()) == 30
     older = {name: values for name, values in comparison.per_layer.items() if name != "SimAOU"}
     dataclasses.replace(comparison, per_layer=older).save(tmp_path / "y")
     (row,) = [line for line in str(icl.Comparison.load(tmp_path / "y")).splitlines() if line.startswith("SimAOU")]

@@ -25,6 +25,8 @@ def test_recordings_are_what_the_captures_and_the_delta_hold(runs: dict, recordi
     for setting, run in zip(SETTINGS, ("zero_shot", "in_context", "finetuned"), strict=True):
         assert torch.equal(recordings.attn_out[setting], runs[run].attn_out)
         assert torch.equal(recordings.predictions[setting], runs[run].predictions)
+        assert recordings.residual_norms is not None
+        assert torch.equal(recordings.residual_norms[setting], runs[run].residual_norms)
     assert torch.equal(recordings.q, runs["finetuned"].q.flatten(2) * scale)
     lengths = [len(tokens) for tokens in runs["delta"].demonstrations]
     assert recordings.training_q is not None
@@ -45,6 +47,22 @@ def test_saved_recordings_come_back(recordings: icl.Recordings, tmp_path: Path) 
             assert all(torch.equal(got[setting], value[setting]) for setting in SETTINGS)
         else:
             assert got == value
+
+
+def test_recordings_of_captures_without_residual_norms_have_none(
+    runs: dict, recordings: icl.Recordings, tmp_path: Path
+) -> None:
+    lacking = {"in_context": dataclasses.replace(runs["in_context"], residual_norms=None)}  # as saved by version 0.2
+    older = icl.Recordings.of(**runs | lacking)
+    older.save(tmp_path / "saved")
+    assert older.residual_norms is icl.Recordings.load(tmp_path / "saved").residual_norms is None
+    assert not [name for name in icl.compare_recordings(older).per_layer if name.endswith("massive tokens")]
+    damaged = {name: norms.clone() for name, norms in (recordings.residual_norms or {}).items()}
+    damaged["FT"][0, 0, 0] = torch.inf
+    _ = recordings.ordinary_tokens  # computed, and not part of what is checked and saved
+    dataclasses.replace(recordings, residual_norms=damaged).save(tmp_path / "damaged")
+    with pytest.raises(icl.RecordingError, match="finite numbers, got others in 'residual_norms/FT'"):
+        icl.Recordings.load(tmp_path / "damaged")
 
 
 def test_saved_recordings_are_checked_like_any(recordings: icl.Recordings, tmp_path: Path) -> None:
