@@ -10,7 +10,7 @@ a layer in a setting where the norm of its residual stream exceeds `MASSIVE_RATI
 tokens of all queries at that layer in that setting. The start token is not among them: no metric reads it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -159,10 +159,10 @@ class MassiveActivations(Saved):
     def tokens(self) -> pd.DataFrame:
         """Return a row for each setting, position and token id that is massive at any layer, the most frequent first.
 
-        Columns: setting, position (in the query, from 0), token (its id), n_queries, first_layer, last_layer,
+        Columns: setting, position (in the query, from 0), token (its id), n_queries, layers (as text, such as 2–4, 12),
         largest_norm, and ratio (the largest, to its layer's median).
         """
-        columns = ("setting", "position", "token", "n_queries", "first_layer", "last_layer", "largest_norm", "ratio")
+        columns = ("setting", "position", "token", "n_queries", "layers", "largest_norm", "ratio")
         rows = [row for setting in self.norms for row in self._token_rows(setting)]
         return pd.DataFrame(rows, columns=list(columns))
 
@@ -190,8 +190,7 @@ class MassiveActivations(Saved):
                     "position": position,
                     "token": token,
                     "n_queries": len(queries.unique()),
-                    "first_layer": int(layers.min()),
-                    "last_layer": int(layers.max()),
+                    "layers": _spans(layers.unique().tolist()),
                     "largest_norm": self.norms[setting][queries, layers, position].max().item(),
                     "ratio": self.ratios[setting][queries, layers, position].max().item(),
                 }
@@ -217,7 +216,7 @@ class MassiveActivations(Saved):
         first, others = rows[0], rows[1:]
         sentence = (
             f"position {first['position']} (token {first['token']}) in {first['n_queries']} of {len(self.queries)} "
-            f"queries, layers {first['first_layer']}–{first['last_layer']}, norm up to {first['largest_norm']:,.0f} "
+            f"queries, layers {first['layers']}, norm up to {first['largest_norm']:,.0f} "
             f"({first['ratio']:.0f} × the median)"
         )
         if not others:
@@ -227,6 +226,21 @@ class MassiveActivations(Saved):
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.tokens().round(1).to_html(index=False)}"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as text, consecutive ones as a span.
+
+    >>> _spans([2, 3, 4, 12, 14, 15])
+    '2–4, 12, 14–15'
+    """
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
 def find_massive_activations(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from icl_dual.massive_activations import MassiveActivations
 from icl_dual.metrics import catalogue
 from icl_dual.metrics.catalogue import Drawing
 from icl_dual.metrics.comparison import Comparison
@@ -240,6 +241,26 @@ def curves(
     ax.set(ylabel=ylabel)
     if all(isinstance(number, int) for by_number in estimates.values() for number in by_number):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) -> Axes:
+    """Draw by layer the largest residual norm of a query token, in units of the median, in the three settings.
+
+    Args:
+        massive: for example what `Experiment.massive_activations` returns.
+        ax: the Axes to draw on; new Axes with a legend where not given.
+    """
+    ax, is_new = _axes(ax)
+    for setting, ratios in massive.ratios.items():
+        ax.plot(np.arange(ratios.shape[1]), ratios.amax((0, 2)), ".-", label=setting)
+    ax.axhline(massive.ratio, color="0.5", linestyle=":", linewidth=0.8, label=f"massive: above {massive.ratio:g}")
+    ax.set_yscale("log")
+    if is_new:
+        ax.legend(frameon=False)
+    ax.set(xlabel="layer", ylabel="largest norm / median norm")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

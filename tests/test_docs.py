@@ -226,6 +226,12 @@ def test_the_guide_runs(run_page: Run) -> None:
             torch.testing.assert_close(comparison.per_layer["SimAOU"], by_hand)
             axes: Axes = plt.gca()
             assert axes.get_ylabel() == "SimAOU (cosine)"
+        elif heading == "Massive activations":
+            assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["ZSL", "ICL", "FT"]
+            assert printed.splitlines()[0].startswith("ZSL: position 0 ")
+            assert "SimAM after FT without massive tokens" in printed
+            axes = plt.gca()
+            assert axes.get_ylabel() == "largest norm / median norm"
         elif heading == "Decomposition":
             assert scope["split"].residual < 2e-6
             assert "Residuals(split=" in printed
@@ -250,7 +256,7 @@ def test_the_guide_runs(run_page: Run) -> None:
             assert [line.split()[0] for line in printed.splitlines()] == ["0.0003", "0.001", "0.003"]
         elif heading == "Your own task":
             assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
-    assert len(ran) == 8
+    assert len(ran) == 9
 
 
 def test_the_page_on_studies_runs(run_page: Run) -> None:

@@ -99,8 +99,8 @@ def test_planted_tokens_are_found_by_layer_and_setting(massive: icl.MassiveActiv
 
 
 def test_massive_tokens_are_listed_by_position_and_token(massive: icl.MassiveActivations) -> None:
-    columns = ["setting", "position", "token", "n_queries", "first_layer", "last_layer", "largest_norm", "ratio"]
-    expected = pd.DataFrame([("ZSL", 0, 40, 3, 1, 2, 300.0, 300.0), ("FT", 1, 7, 1, 2, 2, 12.0, 12.0)], columns=columns)
+    columns = ["setting", "position", "token", "n_queries", "layers", "largest_norm", "ratio"]
+    expected = pd.DataFrame([("ZSL", 0, 40, 3, "1–2", 300.0, 300.0), ("FT", 1, 7, 1, "2", 12.0, 12.0)], columns=columns)
     pd.testing.assert_frame_equal(massive.tokens(), expected)
     none = dataclasses.replace(massive, ratio=1000.0)
     assert none.tokens().columns.tolist() == columns
@@ -112,7 +112,7 @@ def test_it_prints_its_story_in_a_line_for_each_setting(massive: icl.MassiveActi
     assert str(massive).splitlines() == [
         "ZSL: position 0 (token 40) in 3 of 4 queries, layers 1–2, norm up to 300 (300 × the median)",
         "ICL: no massive token; the largest norm is 9.0 × the median",
-        "FT: position 1 (token 7) in 1 of 4 queries, layers 2–2, norm up to 12 (12 × the median)",
+        "FT: position 1 (token 7) in 1 of 4 queries, layers 2, norm up to 12 (12 × the median)",
     ]
     assert repr(massive) == (
         "MassiveActivations('toy', 4 queries, 3 layers, norms above 10 × the median in queries: ZSL 3, ICL 0, FT 1)"

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from helpers import draw
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
@@ -192,6 +193,24 @@ def test_heads_draws_layers_across_and_heads_upwards() -> None:
     ax = icl.plots.heads(values, label="w", limits=(0, 5))
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[0, 2, 4], [1, 3, 5]])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "head")
+    plt.close("all")
+
+
+def test_massive_activations_draws_the_largest_ratio_by_layer_of_each_setting() -> None:
+    norms = {name: 1 + 0.1 * draw(at, 4, 3, 5).abs() for at, name in enumerate(("ZSL", "ICL", "FT"))}
+    norms["ZSL"][2, 1, 3] = 400.0
+    massive = icl.MassiveActivations(model="toy", queries=((1, 2, 3, 4, 5),) * 4, norms=norms, ratio=20)
+    ax = icl.plots.massive_activations(massive)
+    assert ax.get_yscale() == "log"
+    *lines, limit = ax.get_lines()
+    assert [line.get_label() for line in lines] == ["ZSL", "ICL", "FT"]
+    for line, of_setting in zip(lines, norms.values(), strict=True):
+        expected = [of_setting[:, layer].max() / np.median(of_setting[:, layer]) for layer in range(3)]
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), expected)
+    assert (limit.get_label(), limit.get_ydata()) == ("massive: above 20", [20, 20])
+    given = plt.figure().subplots()
+    assert icl.plots.massive_activations(massive, ax=given) is given
+    assert given.get_legend() is None
     plt.close("all")
 
 

@@ -9,7 +9,7 @@
 """
 
 from icl_dual.metrics.batch import Batch
-from icl_dual.metrics.catalogue import Drawing, Metric, register_metric, unregister_metric
+from icl_dual.metrics.catalogue import Drawing, Metric, register_metric, unregister_metric, without_massive_tokens
 from icl_dual.metrics.comparison import KENDALL_QUERIES, Comparison, compare, compare_recordings, estimate
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "estimate",
     "register_metric",
     "unregister_metric",
+    "without_massive_tokens",
 ]

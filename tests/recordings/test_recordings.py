@@ -52,7 +52,7 @@ def test_saved_recordings_come_back(recordings: icl.Recordings, tmp_path: Path) 
 def test_recordings_of_captures_without_residual_norms_have_none(
     runs: dict, recordings: icl.Recordings, tmp_path: Path
 ) -> None:
-    lacking = {"in_context": dataclasses.replace(runs["in_context"], residual_norms=None)}  # as saved by version 0.2
+    lacking = {"in_context": dataclasses.replace(runs["in_context"], residual_norms=None)}  # as older versions saved it
     older = icl.Recordings.of(**runs | lacking)
     older.save(tmp_path / "saved")
     assert older.residual_norms is icl.Recordings.load(tmp_path / "saved").residual_norms is None
