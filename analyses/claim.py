@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from common import TITLES, run_script, script_parser
+from control_tables import read_interval
 from matplotlib.axes import Axes
 
 import icl_dual as icl
@@ -40,7 +41,7 @@ def read(table: Path) -> dict[str, dict[str, Interval]]:
     for row in scores.to_dict("records"):
         if row["what is compared"] not in ROWS:
             continue
-        interval = Interval(row["value"], row["low"], row["high"], row["queries"])
+        interval = read_interval(row)
         estimates[ROWS[row["what is compared"]]][TITLES[row["task"]]] = interval
     return estimates
 

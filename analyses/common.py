@@ -8,18 +8,20 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import icl_dual as icl
 from icl_dual.assets import describe_model
 from icl_dual.finetuning import Loss, Method, Trained
+from icl_dual.models.precision import precision_name
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
@@ -172,6 +174,12 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
         help="record at the token that predicts the label, or all as the released code does (%(default)s)",
     )
     add("--source", choices=("wheel", "hub"), help="origin of the tasks' rows (each task's default)")
+    add(
+        "--replicas",
+        type=int,
+        default=icl.finetuning.REPLICAS,
+        help="repeats of the finetuning that show how stable its numbers are; 0: none (%(default)s)",
+    )
     add("--device", default="cpu", help="(%(default)s)")
     add(
         "--dtype",
@@ -179,7 +187,19 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
         choices=("float64", "float32", "bfloat16", "float16"),
         help="number format of the weights (%(default)s)",
     )
+    add("--arithmetic", choices=("float32",), help="number format to compute in (that of the weights)")
     return parser
+
+
+def precision(args: argparse.Namespace) -> dict[str, Any]:
+    """The precision that a cell parser's options say, as arguments of `load_model` and `run_study`."""
+    arithmetic = None if args.arithmetic is None else getattr(torch, args.arithmetic)
+    return {"dtype": getattr(torch, args.dtype), "arithmetic": arithmetic}
+
+
+def precision_title(args: argparse.Namespace) -> str:
+    """The precision that a cell parser's options say, in words."""
+    return precision_name(getattr(torch, args.dtype), getattr(torch, args.arithmetic or args.dtype))
 
 
 def variant_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from common import TITLES
 from jaxtyping import Float
-from paper_tables import ACCURACY_ROWS, Results, by_query, style
+from paper_tables import ACCURACY_ROWS, Results, by_query, by_replica, interval_of, style
 from torch import Tensor
 
 import icl_dual as icl
@@ -29,7 +29,12 @@ NULLS = {
         "random update of FT's size": "SimAM random update",
         "ICL and ZSL": "SimAM before FT",
     },
+    "SimAM after FT without massive tokens": {
+        "random update of FT's size": "SimAM random update without massive tokens",
+        "ICL and ZSL": "SimAM before FT without massive tokens",
+    },
     "SimAMΔ": {"random update of FT's size": "SimAMΔ random"},
+    "SimAMΔ without massive tokens": {"random update of FT's size": "SimAMΔ random without massive tokens"},
     "Kendall": {"paper's random baseline": "Kendall random"},
     "Kendall on keys": {"paper's random baseline": "Kendall random"},
     "Rec2FTP": {"ICL's answers dealt at random": "Rec2FTP random"},
@@ -69,7 +74,9 @@ CLAIMS = {
     "SimAOU": "In-context learning moves attention outputs the way finetuning does",
     "SimAOU unnormalised": "The same of the updates themselves, not normalised first",
     "SimAM after FT": "In-context learning attends to the query as the finetuned model does",
-    "SimAMΔ": "The same of how attention changes",
+    "SimAM after FT without massive tokens": "The same of the query's tokens without massive activations",
+    "SimAMΔ": "In-context learning changes attention to the query as finetuning does",
+    "SimAMΔ without massive tokens": "The same of the query's tokens without massive activations",
     "Kendall": "In-context learning attends to the demonstrations as finetuning does, by its queries",
     "Kendall on keys": "The same by keys, which is what attention scores",
     "Rec2FTP": "In-context learning makes the corrections that finetuning makes",
@@ -79,8 +86,22 @@ Runs = Mapping[str, Mapping[str, Results]]
 """By row of the table, then task: a result for each seed."""
 
 
-Table = Float[Tensor, "seed query"]
-Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Table]]]]
+@dataclass(frozen=True)
+class Score:
+    """A metric of one task."""
+
+    values: Float[Tensor, "seed query"]
+    """Its value query by query."""
+    shifts: Float[Tensor, "seed replica"]
+    """How far replicas of the finetuning move its mean."""
+
+    @classmethod
+    def of(cls, results: Results, metric: str) -> "Score":
+        """A metric of a task's cells."""
+        return cls(by_query(results, metric), by_replica(results, metric))
+
+
+Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Score]]]]
 """By metric, family, row, and task: scores query by query."""
 
 
@@ -92,11 +113,11 @@ def scored(runs: Runs) -> Scores:
     scores = {}
     for metric, nulls in NULLS.items():
         scores[metric] = {
-            family: {row: {task: by_query(runs[row][task], metric) for task in tasks} for row in rows}
+            family: {row: {task: Score.of(runs[row][task], metric) for task in tasks} for row in rows}
             for family, rows in families.items()
         }
         scores[metric]["nulls"] = {
-            row: {task: by_query(runs[CLAIM][task], column) for task in tasks} for row, column in nulls.items()
+            row: {task: Score.of(runs[CLAIM][task], column) for task in tasks} for row, column in nulls.items()
         }
     return scores
 
@@ -108,30 +129,35 @@ def text(interval: Interval, metric: str, counts: str = "") -> str:
 
 
 def estimates(scores: Scores) -> pd.DataFrame:
-    """Every estimate as numbers: metric, kind, row, task (`mean` for all), value, low, high, queries, and counts."""
+    """Every estimate as numbers: metric, kind, row, task (`mean` for all), value, ends, spread, queries, counts."""
     lines = []
     for metric, families in scores.items():
         for family, rows in families.items():
             for row, by_task in rows.items():
-                groups = {task: (values,) for task, values in by_task.items()} | {"mean": tuple(by_task.values())}
-                for task, values in groups.items():
-                    interval = estimate(*values, of=metric)
+                groups = {task: (score,) for task, score in by_task.items()} | {"mean": tuple(by_task.values())}
+                for task, group in groups.items():
+                    interval = estimate(
+                        *(score.values for score in group), of=metric, shifts=[score.shifts for score in group]
+                    )
                     counted = metric == "Rec2FTP" and family != "nulls" and task != "mean"
-                    counts = f"{values[0].nansum():g}/{values[0].isfinite().sum():g}" if counted else ""
+                    values = group[0].values
+                    counts = f"{values.nansum():g}/{values.isfinite().sum():g}" if counted else ""
                     about = {"metric": metric, "kind": family, "what is compared": row, "task": task}
-                    numbers = {"value": interval.value, "low": interval.low, "high": interval.high}
+                    numbers = {name: getattr(interval, name) for name in ("value", "low", "high", "spread")}
                     lines.append(about | numbers | {"queries": interval.n_queries, "counts": counts})
     return pd.DataFrame(lines)
+
+
+def read_interval(row: Mapping[str, Any]) -> Interval:
+    """The estimate of a row of `estimates`; of a table by an older version, without a spread."""
+    return Interval(row["value"], row["low"], row["high"], row["queries"], spread=row.get("spread", float("nan")))
 
 
 def control_table(estimates: pd.DataFrame) -> pd.DataFrame:
     """The table of all controls: a row for each metric and control, a column a task, with intervals."""
     formatted = estimates.assign(
         task=estimates["task"].map(lambda task: TITLES.get(task, task)),
-        text=[
-            text(Interval(row["value"], row["low"], row["high"], row["queries"]), row["metric"], row["counts"])
-            for row in estimates.to_dict("records")
-        ],
+        text=[text(read_interval(row), row["metric"], row["counts"]) for row in estimates.to_dict("records")],
     )
     keys = ["metric", "kind", "what is compared"]
     table = formatted.pivot(index=keys, columns="task", values="text")
@@ -162,6 +188,13 @@ class Against:
         )
 
 
+def against(claim: Score, control: Score) -> Paired:
+    """A score less a control's, replica by replica where both have replicas."""
+    n_replicas = min(claim.shifts.shape[1], control.shifts.shape[1])
+    shifts = claim.shifts[:, :n_replicas] - control.shifts[:, :n_replicas]
+    return paired_test(claim.values, control.values, shifts=shifts)
+
+
 def against_controls(scores: Scores) -> list[Against]:
     """Every score against every control, by family and task."""
     return [
@@ -172,7 +205,7 @@ def against_controls(scores: Scores) -> list[Against]:
             {
                 row: paired
                 for row, by_task in families[family].items()
-                if (paired := paired_test(claim, by_task[task])).difference.known
+                if (paired := against(claim, by_task[task])).difference.known
             },
         )
         for metric, families in scores.items()
@@ -200,8 +233,20 @@ def against_table(comparisons: Sequence[Against]) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
-def claim_table(comparisons: Sequence[Against]) -> pd.DataFrame:
-    """On how many tasks each claim's score is above all controls of each family, and what that leaves of it."""
+def unstable_cells(runs: Runs, metric: str) -> str:
+    """In how many of the claim's cells a metric is unstable over replicas of the finetuning."""
+    comparisons = [result.comparison for results in runs[CLAIM].values() for result in results]
+    measured = [comparison for comparison in comparisons if comparison.stability is not None]
+    if not measured:
+        return "not measured"
+    return f"{sum(metric in comparison.unstable for comparison in measured)} of {len(measured)}"
+
+
+def claim_table(comparisons: Sequence[Against], unstable: Mapping[str, str]) -> pd.DataFrame:
+    """On how many tasks each claim's score is above all controls of each family, and what that leaves of it.
+
+    `unstable` holds, by metric, in how many of the claim's cells it is unstable (`unstable_cells`).
+    """
     lines = []
     for metric, claim in CLAIMS.items():
         texts, fates = {}, set()
@@ -217,7 +262,8 @@ def claim_table(comparisons: Sequence[Against]) -> pd.DataFrame:
             verdict = "survives in part" if "kept" in fates else "does not survive"
         elif "open" in fates:
             verdict = "open"
-        lines.append({"claim": claim, "measured by": metric} | texts | {"verdict": verdict})
+        about = {"unstable cells": unstable[metric], "verdict": verdict}
+        lines.append({"claim": claim, "measured by": metric} | texts | about)
     return pd.DataFrame(lines)
 
 
@@ -243,7 +289,12 @@ def in_words(row: Mapping[str, str]) -> str:
     sentences = f"**{row['claim']}** ({row['measured by']}). {fates[row['verdict']]}"
     sentences += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
     sentences += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
-    return sentences + f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
+    sentences += f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
+    n_unstable, _, n_cells = row["unstable cells"].partition(" of ")
+    if not n_cells:
+        return sentences
+    stable = "It is stable" if n_unstable == "0" else f"It is unstable in {row['unstable cells']} cells"
+    return f"{sentences} {stable} over replicas of the finetuning."
 
 
 def order_table(orders: Mapping[str, Sequence[icl.OrderSensitivity]]) -> pd.DataFrame:
@@ -266,7 +317,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Accuracies of the model and of those that have learned nothing, in per cent."""
     return pd.DataFrame(
         {"model": "trained" if row == CLAIM else row, "setting": name.split()[0]}
-        | {TITLES[task]: text(estimate(by_query(results, name), of=name), name) for task, results in runs[row].items()}
+        | {TITLES[task]: text(interval_of(name, results), name) for task, results in runs[row].items()}
         for row in (CLAIM, *MODELS)
         for name in ACCURACY_ROWS
     )

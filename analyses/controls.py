@@ -14,15 +14,24 @@ from pathlib import Path
 
 import control_tables
 import pandas as pd
-import torch
-from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, model_title, panels, run_script
+from common import (
+    DATA,
+    TITLES,
+    cell_parser,
+    command_line,
+    default_lr,
+    finish,
+    model_title,
+    panels,
+    precision,
+    run_script,
+)
 from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
-from paper_tables import by_query
+from paper_tables import interval_of, replicas_note
 from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual.contexts import draw_orders
-from icl_dual.metrics import estimate
 from icl_dual.statistics import Interval
 from icl_dual.storage import check_same_settings, load_tensors
 
@@ -65,6 +74,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
                 n_queries=args.queries,
                 protocol=args.protocol,
                 source=args.source,
+                replicas=args.replicas,
             )
             for row, settings in rows.items():
                 if settings.get("context_task") == task:
@@ -95,8 +105,8 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
     place = {cell: order[row] for row, by_task in rows.items() for of_task in by_task.values() for cell in of_task}
     models = ("untrained", "random-blocks", "trained")  # what may be refused comes first
     cells.sort(key=lambda cell: (models.index(cell.weights), cell.seed, args.tasks.index(cell.task), place[cell]))
-    dtype = getattr(torch, args.dtype)
-    results = dict(zip(cells, icl.run_study(cells, args.out / "cells", device=args.device, dtype=dtype), strict=True))
+    finished = icl.run_study(cells, args.out / "cells", device=args.device, **precision(args))
+    results = dict(zip(cells, finished, strict=True))
     return {
         row: {task: [results[cell] for cell in of_task] for task, of_task in by.items()} for row, by in rows.items()
     }
@@ -108,7 +118,10 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
     todo = [(task, result) for task, results in claim.items() for result in results if args.orders]
     for task, result in tqdm(todo, desc="orders", unit="cell"):
         cell, folder = result.cell, args.out / "orders" / result.cell.name
-        origin = {name: result.provenance[name] for name in ("model", "dtype")}
+        provenance = result.provenance
+        origin = {name: provenance[name] for name in ("model", "dtype")}
+        if provenance.get("precision", origin["dtype"]) != origin["dtype"]:
+            origin["precision"] = provenance["precision"]
         settings = {"n_orders": args.orders, "settings": asdict(cell), "origin": origin}
         if folder.exists():
             saved = load_tensors(folder)[1]
@@ -116,7 +129,7 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
             check_same_settings(folder, settings, saved)
         else:
             started = time.perf_counter()
-            model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+            model = model or icl.load_model(args.model, device=args.device, **precision(args))
             of = icl.load_task(task, cell.source, protocol=cell.protocol)
             demonstrations, queries = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
             sensitivity = icl.measure_order_sensitivity(
@@ -130,6 +143,7 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
 
 def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
     """All controls of all metrics: a panel a metric, a row a control, families apart."""
+    scores = scores[~scores["metric"].str.contains("without massive tokens")]  # these stay in the table
     rows = scores.drop_duplicates("what is compared").sort_values(
         "kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable"
     )
@@ -139,7 +153,7 @@ def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
     for metric, ax in zip(metrics, (ax for row in axes for ax in row), strict=False):
         estimates: dict[str, dict[str, Interval]] = {name: {} for name in names}
         for row in scores.query("metric == @metric and task != 'mean'").to_dict("records"):
-            interval = Interval(row["value"], row["low"], row["high"], row["queries"])
+            interval = control_tables.read_interval(row)
             estimates[row["what is compared"]][TITLES[row["task"]]] = interval
         icl.plots.dots(estimates, ax=ax)
         for border in rows["kind"].ne(rows["kind"].shift()).to_numpy().nonzero()[0][1:]:
@@ -158,9 +172,9 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
         by_k = {results[0].cell.k: results for results in sorted(chosen, key=lambda results: results[0].cell.k)}
 
         def estimates(name: str, by_k: Mapping[int, Sequence[icl.CellResult]] = by_k) -> dict[int, Interval]:
-            return {k: estimate(by_query(results, name), of=name) for k, results in by_k.items()}
+            return {k: interval_of(name, results) for k, results in by_k.items()}
 
-        none = {0: estimate(by_query(runs[CLAIM][task], "ZSL accuracy"), of="ZSL accuracy")}
+        none = {0: interval_of("ZSL accuracy", runs[CLAIM][task])}
         accuracies = {setting: none | estimates(f"{setting} accuracy") for setting in ("ICL", "FT")}
         columns = {CLAIM: "SimAOU", "random update of FT's size": "SimAOU random update"}
         likeness = {name: estimates(column) for name, column in columns.items()}
@@ -196,12 +210,13 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
     fill |= {
         "model": model_title(args.model),
         "command": command(args),
-        "about": f"{describe(args)}; {provenance['model']}, {provenance['dtype']}",
+        "about": f"{describe(args)}; {provenance['model']}, {provenance.get('precision', provenance['dtype'])}",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
         "minutes": f"{seconds(runs, args) / 60:.0f}",
         "families": "\n".join(f"- *{family}*: {what}" for family, what in FAMILIES.items()),
         "words": "\n".join(f"- {control_tables.in_words(row)}" for row in tables["claims"].to_dict("records")),
         "n_orders": str(args.orders),
+        "replicas": replicas_note([result for of_task in runs[CLAIM].values() for result in of_task]),
         "rates_from": "given by hand"
         if args.lr
         else "chosen by `analyses/select_lr.py` on selection queries, apart from these, for each way of finetuning",
@@ -224,7 +239,9 @@ def write(args: argparse.Namespace) -> None:
     scores = control_tables.scored(runs)
     against, estimates = control_tables.against_controls(scores), control_tables.estimates(scores)
     tables = {
-        "claims": control_tables.claim_table(against),
+        "claims": control_tables.claim_table(
+            against, {metric: control_tables.unstable_cells(runs, metric) for metric in control_tables.CLAIMS}
+        ),
         "against_controls": control_tables.against_table(against),
         "controls": control_tables.control_table(estimates),
         "orders": control_tables.order_table(orders),

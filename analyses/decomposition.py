@@ -15,8 +15,20 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
-from common import DATA, TITLES, cell_parser, command_line, default_lr, finish, model_title, panels, run_script, short
+from common import (
+    DATA,
+    TITLES,
+    cell_parser,
+    command_line,
+    default_lr,
+    finish,
+    model_title,
+    panels,
+    precision,
+    precision_title,
+    run_script,
+    short,
+)
 from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
@@ -99,7 +111,7 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
     }
     about = {
         "model": model.provenance,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")},
         "residuals": {name: residual.max().item() for name, residual in split.residuals._asdict().items()},
         "held_residual": updates.residual,
@@ -138,10 +150,10 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             rank = saved.pop("rank")
             saved = {**asdict(icl.Cell.from_settings(saved)), "rank": rank}  # of an older version, too
             check_same_settings(folder, settings, saved)
-            check_same_settings(folder, {"dtype": args.dtype}, metadata["about"])
+            check_same_settings(folder, {"dtype": precision_title(args)}, metadata["about"])
             yield Result(name, tensors, metadata["about"])
             continue
-        model = model or icl.load_model(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+        model = model or icl.load_model(args.model, device=args.device, **precision(args))
         result = run(model, cell, args.rank)
         save_tensors(folder, result.tensors, {"settings": settings, "about": result.about})
         yield result

@@ -24,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
+from icl_dual.finetuning.replicas import REPLICA_QUERIES
 from icl_dual.metrics import KENDALL_QUERIES, estimate
-from icl_dual.statistics import MIN_QUERIES, Interval
+from icl_dual.statistics import MIN_QUERIES, UNSTABLE, Interval
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -42,8 +43,12 @@ METRIC_ROWS = (
     "SimAM random update",
     "SimAM before FT",
     "SimAM after FT",
+    "SimAM before FT without massive tokens",
+    "SimAM after FT without massive tokens",
     "SimAMΔ random",
     "SimAMΔ",
+    "SimAMΔ random without massive tokens",
+    "SimAMΔ without massive tokens",
     "Kendall random",
     "Kendall",
     "Kendall on keys",
@@ -140,7 +145,7 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
             lines.append(about | {"metric": row} | texts | {"mean": ""})
         for row in rows:
             texts = {TITLES[task]: task_text(group.by_task.get(task, ()), row) for task in tasks}
-            mean = estimate(*(by_query(results, row) for results in group.by_task.values()), of=row)
+            mean = interval_of(row, *group.by_task.values())
             lines.append(about | {"metric": row} | texts | {"mean": format_interval(mean, row)})
     return pd.DataFrame(lines + paper_lines(tasks, rows)).fillna("")
 
@@ -184,7 +189,20 @@ def task_text(results: Results, row: str) -> str:
         return ""
     values = by_query(results, row)
     counts = f"{values.nansum():g}/{values.isfinite().sum():g}" if row == "Rec2FTP" else ""
-    return format_interval(estimate(values, of=row), row, counts)
+    return format_interval(interval_of(row, results), row, counts)
+
+
+def interval_of(row: str, *by_task: Results) -> Interval:
+    """A metric of one task's seeds, or its mean over several tasks, with its interval over queries and replicas."""
+    values = (by_query(results, row) for results in by_task)
+    return estimate(*values, of=row, shifts=[by_replica(results, row) for results in by_task])
+
+
+def by_replica(results: Results, row: str) -> Float[Tensor, "seed replica"]:
+    """How far each seed's replicas of the finetuning move a metric; without replicas where a seed has none."""
+    shifts = [result.comparison.shifts(row)[0] for result in results]
+    n_replicas = min(map(len, shifts))
+    return torch.stack([of_seed[:n_replicas] for of_seed in shifts])
 
 
 def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:
@@ -233,7 +251,8 @@ def write(results: Results, out: Path) -> None:
             path = out / file_name(name, protocol)
             frame = table(chosen, rows)
             about = f"Protocol `{protocol}`: recorded {RECORDED[protocol]}."
-            note = f"{caption} {brackets(rows, several)} The mean is over the tasks shown. {about} {PAPER_NOTE}"
+            about_intervals = f"{brackets(rows, several)} {replicas_note(chosen)}"
+            note = f"{caption} {about_intervals} The mean is over the tasks shown. {about} {PAPER_NOTE}"
             text = frame.to_markdown(index=False, disable_numparse=True)
             path.with_suffix(".md").write_text(f"{note}\n\n{text}\n")
             frame.to_csv(path.with_suffix(".csv"), index=False)
@@ -249,18 +268,41 @@ def brackets(rows: Sequence[str], several: bool) -> str:
     return f"{sentence}. Fewer than {MIN_QUERIES} queries have none, nor has a mean with such a task."
 
 
+def replicas_note(results: Results) -> str:
+    """What intervals and daggers owe to replicas of the finetuning."""
+    n_replicas = sorted(
+        {len(result.comparison.stability.replicas) if result.comparison.stability else 0 for result in results}
+    )
+    if n_replicas == [0]:
+        return "Each cell is finetuned once: how stable its numbers are was not measured."
+    counts = " or ".join(map(str, n_replicas))
+    return (
+        f"Intervals include the range over {counts} replicas of the finetuning, at rates that differ by 10⁻³ and from "
+        f"weights with noise of 2⁻⁹, on the first {REPLICA_QUERIES} queries. {UNSTABLE}: unstable, that range is wider "
+        "than the interval over queries."
+    )
+
+
 def latex(frame: pd.DataFrame, note: str) -> str:
     """A table for the booktabs and graphicx packages, as wide as the text, with a rule between models."""
-    caption = note.replace("`", "").replace("%", "\\%")
+    caption = latex_text(note.replace("`", "").replace("%", "\\%"))
     columns = "lll" + "r" * (len(frame.columns) - 3)
     text = frame.to_latex(index=False, escape=True, caption=caption, column_format=columns)
-    text = text.replace("\\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}")
+    text = latex_text(text).replace("\\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}")
     lines = text.replace("\\end{tabular}", "\\end{tabular}}").splitlines(keepends=True)
     first = next(at for at, line in enumerate(lines) if line.startswith("\\midrule")) + 1
     starts = [at for at in range(1, len(frame)) if frame["model"].iloc[at] != frame["model"].iloc[at - 1]]
     for at in reversed(starts):
         lines.insert(first + at, "\\midrule\n")
     return "".join(lines)
+
+
+def latex_text(text: str) -> str:
+    """A text with the characters that LaTeX has commands for."""
+    commands = {UNSTABLE: "$^\\dagger$", "10⁻³": "$10^{-3}$", "2⁻⁹": "$2^{-9}$", "Δ": "$\\Delta$"}
+    for character, command in commands.items():
+        text = text.replace(character, command)
+    return text
 
 
 def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
@@ -273,7 +315,9 @@ def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     results: dict[tuple, icl.CellResult] = {}
     for path in dict.fromkeys(cells):
         result = icl.load_cell(path)
-        same = results.setdefault((result.cell, result.provenance["model"], result.provenance["dtype"]), result)
+        provenance = result.provenance
+        precision = provenance.get("precision", provenance["dtype"])
+        same = results.setdefault((result.cell, provenance["model"], precision), result)
         if same is not result:
             raise icl.StudyError(f"expected each cell once, got the same in {same.folder} and {path}")
     return list(results.values())

@@ -23,6 +23,7 @@ from common import (
     model_title,
     panels,
     positive,
+    precision,
     run_script,
     short,
 )
@@ -113,6 +114,7 @@ def plan(args: argparse.Namespace, model: str) -> list[icl.Cell]:
             balanced=args.balanced,
             source=args.source,
             reference_k_mismatch=args.reference_k_mismatch,
+            replicas=args.replicas,
         )
         for task in dict.fromkeys(args.tasks)
         for seed in dict.fromkeys(seeds(task))
@@ -192,6 +194,19 @@ def command(args: argparse.Namespace) -> str:
     return command_line(__file__, parser, args, always=always)
 
 
+def unstable_metrics(result: icl.CellResult) -> str:
+    """The metrics that replicas of the finetuning move by more than their interval over queries."""
+    if result.comparison.stability is None:
+        return "not measured"
+    return ", ".join(result.comparison.unstable) or "none"
+
+
+def massive_activations(result: icl.CellResult) -> str:
+    """The largest residual norm of the queries' tokens in each setting, in units of the median of its layer."""
+    by_setting = result.provenance.get("massive_activations", {})
+    return " / ".join(f"{numbers['largest_ratio']:.0f}" for numbers in by_setting.values()) or "not recorded"
+
+
 def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     cell, provenance = results[0].cell, results[0].provenance
     runs = pd.DataFrame(
@@ -204,20 +219,24 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
             "prompt tokens before the query": result.provenance["prefix_tokens"],
             "FT loss, first → last step": "{:.2f} → {:.2f}".format(*(result.provenance["losses"][i] for i in (0, -1))),
             "attention residual": f"{result.provenance['attention_residual']:.1e}",
+            "unstable metrics": unstable_metrics(result),
+            "largest residual norm ZSL / ICL / FT, × median": massive_activations(result),
         }
         for result in results
     )
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    computed_in = provenance.get("precision", provenance["dtype"])
     rates = "chosen by `analyses/select_lr.py` on selection queries, apart from these"
     if args.lr or args.preset:
         rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
     loss = "all tokens" if cell.finetuning.loss == "all" else "the label word"
+    bands = "bands: ±1.96 standard errors over queries, seeds averaged; dotted: range over replicas of the finetuning"
     accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
     (out / "README.md").write_text(f"""# How these were made
 
     {command(args)}
 
-Model: {model_title(cell.model)} (`{short(cell.model)}`, {provenance["model"]}), computed in {provenance["dtype"]}.
+Model: {model_title(cell.model)} (`{short(cell.model)}`, {provenance["model"]}), computed in {computed_in}.
 Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). Finetuning's loss: {loss}.
 {n_queries(results)}. Learning rates: {rates}. {versions}.
 
@@ -225,11 +244,13 @@ Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). F
 |---|---|
 | `{accuracy}` (`.md`, `.csv`, `.tex`) | accuracy of the three settings with intervals, the paper's values below |
 | `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines, likewise |
-| `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; bands: ±1.96 standard errors over queries, seeds averaged |
+| `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; {bands} |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | how often each label is predicted: shows whether one prevails |
-| `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, n |
+| `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, spread, n |
 
 {runs.to_markdown(index=False, disable_numparse=True)}
+
+{paper_tables.replicas_note(results)}
 
 {(DATA / "how_to_read.md").read_text()}""")
 
@@ -241,7 +262,7 @@ def write(args: argparse.Namespace) -> None:
         plan(args, model),
         args.out / "cells",
         device=args.device,
-        dtype=getattr(torch, args.dtype),
+        **precision(args),
         keep_recordings=args.export is not None,
     )
     if args.export:

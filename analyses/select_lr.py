@@ -1,15 +1,21 @@
 """Choose a model's default learning rate for each task, on selection queries that no evaluation ever sees.
 
-Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at all learning rates of a grid, and
-keeps the one with the best accuracy on the selection split; ties go to the lower cross-entropy of the gold label.
-The whole grid goes to figures/lr_selection/, the choice to analyses/data/default_lr.json, which reproduce.py and
-controls.py read. Measured rows are kept, so a stopped run goes on where it was.
+Finetunes on one draw of demonstrations (seed 0, which evaluations do not use) at all learning rates of a grid. Rates
+are ranked by accuracy on the selection split; ties go to the lower cross-entropy of the gold label. The first rate that
+is stable is chosen: over replicas of its finetuning, no metric's spread exceeds its interval over the queries. Where
+none of the first few is, the best is chosen and said to be unstable.
+
+The whole grid goes to figures/lr_selection/, with what was checked and what stability cost in accuracy; the choice goes
+to analyses/data/default_lr.json, which reproduce.py and controls.py read. Measured rows are kept, so a stopped run goes
+on where it was.
 """
 
 import argparse
+import functools
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,8 +23,16 @@ import pandas as pd
 from common import lr_key, run_script, script_parser, variant_parser
 
 import icl_dual as icl
+from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
 
 DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
+COLUMNS = ("model", "task", "k", "lr", "n", "accuracy", "cross_entropy", "unstable")
+STABLE = "stable"
+"""The entry of the column `unstable` for a rate with no unstable metric; where it is empty, none was measured."""
+
+CHECKED = 4
+"""The most rates of a task with stability measured, from the best."""
+
 GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
 
 
@@ -31,21 +45,84 @@ def measure(model: icl.Model, prompts: icl.Prompts, delta: icl.WeightDelta | icl
     return {"accuracy": tuned.accuracy, "cross_entropy": -of_gold.mean().item()}
 
 
-def choose(rows: pd.DataFrame) -> dict[str, float]:
-    ranked = rows.dropna().sort_values(["accuracy", "cross_entropy"], ascending=[False, True])
-    return {str(task): float(group["lr"].iloc[0]) for task, group in ranked.groupby("task", sort=False)}
+class Grid:
+    """The measured rates of a model and a way of finetuning, kept in a file after every measurement."""
+
+    def __init__(self, table: Path, n_queries: int) -> None:
+        self.table = table
+        rows = pd.read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
+        rows = rows.reindex(columns=list(COLUMNS))
+        self.others = rows[rows["n"] != n_queries]  # measured on other queries
+        self.rows = {(row["task"], row["lr"]): row for row in rows[rows["n"] == n_queries].to_dict("records")}
+
+    def add(self, row: dict[str, object]) -> None:
+        """Keep a measured rate, or one that was measured, with its stability."""
+        self.rows[row["task"], row["lr"]] = row
+        pd.concat([self.others, pd.DataFrame(list(self.rows.values()), columns=list(COLUMNS))]).to_csv(
+            self.table, index=False
+        )
+        print(row, flush=True)
+
+    def ranked(self, task: str) -> list[dict]:
+        """Return a task's rates from the best; those that diverged are left out."""
+        rows = [row for (of, _), row in self.rows.items() if of == task and not math.isnan(row["accuracy"])]
+        return sorted(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))
+
+    def unchecked(self, task: str) -> dict | None:
+        """Return the best rate with unknown stability; `None` where a better one is stable or enough were checked."""
+        for row in self.ranked(task)[:CHECKED]:
+            if not isinstance(row["unstable"], str):
+                return row
+            if row["unstable"] == STABLE:
+                return None
+        return None
 
 
-def draw(rows: pd.DataFrame, chosen: dict[str, float], path: Path) -> None:
+def unstable_metrics(
+    model: icl.Model, prompts: icl.Prompts, lr: float, config: icl.FinetuneConfig, replicas: int
+) -> str:
+    """Return the metrics that replicas of the finetuning move by more than their interval over queries."""
+    experiment = icl.run_experiment(
+        model, prompts.first(REPLICA_QUERIES), lr=lr, config=config, replicas=replicas, progress=False
+    )
+    return ", ".join(experiment.compare().unstable) or STABLE
+
+
+def choose(ranked: Sequence[dict]) -> dict:
+    """Return the best rate that is stable; the best of all where none of those checked is."""
+    return next((row for row in ranked if row["unstable"] == STABLE), ranked[0])
+
+
+def given_up(ranked: Sequence[dict]) -> str:
+    """Return what the choice of a stable rate gave up, in words."""
+    best, chosen = ranked[0], choose(ranked)
+    if chosen["lr"] != best["lr"]:
+        return (
+            f"{chosen['lr']:g} is stable, the best rate {best['lr']:g} is not ({best['unstable']}): accuracy "
+            f"{chosen['accuracy']:.2f} instead of {best['accuracy']:.2f}"
+        )
+    if best["unstable"] == STABLE:
+        return f"{best['lr']:g} is the best rate and stable: nothing was given up"
+    return f"{best['lr']:g} is the best rate and unstable ({best['unstable']}), as are the next that were checked"
+
+
+def draw(grid: Grid, chosen: dict[str, float], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for task, group in rows.query("task in @chosen").sort_values("lr").groupby("task", sort=False):
-        (line,) = ax.plot(group["lr"], group["accuracy"], marker=".", label=task)
-        best = group[group["lr"] == chosen[str(task)]]
-        ax.plot(best["lr"], best["accuracy"], marker="o", markersize=9, fillstyle="none", color=line.get_color())
+    for task, lr in chosen.items():
+        rows = sorted(grid.ranked(task), key=lambda row: row["lr"])
+        (line,) = ax.plot([row["lr"] for row in rows], [row["accuracy"] for row in rows], marker=".", label=task)
+        color = line.get_color()
+        unstable = [row for row in rows if isinstance(row["unstable"], str) and row["unstable"] != STABLE]
+        ax.plot([row["lr"] for row in unstable], [row["accuracy"] for row in unstable], "x", color=color)
+        best = [row["accuracy"] for row in rows if row["lr"] == lr]
+        ax.plot([lr], best, marker="o", markersize=9, fillstyle="none", color=color)
     ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
-    ax.set_title(f"{path.stem}\n{rows['n'].iloc[0]} selection queries a task, chosen rates ringed", fontsize="medium")
+    n_queries = {row["n"] for row in grid.rows.values()}.pop()
+    title = f"{path.stem}\n{n_queries} selection queries a task; chosen rates ringed, unstable ones crossed out"
+    ax.set_title(title, fontsize="medium")
     ax.legend(frameon=False, ncols=2)
     fig.savefig(path, dpi=150)
+    plt.close(fig)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,39 +132,48 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
     add("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
     add("--lrs", type=float, nargs="+", default=GRID, help="grid of learning rates (%(default)s)")
+    add("--replicas", type=int, default=REPLICAS, help="repeats of the finetuning for its stability (%(default)s)")
     add("--out", type=Path, default=Path("figures/lr_selection"), help="folder for the grid (%(default)s)")
     return parser.parse_args(argv)
 
 
-def write(args: argparse.Namespace) -> None:
-    """Measure the rates that were not measured before, and write the grid and the choice."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    variant = {"loss": args.loss, "method": args.method, "trained": args.trained}
-    name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, **variant))
-    table = args.out / f"{name.strip('/').replace('/', '--').replace(', ', '_').replace(' ', '-')}.csv"
-    rows = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=["model", "task", "k", "lr", "n"])
-    done = set(rows.loc[rows["n"] == args.queries, ["task", "lr"]].itertuples(index=False, name=None))
-    model = None
-    for task_name in args.tasks:
-        todo = [lr for lr in args.lrs if (task_name, lr) not in done]
-        if not todo:
-            continue
-        model = model or icl.load_model(args.model)
-        task, k = icl.load_task(task_name), icl.PAPER_K[task_name]
-        queries = task.queries(args.queries, split="selection")
-        prompts = icl.build_prompts(model, task, task.demonstrations(k, seed=0), queries)
-        for lr, delta in zip(todo, icl.finetune_many(model, [prompts] * len(todo), todo, **variant), strict=True):
-            row = {"model": args.model, "task": task_name, "k": k, "lr": lr, "n": len(queries)}
-            rows = pd.concat([rows, pd.DataFrame([row | measure(model, prompts, delta)])], ignore_index=True)
-            rows.to_csv(table, index=False)
-            print(rows.iloc[-1].to_dict(), flush=True)
+def select(grid: Grid, task_name: str, model: Callable[[], icl.Model], args: argparse.Namespace) -> None:
+    """Measure a task's rates that were not measured before, then the stability of the best."""
+    todo = [lr for lr in args.lrs if (task_name, lr) not in grid.rows]
+    if not todo and grid.unchecked(task_name) is None:
+        return
+    task, k, config = icl.load_task(task_name), icl.PAPER_K[task_name], finetuning(args)
+    queries = task.queries(args.queries, split="selection")
+    prompts = icl.build_prompts(model(), task, task.demonstrations(k, seed=0), queries)
+    deltas = icl.finetune_many(model(), [prompts] * len(todo), todo, config=config)
+    for lr, delta in zip(todo, deltas, strict=True):
+        row = {"model": args.model, "task": task_name, "k": k, "lr": lr, "n": len(queries)}
+        grid.add(row | measure(model(), prompts, delta) | {"unstable": None})
+    while (row := grid.unchecked(task_name)) is not None:
+        grid.add(row | {"unstable": unstable_metrics(model(), prompts, row["lr"], config, args.replicas)})
 
-    rows = rows.query("n == @args.queries")  # those of other runs were measured on other queries
-    chosen = choose(rows)
-    draw(rows, chosen, table.with_suffix(".png"))
+
+def finetuning(args: argparse.Namespace) -> icl.FinetuneConfig:
+    return icl.FinetuneConfig(loss=args.loss, method=args.method, trained=args.trained)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Measure what was not measured before, and write the grid and the choice."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, finetuning=finetuning(args)))
+    table = args.out / f"{name.strip('/').replace('/', '--').replace(', ', '_').replace(' ', '-')}.csv"
+    grid, chosen, words = Grid(table, args.queries), {}, []
+    model = functools.cache(lambda: icl.load_model(args.model))  # loaded only where something is to be measured
+    for task in args.tasks:
+        select(grid, task, model, args)
+        ranked = grid.ranked(task)
+        chosen[task] = choose(ranked)["lr"]
+        words.append(f"- {task}: {given_up(ranked)}")
+    draw(grid, chosen, table.with_suffix(".png"))
+    table.with_suffix(".md").write_text("\n".join([f"# Learning rates of {name}", "", *words]) + "\n")
     known = json.loads(DEFAULT_LR.read_text()) if DEFAULT_LR.exists() else {}
     DEFAULT_LR.write_text(json.dumps(known | {name: known.get(name, {}) | chosen}, indent=1) + "\n")
-    print(f"{name}: {chosen} → {DEFAULT_LR}")
+    print("\n".join([*words, f"{name}: {chosen} → {DEFAULT_LR}"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

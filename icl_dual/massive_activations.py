@@ -128,6 +128,17 @@ class MassiveActivations(Saved):
         """Return True at the tokens that are massive at no layer and in no setting, False past a query's end."""
         return ordinary_tokens(self.norms, self.lengths, self.ratio)
 
+    def overall(self) -> dict[str, dict[str, float]]:
+        """Return by setting, over all layers: share of queries with a massive token, largest ratio and largest norm."""
+        return {
+            setting: {
+                "share_of_queries": is_massive.any(2).any(1).double().mean().item(),
+                "largest_ratio": self.ratios[setting].max().item(),
+                "largest_norm": self.norms[setting].max().item(),
+            }
+            for setting, is_massive in self.is_massive.items()
+        }
+
     def to_frame(self) -> pd.DataFrame:
         """Return a row for each setting and layer.
 

@@ -27,6 +27,7 @@ from icl_dual.finetuning.replicas import REPLICAS, Finetuned, check_replicas, fi
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, control_provenance, load_model
+from icl_dual.models.precision import check_arithmetic, precision_name
 from icl_dual.paper_tasks import load_task, registered_task
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
@@ -184,7 +185,8 @@ class CellResult:
     """The metrics, by query and layer."""
     provenance: dict[str, Any]
     """The origin of the numbers: the model's hash or revision and the fingerprint of its weights, the task's
-    fingerprint, dtype, device and versions, residuals, seconds by stage, losses, and the rows that were drawn."""
+    fingerprint, dtype, precision, device and versions, residuals, seconds by stage, losses, and the rows that were
+    drawn."""
     folder: Path
     """The folder that the cell is saved in."""
 
@@ -382,6 +384,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         "losses": experiment.delta.losses.tolist(),
         "replicas": [*experiment.replicas, *experiment.diverged],
         "diverged_replicas": list(experiment.diverged.values()),
+        "massive_activations": experiment.massive_activations().overall(),
         "demonstrations": [example.key for example in draw.demonstrations],
         "context": [(example.key, example.label) for example in draw.context],
         "queries": [example.key for example in draw.queries],
@@ -415,6 +418,7 @@ def run_study(
     models: Sequence[Model] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    arithmetic: torch.dtype | None = None,
     keep_recordings: bool = False,
     progress: bool = True,
 ) -> list[CellResult]:
@@ -429,10 +433,11 @@ def run_study(
         folder: the study's folder, new or of the same study before.
         tasks: tasks of your own that cells name, such as one read from a CSV file. A name given here takes precedence
             over a known task's.
-        models: models of your own that cells name, with their own device and dtype. A name given here takes precedence
-            over what `load_model` would load.
+        models: models of your own that cells name, with their own device and precision. A name given here takes
+            precedence over what `load_model` would load.
         device: the device to load models to.
         dtype: the dtype to load models in.
+        arithmetic: the dtype of the computation, as in `load_model`; by default that of the weights.
         keep_recordings: also save what the metrics are computed from; a cell then is complete only with its recordings.
         progress: show progress bars.
 
@@ -458,7 +463,8 @@ def run_study(
         [1, 2]
     """
     _check_lists(cells, tasks, models)
-    plan = _Plan.of(cells, Path(folder), tasks, models, dtype, keep_recordings)
+    check_arithmetic(dtype, arithmetic)
+    plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
     results, runs = dict(plan.finished), _Runs(progress)
     current: dict[str, Model] = {}
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
@@ -466,7 +472,7 @@ def run_study(
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
             if cell.model_name not in current:
                 current.clear()
-                current[cell.model_name] = _make_model(cell, plan.models.get(cell.model), device, dtype)
+                current[cell.model_name] = _make_model(cell, plan.models.get(cell.model), device, dtype, arithmetic)
                 _check_same_origin(current[cell.model_name], plan.saved)
             model = current[cell.model_name]
             results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings)
@@ -527,6 +533,7 @@ class _Plan:
         tasks: Sequence[Task],
         models: Sequence[Model],
         dtype: torch.dtype,
+        arithmetic: torch.dtype | None,
         keep_recordings: bool,
     ) -> "_Plan":
         """Check a study and draw the rows of the cells that are to run."""
@@ -545,7 +552,7 @@ class _Plan:
             raise StudyError(f"expected models of different names, got {names}: name them with Model(…, name=…)")
         known_tasks = _Tasks(tasks)
         saved = {
-            cell: _load_same(cell, path, models_by_name.get(cell.model), dtype)
+            cell: _load_same(cell, path, models_by_name.get(cell.model), dtype, arithmetic)
             for cell, path in folders.items()
             if path.exists()
         }
@@ -639,9 +646,15 @@ def _check_model(cell: Cell, models: Mapping[str, Model]) -> None:
         raise AssetError(f"{error}, or pass a Model of this name as run_study(models=[model])") from error
 
 
-def _make_model(cell: Cell, passed: Model | None, device: str | torch.device, dtype: torch.dtype) -> Model:
+def _make_model(
+    cell: Cell,
+    passed: Model | None,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    arithmetic: torch.dtype | None,
+) -> Model:
     """Return a cell's model: the one passed in or loaded by name, or a control of it, after which it can be freed."""
-    model = load_model(cell.model, device=device, dtype=dtype) if passed is None else passed
+    model = load_model(cell.model, device=device, dtype=dtype, arithmetic=arithmetic) if passed is None else passed
     return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
 
 
@@ -731,19 +744,30 @@ class _Runs:
 
 
 def _origin(model: Model) -> dict[str, str]:
-    """Return what identifies a model's weights and their dtype, as provenance has it."""
-    return {"model": model.provenance, "dtype": _dtype_name(model.dtype)}
+    """Return what identifies a model's weights and their precision, as provenance has it."""
+    return {"model": model.provenance, "dtype": _dtype_name(model.dtype), "precision": model.precision}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_same(cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtype) -> CellResult:
-    """Load a saved cell, or raise a SettingsError where it has other settings, another dtype or other weights."""
+def _saved_origin(result: CellResult) -> dict[str, Any]:
+    """Return a cell's provenance; a cell from before there were precisions computed in the dtype of its weights."""
+    return {"precision": result.provenance.get("dtype"), **result.provenance}
+
+
+def _load_same(
+    cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtype, arithmetic: torch.dtype | None
+) -> CellResult:
+    """Load a saved cell, or raise a SettingsError where it has other settings, another precision or other weights."""
     result = load_cell(folder)
     check_same_settings(folder, asdict(cell), asdict(result.cell))
-    check_same_settings(folder, {"dtype": _dtype_name(dtype if passed is None else passed.dtype)}, result.provenance)
+    computed = arithmetic or dtype
+    precision = precision_name(dtype, computed) if passed is None else passed.precision
+    dtype_name = _dtype_name(computed if passed is None else passed.dtype)
+    check_same_settings(folder, {"dtype": dtype_name}, result.provenance)
+    check_same_settings(folder, {"precision": precision}, _saved_origin(result))
     if passed is None:
         return result
     if cell.weights == "trained":
@@ -759,11 +783,11 @@ def _check_same_model(model: Model, result: CellResult) -> None:
     expected = _origin(model) | {"fingerprint": model.fingerprint()}
     if "fingerprint" not in result.provenance:  # version 0.1 saved none
         del expected["fingerprint"]
-    check_same_settings(result.folder, expected, result.provenance)
+    check_same_settings(result.folder, expected, _saved_origin(result))
 
 
 def _check_same_origin(model: Model, saved: Mapping[Cell, CellResult]) -> None:
-    """Raise a SettingsError where a saved cell of this model's name was run with other weights or another dtype."""
+    """Raise a SettingsError where a saved cell of this model's name was run with other weights or another precision."""
     for cell, result in saved.items():
         if cell.model_name == model.name:
-            check_same_settings(result.folder, _origin(model), result.provenance)
+            check_same_settings(result.folder, _origin(model), _saved_origin(result))

@@ -223,7 +223,8 @@ def test_the_guide_runs(run_page: Run) -> None:
             assert comparison.per_layer["SimAOU"].shape == (len(scope["queries"]), 30)
             assert comparison.per_layer["SimAOU"].isfinite().all()
             by_hand = scope["experiment"].compare().per_layer["SimAOU"]
-            torch.testing.assert_close(comparison.per_layer["SimAOU"], by_hand)
+            # The experiment finetunes with its replicas side by side, which rounds otherwise than one by one.
+            torch.testing.assert_close(comparison.per_layer["SimAOU"], by_hand, atol=1e-3, rtol=0)
             axes: Axes = plt.gca()
             assert axes.get_ylabel() == "SimAOU (cosine)"
         elif heading == "Massive activations":

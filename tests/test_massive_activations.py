@@ -176,3 +176,14 @@ def test_the_token_of_the_tests_recordings_is_massive_out_of_context_only() -> N
     norms = {name: norms_with_a_massive_token(6, 2, 5, name) for name in SETTINGS}
     massive = icl.MassiveActivations(model="noise", queries=((1, 2, 3, 4, 5),) * 6, norms=norms)
     assert massive.tokens()[["setting", "position", "n_queries"]].to_numpy().tolist() == [["ZSL", 0, 3], ["FT", 0, 3]]
+
+
+def test_all_layers_together_have_the_largest_norm_and_ratio(massive: icl.MassiveActivations) -> None:
+    overall, frame = massive.overall(), massive.to_frame()
+    for setting, numbers in overall.items():
+        of_setting = frame[frame["setting"] == setting]
+        assert numbers["largest_norm"] == pytest.approx(of_setting["largest_norm"].max())
+        assert numbers["largest_ratio"] == pytest.approx(massive.ratios[setting].max().item())
+        with_one = {int(query) for query, _, _ in massive.is_massive[setting].nonzero().tolist()}
+        assert numbers["share_of_queries"] == len(with_one) / len(massive.queries)
+    assert overall["ICL"]["share_of_queries"] == 0 < overall["ZSL"]["share_of_queries"]

@@ -25,8 +25,8 @@ _TAILS = (0.025, 0.975)
 
 Table = Float[Tensor | np.ndarray, "..."]
 """Scores `[seed query]`, NaN where undefined."""
-Shifts = Float[Tensor | np.ndarray, "seed replica"]
-"""How far each replica of a seed's finetuning moves an estimate."""
+Shifts = Float[Tensor | np.ndarray, "_ _"]
+"""How far each replica of a seed's finetuning moves an estimate: `[seed replica]`."""
 _Counts = Float[np.ndarray, "resample item"]
 
 
@@ -216,7 +216,7 @@ def _moves(tables: list[np.ndarray], side: int) -> Float[np.ndarray, " seed"]:
     return np.concatenate(by_seed) / len(tables)
 
 
-def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
+def paired_test(a: Table, b: Table, *, shifts: Shifts | None = None, seed: int = 0) -> Paired:
     """Return mean(a) − mean(b) on the same queries, with its interval and p of a permutation test.
 
     Means are over defined values, which may be of different queries (Rec2FTP of two finetunings). The interval is
@@ -226,6 +226,8 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
     Args:
         a: scores `[seed query]`.
         b: scores of the same seeds and queries.
+        shifts: how far each seed's replicas of the finetuning move the difference, by which its interval is widened
+            (`widened`); none by default.
         seed: the seed of the resampling and of the swaps.
 
     Raises:
@@ -271,7 +273,7 @@ def paired_test(a: Table, b: Table, *, seed: int = 0) -> Paired:
         rng=rng,
     )
     interval = Interval(float(value), float(low), float(high), n_queries, n_seeds)
-    return Paired(interval, float(test.pvalue), by_seed)
+    return Paired(interval if shifts is None else widened(interval, shifts), float(test.pvalue), by_seed)
 
 
 def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:

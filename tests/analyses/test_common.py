@@ -113,6 +113,7 @@ def test_commands_that_pages_quote_are_commands_that_work(page: Path) -> None:
         (reproduce, "--preset paper-1.3b --rehearse 2 --out figures/rehearsal"),
         (controls, "--ks --orders 0 --queries all"),
         (decomposition, "--dtype float64 --source wheel --rank 2"),
+        (controls, "--dtype bfloat16 --arithmetic float32"),
         (momentum, "--etas 0 learned --curve --added 0.1 --steps 50 --parts text tasks"),
     ],
     ids=str,

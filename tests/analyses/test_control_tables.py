@@ -1,5 +1,6 @@
 """The control script on a tiny model and real rows, with a small budget, and what its tables say of made-up scores."""
 
+import re
 from pathlib import Path
 
 import control_tables as tables
@@ -50,7 +51,7 @@ def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
         assert found["queries"] == 6
     inflation = cell_of(out, "").comparison.per_layer["SimAOU inflation null"].mean().item()
     assert numbers.loc[("SimAOU", "random updates for both"), "value"] == pytest.approx(inflation, abs=1e-5)
-    assert "| SimAOU              | claim    | ICL and FT " in (out / "README.md").read_text()
+    assert re.search(r"\| SimAOU +\| claim +\| ICL and FT ", (out / "README.md").read_text())
 
 
 def test_the_other_task_is_ag_news_and_sst2_for_ag_news() -> None:
@@ -62,14 +63,14 @@ def test_the_other_task_is_ag_news_and_sst2_for_ag_news() -> None:
 
 def test_a_control_costs_the_one_run_that_differs(out: Path) -> None:
     for variation, expected in {
-        "": {"finetuning", "ICL", "ZSL", "FT"},
-        "random-delta": {"FT"},
+        "": {"finetuning", "ICL", "ZSL", "FT", "replicas"},
+        "random-delta": {"FT", "replicas"},
         "shuffled-labels": {"ICL"},
         "flipped-labels": {"ICL"},
         "random-labels": {"ICL"},
         "context-of-subj": {"ICL"},
         "reordered": {"ICL"},
-        "layer-causal": {"finetuning", "FT"},
+        "layer-causal": {"finetuning", "FT", "replicas"},
     }.items():
         assert set(cell_of(out, variation).provenance["seconds"]) - {"metrics"} == expected, variation
 
@@ -122,22 +123,24 @@ def test_what_cannot_be_done_is_said_before_anything_runs(
     assert not any(tmp_path.iterdir())
 
 
-Made = dict[str, dict[str, dict[str, dict[str, torch.Tensor]]]]
+Made = dict[str, dict[str, dict[str, dict[str, tables.Score]]]]
 
 
 def made_up(claim: float, controls: dict[str, float], n: int = 40) -> Made:
     """Scores of one metric and task, each around a value, with noise of their own that is small."""
     rng = np.random.default_rng(0)
 
-    def score(value: float) -> torch.Tensor:
-        return torch.from_numpy(value + rng.normal(size=(2, n), scale=0.01))
+    def score(value: float) -> tables.Score:
+        values = torch.from_numpy(value + rng.normal(size=(2, n), scale=0.01))
+        return tables.Score(values, torch.zeros(2, 3, dtype=torch.float64))
 
     families = {family: {row: {"sst2": score(value)} for row, value in controls.items()} for family in tables.FAMILIES}
     return {"SimAOU": {"claim": {tables.CLAIM: {"sst2": score(claim)}}, **families}}
 
 
 def verdict(scores: tables.Scores) -> dict[str, str]:
-    return tables.claim_table(tables.against_controls(scores)).to_dict("records")[0]
+    unstable = dict.fromkeys(tables.CLAIMS, "1 of 2")
+    return tables.claim_table(tables.against_controls(scores), unstable).to_dict("records")[0]
 
 
 def test_a_claim_has_to_be_above_every_control_of_every_kind() -> None:
@@ -149,6 +152,10 @@ def test_a_claim_has_to_be_above_every_control_of_every_kind() -> None:
     words = tables.in_words(row)
     assert "survives in part" in words
     assert "not above models that have learned nothing (above on 0 of 1 tasks)" in words
+    assert words.endswith("It is unstable in 1 of 2 cells over replicas of the finetuning.")
+    stable, unknown = (tables.in_words(row | {"unstable cells": cells}) for cells in ("0 of 2", "not measured"))
+    assert stable.endswith("It is stable over replicas of the finetuning.")
+    assert "replicas" not in unknown
     closest = {one.family: one.closest for one in tables.against_controls({"SimAOU": mixed})}
     assert closest["models"] == "a"
 
@@ -157,7 +164,7 @@ def test_a_control_of_lower_mean_may_be_the_one_that_comes_closest() -> None:
     scores = made_up(0.3, {"a": 0.2, "noisy": 0.1})
     noise = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 40), scale=2.0))
     for family in tables.FAMILIES:
-        scores["SimAOU"][family]["noisy"]["sst2"] += noise - noise.mean()
+        scores["SimAOU"][family]["noisy"]["sst2"].values.add_(noise - noise.mean())
     found = tables.against_controls(scores)
     assert {one.closest for one in found} == {"noisy"}
     assert not any(one.above for one in found)
@@ -165,10 +172,27 @@ def test_a_control_of_lower_mean_may_be_the_one_that_comes_closest() -> None:
 
 def test_every_seed_has_to_agree() -> None:
     scores = made_up(0.3, {"a": 0.1})
-    scores["SimAOU"]["models"]["a"]["sst2"][1] = 0.301
+    scores["SimAOU"]["models"]["a"]["sst2"].values[1] = 0.301
     (models,) = (one for one in tables.against_controls(scores) if one.family == "models")
     assert models.paired["a"].by_seed[0] > 0 > models.paired["a"].by_seed[1]
     assert not models.above
+
+
+def test_a_replica_of_the_finetuning_can_take_a_claim_away() -> None:
+    scores = made_up(0.3, {"a": 0.1})
+    assert verdict(scores)["verdict"] == "survives"
+    claim = scores["SimAOU"]["claim"][tables.CLAIM]["sst2"]
+    claim.shifts[:, 1] = -0.3
+    assert verdict(scores)["verdict"] == "does not survive"
+    claim.shifts[1, 1] = 0.0
+    assert verdict(scores)["verdict"] == "survives", "a mean of two seeds moves half as far"
+    for family in tables.FAMILIES:
+        scores["SimAOU"][family]["a"]["sst2"].shifts[:, 1] = -0.3
+    claim.shifts[:, 1] = -0.3
+    assert verdict(scores)["verdict"] == "survives", "both move alike"
+    row = tables.estimates(scores).query("kind == 'claim' and task == 'sst2'").iloc[0]
+    assert row["spread"] == pytest.approx(0.3 / 2**0.5)
+    assert "†" in tables.control_table(tables.estimates(scores))["SST2"].iloc[0]
 
 
 def test_what_too_few_queries_tell_stays_open() -> None:
@@ -178,12 +202,13 @@ def test_what_too_few_queries_tell_stays_open() -> None:
         "claim": "",
         "measured by": "SimAOU",
         **dict.fromkeys(tables.FAMILIES, "0 of 1 (1 open)"),
+        "unstable cells": "1 of 2",
         "verdict": "open",
     }
     assert set(tables.against_table(found)["closest"]) == {"too few queries"}
     assert "4 queries: no interval" in tables.control_table(tables.estimates(scores))["SST2"].iloc[0]
-    partly = {"SimAOU": {**made_up(0.3, {"a": 0.1})["SimAOU"], "nulls": scores["SimAOU"]["nulls"]}}
-    partly["SimAOU"]["nulls"]["a"]["sst2"] = torch.full((2, 40), torch.nan)
+    partly = made_up(0.3, {"a": 0.1})
+    partly["SimAOU"]["nulls"]["a"]["sst2"].values.fill_(torch.nan)
     row = verdict(partly)
     assert (row["verdict"], row["nulls"], row["models"]) == ("open", "0 of 1 (1 open)", "1 of 1")
     assert "It is undecided whether it is above what no update" in tables.in_words(row)

@@ -19,7 +19,7 @@ from scipy import stats
 import icl_dual as icl
 from icl_dual.metrics.catalogue import layer_metrics
 from icl_dual.metrics.formulas import rec2ftp
-from icl_dual.statistics.intervals import bootstrap
+from icl_dual.statistics.intervals import bootstrap, widened
 
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")
 RECORDED: dict = {
@@ -64,8 +64,10 @@ def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, 
     assert (rows["llama (2)", "lr"], rows["llama (2)", "queries"]) == ("0.05", "6")
     both = [icl.load_cell(cells / dataclasses.replace(CELL, seed=seed).name).comparison for seed in (1, 2)]
     values = torch.stack([comparison.per_layer["SimAOU"].mean(1) for comparison in both])
-    expected = bootstrap(values)
-    assert rows["llama (2)", "SimAOU"] == f"{values.mean():.3f} [{expected.low:.3f}, {expected.high:.3f}]"
+    shifts = torch.stack([comparison.shifts("SimAOU")[0] for comparison in both])
+    expected = widened(bootstrap(values), shifts)
+    assert rows["llama (2)", "SimAOU"] == expected.format()
+    assert f"{expected.low:.3f}, {expected.high:.3f}" in rows["llama (2)", "SimAOU"]
     paper = rows["GPT 1.3B (paper)", "SimAOU"], rows["GPT 2.7B (paper)", "lr"]
     assert paper == ("0.110", "0.007")
     text = (tmp_path / "metrics_reference.tex").read_text()
@@ -74,6 +76,8 @@ def test_tables_put_ours_beside_the_papers_and_never_mix_protocols(cells: Path, 
     caption = (tmp_path / "accuracy_reference.md").read_text()
     assert "recorded after the first label word" in caption
     assert "a bootstrap over queries, seeds resampled, too. Fewer than 5" in caption
+    assert "Intervals include the range over 3 replicas of the finetuning, at rates that differ by 10⁻³" in caption
+    assert "the range over 3 replicas of the finetuning, at rates that differ by $10^{-3}$" in text
     assert "a bootstrap over queries; of Rec2FTP and its baseline, Wilson's." in (tmp_path / "metrics.md").read_text()
 
 

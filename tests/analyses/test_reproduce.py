@@ -59,7 +59,7 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
 def test_results_are_tidy_and_complete(out: Path) -> None:
     results = pd.read_csv(out / "results.csv")
     keys = ["model", "task", "k", "seed", "lr", "protocol", "variation", "metric", "layer"]
-    assert results.columns.tolist() == [*keys, "value", "n"]
+    assert results.columns.tolist() == [*keys, "value", "spread", "n"]
     rows = results.to_dict(orient="records")
     assert len({tuple(str(row[key]) for key in keys) for row in rows}) == len(rows)
     assert {(row["task"], row["seed"]) for row in rows} == {(t, s) for t in ("mr", "sst5") for s in (1, 2)}
