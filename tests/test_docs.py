@@ -299,6 +299,21 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
     assert ran == ["Cells", "Recordings", "Controls"]
 
 
+def test_the_page_on_stability_runs(run_page: Run) -> None:
+    for heading, scope, printed in run_page("docs/stability.md"):
+        comparison = scope["comparison"]
+        if heading == "Replicas":
+            assert "stable over 3 replicas of the finetuning" in printed.splitlines()[-2]
+            assert comparison.shifts("SimAOU").shape == (1, 3)
+        elif heading == "Spread, intervals and verdicts":
+            assert comparison.intervals()["SimAOU"].spread > 0
+            assert "spread" in printed
+        elif heading == "Where the threshold lies":
+            assert [result.cell.replicas for result in scope["results"]] == [3, 3]
+            assert scope["ax"].get_xscale() == "log"
+            assert scope["without"].value > 0
+
+
 def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -341,5 +356,6 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_page_has_code_that_is_not_run() -> None:
-    run_here = {"README.md", "docs/guide.md", "docs/studies.md", "docs/extending.md", "docs/momentum.md"}
+    names = ("guide", "studies", "stability", "extending", "momentum")
+    run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE
