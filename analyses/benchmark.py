@@ -53,6 +53,7 @@ RATIOS = {
     "finetune/bridge_sgd": "{:.2f} times the same loop through TransformerLens's bridge, with no hook on",
     "finetune_many/kv_sgd": f"and {{:.2f}} times the bare loop each, {RATES} learning rates side by side",
     "cell/floors": "a whole cell takes {:.2f} times its floors",
+    "cell_with_replicas/cell": "with replicas of its finetuning, a cell takes {:.2f} times as long",
     "measure/cell": "of which metrics and decomposition take {:.0%}",
     "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
     "act_unformed/prefix": "acting on a query without forming it takes {:.2%} of a bare prefix pass",
@@ -109,6 +110,9 @@ def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[
     if {"floor", "floor_zero_shot", "kv_sgd", "ours"} <= {*names}:
         cell = contenders.run_cell(race)
         timed["cell"] = lambda: contenders.measure_cell(race, contenders.run_cell(race))
+        timed["cell_with_replicas"] = lambda: contenders.measure_cell(
+            race, contenders.run_cell(race, replicas=icl.finetuning.REPLICAS)
+        )
         timed["measure"] = lambda: contenders.measure_cell(race, cell)
     if "ours" in names:
         timed |= delta_w_steps(race)

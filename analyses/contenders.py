@@ -394,10 +394,10 @@ def finetune_many(race: Race) -> Captured:
     return {"W_V": first.W_V}
 
 
-def run_cell(race: Race) -> icl.Experiment:
+def run_cell(race: Race, *, replicas: int = 0) -> icl.Experiment:
     """Finetune and capture the three settings, with the fields that metrics and decomposition need."""
     fields = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
-    return icl.run_experiment(race.model, race.prompts, lr=race.lr, fields=fields, progress=False)
+    return icl.run_experiment(race.model, race.prompts, lr=race.lr, replicas=replicas, fields=fields, progress=False)
 
 
 def measure_cell(race: Race, experiment: icl.Experiment) -> None:
