@@ -40,7 +40,7 @@ from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import checked_index
+from icl_dual.torch_utils import checked_index, is_half
 
 BATCH_SIZE = 16
 """How many queries run at once."""
@@ -415,8 +415,9 @@ def _check_match(model: Model, zero_shot: Capture, in_context: Capture, delta: W
     check_fields(("attn_out",), zero_shot=zero_shot)
     if not 1 <= rank <= model.d_head:
         raise ValueError(f"expected a rank from 1 to d_head = {model.d_head}, got {rank}: pass rank= in this range")
-    if model.dtype.itemsize < 4:
+    if is_half(model.dtype):
         raise ValueError(
-            f"expected a model in float32 or float64, got {model.dtype}: ΔW_FT is a small difference of two runs, and "
-            "half precision rounds it away. Load the model with dtype=torch.float32"
+            f"expected a model that computes in float32 or float64, got {model.dtype}: ΔW_FT is a small difference of "
+            "two runs, and half precision rounds it away. Load the model with arithmetic=torch.float32, which keeps "
+            "its weights in half precision, or with dtype=torch.float32"
         )

@@ -24,6 +24,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 from icl_dual import dual
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
+from icl_dual.models.overflow import check_activations, is_finite
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
 from icl_dual.torch_utils import is_out_of_memory, pad_right
@@ -246,7 +248,8 @@ def _run_after(
 ) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
     """Run rows after the cached tokens; `on_attention` receives each layer's attention with the z of the whole prompt.
 
-    Returns logits at the positions requested, and the residual of the heads' output over the rows' own tokens.
+    Returns logits at the positions requested, and the residual of the heads' output over the rows' own tokens. Raises a
+    NonFiniteError that names the layer where activations overflow.
     """
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     residuals: list[Tensor] = []
@@ -264,15 +267,17 @@ def _run_after(
         on_attention(layer, attention._replace(z=z))
         return z
 
-    logits = model.run(
+    run = partial(
+        model.run,
         tokens,
         positions=positions[0],
         read=logit_positions,
         on_attention=merge_cache,
-        on_output=on_output,
-        on_residual=on_residual,
         momentum_states=cache.states,
     )
+    logits = run(on_output=on_output, on_residual=on_residual)
+    if not (is_finite(logits.amax()) and is_finite(torch.stack(residuals))):
+        check_activations(model, run)
     return logits, _check_residuals(model, residuals)
 
 

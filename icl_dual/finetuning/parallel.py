@@ -8,6 +8,7 @@ batch. All rows read the same weights W, and each run's change of them is kept a
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from icl_dual.finetuning.weight_delta import (
 )
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
@@ -76,6 +78,7 @@ def finetune_many(
     Raises:
         ValueError: there are not as many rates or noises as prompts, at_once is below 1, or as in `finetune`.
         PromptError: the prompts are incomplete, or the model cannot read them.
+        NonFiniteError: as in `finetune`, by the iterator.
         UnsupportedModelError: as in `finetune`, or a trained projection is not a layer that the forward pass calls.
     """
     if len(prompts) != len(lrs):
@@ -253,12 +256,10 @@ class _ParallelRuns:
         read = (torch.tensor([[len(row) - 1] for row in sequences]) - distance).clamp_min(0).to(model.device)
         is_target = (distance <= n_targets[:, None]).to(model.device)
         by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
-        logits = model.run(
-            ids,
-            read=read,
+        forward = partial(model.run, ids, read=read, projection_deltas=projection_deltas_of(self.deltas))
+        logits = forward(
             on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach().cpu()),
             on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach().cpu()),
-            projection_deltas=projection_deltas_of(self.deltas),
         )
         for name, layers in by_layer.items():
             for run, row, content in zip(self.active, sequences, torch.stack(layers, dim=1), strict=True):
@@ -268,7 +269,10 @@ class _ParallelRuns:
         flat_logits = at_least_float32(logits.flatten(0, 1))
         flat_losses = nn.functional.cross_entropy(flat_logits, targets.flatten(), reduction="none")
         token_losses = flat_losses.view(targets.shape)
-        return token_losses.where(is_target, 0.0).sum(1) / is_target.sum(1)
+        losses = token_losses.where(is_target, 0.0).sum(1) / is_target.sum(1)
+        if not self.active[0].losses and not torch.isfinite(losses).all():
+            check_activations(model, forward)
+        return losses
 
     def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
         """Return how many of a sequence's last tokens the loss is the mean over."""

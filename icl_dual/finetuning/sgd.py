@@ -14,6 +14,7 @@ no gradient comes from the layers above it, as no information does in a forward 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from icl_dual.finetuning.weight_delta import (
 from icl_dual.models import Model, OnTensor, ProjectionName, UnsupportedModelError, Weight
 from icl_dual.models.backend import ProjectionDelta
 from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
@@ -84,6 +86,7 @@ def finetune(
             predicted, or factors=True where keys and values are not both trained.
         PromptError: the prompts are incomplete, or the model cannot read them.
         DivergedError: the loss or the weights exploded or are not finite; says at which step and lr.
+        NonFiniteError: activations overflow before the first step; names the layer.
         UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), or the
             last layer's output is not read by the final norm and the unembedding alone (`layer-causal`).
 
@@ -136,6 +139,7 @@ def finetune(
                 layer_causal=config.method == "layer-causal",
                 recorder=recorder,
                 projection_deltas=projection_deltas,
+                is_first=step == 1,
             )
             losses.append(loss)
             training["q"].append(q)
@@ -375,6 +379,7 @@ def _backward(
     layer_causal: bool,
     recorder: _FactorRecorder | None,
     projection_deltas: dict[ProjectionName, ProjectionDelta] | None,
+    is_first: bool,
 ) -> tuple[float, Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]]:
     """Leave the gradient of the mean cross-entropy of a demonstration's last `n_targets` tokens at the parameters.
 
@@ -397,16 +402,16 @@ def _backward(
         return residual.detach()
 
     read = torch.arange(ids.shape[1] - 1 - n_targets, ids.shape[1] - 1, device=model.device)
-    logits = model.run(
-        ids,
-        read=read[None],
+    run = partial(model.run, ids, read=read[None], projection_deltas=projection_deltas)
+    logits = run(
         on_query=record("q"),
         on_key=record("k"),
         on_residual=stop_gradient if layer_causal else None,
         on_gradient=None if recorder is None else recorder.on_gradient,
-        projection_deltas=projection_deltas,
     )
     loss = nn.functional.cross_entropy(at_least_float32(logits[0]), targets)
+    if is_first and not torch.isfinite(loss):
+        check_activations(model, run)
     if layer_causal:
         _backward_by_layer(model, [residual[0, read] for residual in residuals], targets, logits[0])
     else:

@@ -11,6 +11,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `momentum` | `momentum_attention`: run a model with momentum attention for a while |
 | `momentum_gpt2` | a GPT-2 that is trained with momentum attention |
 | `precision` | half-precision weights that run in float32, TF32 switched off, names of precisions |
+| `overflow` | where activations first overflow |
 | `changes` | changes of projections that run beside the weights |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
@@ -45,6 +46,7 @@ from icl_dual.models.controls import Control, control_model, control_name, contr
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
+from icl_dual.models.overflow import NonFiniteError  # noqa: E402
 from icl_dual.models.tiny import tiny_model  # noqa: E402
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Attention",
     "Control",
     "Model",
+    "NonFiniteError",
     "OnAttention",
     "OnTensor",
     "Projection",

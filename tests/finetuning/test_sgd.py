@@ -340,7 +340,7 @@ def test_other_seeds_are_other_noise_and_none_is_none(llama: icl.Model, prompts:
 
 @pytest.mark.parametrize("size", [0.0, -1.0, 1.0, math.nan])
 def test_the_size_of_noise_is_a_part_of_the_weight(size: float) -> None:
-    with pytest.raises(ValueError, match="expected size above 0 and below 1, got"):
+    with pytest.raises(ValueError, match="expected size between -1 and 1 and not 0, got"):
         Noise(1, size=size)
 
 
