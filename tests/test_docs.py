@@ -260,6 +260,12 @@ def test_the_guide_runs(run_page: Run) -> None:
     assert len(ran) == 9
 
 
+def test_the_page_on_precision_runs(run_page: Run) -> None:
+    (_, _, printed), *others = run_page("docs/precision.md")
+    assert printed.splitlines() == ["bfloat16 storage, float32 arithmetic", "torch.float32"]
+    assert not others
+
+
 def test_the_page_on_studies_runs(run_page: Run) -> None:
     ran = []
     for heading, scope, printed in run_page("docs/studies.md"):

@@ -142,6 +142,24 @@ def test_cells_that_would_share_a_folder_are_refused(known: list[str], tmp_path:
     assert len(icl.run_study([CELL, CELL], tmp_path, progress=False)) == 1
 
 
+def test_another_arithmetic_is_refused_and_cells_without_a_precision_computed_in_their_dtype(
+    known: list[str], tmp_path: Path
+) -> None:
+    (result,) = icl.run_study([CELL], tmp_path, progress=False)
+    assert result.provenance["precision"] == "float32"
+    path = result.folder / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata["provenance"]["precision"]
+    for saved in ({}, {"precision": "float32"}):
+        metadata["provenance"] |= saved
+        path.write_text(json.dumps(metadata))
+        assert icl.run_study([CELL], tmp_path, progress=False)
+        with pytest.raises(
+            icl.SettingsError, match=r"precision='bfloat16 storage, float32 arithmetic', got .*'float32'"
+        ):
+            icl.run_study([CELL], tmp_path, dtype=torch.bfloat16, arithmetic=torch.float32, progress=False)
+
+
 def test_another_dtype_is_refused_also_without_a_model(known: list[str], tmp_path: Path) -> None:
     icl.run_study([CELL], tmp_path, progress=False)
     with pytest.raises(icl.SettingsError, match=r"made with dtype='float64', got .* made with dtype='float32'"):

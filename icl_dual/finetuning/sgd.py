@@ -207,9 +207,12 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
     largest_loss = EXPLODED_LOSS * max(math.log(model.d_vocab), losses[0])
     if math.isfinite(losses[-1]) and losses[-1] <= largest_loss and change <= EXPLODED_WEIGHTS:
         return None
+    advice = "Use a smaller rate"
+    if is_half(model.dtype) and not math.isfinite(change):
+        advice += ", or arithmetic=torch.float32 of icl_dual.load_model: gradients overflow in half precision"
     return DivergedError(
         f"finetuning diverged at step {len(losses)} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
-        f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. Use a smaller rate"
+        f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. {advice}"
     )
 
 

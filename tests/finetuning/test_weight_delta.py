@@ -14,9 +14,11 @@ from toys import ARCHITECTURES
 import icl_dual as icl
 from icl_dual.finetuning import Noise
 from icl_dual.finetuning.weight_delta import Method, Trained
+from icl_dual.models import tiny_model
 from icl_dual.prompts import Prompts
 from icl_dual.storage import save_tensors
 
+ROWS = [{"text": f"film {i}", "label": i % 2} for i in range(9)]
 MOVED = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
 
 
@@ -266,6 +268,53 @@ def test_a_delta_of_another_model_is_refused(
     delta = icl.finetune(llama, prompts, lr=LR, progress=False)
     with pytest.raises(ValueError, match="expected a delta of 'gpt2'"), delta.applied(models_by_architecture("gpt2")):
         pass
+
+
+@pytest.mark.parametrize("trained", ["key-value", "attention"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_a_delta_of_another_precision_is_refused_with_both(dtype: torch.dtype, trained: Trained) -> None:
+    half, mixed, whole = tiny_model(dtype=dtype), tiny_model(dtype=dtype, arithmetic=torch.float32), tiny_model()
+    name = str(dtype).removeprefix("torch.")
+    task = icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS)
+    of_tiny = icl.build_prompts(half, task, task.demonstrations(2, seed=1), task.queries(2))
+    delta = icl.finetune(half, of_tiny, lr=1e-3, config=icl.FinetuneConfig(trained=trained), progress=False)
+    for other, precision in ((mixed, f"{name} storage, float32 arithmetic"), (whole, "float32")):
+        expected = f"in the model's precision, {precision}, got one that was finetuned in {name}: "
+        with pytest.raises(ValueError, match=expected), delta.applied(other):
+            pass
+    before, W_O = half.fingerprint(), half.output_projections()[0]
+
+    def fail_inside() -> None:
+        with delta.applied(half):
+            assert half.fingerprint() != before
+            assert torch.equal(half.output_projections()[0], W_O) == (trained == "key-value")
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail_inside()
+    assert half.fingerprint() == before
+    assert half.weight_changes == ()
+
+
+def test_gradients_that_overflow_in_float16_are_told_from_a_large_rate() -> None:
+    model, task = tiny_model(dtype=torch.float16), icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS)
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+    with pytest.raises(icl.DivergedError, match=r"step 1 of 2 .*arithmetic=torch\.float32"):
+        icl.finetune(model, prompts, lr=1e-3, progress=False)
+    model = tiny_model(dtype=torch.float16, arithmetic=torch.float32)
+    assert icl.finetune(model, prompts, lr=1e-3, progress=False).W_V.isfinite().all()
+
+
+def test_a_half_precision_delta_that_older_versions_rounded_stays_so(tmp_path: Path) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    task = icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS)
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+    delta = icl.finetune(model, prompts, lr=1e-3, progress=False)
+    halves = {name: getattr(delta, name).bfloat16() for name in ("W_K", "W_V")}
+    save_as_version_0_1(replace(delta, **halves), tmp_path / "half")
+    save_as_version_0_1(delta, tmp_path / "whole")
+    assert icl.WeightDelta.load(tmp_path / "half").rounded
+    assert not icl.WeightDelta.load(tmp_path / "whole").rounded
 
 
 def tune(hf_model: Any, architecture: str, trained: Trained) -> Any:
