@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import icl_dual as icl
 from icl_dual import assets
+from icl_dual.finetuning import REPLICAS
 
 SAME = {"W_K": 1e-2, "W_V": 1e-2}
 """Relative differences that are rounding; 1e-4 where not given. Deltas are small differences of large weights."""
@@ -111,7 +112,7 @@ def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[
         cell = contenders.run_cell(race)
         timed["cell"] = lambda: contenders.measure_cell(race, contenders.run_cell(race))
         timed["cell_with_replicas"] = lambda: contenders.measure_cell(
-            race, contenders.run_cell(race, replicas=icl.finetuning.REPLICAS)
+            race, contenders.run_cell(race, replicas=REPLICAS)
         )
         timed["measure"] = lambda: contenders.measure_cell(race, cell)
     if "ours" in names:

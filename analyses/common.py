@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import icl_dual as icl
 from icl_dual.assets import describe_model
-from icl_dual.finetuning import Loss, Method, Trained
+from icl_dual.finetuning import REPLICAS, Loss, Method, Trained
 from icl_dual.models.precision import precision_name
 
 DATA = Path(__file__).parent / "data"
@@ -177,7 +177,7 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
     add(
         "--replicas",
         type=int,
-        default=icl.finetuning.REPLICAS,
+        default=REPLICAS,
         help="repeats of the finetuning that show how stable its numbers are; 0: none (%(default)s)",
     )
     add("--device", default="cpu", help="(%(default)s)")

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -30,7 +31,7 @@ COLUMNS = ("model", "task", "k", "lr", "n", "accuracy", "cross_entropy", "unstab
 STABLE = "stable"
 """The entry of the column `unstable` for a rate with no unstable metric; where it is empty, none was measured."""
 
-CHECKED = 4
+CHECKED = 6
 """The most rates of a task with stability measured, from the best."""
 
 GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
@@ -52,10 +53,11 @@ class Grid:
         self.table = table
         rows = pd.read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
         rows = rows.reindex(columns=list(COLUMNS))
-        self.others = rows[rows["n"] != n_queries]  # measured on other queries
-        self.rows = {(row["task"], row["lr"]): row for row in rows[rows["n"] == n_queries].to_dict("records")}
+        self.others = rows.query("n != @n_queries")  # measured on other queries
+        measured: list[dict[str, Any]] = rows.query("n == @n_queries").to_dict("records")
+        self.rows = {(row["task"], row["lr"]): row for row in measured}
 
-    def add(self, row: dict[str, object]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Keep a measured rate, or one that was measured, with its stability."""
         self.rows[row["task"], row["lr"]] = row
         pd.concat([self.others, pd.DataFrame(list(self.rows.values()), columns=list(COLUMNS))]).to_csv(
@@ -63,12 +65,12 @@ class Grid:
         )
         print(row, flush=True)
 
-    def ranked(self, task: str) -> list[dict]:
+    def ranked(self, task: str) -> list[dict[str, Any]]:
         """Return a task's rates from the best; those that diverged are left out."""
         rows = [row for (of, _), row in self.rows.items() if of == task and not math.isnan(row["accuracy"])]
         return sorted(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))
 
-    def unchecked(self, task: str) -> dict | None:
+    def unchecked(self, task: str) -> dict[str, Any] | None:
         """Return the best rate with unknown stability; `None` where a better one is stable or enough were checked."""
         for row in self.ranked(task)[:CHECKED]:
             if not isinstance(row["unstable"], str):
@@ -88,12 +90,12 @@ def unstable_metrics(
     return ", ".join(experiment.compare().unstable) or STABLE
 
 
-def choose(ranked: Sequence[dict]) -> dict:
+def choose(ranked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the best rate that is stable; the best of all where none of those checked is."""
     return next((row for row in ranked if row["unstable"] == STABLE), ranked[0])
 
 
-def given_up(ranked: Sequence[dict]) -> str:
+def given_up(ranked: Sequence[dict[str, Any]]) -> str:
     """Return what the choice of a stable rate gave up, in words."""
     best, chosen = ranked[0], choose(ranked)
     if chosen["lr"] != best["lr"]:

@@ -131,7 +131,8 @@ class Experiment(Saved):
         Raises:
             ValueError: the experiment was run without the field `residual_norms`, or the ratio is not above 1.
         """
-        self._check_fields("massive_activations", *[("residual_norms",)] * 3)
+        needed: tuple[Field, ...] = ("residual_norms",)
+        self._check_fields("massive_activations", needed, needed, needed)
         return find_massive_activations(**self._captures, finetuned=self.finetuned, ratio=ratio)
 
     @property
@@ -330,7 +331,7 @@ def add_replicas(experiment: Experiment, finetuned: Finetuned, captures: Mapping
         captures: by replica that did not diverge, its finetuned setting (`capture_replicas`).
     """
     zero_shot, in_context = (
-        getattr(experiment, name).first(REPLICA_QUERIES) if captures else None for name in ("zero_shot", "in_context")
+        setting.first(REPLICA_QUERIES) for setting in (experiment.zero_shot, experiment.in_context)
     )
     recordings = {
         name: Recordings.of(

@@ -21,6 +21,10 @@ LAYERWISE = tuple(catalogue.figures())
 """The figures of the paper's metrics: each draws a metric with others beside it (`Drawing.beside`)."""
 
 
+LINESTYLES = ("-", "--", "-.", ":")
+"""The line styles of curves, which tell them apart without colour."""
+
+
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
     """Draw a metric by layer, with its baselines: means over queries, with bands of ±1.96 standard errors.
 
@@ -230,7 +234,8 @@ def curves(
     ax, is_new = _axes(ax)
     for index, (name, by_number) in enumerate(estimates.items()):
         x = list(by_number)
-        ax.plot(x, [estimate.value for estimate in by_number.values()], ".-", color=f"C{index}", label=name)
+        style: dict[str, Any] = {"color": f"C{index}", "linestyle": LINESTYLES[index % len(LINESTYLES)], "marker": "."}
+        ax.plot(x, [estimate.value for estimate in by_number.values()], label=name, **style)
         low, high = ([getattr(estimate, end) for estimate in by_number.values()] for end in ("low", "high"))
         ax.fill_between(x, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
         unstable = [(number, estimate.value) for number, estimate in by_number.items() if estimate.unstable]

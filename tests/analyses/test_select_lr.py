@@ -1,6 +1,7 @@
 """Rates are chosen on selection queries: the best that is stable, and what that gives up is said."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -36,8 +37,9 @@ def test_a_grid_is_measured_once_and_the_choice_is_kept(
     (table,) = out.glob("*.csv")
     rows = pd.read_csv(table)
     assert rows["lr"].tolist() == [0.001, 0.01, 1e9]
-    assert rows["accuracy"].isna().tolist() == [False, False, True], "the last diverged"
-    assert rows["unstable"].notna().any()
+    records = rows.to_dict("records")
+    assert [math.isnan(row["accuracy"]) for row in records] == [False, False, True], "the last diverged"
+    assert any(isinstance(row["unstable"], str) for row in records)
     (chosen,) = json.loads(default_lr.read_text()).values()
     assert chosen["mr"] in (0.001, 0.01)
     (page,) = out.glob("*.md")

@@ -19,7 +19,9 @@ def out(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_cell_has_a_row_and_every_replica_a_value(out: Path) -> None:
     results = {(result.cell.k, result.cell.lr): result.comparison for result in find_cells([out / "cells"])}
     assert set(results) == {(k, lr) for k in (2, 3) for lr in (0.001, 0.05)}
-    rows = pd.read_csv(out / "replicas.csv").set_index(["k", "lr", "metric", "finetuning"])["value"]
+    frame = pd.read_csv(out / "replicas.csv")
+    keys = zip(frame["k"], frame["lr"], frame["metric"], frame["finetuning"], strict=True)
+    rows = dict(zip(keys, frame["value"].tolist(), strict=True))
     assert len(rows) == 4 * len(stability.METRICS) * 3
     for (k, lr), comparison in results.items():
         value = comparison.intervals()["SimAOU"].value

@@ -51,7 +51,9 @@ def test_shifts_are_those_of_comparisons_of_each_replica(
         delta = icl.finetune(precise, first, lr=lr, noise=noise, progress=False)
         with delta.applied(precise):
             finetuned = icl.capture(precise, first.zero_shot(), progress=False)
-        return icl.compare(**pair, finetuned=finetuned, delta=delta, seed=4)
+        return icl.compare(
+            zero_shot=pair["zero_shot"], in_context=pair["in_context"], finetuned=finetuned, delta=delta, seed=4
+        )
 
     own = compared(LR, None)
     settings = {"lr × 0.999, noise +1": (LR * 0.999, Noise(1))}
