@@ -277,9 +277,9 @@ def replicas_note(results: Results) -> str:
         return "Each cell is finetuned once: how stable its numbers are was not measured."
     counts = " or ".join(map(str, n_replicas))
     return (
-        f"Intervals include the range over {counts} replicas of the finetuning, at rates that differ by 10⁻³ and from "
-        f"weights with noise of 2⁻⁹, on the first {REPLICA_QUERIES} queries. {UNSTABLE}: unstable, that range is wider "
-        "than the interval over queries."
+        f"Intervals include the range over {counts} replicas of the finetuning, at rates that differ by 10⁻³ and "
+        f"partly from weights with noise of 2⁻⁹, on the first {REPLICA_QUERIES} queries. {UNSTABLE}: unstable, that "
+        "range is wider than the interval over queries."
     )
 
 

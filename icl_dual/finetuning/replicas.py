@@ -2,8 +2,9 @@
 
 SGD amplifies small differences. Near a threshold, a relative change of the rate by 10⁻³, or of the weights by the
 precision that they are stored in, changes what is learned. Replicas change both, and show whether a number depends on
-it. Their rates are the run's times 1 − 10⁻³, 1 + 10⁻³ and 1 in turn. Their noise on the weights comes in pairs of
-opposite sign, of which one is likely to be on the other side of a threshold nearby.
+it. The first has a rate of 1 − 10⁻³ times the run's. The others start from weights with noise, in pairs of opposite
+sign, of which one is likely to be on the other side of a threshold nearby; their rates are 1 + 10⁻³, 1 and 1 − 10⁻³
+times the run's in turn.
 """
 
 import itertools
@@ -21,6 +22,9 @@ REPLICAS = 3
 
 RATE_CHANGE = 1e-3
 """The relative change of the learning rate."""
+
+NOISE = 2**-9
+"""The size of the noise on weights: the unit roundoff of bfloat16, in which most models are published."""
 
 REPLICA_QUERIES = 25
 """Replicas are captured on this many of the first queries."""
@@ -56,21 +60,24 @@ def check_replicas(n: int) -> None:
         )
 
 
-def replica_settings(lr: float, n: int) -> dict[str, tuple[float, Noise]]:
+def replica_settings(lr: float, n: int) -> dict[str, tuple[float, Noise | None]]:
     """Return the learning rate and the noise of each replica, by its name.
 
     Example:
-        >>> for name, settings in replica_settings(0.5, 3).items():
+        >>> for name, settings in replica_settings(0.5, 4).items():
         ...     print(name, settings)
-        lr × 0.999, noise +1 (0.4995, Noise(seed=1, size=0.001953125))
-        lr × 1.001, noise -1 (0.5005, Noise(seed=1, size=-0.001953125))
-        lr × 1, noise +2 (0.5, Noise(seed=2, size=0.001953125))
+        lr × 0.999 (0.4995, None)
+        lr × 1.001, noise +1 (0.5005, Noise(seed=1, size=0.001953125))
+        lr × 1, noise -1 (0.5, Noise(seed=1, size=-0.001953125))
+        lr × 0.999, noise +2 (0.4995, Noise(seed=2, size=0.001953125))
     """
-    settings = {}
+    settings: dict[str, tuple[float, Noise | None]] = {}
     for index, factor in zip(range(n), itertools.cycle((1 - RATE_CHANGE, 1 + RATE_CHANGE, 1.0)), strict=False):
-        noise, is_opposite = Noise(1 + index // 2), index % 2
-        name = f"lr × {factor:g}, noise {'-' if is_opposite else '+'}{noise.seed}"
-        settings[name] = lr * factor, replace(noise, size=-noise.size) if is_opposite else noise
+        name, noise = f"lr × {factor:g}", None
+        if index:
+            seed, sign = (index + 1) // 2, 1 if index % 2 else -1
+            name, noise = f"{name}, noise {sign * seed:+d}", Noise(seed, sign * NOISE)
+        settings[name] = lr * factor, noise
     return settings
 
 

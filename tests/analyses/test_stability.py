@@ -27,7 +27,7 @@ def test_every_cell_has_a_row_and_every_replica_a_value(out: Path) -> None:
         value = comparison.intervals()["SimAOU"].value
         assert rows[k, lr, "SimAOU", "the run itself"] == pytest.approx(value, abs=1e-5)
         shift = comparison.shifts("SimAOU")[0, 1].item()
-        assert rows[k, lr, "SimAOU", "lr × 1.001, noise -1"] == pytest.approx(value + shift, abs=1e-5)
+        assert rows[k, lr, "SimAOU", "lr × 1.001, noise +1"] == pytest.approx(value + shift, abs=1e-5)
 
 
 def test_the_page_has_a_row_for_each_cell_and_names_no_machine(out: Path, tiny_model: str) -> None:
