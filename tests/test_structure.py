@@ -20,7 +20,7 @@ LAYERS = (
     ("dual", "momentum"),
     ("statistics",),
     ("assets",),
-    ("tasks", "paper_tasks"),
+    ("rows", "tasks", "harness_tasks", "paper_tasks", "scoring"),
     ("models",),
     ("prompts", "contexts"),
     ("captures",),

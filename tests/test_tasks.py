@@ -165,7 +165,7 @@ def test_unreadable_files_say_where(tmp_path: Path) -> None:
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.jsonl")
     with pytest.raises(icl.TaskError, match="expected a readable UTF-8 file of rows"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "missing.csv")
-    with pytest.raises(icl.TaskError, match=r"expected a \.jsonl or \.csv file"):
+    with pytest.raises(icl.TaskError, match=r"expected a \.jsonl, \.json or \.csv file"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.txt")
 
 
