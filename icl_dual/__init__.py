@@ -8,6 +8,7 @@ from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.experiment import Experiment, run_experiment
 from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
+from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, register_metric
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
@@ -29,6 +30,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "momentum_attention",
     "Model",
     "load_task",
+    "task_from_yaml",
     "register_task",
     "Task",
     "TASKS",

@@ -347,8 +347,10 @@ class Task:
                 f"{self.name}: {where}: expected a dictionary, got {type(row).__name__}: pass each row as "
                 f"{{{', '.join(f'{name!r}: …' for name in (*self.field_names, 'label'))}}}"
             )
-        fields = tuple((name, self._field_text(row, name, where)) for name in self.field_names)
-        example = Example(fields, self._label(_column(row, "label", where, self.name), where))
+        names = (*self.field_names, "label")
+        values = {name: row[name] if name in row else _nested(row, name, where, self.name) for name in names}
+        fields = tuple((name, self._field_text(values[name], name, where)) for name in self.field_names)
+        example = Example(fields, self._label(values["label"], where))
         if not self._has_formats:
             return example
         try:
@@ -360,9 +362,8 @@ class Task:
             ) from error
         return example
 
-    def _field_text(self, row: Mapping[Any, Any], name: str, where: str) -> str:
+    def _field_text(self, value: Any, name: str, where: str) -> str:
         """Return the text of a row's field; numbers are written as Python writes them."""
-        value = _column(row, name, where, self.name)
         text = value if isinstance(value, str) else _number_text(value)
         if not text or text.isspace():
             advice = "fill it in, or leave the row out" if _is_empty(value) else "pass text or a number"
@@ -439,8 +440,8 @@ def _is_empty(value: Any) -> bool:
     return value is None or isinstance(value, str | float | np.floating)
 
 
-def _column(row: Mapping[Any, Any], name: str, where: str, task: str) -> Any:
-    """Return a row's value, or raise a TaskError that says what the row has."""
+def _nested(row: Mapping[Any, Any], name: str, where: str, task: str) -> Any:
+    """Return a value of a row's nested columns, or raise a TaskError that says what the row has."""
     try:
         return field_value(row, name)
     except KeyError as error:
