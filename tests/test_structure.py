@@ -22,7 +22,7 @@ LAYERS = (
     ("assets",),
     ("rows", "tasks", "harness_tasks", "paper_tasks", "scoring"),
     ("models",),
-    ("prompts", "contexts"),
+    ("texts", "segments", "prompts", "prompt_view", "contexts"),
     ("captures",),
     ("decomposition",),
     ("finetuning",),

@@ -29,6 +29,7 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
+from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Model:
             another model, use `momentum_attention`.
         description: what the model is, in words for tables and captions, e.g. `SmolLM2-135M-Instruct (Q4_1,
             dequantised)`; by default the name.
+        tokenizer: the tokenizer that makes prompts; by default the wrapped model's. TransformerLens loads the tokenizer
+            that it is given again from its files, without tokens that were added to it in memory: pass such a
+            tokenizer here.
 
     Raises:
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
@@ -81,6 +85,7 @@ class Model:
         *,
         momentum: Eta | None = None,
         description: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped)
         self.wrapped: Any = self.backend.wrapped
@@ -88,7 +93,8 @@ class Model:
         self.description = name if description is None else description
         """What the model is, in words for tables and captions; `name` where nothing more is known."""
         self.provenance = provenance
-        self.tokenizer: Any = self.backend.tokenizer
+        self.tokenizer: Any = self.backend.tokenizer if tokenizer is None else tokenizer
+        """The tokenizer that makes prompts, or `None`."""
         self.architecture = self.backend.architecture
         self.n_layers = self.backend.n_layers
         self.n_heads = self.backend.n_heads
@@ -142,24 +148,22 @@ class Model:
         """
         return list(self._required_tokenizer()(text, add_special_tokens=False).input_ids)
 
-    @property
-    def start_tokens(self) -> list[int]:
-        """Return the start token of a sequence: what the tokenizer itself adds, else BOS, else EOS.
+    def tokenise(self, texts: Sequence[str]) -> list[TokenisedText]:
+        """Return the tokens of texts, without special tokens, and where in its text each token lies.
 
         Raises:
-            UnsupportedModelError: the model has no tokenizer, or its tokenizer has neither BOS nor EOS.
+            UnsupportedModelError: the model has no tokenizer.
         """
-        tokenizer = self._required_tokenizer()
-        added_by_tokenizer = list(tokenizer("").input_ids)
-        if added_by_tokenizer:
-            return added_by_tokenizer[:1]
-        fallback = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if fallback is None:
-            raise UnsupportedModelError(
-                f"{self.name}: expected a tokenizer with a BOS or EOS token, got one with neither: build "
-                "icl_dual.Prompts from token ids"
-            )
-        return [fallback]
+        return tokenise(self._required_tokenizer(), texts)
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """Return the tokens that the tokenizer's own template puts in front of a text: none, one or several.
+
+        Raises:
+            UnsupportedModelError: the model has no tokenizer, or its template does more than put tokens around a text.
+        """
+        return template_start(self._required_tokenizer())
 
     @property
     def end_tokens(self) -> list[int]:
@@ -179,7 +183,20 @@ class Model:
     @property
     def separator(self) -> list[int]:
         """Return the tokens that end a demonstration: EOS for XGLM (the paper's models), a line break for others."""
-        return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
+        return self.encode(self.separator_text)
+
+    @property
+    def separator_text(self) -> str:
+        """Return the text that ends a demonstration: EOS for XGLM (the paper's models), a line break for others."""
+        if self.architecture != "XGLMForCausalLM":
+            return "\n"
+        end, text = self.end_tokens, self._required_tokenizer().eos_token
+        if self.encode(text) != end:
+            raise UnsupportedModelError(
+                f"{self.name}: expected a tokenizer that reads {text!r} as the EOS token {end}, got {self.encode(text)}"
+                ": pass separator= to icl_dual.build_prompts"
+            )
+        return text
 
     def _required_tokenizer(self) -> Any:
         if self.tokenizer is None:
