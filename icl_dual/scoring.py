@@ -13,6 +13,7 @@ Content-free queries follow the same demonstrations as the queries; the template
 The prediction is the label with the highest score. Where label words have one token each, `mean` and `sum` agree.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -31,7 +32,7 @@ def label_scores(
     scoring: Scoring,
     label_log_probs: Float[Tensor, "query label"],
     label_lengths: Sequence[int],
-    baseline_log_probs: Float[Tensor, "baseline label"] | None = None,
+    baselines: Float[Tensor, "query label"] | None = None,
 ) -> Float[Tensor, "query label"]:
     """Return the score of each label word, by the rule of that name.
 
@@ -39,10 +40,10 @@ def label_scores(
         scoring: the rule.
         label_log_probs: the mean log-probability per token of each label word, in nats.
         label_lengths: the number of tokens of each label word.
-        baseline_log_probs: the same means after each query without content, for the rules that need them.
+        baselines: what `label_baselines` returns, for the rules that need it.
 
     Raises:
-        ValueError: the rule needs log-probabilities without content, and there are none.
+        ValueError: the rule needs baselines, and there are none.
 
     Example:
         >>> label_log_probs = torch.tensor([[-1.0, -0.9]])
@@ -53,16 +54,29 @@ def label_scores(
     """
     if scoring == "mean":
         return label_log_probs
-    lengths = torch.tensor(label_lengths, dtype=label_log_probs.dtype)
-    sums = label_log_probs * lengths
+    sums = label_log_probs * torch.tensor(label_lengths, dtype=label_log_probs.dtype)
     if scoring == "sum":
         return sums
-    if baseline_log_probs is None:
+    if baselines is None:
         raise ValueError(
-            f"expected log-probabilities after queries without content for scoring={scoring!r}, got none: capture "
+            f"expected label words scored after queries without content for scoring={scoring!r}, got none: capture "
             "prompts that build_prompts(..., scoring=…) made"
         )
-    baseline_sums = baseline_log_probs * lengths
+    return sums - baselines
+
+
+def label_baselines(
+    scoring: Scoring, label_log_probs: Float[Tensor, "baseline label"], label_lengths: Sequence[int]
+) -> Float[Tensor, " label"]:
+    """Return what a rule subtracts from the log-probability of each whole label word, in nats.
+
+    Args:
+        scoring: `unconditional` or `calibrated`.
+        label_log_probs: the mean log-probability per token of each label word after each query without content.
+        label_lengths: the number of tokens of each label word.
+    """
+    sums = label_log_probs * torch.tensor(label_lengths, dtype=label_log_probs.dtype)
     if scoring == "unconditional":
-        return sums - baseline_sums.mean(0)
-    return sums - baseline_sums.softmax(-1).mean(0).log()
+        return sums.mean(0)
+    # The logarithm of a mean of shares, where a share itself may be too small for its dtype.
+    return sums.log_softmax(-1).logsumexp(0) - math.log(len(sums))

@@ -1,4 +1,4 @@
-"""Rows from files, frames and data sets: the same rows whatever they come in; malformed ones are named by their line."""
+"""Rows of files, frames and data sets: the same whatever they come in; malformed ones are named by their line."""
 
 import csv
 import json

@@ -10,7 +10,7 @@ over a full prompt. A model that fails either check is refused.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +34,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.scoring import label_baselines, label_scores
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
 
@@ -115,11 +116,20 @@ class Capture(Saved):
     """Log-probability in nats of every token of the vocabulary at the position that predicts the label."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and batches."""
+    label_baselines: Float[Tensor, "query label"] | None = None
+    """What scoring subtracts from the log-probability of each whole label word, in nats, equal for all queries; `None`
+    where the prompts' rule of scoring (`icl_dual.scoring`) subtracts nothing."""
+
+    @property
+    def label_scores(self) -> Float[Tensor, "query label"]:
+        """Return the score of each label word, by the prompts' rule of scoring (`icl_dual.scoring`)."""
+        label_lengths = [len(label) for label in self.prompts.labels]
+        return label_scores(self.prompts.scoring, self.label_log_probs, label_lengths, self.label_baselines)
 
     @property
     def predictions(self) -> Int[Tensor, " query"]:
-        """Return the index of the label with the highest log-probability, for each query."""
-        return self.label_log_probs.argmax(-1)
+        """Return the index of the label with the highest score, for each query."""
+        return self.label_scores.argmax(-1)
 
     @property
     def gold(self) -> Int[Tensor, " query"]:
@@ -143,9 +153,10 @@ class Capture(Saved):
         names = [name for name in get_args(Field) if getattr(self, name) is not None]
         axes = [" ".join(f"{axis}={n}" for axis, n in self.axes(name).items()) for name in names]
         shapes = [f"{name}[{shape}]" if shape else name for name, shape in zip(names, axes, strict=True)]
+        by_rule = "" if self.prompts.scoring == "mean" else f" (scoring={self.prompts.scoring!r})"
         return (
             f"Capture({self.model!r}, {len(self.prompts.queries)} queries after {len(self.prompts.demonstrations)} "
-            f"demonstrations, accuracy={self.accuracy:.3f}, residual={self.residual:.1e}, {', '.join(shapes)})"
+            f"demonstrations, accuracy={self.accuracy:.3f}{by_rule}, residual={self.residual:.1e}, {', '.join(shapes)})"
         )
 
 
@@ -205,7 +216,28 @@ def capture(
         query_rows = [query[len(query_prefix) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
             log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
-    return recorder.capture(log_probs, full_prompt)
+    captured = recorder.capture(log_probs, full_prompt)
+    return replace(captured, label_baselines=_label_baselines(model, prompts, batch_size))
+
+
+def _label_baselines(model: Model, prompts: Prompts, batch_size: int) -> Float[Tensor, "query label"] | None:
+    """Score the label words after queries without content, where the prompts have any."""
+    if not prompts.baseline_queries:
+        return None
+    alone = prompts.scoring == "unconditional"
+    without_content = replace(
+        prompts.zero_shot() if alone else prompts,
+        queries=prompts.baseline_queries,
+        gold=(0,) * len(prompts.baseline_queries),
+        scoring="mean",
+        baseline_queries=(),
+        zero_shot_queries=(),
+        zero_shot_baseline_queries=(),
+    )
+    captured = capture(model, without_content, fields=(), batch_size=batch_size, progress=False)
+    label_lengths = [len(label) for label in prompts.labels]
+    baselines = label_baselines(prompts.scoring, captured.label_log_probs, label_lengths)
+    return baselines.repeat(len(prompts.queries), 1)
 
 
 def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:

@@ -27,6 +27,7 @@ from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.metrics.catalogue import ABSENT, Batch, Metric, metrics, random_streams
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
 from icl_dual.recordings.recordings import SETTINGS, Recordings
+from icl_dual.scoring import Scoring
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     Interval,
@@ -88,6 +89,8 @@ class Comparison(Saved):
     per_query: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
     """By registered metric with one value a query: its values, NaN where undefined. Those of predictions alone, such as
     accuracy, are not kept here: they follow from `predictions`."""
+    scoring: Scoring = "mean"
+    """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -171,7 +174,8 @@ class Comparison(Saved):
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name} accuracy={value:.3f}" for name, value in self.accuracy.items())
-        return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp})"
+        by_rule = "" if self.scoring == "mean" else f" (scoring={self.scoring!r})"
+        return f"Comparison({len(self.gold)} queries, {settings}{by_rule}, Rec2FTP={self.rec2ftp})"
 
     def _repr_html_(self) -> str:
         return self._printed().to_html(index=False)
@@ -284,7 +288,8 @@ def compare(
         seed=seed,
     )
     captures = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}
-    return replace(comparison, label_log_probs={name: capture.label_log_probs for name, capture in captures.items()})
+    label_log_probs = {name: capture.label_log_probs for name, capture in captures.items()}
+    return replace(comparison, label_log_probs=label_log_probs, scoring=in_context.prompts.scoring)
 
 
 def compare_recordings(
