@@ -292,6 +292,24 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
     assert ran == ["Cells", "Recordings", "Controls"]
 
 
+def test_the_page_on_tasks_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/tasks.md"):
+        ran.append(heading)
+        if heading == "Rows":
+            assert printed.split() == ["True"] * 3
+        elif heading == "Labels":
+            assert re.fullmatch(r"评论：第\d+部电影很好情感：(负面|正面)\n", printed)
+        elif heading == "Scoring":
+            assert [line.split()[0] for line in printed.splitlines()] == ["mean", "sum", "unconditional", "calibrated"]
+            assert scope["capture"].prompts.scoring == "calibrated"
+        elif heading == "Files of lm-evaluation-harness":
+            assert re.fullmatch(
+                r"It rained \d+ days\.\nQuestion: It rained\. True or False\?\nAnswer:\nTrue\n", printed
+            )
+    assert ran == ["Rows", "Labels", "Scoring", "Files of lm-evaluation-harness"]
+
+
 def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -334,5 +352,12 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_page_has_code_that_is_not_run() -> None:
-    run_here = {"README.md", "docs/guide.md", "docs/studies.md", "docs/extending.md", "docs/momentum.md"}
+    run_here = {
+        "README.md",
+        "docs/guide.md",
+        "docs/tasks.md",
+        "docs/studies.md",
+        "docs/extending.md",
+        "docs/momentum.md",
+    }
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE
