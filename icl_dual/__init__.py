@@ -14,11 +14,13 @@ from icl_dual.models import Model, UnsupportedModelError, control_model, load_mo
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
 from icl_dual.progress import set_progress
+from icl_dual.prompt_view import show_prompt
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings, load_recordings
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import Task, TaskError
+from icl_dual.texts import Chat
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 
 __version__ = version("icl-dual")
@@ -38,6 +40,8 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "relabel",
     "build_prompts",
     "Prompts",
+    "Chat",
+    "show_prompt",
     # run
     "run_experiment",
     "capture",
