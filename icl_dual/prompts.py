@@ -95,9 +95,9 @@ class Prompts:
     """The tokens of each query without demonstrations, where some differ from `queries`; else empty."""
     training_demonstrations: tuple[Tokens, ...] = ()
     """The tokens of each demonstration as a training sequence, where some differ from `demonstrations`; else empty."""
-    spanning: Tokens = ()
-    """The prefix positions of tokens that have characters of two segments. Such a token belongs to the segment of its
-    first character that is not white space."""
+    spanning: Tokens = field(default=(), compare=False)
+    """The positions, in the first query's prompt, of tokens that have characters of two segments. Such a token belongs
+    to the segment of its first character that is not white space."""
     scoring: Scoring = "mean"
     """The rule by which label words are scored (`icl_dual.scoring`)."""
     baseline_queries: tuple[Tokens, ...] = ()
@@ -187,7 +187,7 @@ class Prompts:
             zero_shot_queries=(),
             zero_shot_baseline_queries=(),
             training_demonstrations=(),
-            spanning=(),
+            spanning=tuple(position for position in self.spanning if position < len(self.start)),
         )
 
     def first(self, n_queries: int) -> "Prompts":

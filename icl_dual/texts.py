@@ -162,12 +162,13 @@ class ChatText:
 
     def label_text(self, label: str) -> str:
         """Return what follows the generation prompt where the assistant answers with a label."""
-        query, answer = ("user", "\ue0a10\ue0a2"), ("assistant", "\ue0a11\ue0a2")
-        prompt = self._render([query], generation_prompt=True)
-        answered = self._render([query, answer], generation_prompt=False)
-        before_answer, mark, _ = answered.partition(answer[1])
-        space = before_answer.removeprefix(prompt)
-        if not mark or not before_answer.startswith(prompt) or space.strip():
+        query, answer = "\ue0a10\ue0a2", "\ue0a11\ue0a2"
+        prompt = self._render([("user", query)], generation_prompt=True)
+        answered = self._render([("user", query), ("assistant", answer)], generation_prompt=False)
+        after_query = prompt.rpartition(query)[2]
+        before_answer, mark, _ = answered.rpartition(query)[2].partition(answer)
+        space = before_answer.removeprefix(after_query)
+        if not mark or not before_answer.startswith(after_query) or space.strip():
             raise PromptError(
                 "expected a chat template that writes an answer right after its generation prompt, got a prompt that "
                 f"ends in {prompt[-60:]!r} and an answer after {before_answer[-60:]!r}: set the template's variables "
