@@ -310,6 +310,24 @@ def test_the_page_on_tasks_runs(run_page: Run) -> None:
     assert ran == ["Rows", "Labels", "Scoring", "Files of lm-evaluation-harness"]
 
 
+def test_the_page_on_prompts_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/prompts.md"):
+        ran.append(heading)
+        if heading == "Look at a prompt":
+            assert [line.split()[0] for line in printed.splitlines()[1:]] == [
+                "start",
+                *["demonstration", "separator"] * 2,
+                "query",
+                "label",
+            ]
+        elif heading == "Chats":
+            start = scope["model"].tokenizer.decode(list(scope["chats"].start))
+            assert start == "[system] You classify reviews.\n[user] "
+            assert printed.splitlines()[1].startswith("start            [|s|y|s|t|e|m|]|␣|Y|o|u")
+    assert ran == ["Look at a prompt", "Tokens of the whole text", "Start tokens", "Chats"]
+
+
 def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -356,6 +374,7 @@ def test_no_page_has_code_that_is_not_run() -> None:
         "README.md",
         "docs/guide.md",
         "docs/tasks.md",
+        "docs/prompts.md",
         "docs/studies.md",
         "docs/extending.md",
         "docs/momentum.md",

@@ -97,7 +97,7 @@ def load_model(
 def _as_given(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer that TransformerLens does not load again from its files."""
     copied = copy.deepcopy(tokenizer)  # TransformerLens gives it special tokens where it has none
-    copied.init_kwargs["add_bos_token"] = True  # else it is loaded again, to have this option
+    copied.init_kwargs |= {"name_or_path": "", "add_bos_token": True}  # else it is loaded again, to have this option
     return copied
 
 
