@@ -22,6 +22,7 @@ from icl_dual.captures.shared_prefix import (
     BatchLimit,
     FullPromptPass,
     PrefixCache,
+    arbitrary_prompts,
     check_rope_scaling,
     common_query_prefix,
     label_word_log_probs,
@@ -160,6 +161,7 @@ class Capture(Saved):
         )
 
 
+@torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
 def capture(
     model: Model,
     prompts: Prompts,
@@ -194,7 +196,7 @@ def capture(
     query_prefix = common_query_prefix(prompts)
     check_rope_scaling(model, prompts, query_prefix)
     with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
-        _measure_pass_once(model, prompts)
+        _check_pass(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
         first_row = rows[0] if "full_prompt" in fields else None
@@ -250,12 +252,21 @@ def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}: 1 runs one query at a time")
 
 
-def _measure_pass_once(model: Model, prompts: Prompts) -> None:
-    """Compare the shared-prefix pass with a plain forward pass, the first time that a model is captured."""
-    if model.pass_residual is not None:
+def _check_pass(model: Model, prompts: Prompts) -> None:
+    """Compare the shared-prefix pass with plain forward passes: once, and at every capture with hooks of others.
+
+    What such a hook does may depend on the prompt, so that it is compared on the shortest and the longest of these.
+    """
+    hooks = model.foreign_hooks()
+    if model.pass_residual is not None and not hooks and not model.pass_hooks:
         return
+    if hooks:
+        by_length = sorted(prompts.suffixes, key=len)
+        compared = replace(prompts, queries=(by_length[0], by_length[-1]))
+    else:
+        compared = arbitrary_prompts(model, prompts.start)
     try:
-        model.pass_residual = measure_pass(model, prompts.start)
+        model.pass_residual, model.pass_hooks = measure_pass(model, compared.prefix, compared.queries), hooks
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise MemoryError(

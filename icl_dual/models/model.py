@@ -28,6 +28,7 @@ from icl_dual.models.backend import (
     UnsupportedModelError,
 )
 from icl_dual.models.bridge import BridgeBackend
+from icl_dual.models.foreign_hooks import foreign_hooks
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
@@ -111,7 +112,10 @@ class Model:
         self.attention_rules = [self.backend.attention_rule(layer) for layer in range(self.n_layers)]
         """How each layer turns queries and keys into softmax weights."""
         self.pass_residual: float | None = None
-        """Relative error of the shared-prefix pass against a full-prompt pass; `capture` measures it once."""
+        """Relative error of the shared-prefix pass against a full-prompt pass. `capture` measures it once, and at every
+        capture with hooks of others on the model."""
+        self.pass_hooks = ""
+        """What `foreign_hooks` returned when `pass_residual` was measured."""
         self.momentum: Float[Tensor, "layer head"] | None = None
         """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
         if momentum is not None:
@@ -343,13 +347,13 @@ class Model:
         return f"{str(self.dtype).removeprefix('torch.')}:{digest.hexdigest()[:16]}"
 
     def foreign_hooks(self) -> str:
-        """Return a short hash of where the model has hooks of others, and how many; an empty string for none."""
-        hook_counts = [
-            (name, len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in self.wrapped.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks
-        ]
-        return hashlib.sha256(repr(hook_counts).encode()).hexdigest()[:16] if hook_counts else ""
+        """Return a short hash of the hooks of others on the model, by place, code and values; empty for none."""
+        hooks = foreign_hooks(self.wrapped)
+        return hashlib.sha256(repr(hooks).encode()).hexdigest()[:16] if hooks else ""
+
+    def foreign_hook_names(self) -> list[str]:
+        """Return the place and the function of each hook of others on the model, e.g. `blocks.1.hook_out: add`."""
+        return [f"{module}: {hook}" for module, hook, _ in foreign_hooks(self.wrapped)]
 
 
 def _momentum(
@@ -415,9 +419,11 @@ def _attached(hooks: list[Hook]) -> Iterator[None]:
 @contextmanager
 def _evaluation_mode(wrapped: nn.Module) -> Iterator[None]:
     """Switch dropout off for a block, and restore every module's mode afterwards."""
-    training = [module for module in wrapped.modules() if module.training]
-    if training:
-        wrapped.eval()
+    # A bridge runs the modules of the original model, whose own top is not among its modules.
+    roots = (wrapped, getattr(wrapped, "original_model", wrapped))
+    training = [module for module in dict.fromkeys(m for root in roots for m in root.modules()) if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
