@@ -8,17 +8,20 @@ from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.experiment import Experiment, run_experiment
 from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
+from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.massive_activations import MassiveActivations, find_massive_activations
 from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, register_metric
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
 from icl_dual.progress import set_progress
+from icl_dual.prompt_view import show_prompt
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings, load_recordings
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import Task, TaskError
+from icl_dual.texts import Chat
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 
 __version__ = version("icl-dual")
@@ -30,6 +33,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "momentum_attention",
     "Model",
     "load_task",
+    "task_from_yaml",
     "register_task",
     "Task",
     "TASKS",
@@ -37,6 +41,8 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "relabel",
     "build_prompts",
     "Prompts",
+    "Chat",
+    "show_prompt",
     # run
     "run_experiment",
     "capture",

@@ -70,8 +70,8 @@ def matching_training_steps(
 ) -> list[int]:
     """Return the training step of each demonstration in an altered context, by position; −1 for those without one.
 
-    A demonstration has a step if finetuning trained on the same example with as many tokens, so that the two can be
-    compared token by token.
+    A demonstration has a step if finetuning trained on the same example with as many tokens as it would have as a
+    training sequence, so that the two can be compared token by token.
 
     Args:
         context_prompts: the prompts with the altered context.
@@ -82,7 +82,8 @@ def matching_training_steps(
     """
     order = draw_orders(k, 2, seed=seed)[1] if context == "reordered" else range(k)
     length_by_step = dict(enumerate(map(len, training_prompts.training_sequences)))
-    pairs = zip(order, context_prompts.demonstrations, strict=False)
+    in_context = context_prompts.training_sequences[: len(context_prompts.demonstrations)]
+    pairs = zip(order, in_context, strict=False)
     return [step if length_by_step.get(step) == len(tokens) else -1 for step, tokens in pairs]
 
 

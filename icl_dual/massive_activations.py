@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual.captures.capture import Capture
-from icl_dual.captures.pairing import check_fields, check_settings
+from icl_dual.captures.pairing import check_fields, check_settings, of_shared_tokens
 from icl_dual.field_docs import document_fields
 from icl_dual.prompts import Tokens
 from icl_dual.storage import Saved
@@ -97,7 +97,7 @@ class MassiveActivations(Saved):
     model: str
     """The model's name."""
     queries: tuple[Tokens, ...]
-    """The token ids of each query, with what the protocol appends."""
+    """The token ids of each query, with what the protocol appends: those that it has both in context and zero-shot."""
     norms: dict[str, Float[Tensor, "query layer query_token"]]
     """By setting (ZSL, ICL, FT): norms of the residual stream after each layer; zero past a query's end."""
     ratio: float | int = MASSIVE_RATIO
@@ -285,10 +285,13 @@ def find_massive_activations(
     captures = {"zero_shot": zero_shot, "in_context": in_context, "finetuned": finetuned}
     check_settings(**captures)
     check_fields(("residual_norms",), **captures)
-    norms = {"ZSL": zero_shot.residual_norms, "ICL": in_context.residual_norms, "FT": finetuned.residual_norms}
+    by_setting = {"ZSL": zero_shot.residual_norms, "ICL": in_context.residual_norms, "FT": finetuned.residual_norms}
+    norms = {setting: values for setting, values in by_setting.items() if values is not None}
+    shared = in_context.prompts.shared_query_tokens
+    texts = zip(zero_shot.prompts.suffixes, shared, strict=True)
     return MassiveActivations(
         model=zero_shot.model,
-        queries=zero_shot.prompts.suffixes,
-        norms={setting: values for setting, values in norms.items() if values is not None},
+        queries=tuple(tuple(tokens[alone] for _, alone in pairs) for tokens, pairs in texts),
+        norms=of_shared_tokens(norms, shared),
         ratio=ratio,
     )

@@ -9,7 +9,9 @@ from os import PathLike
 from typing import Any
 
 from icl_dual import assets
-from icl_dual.tasks import Protocol, Rows, Task, TaskError, field_names
+from icl_dual.harness_tasks import task_from_yaml
+from icl_dual.rows import Rows, TaskError
+from icl_dual.tasks import Protocol, Task, field_names
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,14 @@ def registered_task(name: str) -> Task | None:
 
 
 def load_task(name: str, source: str | PathLike[str] | None = None, *, protocol: Protocol = "answer") -> Task:
-    """Load a task by its name: one of the paper's six, or one that was registered.
+    """Load a task by its name: one of the paper's six, one that was registered, or that of a YAML file.
 
     Args:
-        name: `sst2`, `sst5`, `mr`, `subj`, `agnews` or `cb`, or the name of a task given to `register_task`.
+        name: `sst2`, `sst5`, `mr`, `subj`, `agnews` or `cb`; the name of a task given to `register_task`; or the path
+            of a YAML file of lm-evaluation-harness (`task_from_yaml`), to which `source` gives other rows.
         source: where the rows come from. For the paper's tasks: `"wheel"`, the StaICC package, which has training
             splits, from which queries are held out (the default for all but `cb`); `"hub"`, the data set's own
-            training and validation splits (the default for `cb`); or the path of a JSONL or CSV file of rows.
+            training and validation splits (the default for `cb`); or the path of a JSONL, JSON or CSV file of rows.
         protocol: `answer`; or `reference`, with the released code's templates and draws.
 
     Raises:
@@ -170,6 +173,10 @@ def load_task(name: str, source: str | PathLike[str] | None = None, *, protocol:
         ...     icl_dual.load_task("sst2", path).template
         'Sentence: {text} Label:'
     """
+    if name not in _registered and name.endswith((".yaml", ".yml")):
+        if protocol != "answer":
+            raise TaskError(f"expected protocol='answer' for a YAML file, got {protocol!r}: leave protocol out")
+        return task_from_yaml(name, source)
     if name not in _registered:
         raise TaskError(
             f"expected a task out of {list(_registered)}, got {name!r}: choose one of these, or make your own with "

@@ -1,30 +1,36 @@
 """Prompts as token ids, with the source of every token: start token, demonstration, separator or query.
 
-Zero-shot, in-context and finetuning prompts share one template and one set of demonstrations. Each demonstration and
-each query is tokenised by itself, so that a demonstration has the same tokens in the in-context prompt and as a
-training sequence.
+Zero-shot, in-context and finetuning prompts share one template and one set of demonstrations. A task's protocol decides
+how they are tokenised, and which position is recorded:
 
-A task's protocol decides the position that is recorded:
+- `answer` tokenises each prompt as one text and cuts it into segments. It records the token that predicts the label.
+- `reference` follows the released code of Dai et al.: demonstrations and queries are tokenised one by one. The first
+  label word is appended to every query, whatever the query's label is, and the last appended token is recorded. EOS
+  ends each demonstration, and demonstrations that do not fit into the context are left out.
 
-- `answer` records the token that predicts the label.
-- `reference` follows the released code of Dai et al.: the first label word is appended to every query, whatever the
-  query's label is, and the last appended token is recorded. EOS ends each demonstration, and demonstrations that do not
-  fit into the context are left out.
+Under the `answer` protocol, a query may have other tokens after demonstrations than alone, and a demonstration other
+tokens in the context than as a training sequence. Each setting then reads the tokens of its own text, and comparisons
+between settings are of the tokens that both have.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from icl_dual.models import Model
+from icl_dual.models.tokenization import Tokens
+from icl_dual.scoring import Scoring
+from icl_dual.segments import Segmenter
+from icl_dual.storage import NOT_SAVED
 from icl_dual.tasks import Example, Protocol, Task
-
-Tokens = tuple[int, ...]
-"""Token ids, in order."""
+from icl_dual.texts import Chat, ChatText, PlainText, PromptError
 
 START = -1
 """The source of the start token in `Prompts.segments`."""
@@ -33,10 +39,6 @@ SEPARATOR = -2
 
 REFERENCE_CONTEXT = 2048
 """The reference protocol's limit on the tokens of a prompt, also for models with a longer context."""
-
-
-class PromptError(ValueError):
-    """Prompts are incomplete, or the model cannot read them."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -82,18 +84,42 @@ class Prompts:
     """How many of the last tokens of each training sequence are its label word."""
     separator: Tokens = ()
     """The tokens that end each demonstration in the context."""
+    separators: tuple[Tokens, ...] = ()
+    """The tokens that end each demonstration, one after another, where some differ from `separator`; else empty."""
     left_out: tuple[Tokens, ...] = ()
     """Demonstrations that finetuning trains on after the others, but that are not in the context. Only
     `build_prompts(..., reference_k_mismatch=True)` has any: it repeats this mismatch of the released code."""
     protocol: Protocol = "answer"
     """Which position is recorded: `answer` or `reference`."""
+    zero_shot_queries: tuple[Tokens, ...] = ()
+    """The tokens of each query without demonstrations, where some differ from `queries`; else empty."""
+    training_demonstrations: tuple[Tokens, ...] = ()
+    """The tokens of each demonstration as a training sequence, where some differ from `demonstrations`; else empty."""
+    spanning: Tokens = field(default=(), compare=False)
+    """The positions, in the first query's prompt, of tokens that have characters of two segments. Such a token belongs
+    to the segment of its first character that is not white space."""
+    scoring: Scoring = "mean"
+    """The rule by which label words are scored (`icl_dual.scoring`)."""
+    baseline_queries: tuple[Tokens, ...] = ()
+    """The tokens of queries without content, for the rules `unconditional` and `calibrated`; else empty."""
+    zero_shot_baseline_queries: tuple[Tokens, ...] = ()
+    """The tokens of `baseline_queries` without demonstrations, where some differ; else empty."""
+    tokenizer: Any = field(default=None, compare=False, metadata=NOT_SAVED)
+    """The tokenizer that made the tokens, by which `icl_dual.show_prompt` shows them; `None` after loading."""
 
     def __repr__(self) -> str:
         lengths = [len(query) for query in self.queries] or [0]
+        notes = [
+            f"{len(self.spanning)} tokens span two segments" * bool(self.spanning),
+            "other query tokens zero-shot" * bool(self.zero_shot_queries),
+            "other demonstration tokens in training" * bool(self.training_demonstrations),
+            f"scoring={self.scoring!r}" * (self.scoring != "mean"),
+        ]
         return (
             f"Prompts({len(self.queries)} queries of {min(lengths)} to {max(lengths)} "
             f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens, "
-            f"protocol={self.protocol!r})"
+            + "".join(f"{note}, " for note in notes if note)
+            + f"protocol={self.protocol!r})"
         )
 
     @property
@@ -109,36 +135,73 @@ class Prompts:
     @property
     def training_sequences(self) -> tuple[Tokens, ...]:
         """The sequences that finetuning trains on, one a step: the demonstrations, then `left_out`."""
-        return self.demonstrations + self.left_out
+        return (self.training_demonstrations or self.demonstrations) + self.left_out
 
     @cached_property
     def prefix(self) -> Tokens:
         """The tokens before the query: the start token, and the demonstrations with their separators."""
-        ids = list(self.start)
-        for demonstration in self.demonstrations:
-            ids += [*demonstration, *self.separator]
-        return tuple(ids)
+        return tuple(token for _, tokens in self._pieces for token in tokens)
 
     @cached_property
     def segments(self) -> Int[Tensor, " prefix_pos"]:
         """The source of each prefix token: a demonstration's index, `START` or `SEPARATOR`."""
-        sources = [START] * len(self.start)
-        for index, demonstration in enumerate(self.demonstrations):
-            sources += [index] * len(demonstration) + [SEPARATOR] * len(self.separator)
-        return torch.tensor(sources, dtype=torch.long)
+        return torch.tensor([source for source, tokens in self._pieces for _ in tokens], dtype=torch.long)
+
+    @property
+    def _pieces(self) -> list[tuple[int, Tokens]]:
+        """The prefix in pieces, each after its source."""
+        pieces = [(START, self.start)]
+        separators = self.separators or (self.separator,) * len(self.demonstrations)
+        for index, (demonstration, separator) in enumerate(zip(self.demonstrations, separators, strict=True)):
+            pieces += [(index, demonstration), (SEPARATOR, separator)]
+        return pieces
 
     @property
     def demonstration_positions(self) -> Int[Tensor, " demo_token"]:
         """The prefix positions of demonstration tokens, without the start token and separators."""
         return (self.segments >= 0).nonzero().squeeze(-1)
 
+    @cached_property
+    def shared_query_tokens(self) -> list[list[tuple[int, int]]]:
+        """For each query, the tokens that it has both in context and zero-shot: the index in each, in order."""
+        zero_shot = self.zero_shot()
+        return [_shared(*pair) for pair in zip(self.suffixes, zero_shot.suffixes, strict=True)]
+
+    @cached_property
+    def shared_demonstration_tokens(self) -> list[list[tuple[int, int]]]:
+        """For each demonstration, the tokens that it has both in context and as a training sequence: the index in each,
+        in order."""
+        pairs = zip(self.demonstrations, self.training_sequences, strict=False)
+        return [_shared(*pair) for pair in pairs]
+
     def zero_shot(self) -> "Prompts":
         """Return prompts with the same queries and no demonstrations."""
-        return replace(self, demonstrations=(), demonstration_label_lengths=(), left_out=())
+        return replace(
+            self,
+            queries=self.zero_shot_queries or self.queries,
+            baseline_queries=self.zero_shot_baseline_queries or self.baseline_queries,
+            demonstrations=(),
+            demonstration_label_lengths=(),
+            separators=(),
+            left_out=(),
+            zero_shot_queries=(),
+            zero_shot_baseline_queries=(),
+            training_demonstrations=(),
+            spanning=tuple(position for position in self.spanning if position < len(self.start)),
+        )
 
     def first(self, n_queries: int) -> "Prompts":
         """Return prompts with the first queries alone, after the same demonstrations."""
-        return replace(self, queries=self.queries[:n_queries], gold=self.gold[:n_queries])
+        by_query = {name: getattr(self, name)[:n_queries] for name in ("queries", "gold", "zero_shot_queries")}
+        return replace(self, **by_query)
+
+
+def _shared(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
+    """Return the indices of the tokens that two sequences have in common, in order."""
+    if a == b:
+        return [(index, index) for index in range(len(a))]
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return [(block.a + index, block.b + index) for block in blocks for index in range(block.size)]
 
 
 def build_prompts(
@@ -149,9 +212,16 @@ def build_prompts(
     *,
     demonstration_task: Task | None = None,
     separator: str | None = None,
+    start: str | Sequence[int] | None = None,
+    chat: Chat | None = None,
+    scoring: Scoring = "mean",
     reference_k_mismatch: bool = False,
 ) -> Prompts:
     """Tokenise demonstrations and queries for a model, by the task's protocol.
+
+    Under the `answer` protocol, prompts have the tokens of their whole text: a token that has characters of two
+    segments belongs to that of its first character that is not white space. White space at the end of a query that is
+    in one token with a label word is a part of the label.
 
     Args:
         model: the model that will read the prompts; gives tokenizer, start token and context length.
@@ -159,8 +229,13 @@ def build_prompts(
         demonstrations: the examples in the context, in this order.
         queries: the examples to predict labels of, at least one.
         demonstration_task: the task that gives the demonstrations' template and label words; `task` by default.
-        separator: text that ends each demonstration. By default the model's own: EOS for XGLM (the paper's models), a
-            line break for all others. The reference protocol always uses EOS.
+        separator: text that ends each demonstration. By default the task's, or else the model's own: EOS for XGLM (the
+            paper's models), a line break for all others. The reference protocol always uses EOS.
+        start: the text or tokens before every text, which are not repeated where the text begins with them. By default
+            what the tokenizer's own template puts in front: none, one or several tokens. For a chat, none: its template
+            writes them.
+        chat: write the prompts as a chat, by the chat template of the model's tokenizer; by default as plain text.
+        scoring: the rule by which label words are scored (`icl_dual.scoring`).
         reference_k_mismatch: whether finetuning also trains on the demonstrations that the reference protocol leaves
             out of a full context, as the released code does. By default both have the same demonstrations.
 
@@ -168,9 +243,11 @@ def build_prompts(
         The prompts. `prompts.zero_shot()` are the same queries without demonstrations.
 
     Raises:
-        PromptError: there are no queries; a label word has no tokens, or the same tokens as another; a query is also a
-            demonstration (the reference protocol allows this); the longest prompt does not fit into the model's
-            context; or an option is not one of the task's protocol.
+        PromptError: there are no queries; a label word has no tokens, the same tokens as another, or tokens that are
+            not its own (the message shows them); a query is also a demonstration (the reference protocol allows this);
+            the longest prompt does not fit into the model's context; the chat template refuses the chat; or an option
+            is not one of the task's protocol.
+        UnsupportedModelError: the model has no tokenizer, or one from which segments cannot be cut.
 
     Example:
         >>> import icl_dual
@@ -181,39 +258,106 @@ def build_prompts(
         >>> icl_dual.build_prompts(tiny_model(), task, demonstrations, task.queries(3))
         Prompts(3 queries of 26 to 27 tokens, after 2 demonstrations in 63 tokens, protocol='answer')
     """
-    reference = task.protocol == "reference"
-    _check_options(task, demonstrations, queries, separator, reference_k_mismatch)
-    labels = [_label_tokens(model, task.tail, word) for word in task.label_words]
-    if len(set(labels)) < len(labels):
-        raise PromptError(
-            f"{task.name}: expected label words with different tokens, got {labels} for {list(task.label_words)}: "
-            "choose other label words"
-        )
+    _check_options(task, demonstrations, queries, separator, start, chat, reference_k_mismatch)
+    _check_added_tokens(model, task)
     context_task = demonstration_task or task
-    context_labels = [_label_tokens(model, context_task.tail, word) for word in context_task.label_words]
-    if reference:
-        separator_tokens = model.end_tokens
+    if task.protocol == "reference":
+        uncut = _piecewise(model, task, context_task, demonstrations, queries, scoring)
+        # The released code cuts by the longest query of its whole validation split, not of the queries in use.
+        longest_of_split = max(len(model.encode(task.prompt(query))) for query in task.queries())
+        prompts = _cut_to_fit(uncut, longest_of_split, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch)
     else:
-        separator_tokens = model.separator if separator is None else model.encode(separator)
-    uncut = Prompts(
+        segmenter = _segmenter(model, task, separator, start, chat)
+        uncut = prompts = _joined(segmenter, task, context_task, demonstrations, queries, scoring)
+    if len(set(prompts.labels)) < len(prompts.labels):
+        raise PromptError(
+            f"{task.name}: expected label words with different tokens, got {list(prompts.labels)} for "
+            f"{list(task.label_words)}: choose other label words"
+        )
+    _check_fits(model, task, uncut, prompts)
+    return prompts
+
+
+def _segmenter(
+    model: Model, task: Task, separator: str | None, start: str | Sequence[int] | None, chat: Chat | None
+) -> Segmenter:
+    """Return what tokenises the texts of a task under the answer protocol."""
+    separator = task.separator if separator is None else separator
+    separator = model.separator_text if separator is None else separator
+    if start is None:
+        start = () if chat is not None else model.start_tokens
+    elif isinstance(start, str):
+        start = model.encode(start)
+    if chat is not None:
+        return Segmenter(model, ChatText(model.tokenizer, chat, task.description, separator), tuple(start))
+    return Segmenter(model, PlainText(task.description, separator), tuple(start))
+
+
+def _joined(
+    segmenter: Segmenter,
+    task: Task,
+    context_task: Task,
+    demonstrations: Sequence[Example],
+    queries: Sequence[Example],
+    scoring: Scoring,
+) -> Prompts:
+    """Return prompts with the tokens of their whole texts."""
+    baselines = [text for text in _baseline_texts(task, scoring) if text]
+    segments = segmenter.segments(
+        [(context_task.prompt(example), context_task.label_text(example.label)) for example in demonstrations],
+        [*map(task.prompt, queries), *baselines],
+        [task.label_text(label) for label in range(len(task.label_words))],
+    )
+    tokens, n = segments._asdict(), len(queries)
+    in_context, zero_shot = (tokens.pop(name) for name in ("queries", "zero_shot_queries"))
+    alone = (zero_shot or in_context)[n:]
+    in_context_baselines = alone if scoring == "unconditional" else in_context[n:]
+    return Prompts(
+        **tokens,
+        queries=in_context[:n],
+        zero_shot_queries=() if zero_shot[:n] == in_context[:n] else zero_shot[:n],
+        baseline_queries=in_context_baselines,
+        zero_shot_baseline_queries=() if alone == in_context_baselines else alone,
+        gold=tuple(query.label for query in queries),
+        scoring=scoring,
+        tokenizer=segmenter.model.tokenizer,
+    )
+
+
+def _baseline_texts(task: Task, scoring: Scoring) -> tuple[str, ...]:
+    """Return the texts of queries without content that a rule of scoring needs."""
+    if scoring == "unconditional":
+        return (task.unconditional_prompt,)
+    return task.content_free_prompts if scoring == "calibrated" else ()
+
+
+def _piecewise(
+    model: Model,
+    task: Task,
+    context_task: Task,
+    demonstrations: Sequence[Example],
+    queries: Sequence[Example],
+    scoring: Scoring,
+) -> Prompts:
+    """Return prompts of the reference protocol: demonstrations, labels and queries tokenised one by one."""
+    labels, context_labels = (
+        [_label_tokens(model, of.tail, word) for word in of.label_words] for of in (task, context_task)
+    )
+    return Prompts(
         start=tuple(model.start_tokens),
         demonstrations=tuple(
             (*model.encode(context_task.prompt(example)), *context_labels[example.label]) for example in demonstrations
         ),
         demonstration_label_lengths=tuple(len(context_labels[example.label]) for example in demonstrations),
-        separator=tuple(separator_tokens),
+        separator=tuple(model.end_tokens),
         queries=tuple(tuple(model.encode(task.prompt(query))) for query in queries),
         labels=tuple(labels),
         gold=tuple(query.label for query in queries),
-        protocol=task.protocol,
+        protocol="reference",
+        scoring=scoring,
+        baseline_queries=tuple(tuple(model.encode(text)) for text in _baseline_texts(task, scoring) if text),
+        tokenizer=model.tokenizer,
     )
-    prompts = uncut
-    if reference:
-        # The released code cuts by the longest query of its whole validation split, not of the queries in use.
-        longest_of_split = max(len(model.encode(task.prompt(query))) for query in task.queries())
-        prompts = _cut_to_fit(uncut, longest_of_split, min(REFERENCE_CONTEXT, model.n_ctx), reference_k_mismatch)
-    _check_fits(model, task, uncut, prompts)
-    return prompts
 
 
 def check_prompts(model: Model, prompts: Prompts) -> None:
@@ -231,6 +375,18 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
             f"expected at least one query and one label, got {len(prompts.queries)} queries and {len(prompts.labels)} "
             "labels: pass both to Prompts"
         )
+    for name, of in (
+        ("separators", "demonstrations"),
+        ("training_demonstrations", "demonstrations"),
+        ("zero_shot_queries", "queries"),
+        ("zero_shot_baseline_queries", "baseline_queries"),
+    ):
+        n, expected = len(getattr(prompts, name)), len(getattr(prompts, of))
+        if n not in (0, expected):
+            raise PromptError(
+                f"expected {name} as empty or with as many as {of}, {expected}, got {n}: leave {name} out where all "
+                "are as in the context"
+            )
     gold, label_lengths = prompts.gold, prompts.demonstration_label_lengths
     if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
         raise PromptError(
@@ -249,7 +405,8 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
     # A label's last token is predicted and never read.
     longest_labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1
     longest_prompt = len(prompts.prefix) + max(longest_labelled, *map(len, prompts.suffixes))
-    longest = max(longest_prompt, *(len(prompts.start) + n for n in (*lengths, 0)))
+    alone = (*lengths, *map(len, prompts.zero_shot_queries))
+    longest = max(longest_prompt, *(len(prompts.start) + n for n in (*alone, 0)))
     if longest > model.n_ctx:
         raise PromptError(
             f"expected prompts of at most {model.n_ctx} tokens, the context of {model.name}, got one of {longest}: use "
@@ -267,6 +424,8 @@ def _check_options(
     demonstrations: Sequence[Example],
     queries: Sequence[Example],
     separator: str | None,
+    start: str | Sequence[int] | None,
+    chat: Chat | None,
     reference_k_mismatch: bool,
 ) -> None:
     reference = task.protocol == "reference"
@@ -276,6 +435,11 @@ def _check_options(
         raise PromptError(
             f"expected no separator under the reference protocol, which ends demonstrations by EOS, got "
             f"separator={separator!r}: leave separator out, or load the task with protocol='answer'"
+        )
+    if reference and (start is not None or chat is not None):
+        raise PromptError(
+            "expected neither start nor chat under the reference protocol, which has the released code's prompts, got "
+            f"start={start!r} and chat={chat!r}: leave both out, or load the task with protocol='answer'"
         )
     if reference_k_mismatch and not reference:
         raise PromptError(
@@ -290,9 +454,40 @@ def _check_options(
         )
 
 
+_LIKE_ADDED_TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""Label words in the form in which tokens are added to a vocabulary."""
+
+
+def _check_added_tokens(model: Model, task: Task) -> None:
+    """Raise a PromptError where label words look like tokens that the model has embeddings for, but its tokenizer lost.
+
+    Vocabularies padded for speed have sizes that are multiples of 8.
+    """
+    n_tokens = 0 if model.tokenizer is None else len(model.tokenizer)
+    if not 0 < n_tokens < model.d_vocab or model.d_vocab % 8 == 0:
+        return
+    words = [word for word in map(str.strip, task.label_words) if _LIKE_ADDED_TOKEN.fullmatch(word)]
+    for word in words:
+        if len(tokens := model.encode(word)) > 1:
+            raise PromptError(
+                f"expected one token for {word!r}, got {tokens} from a tokenizer of {n_tokens} tokens, where "
+                f"{model.name} has embeddings for {model.d_vocab}: TransformerLens loads tokenizers again, without "
+                "tokens that were added in memory; pass yours as tokenizer= to icl_dual.Model or load_model"
+            )
+
+
 def _check_token_ids(model: Model, prompts: Prompts) -> None:
-    non_empty = {"demonstrations": prompts.training_sequences, "queries": prompts.queries, "labels": prompts.labels}
-    for name, sequences in {**non_empty, "start": (prompts.start,), "separator": (prompts.separator,)}.items():
+    non_empty = {
+        "demonstrations": prompts.demonstrations + prompts.left_out,
+        "training_demonstrations": prompts.training_demonstrations,
+        "queries": prompts.queries,
+        "zero_shot_queries": prompts.zero_shot_queries,
+        "baseline_queries": prompts.baseline_queries,
+        "zero_shot_baseline_queries": prompts.zero_shot_baseline_queries,
+        "labels": prompts.labels,
+    }
+    others = {"start": (prompts.start,), "separator": (prompts.separator,), "separators": prompts.separators}
+    for name, sequences in {**non_empty, **others}.items():
         for index, tokens in enumerate(sequences):
             if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
                 raise PromptError(
@@ -313,13 +508,13 @@ def _check_fits(model: Model, task: Task, uncut: Prompts, prompts: Prompts) -> N
     longest = len(prompts.prefix) + longest_query + longest_label
     if longest <= model.n_ctx and (prompts.demonstrations or not uncut.demonstrations):
         return
-    k, n_prefix, advice = len(uncut.demonstrations), len(uncut.prefix), "use fewer demonstrations"
+    k, n_prefix, advice = len(uncut.demonstrations), len(uncut.prefix), "use fewer or shorter demonstrations"
+    if len(prompts.start) + longest_query + longest_label > model.n_ctx:
+        advice = "a query alone is too long, use shorter queries or a model with a longer context"
     if task.protocol == "reference":
         k, n_prefix = min(1, k), len(replace(uncut, demonstrations=uncut.demonstrations[:1]).prefix)
         if k and longest_query + longest_label <= model.n_ctx:
             advice = "under the reference protocol not even one demonstration fits before the longest of all queries"
-        else:
-            advice = "a query alone is too long, use a model with a longer context"
     raise PromptError(
         f"{task.name}: expected prompts of at most {model.n_ctx} tokens, the context of {model.name}, got "
         f"{n_prefix + longest_query + longest_label}: {k} demonstrations take {n_prefix} tokens, the longest query "

@@ -33,6 +33,7 @@ from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.recordings.released_layout import write_recordings
+from icl_dual.scoring import Scoring
 from icl_dual.storage import AssetError, atomic_folder, check_same_settings, load_tensors
 from icl_dual.tasks import Example, Protocol, Split, Task
 
@@ -96,6 +97,8 @@ class Cell:
     replicas: int = REPLICAS
     """How often to repeat the finetuning at slightly other rates from slightly other weights, which shows how stable
     each metric is: at least 2, or 0 for none."""
+    scoring: Scoring = "mean"
+    """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
 
     def __post_init__(self) -> None:
         try:
@@ -151,6 +154,7 @@ class Cell:
             "method": "{}",
             "trained": "{} trained",
             "delta": "{} delta",
+            "scoring": "{} scoring",
         }
         in_paper = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
         values = {
@@ -171,6 +175,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
     "context": get_args(Context),
     "finetuned_on": ("own", "context"),
     "delta": ("finetuned", "random"),
+    "scoring": get_args(Scoring),
 }
 
 
@@ -298,7 +303,7 @@ class _CellPrompts:
     def of(cls, model: Model, draw: _Draw, cell: Cell) -> "_CellPrompts":
         """Tokenise a cell's rows for a model."""
         task, queries = draw.task, draw.queries
-        options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch}
+        options: dict[str, Any] = {"reference_k_mismatch": cell.reference_k_mismatch, "scoring": cell.scoring}
         prompts = build_prompts(model, task, draw.demonstrations, queries, **options)
         if draw.context_task is not None:
             other = build_prompts(model, task, draw.context, queries, demonstration_task=draw.context_task, **options)

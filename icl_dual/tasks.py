@@ -9,18 +9,22 @@ set's own order, shuffled by numpy's generator as `datasets` shuffles (demonstra
 queries cut at 2000, texts with their own white space.
 """
 
-import csv
 import hashlib
 import json
+import logging
+import math
+import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from icl_dual.rows import Rows, TaskError, field_value, located_rows
 
 Split = Literal["selection", "evaluation"]
 """The pool that queries come from: `evaluation` for results, `selection` to choose learning rates on."""
@@ -34,12 +38,14 @@ REFERENCE_QUERIES = 2000
 REFERENCE_SHUFFLE = 1
 """The seed that the reference protocol shuffles its queries with."""
 
-Rows = Iterable[Mapping[str, Any]] | str | PathLike[str]
-"""Rows as dictionaries, or the path of a JSONL or CSV file of them."""
+CONTENT_FREE = ("N/A", "", "[MASK]")
+"""The texts without content of contextual calibration (Zhao et al., 2021), in place of every field."""
 
+UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER")
+UNSPACED_SCRIPTS += ("MYANMAR", "TIBETAN")
+"""How Unicode names the characters of scripts that write no space between words."""
 
-class TaskError(ValueError):
-    """A task is unknown, its rows are invalid, or it has too few rows for a draw."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,19 +73,27 @@ class Task:
 
     Args:
         name: the task's name in tables and cells.
-        template: text with named fields, e.g. `"Sentence: {text} Label:"`; the label word follows after a space.
+        template: text with named fields, e.g. `"Sentence: {text} Label:"`, without the label word, which follows after
+            `label_separator`. `{answers.text}` and `{choices[0]}` are fields of nested rows.
         label_words: the word for each label, in the order of label indices.
-        rows: dictionaries with the template's fields and a `label` (an index, or a label word); or the path of a
-            JSONL or CSV file of such rows.
+        rows: dictionaries with the template's fields and a `label`, a pandas frame or a `datasets.Dataset` of such
+            rows, or the path of a JSONL, JSON or CSV file. A label is read as a label word first (`1`, `1.0` and `True`
+            also as the words `1` and `True`), and as an index only where no label word is a number.
         query_rows: the rows that queries are drawn from. Without them, half of `rows` are demonstrations, a tenth is
             for selection, and the rest are evaluation queries.
         protocol: `answer` or `reference`. Under `reference` with `query_rows`, all `rows` are demonstrations, repeated
             texts and texts of queries included, and there is no selection pool.
+        label_separator: text between the filled template and the label word. By default a space; nothing where the
+            template ends in white space, the label words begin with it, or either is in a script without spaces
+            between words, such as Chinese, Japanese or Thai.
+        separator: text that ends each demonstration; by default the model's own (`icl_dual.build_prompts`).
+        description: text before the demonstrations, and before a query that has none.
+        strip_fields: leave out the white space around each field's text; the reference protocol always keeps it.
 
     Raises:
-        TaskError: a row lacks a field, has empty text or an unknown label (the message has the row's number, or its
-            line in the file); a row of a CSV file has more or fewer fields than the header; there are fewer than two
-            classes, or no rows; template, label words or protocol are invalid.
+        TaskError: a row lacks a field, has empty text or an unknown label, or does not fit the template (the message
+            has the row's number, or its line in the file); a row of a CSV file has more or fewer fields than the
+            header; there are fewer than two classes, or no rows; template, label words or protocol are invalid.
 
     Example:
         >>> import icl_dual
@@ -98,11 +112,15 @@ class Task:
         self,
         name: str,
         template: str,
-        label_words: Sequence[str],
+        label_words: Collection[str],
         rows: Rows,
         query_rows: Rows | None = None,
         *,
         protocol: Protocol = "answer",
+        label_separator: str | None = None,
+        separator: str | None = None,
+        description: str = "",
+        strip_fields: bool = True,
     ) -> None:
         if protocol not in get_args(Protocol):
             raise TaskError(
@@ -111,23 +129,22 @@ class Task:
         self.name = name
         self.protocol: Protocol = protocol
         self.template = template
-        self.label_words = tuple(label_words)
         self.field_names = tuple(field_names(template))
-        if not self.field_names:
-            raise TaskError(
-                f"{name}: expected a template with named fields, got {template!r}: write each field of the rows in "
-                "braces, such as 'Text: {text} Label:'"
-            )
-        if isinstance(label_words, str) or not all(isinstance(word, str) and word.strip() for word in label_words):
-            raise TaskError(
-                f"{name}: expected label_words as a sequence of words, got {label_words!r}: pass one word for "
-                "each label"
-            )
-        if len(self.label_words) < 2 or len(set(self.label_words)) < len(self.label_words):
-            raise TaskError(
-                f"{name}: expected two or more different label words, got {list(self.label_words)}: pass one word for "
-                "each label"
-            )
+        _check_template(name, template, self.field_names)
+        self.label_words = _checked_label_words(name, label_words)
+        if label_separator is None:
+            label_separator = default_label_separator(self.tail, self.label_words)
+        self.label_separator = label_separator
+        """The text between the filled template and the label word."""
+        self.separator = separator
+        """The text that ends each demonstration; `None` for the model's own."""
+        self.description = description
+        """The text before the demonstrations, and before a query that has none."""
+        self.strip_fields = strip_fields and protocol == "answer"
+        """Whether the white space around each field's text is left out."""
+        self._warn_of_doubled_space()
+        self._has_formats = any(spec or conversion for _, _, spec, conversion in string.Formatter().parse(template))
+        self._label_indices: dict[str, int | None] = {}
         pool = self._examples(rows, "rows")
         query_pool = None if query_rows is None else self._examples(query_rows, "query_rows")
         self._demonstrations, self._queries = self._pools(pool, query_pool)
@@ -174,10 +191,16 @@ class Task:
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the task's prompts and draws.
 
-        It covers template, label words, protocol, and the rows of every pool, but not the name. Results record it, so
-        that a study is not continued with other rows under the same name.
+        It covers template, label words, protocol, separators, and the rows of every pool, but not the name. Results
+        record it, so that a study is not continued with other rows under the same name.
         """
-        digest = hashlib.sha256(json.dumps([self.template, self.label_words, self.protocol]).encode())
+        # What has the value that version 0.1 had no name for is left out: its studies continue.
+        separators = {"label_separator": self.label_separator, "separator": self.separator}
+        without_name = {"label_separator": " ", "separator": None, "description": ""}
+        options = {**separators, "description": self.description}
+        named = {name: value for name, value in options.items() if value != without_name[name]}
+        settings = [self.template, self.label_words, self.protocol, *([named] if named else [])]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for pool_name, pool in {"demonstrations": self._demonstrations, **self._queries}.items():
             digest.update(json.dumps([pool_name, len(pool)]).encode())
             rows = [json.dumps([example.fields, example.label]) for example in pool]
@@ -187,8 +210,25 @@ class Task:
 
     @cached_property
     def tail(self) -> str:
-        """Return the template's text after its last field, which a label word directly follows."""
-        return self.template[self.template.rindex("}") + 1 :]
+        """Return the template's text after its last field, which the label separator and a label word follow."""
+        texts, last_field = [], -1
+        for index, (text, field, _, _) in enumerate(string.Formatter().parse(self.template)):
+            texts.append(text)
+            last_field = last_field if field is None else index
+        return "".join(texts[last_field + 1 :])
+
+    @property
+    def unconditional_prompt(self) -> str:
+        """Return the text after which labels are scored without a query: the template's end, e.g. `Label:`.
+
+        A template that ends with a field has `Answer:` instead (Brown et al., 2020).
+        """
+        return self.tail.lstrip() if self.tail.strip() else f"Answer:{self.tail}"
+
+    @property
+    def content_free_prompts(self) -> tuple[str, ...]:
+        """Return the template with `N/A`, nothing and `[MASK]` in place of every field (Zhao et al., 2021)."""
+        return tuple(_fill(self.template, dict.fromkeys(self.field_names, text)) for text in CONTENT_FREE)
 
     def demonstrations(self, k: int, seed: int, *, balanced: bool = False) -> list[Example]:
         """Draw k demonstrations by a seed.
@@ -197,10 +237,11 @@ class Task:
             k: the number of demonstrations.
             seed: the seed of the draw.
             balanced: draw as many of each class, up to one; by default classes are drawn as they are distributed, as
-                in the paper.
+                in the paper. Where k is no multiple of the number of classes, the seed draws the classes that get one
+                more, out of those that have one more.
 
         Raises:
-            TaskError: k is negative, or more than the pool has (when balanced, more than a class of it has); or
+            TaskError: k is negative, or more than the pool has (when balanced, more than its classes have); or
                 balanced under the reference protocol, which has no such draw.
         """
         if self.protocol == "reference":
@@ -219,18 +260,29 @@ class Task:
             )
         if not balanced:
             return ordered[:k]
-        n_labels = len(self.label_words)
-        quotas = [k // n_labels + (label < k % n_labels) for label in range(n_labels)]
         chosen: set[str] = set()
-        for label, quota in enumerate(quotas):
-            of_label = [example.identity for example in ordered if example.label == label][:quota]
-            if len(of_label) < quota:
+        for label, quota in self._quotas(Counter(example.label for example in ordered), k, seed).items():
+            chosen.update([example.identity for example in ordered if example.label == label][:quota])
+        return [example for example in ordered if example.identity in chosen]
+
+    def _quotas(self, available: Mapping[int, int], k: int, seed: int) -> dict[int, int]:
+        """Return the number of demonstrations of each label in a balanced draw, given how many each has."""
+        labels = range(len(self.label_words))
+        quota, rest = divmod(k, len(labels))
+        for label in labels:
+            if available.get(label, 0) < quota:
                 raise TaskError(
                     f"{self.name}: expected {quota} demonstrations labelled {self.label_words[label]!r} for balanced "
-                    f"k={k}, got {len(of_label)}: use a smaller k, or balanced=False"
+                    f"k={k}, got {available.get(label, 0)}: use a smaller k, or balanced=False"
                 )
-            chosen.update(of_label)
-        return [example for example in ordered if example.identity in chosen]
+        with_more = [label for label in labels if available.get(label, 0) > quota]
+        if len(with_more) < rest:
+            raise TaskError(
+                f"{self.name}: expected {rest} labels with {quota + 1} demonstrations for balanced k={k}, got "
+                f"{len(with_more)}: use a smaller k, or balanced=False"
+            )
+        with_more.sort(key=lambda label: hashlib.sha256(f"labels {seed}\0{label}".encode()).digest())
+        return {label: quota + (label in with_more[:rest]) for label in labels}
 
     def queries(self, n: int | None = None, *, split: Split = "evaluation") -> list[Example]:
         """Return the first n queries of a split, in a fixed order that does not depend on the demonstrations' seed.
@@ -260,16 +312,26 @@ class Task:
         return ordered[:n]
 
     def prompt(self, example: Example) -> str:
-        """Return the template filled with an example's texts; the label word would follow."""
-        return self.template.format(**dict(example.fields))
+        """Return the template filled with an example's texts; `label_text` of its label would follow."""
+        return _fill(self.template, dict(example.fields))
+
+    def label_text(self, label: int) -> str:
+        """Return what follows a prompt that is answered with a label: the label separator and the label word."""
+        return self.label_separator + self.label_words[label]
+
+    def _warn_of_doubled_space(self) -> None:
+        """Log a warning where white space at a prompt's end meets white space before the label word."""
+        parts = (self.tail, self.label_separator, self.label_words[0])
+        text = "".join(parts)
+        ends = {len(parts[0]), len(parts[0]) + len(parts[1])}
+        if any(text[end - 1 : end].isspace() and text[end : end + 1].isspace() for end in ends if end):
+            advice = "leave it out of the template, label_separator or label_words"
+            logger.warning("%s: white space is doubled before the label word, %r: %s", self.name, text, advice)
 
     def _examples(self, rows: Rows, argument: str) -> list[Example]:
         """Return rows as examples, in their order."""
-        if isinstance(rows, str | PathLike):
-            source, unit, numbered_rows = str(rows), "line", _read_rows(Path(rows))
-        else:
-            source, unit, numbered_rows = argument, "row", enumerate(rows, start=1)
-        examples = [self._example(row, f"{source}, {unit} {number}") for number, row in numbered_rows]
+        source, located = located_rows(rows, argument)
+        examples = [self._example(row, where) for where, row in located]
         n_classes = len({example.label for example in examples})
         if n_classes < 2:
             raise TaskError(
@@ -278,42 +340,182 @@ class Task:
             )
         return examples
 
-    def _example(self, row: Mapping[str, Any], where: str) -> Example:
+    def _example(self, row: Any, where: str) -> Example:
         """Return a row as an example, or raise a TaskError that says where the row is."""
         if not isinstance(row, Mapping):
             raise TaskError(
                 f"{self.name}: {where}: expected a dictionary, got {type(row).__name__}: pass each row as "
                 f"{{{', '.join(f'{name!r}: …' for name in (*self.field_names, 'label'))}}}"
             )
-        missing = [name for name in (*self.field_names, "label") if name not in row]
-        if missing:
+        names = (*self.field_names, "label")
+        values = {name: row[name] if name in row else _nested(row, name, where, self.name) for name in names}
+        fields = tuple((name, self._field_text(values[name], name, where)) for name in self.field_names)
+        example = Example(fields, self._label(values["label"], where))
+        if not self._has_formats:
+            return example
+        try:
+            self.prompt(example)
+        except (ValueError, TypeError, LookupError) as error:
             raise TaskError(
-                f"{self.name}: {where}: expected {missing[0]!r}, got only {sorted(map(str, row))}: rows need the "
-                "template's fields and 'label'"
-            )
-        fields = tuple((name, str(row[name])) for name in self.field_names)
-        empty = [name for name, text in fields if not text.strip() or not isinstance(row[name], str)]
-        if empty:
-            raise TaskError(
-                f"{self.name}: {where}: expected text as {empty[0]!r}, got {row[empty[0]]!r}: fill it in, or leave the "
-                "row out"
-            )
-        if self.protocol == "answer":
-            fields = tuple((name, text.strip()) for name, text in fields)
-        return Example(fields, self._label(row["label"], where))
+                f"{self.name}: {where}: expected a template that text fills, got {self.template!r} ({error}): write "
+                "each field's name alone in braces, such as {text}"
+            ) from error
+        return example
+
+    def _field_text(self, value: Any, name: str, where: str) -> str:
+        """Return the text of a row's field; numbers are written as Python writes them."""
+        text = value if isinstance(value, str) else _number_text(value)
+        if not text or text.isspace():
+            advice = "fill it in, or leave the row out" if _is_empty(value) else "pass text or a number"
+            raise TaskError(f"{self.name}: {where}: expected text as {name!r}, got {value!r}: {advice}")
+        return text.strip() if self.strip_fields else text
 
     def _label(self, label: Any, where: str) -> int:
-        """Return a label's index, given that index or the label word."""
-        if label in self.label_words:
-            return self.label_words.index(label)
-        text = str(label).strip()
-        index = int(text) if text.isascii() and text.isdigit() else -1
-        if not 0 <= index < len(self.label_words):
+        """Return a label's index, given the label word or that index."""
+        text = str(label.item() if getattr(label, "ndim", None) == 0 else label)
+        if text not in self._label_indices:
+            self._label_indices[text] = label_index(text, self.label_words)
+        index = self._label_indices[text]
+        if index is None:
+            are_numbers = _any_is_integer(self.label_words)
+            or_index = "" if are_numbers else f"a label from 0 to {len(self.label_words) - 1} or "
+            why_no_index = " (labels are no indices where a label word is a number)" if are_numbers else ""
             raise TaskError(
-                f"{self.name}: {where}: expected a label from 0 to {len(self.label_words) - 1} or one of "
-                f"{list(self.label_words)}, got {label!r}: correct it, or the task's label_words"
+                f"{self.name}: {where}: expected {or_index}one of {list(self.label_words)}, got {label!r}: correct it, "
+                f"or the task's label_words{why_no_index}"
             )
         return index
+
+
+def label_index(label: str, label_words: Sequence[str]) -> int | None:
+    """Return the index of a label, read as a label word first and as an index only where that is unambiguous.
+
+    Args:
+        label: the text of a label word, without regard to white space around it and, where one word alone matches, to
+            case; or of an index. Whole floats are integers. `True` and `False` are words, or else 1 and 0.
+        label_words: the word for each label. Where one of them is a number, labels are words only.
+
+    Returns:
+        The index, or `None` where the label is neither.
+
+    Example:
+        >>> [label_index(text, ("no", "yes")) for text in ("yes", "1", "1.0", "True", "2")]
+        [1, 1, 1, 1, None]
+        >>> [label_index(text, ("1", "0")) for text in ("1", "0", "2")]
+        [0, 1, None]
+    """
+    words = [word.strip() for word in label_words]
+    text = label.strip()
+    is_boolean = text.casefold() in ("true", "false")
+    index = int(text.casefold() == "true") if is_boolean else _integer(text)
+    texts = [text] if index is None else [text, str(index)]
+    for candidate in texts:
+        if candidate in words:
+            return words.index(candidate)
+    for candidate in texts:
+        matches = [position for position, word in enumerate(words) if word.casefold() == candidate.casefold()]
+        if len(matches) == 1:
+            return matches[0]
+    if index is None or _any_is_integer(words) or (is_boolean and len(words) != 2):
+        return None
+    return index if 0 <= index < len(words) else None
+
+
+def _integer(text: str) -> int | None:
+    """Return the integer that a text is, also as a whole float; `None` for other texts."""
+    return int(text.partition(".")[0]) if re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) else None
+
+
+def _any_is_integer(words: Iterable[str]) -> bool:
+    return any(_integer(word) is not None for word in words)
+
+
+def _number_text(value: Any) -> str:
+    """Return a number as Python writes it, or nothing for other values."""
+    is_number = isinstance(value, int | np.integer | np.bool_)
+    return str(value) if is_number or (isinstance(value, float | np.floating) and math.isfinite(value)) else ""
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or isinstance(value, str | float | np.floating)
+
+
+def _nested(row: Mapping[Any, Any], name: str, where: str, task: str) -> Any:
+    """Return a value of a row's nested columns, or raise a TaskError that says what the row has."""
+    try:
+        return field_value(row, name)
+    except KeyError as error:
+        raise TaskError(
+            f"{task}: {where}: expected {name!r}, got only {sorted(map(str, row))}: rows need the template's fields "
+            "and 'label'"
+        ) from error
+
+
+def _fill(template: str, texts: Mapping[str, str]) -> str:
+    """Return a template filled with a text for each field; unlike `str.format`, it reads no attributes."""
+    formatter, parts = string.Formatter(), []
+    for text, name, spec, conversion in formatter.parse(template):
+        parts.append(text)
+        if name is not None:
+            parts.append(formatter.format_field(formatter.convert_field(texts[name], conversion), spec or ""))
+    return "".join(parts)
+
+
+def _check_template(name: str, template: str, fields: Sequence[str]) -> None:
+    """Refuse templates without the query, with fields that have no name, or with the label."""
+    columns = {re.split(r"[.\[]", field)[0] for field in fields}
+    if not columns or any(not column or column.isdecimal() for column in columns):
+        raise TaskError(
+            f"{name}: expected a template with named fields, got {template!r}: write each field of the rows in braces, "
+            "such as 'Text: {text} Label:'"
+        )
+    if "label" in columns:
+        raise TaskError(
+            f"{name}: expected a template that ends before the label, got {template!r}: leave {{label}} out, the label "
+            "word follows the template after label_separator"
+        )
+
+
+def _checked_label_words(name: str, label_words: Collection[str]) -> tuple[str, ...]:
+    """Return label words as a tuple, or raise a TaskError."""
+    unordered = isinstance(label_words, str | set | frozenset | Mapping)
+    if unordered or not all(isinstance(word, str) and word.strip() for word in label_words):
+        raise TaskError(
+            f"{name}: expected label_words as a sequence of words, got {label_words!r}: pass a list with one word for "
+            "each label, in the order of label indices"
+        )
+    words = tuple(str(word) for word in label_words)
+    if len(words) < 2 or len({word.strip() for word in words}) < len(words):
+        raise TaskError(
+            f"{name}: expected two or more different label words, got {list(words)}: pass one word for each label"
+        )
+    if len({word[0].isspace() for word in words}) > 1:
+        raise TaskError(
+            f"{name}: expected label words that all begin with white space, or none of them, got {list(words)}: leave "
+            "it out, and set label_separator"
+        )
+    return words
+
+
+def default_label_separator(tail: str, label_words: Sequence[str]) -> str:
+    """Return a space, or nothing where a label word follows a text without.
+
+    Args:
+        tail: the text before the label word.
+        label_words: the label words.
+
+    Example:
+        >>> default_label_separator("Label:", ["good", "bad"]), default_label_separator("评价：", ["好", "坏"])
+        (' ', '')
+    """
+    is_spaced = tail[-1:].isspace() or label_words[0][0].isspace()
+    is_unspaced = _is_unspaced(tail[-1:]) or all(_is_unspaced(word[0]) for word in label_words)
+    return "" if is_spaced or is_unspaced else " "
+
+
+def _is_unspaced(character: str) -> bool:
+    """Return whether a character is of a script without spaces between words."""
+    return bool(character) and unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS)
 
 
 def _first_of_each_text(examples: Iterable[Example]) -> list[Example]:
@@ -351,64 +553,9 @@ def field_names(template: str) -> list[str]:
         TaskError: the template's braces do not match.
     """
     try:
-        return [field for _, field, _, _ in string.Formatter().parse(template) if field]
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise TaskError(
             f"expected a template like 'Text: {{text}} Label:', got {template!r} ({error}): write each field's name in "
             "one pair of braces"
         ) from error
-
-
-def _read_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return the rows of a JSONL or CSV file, each after the number of the line that it begins on."""
-    readers: dict[str, Callable[[Path], list[tuple[int, Mapping[str, Any]]]]] = {
-        ".jsonl": _read_jsonl,
-        ".csv": _read_csv,
-    }
-    if path.suffix not in readers:
-        raise TaskError(
-            f"expected a .jsonl or .csv file of rows, got {str(path)!r}: convert it, or pass the rows as dictionaries"
-        )
-    try:
-        return readers[path.suffix](path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TaskError(
-            f"expected a readable UTF-8 file of rows at {path}, got {error}: check the path and the file's encoding"
-        ) from error
-
-
-def _read_jsonl(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(
-                    f"{path}, line {number}: expected one JSON object, got {error}: write each row on a line of its own"
-                ) from error
-            if not isinstance(row, dict):
-                raise TaskError(
-                    f"{path}, line {number}: expected a JSON object, got {type(row).__name__}: write each row as "
-                    '{"text": …, "label": …}'
-                )
-            rows.append((number, row))
-    return rows
-
-
-def _read_csv(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
-        header = next(reader, [])
-        number = reader.line_num + 1  # a quoted text may have several lines
-        for values in reader:
-            if values and len(values) != len(header):
-                raise TaskError(
-                    f"{path}, line {number}: expected {len(header)} columns ({', '.join(header)}), got {len(values)}: "
-                    "quote texts that contain commas or line breaks"
-                )
-            if values:
-                rows.append((number, dict(zip(header, values, strict=True))))
-            number = reader.line_num + 1
-    return rows

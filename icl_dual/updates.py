@@ -188,10 +188,10 @@ def compare_updates(
     generator = torch.Generator().manual_seed(seed)
     batches_by_name: dict[str, list[Tensor]] = {}
     residual, n_queries = 0.0, len(in_context.prompts.queries)
+    batches = _batches(in_context.prompts)
     bar = progress_bar(total=n_queries, desc="ΔW_FT", show=progress, unit="query")
     with torch.no_grad(), bar:
-        for first in range(0, n_queries, BATCH_SIZE):
-            batch = torch.arange(first, min(first + BATCH_SIZE, n_queries))
+        for batch in batches:
             fixed_inputs = _FixedInputPass(model, in_context.prompts, batch)
             residual = max(residual, fixed_inputs.run_untuned(zero_shot))
             layers = [
@@ -204,9 +204,20 @@ def compare_updates(
                 by_layer = torch.stack([layer[name] for layer in layers], dim=1)
                 batches_by_name.setdefault(name, []).append(by_layer)
             bar.update(len(batch))
-    stacked = {name: torch.cat(batches) for name, batches in batches_by_name.items()}
+    in_order = torch.cat(batches).argsort()
+    stacked = {name: torch.cat(by_batch)[in_order] for name, by_batch in batches_by_name.items()}
     demonstrations = _demonstration_keys_values(model, in_context)
     return UpdateComparison(model.name, rank, residual=residual, demonstrations=demonstrations, **stacked)
+
+
+def _batches(prompts: Prompts) -> list[Int[Tensor, " batch"]]:
+    """Return the queries in batches, those together that the demonstrations move by as many positions."""
+    zero_shot = prompts.zero_shot()
+    shifts = torch.tensor(
+        [len(row) - len(alone) for row, alone in zip(prompts.suffixes, zero_shot.suffixes, strict=True)]
+    )
+    by_shift = [(shifts == shift).nonzero().squeeze(-1) for shift in shifts.unique()]
+    return [batch for queries in by_shift for batch in queries.split(BATCH_SIZE)]
 
 
 def _demonstration_keys_values(model: Model, in_context: Capture) -> DemonstrationKeysValues:
@@ -224,13 +235,15 @@ class _FixedInputPass:
 
     def __init__(self, model: Model, prompts: Prompts, batch: Int[Tensor, " batch"]) -> None:
         self.model, self.batch = model, batch
-        rows = [[*prompts.start, *prompts.suffixes[index]] for index in batch.tolist()]
+        alone = prompts.zero_shot().suffixes
+        rows = [[*prompts.start, *alone[index]] for index in batch.tolist()]
         longest = max(map(len, rows))
         self.tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         self.last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
         self.positions = torch.arange(longest, device=model.device)
         if model.rotary:
-            self.positions += len(prompts.prefix) - len(prompts.start)
+            first = int(batch[0])
+            self.positions += len(prompts.prefix) + len(prompts.suffixes[first]) - len(rows[0])
         self.attention: list[Attention] = []
 
     def run_untuned(self, zero_shot: Capture) -> float:

@@ -7,15 +7,17 @@ install_import_hook("icl_dual", "beartype.beartype")
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from functools import cache, partial  # noqa: E402
+from typing import Any  # noqa: E402
 
 import hooked  # noqa: E402
 import matplotlib as mpl  # noqa: E402
 import pytest  # noqa: E402
+import tokenizer_families  # noqa: E402
 import torch  # noqa: E402
 from helpers import make_rows  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from toys import HF_MODELS, VOCABULARY  # noqa: E402
-from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 import icl_dual as icl  # noqa: E402
 from icl_dual import paper_tasks  # noqa: E402
@@ -117,6 +119,25 @@ def models_by_architecture(make_model: Callable[..., icl.Model]) -> Callable[[st
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[str], icl.Model]:
+    """One tiny model, with the tokenizer of a family."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = LlamaConfig(vocab_size=tokenizer_families.VOCABULARY, initializer_range=0.2, **sizes, **heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf_model: Any = LlamaForCausalLM(config).eval()
+    hf_model.config.architectures = ["LlamaForCausalLM"]
+    tokenizers = tokenizer_families.FAMILIES
+    bridge = TransformerBridge.boot_transformers(
+        "tiny/llama", hf_model=hf_model, tokenizer=tokenizers["llama2"](), device="cpu"
+    )
+    return lambda family: icl.Model(bridge, name=family, tokenizer=tokenizers[family]())
 
 
 @pytest.fixture(scope="session")

@@ -320,6 +320,42 @@ def test_the_page_on_stability_runs(run_page: Run) -> None:
             assert scope["without"].value > 0
 
 
+def test_the_page_on_tasks_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/tasks.md"):
+        ran.append(heading)
+        if heading == "Rows":
+            assert printed.split() == ["True"] * 3
+        elif heading == "Labels":
+            assert re.fullmatch(r"评论：第\d+部电影很好情感：(负面|正面)\n", printed)
+        elif heading == "Scoring":
+            assert [line.split()[0] for line in printed.splitlines()] == ["mean", "sum", "unconditional", "calibrated"]
+            assert scope["capture"].prompts.scoring == "calibrated"
+        elif heading == "Files of lm-evaluation-harness":
+            assert re.fullmatch(
+                r"It rained \d+ days\.\nQuestion: It rained\. True or False\?\nAnswer:\nTrue\n", printed
+            )
+    assert ran == ["Rows", "Labels", "Scoring", "Files of lm-evaluation-harness"]
+
+
+def test_the_page_on_prompts_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/prompts.md"):
+        ran.append(heading)
+        if heading == "Look at a prompt":
+            assert [line.split()[0] for line in printed.splitlines()[1:]] == [
+                "start",
+                *["demonstration", "separator"] * 2,
+                "query",
+                "label",
+            ]
+        elif heading == "Chats":
+            start = scope["model"].tokenizer.decode(list(scope["chats"].start))
+            assert start == "[system] You classify reviews.\n[user] "
+            assert printed.splitlines()[1].startswith("start            [|s|y|s|t|e|m|]|␣|Y|o|u")
+    assert ran == ["Look at a prompt", "Tokens of the whole text", "Start tokens", "Chats"]
+
+
 def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -362,6 +398,6 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_page_has_code_that_is_not_run() -> None:
-    names = ("guide", "studies", "stability", "extending", "momentum")
+    names = ("guide", "tasks", "prompts", "studies", "stability", "extending", "momentum")
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE

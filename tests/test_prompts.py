@@ -53,7 +53,10 @@ def test_the_papers_architecture_separates_by_eos(
     demonstrations, queries = task.demonstrations(2, 0), task.queries(2)
     assert icl.build_prompts(model, task, demonstrations, queries).separator == (model.tokenizer.eos_token_id,)
     prompts = icl.build_prompts(model, task, demonstrations, queries, separator=" ; ")
-    assert prompts.separator == tuple(model.encode(" ; "))
+    assert prompts.separator == tuple(model.encode(" ;")), "its last space is in one token with the next text"
+    texts = [f"{task.prompt(example)} {task.label_words[example.label]} ; " for example in demonstrations]
+    whole = model.encode("".join(texts) + task.prompt(queries[1]))
+    assert [*prompts.prefix, *prompts.queries[1]] == [*model.start_tokens, *whole]
 
 
 def test_too_long_a_context_is_refused_with_the_numbers(llama: icl.Model, task: icl.Task) -> None:

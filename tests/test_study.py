@@ -486,6 +486,7 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
         {"delta": "random"},
         {"delta": "random", "finetuning": icl.FinetuneConfig(loss="label")},
         {"weights": "untrained", "context": "reordered"},
+        {"scoring": "calibrated"},
     ]
     cells = [dataclasses.replace(CELL, k=2, n_queries=2, **changed) for changed in changes]
     assert len({cell.name for cell in cells}) == len(cells)
@@ -500,6 +501,7 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
     assert {path.name for path in tmp_path.iterdir()} == {cell.name for cell in cells}
     loaded = [icl.load_cell(tmp_path / cell.name) for cell in cells]
     assert [result.cell for result in loaded] == cells
+    assert [result.comparison.scoring for result in loaded] == [cell.scoring for cell in cells]
 
 
 REPLICAS_OF_ONE_RUN: list[tuple[dict[str, Any], list[str]]] = [

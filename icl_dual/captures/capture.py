@@ -22,6 +22,7 @@ from icl_dual.captures.shared_prefix import (
     BatchLimit,
     FullPromptPass,
     PrefixCache,
+    arbitrary_prompts,
     check_rope_scaling,
     common_query_prefix,
     label_word_log_probs,
@@ -35,6 +36,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.scoring import label_baselines, label_scores
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
 
@@ -120,11 +122,20 @@ class Capture(Saved):
     """Log-probability in nats of every token of the vocabulary at the position that predicts the label."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and batches."""
+    label_baselines: Float[Tensor, "query label"] | None = None
+    """What scoring subtracts from the log-probability of each whole label word, in nats, equal for all queries; `None`
+    where the prompts' rule of scoring (`icl_dual.scoring`) subtracts nothing."""
+
+    @property
+    def label_scores(self) -> Float[Tensor, "query label"]:
+        """Return the score of each label word, by the prompts' rule of scoring (`icl_dual.scoring`)."""
+        label_lengths = [len(label) for label in self.prompts.labels]
+        return label_scores(self.prompts.scoring, self.label_log_probs, label_lengths, self.label_baselines)
 
     @property
     def predictions(self) -> Int[Tensor, " query"]:
-        """Return the index of the label with the highest log-probability, for each query."""
-        return self.label_log_probs.argmax(-1)
+        """Return the index of the label with the highest score, for each query."""
+        return self.label_scores.argmax(-1)
 
     @property
     def gold(self) -> Int[Tensor, " query"]:
@@ -167,12 +178,14 @@ class Capture(Saved):
         names = [name for name in get_args(Field) if getattr(self, name) is not None]
         axes = [" ".join(f"{axis}={n}" for axis, n in self.axes(name).items()) for name in names]
         shapes = [f"{name}[{shape}]" if shape else name for name, shape in zip(names, axes, strict=True)]
+        by_rule = "" if self.prompts.scoring == "mean" else f" (scoring={self.prompts.scoring!r})"
         return (
             f"Capture({self.model!r}, {len(self.prompts.queries)} queries after {len(self.prompts.demonstrations)} "
-            f"demonstrations, accuracy={self.accuracy:.3f}, residual={self.residual:.1e}, {', '.join(shapes)})"
+            f"demonstrations, accuracy={self.accuracy:.3f}{by_rule}, residual={self.residual:.1e}, {', '.join(shapes)})"
         )
 
 
+@torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
 def capture(
     model: Model,
     prompts: Prompts,
@@ -207,7 +220,7 @@ def capture(
     query_prefix = common_query_prefix(prompts)
     check_rope_scaling(model, prompts, query_prefix)
     with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
-        _measure_pass_once(model, prompts)
+        _check_pass(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
         first_row = rows[0] if "full_prompt" in fields else None
@@ -231,7 +244,28 @@ def capture(
         query_rows = [query[len(query_prefix) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
             log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
-    return recorder.capture(log_probs, full_prompt)
+    captured = recorder.capture(log_probs, full_prompt)
+    return replace(captured, label_baselines=_label_baselines(model, prompts, batch_size))
+
+
+def _label_baselines(model: Model, prompts: Prompts, batch_size: int) -> Float[Tensor, "query label"] | None:
+    """Score the label words after queries without content, where the prompts have any."""
+    if not prompts.baseline_queries:
+        return None
+    alone = prompts.scoring == "unconditional"
+    without_content = replace(
+        prompts.zero_shot() if alone else prompts,
+        queries=prompts.baseline_queries,
+        gold=(0,) * len(prompts.baseline_queries),
+        scoring="mean",
+        baseline_queries=(),
+        zero_shot_queries=(),
+        zero_shot_baseline_queries=(),
+    )
+    captured = capture(model, without_content, fields=(), batch_size=batch_size, progress=False)
+    label_lengths = [len(label) for label in prompts.labels]
+    baselines = label_baselines(prompts.scoring, captured.label_log_probs, label_lengths)
+    return baselines.repeat(len(prompts.queries), 1)
 
 
 def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
@@ -244,12 +278,21 @@ def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}: 1 runs one query at a time")
 
 
-def _measure_pass_once(model: Model, prompts: Prompts) -> None:
-    """Compare the shared-prefix pass with a plain forward pass, the first time that a model is captured."""
-    if model.pass_residual is not None:
+def _check_pass(model: Model, prompts: Prompts) -> None:
+    """Compare the shared-prefix pass with plain forward passes: once, and at every capture with hooks of others.
+
+    What such a hook does may depend on the prompt, so that it is compared on the shortest and the longest of these.
+    """
+    hooks = model.foreign_hooks()
+    if model.pass_residual is not None and not hooks and not model.pass_hooks:
         return
+    if hooks:
+        by_length = sorted(prompts.suffixes, key=len)
+        compared = replace(prompts, queries=(by_length[0], by_length[-1]))
+    else:
+        compared = arbitrary_prompts(model, prompts.start)
     try:
-        model.pass_residual = measure_pass(model, prompts.start)
+        model.pass_residual, model.pass_hooks = measure_pass(model, compared.prefix, compared.queries), hooks
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise MemoryError(

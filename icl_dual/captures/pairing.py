@@ -3,8 +3,11 @@
 Each raises a ValueError that names the argument, what was expected of it and what was given.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
 
 from icl_dual.captures.capture import Capture, Field
 from icl_dual.models import Model
@@ -28,6 +31,31 @@ class Finetuning(Protocol):
     def demonstrations(self) -> list[list[int]]:
         """The token ids of each training sequence, in the order of the steps."""
         ...
+
+
+def of_shared_tokens(
+    by_setting: Mapping[str, Float[Tensor, "query layer ..."]], shared: Sequence[Sequence[tuple[int, int]]]
+) -> dict[str, Float[Tensor, "query layer ..."]]:
+    """Return what captures hold of each query's own tokens for the tokens that it has both in context and zero-shot.
+
+    Args:
+        by_setting: by setting (ZSL, ICL, FT), values with the queries' tokens as last axis.
+        shared: by query, the indices in context and zero-shot of the tokens that both have
+            (`Prompts.shared_query_tokens`).
+
+    Returns:
+        The same with these tokens as last axis, zero past a query's end.
+    """
+    indices = {"ICL": 0, "ZSL": 1, "FT": 1}
+    longest = max(map(len, shared))
+    if all(pair == (index, index) for pairs in shared for index, pair in enumerate(pairs)):
+        return {name: values[..., :longest] for name, values in by_setting.items()}
+    of_shared = {name: values.new_zeros(*values.shape[:-1], longest) for name, values in by_setting.items()}
+    for query, pairs in enumerate(shared):
+        for name, values in by_setting.items():
+            tokens = [pair[indices[name]] for pair in pairs]
+            of_shared[name][query, ..., : len(tokens)] = values[query][..., tokens]
+    return of_shared
 
 
 def check_fields(fields: Collection[Field], **captures: Capture) -> None:

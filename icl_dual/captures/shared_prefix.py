@@ -475,41 +475,62 @@ def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
     return by_layer.max().item()
 
 
-def measure_pass(model: Model, start: Tokens) -> float:
-    """Return the residual of the shared-prefix pass against a plain forward pass over a short prompt.
+def measure_pass(model: Model, prefix: Tokens, queries: Sequence[Tokens]) -> float:
+    """Return the residual of the shared-prefix pass against plain forward passes over the full prompts.
+
+    Args:
+        model: the model to run.
+        prefix: the tokens before every query.
+        queries: the queries, best of unequal length: they run as one batch.
 
     Raises:
-        UnsupportedModelError: they differ beyond rounding, e.g. where a model ignores positions that jump.
+        UnsupportedModelError: they differ beyond rounding, e.g. where a model ignores positions that jump, or where a
+            hook counts positions.
     """
-    prompts = _arbitrary_prompts(model, start)
-    expected_outputs: list[Tensor] = []
-    model.run(
-        torch.tensor([[*prompts.prefix, *query] for query in prompts.queries], device=model.device),
-        on_output=lambda layer, output: expected_outputs.append(output[:, -1]),
-    )
-    context, _ = run_prefix(model, prompts.prefix)
-    outputs: list[Tensor] = [torch.zeros_like(output) for output in expected_outputs]
+    expected_outputs: list[list[Tensor]] = []
+    for query in queries:
+        by_layer: list[Tensor] = []
+        tokens = torch.tensor([[*prefix, *query]], device=model.device)
+        model.run(tokens, on_output=lambda layer, output, by_layer=by_layer: by_layer.append(output[0, -1].clone()))
+        expected_outputs.append(by_layer)
+    expected = [torch.stack(of_layer) for of_layer in zip(*expected_outputs, strict=True)]
+    context, _ = run_prefix(model, prefix)
+    outputs: list[Tensor] = [torch.zeros_like(output) for output in expected]
 
     def on_output(layer: int, output: Tensor, batch: Sequence[int], last: Tensor) -> None:
         outputs[layer][batch] = output[torch.arange(len(batch), device=last.device), last]
 
-    for _ in run_queries(model, prompts.queries, 1, context, BatchLimit(2), on_output=on_output):
+    for _ in run_queries(model, queries, 1, context, BatchLimit(len(queries)), on_output=on_output):
         pass
     worst = 0.0
-    for layer, (output, expected) in enumerate(zip(outputs, expected_outputs, strict=True)):
-        worst = max(worst, residual := _residual(output, expected).item())
+    for layer, pair in enumerate(zip(outputs, expected, strict=True)):
+        worst = max(worst, residual := _residual(*pair).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
                 f"{model.name} ({model.architecture}), layer {layer}: expected the pass of queries after their "
                 f"shared prefix to differ by at most {TOLERANCE[model.dtype]:.0e} from a plain forward pass, got "
-                f"{residual:.1e}: use another model. This one cannot run queries apart from their demonstrations (it "
-                "may ignore position_ids that jump)"
+                f"{residual:.1e}: {_advice(model)}"
             )
     return worst
 
 
-def _arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
-    """Return two short queries after one demonstration, of tokens drawn with a fixed seed, that the model can read."""
+def _advice(model: Model) -> str:
+    """Return what to do about a model that cannot run queries apart from their demonstrations."""
+    hooks = model.foreign_hook_names()
+    if not hooks:
+        return (
+            "use another model. This one cannot run queries apart from their demonstrations (it may ignore "
+            "position_ids that jump)"
+        )
+    more = f" and {len(hooks) - 5} more" * (len(hooks) > 5)
+    return (
+        f"remove the hooks that count positions, of {', '.join(hooks[:5])}{more}. Queries run apart from their "
+        "demonstrations and padded at the end, so that position 5 or -1 of what a hook sees is not that of the prompt"
+    )
+
+
+def arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
+    """Return two short queries of unequal length after one demonstration, of random tokens that the model can read."""
     n_available = min(model.n_ctx, model.rope_scaling_threshold or model.n_ctx) - len(start)
     n_query = min(6, max(1, n_available // 5))
     n_demo = min(24, n_available - n_query)
@@ -519,7 +540,7 @@ def _arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
         start=start,
         demonstrations=(ids[:n_demo],),
         demonstration_label_lengths=(0,),
-        queries=(ids[n_demo : n_demo + n_query], ids[n_demo + n_query :]),
+        queries=(ids[n_demo : n_demo + n_query], ids[n_demo + n_query + n_query // 2 :]),
         labels=(ids[:1],),
         gold=(0, 0),
     )

@@ -134,7 +134,8 @@ def _finetune_groups(
         while first < len(prompts):
             group = slice(first, first + at_once)
             try:
-                results = _ParallelRuns(model, prompts[group], lrs[group], config, noises[group]).run(progress)
+                with torch.inference_mode(False), torch.enable_grad():
+                    results = _ParallelRuns(model, prompts[group], lrs[group], config, noises[group]).run(progress)
             except (RuntimeError, MemoryError) as error:
                 if at_once == 1 or not is_out_of_memory(error):
                     raise

@@ -56,6 +56,7 @@ class DivergedError(RuntimeError):
     """Finetuning ran away: its loss or its weights are no longer finite, or its loss exploded."""
 
 
+@torch.inference_mode(False)
 def finetune(
     model: Model,
     prompts: Prompts,
@@ -221,9 +222,15 @@ def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
 
     Raises:
         PromptError: the prompts are incomplete, or the model cannot read them.
-        ValueError: lr is not a positive number, there are no demonstrations, or one has no token to predict.
+        ValueError: lr is not a positive number, there are no demonstrations, one has no token to predict, or the model
+            was loaded inside of `torch.inference_mode()`.
     """
     check_prompts(model, prompts)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"expected a model that was loaded outside of torch.inference_mode(), got {model!r} with weights that "
+            "cannot be trained: load it outside"
+        )
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected a learning rate above 0, got {lr}: pass a positive lr, such as 0.01")
     if not prompts.training_sequences:

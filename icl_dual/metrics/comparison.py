@@ -29,6 +29,7 @@ from icl_dual.metrics.catalogue import ABSENT, Metric, metrics
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
 from icl_dual.metrics.stability import Stability
 from icl_dual.recordings.recordings import SETTINGS, Recordings
+from icl_dual.scoring import Scoring
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     UNSTABLE,
@@ -97,6 +98,8 @@ class Comparison(Saved):
     accuracy, are not kept here: they follow from `predictions`."""
     stability: Stability | None = None
     """How far replicas of the finetuning move each metric; `None` where it was finetuned once."""
+    scoring: Scoring = "mean"
+    """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -214,7 +217,9 @@ class Comparison(Saved):
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name} accuracy={value:.3f}" for name, value in self.accuracy.items())
-        return f"Comparison({len(self.gold)} queries, {settings}, Rec2FTP={self.rec2ftp}, {self._stability_in_words()})"
+        by_rule = "" if self.scoring == "mean" else f" (scoring={self.scoring!r})"
+        stability = self._stability_in_words()
+        return f"Comparison({len(self.gold)} queries, {settings}{by_rule}, Rec2FTP={self.rec2ftp}, {stability})"
 
     def _repr_html_(self) -> str:
         return f"{self._printed().to_html(index=False)}<p>{self._stability_in_words()}</p>"
@@ -342,7 +347,8 @@ def compare(
         seed=seed,
     )
     captures = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}
-    return replace(comparison, label_log_probs={name: capture.label_log_probs for name, capture in captures.items()})
+    label_log_probs = {name: capture.label_log_probs for name, capture in captures.items()}
+    return replace(comparison, label_log_probs=label_log_probs, scoring=in_context.prompts.scoring)
 
 
 def compare_recordings(

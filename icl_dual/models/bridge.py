@@ -63,7 +63,14 @@ class BridgeBackend(Backend):
                 f"{cfg.architecture}: expected raw weights, got a model in compatibility mode, which changes W_V, W_O "
                 "and the path of SGD: boot it again without enable_compatibility_mode()"
             )
-        causal = type(bridge.original_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        if hasattr(bridge.original_model, "_orig_mod"):
+            raise UnsupportedModelError(
+                f"{cfg.architecture}: expected a model that torch.compile has not compiled, got "
+                f"{type(bridge.original_model).__name__}: hooks need its modules to run one by one, so boot the model "
+                "that you gave to torch.compile"
+            )
+        names = {cls.__name__ for cls in type(bridge.original_model).__mro__}
+        causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         hf_config: Any = getattr(bridge.original_model, "config", None)
         if not causal or getattr(hf_config, "is_encoder_decoder", False) or not bridge.adapter.supports_causal_loss:
             raise UnsupportedModelError(
@@ -179,7 +186,8 @@ class BridgeBackend(Backend):
     def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
         """Return the hook after the norm of queries or keys where the layer has one, else after the projection."""
         name = f"blocks.{layer}.attn.hook_{kind.lower()}"
-        normed = f"{name}_normed" in self.hook_points
+        # A norm that is optional has a hook in models without it, too, which never fires (StableLM).
+        normed = f"{name}_normed" in self.hook_points and f"{kind.lower()}_norm" in self._attn(layer).submodules
         n_heads = self.n_heads if kind == "Q" else self.n_key_value_heads
 
         def hook_fn(projected: Tensor, hook: Any) -> None:

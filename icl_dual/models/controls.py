@@ -59,6 +59,7 @@ def control_model(model: Model, control: Control, *, seed: int) -> Model:
         control_provenance(model.provenance, control, seed),
         momentum=model.momentum,
         description=control_name(model.description, control, seed),
+        tokenizer=model.tokenizer,
     )
     if control == "random-blocks":
         block_weights = {id(parameter) for parameter in _block_weights(controlled)}

@@ -59,7 +59,7 @@ def wrap_finetuned(model: Model, tuned: object) -> Model:
 
 
 def _wrapped(model: Model, tuned: Any) -> Model:
-    options = {"name": model.name, "momentum": model.momentum}
+    options = {"name": model.name, "momentum": model.momentum, "tokenizer": model.tokenizer}
     if isinstance(tuned, Model):
         return tuned
     if isinstance(tuned, TransformerBridge) or is_hooked_transformer(tuned):
@@ -82,8 +82,9 @@ def _wrapped(model: Model, tuned: Any) -> Model:
         raise _mismatch(model, "architecture", architecture)
     hf_model.config.architectures = [architecture]
     hf_model = nn.Module.to(hf_model.eval(), model.device)
+    tokenizer = model.backend.tokenizer
     bridge = TransformerBridge.boot_transformers(
-        model.architecture, hf_model=hf_model, tokenizer=model.tokenizer, device=model.device, dtype=hf_model.dtype
+        model.architecture, hf_model=hf_model, tokenizer=tokenizer, device=model.device, dtype=hf_model.dtype
     )
     return _with_arithmetic_of(model, bridge, options)
 

@@ -1,5 +1,6 @@
 """`load_model`: load a decoder by its name, folder, GGUF file or hub id."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
 from icl_dual.models.backend import UnsupportedModelError
@@ -26,6 +27,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     arithmetic: torch.dtype | None = None,
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Model:
     """Load a decoder with hooks at every layer and raw weights.
 
@@ -40,6 +42,8 @@ def load_model(
             bfloat16 or float16 is *half-precision storage with float32 arithmetic*: blocks run one at a time on float32
             copies of their weights.
         revision: a branch, tag or commit, for hub ids only.
+        tokenizer: the tokenizer that makes prompts, e.g. one with tokens that were added in memory; by default the
+            model's own, as TransformerLens loads it.
 
     Returns:
         The model. `model.description` says which checkpoint and quantisation a short name stands for.
@@ -60,7 +64,7 @@ def load_model(
         raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        of_bridge = AutoTokenizer.from_pretrained(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
@@ -73,7 +77,7 @@ def load_model(
             )
         hf_model, momentum = _split_off_momentum(hf_model)
         bridge = TransformerBridge.boot_transformers(
-            str(files.folder), hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
+            str(files.folder), hf_model=hf_model.to(device), tokenizer=of_bridge, device=device, dtype=dtype
         )
     except SafetensorError as error:
         raise AssetError(
@@ -93,7 +97,15 @@ def load_model(
         momentum=momentum,
         description=files.description or None,
         arithmetic=arithmetic,
+        tokenizer=tokenizer,
     )
+
+
+def _as_given(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that TransformerLens does not load again from its files."""
+    copied = copy.deepcopy(tokenizer)  # TransformerLens gives it special tokens where it has none
+    copied.init_kwargs |= {"name_or_path": "", "add_bos_token": True}  # else it is loaded again, to have this option
+    return copied
 
 
 def _split_off_momentum(hf_model: Any) -> tuple[Any, Float[Tensor, "layer head"] | None]:

@@ -29,8 +29,10 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.changes import WeightChanges, projection_deltas_of
+from icl_dual.models.foreign_hooks import foreign_hooks
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.precision import exact_float32, precision_name
+from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ class Model:
         arithmetic: the dtype of the computation, by default that of the weights. With `torch.float32`, weights in
             bfloat16 or float16 run as float32 copies, one block at a time (*half-precision storage with float32
             arithmetic*).
+        tokenizer: the tokenizer that makes prompts; by default the wrapped model's. TransformerLens loads the tokenizer
+            that it is given again from its files, without tokens that were added to it in memory: pass such a
+            tokenizer here.
 
     Raises:
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
@@ -88,6 +93,7 @@ class Model:
         momentum: Eta | None = None,
         description: str | None = None,
         arithmetic: torch.dtype | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped, arithmetic)
         self.wrapped: Any = self.backend.wrapped
@@ -95,7 +101,8 @@ class Model:
         self.description = name if description is None else description
         """What the model is, in words for tables and captions; `name` where nothing more is known."""
         self.provenance = provenance
-        self.tokenizer: Any = self.backend.tokenizer
+        self.tokenizer: Any = self.backend.tokenizer if tokenizer is None else tokenizer
+        """The tokenizer that makes prompts, or `None`."""
         self.architecture = self.backend.architecture
         self.n_layers = self.backend.n_layers
         self.n_heads = self.backend.n_heads
@@ -112,7 +119,10 @@ class Model:
         self.attention_rules = [self.backend.attention_rule(layer) for layer in range(self.n_layers)]
         """How each layer turns queries and keys into softmax weights."""
         self.pass_residual: float | None = None
-        """Relative error of the shared-prefix pass against a full-prompt pass; `capture` measures it once."""
+        """Relative error of the shared-prefix pass against a full-prompt pass. `capture` measures it once, and at every
+        capture with hooks of others on the model."""
+        self.pass_hooks = ""
+        """What `foreign_hooks` returned when `pass_residual` was measured."""
         self.momentum: Float[Tensor, "layer head"] | None = None
         """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
         self.weight_changes: tuple[WeightChanges, ...] = ()
@@ -161,24 +171,22 @@ class Model:
         """
         return list(self._required_tokenizer()(text, add_special_tokens=False).input_ids)
 
-    @property
-    def start_tokens(self) -> list[int]:
-        """Return the start token of a sequence: what the tokenizer itself adds, else BOS, else EOS.
+    def tokenise(self, texts: Sequence[str]) -> list[TokenisedText]:
+        """Return the tokens of texts, without special tokens, and where in its text each token lies.
 
         Raises:
-            UnsupportedModelError: the model has no tokenizer, or its tokenizer has neither BOS nor EOS.
+            UnsupportedModelError: the model has no tokenizer.
         """
-        tokenizer = self._required_tokenizer()
-        added_by_tokenizer = list(tokenizer("").input_ids)
-        if added_by_tokenizer:
-            return added_by_tokenizer[:1]
-        fallback = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if fallback is None:
-            raise UnsupportedModelError(
-                f"{self.name}: expected a tokenizer with a BOS or EOS token, got one with neither: build "
-                "icl_dual.Prompts from token ids"
-            )
-        return [fallback]
+        return tokenise(self._required_tokenizer(), texts)
+
+    @property
+    def start_tokens(self) -> list[int]:
+        """Return the tokens that the tokenizer's own template puts in front of a text: none, one or several.
+
+        Raises:
+            UnsupportedModelError: the model has no tokenizer, or its template does more than put tokens around a text.
+        """
+        return template_start(self._required_tokenizer())
 
     @property
     def end_tokens(self) -> list[int]:
@@ -198,7 +206,20 @@ class Model:
     @property
     def separator(self) -> list[int]:
         """Return the tokens that end a demonstration: EOS for XGLM (the paper's models), a line break for others."""
-        return self.end_tokens if self.architecture == "XGLMForCausalLM" else self.encode("\n")
+        return self.encode(self.separator_text)
+
+    @property
+    def separator_text(self) -> str:
+        """Return the text that ends a demonstration: EOS for XGLM (the paper's models), a line break for others."""
+        if self.architecture != "XGLMForCausalLM":
+            return "\n"
+        end, text = self.end_tokens, self._required_tokenizer().eos_token
+        if self.encode(text) != end:
+            raise UnsupportedModelError(
+                f"{self.name}: expected a tokenizer that reads {text!r} as the EOS token {end}, got {self.encode(text)}"
+                ": pass separator= to icl_dual.build_prompts"
+            )
+        return text
 
     def _required_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -358,13 +379,13 @@ class Model:
         return ":".join([*dtypes, digest.hexdigest()[:16]])
 
     def foreign_hooks(self) -> str:
-        """Return a short hash of where the model has hooks of others, and how many; an empty string for none."""
-        hook_counts = [
-            (name, len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in self.wrapped.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks
-        ]
-        return hashlib.sha256(repr(hook_counts).encode()).hexdigest()[:16] if hook_counts else ""
+        """Return a short hash of the hooks of others on the model, by place, code and values; empty for none."""
+        hooks = foreign_hooks(self.wrapped)
+        return hashlib.sha256(repr(hooks).encode()).hexdigest()[:16] if hooks else ""
+
+    def foreign_hook_names(self) -> list[str]:
+        """Return the place and the function of each hook of others on the model, e.g. `blocks.1.hook_out: add`."""
+        return [f"{module}: {hook}" for module, hook, _ in foreign_hooks(self.wrapped)]
 
 
 def _momentum(
@@ -430,9 +451,11 @@ def _attached(hooks: list[Hook]) -> Iterator[None]:
 @contextmanager
 def _evaluation_mode(wrapped: nn.Module) -> Iterator[None]:
     """Switch dropout off for a block, and restore every module's mode afterwards."""
-    training = [module for module in wrapped.modules() if module.training]
-    if training:
-        wrapped.eval()
+    # A bridge runs the modules of the original model, whose own top is not among its modules.
+    roots = (wrapped, getattr(wrapped, "original_model", wrapped))
+    training = [module for module in dict.fromkeys(m for root in roots for m in root.modules()) if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

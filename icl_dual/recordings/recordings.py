@@ -19,12 +19,13 @@ from icl_dual.captures.pairing import (
     check_settings,
     check_start_weights,
     check_training_sequences,
+    of_shared_tokens,
 )
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.massive_activations import ordinary_tokens
 from icl_dual.paper_tasks import PAPER_LABELS
-from icl_dual.prompts import SEPARATOR, START
+from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.storage import AssetError, Saved, load_tensors
 
 SETTINGS = ("ZSL", "ICL", "FT")
@@ -59,18 +60,19 @@ class Recordings(Saved):
     query_scores: dict[str, Float[Tensor, "query layer head query_token"]]
     """By setting: scores over the query's own tokens; zero past its end, which changes no cosine."""
     query_lengths: Int[Tensor, " query"]
-    """The number of each query's own tokens."""
+    """The number of each query's own tokens: those that it has in every setting."""
     context_scores: dict[str, Float[Tensor, "query layer _"]]
     """By setting: scores over the tokens before the query, start token included, summed over heads."""
     segments: Int[Tensor, " prefix_pos"]
     """The source of each token of ICL's context: the index of the training step with the same demonstration; negative
-    for start tokens, separators and demonstrations that were not trained on."""
+    for start tokens, separators, demonstrations that were not trained on, and tokens that training had not."""
     q: Float[Tensor, "query layer d_q"]
     """FT's queries at the recorded position, heads side by side, scaled by 1/√d_head."""
     training_q: Float[Tensor, "layer train_token d_q"] | None = None
     """Finetuning's queries, recorded before each step's update, scaled by 1/√d_head; `None` where there are none."""
     training_segments: Int[Tensor, " train_token"] | None = None
-    """The training step of each training token, negative for start tokens; `None` without `training_q`."""
+    """The training step of each training token, negative for start tokens and tokens that the context has not; `None`
+    without `training_q`."""
     training_k: Float[Tensor, "layer train_token d_kv"] | None = None
     """Finetuning's keys, key-value heads side by side; the released code records none."""
     residual_norms: dict[str, Float[Tensor, "query layer query_token"]] | None = None
@@ -116,22 +118,24 @@ class Recordings(Saved):
         """
         _check_match(zero_shot, in_context, finetuned, delta, steps)
         captures, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
+        query_scores = {name: _field(capture, "query_scores") for name, capture in captures.items()}
         scale = _field(finetuned, "q").shape[-1] ** -0.5
         return cls(
             gold=in_context.gold,
             predictions={name: capture.predictions for name, capture in captures.items()},
             attn_out={name: _field(capture, "attn_out") for name, capture in captures.items()},
-            query_scores={name: _field(capture, "query_scores") for name, capture in captures.items()},
-            query_lengths=torch.tensor([len(row) for row in prompts.suffixes]),
+            query_scores=of_shared_tokens(query_scores, prompts.shared_query_tokens),
+            query_lengths=torch.tensor([len(shared) for shared in prompts.shared_query_tokens]),
             context_scores={name: _field(capture, "context_scores") for name, capture in captures.items()},
-            segments=prompts.segments if steps is None else _of_steps(prompts.segments, steps),
+            segments=_shared_segments(prompts, range(len(prompts.demonstrations)) if steps is None else steps),
             q=_field(finetuned, "q").flatten(2) * scale,
-            **_training(delta, len(prompts.start), scale),
-            residual_norms=_residual_norms(captures),
+            **_training(delta, prompts, steps, scale),
+            residual_norms=_residual_norms(captures, prompts),
             metadata={
                 "protocol": prompts.protocol,
                 "n_labels": len(prompts.labels),
                 "dtype": zero_shot.fingerprint.partition(":")[0],
+                **({} if prompts.scoring == "mean" else {"scoring": prompts.scoring}),
             },
         )
 
@@ -234,32 +238,40 @@ def label_limit(folder: Path, metadata: dict[str, Any]) -> int:
     return n_labels
 
 
-def _of_steps(segments: Int[Tensor, " prefix_pos"], steps: Sequence[int]) -> Int[Tensor, " prefix_pos"]:
-    """Return the segments of a context by training step instead of by demonstration."""
-    is_demonstration = segments >= 0
-    by_step = segments.clone()
-    by_step[is_demonstration] = torch.tensor(steps, dtype=segments.dtype)[segments[is_demonstration]]
-    return by_step.where((by_step >= 0) | ~is_demonstration, SEPARATOR)
+def _shared_segments(prompts: Prompts, steps: Sequence[int]) -> Int[Tensor, " prefix_pos"]:
+    """Return the segments of a context by training step; tokens that no training sequence has count as separators."""
+    segments = prompts.segments.clone()
+    for index, (step, shared) in enumerate(zip(steps, prompts.shared_demonstration_tokens, strict=True)):
+        positions = (prompts.segments == index).nonzero().squeeze(-1)
+        segments[positions] = SEPARATOR
+        segments[positions[[in_context for in_context, _ in shared]]] = step if step >= 0 else SEPARATOR
+    return segments
 
 
-def _training(delta: WeightDelta | None, n_start: int, scale: float) -> dict[str, Any]:
+def _training(delta: WeightDelta | None, prompts: Prompts, steps: Sequence[int] | None, scale: float) -> dict[str, Any]:
     """Return the fields of the training queries and keys; empty without any."""
     if delta is None or delta.training_q is None:
         return {}
-    steps = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
-    start = torch.full((n_start,), START)
+    by_step = [torch.full((len(tokens),), step) for step, tokens in enumerate(delta.demonstrations)]
+    shared = prompts.shared_demonstration_tokens
+    for step, pairs in zip(range(len(shared)) if steps is None else steps, shared, strict=True):
+        if step >= 0:
+            segments = torch.full_like(by_step[step], SEPARATOR)
+            segments[[in_training for _, in_training in pairs]] = step
+            by_step[step] = segments
+    start = torch.full((len(prompts.start),), START)
     return {
         "training_q": delta.training_q.flatten(2) * scale,
-        "training_segments": torch.cat([part for step in steps for part in (start, step)]),
+        "training_segments": torch.cat([part for segments in by_step for part in (start, segments)]),
         "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
     }
 
 
-def _residual_norms(captures: dict[str, Capture]) -> dict[str, Tensor] | None:
+def _residual_norms(captures: dict[str, Capture], prompts: Prompts) -> dict[str, Tensor] | None:
     """Return residual norms by setting; `None` where a capture has none, as those of older versions."""
     norms = {setting: capture.residual_norms for setting, capture in captures.items()}
     complete = {setting: values for setting, values in norms.items() if values is not None}
-    return complete if len(complete) == len(norms) else None
+    return of_shared_tokens(complete, prompts.shared_query_tokens) if len(complete) == len(norms) else None
 
 
 def _check_match(
@@ -283,7 +295,7 @@ def _check_match(
 
 
 def _check_steps(in_context: Capture, delta: WeightDelta, steps: Sequence[int]) -> None:
-    demonstrations = in_context.prompts.demonstrations
+    demonstrations = in_context.prompts.training_sequences[: len(in_context.prompts.demonstrations)]
     trained = [step for step in steps if step >= 0]
     if len(steps) != len(demonstrations) or len(set(trained)) < len(trained):
         raise ValueError(

@@ -334,3 +334,65 @@ def test_half_precision_sums_momentum_in_float32(make_model: Callable[..., icl.M
     assert got.z is not None
     assert plain.momentum.z.dtype == got.z.dtype == torch.float32
     assert relative_error(got.z[2, 0], plain.output[0, -1]) < 1e-2
+
+
+@pytest.mark.parametrize("position", [-1, 3])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first capture", "later capture"])
+def test_a_hook_that_counts_positions_is_refused_by_name(
+    make_model: Callable[..., icl.Model], prompts: Prompts, position: int, is_first: bool
+) -> None:
+    model = make_model("llama")
+    if not is_first:
+        icl.capture(model, prompts, fields=(), progress=False)
+
+    def add_at(residual: torch.Tensor, hook: object) -> torch.Tensor:
+        if residual.shape[1] <= position:
+            return residual
+        residual = residual.clone()
+        residual[:, position] += torch.linspace(-2, 2, residual.shape[-1])
+        return residual
+
+    with (
+        model.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", add_at)]),
+        pytest.raises(
+            icl.UnsupportedModelError, match=r"remove the hooks that count positions, of blocks\.1\..*add_at"
+        ),
+    ):
+        icl.capture(model, prompts, fields=(), progress=False)
+    assert icl.capture(model, prompts, fields=(), progress=False).residual < 1e-5, "without the hook, all is as before"
+
+
+def test_a_hook_that_treats_all_tokens_alike_is_a_part_of_the_model(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    model = make_model("llama")
+    plain = icl.capture(model, prompts, fields=("next_log_probs",), progress=False)
+    with model.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", lambda residual, hook: residual * 0.5)]):
+        hooked = icl.capture(model, prompts, fields=("next_log_probs",), progress=False)
+        assert plain.next_log_probs is not None
+        assert hooked.next_log_probs is not None
+        assert model.pass_residual is not None
+        assert model.pass_residual < 1e-5
+        for query in range(len(prompts.queries)):
+            expected = FullPrompts(model, prompts).run(query)[0, -1].log_softmax(-1)
+            torch.testing.assert_close(hooked.next_log_probs[query], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain.next_log_probs, hooked.next_log_probs, atol=1e-2)
+
+
+def test_the_pass_is_measured_again_where_hooks_change(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lengths = make_model("llama"), []
+
+    def measured(model: icl.Model, prefix: tuple[int, ...], queries: tuple[tuple[int, ...], ...]) -> float:
+        lengths.append([len(query) for query in queries])
+        return 1e-7
+
+    monkeypatch.setattr("icl_dual.captures.capture.measure_pass", measured)
+    for hooks in ([], [], [("blocks.1.hook_out", lambda residual, hook: residual)], [], []):
+        with model.wrapped.hooks(fwd_hooks=hooks):
+            icl.capture(model, prompts, fields=(), progress=False)
+    of_prompts = sorted(map(len, prompts.queries))
+    assert len(lengths) == 3, "at first, with the hook, and without it again"
+    assert lengths[1] == [of_prompts[0], of_prompts[-1]]
+    assert all(shortest != longest for shortest, longest in lengths)

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from helpers import boot
+import torch
+from helpers import FullPrompts, boot
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    StableLmConfig,
+    StableLmForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,3 +41,61 @@ def test_models_that_are_no_decoders_are_refused(tokenizer: PreTrainedTokenizerF
 def test_something_that_is_no_bridge_is_refused(make_hf_model: Callable[..., PreTrainedModel]) -> None:
     with pytest.raises(icl.UnsupportedModelError, match=r"expected a TransformerBridge .*, got Llama"):
         icl.Model(cast(Any, make_hf_model("llama")))
+
+
+def test_a_subclass_of_a_decoder_is_one(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, prompts: icl.Prompts
+) -> None:
+    hf_model = make_hf_model("llama")
+    hf_model.__class__ = type("MyLlama", (type(hf_model),), {})
+    model = icl.Model(boot(hf_model, tokenizer))
+    expected = FullPrompts(model, prompts).label_log_probs(2)
+    got = icl.capture(model, prompts, fields=(), progress=False).label_log_probs[2]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_model_is_refused_with_the_reason(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    class OptimizedModule(torch.nn.Module):
+        """What torch.compile returns: the model behind a name."""
+
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__()
+            self._orig_mod = model
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+    compiled: Any = OptimizedModule(make_hf_model("llama"))
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"expected a model that torch\.compile has not compiled, got OptimizedModule"
+    ):
+        icl.Model(boot(compiled, tokenizer))
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_norms_of_queries_and_keys_may_be_absent(
+    tokenizer: PreTrainedTokenizerFast, task: icl.Task, has_norms: bool
+) -> None:
+    """A bridge has hooks for StableLM's optional norms in models without them, too, where they never fire."""
+    config = StableLmConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        qk_layernorm=has_norms,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = icl.Model(boot(StableLmForCausalLM(config).eval(), tokenizer))
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+    delta = icl.finetune(model, prompts, lr=0.01, progress=False)
+    (same,) = icl.finetune_many(model, [prompts], [0.01], progress=False)
+    assert isinstance(same, icl.WeightDelta)
+    assert delta.W_K.any()
+    torch.testing.assert_close(same.W_K, delta.W_K, atol=1e-6, rtol=1e-3)
+    assert delta.training_q is not None
+    assert delta.training_q.isfinite().all()

@@ -1,5 +1,6 @@
 """Loading decoders: what comes of a folder, and what is refused."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ def test_a_local_folder_loads_with_its_hash(
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(icl.UnsupportedModelError, match="expected a folder with a decoder-only language model"):
         icl.load_model(str(tmp_path))
+
+
+def test_a_tokenizer_given_is_used_as_it_is_and_needs_no_files(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """TransformerLens would load it again from its files, without the token that was added in memory."""
+    make_hf_model("llama").save_pretrained(tmp_path)
+    in_memory = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), bos_token="<s>")
+    in_memory.add_tokens(["<lab0>"])
+    before = in_memory.special_tokens_map
+    model = icl.load_model(str(tmp_path), tokenizer=in_memory)
+    assert model.tokenizer is in_memory
+    assert model.encode("<lab0>") == [len(tokenizer)]
+    assert model.start_tokens == [], "its own template puts nothing in front"
+    assert in_memory.special_tokens_map == before
+    assert icl.control_model(model, "untrained", seed=1).tokenizer is in_memory
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a layer missing"])

@@ -1,0 +1,370 @@
+"""Tasks from the YAML files of lm-evaluation-harness, of its multiple-choice kind.
+
+A file's `doc_to_text` writes the prompt, `doc_to_choice` the label words, and `doc_to_target` the right one. Each is
+the name of a column, or a Jinja template. They are read as the harness reads them, so that prompts are the harness's
+own, character by character. What would change a prompt and is not read here is refused by name.
+
+A file runs no code: Python functions (`!function`) and other Python tags are refused, and templates run in Jinja's
+sandbox.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from icl_dual import assets
+from icl_dual.rows import Rows, TaskError, located_rows
+from icl_dual.tasks import Task
+
+TEXTS = {"description": "", "target_delimiter": " ", "fewshot_delimiter": "\n\n"}
+"""The harness's defaults: the text before everything, before a label word, and after each demonstration."""
+
+READ_KEYS = {
+    *("task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", *TEXTS),
+    *("dataset_path", "dataset_name", "dataset_kwargs", "fewshot_config"),
+    *("training_split", "validation_split", "test_split", "fewshot_split"),
+}
+"""The keys that a task is made from."""
+
+IGNORED_KEYS = {
+    *("tag", "group", "task_alias", "num_fewshot", "metric_list", "metadata", "version", "repeats", "filter_list"),
+    *("generation_kwargs", "should_decontaminate", "doc_to_decontamination_query", "unsafe_code"),
+}
+"""Keys without effect on prompts: what the harness computes from a model's answers, and how tables name it."""
+
+READ_DATASET_KEYS = {"data_files", "revision"}
+"""The keys of `dataset_kwargs` that are read."""
+
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError)
+"""What a template raises where a row does not fit it."""
+
+
+def task_from_yaml(
+    path: str | PathLike[str], rows: Rows | None = None, query_rows: Rows | None = None, *, name: str | None = None
+) -> Task:
+    """Make a task from a YAML file of lm-evaluation-harness, of output type `multiple_choice`.
+
+    Args:
+        path: the file. Files that it includes are read too, from its own folder.
+        rows: the rows that demonstrations are drawn from, with the columns that the file's templates name. By default
+            those of the file's `dataset_path`: `json` or `csv` files next to it (`dataset_kwargs: {data_files: …}`), or
+            a data set on the Hugging Face hub. Of its splits, the harness takes demonstrations from `fewshot_split`,
+            `training_split` or `validation_split`, and queries from `test_split` or `validation_split`.
+        query_rows: the rows that queries are drawn from. Without them, `rows` are divided into pools (`Task`).
+        name: the task's name; by default the file's `task`.
+
+    Returns:
+        The task. Its label separator is `target_delimiter`, its separator `fewshot_delimiter`.
+
+    Raises:
+        TaskError: the file has a Python function, another output type or a key that is not read; a template does not
+            fit a row; or the choices differ from row to row, so that there are no label words.
+        AssetError: the data set cannot be fetched.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> text = '''
+        ... task: parity
+        ... output_type: multiple_choice
+        ... doc_to_text: "Is {{number}} even? Answer:"
+        ... doc_to_target: label
+        ... doc_to_choice: ["no", "yes"]
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "parity.yaml")
+        ...     _ = path.write_text(text)
+        ...     task = task_from_yaml(path, [{"number": n, "label": 1 - n % 2} for n in range(20)])
+        >>> task
+        Task('parity', 'Is {text} even? Answer:', labels=['no', 'yes'], {'demonstrations': 10, 'selection': 2, \
+'evaluation': 8}, protocol='answer')
+    """
+    path = Path(path)
+    config = TEXTS | _config(path, ())
+    _check_config(path, config)
+    if rows is None:
+        if query_rows is not None:
+            raise TaskError(f"{path}: expected rows with query_rows, got none: pass both, or neither")
+        rows, query_rows = _split_rows(path, config)
+    head, tail = _constant_ends(path, config["doc_to_text"])
+    reader = _DocReader(config, head, tail)
+    pools = [None if pool is None else list(reader.rows(pool)) for pool in (rows, query_rows)]
+    return Task(
+        str(name or config.get("task") or path.stem),
+        f"{_escaped(head)}{{text}}{_escaped(tail)}",
+        reader.choices,
+        pools[0] or [],
+        pools[1],
+        label_separator=config["target_delimiter"],
+        separator=config["fewshot_delimiter"],
+        description=_render(config["description"], {}, f"{path}, description"),
+        strip_fields=False,
+    )
+
+
+class _DocReader:
+    """Reads the text and the right choice of each row, and the choices that all rows share."""
+
+    def __init__(self, config: Mapping[str, Any], head: str, tail: str) -> None:
+        self.config, self.head, self.tail = config, head, tail
+        self.choices: tuple[str, ...] = ()
+
+    def rows(self, rows: Rows) -> Iterator[dict[str, str]]:
+        """Yield each row as a text between the template's constant ends, and a label word."""
+        source, located = located_rows(rows, "rows")
+        docs = [doc for _, doc in located]
+        if source.endswith(".csv"):
+            _read_integers(docs)
+        for where, doc in located:
+            if not isinstance(doc, Mapping):
+                raise TaskError(
+                    f"{where}: expected a dictionary, got {type(doc).__name__}: pass each row as a dictionary of the "
+                    "columns that the templates name"
+                )
+            choices = self._choices(doc, where)
+            self.choices = self.choices or choices
+            if choices != self.choices:
+                raise TaskError(
+                    f"{where}: expected the choices {list(self.choices)} in every row, got {list(choices)}: a task "
+                    "here has one list of label words, so use a file with fixed choices, such as letters"
+                )
+            text = self._text(doc, where)
+            yield {
+                "text": text[len(self.head) : len(text) - len(self.tail)],
+                "label": choices[self._gold(doc, choices, where)],
+            }
+
+    def _text(self, doc: Mapping[str, Any], where: str) -> str:
+        spec = self.config["doc_to_text"]
+        text = doc[spec] if spec in doc else _render(spec, doc, where)
+        if text == spec and spec not in doc:
+            raise TaskError(
+                f"{where}: expected doc_to_text as a column's name or a template with the query, got {spec!r}: use one "
+                f"of the columns {sorted(map(str, doc))} in it"
+            )
+        if not isinstance(text, str) or (text.isdigit() and spec not in doc):
+            raise TaskError(
+                f"{where}: expected text from doc_to_text={spec!r}, got {text!r}: a number makes the harness take the "
+                "choices as contexts (multiple inputs), which is not supported"
+            )
+        return text
+
+    def _choices(self, doc: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        spec = self.config["doc_to_choice"]
+        if isinstance(spec, Mapping):
+            choices: Any = list(spec.values())
+        elif not isinstance(spec, str):
+            choices = spec
+        elif spec in doc:
+            choices = doc[spec]
+        else:
+            choices = _literal(_render(spec, doc, where), "doc_to_choice", where)
+        if not isinstance(choices, list | tuple | np.ndarray):
+            raise TaskError(
+                f"{where}: expected a list of choices from doc_to_choice={spec!r}, got {choices!r}: correct the file"
+            )
+        return tuple(_render(choice, doc, where) if "{{" in str(choice) else str(choice) for choice in choices)
+
+    def _gold(self, doc: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
+        """Return the index of the right choice: a number is an index, a text one of the choices."""
+        spec = self.config["doc_to_target"]
+        if not isinstance(spec, str):
+            target: Any = spec
+        elif spec in doc:
+            target = doc[spec]
+        else:
+            target = _render(spec, doc, where)
+            target = int(target) if target.isdigit() else target
+        if isinstance(target, str) and target in choices:
+            return choices.index(target)
+        if isinstance(target, int | float | np.number) and target in range(len(choices)):
+            return int(target)
+        raise TaskError(
+            f"{where}: expected an index from 0 to {len(choices) - 1} or one of {list(choices)} from "
+            f"doc_to_target={spec!r}, got {target!r}: correct the file, or leave the row out"
+        )
+
+
+class _Function:
+    """A Python function that a file names; it is never imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML, and the names of functions."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Function(str(node.value)))
+
+
+def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the keys of a file, and of the files that it includes where it does not have them itself."""
+    path = path.resolve()
+    if path in including:
+        raise TaskError(f"{path}: expected includes that end, got a file that includes itself: remove the include")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"expected a readable UTF-8 file at {path}, got {error}: check the path") from error
+    except yaml.YAMLError as error:
+        raise TaskError(
+            f"{path}: expected plain YAML, got {' '.join(str(error).split())}: correct it, and use no Python tags"
+        ) from error
+    if not isinstance(config, dict):
+        raise TaskError(f"{path}: expected keys such as doc_to_text, got {type(config).__name__}: correct the file")
+    included_names = config.pop("include", [])
+    included: dict[str, Any] = {}
+    for name in reversed([included_names] if isinstance(included_names, str) else included_names):
+        included |= _config(path.parent / name, (*including, path))
+    return included | config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what is no multiple-choice task, runs code, or would change prompts and is not read."""
+    for key, value in config.items():
+        for function in _functions(value):
+            raise TaskError(
+                f"{path}: expected no Python functions, got {key}: !function {function}: remove it; where it changes "
+                "rows, change them yourself and pass rows="
+            )
+    if isinstance(config.get("task"), list):
+        raise TaskError(
+            f"{path}: expected one task, got a group of {len(config['task'])}: pass the file of one of them"
+        )
+    output_type = config.get("output_type", "generate_until")
+    if output_type != "multiple_choice":
+        raise TaskError(
+            f"{path}: expected output_type: multiple_choice, got {output_type}"
+            f"{'' if 'output_type' in config else ' (the default)'}: only tasks with label words can be read"
+        )
+    if unknown := sorted(config.keys() - READ_KEYS - IGNORED_KEYS):
+        raise TaskError(
+            f"{path}: expected only keys that are read, got {', '.join(unknown)}: remove what does not change the "
+            "prompts, and do what does in the rows"
+        )
+    if missing := [key for key in ("doc_to_text", "doc_to_target", "doc_to_choice") if config.get(key) is None]:
+        raise TaskError(f"{path}: expected {missing[0]}, got none: add it to the file")
+    for key in ("doc_to_text", *TEXTS):
+        if not isinstance(config[key], str):
+            raise TaskError(f"{path}: expected {key} as text, got {config[key]!r}: write it in quotes, or leave it out")
+    if unknown := sorted((config.get("fewshot_config") or {}).keys() - {"sampler"}):
+        raise TaskError(
+            f"{path}: expected fewshot_config with a sampler alone, got {', '.join(unknown)}: demonstrations are drawn "
+            "from rows by a seed, so remove it"
+        )
+
+
+def _functions(value: Any) -> Iterator[str]:
+    """Yield the names of the functions in a value."""
+    if isinstance(value, _Function):
+        yield value.name
+    elif isinstance(value, Mapping | list):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _functions(member)
+
+
+def _split_rows(path: Path, config: Mapping[str, Any]) -> tuple[Rows, Rows | None]:
+    """Return the rows of demonstrations, and of queries where they are of another split."""
+    splits = {kind: config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation", "test")}
+    demonstrations = splits["fewshot"] or splits["training"] or splits["validation"] or splits["test"]
+    queries = splits["test"] or splits["validation"] or demonstrations
+    dataset, options = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
+    if not dataset or not demonstrations:
+        raise TaskError(
+            f"{path}: expected dataset_path and a split, got dataset_path={dataset!r} and splits {splits}: add them, "
+            "or pass rows="
+        )
+    if unknown := sorted(options.keys() - READ_DATASET_KEYS):
+        raise TaskError(
+            f"{path}: expected dataset_kwargs with data_files or revision, got {', '.join(unknown)}: load the data set "
+            "yourself and pass rows="
+        )
+    names = [demonstrations, *([queries] if queries != demonstrations else [])]
+    if dataset in ("json", "csv"):
+        pools = [_file_rows(path, options.get("data_files"), split) for split in names]
+    else:
+        revision, subset = options.get("revision"), config.get("dataset_name")
+        pools = [list(assets.hub_rows(str(dataset), split, config=subset, revision=revision)) for split in names]
+    return pools[0], pools[1] if len(pools) > 1 else None
+
+
+def _file_rows(path: Path, data_files: Any, split: str) -> list[Any]:
+    """Return the rows of a split's files, which lie next to the YAML file."""
+    by_split = data_files if isinstance(data_files, Mapping) else {"train": data_files}
+    files = by_split.get(split)
+    if not files:
+        raise TaskError(
+            f"{path}: expected dataset_kwargs: data_files with the split {split!r}, got {data_files!r}: name its file"
+        )
+    docs: list[Any] = []
+    for name in [files] if isinstance(files, str) else files:
+        _, located = located_rows(path.parent / name, "rows")
+        of_file = [doc for _, doc in located]
+        if str(name).endswith(".csv"):
+            _read_integers(of_file)
+        docs += of_file
+    return docs
+
+
+def _read_integers(docs: Sequence[dict[str, Any]]) -> None:
+    """Turn the columns of integers into integers, as `datasets` reads a CSV file."""
+    for column in docs[0] if docs else ():
+        values = [doc[column] for doc in docs]
+        if all(re.fullmatch(r"-?[0-9]+", value) for value in values):
+            for doc in docs:
+                doc[column] = int(doc[column])
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, repl, count=0: re.sub(pattern, repl, text, count=count)
+    return environment
+
+
+_JINJA = _environment()
+
+
+def _render(template: str, doc: Mapping[str, Any], where: str) -> str:
+    """Return a Jinja template filled with a row."""
+    try:
+        return _JINJA.from_string(template).render(doc)
+    except RENDER_ERRORS as error:
+        raise TaskError(
+            f"{where}: expected a row that fits the template {template!r}, got {error}: correct the template, or the "
+            f"row's columns {sorted(map(str, doc))}"
+        ) from error
+
+
+def _literal(text: str, key: str, where: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise TaskError(f"{where}: expected a Python list from {key}, got {text!r}: correct the template") from error
+
+
+def _constant_ends(path: Path, template: str) -> tuple[str, str]:
+    """Return the text that a template begins and ends with whatever the row; nothing for a column's name."""
+    try:
+        body = _JINJA.parse(template).body
+    except TemplateError as error:
+        raise TaskError(
+            f"{path}: expected doc_to_text as a Jinja template, got {template!r} ({error}): correct it"
+        ) from error
+    parts = [part for node in body for part in (node.nodes if isinstance(node, nodes.Output) else [node])]
+    if all(isinstance(part, nodes.TemplateData) for part in parts):
+        return "", ""  # a column's name, or text without the query, which no row has as a column
+    ends = [part.data if isinstance(part, nodes.TemplateData) else "" for part in (parts[0], parts[-1])]
+    return ends[0], ends[1]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,132 @@
+"""Which hooks are told apart: by place, code and what they read; not by what they write themselves."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import icl_dual as icl
+
+SCALE = 0.5
+Hook = Callable[..., Any]
+
+
+def scaled(by: float) -> Hook:
+    return lambda residual, hook: residual * by
+
+
+def steered(vector: torch.Tensor) -> Hook:
+    def add(residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        return residual + vector
+
+    return add
+
+
+def times(residual: torch.Tensor, hook: Any, *, exponent: float) -> torch.Tensor:
+    return residual * exponent
+
+
+def by_global(residual: torch.Tensor, hook: Any) -> torch.Tensor:
+    return residual * SCALE
+
+
+class Steering:
+    """Steers as a method or when it is called, and counts its calls."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale, self.n_calls = scale, 0
+
+    def apply(self, residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        self.n_calls += 1
+        return residual * self.scale
+
+    def __call__(self, residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        self.n_calls += 1
+        return residual * self.scale
+
+
+class Adapter(torch.nn.Module):
+    """A module that acts as a hook."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((3,), scale))
+
+    def __call__(self, residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        return residual * self.weight[0].detach()
+
+
+def counting() -> Hook:
+    n_calls, stored = 0, {}
+
+    def keep(residual: torch.Tensor, hook: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        stored[n_calls] = residual
+
+    return keep
+
+
+def told(model: icl.Model, hook: Hook, place: str = "blocks.1.hook_out", n_runs: int = 0) -> str:
+    """What is told of a hook, after so many runs with it."""
+    with model.wrapped.hooks(fwd_hooks=[(place, hook)]), torch.no_grad():
+        for _ in range(n_runs):
+            model.run(torch.tensor([[0, 5, 9]]))
+        return model.foreign_hooks()
+
+
+KINDS: dict[str, Callable[[float], Hook]] = {
+    "closure over a number": scaled,
+    "closure over a vector": lambda by: steered(torch.full((32,), by)),
+    "partial": lambda by: functools.partial(times, exponent=by),
+    "method": lambda by: Steering(by).apply,
+    "object": Steering,
+    "module": Adapter,
+    "default": lambda by: lambda residual, hook, scale=by: residual * scale,
+    "code": lambda by: scaled(1.5) if by < 1 else steered(torch.ones(32)),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_hooks_are_told_by_what_they_read(llama: icl.Model, make: Callable[[float], Hook]) -> None:
+    assert told(llama, make(0.5)) == told(llama, make(0.5)) == told(llama, make(0.5), n_runs=2)
+    assert told(llama, make(0.5)) != told(llama, make(1.5))
+    assert told(llama, make(0.5)) != told(llama, make(0.5), "blocks.0.hook_out")
+    assert llama.foreign_hooks() == ""
+
+
+def test_hooks_are_told_by_global_values(llama: icl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = told(llama, by_global)
+    monkeypatch.setitem(globals(), "SCALE", 0.9)
+    assert told(llama, by_global) != before
+
+
+def test_what_a_hook_writes_is_no_part_of_it(llama: icl.Model) -> None:
+    hook = counting()
+    assert told(llama, hook) == told(llama, hook, n_runs=3) == told(llama, hook)
+
+
+def test_hooks_of_torch_are_found_anywhere_in_the_model(llama: icl.Model) -> None:
+    """Also on the original model's own top, which is not among a bridge's modules."""
+    original = llama.wrapped.original_model
+    for module in (original, original.model, original.model.layers[1]):
+        handle = module.register_forward_hook(lambda module, args, output: None)
+        assert len(llama.foreign_hook_names()) == 1
+        assert llama.foreign_hooks() != ""
+        handle.remove()
+        assert llama.foreign_hooks() == ""
+
+
+def test_captures_under_other_hooks_at_the_same_place_are_refused(llama: icl.Model, prompts: icl.Prompts) -> None:
+    def captured(by: float, of: icl.Prompts) -> icl.Capture:
+        with llama.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", scaled(by))]):
+            return icl.capture(llama, of, fields=icl.DECOMPOSE_FIELDS, progress=False)
+
+    in_context, zero_shot = captured(0.5, prompts), captured(0.5, prompts.zero_shot())
+    with llama.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", scaled(0.5))]):
+        assert icl.decompose(llama, in_context=in_context, zero_shot=zero_shot).residual < 1e-5
+        other = captured(0.9, prompts.zero_shot())
+        with pytest.raises(ValueError, match="with the hooks that are on the model now, got others"):
+            icl.decompose(llama, in_context=in_context, zero_shot=other)
