@@ -42,7 +42,7 @@ else:
 
 
 FINGERPRINT_ELEMENTS = 16384
-"""Most elements of a parameter that `Model.fingerprint` reads: some of every row and head, at little cost."""
+"""The elements of a parameter that `Model.fingerprint` reads, if it has no more rows: some of every row, at little cost."""
 
 
 class Model:
@@ -362,16 +362,16 @@ class Model:
         """Return the precision and a short hash of the weights and of η.
 
         Two models with different weights (for example with a delta applied), or with different η, have different
-        fingerprints. The hash reads up to `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it.
-        The precision is the dtype of the computation; that of the weights follows where it is another one.
+        fingerprints. The hash reads `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it, or one
+        of every row where it has more rows. The precision is the dtype of the computation; that of the weights follows where it is another one.
         """
         digest = hashlib.sha256()
         changes = (tensor for changes in self.weight_changes for tensor in changes.values())
         for parameter in (*self.backend.forward_weights(), *changes):
-            flat = parameter.detach().reshape(-1)
-            stride = 1 + len(flat) // FINGERPRINT_ELEMENTS
-            while math.gcd(stride, parameter.shape[-1]) > 1:  # else it would read some columns only
-                stride += 1
+            flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
+            stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)
+            while stride > 1 and math.gcd(stride, n_columns) > 1:  # else it would read some columns only
+                stride -= 1
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())

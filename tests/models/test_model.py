@@ -164,3 +164,19 @@ def test_controls_and_momentum_are_in_the_description_too(llama: icl.Model) -> N
     with icl.momentum_attention(described, 0.1):
         assert described.description == "A tiny Llama + momentum η=0.1"
     assert (described.name, described.description) == ("short", "A tiny Llama")
+
+
+def test_a_change_of_any_row_changes_the_fingerprint(
+    make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a vocabulary with more rows than elements are read, too."""
+    monkeypatch.setattr("icl_dual.models.model.FINGERPRINT_ELEMENTS", 64)
+    model = make_model("llama")
+    embedding = model.wrapped.original_model.get_input_embeddings().weight
+    before = model.fingerprint()
+    for row in range(0, len(embedding), 7):
+        kept = embedding.data[row].clone()
+        embedding.data[row] = 0
+        assert model.fingerprint() != before, row
+        embedding.data[row] = kept
+    assert model.fingerprint() == before
