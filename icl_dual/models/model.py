@@ -42,7 +42,7 @@ else:
 
 
 FINGERPRINT_ELEMENTS = 16384
-"""The elements of a parameter that `Model.fingerprint` reads, if it has no more rows: some of every row, at little cost."""
+"""The elements of a parameter that `Model.fingerprint` reads, where it has no more rows than that: little cost."""
 
 
 class Model:
@@ -362,8 +362,9 @@ class Model:
         """Return the precision and a short hash of the weights and of η.
 
         Two models with different weights (for example with a delta applied), or with different η, have different
-        fingerprints. The hash reads `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it, or one
-        of every row where it has more rows. The precision is the dtype of the computation; that of the weights follows where it is another one.
+        fingerprints. The hash reads `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it, or one of
+        every row where it has more rows. The precision is the dtype of the computation; that of the weights follows
+        where it is another one.
         """
         digest = hashlib.sha256()
         changes = (tensor for changes in self.weight_changes for tensor in changes.values())
