@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import chat_form
 import pandas as pd
 import paper_tables
 import torch
@@ -246,6 +247,7 @@ Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). F
 | `{metrics}` (`.md`, `.csv`, `.tex`) | Rec2FTP, SimAOU, SimAM, Kendall, recall and baselines, likewise |
 | `simaou`, `simam`, `kendall` (`.png`, `.pdf`) | by layer; {bands} |
 | `label_counts` (`.png`, `.pdf`, `.csv`) | how often each label is predicted: shows whether one prevails |
+| `chat` (`.md`, `.csv`) | accuracy of the same prompts as a chat, for a model with a chat template |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, spread, n |
 
 {runs.to_markdown(index=False, disable_numparse=True)}
@@ -273,6 +275,8 @@ def write(args: argparse.Namespace) -> None:
     label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
     paper_tables.write(results, args.out)
     write_figures(results, args.out)
+    if args.protocol == "answer" and not args.preset and chat_form.has_chat_template(model):
+        chat_form.write(results, args.out, device=args.device, **precision(args))
     write_readme(results, args, args.out)
     print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")
 

@@ -1,0 +1,98 @@
+"""Whether chat form helps a model that was tuned to chat: the cells' prompts once more, as turns of a chat."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from common import TITLES
+from transformers import AutoTokenizer
+
+import icl_dual as icl
+from icl_dual.assets import model_files
+from icl_dual.metrics import estimate
+from icl_dual.statistics import paired_test
+
+SETTINGS = {"ZSL": "zero-shot", "ICL": "in context"}
+
+
+def has_chat_template(model: str) -> bool:
+    """Return whether a model's tokenizer has a chat template, without loading the model."""
+    return AutoTokenizer.from_pretrained(model_files(model).folder).chat_template is not None
+
+
+def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) -> dict[str, dict[str, icl.Capture]]:
+    """Return a capture of each cell's queries as a chat by setting, run or read from the folder.
+
+    Args:
+        results: finished cells of one model.
+        folder: the folder of the captures, one folder for each cell and setting.
+        load: arguments of `load_model`.
+    """
+    model, by_cell = None, {}
+    for result in results:
+        cell, by_setting = result.cell, {}
+        for setting in SETTINGS:
+            path = folder / cell.name / setting
+            if not path.exists():
+                model = model or icl.load_model(cell.model, **load)
+                task = icl.load_task(cell.task, cell.source)
+                demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
+                queries = task.queries(cell.n_queries, split=cell.split)
+                prompts = icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat())
+                prompts = prompts.zero_shot() if setting == "ZSL" else prompts
+                icl.capture(model, prompts, fields=()).save(path)
+            by_setting[setting] = icl.Capture.load(path)
+        by_cell[cell.name] = by_setting
+    return by_cell
+
+
+def table(results: Sequence[icl.CellResult], captures: dict[str, dict[str, icl.Capture]]) -> pd.DataFrame:
+    """Return a row for each cell and setting: accuracy as plain text and as a chat, their difference, and p."""
+    rows = []
+    for result in results:
+        for setting, name in SETTINGS.items():
+            chat = captures[result.cell.name][setting]
+            plain = (result.comparison.predictions[setting] == result.comparison.gold).double()[None]
+            as_chat = (chat.predictions == chat.gold).double()[None]
+            difference = paired_test(as_chat, plain)
+            rows.append(
+                {
+                    "task": TITLES[result.cell.task],
+                    "seed": result.cell.seed,
+                    "setting": name,
+                    "plain text": estimate(plain, of=f"{setting} accuracy").format(1, scale=100.0),
+                    "chat": estimate(as_chat, of=f"{setting} accuracy").format(1, scale=100.0),
+                    "chat less plain": difference.difference.format(1, scale=100.0),
+                    "p": f"{difference.p:.3f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def sentence(results: Sequence[icl.CellResult], captures: dict[str, dict[str, icl.Capture]]) -> str:
+    """Return in words whether chat form helps in context, over all cells."""
+    chats = [captures[result.cell.name]["ICL"] for result in results]
+    plain = [(result.comparison.predictions["ICL"] == result.comparison.gold).double().mean() for result in results]
+    as_chat = [(chat.predictions == chat.gold).double().mean() for chat in chats]
+    mean = [100 * sum(values).item() / len(values) for values in (plain, as_chat)]
+    better = sum(bool(chat > text) for chat, text in zip(as_chat, plain, strict=True))
+    return (
+        f"In context, accuracy is {mean[1]:.1f} % as a chat and {mean[0]:.1f} % as plain text, as a mean over cells. "
+        f"It is higher as a chat in {better} of {len(results)} cells."
+    )
+
+
+def write(results: Sequence[icl.CellResult], out: Path, **load: Any) -> None:
+    """Write `chat.md` and `chat.csv`."""
+    captures = chat_captures(results, out / "chats", **load)
+    frame = table(results, captures)
+    frame.to_csv(out / "chat.csv", index=False)
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    note = (
+        "Accuracy in per cent of the same demonstrations and queries as plain text and as a chat: each demonstration "
+        "is a turn of the user and its label the assistant's answer. Brackets are 95 % intervals; p is of a paired "
+        f"permutation test. {sentence(results, captures)}"
+    )
+    (out / "chat.md").write_text(f"{note}\n\n{text}\n")
+    print(f"\n{note}\n\n{text}")
