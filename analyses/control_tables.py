@@ -12,7 +12,7 @@ from paper_tables import ACCURACY_ROWS, Results, by_query, by_replica, interval_
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.metrics import estimate
+from icl_dual.metrics.comparison import difference_of_shifts, estimate
 from icl_dual.order_sensitivity import PAIRS
 from icl_dual.statistics import Interval, Paired, paired_test
 
@@ -143,14 +143,15 @@ def estimates(scores: Scores) -> pd.DataFrame:
                     values = group[0].values
                     counts = f"{values.nansum():g}/{values.isfinite().sum():g}" if counted else ""
                     about = {"metric": metric, "kind": family, "what is compared": row, "task": task}
-                    numbers = {name: getattr(interval, name) for name in ("value", "low", "high", "spread")}
+                    numbers = {name: getattr(interval, name) for name in ("value", "low", "high", "spread", "unstable")}
                     lines.append(about | numbers | {"queries": interval.n_queries, "counts": counts})
     return pd.DataFrame(lines)
 
 
 def read_interval(row: Mapping[str, Any]) -> Interval:
     """The estimate of a row of `estimates`; of a table by an older version, without a spread."""
-    return Interval(row["value"], row["low"], row["high"], row["queries"], spread=row.get("spread", float("nan")))
+    numbers = (row[name] for name in ("value", "low", "high", "queries"))
+    return Interval(*numbers, unstable=bool(row.get("unstable", False)))
 
 
 def control_table(estimates: pd.DataFrame) -> pd.DataFrame:
@@ -189,9 +190,10 @@ class Against:
 
 
 def against(claim: Score, control: Score) -> Paired:
-    """A score less a control's, replica by replica where both have replicas."""
-    n_replicas = min(claim.shifts.shape[1], control.shifts.shape[1])
-    shifts = claim.shifts[:, :n_replicas] - control.shifts[:, :n_replicas]
+    """A score less a control's, replica by replica where both have as many replicas."""
+    if claim.shifts.shape != control.shifts.shape:
+        return paired_test(claim.values, control.values)
+    shifts = difference_of_shifts(claim.shifts, control.shifts)
     return paired_test(claim.values, control.values, shifts=shifts)
 
 

@@ -199,10 +199,9 @@ def interval_of(row: str, *by_task: Results) -> Interval:
 
 
 def by_replica(results: Results, row: str) -> Float[Tensor, "seed replica"]:
-    """How far each seed's replicas of the finetuning move a metric; without replicas where a seed has none."""
+    """How far each seed's replicas of the finetuning move a metric; NaN for seeds with fewer replicas than others."""
     shifts = [result.comparison.shifts(row)[0] for result in results]
-    n_replicas = min(map(len, shifts))
-    return torch.stack([of_seed[:n_replicas] for of_seed in shifts])
+    return torch.nn.utils.rnn.pad_sequence(shifts, batch_first=True, padding_value=torch.nan)
 
 
 def by_query(results: Results, row: str) -> Float[Tensor, "seed query"]:

@@ -25,6 +25,7 @@ from common import lr_key, run_script, script_parser, variant_parser
 
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
+from icl_dual.statistics import MIN_QUERIES
 
 DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
 COLUMNS = ("model", "task", "k", "lr", "n", "accuracy", "cross_entropy", "unstable")
@@ -84,9 +85,12 @@ def unstable_metrics(
     model: icl.Model, prompts: icl.Prompts, lr: float, config: icl.FinetuneConfig, replicas: int
 ) -> str:
     """Return the metrics that replicas of the finetuning move by more than their interval over queries."""
-    experiment = icl.run_experiment(
-        model, prompts.first(REPLICA_QUERIES), lr=lr, config=config, replicas=replicas, progress=False
-    )
+    try:
+        experiment = icl.run_experiment(
+            model, prompts.first(REPLICA_QUERIES), lr=lr, config=config, replicas=replicas, progress=False
+        )
+    except icl.DivergedError:  # at the edge: in a batch of replicas it rounds otherwise than by itself
+        return "diverged"
     return ", ".join(experiment.compare().unstable) or STABLE
 
 
@@ -136,7 +140,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lrs", type=float, nargs="+", default=GRID, help="grid of learning rates (%(default)s)")
     add("--replicas", type=int, default=REPLICAS, help="repeats of the finetuning for its stability (%(default)s)")
     add("--out", type=Path, default=Path("figures/lr_selection"), help="folder for the grid (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.replicas < 2 or args.queries < MIN_QUERIES:
+        parser.error(
+            f"expected --replicas of at least 2 and --queries of at least {MIN_QUERIES}, got {args.replicas} and "
+            f"{args.queries}: stability is measured with these"
+        )
+    return args
 
 
 def select(grid: Grid, task_name: str, model: Callable[[], icl.Model], args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from icl_dual.finetuning.replicas import (
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
-from icl_dual.models import Model
+from icl_dual.models import Model, NonFiniteError
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
 from icl_dual.storage import NOT_SAVED, Saved
@@ -59,6 +59,8 @@ class Experiment(Saved):
     experiment finetuned once."""
     diverged: dict[str, str] = field(default_factory=dict)
     """By replica of the finetuning that diverged: the error."""
+    replica_names: tuple[str, ...] = ()
+    """The names of all replicas in order, those that diverged included."""
     model: Model | None = field(default=None, metadata=NOT_SAVED)
     """The model that was captured; `None` after loading."""
 
@@ -75,7 +77,8 @@ class Experiment(Saved):
         """
         self._check_fields("compare", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
         comparison = compare(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps, seed=seed)
-        return with_stability(comparison, self.replicas, self.diverged, seed=seed)
+        replicas = {**self.replicas, **self.diverged}
+        return with_stability(comparison, {name: replicas[name] for name in self.replica_names}, seed=seed)
 
     def decompose(self, model: Model | None = None) -> Decomposition:
         """Split in-context attention at every layer and head into its zero-shot part and ΔICL.
@@ -305,7 +308,7 @@ def capture_settings(
 
 def capture_replicas(
     model: Model, zero_shot: Prompts, deltas: Mapping[str, WeightDelta], *, batch_size: int = 64, progress: bool = True
-) -> dict[str, Capture]:
+) -> dict[str, Capture | NonFiniteError]:
     """Capture the finetuned setting of each replica, on the first queries.
 
     Args:
@@ -314,15 +317,23 @@ def capture_replicas(
         deltas: by replica, the change of weights by finetuning.
         batch_size: the largest number of queries to run at once.
         progress: show progress bars.
+
+    Returns:
+        By replica: its capture, or the error that says where its activations overflow.
     """
-    captures = {}
+    prompts, captures = zero_shot.first(REPLICA_QUERIES), dict[str, Capture | NonFiniteError]()
     for name, delta in deltas.items():
         with delta.applied(model):
-            captures[name] = capture(model, zero_shot.first(REPLICA_QUERIES), batch_size=batch_size, progress=progress)
+            try:
+                captures[name] = capture(model, prompts, batch_size=batch_size, progress=progress)
+            except NonFiniteError as error:
+                captures[name] = error.with_traceback(None)
     return captures
 
 
-def add_replicas(experiment: Experiment, finetuned: Finetuned, captures: Mapping[str, Capture]) -> Experiment:
+def add_replicas(
+    experiment: Experiment, finetuned: Finetuned, captures: Mapping[str, Capture | NonFiniteError]
+) -> Experiment:
     """Return an experiment with what the metrics of each replica of its finetuning are computed from.
 
     Args:
@@ -333,17 +344,21 @@ def add_replicas(experiment: Experiment, finetuned: Finetuned, captures: Mapping
     zero_shot, in_context = (
         setting.first(REPLICA_QUERIES) for setting in (experiment.zero_shot, experiment.in_context)
     )
-    recordings = {
-        name: Recordings.of(
-            zero_shot=zero_shot,
-            in_context=in_context,
-            finetuned=finetuned_capture,
-            delta=finetuned.replicas[name],
-            steps=experiment.steps,
-        )
-        for name, finetuned_capture in captures.items()
-    }
-    return replace(experiment, replicas=recordings, diverged=dict(finetuned.diverged))
+    # As wide as the run's own: the random baselines draw a number for each token of the longest query.
+    n_tokens = max(map(len, experiment.in_context.prompts.shared_query_tokens))
+    recordings, diverged = {}, dict(finetuned.diverged)
+    for name, captured in captures.items():
+        if isinstance(captured, NonFiniteError):
+            diverged[name] = str(captured)
+        else:
+            recordings[name] = Recordings.of(
+                zero_shot=zero_shot,
+                in_context=in_context,
+                finetuned=captured,
+                delta=finetuned.replicas[name],
+                steps=experiment.steps,
+            ).padded(n_tokens)
+    return replace(experiment, replicas=recordings, diverged=diverged, replica_names=tuple(finetuned.names))
 
 
 def _check_arguments(

@@ -387,7 +387,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         "shared_texts": len(shared_texts([*draw.demonstrations, *draw.context], draw.queries)),
         "label_words": draw.task.label_words,
         "losses": experiment.delta.losses.tolist(),
-        "replicas": [*experiment.replicas, *experiment.diverged],
+        "replicas": list(experiment.replica_names),
         "diverged_replicas": list(experiment.diverged.values()),
         "massive_activations": experiment.massive_activations().overall(),
         "demonstrations": [example.key for example in draw.demonstrations],
@@ -548,8 +548,8 @@ class _Plan:
         if len(set(folders.values())) < len(folders):
             raise StudyError(
                 "expected cells that differ in model, task, k, seed, lr, protocol or control, got two that would share "
-                "a folder: run cells that differ in queries, balance, split, source or mismatch as studies in folders "
-                "of their own"
+                "a folder: run cells that differ in queries, balance, split, source, mismatch, scoring or replicas as "
+                "studies in folders of their own"
             )
         models_by_name = {model.name: model for model in models}
         if len(models_by_name) < len(models):

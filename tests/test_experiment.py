@@ -57,7 +57,10 @@ def test_an_experiment_is_what_its_steps_give_bit_for_bit(
     with delta.applied(llama):
         finetuned = icl.capture(llama, prompts.zero_shot(), fields=ALL, progress=False)
     pair: dict[str, Any] = {"zero_shot": zero_shot, "in_context": in_context}
-    expected = icl.Experiment(**pair, finetuned=finetuned, delta=delta, replicas=experiment.replicas)
+    expected = icl.Experiment(**pair, finetuned=finetuned, delta=delta)
+    expected = dataclasses.replace(
+        expected, replicas=experiment.replicas, replica_names=("lr × 0.999", "lr × 1.001, noise +1")
+    )
     assert_same(experiment, expected)
     assert experiment.delta.factors is not None
     comparison = experiment.compare(seed=3)

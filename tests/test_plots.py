@@ -61,7 +61,7 @@ def test_layers_draws_the_range_of_the_means_over_replicas(comparison: icl.Compa
 
 
 def test_unstable_estimates_are_crosses(comparison: icl.Comparison) -> None:
-    stable, unstable = Interval(0.3, 0.1, 0.6, 9, spread=0.1), Interval(0.5, 0.2, 0.6, 9, spread=0.3)
+    stable, unstable = Interval(0.3, 0.1, 0.6, 9, spread=0.1), Interval(0.5, 0.2, 0.6, 9, spread=0.3, unstable=True)
     ax = icl.plots.dots({"claim": {"a": stable}, "control": {"a": unstable}})
     crosses = [np.asarray(line.get_xdata()).tolist() for line in ax.get_lines() if line.get_marker() == "x"]
     assert crosses == [[0.5]]

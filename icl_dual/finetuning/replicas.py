@@ -18,7 +18,7 @@ from icl_dual.models import Model
 from icl_dual.prompts import Prompts
 
 REPLICAS = 3
-"""The default number of replicas: together they take less than half of a cell's time (`analyses/benchmark.py`)."""
+"""The default number of replicas: together they take about half of a cell's time (`analyses/benchmark.py`)."""
 
 RATE_CHANGE = 1e-3
 """The relative change of the learning rate."""
@@ -40,6 +40,8 @@ class Finetuned:
     """By replica: the change of weights."""
     diverged: Mapping[str, str] = field(default_factory=dict)
     """By replica that diverged: the error."""
+    names: tuple[str, ...] = ()
+    """The names of all replicas in order, those that diverged included."""
 
     def randomised(self, seed: int) -> "Finetuned":
         """Return random deltas of the same norms, in the same directions for all (`WeightDelta.randomised`)."""
@@ -53,7 +55,7 @@ def check_replicas(n: int) -> None:
     Raises:
         ValueError: it is negative, or a single one.
     """
-    if n < 0 or n == 1:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0 or n == 1:
         raise ValueError(
             f"expected replicas as 0 for none, or at least 2, got {n}: one replica shows no spread, {REPLICAS} are the "
             "default"
@@ -124,4 +126,5 @@ def finetune_with_replicas(
         delta,
         {name: result for name, result in results.items() if isinstance(result, WeightDelta)},
         {name: str(result) for name, result in results.items() if isinstance(result, DivergedError)},
+        tuple(results),
     )

@@ -77,7 +77,7 @@ class Noise:
     """The seed of g."""
     size: float = 2**-9
     """The relative size of the noise. The default is the unit roundoff of bfloat16, in which most models are published:
-    a weight is known no better than that. A negative size turns the noise round."""
+    a weight is known no better than that. A negative size gives the noise the opposite sign."""
 
     def __post_init__(self) -> None:
         if not 0 < abs(self.size) < 1:

@@ -103,6 +103,8 @@ class Metric:
     from_predictions: bool = False
     """Whether the function reads gold labels and predictions only. Such a metric, by `query`, is not saved: comparisons
     compute it from their predictions, also those saved before it was registered."""
+    from_finetuning: bool = True
+    """Whether the value depends on the finetuned model: a replica of the finetuning that diverges then has none."""
     needs: tuple[Need, ...] = ()
     """Fields of `Recordings` that may be `None`; where one is, the metric is absent."""
     baselines: tuple[str, ...] = ()
@@ -223,6 +225,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         released="ZSL SimAM",
         released_zeros=True,
         drawing=Drawing("ICL and ZSL (before FT)", color="C1", linestyle="--"),
+        from_finetuning=False,
     ),
     Metric(
         "SimAM after FT",
@@ -248,6 +251,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         released="Random SimAM",
         released_zeros=True,
         drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        from_finetuning=False,
     ),
     Metric(
         "SimAM random update",
@@ -292,6 +296,7 @@ BUILT_IN: tuple[Metric, ...] = (
         range=_SHARE,
         interval="accuracy",
         called="zero-shot",
+        from_finetuning=False,
     ),
     Metric(
         "ICL accuracy",
@@ -302,6 +307,7 @@ BUILT_IN: tuple[Metric, ...] = (
         interval="accuracy",
         baselines=("ZSL accuracy",),
         headline=True,
+        from_finetuning=False,
     ),
     Metric(
         "FT accuracy",
@@ -357,6 +363,7 @@ BUILT_IN: tuple[Metric, ...] = (
         released="Random SimAOU",
         released_zeros=True,
         drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        from_finetuning=False,
     ),
     Metric("SimAOU random update", lambda batch: batch.output_nulls["update"], range=_COSINE, undefined=_NO_UPDATE),
     Metric(
@@ -411,6 +418,7 @@ BUILT_IN: tuple[Metric, ...] = (
         undefined=_NO_RANKS,
         released="token-level random_kendall",
         drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        from_finetuning=False,
     ),
     Metric(
         "Kendall on keys",
@@ -443,6 +451,7 @@ BUILT_IN: tuple[Metric, ...] = (
         null=0.0,
         undefined=_NO_RANKS,
         released="example-level random_kendall",
+        from_finetuning=False,
     ),
     Metric(
         f"Top-{TOP_TOKENS} recall",

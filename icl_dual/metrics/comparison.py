@@ -71,10 +71,18 @@ def estimate(*groups: Table, of: str, shifts: Sequence[Shifts] = ()) -> Interval
     metric = metrics().get(of)
     rule = "bootstrap" if metric is None else metric.interval
     if rule == "proportion":
-        return widened(mean_of_intervals(*(proportion(group) for group in groups)), *shifts)
+        return _clipped(widened(mean_of_intervals(*(proportion(group) for group in groups)), *shifts), metric)
     interval = bootstrap(*groups)
     is_extreme = rule == "accuracy" and len(groups) == 1 and interval.value in (0.0, 1.0)
-    return widened(proportion(*groups) if is_extreme else interval, *shifts)
+    return _clipped(widened(proportion(*groups) if is_extreme else interval, *shifts), metric)
+
+
+def _clipped(interval: Interval, metric: Metric | None) -> Interval:
+    """Return an interval that ends where the metric's range does: replicas may widen it beyond."""
+    if metric is None or not interval.known:
+        return interval
+    least, largest = metric.range
+    return replace(interval, low=max(interval.low, float(least)), high=min(interval.high, float(largest)))
 
 
 @document_fields
@@ -130,12 +138,14 @@ class Comparison(Saved):
     def unstable(self) -> tuple[str, ...]:
         """Return the metrics with a spread over replicas that exceeds their interval over queries.
 
-        These are the metrics that are held against a baseline. One that baselines are, such as a random update's, is
-        not among them.
+        A metric that another is held against, such as a random update's, is not among them.
         """
-        values_by_name = self.by_query()
-        held = [name for name, metric in metrics().items() if metric.baselines and name in values_by_name]
-        return tuple(name for name in held if self._interval(name, values_by_name[name]).unstable)
+        return tuple(name for name, interval in self._held_intervals().items() if interval.unstable)
+
+    def _held_intervals(self) -> dict[str, Interval]:
+        """Return the intervals of the metrics that are no baselines of others."""
+        baselines = {name for metric in metrics().values() for name in metric.baselines}
+        return {name: interval for name, interval in self.intervals().items() if name not in baselines}
 
     def overall(self) -> pd.DataFrame:
         """Return the numbers over all layers together: metric, value, low and high (its 95 % interval), spread, n.
@@ -189,14 +199,15 @@ class Comparison(Saved):
         table = tabulate(
             rows, header, tablefmt="latex_booktabs", disable_numparse=True, colalign=("left", "left", "right")
         )
-        return table.replace("Δ", r"$\Delta$")
+        return table.replace("Δ", r"$\Delta$").replace(UNSTABLE, r"$^\dagger$")
 
     def summary(self) -> pd.DataFrame:
         """Return a row for each headline metric, with the baseline that it is held against and a verdict.
 
-        Columns: metric, value, low, high, spread, n, baseline, baseline_value, p, verdict. p is two-sided, of
+        Columns: metric, value, low, high, spread, unstable, n, baseline, baseline_value, p, verdict. p is two-sided, of
         `intervals.paired_test` between the metric and its first baseline on the same queries. It is not corrected for
-        the number of tests. A verdict that a replica of the finetuning overturns says so.
+        the number of tests. A verdict says where replicas of the finetuning overturn it, diverged, or leave the metric
+        unstable.
         """
         values_by_name = self.by_query()
         headlines = [metric for metric in metrics().values() if metric.headline]
@@ -235,7 +246,7 @@ class Comparison(Saved):
         """Return `summary` as text."""
         rows = []
         for row in self.summary().to_dict("records"):
-            interval = Interval(row["value"], row["low"], row["high"], row["n"], spread=row["spread"])
+            interval = Interval(*(row[name] for name in ("value", "low", "high", "n")), unstable=row["unstable"])
             absent = row["verdict"].startswith("absent")
             has_baseline = not np.isnan(row["baseline_value"])
             against = f"{row['baseline']} {row['baseline_value']:.3f}".strip() if has_baseline else ""
@@ -247,18 +258,21 @@ class Comparison(Saved):
         """Return how stable the metrics are over replicas of the finetuning."""
         if self.stability is None:
             return "stability not measured: finetuned once"
-        n, diverged = len(self.stability.replicas), len(self.stability.diverged)
+        n, diverged, over = len(self.stability.replicas), len(self.stability.diverged), "replicas of the finetuning"
         if diverged:
-            return f"unstable: {diverged} of {n} replicas of the finetuning diverged"
+            return f"unstable: {diverged} of {n} {over} diverged"
         if self.unstable:
-            return f"unstable{UNSTABLE} over {n} replicas of the finetuning: {', '.join(self.unstable)}"
-        return f"stable over {n} replicas of the finetuning"
+            return f"unstable{UNSTABLE} over {n} {over}: {', '.join(self.unstable)}"
+        if not any(interval.known for interval in self._held_intervals().values()):
+            return f"stability over {n} {over} unknown: fewer than {MIN_QUERIES} queries, so no interval"
+        return f"stable over {n} {over}"
 
     def _counts(self, metric: str) -> str:
         return f"{self.rec2ftp.both}/{self.rec2ftp.finetuned}" if metric == "Rec2FTP" else ""
 
     def _summary_row(self, metric: Metric, values_by_name: dict[str, Tensor]) -> dict[str, Any]:
-        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "spread": np.nan, "n": 0}
+        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+        row |= {"spread": np.nan, "unstable": False}
         row |= {"baseline": next(iter(metric.baselines), ""), "baseline_value": np.nan, "p": np.nan}
         if metric.name not in values_by_name:
             reasons = [ABSENT[name] for name in metric.needs] or ["the comparison was made without it (compare again)"]
@@ -266,7 +280,7 @@ class Comparison(Saved):
         values = values_by_name[metric.name]
         interval = self._interval(metric.name, values)
         row |= {"value": interval.value, "low": interval.low, "high": interval.high, "spread": interval.spread}
-        row |= {"n": interval.n_queries}
+        row |= {"unstable": interval.unstable, "n": interval.n_queries}
         if row["baseline"] in values_by_name:
             baseline, called = values_by_name[row["baseline"]], metrics()[row["baseline"]].called
         elif metric.null is not None:
@@ -279,8 +293,11 @@ class Comparison(Saved):
         row |= {"baseline_value": baseline.nanmean().item()}
         shifts = self.shifts(metric.name)[0]
         if row["baseline"]:
-            shifts = shifts - self.shifts(row["baseline"])[0]
-        return row | _verdict(metric, values[:n_shared], baseline[:n_shared], called, shifts)
+            shifts = difference_of_shifts(shifts, self.shifts(row["baseline"])[0])
+        tested = _verdict(metric, values[:n_shared], baseline[:n_shared], called, shifts)
+        if interval.unstable and "replicas" not in tested["verdict"]:
+            tested["verdict"] += ", unstable"
+        return row | tested
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
@@ -392,34 +409,38 @@ def compare_recordings(
     )
 
 
-def with_stability(
-    comparison: Comparison,
-    replicas: Mapping[str, Recordings],
-    diverged: Mapping[str, str] | None = None,
-    *,
-    seed: int = 0,
-) -> Comparison:
+def difference_of_shifts(a: Float[Tensor, "*seed replica"], b: Float[Tensor, "*seed replica"]) -> Tensor:
+    """Return how far each replica moves the difference of two metrics; infinite where it diverged for either."""
+    return torch.where(a.isinf() | b.isinf(), torch.inf, a - b)
+
+
+def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | str], *, seed: int = 0) -> Comparison:
     """Return a comparison that knows how far replicas of its finetuning move each metric.
 
     Args:
         comparison: the comparison of the finetuning itself.
-        replicas: by replica, the recordings of its first queries with the replica's finetuned model.
-        diverged: by replica that diverged, the error.
+        replicas: by replica, the recordings of its first queries with the replica's finetuned model; or, where it
+            diverged, the error.
         seed: the seed of the random baselines, as in `compare`.
 
     Returns:
         The comparison, or the one given where there is no replica.
     """
-    diverged = diverged or {}
-    if not replicas and not diverged:
+    if not replicas:
         return comparison
-    compared = {name: compare_recordings(recordings, seed=seed) for name, recordings in replicas.items()}
+    n_queries, values_by_replica = 0, {}
+    for name, recordings in replicas.items():
+        if isinstance(recordings, str):
+            values_by_replica[name] = recordings
+        else:
+            replica = compare_recordings(recordings, seed=seed)
+            n_queries, values_by_replica[name] = len(replica.gold), (replica.by_query(), replica.per_layer)
     stability = Stability.of(
         comparison.by_query(),
         comparison.per_layer,
-        {name: (replica.by_query(), replica.per_layer) for name, replica in compared.items()},
-        n_queries=min((len(replica.gold) for replica in compared.values()), default=0),
-        diverged=diverged,
+        values_by_replica,
+        n_queries=n_queries,
+        unaffected=[name for name, metric in metrics().items() if not metric.from_finetuning],
     )
     return replace(comparison, stability=stability)
 
@@ -449,8 +470,10 @@ def _verdict(
     side = "not above" if test.p >= SIGNIFICANT else "above" if test.difference.value > 0 else "below"
     p = "p < .001" if test.p < 0.001 else f"p = {test.p:.3f}".replace("0.", ".")
     verdict = f"{side} {called} ({p})"
-    overturned = int((((test.difference.value + shifts) * test.difference.value) < 0).sum())
-    if side != "not above" and overturned:
+    overturned = int(((test.difference.value + shifts) * test.difference.value < 0).sum())
+    if shifts.isinf().any():
+        verdict += f", {int(shifts.isinf().sum())} of {len(shifts)} replicas diverged"
+    elif side != "not above" and overturned:
         verdict += f", overturned in {overturned} of {len(shifts)} replicas"
     return {"p": test.p, "verdict": verdict}
 

@@ -6,8 +6,9 @@ metric. An interval over queries does not see this. So the finetuning is repeate
 other weights (`icl_dual.finetuning.replicas`), and each metric carries the range of its values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,12 +23,12 @@ class Stability:
     """How far each replica of the finetuning moves each metric, on the same queries."""
 
     replicas: tuple[str, ...]
-    """The difference of each replica from the finetuning itself, in words. Those that diverged come last."""
+    """The difference of each replica from the finetuning itself, in words."""
     n_queries: int
     """The number of first queries that replicas are captured on."""
     shifts: dict[str, Float[Tensor, " replica"]]
     """By metric: the replica's value less the run's own on the same queries; NaN where one of the two is undefined,
-    infinite where the replica diverged."""
+    infinite where the replica diverged and the metric depends on finetuning."""
     layer_shifts: dict[str, Float[Tensor, "replica layer"]] = field(default_factory=dict)
     """By metric: the shifts at each layer."""
     diverged: tuple[str, ...] = ()
@@ -38,35 +39,40 @@ class Stability:
         cls,
         overall: Mapping[str, Float[Tensor, "_"]],
         by_layer: Mapping[str, Float[Tensor, "_ layer"]],
-        replicas: Mapping[str, tuple[Mapping[str, Float[Tensor, "_"]], Mapping[str, Float[Tensor, "_ layer"]]]],
+        replicas: Mapping[str, tuple[Mapping[str, Float[Tensor, "_"]], Mapping[str, Float[Tensor, "_ layer"]]] | str],
         *,
         n_queries: int,
-        diverged: Mapping[str, str],
+        unaffected: Collection[str] = (),
     ) -> "Stability":
         """Return the stability of metrics, from their values in the run and in its replicas.
 
         Args:
             overall: by metric, each query's value over all layers together.
             by_layer: by metric, each query's value at each layer.
-            replicas: by replica, the same two for its first `n_queries` queries.
+            replicas: by replica, the same two for its first `n_queries` queries; or, where it diverged, the error.
             n_queries: how many first queries the replicas have.
-            diverged: by replica that diverged, the error.
+            unaffected: the metrics that do not depend on finetuning: a replica that diverged does not move them.
         """
 
-        def shift(values: Tensor, replica: Tensor) -> Tensor:
-            return replica.double().nanmean(0) - values[: len(replica)].double().nanmean(0)
+        def shift(name: str, values: Tensor, part: int, replica: Any) -> Tensor:
+            if isinstance(replica, str):
+                lost = 0.0 if name in unaffected else torch.inf
+                return torch.full_like(values[0], lost, dtype=torch.float64)
+            of_replica = replica[part][name].double()
+            return of_replica.nanmean(0) - values[: len(of_replica)].double().nanmean(0)
 
-        def shifts(name: str, values: Tensor, part: int) -> Tensor:
-            kept = [shift(values, replica[part][name]) for replica in replicas.values()]
-            lost = [torch.full_like(values[0], torch.inf, dtype=torch.float64)] * len(diverged)
-            return torch.stack([*kept, *lost])
+        def shifts(values_by_name: Mapping[str, Tensor], part: int) -> dict[str, Tensor]:
+            return {
+                name: torch.stack([shift(name, values, part, replica) for replica in replicas.values()])
+                for name, values in values_by_name.items()
+            }
 
         return cls(
-            replicas=(*replicas, *diverged),
+            replicas=tuple(replicas),
             n_queries=n_queries,
-            shifts={name: shifts(name, values, 0) for name, values in overall.items()},
-            layer_shifts={name: shifts(name, values, 1) for name, values in by_layer.items()},
-            diverged=tuple(diverged.values()),
+            shifts=shifts(overall, 0),
+            layer_shifts=shifts(by_layer, 1),
+            diverged=tuple(replica for replica in replicas.values() if isinstance(replica, str)),
         )
 
     def layer_range(self, metric: str) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:

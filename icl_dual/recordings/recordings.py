@@ -3,7 +3,7 @@ finetuning's queries; from a model's captures, or read from a folder (`icl_dual.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.captures.pairing import (
@@ -154,6 +154,15 @@ class Recordings(Saved):
                 "the field residual_norms"
             )
         return ordinary_tokens(self.residual_norms, self.query_lengths)
+
+    def padded(self, n_tokens: int) -> "Recordings":
+        """Return the recordings with at least `n_tokens` query tokens: zero past each query's end."""
+
+        def pad(by_setting: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: nn.functional.pad(t, (0, max(0, n_tokens - t.shape[-1]))) for name, t in by_setting.items()}
+
+        norms = None if self.residual_norms is None else pad(self.residual_norms)
+        return replace(self, query_scores=pad(self.query_scores), residual_norms=norms)
 
     def __repr__(self) -> str:
         _, n_layers, n_heads, _ = self.query_scores["ZSL"].shape

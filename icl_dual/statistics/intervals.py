@@ -45,18 +45,15 @@ class Interval:
     n_seeds: int = 1
     """The number of seeds; of several groups, the smallest."""
     spread: float = float("nan")
-    """The range of the estimate over replicas of the finetuning, which the interval includes (`widened`); NaN where
-    there are no replicas."""
+    """The range of the estimate over replicas of the finetuning, which the interval includes (`widened`); NaN where it
+    is not known."""
+    unstable: bool = False
+    """Whether the spread over replicas exceeds the width of the interval over queries alone."""
 
     @property
     def known(self) -> bool:
         """Return whether there is an interval."""
         return not (np.isnan(self.low) or np.isnan(self.high))
-
-    @property
-    def unstable(self) -> bool:
-        """Return whether the spread over replicas exceeds the width of the interval over queries alone."""
-        return bool(np.isposinf(self.spread) or self.spread > self.high - self.low - self.spread)
 
     def format(self, digits: int = 3, *, scale: float = 1.0, counts: str = "") -> str:
         """Return the estimate and its interval as text; a dagger (`UNSTABLE`) marks an unstable estimate.
@@ -73,7 +70,7 @@ class Interval:
             '0.152 (3 queries: no interval)'
             >>> Interval(float("nan"), float("nan"), float("nan"), n_queries=0).format()
             'undefined'
-            >>> Interval(0.152, 0.14, 0.263, n_queries=80, spread=0.1).format()
+            >>> Interval(0.152, 0.14, 0.263, n_queries=80, spread=0.1, unstable=True).format()
             '0.152† [0.140, 0.263]'
         """
         value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high))
@@ -194,23 +191,31 @@ def widened(interval: Interval, *shifts: Shifts) -> Interval:
     Args:
         interval: the interval over queries, of a mean over groups.
         shifts: by group, how far each seed's replicas move the estimate; NaN where a replica has no value, infinite
-            where it diverged. Without replicas, the interval is returned as it is.
+            where it diverged. A group without a value of any replica moves nothing; where no group has one, the
+            interval is returned as it is.
 
     Example:
         >>> print(widened(Interval(0.15, 0.14, 0.16, n_queries=80), np.array([[0.002, 0.08, -0.01]])))
         0.150† [0.130, 0.240]
     """
     tables = [np.asarray(group, dtype=np.float64) for group in shifts]
-    if not tables or not all(table.size for table in tables):
+    if all(np.isnan(table).all() for table in tables):  # of an empty table, too
         return interval
     below, above = (float(np.linalg.norm(_moves(tables, side))) for side in (-1, 1))
-    return replace(interval, low=interval.low - below, high=interval.high + above, spread=below + above)
+    spread, width = below + above, interval.high - interval.low
+    return replace(
+        interval,
+        low=interval.low - below,
+        high=interval.high + above,
+        spread=spread,
+        unstable=bool(np.isinf(spread) or spread > width),
+    )
 
 
 def _moves(tables: list[np.ndarray], side: int) -> Float[np.ndarray, " seed"]:
     """Return how far each group's seeds move the mean of all to one side, at least 0."""
     by_seed = [
-        np.where(np.isinf(table).any(1), np.inf, np.nan_to_num(side * table).max(1).clip(0)) / len(table)
+        np.where(np.isinf(table).any(1), np.inf, np.nan_to_num(side * table).max(1, initial=0.0)) / len(table)
         for table in tables
     ]
     return np.concatenate(by_seed) / len(tables)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from icl_dual.finetuning.replicas import replica_settings
 from icl_dual.metrics import catalogue
 from icl_dual.metrics.comparison import with_stability
 from icl_dual.metrics.stability import Stability
+from icl_dual.models import NonFiniteError
 from icl_dual.prompts import Prompts
 
 LR = 0.05
@@ -87,9 +89,11 @@ def test_every_metric_carries_its_spread_beside_the_interval_over_queries(experi
     for name, interval in comparison.intervals().items():
         shifts = [shift for shift in comparison.stability.shifts[name].tolist() if not math.isnan(shift)]
         below, above = max(0.0, *(-shift for shift in shifts), 0), max(0.0, *shifts, 0)
-        assert interval.spread == pytest.approx(below + above)
-        assert interval.low == pytest.approx(alone.intervals()[name].low - below, nan_ok=True)
-        assert interval.high == pytest.approx(alone.intervals()[name].high + above, nan_ok=True)
+        assert interval.spread == pytest.approx(below + above if shifts else math.nan, nan_ok=True)
+        least, largest = catalogue.metrics()[name].range
+        low, high = alone.intervals()[name].low - below, alone.intervals()[name].high + above
+        assert interval.low == pytest.approx(max(low, least), nan_ok=True)
+        assert interval.high == pytest.approx(min(high, largest), nan_ok=True)
     low, high = comparison.stability.layer_range("SimAOU")
     assert frame.loc[("SimAOU", 1), "spread"] == pytest.approx((high - low)[1].item())
     overall = comparison.overall().set_index("metric")
@@ -145,7 +149,7 @@ def test_a_cell_with_a_spread_beyond_its_interval_is_marked_everywhere(experimen
     assert "unstable† over 2 replicas" in unsteady._repr_html_()
     row = next(line for line in str(unsteady).splitlines() if line.startswith("SimAOU"))
     assert f"{interval.value:.3f}†" in row
-    assert f"{interval.value:.3f}†" in unsteady.to_latex()
+    assert f"{interval.value:.3f}$^\\dagger$" in unsteady.to_latex()
     baseline = moved(comparison, {"SimAOU random update": [0.0, 1.0]})
     assert baseline.unstable == (), "a baseline of its own is no metric of the cell"
 
@@ -169,29 +173,77 @@ def test_a_verdict_that_a_replica_overturns_says_so(experiment: icl.Experiment) 
         return moved(comparison, shifts).summary().set_index("metric").loc["SimAM after FT", "verdict"]
 
     above = "above its value before FT (p < .001)"
-    assert verdict({"SimAM after FT": [-0.05, 0.02]}) == above
+    assert verdict({"SimAM after FT": [-0.001, 0.001]}) == above
+    assert verdict({"SimAM after FT": [-0.05, 0.02]}) == f"{above}, unstable"
     assert (
         verdict({"SimAM after FT": [-0.2, 0.02]})
         == "above its value before FT (p < .001), overturned in 1 of 2 replicas"
     )
     together = {"SimAM after FT": [-0.2, 0.02], "SimAM before FT": [-0.2, 0.02]}
-    assert verdict(together) == above, "both move alike"
+    assert verdict(together) == f"{above}, unstable", "both move alike"
+    diverged = verdict({"SimAM after FT": [-0.001, math.inf]})
+    assert diverged == f"{above}, 1 of 2 replicas diverged"
+    baseline = {"SimAM after FT": [0.0, math.inf], "SimAM before FT": [0.0, math.inf]}
+    assert verdict(baseline) == f"{above}, 1 of 2 replicas diverged", "∞ − ∞ is no agreement"
 
 
 def test_a_diverged_replica_leaves_the_cell_unstable(experiment: icl.Experiment) -> None:
-    names = list(experiment.replicas)
+    names = list(experiment.replica_names)
     partly = replace(
         experiment,
-        replicas={name: experiment.replicas[name] for name in names[:2]},
-        diverged={names[2]: "finetuning diverged at step 2 of 4"},
+        replicas={name: experiment.replicas[name] for name in names[1:]},
+        diverged={names[0]: "finetuning diverged at step 2 of 4"},
     )
     comparison = partly.compare()
     assert comparison.stability is not None
     assert comparison.stability.replicas == tuple(names)
     assert "SimAOU" in comparison.unstable
-    assert comparison.intervals()["SimAOU"].high == math.inf
+    assert comparison.shifts("SimAOU")[0].isinf().tolist() == [True, False, False], "in its place"
+    intervals = comparison.intervals()
+    assert (intervals["SimAOU"].low, intervals["SimAOU"].high) == (-1, 1), "all of its range"
+    for name in ("ZSL accuracy", "ICL accuracy", "SimAM before FT", "SimAM random", "SimAOU random"):
+        assert not intervals[name].unstable, "finetuning does not move it"
     assert repr(comparison).endswith("unstable: 1 of 3 replicas of the finetuning diverged)")
     assert comparison.stability.diverged == ("finetuning diverged at step 2 of 4",)
+
+
+def test_a_replica_that_overflows_when_it_is_captured_is_one_that_diverged(
+    precise: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture, n_runs = experiment_module.capture, []
+
+    def overflowing(model: icl.Model, of: Prompts, **options: Any) -> icl.Capture:
+        n_runs.append(of)
+        if len(n_runs) == 5:  # in context, zero-shot, finetuned, the first replica, and then the second
+            raise NonFiniteError("expected finite activations, got inf in layer 1")
+        return capture(model, of, **options)
+
+    monkeypatch.setattr(experiment_module, "capture", overflowing)
+    comparison = icl.run_experiment(precise, prompts, lr=LR, replicas=2, progress=False).compare()
+    assert comparison.stability is not None
+    assert comparison.stability.diverged == ("expected finite activations, got inf in layer 1",)
+    assert comparison.shifts("SimAOU")[0].isinf().tolist() == [False, True]
+
+
+def test_baselines_of_replicas_draw_the_runs_own_numbers(precise: icl.Model, task: icl.Task) -> None:
+    """Also where the longest query is not among the first ones, so that theirs are padded less."""
+    queries = sorted(task.queries(7), key=lambda example: len(str(example.fields)))
+    prompts = icl.build_prompts(precise, task, task.demonstrations(4, seed=1), queries)
+    assert max(map(len, prompts.queries)) > max(map(len, prompts.queries[:5]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_module, "REPLICA_QUERIES", 5)
+        comparison = icl.run_experiment(precise, prompts, lr=LR, replicas=2, progress=False).compare()
+    for name in ("SimAM random", "SimAOU random", "Kendall random"):
+        assert (comparison.shifts(name) == 0).all(), name
+    assert comparison.shifts("SimAMΔ random").abs().max() < 0.02
+
+
+def test_without_intervals_stability_is_unknown(precise: icl.Model, task: icl.Task) -> None:
+    prompts = icl.build_prompts(precise, task, task.demonstrations(4, seed=1), task.queries(3))
+    comparison = icl.run_experiment(precise, prompts, lr=LR, replicas=2, progress=False).compare()
+    assert repr(comparison).endswith(
+        "stability over 2 replicas of the finetuning unknown: fewer than 5 queries, so no interval)"
+    )
 
 
 def test_a_metric_registered_later_has_a_spread_too(experiment: icl.Experiment) -> None:

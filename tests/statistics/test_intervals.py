@@ -411,6 +411,14 @@ def test_a_diverged_replica_leaves_no_bound_and_one_without_a_value_counts_as_no
     assert (diverged.low, diverged.high, diverged.unstable) == (-math.inf, math.inf, True)
     assert diverged.format() == "0.500† [-inf, inf]"
     assert widened(interval, np.array([[np.nan, 0.1]])) == widened(interval, np.array([[0.1]]))
+    assert widened(interval, np.array([[np.nan, np.nan]])) == interval, "nothing is known"
+
+
+def test_a_group_without_replicas_keeps_its_share_of_the_mean() -> None:
+    interval, replicas = Interval(0.5, 0.4, 0.6, 9), np.array([[0.5, 0.2]])
+    wider = widened(interval, replicas, np.empty((1, 0)))
+    assert (wider.low, wider.high, wider.spread) == pytest.approx((0.4, 0.85, 0.25))
+    assert wider.unstable
 
 
 def test_only_a_spread_beyond_the_interval_over_queries_is_unstable() -> None:
