@@ -178,7 +178,7 @@ def rounds_changes(model: Model, prompts: Prompts) -> bool:
 
 
 def _zero_changes(weights: dict[str, list[Weight]]) -> dict[str, list[Weight]]:
-    """Return a change of zero for each weight and bias, in float32, to be trained in its stead."""
+    """Return a change of zero for each weight and bias, in float32, which is trained instead."""
     changes: dict[str, list[Weight]] = {}
     for name, by_layer in weights.items():
         axes = "d_out d_in" if name.startswith("W") else "d_out"
