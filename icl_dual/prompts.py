@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -301,26 +301,29 @@ def _joined(
     queries: Sequence[Example],
     scoring: Scoring,
 ) -> Prompts:
-    """Return prompts with the tokens of their whole texts."""
-    baselines = [text for text in _baseline_texts(task, scoring) if text]
-    segments = segmenter.segments(
-        [(context_task.prompt(example), context_task.label_text(example.label)) for example in demonstrations],
-        [*map(task.prompt, queries), *baselines],
-        [task.label_text(label) for label in range(len(task.label_words))],
-    )
-    tokens, n = segments._asdict(), len(queries)
-    in_context, zero_shot = (tokens.pop(name) for name in ("queries", "zero_shot_queries"))
-    alone = (zero_shot or in_context)[n:]
-    in_context_baselines = alone if scoring == "unconditional" else in_context[n:]
-    return Prompts(
-        **tokens,
-        queries=in_context[:n],
-        zero_shot_queries=() if zero_shot[:n] == in_context[:n] else zero_shot[:n],
-        baseline_queries=in_context_baselines,
-        zero_shot_baseline_queries=() if alone == in_context_baselines else alone,
+    """Return prompts with the tokens of their whole texts.
+
+    Texts without content change nothing but the baseline queries.
+    """
+    texts = [(context_task.prompt(example), context_task.label_text(example.label)) for example in demonstrations]
+    labels = [task.label_text(label) for label in range(len(task.label_words))]
+    segments = segmenter.segments(texts, [*map(task.prompt, queries)], labels)
+    prompts = Prompts(
+        **segments._asdict(),
         gold=tuple(query.label for query in queries),
         scoring=scoring,
         tokenizer=segmenter.model.tokenizer,
+    )
+    baselines = partial(
+        segmenter.baseline_queries,
+        texts=[text for text in _baseline_texts(task, scoring) if text],
+        labels=labels,
+        label_tokens=prompts.labels,
+    )
+    alone = baselines((), prefix=prompts.start)
+    in_context = alone if scoring == "unconditional" else baselines(texts, prefix=prompts.prefix)
+    return replace(
+        prompts, baseline_queries=in_context, zero_shot_baseline_queries=() if alone == in_context else alone
     )
 
 

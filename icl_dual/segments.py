@@ -15,7 +15,7 @@ from icl_dual.models.tokenization import Cut, TokenisedText, Tokens, common_leng
 from icl_dual.texts import ChatText, Demonstration, PlainText, PromptError, PromptText
 
 CHUNK = 64
-"""The number of texts that are tokenised at once: what a tokenizer says of each takes far more memory than its ids."""
+"""The number of texts that are tokenised at once: offset mappings take more memory than ids."""
 
 
 class Segments(NamedTuple):
@@ -52,7 +52,7 @@ class _Sequence:
 
 
 class _Answered(NamedTuple):
-    """A text alone, and the labels that follow it."""
+    """A text, and the labels that follow it."""
 
     text: PromptText
     """The text."""
@@ -147,6 +147,47 @@ class Segmenter:
             spanning=spanning,
         )
 
+    def baseline_queries(
+        self,
+        demonstrations: Sequence[Demonstration],
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        prefix: Tokens,
+        label_tokens: Sequence[Tokens],
+    ) -> tuple[Tokens, ...]:
+        """Return the tokens of texts without content, after the prefix that queries have.
+
+        Args:
+            demonstrations: the text of each demonstration, and of its label; the same as those of the queries.
+            texts: the texts without content.
+            labels: the text of each label, as it would follow a query in plain text.
+            prefix: the tokens before each query.
+            label_tokens: the tokens of each label after a query.
+
+        Raises:
+            PromptError: a text's prompt begins with other tokens than the prefix, or labels have other tokens after it.
+        """
+        label_texts = [self.writer.label_text(label) for label in labels]
+        answered = list(self._answered(texts, [label_texts] * len(texts), demonstrations))
+        for text, baseline in zip(texts, answered, strict=True):
+            tokens = baseline.tokens
+            for after, expected in zip(baseline.labels, label_tokens, strict=True):
+                if after != expected:
+                    raise PromptError(
+                        f"expected label words with the same tokens after the text without content {text!r} as after "
+                        f"queries, got {self._names(after)} and {self._names(expected)}: choose another "
+                        "label_separator or end of the template, or scoring='sum'"
+                    )
+            if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
+                at = min(common_length(tokens, prefix), len(prefix) - 1)
+                raise PromptError(
+                    f"expected the text without content {text!r} to begin after the same tokens as the queries, got "
+                    f"{self._names(tokens[at : at + 4])} where queries have {self._names(prefix[at : at + 4])}: "
+                    "choose a separator that has tokens of its own, another beginning of the template, or scoring='sum'"
+                )
+        return tuple(baseline.tokens[len(prefix) :] for baseline in answered)
+
     def _read(self, texts: Iterable[str]) -> Iterator[_Sequence]:
         """Yield the tokens of each text after the start tokens."""
         remaining = iter(texts)
@@ -157,9 +198,14 @@ class Segmenter:
                 )
                 yield _Sequence(self.start + text.tokens[n_repeated:], text, len(self.start))
 
-    def _answered(self, prompts: Sequence[str], labels: Sequence[Sequence[str]]) -> Iterator[_Answered]:
-        """Yield each prompt alone, and the labels that follow it."""
-        texts = [self.writer.write((), prompt) for prompt in prompts]
+    def _answered(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[Sequence[str]],
+        demonstrations: Sequence[Demonstration] = (),
+    ) -> Iterator[_Answered]:
+        """Yield each prompt after the demonstrations, alone by default, and the labels that follow it."""
+        texts = [self.writer.write(demonstrations, prompt) for prompt in prompts]
         pairs = zip(texts, labels, strict=True)
         with_label = self._read(text.whole + label for text, following in pairs for label in following)
         sequences = self._read(text.whole for text in texts)
@@ -168,8 +214,8 @@ class Segmenter:
             n_common = min(common_length(sequence.tokens, answered) for answered in tokens)
             if sequence.cut(len(text.whole.rstrip())).n_before > n_common or n_common == min(map(len, tokens)):
                 raise PromptError(
-                    f"expected label words with tokens of their own, got {self._shown(min(tokens, key=len)[-6:])} for "
-                    f"the end of {(text.whole + following[0])[-40:]!r}, and {self._shown(sequence.tokens[-6:])} "
+                    f"expected label words with tokens of their own, got {self._names(min(tokens, key=len)[-6:])} for "
+                    f"the end of {(text.whole + following[0])[-40:]!r}, and {self._names(sequence.tokens[-6:])} "
                     "without the label word: choose another label_separator, label word or end of the template"
                 )
             yield _Answered(text, sequence, n_common, [answered[n_common:] for answered in tokens])
@@ -180,8 +226,8 @@ class Segmenter:
             for label, expected in zip(answered.labels, alone[0].labels, strict=True):
                 if label != expected:
                     raise PromptError(
-                        f"expected label words with the same tokens after every query, got {self._shown(expected)} "
-                        f"after {alone[0].text.whole[-40:]!r} and {self._shown(label)} after "
+                        f"expected label words with the same tokens after every query, got {self._names(expected)} "
+                        f"after {alone[0].text.whole[-40:]!r} and {self._names(label)} after "
                         f"{answered.text.whole[-40:]!r}: end the template with text after its last field, or choose "
                         "another label_separator"
                     )
@@ -197,7 +243,7 @@ class Segmenter:
                 at = common_length(sequence.tokens, before + label)
                 raise PromptError(
                     "expected label words with the same tokens after demonstrations as after a query alone, got "
-                    f"{self._shown(sequence.tokens[at : at + 6])} and {self._shown((before + label)[at : at + 6])}: "
+                    f"{self._names(sequence.tokens[at : at + 6])} and {self._names((before + label)[at : at + 6])}: "
                     "choose another label_separator, label word or end of the template"
                 )
 
@@ -206,8 +252,8 @@ class Segmenter:
         n_kept = len(sequence.tokens) - len(alone.white_space)
         if sequence.tokens[n_kept:] != alone.white_space:
             raise PromptError(
-                f"expected a query that ends in the tokens {self._shown(alone.white_space)} also after demonstrations, "
-                f"got {self._shown(sequence.tokens[n_kept:])}: leave out white space at the end of the template"
+                f"expected a query that ends in the tokens {self._names(alone.white_space)} also after demonstrations, "
+                f"got {self._names(sequence.tokens[n_kept:])}: leave out white space at the end of the template"
             )
         return sequence.tokens[:n_kept]
 
@@ -234,7 +280,7 @@ class Segmenter:
         if not text.demonstrations:
             return [], tuple(sorted(spanning))
         if borders != sorted(borders) or not all(pieces[::2]):
-            last = self._shown(first.tokens[max(0, n_prefix - 3) : n_prefix + 3])
+            last = self._names(first.tokens[max(0, n_prefix - 3) : n_prefix + 3])
             raise PromptError(
                 f"expected demonstrations with tokens that all queries share, got {last} around the end of the last "
                 f"token that they share, after demonstrations that end in {text.demonstrations[-1][-40:]!r}: choose a "
@@ -249,7 +295,7 @@ class Segmenter:
         begin, end = (sequence.cut(position).n_before for position in text.ends[1:])
         return sequence.tokens[begin:end]
 
-    def _shown(self, tokens: Sequence[int]) -> list[str]:
+    def _names(self, tokens: Sequence[int]) -> list[str]:
         """Return tokens as the vocabulary has them, for messages."""
         return self.model.tokenizer.convert_ids_to_tokens(list(tokens))
 

@@ -1,8 +1,9 @@
 """Prompts have the tokens of their whole text, on tokenizers of many families, and each token has one segment."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import icl_dual as icl
 from icl_dual.models.tokenization import tokenise
 from icl_dual.prompts import SEPARATOR, START, check_prompts
 from icl_dual.recordings import Recordings
+from icl_dual.scoring import Scoring
 
 START_TOKENS = {
     "gpt2": [],
@@ -144,6 +146,52 @@ def test_segments_are_the_texts_that_they_are_named_for(
     separators = [token for token, source in zip(prompts.prefix, sources, strict=True) if source == SEPARATOR]
     assert letters(separators) == ""
     assert len([source for source in sources if source == START]) == len(prompts.start)
+
+
+BASELINES = ("baseline_queries", "zero_shot_baseline_queries", "scoring")
+"""What a rule of scoring changes in prompts."""
+
+
+@pytest.mark.parametrize("texts", ["plain", "ends in a field", "starts with a line break", "a description"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_changes_nothing_but_texts_without_content(
+    model_of: Callable[[str], icl.Model], family: str, texts: str
+) -> None:
+    lines = {"template": "\nReview: {text}\nLabel:", "separator": "\n\n"}
+    model, task = model_of(family), task_of(**(TEXTS | {"starts with a line break": lines})[texts])
+    demonstrations, queries = task.demonstrations(2, seed=1), task.queries(3)
+    build = partial(icl.build_prompts, model, task, demonstrations, queries)
+    mean = build(scoring="mean")
+    without_content = {"unconditional": [task.unconditional_prompt], "calibrated": [*task.content_free_prompts]}
+    for scoring in get_args(Scoring):
+        prompts = build(scoring=scoring)
+        for field in fields(icl.Prompts):
+            if field.name not in BASELINES:
+                assert getattr(prompts, field.name) == getattr(mean, field.name), (scoring, field.name)
+        baselines = without_content.get(scoring, [])
+        alone = [ids(model, task.description + text) for text in baselines]
+        context = "" if scoring == "unconditional" else text_of(task, demonstrations, queries[0])
+        context = context.removesuffix(task.prompt(queries[0])) or task.description
+        in_context = [ids(model, context + text) for text in baselines]
+        before = prompts.start if scoring == "unconditional" else prompts.prefix
+        for start, got, expected in (
+            (before, prompts.baseline_queries, in_context),
+            (prompts.start, prompts.zero_shot().baseline_queries, alone),
+        ):
+            for tokens, whole in zip(got, expected, strict=True):
+                read = [*start[len(model.start_tokens) :], *tokens]
+                assert read == whole[: len(read)]
+                assert not model.tokenizer.decode(whole[len(read) :]).strip(), "white space goes with the label"
+
+
+def test_a_text_without_content_that_merges_with_the_separator_is_refused_by_name(
+    model_of: Callable[[str], icl.Model],
+) -> None:
+    model, task = model_of("gpt2"), task_of("{text} Label:", separator="\n\n")
+    build = partial(icl.build_prompts, model, task, task.demonstrations(2, seed=1), task.queries(3))
+    assert build(scoring="unconditional").prefix == build().prefix
+    with pytest.raises(icl.PromptError, match=r"the text without content ' Label:' to begin after the same tokens as"):
+        build(scoring="calibrated")
 
 
 def test_a_token_of_two_segments_belongs_to_that_of_its_first_letter_and_is_reported(
