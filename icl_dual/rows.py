@@ -63,6 +63,8 @@ def field_value(row: Mapping[Any, Any], name: str) -> Any:
     """
     if name in row:
         return row[name]
+    if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*", name):
+        raise KeyError(name)
     value: Any = row
     for part in re.findall(r"[^.\[\]]+", name):
         if isinstance(value, Mapping) and part in value:

@@ -19,6 +19,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -44,6 +45,9 @@ CONTENT_FREE = ("N/A", "", "[MASK]")
 UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER")
 UNSPACED_SCRIPTS += ("MYANMAR", "TIBETAN")
 """How Unicode names the characters of scripts that write no space between words."""
+
+_NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+"""Matches a number in decimals."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,8 @@ class Task:
         label_words: the word for each label, in the order of label indices.
         rows: dictionaries with the template's fields and a `label`, a pandas frame or a `datasets.Dataset` of such
             rows, or the path of a JSONL, JSON or CSV file. A label is read as a label word first (`1`, `1.0` and `True`
-            also as the words `1` and `True`), and as an index only where no label word is a number.
+            also as the words `1` and `True`, and `1` as `1 star`), and as an index, which begins at 0, only where no
+            label word is a number or begins with the index of another.
         query_rows: the rows that queries are drawn from. Without them, half of `rows` are demonstrations, a tenth is
             for selection, and the rest are evaluation queries.
         protocol: `answer` or `reference`. Under `reference` with `query_rows`, all `rows` are demonstrations, repeated
@@ -93,7 +98,8 @@ class Task:
     Raises:
         TaskError: a row lacks a field, has empty text or an unknown label, or does not fit the template (the message
             has the row's number, or its line in the file); a row of a CSV file has more or fewer fields than the
-            header; there are fewer than two classes, or no rows; template, label words or protocol are invalid.
+            header; there are fewer than two classes, or no rows;
+            labels that are indices run from 1; template, label words or protocol are invalid.
 
     Example:
         >>> import icl_dual
@@ -126,6 +132,11 @@ class Task:
             raise TaskError(
                 f"{name}: expected protocol out of {get_args(Protocol)}, got {protocol!r}: choose one of these"
             )
+        if not isinstance(template, str):
+            raise TaskError(
+                f"{name}: expected template as text, got {template!r}: pass text with the rows' fields in braces, such "
+                "as 'Text: {text} Label:'"
+            )
         self.name = name
         self.protocol: Protocol = protocol
         self.template = template
@@ -147,6 +158,7 @@ class Task:
         self._label_indices: dict[str, int | None] = {}
         pool = self._examples(rows, "rows")
         query_pool = None if query_rows is None else self._examples(query_rows, "query_rows")
+        self._check_indices((*pool, *(query_pool or ())))
         self._demonstrations, self._queries = self._pools(pool, query_pool)
 
     def _pools(
@@ -340,6 +352,20 @@ class Task:
             )
         return examples
 
+    def _check_indices(self, examples: Iterable[Example]) -> None:
+        """Raise a TaskError where labels were read as indices that seem to be counted from 1."""
+        indices = [
+            index
+            for text, index in self._label_indices.items()
+            if index is not None and _word_index(text, self.label_words) is None
+        ]
+        if indices and all(example.label for example in examples):
+            raise TaskError(
+                f"{self.name}: expected a row of label 0, {self.label_words[0]!r}, where labels are indices, got none: "
+                f"labels run from {min(indices)} to {max(indices)}; indices begin at 0: subtract 1, or write label "
+                "words as labels"
+            )
+
     def _example(self, row: Any, where: str) -> Example:
         """Return a row as an example, or raise a TaskError that says where the row is."""
         if not isinstance(row, Mapping):
@@ -377,9 +403,10 @@ class Task:
             self._label_indices[text] = label_index(text, self.label_words)
         index = self._label_indices[text]
         if index is None:
-            are_numbers = _any_is_integer(self.label_words)
-            or_index = "" if are_numbers else f"a label from 0 to {len(self.label_words) - 1} or "
-            why_no_index = " (labels are no indices where a label word is a number)" if are_numbers else ""
+            words_only = _are_words_only(self.label_words)
+            or_index = "" if words_only else f"a label from 0 to {len(self.label_words) - 1} or "
+            why = "is a number, or begins with the index of another"
+            why_no_index = f" (labels are no indices where a label word {why})" if words_only else ""
             raise TaskError(
                 f"{self.name}: {where}: expected {or_index}one of {list(self.label_words)}, got {label!r}: correct it, "
                 f"or the task's label_words{why_no_index}"
@@ -392,8 +419,10 @@ def label_index(label: str, label_words: Sequence[str]) -> int | None:
 
     Args:
         label: the text of a label word, without regard to white space around it and, where one word alone matches, to
-            case; or of an index. Whole floats are integers. `True` and `False` are words, or else 1 and 0.
-        label_words: the word for each label. Where one of them is a number, labels are words only.
+            case; a number that one word alone is or begins with; or an index. `True` and `False` are words, or else 1
+            and 0.
+        label_words: the word for each label. Where one of them is a number, or one begins with the index of another,
+            labels are words only.
 
     Returns:
         The index, or `None` where the label is neither.
@@ -403,31 +432,62 @@ def label_index(label: str, label_words: Sequence[str]) -> int | None:
         [1, 1, 1, 1, None]
         >>> [label_index(text, ("1", "0")) for text in ("1", "0", "2")]
         [0, 1, None]
+        >>> [label_index(text, ("1 star", "2 stars")) for text in ("1", "2", "0")]
+        [0, 1, None]
     """
+    index = _word_index(label, label_words)
+    return _plain_index(label, label_words) if index is None else index
+
+
+def _word_index(label: str, label_words: Sequence[str]) -> int | None:
+    """Return the index of the label word that a label is; `None` where it is none, or could be several."""
     words = [word.strip() for word in label_words]
-    text = label.strip()
-    is_boolean = text.casefold() in ("true", "false")
-    index = int(text.casefold() == "true") if is_boolean else _integer(text)
-    texts = [text] if index is None else [text, str(index)]
+    text, number = label.strip(), _label_number(label)
+    texts = [text] if number is None else [text, str(number)]
     for candidate in texts:
         if candidate in words:
             return words.index(candidate)
-    for candidate in texts:
-        matches = [position for position, word in enumerate(words) if word.casefold() == candidate.casefold()]
-        if len(matches) == 1:
-            return matches[0]
-    if index is None or _any_is_integer(words) or (is_boolean and len(words) != 2):
+    ways: list[list[Any]] = [[word.casefold() == candidate.casefold() for word in words] for candidate in texts]
+    if number is not None:
+        ways += [[of(word) == number for word in words] for of in (_number, _leading_number)]
+    for matches in ways:
+        if sum(matches) == 1:
+            return matches.index(True)
+    return None
+
+
+def _plain_index(label: str, label_words: Sequence[str]) -> int | None:
+    """Return the index that a label is as a number; `None` where it is none, or labels are words only."""
+    number = _label_number(label)
+    is_boolean = label.strip().casefold() in ("true", "false")
+    if number is None or _are_words_only(label_words) or (is_boolean and len(label_words) != 2):
         return None
-    return index if 0 <= index < len(words) else None
+    return int(number) if number in range(len(label_words)) else None
 
 
-def _integer(text: str) -> int | None:
-    """Return the integer that a text is, also as a whole float; `None` for other texts."""
-    return int(text.partition(".")[0]) if re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text.strip()) else None
+def _are_words_only(label_words: Sequence[str]) -> bool:
+    """Return whether a number cannot be an index: a label word is a number, or begins with the index of another."""
+    if any(_number(word) is not None for word in label_words):
+        return True
+    numbers = [_leading_number(word) for word in label_words]
+    return any(number in range(len(numbers)) and number != index for index, number in enumerate(numbers))
 
 
-def _any_is_integer(words: Iterable[str]) -> bool:
-    return any(_integer(word) is not None for word in words)
+def _label_number(label: str) -> Decimal | None:
+    """Return the number that a label is, whole ones without decimals; `True` and `False` are 1 and 0."""
+    number = {"true": Decimal(1), "false": Decimal(0)}.get(label.strip().casefold(), _number(label))
+    return number.to_integral_value() if number is not None and number == number.to_integral_value() else number
+
+
+def _number(text: str) -> Decimal | None:
+    """Return the number that a text is; `None` for other texts."""
+    return Decimal(text.strip()) if re.fullmatch(_NUMBER, text.strip()) else None
+
+
+def _leading_number(text: str) -> Decimal | None:
+    """Return the number that a text begins with, as in `2 stars`; `None` where it goes on as in `1,000` or `1:2`."""
+    match = re.match(rf"({_NUMBER})(?![0-9]|[.,:/-][0-9])", text.strip())
+    return Decimal(match[1]) if match else None
 
 
 def _number_text(value: Any) -> str:
@@ -476,9 +536,9 @@ def _check_template(name: str, template: str, fields: Sequence[str]) -> None:
         )
 
 
-def _checked_label_words(name: str, label_words: Collection[str]) -> tuple[str, ...]:
+def _checked_label_words(name: str, label_words: Any) -> tuple[str, ...]:
     """Return label words as a tuple, or raise a TaskError."""
-    unordered = isinstance(label_words, str | set | frozenset | Mapping)
+    unordered = isinstance(label_words, str | set | frozenset | Mapping) or not isinstance(label_words, Collection)
     if unordered or not all(isinstance(word, str) and word.strip() for word in label_words):
         raise TaskError(
             f"{name}: expected label_words as a sequence of words, got {label_words!r}: pass a list with one word for "

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
+from icl_dual.tasks import label_index
 
 TEMPLATE = "Text: {text} Label:"
 texts = st.lists(st.text("ab cD", min_size=1, max_size=6).filter(str.strip), min_size=4, max_size=40)
@@ -270,6 +271,13 @@ def test_pool_sizes_are_those_of_the_draws(task: icl.Task) -> None:
         (("a", "A"), ["a", "A", 1], "011"),
         ((" no", " yes"), ["no", " yes", 1], "011"),
         (("0.5", "1.0"), [0.5, "1.0", 1.0], "011"),
+        (("1.0", "2.0"), [1, "2", 2.0, "+1"], "0110"),
+        (("+1", "-1"), [1, -1, "1.0"], "010"),
+        (("1 star", "2 stars", "3 stars"), [1, 2, "3", 3.0, "2 stars"], "01221"),
+        (("2D", "3D"), [0, 1, 2, "3"], "0101"),
+        (("0 (no)", "1 (yes)"), [0, 1, True, False], "0110"),
+        (("1st", "1-1", "1:1"), [1, "1st", "1-1", "1:1"], "0012"),
+        (("half past 1", "noon", "2 o'clock"), [0, 1, 2, "noon"], "0121"),
     ],
 )
 def test_labels_are_read_as_words_first(words: tuple[str, ...], labels: list, expected: str) -> None:
@@ -277,6 +285,39 @@ def test_labels_are_read_as_words_first(words: tuple[str, ...], labels: list, ex
     task = icl.Task("t", TEMPLATE, words, rows)
     by_text = {task.prompt(e): e.label for e in (*task.demonstrations(task.n_demonstrations, 0), *all_queries(task))}
     assert [by_text[f"Text: t{i} Label:"] for i in range(len(rows))] == [int(digit) for digit in expected]
+
+
+@pytest.mark.parametrize(("labels", "lowest"), [([1, 2], 1), (["2", 1.0], 1), (["three", 1], 1)])
+def test_indices_that_are_counted_from_1_are_refused(labels: list, lowest: int) -> None:
+    words = ("one", "two", "three")
+    rows = [{"text": f"t{i}", "label": labels[i % 2]} for i in range(20)]
+    with pytest.raises(icl.TaskError, match=rf"labels run from {lowest} to \d; indices begin at 0: subtract 1, or"):
+        icl.Task("t", TEMPLATE, words, rows)
+    with_zero = [{"text": "u", "label": 0}, {"text": "v", "label": 1}]
+    assert icl.Task("t", TEMPLATE, words, rows, with_zero).pool_sizes["evaluation"] == 2
+    words_only = [{"text": f"t{i}", "label": words[1 + i % 2]} for i in range(20)]
+    assert icl.Task("t", TEMPLATE, words, words_only).pool_sizes["evaluation"] == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=st.integers(0, 3), n=st.integers(2, 4), written=st.sampled_from(["{}", "{}.0", "{} stars", "{}: good"]))
+def test_numbers_that_words_begin_with_are_never_taken_for_other_indices(first: int, n: int, written: str) -> None:
+    words = [written.format(first + index) for index in range(n)]
+    for number in range(-1, 8):
+        expected = number - first if 0 <= number - first < n else None
+        index = label_index(str(number), words)
+        are_indices = first >= n and " " in written  # no word is a number or begins with an index
+        assert index == (number if are_indices and number in range(n) else expected)
+
+
+def test_a_template_or_label_words_of_another_type_are_refused() -> None:
+    unchecked: Any = getattr(icl.Task.__init__, "__wrapped__", icl.Task.__init__)
+    for template in (None, 5):
+        with pytest.raises(icl.TaskError, match=f"t: expected template as text, got {template}: pass text with"):
+            unchecked(object.__new__(icl.Task), "t", template, ("no", "yes"), make_rows())
+    for words in (None, 2, iter(("no", "yes"))):
+        with pytest.raises(icl.TaskError, match=r"t: expected label_words as a sequence of words, got .*: pass a list"):
+            unchecked(object.__new__(icl.Task), "t", TEMPLATE, words, make_rows())
 
 
 def all_queries(task: icl.Task) -> list:
@@ -291,6 +332,13 @@ def all_queries(task: icl.Task) -> list:
             0,
             r"expected one of \['1', '2', '3'\], got 0: .* \(labels are no indices where a label word",
         ),
+        (
+            ("1 star", "2 stars"),
+            0,
+            r"expected one of \['1 star', '2 stars'\], got 0: .* begins with the index of another",
+        ),
+        (("0.5", "1.5"), 1, r"expected one of \['0.5', '1.5'\], got 1"),
+        (("1.0", "1."), "+1", r"expected one of \['1.0', '1.'\], got '\+1'"),
         (("1", "0"), 2, r"expected one of \['1', '0'\], got 2"),
         (("a", "A", "b"), "á", "expected a label from 0 to 2"),
         (("no", "maybe", "yes"), True, r"expected a label from 0 to 2 or one of \['no', 'maybe', 'yes'\], got True"),
@@ -335,6 +383,8 @@ def test_label_words_without_order_or_of_two_kinds_are_refused(words: Any, messa
         ("Text: {text:{width}} Label:", r"rows, row 1: expected a template that text fills"),
         ("Text: {text!x} Label:", "rows, row 1: expected a template that text fills"),
         ("Text: {text.__class__} Label:", r"rows, row 1: expected 'text.__class__', got only \['label', 'text'\]"),
+        ("Text: {text.} Label:", r"rows, row 1: expected 'text\.', got only \['label', 'text'\]"),
+        ("Text: {text[]} Label:", r"rows, row 1: expected 'text\[\]', got only"),
         ("Text: {sentence} Label:", r"rows, row 1: expected 'sentence', got only \['label', 'text'\]"),
     ],
 )
