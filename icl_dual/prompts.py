@@ -13,11 +13,12 @@ tokens in the context than as a training sequence. Each setting then reads the t
 between settings are of the tokens that both have.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ START = -1
 """The source of the start token in `Prompts.segments`."""
 SEPARATOR = -2
 """The source of separators in `Prompts.segments`."""
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_CONTEXT = 2048
 """The reference protocol's limit on the tokens of a prompt, also for models with a longer context."""
@@ -259,8 +262,8 @@ def build_prompts(
         Prompts(3 queries of 26 to 27 tokens, after 2 demonstrations in 63 tokens, protocol='answer')
     """
     _check_options(task, demonstrations, queries, separator, start, chat, reference_k_mismatch)
-    _check_added_tokens(model, task)
     context_task = demonstration_task or task
+    _check_added_tokens(model, (task, context_task), separator)
     if task.protocol == "reference":
         uncut = _piecewise(model, task, context_task, demonstrations, queries, scoring)
         # The released code cuts by the longest query of its whole validation split, not of the queries in use.
@@ -457,26 +460,45 @@ def _check_options(
         )
 
 
-_LIKE_ADDED_TOKEN = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-"""Label words in the form in which tokens are added to a vocabulary."""
+_LIKE_ADDED_TOKEN = re.compile(r"<[^<>\s{}]+>|\[[^\[\]\s{}]+\]")
+"""Matches texts in the form in which tokens are added to a vocabulary."""
+
+PADDING = 64
+"""Vocabularies whose size is a multiple of this are padded for speed, and have more embeddings than tokens."""
 
 
-def _check_added_tokens(model: Model, task: Task) -> None:
-    """Raise a PromptError where label words look like tokens that the model has embeddings for, but its tokenizer lost.
+def _check_added_tokens(model: Model, tasks: Sequence[Task], separator: str | None) -> None:
+    """Check for tokens that the model has embeddings for, but its tokenizer lost.
 
-    Vocabularies padded for speed have sizes that are multiples of 8.
+    A tokenizer that the user passed as tokenizer= is taken as it is.
+
+    Raises:
+        PromptError: a text of the tasks looks like such a token. Where none does, a warning is logged.
     """
     n_tokens = 0 if model.tokenizer is None else len(model.tokenizer)
-    if not 0 < n_tokens < model.d_vocab or model.d_vocab % 8 == 0:
+    is_given = model.tokenizer is not model.backend.tokenizer
+    if is_given or not 0 < n_tokens < model.d_vocab or model.d_vocab % PADDING == 0:
         return
-    words = [word for word in map(str.strip, task.label_words) if _LIKE_ADDED_TOKEN.fullmatch(word)]
-    for word in words:
-        if len(tokens := model.encode(word)) > 1:
-            raise PromptError(
-                f"expected one token for {word!r}, got {tokens} from a tokenizer of {n_tokens} tokens, where "
-                f"{model.name} has embeddings for {model.d_vocab}: TransformerLens loads tokenizers again, without "
-                "tokens that were added in memory; pass yours as tokenizer= to icl_dual.Model or load_model"
-            )
+    sizes = (
+        f"{model.name} has embeddings for {model.d_vocab} tokens, and a tokenizer of {n_tokens}. TransformerLens loads "
+        "tokenizers again, without tokens that were added in memory"
+    )
+    advice = "pass yours as tokenizer= to icl_dual.Model or load_model"
+    texts = [
+        text
+        for task in tasks
+        for text in (*task.label_words, task.template, task.separator, task.description, task.label_separator)
+    ]
+    for like_added in _LIKE_ADDED_TOKEN.findall(" ".join(filter(None, [*texts, separator]))):
+        if len(tokens := model.encode(like_added)) > 1:
+            raise PromptError(f"expected one token for {like_added!r}, got {tokens}; {sizes}: {advice}")
+    _warn_once(f"{sizes}: where the prompts have such tokens, {advice}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning, the first time only."""
+    logger.warning(message)
 
 
 def _check_token_ids(model: Model, prompts: Prompts) -> None:

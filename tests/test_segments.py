@@ -1,5 +1,6 @@
 """Prompts have the tokens of their whole text, on tokenizers of many families, and each token has one segment."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -419,10 +420,64 @@ def test_a_tokenizer_with_tokens_added_in_memory_is_used_as_it_is(model_of: Call
     assert control.tokenizer is tokenizer
 
 
-def test_label_words_like_tokens_that_the_tokenizer_lost_are_refused(llama: icl.Model) -> None:
-    task = icl.Task("t", "{text} Label:", ("<lab0>", "<lab1>"), make_rows())
-    with pytest.raises(icl.PromptError, match=r"one token for '<lab0>', got .*pass yours as tokenizer="):
-        icl.build_prompts(llama, task, [], task.queries(2))
+@pytest.fixture(scope="module")
+def model_without_added_tokens(model_of: Callable[[str], icl.Model]) -> Callable[[int], icl.Model]:
+    """A model with embeddings for more tokens than its tokenizer has."""
+
+    def build(d_vocab: int) -> icl.Model:
+        model = icl.Model(model_of("gpt2").wrapped, name=f"with {d_vocab} embeddings")
+        model.d_vocab = d_vocab
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("lost", "options"),
+    [
+        ("<lab0>", {"label_words": ("<lab0>", "<lab1>")}),
+        ("<lab0>", {"label_words": ("<lab0>!", "<lab1>!")}),
+        ("[SEP]", {"template": "{text} [SEP] Label:"}),
+        ("<sep>", {"separator": "<sep>\n"}),
+        ("<task>", {"description": "<task> Say it is good or bad.\n"}),
+        ("<is>", {"label_separator": " <is> "}),
+    ],
+)
+def test_texts_like_tokens_that_the_tokenizer_lost_are_refused(
+    model_without_added_tokens: Callable[[int], icl.Model], lost: str, options: dict[str, Any]
+) -> None:
+    task = task_of(**({"template": "{text} Label:"} | options))
+    model = model_without_added_tokens(632)  # a multiple of 8, as by chance
+    with pytest.raises(icl.PromptError, match=rf"one token for '{re.escape(lost)}', got .*pass yours as tokenizer="):
+        icl.build_prompts(model, task, [], task.queries(2))
+    other = task_of("{text} Label:")
+    with pytest.raises(icl.PromptError, match=r"one token for '<end>', got .*pass yours as tokenizer="):
+        icl.build_prompts(model, other, [], other.queries(2), separator="<end>")
+    given = icl.Model(model.wrapped, tokenizer=FAMILIES["gpt2"]())
+    given.d_vocab = 632
+    icl.build_prompts(given, task, [], task.queries(2))
+
+
+def test_fewer_tokens_than_embeddings_are_warned_of_once(
+    model_without_added_tokens: Callable[[int], icl.Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of("{text} Label:", ("LAB0", "LAB1"))
+    model = model_without_added_tokens(633)
+    for _ in range(2):
+        icl.build_prompts(model, task, [], task.queries(2))
+    (record,) = caplog.records
+    sizes = f"{model.name} has embeddings for 633 tokens, and a tokenizer of {len(model.tokenizer)}."
+    assert record.getMessage().startswith(sizes)
+    assert "pass yours as tokenizer=" in record.getMessage()
+
+
+def test_padded_vocabularies_are_not_warned_of(
+    model_without_added_tokens: Callable[[int], icl.Model], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of("<review> {text} Label:", ("LAB0", "[1]"))
+    for d_vocab in (640, 704, 49152, 262144):
+        icl.build_prompts(model_without_added_tokens(d_vocab), task, [], task.queries(2))
+    assert not caplog.records
 
 
 unicode_text = st.text(
