@@ -5,11 +5,12 @@ the name of a column, or a Jinja template. They are read as the harness reads th
 own, character by character. What would change a prompt and is not read here is refused by name.
 
 A file runs no code: Python functions (`!function`) and other Python tags are refused, and templates run in Jinja's
-sandbox.
+sandbox, which does not limit time and memory.
 """
 
 import ast
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -39,6 +40,9 @@ IGNORED_KEYS = {
     *("generation_kwargs", "should_decontaminate", "doc_to_decontamination_query", "unsafe_code"),
 }
 """Keys without effect on prompts: what the harness computes from a model's answers, and how tables name it."""
+
+NAMES = ("task", "dataset_path", "dataset_name", "training_split", "validation_split", "test_split", "fewshot_split")
+"""The keys with one name."""
 
 READ_DATASET_KEYS = {"data_files", "revision"}
 """The keys of `dataset_kwargs` that are read."""
@@ -170,6 +174,15 @@ class _DocReader:
             raise TaskError(
                 f"{where}: expected a list of choices from doc_to_choice={spec!r}, got {choices!r}: correct the file"
             )
+        if any(isinstance(choice, list | Mapping | None) for choice in choices):
+            raise TaskError(
+                f"{where}: expected texts or numbers in doc_to_choice, got {reprlib.repr(list(choices))}: correct "
+                "the file"
+            )
+        if len(choices) < 2:
+            raise TaskError(
+                f"{where}: expected at least two choices from doc_to_choice, got {list(choices)}: add the others"
+            )
         return tuple(_render(choice, doc, where) if "{{" in str(choice) else str(choice) for choice in choices)
 
     def _gold(self, doc: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
@@ -203,7 +216,11 @@ class _Loader(yaml.SafeLoader):
     """Reads plain YAML, and the names of functions."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(str(node.value)))
+def _function(loader: yaml.SafeLoader, node: yaml.Node) -> _Function:
+    return _Function(node.value if isinstance(node, yaml.ScalarNode) else f"({node.id})")
+
+
+_Loader.add_constructor("!function", _function)
 
 
 def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -212,26 +229,67 @@ def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if path in including:
         raise TaskError(f"{path}: expected includes that end, got a file that includes itself: remove the include")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        config = _read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"expected a readable UTF-8 file at {path}, got {error}: check the path") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise TaskError(f"{path}: expected YAML with few levels, got too many: write lists and keys flat") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise TaskError(
             f"{path}: expected plain YAML, got {' '.join(str(error).split())}: correct it, and use no Python tags"
         ) from error
     if not isinstance(config, dict):
         raise TaskError(f"{path}: expected keys such as doc_to_text, got {type(config).__name__}: correct the file")
-    included_names = config.pop("include", [])
+    if others := [key for key in config if not isinstance(key, str)]:
+        raise TaskError(
+            f"{path}: expected keys as text, got {', '.join(map(reprlib.repr, others))}: write them in quotes, or "
+            "remove them"
+        )
+    names = config.pop("include", None) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TaskError(
+            f"{path}: expected include as a file's path or a list of paths, got {reprlib.repr(names)}: correct it, or "
+            "remove it"
+        )
     included: dict[str, Any] = {}
-    for name in reversed([included_names] if isinstance(included_names, str) else included_names):
+    for name in reversed(names):
         included |= _config(path.parent / name, (*including, path))
     return included | config
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return what a file says; choices that YAML would change are refused."""
+    loader = _Loader(path.read_text(encoding="utf-8"))
+    try:
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            for key, value in root.value:
+                if key.value == "doc_to_choice":
+                    _check_choices_as_written(path, loader, value)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _check_choices_as_written(path: Path, loader: _Loader, choices: yaml.Node) -> None:
+    """Refuse choices without quotes that YAML reads as another text, such as `no` as `False`."""
+    if not isinstance(choices, yaml.SequenceNode | yaml.MappingNode):
+        return
+    nodes = [node[1] if isinstance(node, tuple) else node for node in choices.value]
+    scalars = [node for node in nodes if isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org")]
+    read = {node.value: str(loader.construct_object(node)) for node in scalars}
+    if changed := {written: text for written, text in read.items() if written.casefold() != text.casefold()}:
+        raise TaskError(
+            f"{path}: expected doc_to_choice as texts, got {' and '.join(changed)} without quotes, which YAML reads as "
+            f"{' and '.join(changed.values())}: put {' and '.join(changed)} in quotes"
+        )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse what is no multiple-choice task, runs code, or would change prompts and is not read."""
     for key, value in config.items():
-        for function in _functions(value):
+        for function in _functions(value, set()):
             raise TaskError(
                 f"{path}: expected no Python functions, got {key}: !function {function}: remove it; where it changes "
                 "rows, change them yourself and pass rows="
@@ -255,7 +313,23 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise TaskError(f"{path}: expected {missing[0]}, got none: add it to the file")
     for key in ("doc_to_text", *TEXTS):
         if not isinstance(config[key], str):
-            raise TaskError(f"{path}: expected {key} as text, got {config[key]!r}: write it in quotes, or leave it out")
+            raise TaskError(
+                f"{path}: expected {key} as text, got {reprlib.repr(config[key])}: write it in quotes, or leave it out"
+            )
+    for key in NAMES:
+        if not isinstance(config.get(key), str | int | float | None):
+            raise TaskError(f"{path}: expected {key} as a name, got {reprlib.repr(config[key])}: correct it")
+    if isinstance(config["doc_to_target"], list | Mapping):
+        raise TaskError(
+            f"{path}: expected doc_to_target as an index, a column's name or a template, got "
+            f"{reprlib.repr(config['doc_to_target'])}: correct it"
+        )
+    for key in ("fewshot_config", "dataset_kwargs"):
+        if not isinstance(config.get(key) or {}, Mapping) or not all(isinstance(k, str) for k in config.get(key) or ()):
+            raise TaskError(
+                f"{path}: expected {key} as keys and values, got {reprlib.repr(config[key])}: correct it, or "
+                "leave it out"
+            )
     if unknown := sorted((config.get("fewshot_config") or {}).keys() - {"sampler"}):
         raise TaskError(
             f"{path}: expected fewshot_config with a sampler alone, got {', '.join(unknown)}: demonstrations are drawn "
@@ -263,13 +337,14 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _functions(value: Any) -> Iterator[str]:
-    """Yield the names of the functions in a value."""
+def _functions(value: Any, visited: set[int]) -> Iterator[str]:
+    """Yield the names of the functions in a value, which may contain itself by an alias."""
     if isinstance(value, _Function):
         yield value.name
-    elif isinstance(value, Mapping | list):
+    elif isinstance(value, Mapping | list) and id(value) not in visited:
+        visited.add(id(value))
         for member in value.values() if isinstance(value, Mapping) else value:
-            yield from _functions(member)
+            yield from _functions(member, visited)
 
 
 def _split_rows(path: Path, config: Mapping[str, Any]) -> tuple[Rows, Rows | None]:
@@ -301,9 +376,10 @@ def _file_rows(path: Path, data_files: Any, split: str) -> list[Any]:
     """Return the rows of a split's files, which lie next to the YAML file."""
     by_split = data_files if isinstance(data_files, Mapping) else {"train": data_files}
     files = by_split.get(split)
-    if not files:
+    if not files or not isinstance(files, str | list) or not all(isinstance(name, str) for name in files):
         raise TaskError(
-            f"{path}: expected dataset_kwargs: data_files with the split {split!r}, got {data_files!r}: name its file"
+            f"{path}: expected dataset_kwargs: data_files with the split {split!r}, got {reprlib.repr(data_files)}: "
+            "name its file"
         )
     docs: list[Any] = []
     for name in [files] if isinstance(files, str) else files:

@@ -58,10 +58,10 @@ class PromptView:
         for segment in self.segments:
             for text, is_spanning in _tokens(segment):
                 border = "2px solid #e31a1c" if is_spanning else "1px solid white"
-                shown = html.escape(_visible(text)) + text.count("\n") * "\n"
+                content = html.escape(_visible(text)) + text.count("\n") * "\n"
                 parts.append(
                     f'<span title="{html.escape(segment.name)}" style="color: black; background: {_colour(segment)}; '
-                    f'border: {border}">{shown}</span>'
+                    f'border: {border}">{content}</span>'
                 )
         return "".join([*parts, "</pre>"])
 
@@ -157,10 +157,12 @@ def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _tokens(segment: Segment) -> Iterator[tuple[str, bool]]:
+    """Yield the text of each token, and whether it spans two segments."""
     yield from zip(segment.texts, segment.spanning, strict=True)
 
 
 def _line(text: str, is_spanning: bool) -> str:
+    """Return a token's text in a line: its white space visible, and spanning tokens marked."""
     visible = _visible(text)
     return f"‹{visible}›" if is_spanning else visible
 
@@ -171,6 +173,7 @@ def _visible(text: str) -> str:
 
 
 def _colour(segment: Segment) -> str:
+    """Return a segment's background colour; demonstrations have two in turn."""
     if isinstance(segment.source, int) and segment.source >= 0:
         return _DEMONSTRATION_COLOURS[segment.source % 2]
     return _COLOURS[segment.source]

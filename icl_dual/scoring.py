@@ -4,12 +4,13 @@ A capture keeps the mean log-probability per token of each label word. The rules
 
 - `mean`, the default, is that mean: label words of different lengths are on one scale.
 - `sum` multiplies it by the number of tokens: the log-probability of the whole label word.
-- `unconditional` is `sum` minus the log-probability of the label word after the template's end alone, e.g. `Label:`
-  (Brown et al., 2020).
+- `unconditional` is `sum` minus the log-probability of the label word after the template's end, e.g. `Label:`, without
+  query and demonstrations (Brown et al., 2020).
 - `calibrated` is `sum` minus log p̄, where p̄ is each label's share of the label words' probability, averaged over
   content-free queries: contextual calibration (Zhao et al., 2021).
 
-Content-free queries follow the same demonstrations as the queries; the template's end follows the start token alone.
+Content-free queries follow the same demonstrations as the queries. The template's end follows the start tokens, and the
+task's description or the chat's system prompt where there is one.
 The prediction is the label with the highest score. Where label words have one token each, `mean` and `sum` agree.
 """
 

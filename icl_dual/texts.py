@@ -18,6 +18,9 @@ from jinja2 import TemplateError
 
 from icl_dual.models.tokenization import common_length
 
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""What a chat template raises where it refuses a chat, or does not fit it."""
+
 
 class PromptError(ValueError):
     """Prompts are incomplete, or the model cannot read them."""
@@ -161,10 +164,18 @@ class ChatText:
         return replace(plain, preamble=preamble, query=plain.query + after)
 
     def label_text(self, label: str) -> str:
-        """Return what follows the generation prompt where the assistant answers with a label."""
+        """Return what follows the generation prompt where the assistant answers with a label.
+
+        Where the template refuses answers, the label follows directly.
+        """
         query, answer = "\ue0a10\ue0a2", "\ue0a11\ue0a2"
         prompt = self._render([("user", query)], generation_prompt=True)
-        answered = self._render([("user", query), ("assistant", answer)], generation_prompt=False)
+        try:
+            answered = self._render([("user", query), ("assistant", answer)], generation_prompt=False)
+        except PromptError as error:
+            if type(error.__cause__) is TemplateError:
+                return label.strip()
+            raise
         after_query = prompt.rpartition(query)[2]
         before_answer, mark, _ = answered.rpartition(query)[2].partition(answer)
         space = before_answer.removeprefix(after_query)
@@ -183,7 +194,7 @@ class ChatText:
         if parts[1::2] != [str(index) for index in range(len(turns))]:
             raise PromptError(
                 f"expected a chat template that writes each of {len(turns)} turns once and in order, got turns "
-                f"{parts[1::2]}: use Chat(demonstrations='user turn'), which has one"
+                f"{parts[1::2]}: {self._advice(turns)}"
             )
         expected = self._render(turns, generation_prompt=generation_prompt)
         for as_written in (str, str.strip):
@@ -206,11 +217,28 @@ class ChatText:
             return self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=generation_prompt, **self.chat.options
             )
-        except TemplateError as error:
-            roles = list(dict.fromkeys(role for role, _ in messages))
-            advice = "use Chat(demonstrations='user turn')"
-            if system:
-                advice = "leave out system and the task's description, and write both into the task's template"
-            raise PromptError(
-                f"expected a chat template that takes the roles {roles}, got: {error}: {advice}"
-            ) from error
+        except TEMPLATE_ERRORS as error:
+            if type(error) is TemplateError:  # which templates raise by raise_exception
+                expected = f"takes the roles {list(dict.fromkeys(role for role, _ in messages))}"
+                advice = self._advice(turns)
+                if system:
+                    advice = "leave out system and the task's description, and write both into the task's template"
+                    advice += f"; or {self._advice(turns)}" if self._has_demonstration_turns(turns) else ""
+            else:
+                expected = "writes turns whose content is text"
+                advice = (
+                    "correct the template, or set its variables by Chat(options={…}); where the tokenizer has several "
+                    "templates, name one by {'chat_template': …}"
+                )
+            message = str(error) or type(error).__name__
+            raise PromptError(f"expected a chat template that {expected}, got: {message}: {advice}") from error
+
+    def _has_demonstration_turns(self, turns: Sequence[tuple[str, str]]) -> bool:
+        """Return whether turns are demonstrations: each of these has two, and the query one."""
+        return self.chat.demonstrations == "turns" and len(turns) > 2
+
+    def _advice(self, turns: Sequence[tuple[str, str]]) -> str:
+        """Return what to do where a template refuses turns."""
+        if self._has_demonstration_turns(turns):
+            return "use Chat(demonstrations='user turn'), which has one turn"
+        return "leave chat out, or load the model with a tokenizer= that has another template"

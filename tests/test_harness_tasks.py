@@ -218,6 +218,66 @@ def test_files_that_cannot_be_read_are_refused_by_name(changes: dict, message: s
         task_from_yaml(write(tmp_path, config), make_rows())
 
 
+def test_choices_that_yaml_reads_as_other_texts_are_refused(tmp_path: Path) -> None:
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in CONFIG.items() if name != "doc_to_choice")
+    for choices, message in (
+        ("[no, yes]", "got no and yes without quotes, which YAML reads as False and True: put no and yes in quotes"),
+        ("[fine, Off]", "got Off without quotes, which YAML reads as False: put Off in quotes"),
+        ("{a: no, b: fine}", "got no without quotes"),
+        ("[good, null]", "got null without quotes, which YAML reads as None"),
+        ("[01_0, 1]", "got 01_0 without quotes, which YAML reads as 8: put"),
+    ):
+        with pytest.raises(icl.TaskError, match=f"expected doc_to_choice as texts, {message}"):
+            task_from_yaml(write(tmp_path, f"{text}doc_to_choice: {choices}\n"), make_rows())
+    for choices, words in (
+        ("['no', \"yes\"]", ("no", "yes")),
+        ("[True, False]", ("True", "False")),
+        ("[1, 2.5]", ("1", "2.5")),
+    ):
+        task = task_from_yaml(write(tmp_path, f"{text}doc_to_choice: {choices}\n"), make_rows())
+        assert task.label_words == words
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("include: 3", "expected include as a file's path or a list of paths, got 3: correct it"),
+        ("include: [3]", r"expected include as .*, got \[3\]: correct it"),
+        ("include: {a: b}", "expected include as .*, got {'a': 'b'}"),
+        ("3: x", "expected keys as text, got 3: write them in quotes"),
+        ("? [a]\n: x", "expected plain YAML, got .*unhashable"),
+        ("no: x\nfoo: y", "expected keys as text, got False"),
+        ("fewshot_config: [1]", r"expected fewshot_config as keys and values, got \[1\]: correct it"),
+        ("fewshot_config: {1: 2, a: b}", "expected fewshot_config as keys and values, got {1: 2, 'a': 'b'}"),
+        ("dataset_kwargs: 3", "expected dataset_kwargs as keys and values, got 3"),
+        ("test_split: [a]", r"expected test_split as a name, got \['a'\]: correct it"),
+        ("description: &a [*a]", r"expected description as text, got \[\[.*\.\.\..*\]\]"),
+        ("doc_to_target: [0]", r"expected doc_to_target as an index, a column's name or a template, got \[0\]"),
+        ("doc_to_choice: [[a], b]", r"expected texts or numbers in doc_to_choice, got \[\['a'\], 'b'\]"),
+        ("doc_to_choice: [good]", r"expected at least two choices from doc_to_choice, got \['good'\]: add"),
+        ("doc_to_choice: []", r"expected at least two choices from doc_to_choice, got \[\]: add"),
+        ("metadata: !function [utils.f]", r"got metadata: !function \(sequence\): remove it"),
+        ("metadata: " + 2000 * "[" + 2000 * "]", "expected YAML with few levels, got too many"),
+        ("metadata: 2026-99-99", "expected plain YAML, got month must be in"),
+    ],
+)
+def test_values_of_other_types_are_refused_by_name(line: str, message: str, tmp_path: Path) -> None:
+    key = line.partition(":")[0]
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in CONFIG.items() if name != key)
+    with pytest.raises(icl.TaskError, match=message):
+        task_from_yaml(write(tmp_path, f"{text}{line}\n"), make_rows())
+
+
+def test_aliases_that_contain_themselves_or_grow_are_read(tmp_path: Path) -> None:
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in CONFIG.items())
+    nested = "".join(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40))
+    for metadata in ("&a [*a]", "&a {b: [*a, {c: *a}]}", f"\n  - &a0 [x]\n{nested}"):
+        task = task_from_yaml(write(tmp_path, f"{text}metadata: {metadata}\n"), make_rows())
+        assert task.label_words == ("bad", "good")
+    with pytest.raises(icl.TaskError, match=r"got metadata: !function utils\.f: remove"):
+        task_from_yaml(write(tmp_path, f"{text}metadata: &a [*a, [!function utils.f]]\n"), make_rows())
+
+
 @pytest.mark.parametrize("key", ["doc_to_text", "process_docs", "process_results", "metric_list"])
 def test_functions_are_refused_by_name_and_never_run(key: str, tmp_path: Path) -> None:
     (tmp_path / "utils.py").write_text("raise SystemExit('this ran')")

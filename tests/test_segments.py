@@ -60,8 +60,8 @@ def ids(model: icl.Model, text: str) -> list[int]:
 
 def text_of(task: icl.Task, demonstrations: list, query: Any) -> str:
     separator = "\n" if task.separator is None else task.separator
-    shown = "".join(task.prompt(example) + task.label_text(example.label) + separator for example in demonstrations)
-    return task.description + shown + task.prompt(query)
+    context = "".join(task.prompt(example) + task.label_text(example.label) + separator for example in demonstrations)
+    return task.description + context + task.prompt(query)
 
 
 @pytest.mark.parametrize(("family", "texts"), CASES)

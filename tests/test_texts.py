@@ -26,8 +26,8 @@ def turns_of(task: icl.Task, demonstrations: list, query: Any, chat: icl.Chat) -
     """The messages that a chat is meant to have."""
     messages = [{"role": "system", "content": chat.system}] if chat.system else []
     if chat.demonstrations == "user turn":
-        shown = "".join(f"{task.prompt(example)} {task.label_words[example.label]}\n" for example in demonstrations)
-        return [*messages, {"role": "user", "content": shown + task.prompt(query)}]
+        context = "".join(f"{task.prompt(example)} {task.label_words[example.label]}\n" for example in demonstrations)
+        return [*messages, {"role": "user", "content": context + task.prompt(query)}]
     for example in demonstrations:
         messages.append({"role": "user", "content": task.prompt(example)})
         messages.append({"role": "assistant", "content": task.label_words[example.label]})
@@ -197,6 +197,76 @@ def test_chat_templates_that_cannot_write_the_prompts_are_refused(
     model = icl.Model(model_of("qwen").wrapped, tokenizer=tokenizer)
     with pytest.raises(icl.PromptError, match=words):
         icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2), chat=icl.Chat())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"tool": "x"}, r"writes turns whose content is text, got: .*multiple chat templates.*'chat_template'"),
+        (
+            "{% for m in messages %}{{ m['role'] + m['content'][0]['text'] }}{% endfor %}",
+            "writes turns whose content is text, got: 'str object' has no attribute 'text': correct the template",
+        ),
+        ("{% for m in messages %}{{ m['role'] + 1 }}{% endfor %}", "got: can only concatenate str .*: correct"),
+        ("{% for m in messages %}{{ m['role'] ", "got: unexpected end of template.*: correct the template"),
+        ("{{ messages[0]['content'] % 0 }}{{ 1 // 0 }}", r"writes turns whose content is text, got: .*: correct"),
+        ("{{ raise_exception('no chats') }}", r"takes the roles \['user'\], got: no chats: leave chat out, or load"),
+        ("nothing", r"each of 1 turns once and in order, got turns \[\]: leave chat out, or load|right after its"),
+    ],
+)
+@pytest.mark.parametrize("where", DEMONSTRATIONS)
+def test_chat_templates_that_do_not_fit_are_refused_without_advice_that_cannot_help(
+    model_of: Callable[[str], icl.Model], task: icl.Task, template: Any, message: str, where: Any
+) -> None:
+    """Without demonstrations, or with all of them in one turn, another place for them is no help."""
+    tokenizer = FAMILIES["qwen"].__wrapped__()  # pyright: ignore[reportFunctionMemberAccess] - not the shared one
+    tokenizer.chat_template = template
+    model = icl.Model(model_of("qwen").wrapped, tokenizer=tokenizer)
+    demonstrations = task.demonstrations(2, seed=1) if where == "user turn" else []
+    chat = icl.Chat(demonstrations=where)
+    with pytest.raises(icl.PromptError, match=message) as refusal:
+        icl.build_prompts(model, task, demonstrations, task.queries(2), chat=chat)
+    assert "user turn" not in str(refusal.value)
+
+
+def test_one_of_several_chat_templates_is_named_by_options(
+    model_of: Callable[[str], icl.Model], task: icl.Task
+) -> None:
+    tokenizer = FAMILIES["qwen"].__wrapped__()  # pyright: ignore[reportFunctionMemberAccess] - not the shared one
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"plain": template}
+    model = icl.Model(model_of("qwen").wrapped, tokenizer=tokenizer)
+    demonstrations, queries = task.demonstrations(2, seed=1), task.queries(2)
+    chat = icl.Chat(options={"chat_template": "plain"})
+    check_chat(
+        model,
+        task,
+        icl.build_prompts(model, task, demonstrations, queries, chat=chat),
+        demonstrations,
+        queries,
+        chat,
+    )
+
+
+def test_advice_is_for_what_the_template_may_refuse(model_of: Callable[[str], icl.Model], task: icl.Task) -> None:
+    """A template without answers has all of the demonstrations in one turn."""
+    tokenizer = FAMILIES["qwen"].__wrapped__()  # pyright: ignore[reportFunctionMemberAccess] - not the shared one
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+        "{{ m['role'] + ': ' + m['content'] + ';' }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    )
+    model = icl.Model(model_of("qwen").wrapped, tokenizer=tokenizer)
+    demonstrations, queries = task.demonstrations(2, seed=1), task.queries(2)
+    with pytest.raises(icl.PromptError, match=r"takes the roles \['user', 'assistant'\], got: no answers: use Chat\("):
+        icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat())
+    both = r"got: no answers: leave out system .*; or use Chat\(demonstrations='user turn'\)"
+    with pytest.raises(icl.PromptError, match=both):
+        icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat(system="You classify."))
+    chat = icl.Chat(demonstrations="user turn")
+    for before in (demonstrations, []):
+        prompts = icl.build_prompts(model, task, before, queries, chat=chat)
+        text = tokenizer.decode([*prompts.prefix, *prompts.queries[0], *prompts.labels[0]])
+        assert text.endswith("Label:;A:Negative")
 
 
 def test_white_space_around_a_turn_may_be_left_out(model_of: Callable[[str], icl.Model]) -> None:

@@ -63,47 +63,47 @@ _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 def _byte_level(split: str, specials: list[str], start: str | None, **options: Any) -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.normalizer = options.get("normalizer")
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = options.get("normalizer")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     # Line breaks and punctuation, so that tokens of several of them exist.
     texts = [f" {WORDS} \n\n (A)\n (B)\n\n {WORDS}.\n", "\n\n", ")\n", ":\n"] * 4
     trainer = trainers.BpeTrainer(
         vocab_size=430, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(texts, trainer)
-    made.post_processor = _template(made, start) if start else processors.ByteLevel(trim_offsets=True)
-    return made
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = _template(tokenizer, start) if start else processors.ByteLevel(trim_offsets=True)
+    return tokenizer
 
 
-def _template(made: Tokenizer, single: str) -> processors.TemplateProcessing:
+def _template(tokenizer: Tokenizer, single: str) -> processors.TemplateProcessing:
     names = [part for part in single.split() if part != "$A"]
-    special = [(name, made.token_to_id(name)) for name in dict.fromkeys(names)]
+    special = [(name, tokenizer.token_to_id(name)) for name in dict.fromkeys(names)]
     return processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=special)
 
 
 def _sentence_piece(specials: list[str], **parts: Any) -> Tokenizer:
     """Byte-pair encoding over text with "▁" for spaces, and bytes for characters that are not in the vocabulary."""
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     words = WORDS.split()
     texts = ["▁".join(["", *words[at:], *words[:at]]) for at in range(len(words))]
-    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=440, special_tokens=[*specials, *byte_tokens], show_progress=False)
-    made.train_from_iterator(texts * 3, trainer)
-    made.pre_tokenizer, made.normalizer = parts.get("pre_tokenizer"), parts.get("normalizer")
+    tokenizer.train_from_iterator(texts * 3, trainer)
+    tokenizer.pre_tokenizer, tokenizer.normalizer = parts.get("pre_tokenizer"), parts.get("normalizer")
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * bool(parts.get("strips")))
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * bool(parts.get("strips")))
     if start := parts.get("start"):
-        made.post_processor = _template(made, start)
-    return made
+        tokenizer.post_processor = _template(tokenizer, start)
+    return tokenizer
 
 
 def gpt2() -> PreTrainedTokenizerFast:
@@ -115,30 +115,30 @@ def gpt2() -> PreTrainedTokenizerFast:
 def llama2() -> PreTrainedTokenizerFast:
     """A "▁" before every text, no pre-tokenizer, one start token."""
     prepends = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made = _sentence_piece(["<unk>", "<s>", "</s>"], normalizer=prepends, start="<s> $A", strips=True)
-    return _fast(made, LLAMA2_CHAT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = _sentence_piece(["<unk>", "<s>", "</s>"], normalizer=prepends, start="<s> $A", strips=True)
+    return _fast(tokenizer, LLAMA2_CHAT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def llama3() -> PreTrainedTokenizerFast:
     """Bytes, punctuation in one token with line breaks, one start token."""
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    made = _byte_level(_LLAMA3, specials, "<|begin_of_text|> $A")
-    return _fast(made, LLAMA3_CHAT, bos_token=specials[0], eos_token=specials[1])
+    tokenizer = _byte_level(_LLAMA3, specials, "<|begin_of_text|> $A")
+    return _fast(tokenizer, LLAMA3_CHAT, bos_token=specials[0], eos_token=specials[1])
 
 
 def mistral() -> PreTrainedTokenizerFast:
     """A "▁" before the first word only, one start token."""
     space = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    made = _sentence_piece(specials, pre_tokenizer=space, start="<s> $A", strips=True)
-    return _fast(made, MISTRAL_CHAT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = _sentence_piece(specials, pre_tokenizer=space, start="<s> $A", strips=True)
+    return _fast(tokenizer, MISTRAL_CHAT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def qwen() -> PreTrainedTokenizerFast:
     """Bytes of normalised text, no start token at all."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    made = _byte_level(_QWEN, specials, None, normalizer=normalizers.NFC())
-    return _fast(made, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = _byte_level(_QWEN, specials, None, normalizer=normalizers.NFC())
+    return _fast(tokenizer, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def gemma() -> PreTrainedTokenizerFast:
@@ -148,23 +148,23 @@ def gemma() -> PreTrainedTokenizerFast:
         "normalizer": normalizers.Replace(" ", "▁"),
         "pre_tokenizer": pre_tokenizers.Split(" ", "merged_with_previous"),
     }
-    made = _sentence_piece(specials, start="<bos> $A", **parts)
-    return _fast(made, GEMMA_CHAT, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = _sentence_piece(specials, start="<bos> $A", **parts)
+    return _fast(tokenizer, GEMMA_CHAT, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
 def bloom() -> PreTrainedTokenizerFast:
     """Bytes, words split at spaces and punctuation only; no start token."""
-    made = _byte_level(_BLOOM, ["<unk>", "<s>", "</s>", "<pad>"], None)
-    return _fast(made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = _byte_level(_BLOOM, ["<unk>", "<s>", "</s>", "<pad>"], None)
+    return _fast(tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def t5() -> PreTrainedTokenizerFast:
     """Unigrams, line breaks are spaces and several spaces are one; an end token and no start token."""
-    made = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.Unigram())
     one_space = normalizers.Replace(Regex(r"\s+"), " ")
-    made.normalizer = normalizers.Sequence([one_space, normalizers.Strip(left=True, right=True)])
-    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    made.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.normalizer = normalizers.Sequence([one_space, normalizers.Strip(left=True, right=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     characters = [chr(code) for code in range(33, 127)]
     trainer = trainers.UnigramTrainer(
         vocab_size=240,
@@ -174,9 +174,9 @@ def t5() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     words = WORDS.split()
-    made.train_from_iterator([" ".join(words[at:] + words[:at]) for at in range(len(words))] * 3, trainer)
-    made.post_processor = _template(made, "$A </s>")
-    return _fast(made, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    tokenizer.train_from_iterator([" ".join(words[at:] + words[:at]) for at in range(len(words))] * 3, trainer)
+    tokenizer.post_processor = _template(tokenizer, "$A </s>")
+    return _fast(tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
 def chatglm() -> PreTrainedTokenizerFast:
@@ -190,10 +190,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 }
 
 
-def _fast(made: Tokenizer, chat_template: str | None = None, **tokens: str) -> PreTrainedTokenizerFast:
+def _fast(tokenizer: Tokenizer, chat_template: str | None = None, **tokens: str) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers loads it from a folder."""
     folder = Path(mkdtemp(prefix="tokenizer-"))
-    PreTrainedTokenizerFast(tokenizer_object=made, chat_template=chat_template, **tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **tokens).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
