@@ -22,6 +22,7 @@ from icl_dual.captures.shared_prefix import (
     BatchLimit,
     FullPromptPass,
     PrefixCache,
+    advise,
     arbitrary_prompts,
     check_rope_scaling,
     common_query_prefix,
@@ -279,21 +280,24 @@ def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
 
 
 def _check_pass(model: Model, prompts: Prompts) -> None:
-    """Compare the shared-prefix pass with plain forward passes: once, and at every capture with hooks of others.
+    """Compare the shared-prefix pass with plain forward passes: once, and at every capture with foreign hooks.
 
-    What such a hook does may depend on the prompt, so that it is compared on the shortest and the longest of these.
+    The effect of such a hook may depend on the prompt and on where the prompt is split. So these prompts are compared,
+    split as `capture` splits them: the query with the shortest rest and that with the longest.
     """
     hooks = model.foreign_hooks()
     if model.pass_residual is not None and not hooks and not model.pass_hooks:
         return
     if hooks:
-        by_length = sorted(prompts.suffixes, key=len)
-        compared = replace(prompts, queries=(by_length[0], by_length[-1]))
+        shared = common_query_prefix(prompts)
+        by_length = sorted((suffix[len(shared) :] for suffix in prompts.suffixes), key=len)
+        prefix, rows = prompts.prefix + shared, by_length if len(by_length) == 1 else [by_length[0], by_length[-1]]
     else:
-        compared = arbitrary_prompts(model, prompts.start)
+        arbitrary = arbitrary_prompts(model, prompts.start)
+        prefix, rows = arbitrary.prefix, arbitrary.queries
     try:
-        model.pass_residual, model.pass_hooks = measure_pass(model, compared.prefix, compared.queries), hooks
-    except RuntimeError as error:
+        model.pass_residual, model.pass_hooks = measure_pass(model, prefix, rows), hooks
+    except (RuntimeError, IndexError) as error:
         if is_out_of_memory(error):
             raise MemoryError(
                 f"expected memory to check {model!r} on a short prompt, got: {error}. Use a smaller model or half "
@@ -301,7 +305,7 @@ def _check_pass(model: Model, prompts: Prompts) -> None:
             ) from error
         raise UnsupportedModelError(
             f"{model.name} ({model.architecture}, {model.dtype}): expected a model that runs with its hooks, got: "
-            f"{error}"
+            f"{error}" + f": {advise(model)}" * bool(hooks)
         ) from error
 
 

@@ -6,6 +6,7 @@ Each raises a ValueError that names the argument, what was expected of it and wh
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -44,12 +45,17 @@ def of_shared_tokens(
             (`Prompts.shared_query_tokens`).
 
     Returns:
-        The same with these tokens as last axis, zero past a query's end.
+        By setting, the values with these tokens as last axis; zero past each query's last shared token.
     """
     indices = {"ICL": 0, "ZSL": 1, "FT": 1}
     longest = max(map(len, shared))
     if all(pair == (index, index) for pairs in shared for index, pair in enumerate(pairs)):
-        return {name: values[..., :longest] for name, values in by_setting.items()}
+        n_shared = torch.tensor([len(pairs) for pairs in shared])
+        past_shared = torch.arange(longest) >= n_shared[:, None]
+        return {
+            name: values[..., :longest].masked_fill(past_shared.view(len(shared), *[1] * (values.ndim - 2), longest), 0)
+            for name, values in by_setting.items()
+        }
     of_shared = {name: values.new_zeros(*values.shape[:-1], longest) for name, values in by_setting.items()}
     for query, pairs in enumerate(shared):
         for name, values in by_setting.items():

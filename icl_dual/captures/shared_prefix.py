@@ -475,46 +475,64 @@ def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
     return by_layer.max().item()
 
 
-def measure_pass(model: Model, prefix: Tokens, queries: Sequence[Tokens]) -> float:
+def measure_pass(model: Model, prefix: Tokens, rows: Sequence[Tokens]) -> float:
     """Return the residual of the shared-prefix pass against plain forward passes over the full prompts.
+
+    The rows run as one batch. At least one of them is padded, unless all have one length and fill the model's context.
 
     Args:
         model: the model to run.
-        prefix: the tokens before every query.
-        queries: the queries, best of unequal length: they run as one batch.
+        prefix: the tokens before every row.
+        rows: each row's own tokens.
+
+    Returns:
+        The largest relative difference at the last position, over the layers' attention outputs and the logits.
 
     Raises:
         UnsupportedModelError: they differ beyond rounding, e.g. where a model ignores positions that jump, or where a
             hook counts positions.
     """
-    expected_outputs: list[list[Tensor]] = []
-    for query in queries:
-        by_layer: list[Tensor] = []
-        tokens = torch.tensor([[*prefix, *query]], device=model.device)
-        model.run(tokens, on_output=lambda layer, output, by_layer=by_layer: by_layer.append(output[0, -1].clone()))
-        expected_outputs.append(by_layer)
-    expected = [torch.stack(of_layer) for of_layer in zip(*expected_outputs, strict=True)]
+    expected = [torch.cat(by_row) for by_row in zip(*(_run_plain(model, prefix + row) for row in rows), strict=True)]
     context, _ = run_prefix(model, prefix)
-    outputs: list[Tensor] = [torch.zeros_like(output) for output in expected]
+    tokens = pad_right(rows, device=model.device)
+    n_pos = len(prefix) + tokens.shape[1]
+    if len(set(map(len, rows))) == 1 and n_pos not in (model.n_ctx, model.rope_scaling_threshold):
+        tokens = torch.nn.functional.pad(tokens, (0, 1))
+    last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+    outputs: dict[int, Tensor] = {}
 
-    def on_output(layer: int, output: Tensor, batch: Sequence[int], last: Tensor) -> None:
-        outputs[layer][batch] = output[torch.arange(len(batch), device=last.device), last]
+    def on_output(layer: int, output: Tensor) -> None:
+        outputs[layer] = output[torch.arange(len(rows), device=last.device), last]
 
-    for _ in run_queries(model, queries, 1, context, BatchLimit(len(queries)), on_output=on_output):
-        pass
+    logits, _ = _run_after(context, model, tokens, last[:, None], lambda layer, attention: None, on_output)
+    places = [*(f"layer {layer}" for layer in range(model.n_layers)), "logits"]
     worst = 0.0
-    for layer, pair in enumerate(zip(outputs, expected, strict=True)):
-        worst = max(worst, residual := _residual(*pair).item())
+    for place, actual, plain in zip(places, (*outputs.values(), logits[:, 0]), expected, strict=True):
+        worst = max(worst, residual := _residual(actual, plain).item())
         if not residual <= TOLERANCE[model.dtype]:
             raise UnsupportedModelError(
-                f"{model.name} ({model.architecture}), layer {layer}: expected the pass of queries after their "
+                f"{model.name} ({model.architecture}), {place}: expected the pass of queries after their "
                 f"shared prefix to differ by at most {TOLERANCE[model.dtype]:.0e} from a plain forward pass, got "
-                f"{residual:.1e}: {_advice(model)}"
+                f"{residual:.1e}: {advise(model)}"
             )
     return worst
 
 
-def _advice(model: Model) -> str:
+def _run_plain(model: Model, prompt: Tokens) -> list[Float[Tensor, "1 width"]]:
+    """Return each layer's attention output, and then the logits, at the last position of a plain forward pass."""
+    outputs: dict[int, Tensor] = {}
+
+    def on_output(layer: int, output: Tensor) -> None:
+        outputs[layer] = output[:, -1].clone()
+
+    tokens = torch.tensor([prompt], device=model.device)
+    last = torch.full_like(tokens[:, :1], len(prompt) - 1)
+    # A hook after the choice of positions would not receive what it receives in a plain pass.
+    logits = model.run(tokens, read=None if model.foreign_hooks() else last, on_output=on_output)
+    return [*outputs.values(), logits[:, -1]]
+
+
+def advise(model: Model) -> str:
     """Return what to do about a model that cannot run queries apart from their demonstrations."""
     hooks = model.foreign_hook_names()
     if not hooks:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import icl_dual as icl
 from icl_dual.captures.pairing import (
@@ -13,6 +14,7 @@ from icl_dual.captures.pairing import (
     check_settings,
     check_start_weights,
     check_training_sequences,
+    of_shared_tokens,
 )
 from icl_dual.prompts import Prompts
 
@@ -121,3 +123,21 @@ def test_captures_with_and_without_momentum_are_not_paired(llama: icl.Model, pro
             icl.decompose(llama, zero_shot=renamed, in_context=got)
     with pytest.raises(ValueError, match=r"captures of the model given, got .*'in_context': 'llama \+ momentum η=0.1'"):
         icl.decompose(llama, zero_shot=zsl, in_context=got)
+
+
+@pytest.mark.parametrize("n_heads", [(), (3,)], ids=["by layer", "by layer and head"])
+@pytest.mark.parametrize("zero_shot", [((5, 6, 7), (5, 6)), ((5, 6, 7), (8, 5, 6)), ((5, 6, 9, 9), (5, 4))])
+def test_values_of_tokens_that_one_setting_alone_has_are_left_out(
+    zero_shot: tuple[tuple[int, ...], ...], n_heads: tuple[int, ...]
+) -> None:
+    prompts = Prompts(queries=((5, 6, 7), (5, 6, 8)), zero_shot_queries=zero_shot, labels=((1,),), gold=(0, 0))
+    shared = prompts.shared_query_tokens
+    by_setting = {setting: 1 + torch.rand(2, 4, *n_heads, 4) for setting in ("ZSL", "ICL", "FT")}
+    got = of_shared_tokens(by_setting, shared)
+    longest = max(map(len, shared))
+    for setting, values in by_setting.items():
+        assert got[setting].shape == (2, 4, *n_heads, longest)
+        for query, pairs in enumerate(shared):
+            for at in range(longest):
+                expected = values[query, ..., pairs[at][setting != "ICL"]] if at < len(pairs) else 0.0
+                assert (got[setting][query, ..., at] == expected).all()

@@ -384,15 +384,65 @@ def test_the_pass_is_measured_again_where_hooks_change(
 ) -> None:
     model, lengths = make_model("llama"), []
 
-    def measured(model: icl.Model, prefix: tuple[int, ...], queries: tuple[tuple[int, ...], ...]) -> float:
-        lengths.append([len(query) for query in queries])
+    def measured(model: icl.Model, prefix: tuple[int, ...], rows: list[tuple[int, ...]]) -> float:
+        lengths.append([len(prefix) + len(row) for row in rows])
         return 1e-7
 
     monkeypatch.setattr("icl_dual.captures.capture.measure_pass", measured)
     for hooks in ([], [], [("blocks.1.hook_out", lambda residual, hook: residual)], [], []):
         with model.wrapped.hooks(fwd_hooks=hooks):
             icl.capture(model, prompts, fields=(), progress=False)
-    of_prompts = sorted(map(len, prompts.queries))
+    of_prompts = sorted(len(prompts.prefix) + len(query) for query in prompts.queries)
     assert len(lengths) == 3, "at first, with the hook, and without it again"
     assert lengths[1] == [of_prompts[0], of_prompts[-1]]
     assert all(shortest != longest for shortest, longest in lengths)
+
+
+def adding(where: Any) -> Callable[..., torch.Tensor]:
+    """Return a hook that adds a vector to some of the tokens."""
+
+    def add(residual: torch.Tensor, hook: object) -> torch.Tensor:
+        residual = residual.clone()
+        residual[where] += torch.linspace(-2, 2, residual.shape[-1])
+        return residual
+
+    return add
+
+
+QUERIES = {
+    "one query": ((5, 7, 9, 11, 6),),
+    "equal lengths": ((5, 7, 9, 11, 6), (5, 7, 8, 3, 2)),
+    "a gap above 100 tokens": ((5, 7, 9, 11, 6), (5, 7, *range(10, 130))),
+}
+
+
+@pytest.mark.parametrize("place", ["blocks.0.hook_out", "blocks.2.hook_out", "ln_final.hook_normalized"])
+@pytest.mark.parametrize("queries", QUERIES.values(), ids=QUERIES)
+def test_hooks_are_checked_on_what_runs(
+    make_model: Callable[..., icl.Model], queries: tuple[tuple[int, ...], ...], place: str
+) -> None:
+    """Zero-shot without a start token: a hook after the last layer's attention changes the logits alone."""
+    model = make_model("llama")
+    assert model.n_layers == 3
+    alone = Prompts(queries=queries, labels=((8,), (9,)), gold=(0,) * len(queries))
+    fixed = [(slice(None), 2)] * (place == "blocks.0.hook_out")  # later, it does not change the last token's logits
+    for where in ((slice(None), -1), *fixed):
+        with (
+            model.wrapped.hooks(fwd_hooks=[(place, adding(where))]),
+            pytest.raises(icl.UnsupportedModelError, match=rf"remove the hooks that count positions, of {place}"),
+        ):
+            icl.capture(model, alone, fields=(), progress=False)
+    with model.wrapped.hooks(fwd_hooks=[(place, adding(...))]):
+        got = icl.capture(model, alone, fields=("next_log_probs",), progress=False)
+        assert got.next_log_probs is not None
+        for query in range(len(queries)):
+            expected = FullPrompts(model, alone).run(query)[0, -1].log_softmax(-1)
+            torch.testing.assert_close(got.next_log_probs[query], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_fills_the_context_is_checked_without_padding(make_model: Callable[..., icl.Model]) -> None:
+    model = make_model("gpt2")
+    query = tuple(3 + position % 200 for position in range(model.n_ctx))
+    full = Prompts(queries=(query,), labels=((8,), (9,)), gold=(0,))
+    with model.wrapped.hooks(fwd_hooks=[("blocks.0.hook_out", adding(...))]):
+        assert icl.capture(model, full, fields=(), progress=False).residual < 1e-5
