@@ -1,32 +1,45 @@
-"""The hooks that others have on a model: where they are, and what tells one from another.
+"""Hooks on a model that neither this library nor TransformerLens has put there, and an identity of each.
 
-A hook is told by its code and by the values that it reads: constants, defaults, its closure, global names, attributes
-of the object that it is a method of. What it writes itself, such as a counter or a store of activations, is its state
-and no part of its identity.
+A hook's identity is its code and the values that it reads: constants, defaults, its closure, global names, attributes
+of objects, and what dicts, lists, sets and arrays hold. Variables, attributes and members of containers that its code
+writes to, such as a counter or a store of activations, are its state and no part of its identity. Classes and modules,
+and functions of other modules, are read by name alone. A value that cannot be read, or that lies too deep, is read by
+its address: two of them differ, so that captures are refused rather than paired wrongly.
 """
 
 import dis
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType, MethodType, ModuleType
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-DEPTH = 4
-"""How many functions and objects deep a hook's values are read."""
+DEPTH = 8
+"""How many functions, objects and containers deep a hook's values are read."""
+
+MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"} | {
+    "popleft",
+    "remove",
+    "setdefault",
+    "update",
+}
+"""The methods by which lists, dicts, sets and deques change."""
 
 
 def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
-    """Return the hooks on a model: for each, its module, its name, and a hash of its code and of what it reads.
+    """Return an identity of each foreign hook: its module, its name, and a hash of its code and of what it reads.
 
     Those that TransformerLens has put there for itself are left out.
     """
     return [
-        (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH)).encode()).hexdigest())
+        (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH, frozenset())).encode()).hexdigest())
         for module, name in _named_modules(wrapped).items()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
         for hook in map(_unwrapped, hooks.values())
@@ -55,68 +68,116 @@ def _name(hook: Callable[..., Any]) -> str:
     return getattr(hook, "__qualname__", type(hook).__qualname__)
 
 
-def _identity(value: Any, depth: int) -> Iterator[str]:
-    """Yield what tells a value from others: text, for tensors a hash of their bytes."""
+def _identity(value: Any, depth: int, written: frozenset[str]) -> Iterator[str]:
+    """Yield texts that identify a value, for tensors and arrays a hash; attributes that are written are left out."""
     yield type(value).__qualname__
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+    if value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | slice | range | np.generic | torch.dtype
+    ):
         yield repr(value)
+    elif isinstance(value, torch.device):
+        yield str(value)
     elif isinstance(value, Tensor):
         yield _hash_of(value)
-    elif isinstance(value, tuple | frozenset):
-        for member in value:
-            yield from _identity(member, depth)
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif isinstance(value, ModuleType | type):
         yield value.__name__
-    elif depth == 0 or isinstance(value, HookPoint):
+    elif isinstance(value, HookPoint):
         return
     elif isinstance(value, CodeType):
-        yield value.co_code.hex()
-        yield from _identity(value.co_consts, depth)
+        yield f"{value.co_code.hex()} {value.co_names} {value.co_freevars}"
+        for constant in value.co_consts:
+            yield from _identity(constant, depth, written)
+    elif depth == 0:
+        yield _address(value)
+    elif isinstance(value, Mapping):
+        for key, member in value.items():
+            yield from _identity(key, depth - 1, written)
+            yield from _identity(member, depth - 1, written)
+    elif isinstance(value, tuple | list | deque):
+        for member in value:
+            yield from _identity(member, depth - 1, written)
+    elif isinstance(value, AbstractSet):
+        yield from sorted(" ".join(_identity(member, depth - 1, written)) for member in value)
     elif isinstance(value, FunctionType):
         yield from _function_identity(value, depth - 1)
     elif isinstance(value, MethodType):
-        yield from _identity(value.__func__, depth)
-        yield from _object_identity(value.__self__, _names_of(value.__func__.__code__, "STORE_ATTR"), depth - 1)
+        yield from _identity(value.__func__, depth, written)
+        yield from _object_identity(value.__self__, _written_by(value.__func__), depth - 1)
     elif isinstance(value, functools.partial):
-        for member in (value.func, value.args, *value.keywords.values()):
-            yield from _identity(member, depth)
+        yield from _identity((value.func, value.args, value.keywords), depth, written)
+    elif isinstance(value, BuiltinFunctionType):
+        yield f"{value.__module__}.{value.__qualname__}"
+        yield from _identity(value.__self__, depth - 1, written)
     else:
         call = vars(type(value)).get("__call__")
         if isinstance(call, FunctionType):
-            yield from _identity(call, depth)
-        written = _names_of(call.__code__, "STORE_ATTR") if isinstance(call, FunctionType) else frozenset()
-        yield from _object_identity(value, written, depth - 1)
+            yield from _identity(call, depth, written)
+            written |= _written_by(call)
+        yield from _object_identity(value, written, max(depth - 2, 0))
 
 
 def _function_identity(function: FunctionType, depth: int) -> Iterator[str]:
-    code = function.__code__
+    code, written = function.__code__, _written_by(function)
     yield function.__qualname__
-    yield from _identity(code, depth)
-    yield from _identity((function.__defaults__, *(function.__kwdefaults__ or {}).values()), depth)
-    reads = _closure(function) | {
+    yield from _identity(code, depth, written)
+    n_defaults = len(function.__defaults__ or ())
+    positional = code.co_varnames[: code.co_argcount][code.co_argcount - n_defaults :]
+    values = dict(zip(positional, function.__defaults__ or (), strict=True)) | (function.__kwdefaults__ or {})
+    values |= _closure(function) | {
         name: function.__globals__[name]
-        for name in sorted(_names_of(code, "LOAD_GLOBAL"))
-        if name in function.__globals__
+        for name in sorted(_names_of(code, "LOAD_GLOBAL") | _names_of(code, "LOAD_NAME"))
+        if name in function.__globals__ and function.__globals__[name] is not function
     }
-    written = _names_of(code, "STORE_DEREF") | _names_of(code, "STORE_GLOBAL")
-    for name, value in reads.items():
+    for name, value in values.items():
         is_of_library = isinstance(value, FunctionType) and value.__module__ != function.__module__
         if is_of_library:
             yield f"{value.__module__}.{value.__qualname__}"
-        elif name not in written:
+        elif not _is_state(name, value, written):
             yield name
-            yield from _identity(value, depth)
+            yield from _identity(_without_state(name, value, written), depth, written)
+
+
+def _is_state(name: str, value: Any, written: frozenset[str]) -> bool:
+    """Return whether a hook writes a variable or an attribute, or all members of a container."""
+    if isinstance(value, list | dict | set | deque) and f"{name}()" in written:
+        return True
+    is_array = isinstance(value, Tensor | np.ndarray)
+    return name in written or (is_array and any(place.startswith(f"{name}[") for place in written))
+
+
+def _without_state(name: str, value: Any, written: frozenset[str]) -> Any:
+    """Return a container without the members that a hook writes by a constant key; any other value as it is."""
+    if not isinstance(value, list | dict) or not any(place.startswith(f"{name}[") for place in written):
+        return value
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: member for key, member in items if f"{name}[{key!r}]" not in written}
 
 
 def _object_identity(value: Any, written: frozenset[str], depth: int) -> Iterator[str]:
-    """Yield the numbers, texts, tensors and weights that an object has, without those that its hook writes."""
-    members: Mapping[str, Any] = getattr(value, "__dict__", {})
-    if isinstance(value, nn.Module):
-        members = {**members, **dict(value.named_parameters()), **dict(value.named_buffers())}
+    """Yield texts that identify an object's attributes and weights, without the attributes that are written."""
+    wrapped = getattr(value, "wrapped", None)
+    if isinstance(wrapped, nn.Module):  # this library's model: its other attributes change as it runs
+        value = wrapped
+    if isinstance(value, nn.Module) and any(isinstance(module, HookPoint) for module in value.modules()):
+        members = dict(value.named_parameters())
+    elif isinstance(value, nn.Module):
+        members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
+        members |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
+    elif hasattr(value, "__dict__"):
+        members = vars(value)
+    else:
+        yield _address(value)
+        return
     for name, member in members.items():
-        if name not in written and isinstance(member, bool | int | float | str | Tensor | FunctionType | MethodType):
+        if not _is_state(name, member, written):
             yield name
-            yield from _identity(member, depth)
+            yield from _identity(_without_state(name, member, written), depth, written)
+
+
+def _address(value: Any) -> str:
+    return f"at {id(value)}"
 
 
 def _closure(function: FunctionType) -> dict[str, Any]:
@@ -130,14 +191,77 @@ def _closure(function: FunctionType) -> dict[str, Any]:
     return values
 
 
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code and that of the functions within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
 @functools.cache
 def _names_of(code: CodeType, operation: str) -> frozenset[str]:
     """Return the names that a function's bytecode reads or writes by an operation."""
     return frozenset(
-        str(instruction.argval) for instruction in dis.get_instructions(code) if instruction.opname == operation
+        str(instruction.argval)
+        for part in _codes(code)
+        for instruction in dis.get_instructions(part)
+        if instruction.opname == operation
     )
 
 
+def _written_by(function: FunctionType) -> frozenset[str]:
+    """Return the variables and attributes that a function assigns, or whose contents it changes."""
+    return _written_names(function.__code__)
+
+
+@functools.cache
+def _written_names(code: CodeType) -> frozenset[str]:
+    assigned = [_names_of(code, operation) for operation in ("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL")]
+    return frozenset().union(*assigned, *map(_changed_containers, _codes(code)))
+
+
+def _changed_containers(code: CodeType) -> Iterable[str]:
+    """Yield the containers that bytecode changes: `name[key]`, `name` for any key, or `name()` by a method.
+
+    The container is the name that was last loaded onto its place of the stack. Where the code leaves that open, no
+    name is yielded: the container is read, and its changes change the identity.
+    """
+    stack: list[str | None] = []
+    for instruction in dis.get_instructions(code):
+        name, operation = str(instruction.argval), instruction.opname
+        if instruction.is_jump_target:
+            stack.clear()
+        if operation in ("LOAD_METHOD", "LOAD_ATTR") and name in MUTATORS and stack and stack[-1]:
+            yield f"{stack[-1]}()"
+        if operation in ("STORE_SUBSCR", "DELETE_SUBSCR") and len(stack) > 1 and stack[-2]:
+            is_constant = (stack[-1] or "").startswith("=")
+            yield f"{stack[-2]}[{stack[-1][1:]}]" if stack[-1] and is_constant else stack[-2]
+        if operation in ("EXTENDED_ARG", "CACHE", "PRECALL", "KW_NAMES", "RESUME", "NOP"):
+            continue
+        if operation == "COPY":
+            stack.append(stack[-instruction.argval] if len(stack) >= instruction.argval else None)
+            continue
+        if operation == "SWAP" and len(stack) >= instruction.argval:
+            stack[-1], stack[-instruction.argval] = stack[-instruction.argval], stack[-1]
+            continue
+        effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+        loads = operation in ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR") or operation == "LOAD_FAST"
+        pops_alone = operation == "POP_TOP" or operation.startswith(("STORE_", "DELETE_", "POP_JUMP"))
+        if effect < 0:
+            del stack[effect:]
+        if stack and not pops_alone and not (effect > 0 and operation.startswith(("LOAD_", "PUSH_"))):
+            stack[-1] = None
+        stack.extend([None] * effect)
+        if loads and stack:
+            stack[-1] = name
+        elif operation == "LOAD_CONST":
+            stack[-1] = f"={instruction.argval!r}"
+
+
 def _hash_of(tensor: Tensor) -> str:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    return f"{tuple(tensor.shape)} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+    try:
+        data = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).cpu()
+    except (RuntimeError, NotImplementedError):  # e.g. of a sparse tensor, or of a tensor without data
+        return _address(tensor)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"

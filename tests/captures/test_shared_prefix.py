@@ -416,7 +416,7 @@ QUERIES = {
 }
 
 
-@pytest.mark.parametrize("place", ["blocks.0.hook_out", "blocks.2.hook_out", "ln_final.hook_normalized"])
+@pytest.mark.parametrize("place", ["blocks.0.hook_out", "blocks.2.hook_out"])
 @pytest.mark.parametrize("queries", QUERIES.values(), ids=QUERIES)
 def test_hooks_are_checked_on_what_runs(
     make_model: Callable[..., icl.Model], queries: tuple[tuple[int, ...], ...], place: str

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,57 @@ def counting() -> Hook:
     return keep
 
 
+def by_member(values: Any, key: Any) -> Hook:
+    return lambda residual, hook: residual * values[key]
+
+
+def by_array(scale: Any) -> Hook:
+    return lambda residual, hook: residual * torch.from_numpy(scale)
+
+
+def counted_beside(scale: float) -> Hook:
+    """A hook with its counter in the dict of its scale."""
+    values = {"n": 0, "scale": scale}
+
+    def count(residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        values["n"] += 1
+        return residual * values["scale"]
+
+    return count
+
+
+def added_by_method(vector: torch.Tensor) -> Hook:
+    return lambda residual, hook: vector.add(residual)
+
+
+class Configured:
+    """Scales by an attribute of its configuration."""
+
+    def __init__(self, scale: float) -> None:
+        self.config = Steering(scale)
+
+    def __call__(self, residual: torch.Tensor, hook: Any) -> torch.Tensor:
+        return residual * self.config.scale
+
+
+def nested_global() -> Hook:
+    return lambda residual, hook: sum(residual * SCALE for _ in range(1))
+
+
+def caching(kind: str) -> Hook:
+    counts, norms, by_name = {"n": 0}, [], {"a": []}
+
+    def keep(residual: torch.Tensor, hook: Any) -> None:
+        if kind == "counter in a dict":
+            counts["n"] += 1
+        elif kind == "list":
+            norms.append(residual.norm().item())
+        else:
+            by_name[hook.name] = residual
+
+    return keep
+
+
 def told(model: icl.Model, hook: Hook, place: str = "blocks.1.hook_out", n_runs: int = 0) -> str:
     """What is told of a hook, after so many runs with it."""
     with model.wrapped.hooks(fwd_hooks=[(place, hook)]), torch.no_grad():
@@ -85,6 +137,19 @@ KINDS: dict[str, Callable[[float], Hook]] = {
     "object": Steering,
     "module": Adapter,
     "default": lambda by: lambda residual, hook, scale=by: residual * scale,
+    "dict of vectors": lambda by: by_member({1: torch.full((32,), by)}, 1),
+    "list": lambda by: by_member([by], 0),
+    "nested dict": lambda by: by_member({0: {"a": [by]}, 1: 1.0}, 1),
+    "array": lambda by: by_array(np.full(32, by, np.float32)),
+    "dict with a counter": counted_beside,
+    "method of a vector": lambda by: added_by_method(torch.full((32,), by)),
+    "attribute of an attribute": Configured,
+    "function by name": lambda by: (
+        (lambda residual, hook: torch.relu(residual)) if by < 1 else (lambda residual, hook: torch.tanh(residual))
+    ),
+    "method by name": lambda by: (
+        (lambda residual, hook: residual.mul(2.0)) if by < 1 else (lambda residual, hook: residual.add(2.0))
+    ),
     "code": lambda by: scaled(1.5) if by < 1 else steered(torch.ones(32)),
 }
 
@@ -130,3 +195,24 @@ def test_captures_under_other_hooks_at_the_same_place_are_refused(llama: icl.Mod
         other = captured(0.9, prompts.zero_shot())
         with pytest.raises(ValueError, match="with the hooks that are on the model now, got others"):
             icl.decompose(llama, in_context=in_context, zero_shot=other)
+
+
+@pytest.mark.parametrize("kind", ["counter in a dict", "list", "dict"])
+def test_containers_that_a_hook_writes_are_no_part_of_it(llama: icl.Model, kind: str) -> None:
+    hook = caching(kind)
+    assert told(llama, hook) == told(llama, hook, n_runs=3) == told(llama, hook)
+
+
+def test_hooks_are_told_by_global_values_that_a_nested_function_reads(
+    llama: icl.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = nested_global()
+    before = told(llama, hook)
+    monkeypatch.setitem(globals(), "SCALE", 0.9)
+    assert told(llama, hook) != before
+
+
+def test_values_that_cannot_be_read_are_never_equal(llama: icl.Model) -> None:
+    first, second = object(), object()
+    assert told(llama, by_member({0: first}, 0)) == told(llama, by_member({0: first}, 0))
+    assert told(llama, by_member({0: first}, 0)) != told(llama, by_member({0: second}, 0))
