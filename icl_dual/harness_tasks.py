@@ -217,7 +217,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _function(loader: yaml.SafeLoader, node: yaml.Node) -> _Function:
-    return _Function(node.value if isinstance(node, yaml.ScalarNode) else f"({node.id})")
+    return _Function(
+        node.value if isinstance(node, yaml.ScalarNode) else f"({type(node).__name__.removesuffix('Node').lower()})"
+    )
 
 
 _Loader.add_constructor("!function", _function)

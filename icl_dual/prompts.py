@@ -464,7 +464,7 @@ _LIKE_ADDED_TOKEN = re.compile(r"<[^<>\s{}]+>|\[[^\[\]\s{}]+\]")
 """Matches texts in the form in which tokens are added to a vocabulary."""
 
 PADDING = 64
-"""Vocabularies whose size is a multiple of this are padded for speed, and have more embeddings than tokens."""
+"""Vocabularies of a multiple of this size are padded for speed, and have more embeddings than tokens."""
 
 
 def _check_added_tokens(model: Model, tasks: Sequence[Task], separator: str | None) -> None:

@@ -225,7 +225,7 @@ class ChatText:
                     advice = "leave out system and the task's description, and write both into the task's template"
                     advice += f"; or {self._advice(turns)}" if self._has_demonstration_turns(turns) else ""
             else:
-                expected = "writes turns whose content is text"
+                expected = "writes turns with text as content"
                 advice = (
                     "correct the template, or set its variables by Chat(options={…}); where the tokenizer has several "
                     "templates, name one by {'chat_template': …}"

@@ -158,7 +158,7 @@ BASELINES = ("baseline_queries", "zero_shot_baseline_queries", "scoring")
 def test_scoring_changes_nothing_but_texts_without_content(
     model_of: Callable[[str], icl.Model], family: str, texts: str
 ) -> None:
-    lines = {"template": "\nReview: {text}\nLabel:", "separator": "\n\n"}
+    lines: dict[str, Any] = {"template": "\nReview: {text}\nLabel:", "separator": "\n\n"}
     model, task = model_of(family), task_of(**(TEXTS | {"starts with a line break": lines})[texts])
     demonstrations, queries = task.demonstrations(2, seed=1), task.queries(3)
     build = partial(icl.build_prompts, model, task, demonstrations, queries)
@@ -446,7 +446,8 @@ def model_without_added_tokens(model_of: Callable[[str], icl.Model]) -> Callable
 def test_texts_like_tokens_that_the_tokenizer_lost_are_refused(
     model_without_added_tokens: Callable[[int], icl.Model], lost: str, options: dict[str, Any]
 ) -> None:
-    task = task_of(**({"template": "{text} Label:"} | options))
+    arguments: dict[str, Any] = {"template": "{text} Label:"} | options
+    task = task_of(**arguments)
     model = model_without_added_tokens(632)  # a multiple of 8, as by chance
     with pytest.raises(icl.PromptError, match=rf"one token for '{re.escape(lost)}', got .*pass yours as tokenizer="):
         icl.build_prompts(model, task, [], task.queries(2))

@@ -202,14 +202,14 @@ def test_chat_templates_that_cannot_write_the_prompts_are_refused(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ({"tool": "x"}, r"writes turns whose content is text, got: .*multiple chat templates.*'chat_template'"),
+        ({"tool": "x"}, r"writes turns with text as content, got: .*multiple chat templates.*'chat_template'"),
         (
             "{% for m in messages %}{{ m['role'] + m['content'][0]['text'] }}{% endfor %}",
-            "writes turns whose content is text, got: 'str object' has no attribute 'text': correct the template",
+            "writes turns with text as content, got: 'str object' has no attribute 'text': correct the template",
         ),
         ("{% for m in messages %}{{ m['role'] + 1 }}{% endfor %}", "got: can only concatenate str .*: correct"),
         ("{% for m in messages %}{{ m['role'] ", "got: unexpected end of template.*: correct the template"),
-        ("{{ messages[0]['content'] % 0 }}{{ 1 // 0 }}", r"writes turns whose content is text, got: .*: correct"),
+        ("{{ messages[0]['content'] % 0 }}{{ 1 // 0 }}", r"writes turns with text as content, got: .*: correct"),
         ("{{ raise_exception('no chats') }}", r"takes the roles \['user'\], got: no chats: leave chat out, or load"),
         ("nothing", r"each of 1 turns once and in order, got turns \[\]: leave chat out, or load|right after its"),
     ],
