@@ -148,7 +148,7 @@ def _is_state(name: str, value: Any, written: frozenset[str]) -> bool:
 
 
 def _without_state(name: str, value: Any, written: frozenset[str]) -> Any:
-    """Return a container without the members that a hook writes by a constant key; any other value as it is."""
+    """Return a container without the members that a hook writes by a constant key; leave any other value unchanged."""
     if not isinstance(value, list | dict) or not any(place.startswith(f"{name}[") for place in written):
         return value
     items = value.items() if isinstance(value, dict) else enumerate(value)
