@@ -108,7 +108,7 @@ def nested_global() -> Hook:
 
 
 def caching(kind: str) -> Hook:
-    counts, norms, by_name = {"n": 0}, [], {"a": []}
+    counts, norms, by_name = {"n": 0}, [], dict[str, Any]()
 
     def keep(residual: torch.Tensor, hook: Any) -> None:
         if kind == "counter in a dict":
