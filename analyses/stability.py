@@ -89,6 +89,9 @@ def draw(results: Sequence[icl.CellResult], title: str, path: Path) -> None:
             }
             icl.plots.curves(estimates, ylabel="cosine", ax=ax)
             ax.set(xscale="log", xlabel="learning rate")
+            ax.minorticks_off()
+            rates = [result.cell.lr for result in chosen]
+            ax.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60, fontsize="small")
             ax.legend(frameon=False, fontsize="small")
         axes[0][index].set_title(f"{TITLES[task]}, {k} demonstrations")
     finish(fig, [], title, path)
