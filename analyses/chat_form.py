@@ -72,14 +72,13 @@ def table(results: Sequence[icl.CellResult], captures: dict[str, dict[str, icl.C
 
 def sentence(results: Sequence[icl.CellResult], captures: dict[str, dict[str, icl.Capture]]) -> str:
     """Return in words whether chat form helps in context, over all cells."""
-    chats = [captures[result.cell.name]["ICL"] for result in results]
-    plain = [(result.comparison.predictions["ICL"] == result.comparison.gold).double().mean() for result in results]
-    as_chat = [(chat.predictions == chat.gold).double().mean() for chat in chats]
-    mean = [100 * sum(values).item() / len(values) for values in (plain, as_chat)]
-    better = sum(bool(chat > text) for chat, text in zip(as_chat, plain, strict=True))
+    plain = [result.comparison.accuracy["ICL"] for result in results]
+    as_chat = [captures[result.cell.name]["ICL"].accuracy for result in results]
+    means = [100 * sum(accuracies) / len(accuracies) for accuracies in (plain, as_chat)]
+    n_better = sum(chat > text for chat, text in zip(as_chat, plain, strict=True))
     return (
-        f"In context, accuracy is {mean[1]:.1f} % as a chat and {mean[0]:.1f} % as plain text, as a mean over cells. "
-        f"It is higher as a chat in {better} of {len(results)} cells."
+        f"In context, accuracy is {means[1]:.1f} % as a chat and {means[0]:.1f} % as plain text, as a mean over cells. "
+        f"It is higher as a chat in {n_better} of {len(results)} cells."
     )
 
 
