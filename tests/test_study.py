@@ -524,11 +524,11 @@ def test_cells_share_replicas_as_they_share_their_finetuning(
     same_numbers(both[0], results[0])
     (alone,) = icl.run_study([both[1].cell], tmp_path / "alone", progress=False)
     same_numbers(both[1], alone)
-    stability, own = both[1].comparison.stability, both[0].comparison.stability
+    stability, first_stability = both[1].comparison.stability, both[0].comparison.stability
     assert stability is not None
-    assert own is not None
+    assert first_stability is not None
     assert list(stability.replicas) == both[1].provenance["replicas"]
-    assert not stability.shifts["SimAOU"][:2].equal(own.shifts["SimAOU"])
+    assert not stability.shifts["SimAOU"][:2].equal(first_stability.shifts["SimAOU"])
 
 
 def test_a_cell_of_one_replica_is_refused_and_replicas_are_a_setting(known: list[str], tmp_path: Path) -> None:

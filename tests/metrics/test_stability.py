@@ -57,18 +57,18 @@ def test_shifts_are_those_of_comparisons_of_each_replica(
             zero_shot=pair["zero_shot"], in_context=pair["in_context"], finetuned=finetuned, delta=delta, seed=4
         )
 
-    own = compared(LR, None)
+    clean = compared(LR, None)
     settings = {"lr × 0.999": (LR * 0.999, None), "lr × 1.001, noise +1": (LR * 1.001, Noise(1))}
     settings |= {"lr × 1, noise -1": (LR, Noise(1, -(2**-9)))}
     assert stability.replicas == tuple(settings)
     for index, (lr, noise) in enumerate(settings.values()):
         replica = compared(lr, noise)
         for name, values in replica.by_query().items():
-            expected = values.nanmean().item() - own.by_query()[name].nanmean().item()
+            expected = values.nanmean().item() - clean.by_query()[name].nanmean().item()
             accuracy = RANKS if name.startswith(("Kendall", "Top-")) else 1e-6
             assert stability.shifts[name][index].item() == pytest.approx(expected, abs=accuracy, nan_ok=True), name
         for name, values in replica.per_layer.items():
-            expected_by_layer = values.nanmean(0) - own.per_layer[name].nanmean(0)
+            expected_by_layer = values.nanmean(0) - clean.per_layer[name].nanmean(0)
             torch.testing.assert_close(
                 stability.layer_shifts[name][index],
                 expected_by_layer.double(),
