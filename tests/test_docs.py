@@ -301,9 +301,9 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
             assert printed.count(" [") == 6, "five intervals, and that of a difference"
             costs = {key: set(result.provenance["seconds"]) for key, result in scope["results"].items()}
             for seed in (1, 2):
-                assert costs["random delta", seed] == {"FT", "metrics"}
+                assert costs["random delta", seed] == {"FT", "replicas", "metrics"}
                 assert costs["flipped labels", seed] == {"ICL", "metrics"}
-                assert costs["layer-causal", seed] == {"finetuning", "FT", "metrics"}
+                assert costs["layer-causal", seed] == {"finetuning", "FT", "replicas", "metrics"}
     assert ran == ["Cells", "Recordings", "Controls"]
 
 
