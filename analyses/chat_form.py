@@ -1,6 +1,7 @@
 """Whether chat form helps a model that was tuned to chat: the cells' prompts once more, as turns of a chat."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import icl_dual as icl
 from icl_dual.assets import model_files
 from icl_dual.metrics import estimate
 from icl_dual.statistics import paired_test
+from icl_dual.storage import check_same_settings, load_tensors
 
 SETTINGS = {"ZSL": "zero-shot", "ICL": "in context"}
+ORIGIN = ("fingerprint", "task", "queries", "demonstrations")
+"""The entries of a cell's provenance that its chats have to share: weights, task and rows."""
 
 
 def has_chat_template(model: str) -> bool:
@@ -28,10 +32,14 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
         results: finished cells of one model.
         folder: the folder of the captures, one folder for each cell and setting.
         load: arguments of `load_model`.
+
+    Raises:
+        SettingsError: a capture in the folder is of other settings, weights or rows.
     """
     model, by_cell = None, {}
     for result in results:
         cell, by_setting = result.cell, {}
+        about = {"settings": asdict(cell), "origin": {name: result.provenance[name] for name in ORIGIN}}
         for setting in SETTINGS:
             path = folder / cell.name / setting
             if not path.exists():
@@ -41,7 +49,8 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
                 queries = task.queries(cell.n_queries, split=cell.split)
                 prompts = icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat())
                 prompts = prompts.zero_shot() if setting == "ZSL" else prompts
-                icl.capture(model, prompts, fields=()).save(path)
+                icl.capture(model, prompts, fields=()).save(path, about)
+            check_same_settings(path, about, load_tensors(path)[1])
             by_setting[setting] = icl.Capture.load(path)
         by_cell[cell.name] = by_setting
     return by_cell

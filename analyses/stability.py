@@ -92,7 +92,9 @@ def draw(results: Sequence[icl.CellResult], title: str, path: Path) -> None:
             ax.minorticks_off()
             rates = [result.cell.lr for result in chosen]
             ax.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60, fontsize="small")
-            ax.legend(frameon=False, fontsize="small")
+            low, high = ax.get_ylim()
+            ax.set_ylim(low - 0.35 * (high - low), high)  # the legend is below the curves
+            ax.legend(frameon=False, fontsize="small", loc="lower left")
         axes[0][index].set_title(f"{TITLES[task]}, {k} demonstrations")
     finish(fig, [], title, path)
 

@@ -294,10 +294,8 @@ class Comparison(Saved):
         shifts = self.shifts(metric.name)[0]
         if row["baseline"]:
             shifts = difference_of_shifts(shifts, self.shifts(row["baseline"])[0])
-        tested = _verdict(metric, values[:n_shared], baseline[:n_shared], called, shifts)
-        if interval.unstable and "replicas" not in tested["verdict"]:
-            tested["verdict"] += ", unstable"
-        return row | tested
+        values, baseline = values[:n_shared], baseline[:n_shared]
+        return row | _verdict(metric, values, baseline, called, shifts, unstable=interval.unstable)
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
@@ -451,6 +449,8 @@ def _verdict(
     baseline: Float[Tensor, " query"],
     called: str,
     shifts: Float[Tensor, " replica"],
+    *,
+    unstable: bool,
 ) -> dict[str, Any]:
     """Return p of the paired test against the baseline, and what it means in words.
 
@@ -460,6 +460,7 @@ def _verdict(
         baseline: the values of what it is held against.
         called: what the verdict calls that.
         shifts: how far each replica of the finetuning moves the difference of both means.
+        unstable: whether the metric is unstable over replicas.
     """
     if not values.isfinite().any():
         return {"p": np.nan, "verdict": f"undefined: {metric.undefined}"}
@@ -475,6 +476,8 @@ def _verdict(
         verdict += f", {int(shifts.isinf().sum())} of {len(shifts)} replicas diverged"
     elif side != "not above" and overturned:
         verdict += f", overturned in {overturned} of {len(shifts)} replicas"
+    elif unstable:
+        verdict += ", unstable"
     return {"p": test.p, "verdict": verdict}
 
 

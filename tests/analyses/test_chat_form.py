@@ -1,5 +1,6 @@
 """The same cells as a chat: only for models with a chat template, run once, compared query by query."""
 
+import dataclasses
 from pathlib import Path
 
 import chat_form
@@ -41,6 +42,9 @@ def test_a_cell_as_a_chat_is_its_rows_in_chat_form(
     assert f"accuracy is {100 * expected.accuracy:.1f} % as a chat" in (tmp_path / "chat.md").read_text()
     monkeypatch.setattr(icl, "load_model", lambda name, **options: pytest.fail("it was captured"))
     chat_form.write([result], tmp_path)
+    other = dataclasses.replace(result, cell=dataclasses.replace(cell, balanced=True))
+    with pytest.raises(icl.SettingsError, match="balanced"):
+        chat_form.write([other], tmp_path)
 
 
 def test_a_model_without_a_chat_template_has_no_chat_form(tiny_model: str) -> None:

@@ -69,10 +69,12 @@ def test_shifts_are_those_of_comparisons_of_each_replica(
             assert stability.shifts[name][index].item() == pytest.approx(expected, abs=accuracy, nan_ok=True), name
         for name, values in replica.per_layer.items():
             expected_by_layer = values.nanmean(0) - clean.per_layer[name].nanmean(0)
+            # In the first layer alone, a token that occurs twice has equal scores.
+            n_tied = 1 if name.startswith(("Kendall", "Top-")) else 0
             torch.testing.assert_close(
-                stability.layer_shifts[name][index],
-                expected_by_layer.double(),
-                atol=RANKS if name.startswith(("Kendall", "Top-")) else 1e-6,
+                stability.layer_shifts[name][index][n_tied:],
+                expected_by_layer.double()[n_tied:],
+                atol=1e-6,
                 rtol=0,
                 equal_nan=True,
                 msg=name,
