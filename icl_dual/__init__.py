@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from icl_dual import dual, plots, statistics
+from icl_dual.arguments import ArgumentError
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
@@ -86,6 +87,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "OrderSensitivity",
     "CellResult",
     # errors
+    "ArgumentError",
     "AssetError",
     "DivergedError",
     "PromptError",

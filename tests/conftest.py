@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("icl_dual", "beartype.beartype")
+install_import_hook("icl_dual", "typechecking.typechecker")
 
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
