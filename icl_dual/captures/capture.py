@@ -35,6 +35,7 @@ from icl_dual.captures.shared_prefix import (
 )
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.scoring import label_baselines, label_scores
@@ -186,6 +187,7 @@ class Capture(Saved):
         )
 
 
+@exclusive
 @torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
 def capture(
     model: Model,

@@ -20,9 +20,10 @@ from icl_dual.finetuning.sgd import (
     check_arguments,
     divergence,
     finetune,
-    only_trained,
+    memory_error,
     rounds_changes,
     total_norm,
+    train_only,
     with_untrained,
 )
 from icl_dual.finetuning.weight_delta import (
@@ -34,6 +35,7 @@ from icl_dual.finetuning.weight_delta import (
 )
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.journal import exclusive
 from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
@@ -79,6 +81,7 @@ def finetune_many(
         ValueError: there are not as many rates or noises as prompts, at_once is below 1, or as in `finetune`.
         PromptError: the prompts are incomplete, or the model cannot read them.
         NonFiniteError: as in `finetune`, by the iterator.
+        MemoryError: as in `finetune`, by the iterator.
         UnsupportedModelError: as in `finetune`, or a trained projection is not a layer that the forward pass calls.
     """
     if len(prompts) != len(lrs):
@@ -134,11 +137,12 @@ def _finetune_groups(
         while first < len(prompts):
             group = slice(first, first + at_once)
             try:
-                with torch.inference_mode(False), torch.enable_grad():
-                    results = _ParallelRuns(model, prompts[group], lrs[group], config, noises[group]).run(progress)
+                results = _run_group(model, prompts[group], lrs[group], config, noises[group], progress)
             except (RuntimeError, MemoryError) as error:
-                if at_once == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
+                if at_once == 1:
+                    raise memory_error(model, prompts[group], error) from error
                 if not has_warned:
                     log.warning("%d finetunings do not fit in memory in parallel: running fewer", len(prompts[group]))
                 has_warned = True
@@ -149,6 +153,23 @@ def _finetune_groups(
             first += len(results)
             bar.update(len(results))
             yield from results
+
+
+@exclusive
+@torch.inference_mode(False)
+def _run_group(
+    model: Model,
+    prompts: Sequence[Prompts],
+    lrs: Sequence[float],
+    config: FinetuneConfig,
+    noises: Sequence[Noise | None],
+    progress: bool,
+) -> list[WeightDelta | DivergedError]:
+    """Return the results of runs in parallel."""
+    with model.journal.block() as undo:
+        train_only(model, [], undo)
+        exact_float32(undo)
+        return _ParallelRuns(model, prompts, lrs, config, noises).run(progress)
 
 
 @dataclass
@@ -216,11 +237,7 @@ class _ParallelRuns:
         """Take all steps of all runs and return each run's result."""
         fingerprint, n_steps = self.model.fingerprint(), max(run.n_steps for run in self.runs)
         title = f"finetuning {len(self.runs)} in parallel"
-        with (
-            only_trained(self.model, []),
-            exact_float32(),
-            progress_bar(total=n_steps, desc=title, show=progress, unit="step") as bar,
-        ):
+        with progress_bar(total=n_steps, desc=title, show=progress, unit="step") as bar:
             while self.active:
                 self._step()
                 self._remove_finished(fingerprint)

@@ -12,8 +12,7 @@ no gradient comes from the layers above it, as no information does in a forward 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,17 +27,18 @@ from icl_dual.finetuning.weight_delta import (
     FinetuneConfig,
     Noise,
     WeightDelta,
-    restored,
+    keep_values,
     trained_weights,
 )
 from icl_dual.models import Model, OnTensor, ProjectionName, UnsupportedModelError, Weight
 from icl_dual.models.backend import ProjectionDelta
 from icl_dual.models.changes import projection_deltas_of
+from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.torch_utils import at_least_float32, is_half
+from icl_dual.torch_utils import at_least_float32, is_half, is_out_of_memory
 
 EXPLODED_LOSS = 3.0
 """The largest loss that is no explosion, in units of log(d_vocab), the loss of a uniform prediction; or of the first
@@ -56,6 +56,7 @@ class DivergedError(RuntimeError):
     """Finetuning ran away: its loss or its weights are no longer finite, or its loss exploded."""
 
 
+@exclusive
 @torch.inference_mode(False)
 def finetune(
     model: Model,
@@ -90,6 +91,7 @@ def finetune(
         NonFiniteError: activations overflow before the first step; names the layer.
         UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), or the
             last layer's output is not read by the final norm and the unembedding alone (`layer-causal`).
+        MemoryError: a demonstration does not fit in memory; the message has its size.
 
     Example:
         >>> import icl_dual
@@ -110,6 +112,24 @@ def finetune(
             f"expected keys and values to be trained where factors are kept, got trained={config.trained!r}: set "
             "trained to 'key-value' or 'attention', or factors=False"
         )
+    try:
+        return _finetune(model, prompts, lr, config, noise, factors=factors, progress=progress)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise memory_error(model, [prompts], error) from error
+
+
+def _finetune(
+    model: Model,
+    prompts: Prompts,
+    lr: float,
+    config: FinetuneConfig,
+    noise: Noise | None,
+    *,
+    factors: bool,
+    progress: bool,
+) -> WeightDelta:
     weights, rounded = trained_weights(model, config.trained), rounds_changes(model, prompts)
     is_beside = is_half(model.storage_dtype) and not rounded
     trained = _zero_changes(weights) if is_beside else weights
@@ -119,7 +139,10 @@ def finetune(
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, lr, trained) if factors else None
-    with restored(parameters) as before, only_trained(model, parameters), exact_float32():
+    with model.journal.block() as undo:
+        before = keep_values(parameters, undo)
+        train_only(model, parameters, undo)
+        exact_float32(undo)
         changes = None if noise is None else noise.changes(weights)
         descent = _GradientDescent(
             trained, before, changes, lr, total_norm(_parameters(weights)), full_batch=config.method == "full-batch"
@@ -164,6 +187,15 @@ def finetune(
         factors=None if recorder is None else recorder.factors(deltas["W_K"], deltas["W_V"]),
         noise=noise,
         rounded=rounded,
+    )
+
+
+def memory_error(model: Model, prompts: Sequence[Prompts], error: Exception) -> MemoryError:
+    """Return the error that says what did not fit in memory."""
+    longest = max(len(each.start) + len(tokens) for each in prompts for tokens in each.training_sequences)
+    return MemoryError(
+        f"expected memory to finetune {model!r} on demonstrations of up to {longest} tokens, got: {error}. The weights "
+        "are as before. Use shorter demonstrations, a smaller model or half precision"
     )
 
 
@@ -490,20 +522,12 @@ def with_untrained(model: Model, deltas: dict[str, Tensor]) -> dict[str, Any]:
     return all_deltas
 
 
-@contextmanager
-def only_trained(model: Model, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Require gradients of the trained parameters alone; restore every parameter's flag and gradient afterwards."""
-    parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+def train_only(model: Model, trained: list[nn.Parameter], undo: Undo) -> None:
+    """Require gradients of the trained parameters alone, and compute them, until the block ends."""
+    is_trained = set(map(id, trained))
+    for parameter in {id(parameter): parameter for parameter in (*model.parameters(), *trained)}.values():
+        undo.set(parameter, "requires_grad", id(parameter) in is_trained)
+    for parameter in trained:
+        undo.set(parameter, "grad", None)
+    undo.push(torch.set_grad_enabled, torch.is_grad_enabled())
+    torch.set_grad_enabled(True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, ProjectionName, Weight
-from icl_dual.models.changes import changed_projections
+from icl_dual.models.changes import add_changes
 from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
+from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.storage import CLASS, Saved
 from icl_dual.torch_utils import at_least_float32, is_half
@@ -263,11 +264,17 @@ class WeightDelta(Saved):
         """Yield the model with the delta; afterwards it is as it was, bit for bit, also after an exception.
 
         The delta is added to the weights. Weights in half precision, which would round most of it away, stay as they
-        are, and each projection adds ΔW x + Δb in float32 to its output (unless the delta is `rounded`).
+        are, and each projection adds ΔW x + Δb in float32 to its output (unless the delta is `rounded`). A block that
+        ends before one that was opened inside it stays applied until that one ends.
 
         Raises:
             ValueError: the delta belongs to another model, to other weights of it, or to another precision.
         """
+        with model.journal.block() as undo:
+            _apply(model, self, undo)
+            yield model
+
+    def _check_applies(self, model: Model) -> None:
         shape = (model.n_layers, model.n_key_value_heads * model.d_head, model.d_model)
         if self.model != model.name or tuple(self.W_K.shape) != shape:
             raise ValueError(
@@ -285,21 +292,6 @@ class WeightDelta(Saved):
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {fingerprint}), got one "
                 f"from {self.fingerprint}: is another delta applied, or was another model finetuned?"
             )
-        weights = trained_weights(model, self.trained)
-        if is_half(model.storage_dtype) and model.supports_projection_deltas and not self.rounded:
-            with changed_projections(model, {name: getattr(self, name) for name in weights}):
-                yield model
-            return
-        with restored([weight.parameter for by_layer in weights.values() for weight in by_layer]):
-            with torch.no_grad():
-                for name, by_layer in weights.items():
-                    for weight, delta in zip(by_layer, getattr(self, name), strict=True):
-                        change = weight.from_matrix(delta).to(weight.parameter.device)
-                        if is_half(weight.parameter.dtype):  # rounded once: the sum, not the change
-                            weight.parameter.copy_(at_least_float32(weight.parameter) + change)
-                        else:
-                            weight.parameter.add_(change)
-            yield model
 
     @classmethod
     def _upgraded(
@@ -362,16 +354,35 @@ def trained_weights(model: Model, trained: Trained = "key-value") -> dict[str, l
     return weights_by_name
 
 
-@contextmanager
-def restored(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Yield copies of the parameters' values, which are written back when the block ends, however it ends."""
+@exclusive
+def _apply(model: Model, delta: WeightDelta, undo: Undo) -> None:
+    """Apply a delta to a model until the block ends."""
+    delta._check_applies(model)
+    weights = trained_weights(model, delta.trained)
+    if is_half(model.storage_dtype) and model.supports_projection_deltas and not delta.rounded:
+        add_changes(model, {name: getattr(delta, name) for name in weights}, undo)
+        return
+    keep_values([weight.parameter for by_layer in weights.values() for weight in by_layer], undo)
+    for name, by_layer in weights.items():
+        for weight, matrix in zip(by_layer, getattr(delta, name), strict=True):
+            parameter = weight.parameter.detach()
+            change = weight.from_matrix(matrix).to(parameter.device)
+            if is_half(parameter.dtype):  # rounded once: the sum, not the change
+                parameter.copy_(at_least_float32(parameter) + change)
+            else:
+                parameter.add_(change)
+
+
+def keep_values(parameters: list[nn.Parameter], undo: Undo) -> list[Tensor]:
+    """Return copies of the parameters' values, which are written back when the block ends."""
     before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+    undo.push(_write_values, parameters, before)
+    return before
+
+
+def _write_values(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.detach().copy_(value)
 
 
 def _difference(before: Weight, after: Weight) -> Float[Tensor, "..."]:

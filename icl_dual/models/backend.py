@@ -6,7 +6,6 @@ how they take positions; `bridge` and `hooked` implement this interface for one 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icl_dual import dual
+from icl_dual.models.journal import Undo
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.momentum import Momentum
 
@@ -185,9 +185,8 @@ class Backend(ABC):
                 "TransformerBridge"
             )
 
-    def upcast(self) -> AbstractContextManager[None]:
-        """Return a context inside which the weights run in `arithmetic`."""
-        return nullcontext()
+    def upcast(self, undo: Undo) -> None:  # noqa: B027 - most classes have no other arithmetic
+        """Let the weights run in `arithmetic` until the block ends."""
 
     @abstractmethod
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -1,7 +1,6 @@
 """The backend for `TransformerBridge`: a Hugging Face model with raw weights and TransformerLens's hooks in it."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +27,7 @@ from icl_dual.models.backend import (
     callback_hook,
     check_unsupported,
 )
+from icl_dual.models.journal import Undo
 from icl_dual.models.precision import upcast
 from icl_dual.torch_utils import is_half
 
@@ -88,11 +88,10 @@ class BridgeBackend(Backend):
                     f"{missing}: its attention cannot be read, use another model"
                 )
 
-    def upcast(self) -> AbstractContextManager[None]:
-        """Return a context inside which blocks run on copies of their weights in `arithmetic`, one block at a time."""
-        if self.arithmetic is None:
-            return nullcontext()
-        return upcast([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic)
+    def upcast(self, undo: Undo) -> None:
+        """Let blocks run on copies of their weights in `arithmetic`, one block at a time, until the block ends."""
+        if self.arithmetic is not None:
+            upcast([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic, undo)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_dual.models.backend import ProjectionDelta, ProjectionName
+from icl_dual.models.journal import Undo
 from icl_dual.torch_utils import at_least_float32
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ def changed_projections(model: "Model", changes: WeightChanges) -> Iterator["Mod
         model: the model to run; one that `supports_projection_deltas`.
         changes: the change of each projection that changes.
     """
-    before = model.weight_changes
-    model.weight_changes = (*before, {name: change.to(model.device) for name, change in changes.items()})
-    try:
+    with model.journal.block() as undo:
+        add_changes(model, changes, undo)
         yield model
-    finally:
-        model.weight_changes = before
+
+
+def add_changes(model: "Model", changes: WeightChanges, undo: Undo) -> None:
+    """Add changes of projections to every run, until the block ends."""
+    on_device = {name: change.to(model.device) for name, change in changes.items()}
+    undo.set(model, "weight_changes", (*model.weight_changes, on_device))
 
 
 def projection_deltas_of(changes: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[ProjectionName, ProjectionDelta]:

@@ -47,6 +47,15 @@ def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
     ]
 
 
+def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove every forward hook that is a function, or that TransformerLens has put around it."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for handle_id in [key for key, value in hooks.items() if value is hook or _unwrapped(value) is hook]:
+            hooks.pop(handle_id, None)
+            for options in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                options.pop(handle_id, None)
+
+
 def _named_modules(wrapped: nn.Module) -> dict[nn.Module, str]:
     """Return the modules that a model runs, by name; a bridge's original model has some at its top that are not its."""
     names = {module: name for name, module in wrapped.named_modules()}

@@ -7,14 +7,13 @@ ungroup keys and values may be on: this backend then maps what the hooks hold ba
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from icl_dual import dual
 from icl_dual.models.backend import (
@@ -31,6 +30,7 @@ from icl_dual.models.backend import (
     callback_hook,
     check_unsupported,
 )
+from icl_dual.models.journal import Undo, journal_of
 
 BIASED_PROJECTIONS: dict[str, str] = {
     "BloomForCausalLM": "QKVO",
@@ -152,7 +152,9 @@ class HookedBackend(Backend):
             self._extend_rotary_tables(int(positions[-1]))
         hooks = (hook for point in self.hook_points.values() for hook in point.fwd_hooks)
         foreign = any(hook.context_level != HOOK_LEVEL for hook in hooks)  # these may rely on contiguous copies
-        with nullcontext() if foreign else _WithoutContiguousCopies():
+        with journal_of(self.wrapped).block() as undo:
+            if not foreign:
+                _skip_contiguous_copies(undo)
             return self.wrapped(tokens, attention_mask=steps.expand(tokens.shape))
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -292,6 +294,18 @@ class _WithoutContiguousCopies(TorchFunctionMode):
         if func is Tensor.contiguous and args[0].ndim == 2 and isinstance(args[0]._base, nn.Parameter):
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def _skip_contiguous_copies(undo: Undo) -> None:
+    mode = _WithoutContiguousCopies()
+    undo.push(_leave_mode, mode)
+    mode.__enter__()
+
+
+def _leave_mode(mode: TorchFunctionMode) -> None:
+    """Leave a mode that was entered last, if it was: an interrupt may have come before."""
+    if _get_current_function_mode() is mode:
+        mode.__exit__(None, None, None)
 
 
 CENTRED_TOLERANCE = 3e-4

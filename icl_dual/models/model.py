@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,9 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.changes import WeightChanges, projection_deltas_of
-from icl_dual.models.foreign_hooks import foreign_hooks
+from icl_dual.models.foreign_hooks import foreign_hooks, remove_hook
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
+from icl_dual.models.journal import Undo, exclusive, journal_of
 from icl_dual.models.precision import exact_float32, precision_name
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
@@ -97,6 +97,8 @@ class Model:
     ) -> None:
         self.backend = wrapped if isinstance(wrapped, Backend) else _backend_of(wrapped, arithmetic)
         self.wrapped: Any = self.backend.wrapped
+        self.journal = journal_of(self.wrapped)
+        """What blocks have changed on the model for a while; its lock lets one thread at a time use the model."""
         self.name = name
         self.description = name if description is None else description
         """What the model is, in words for tables and captions; `name` where nothing more is known."""
@@ -229,6 +231,7 @@ class Model:
             )
         return self.tokenizer
 
+    @exclusive
     def run(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -277,7 +280,13 @@ class Model:
 
         Raises:
             ValueError: the model has momentum, and `positions` has gaps.
+            RuntimeError: a callback of a run has started another one.
         """
+        if self.journal.in_pass.locked():
+            raise RuntimeError(
+                f"expected one run of {self.name!r} at a time, got another one from a callback of the first: run it "
+                "after the first has ended"
+            )
         backend, hooks = self.backend, list[Hook]()
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
@@ -305,18 +314,34 @@ class Model:
                 ]
         if read is not None:
             hooks.append((backend.hook_points["unembed.hook_in"], _select_positions(read)))
-        with _attached(hooks), _evaluation_mode(self.wrapped), exact_float32(), backend.upcast():
+        with self.journal.in_pass, self.journal.block() as undo:
+            _attach(hooks, undo)
+            _set_evaluation_mode(self.wrapped, undo)
+            exact_float32(undo)
+            backend.upcast(undo)
             return backend.forward(tokens, positions)
+
+    def restore(self) -> None:
+        """Bring the model back as it was before all blocks that are open on it (`applied`, `momentum_attention`).
+
+        Calls do this for what interrupted calls have left. A block that was interrupted while it began or ended may
+        stay open as long as the exception is kept, which a notebook does.
+        """
+        self.journal.restore()
 
     def eta(self, layer: int) -> Float[Tensor, " head"] | None:
         """Return η of a layer's heads; `None` where the model has no momentum, or all heads of the layer have η = 0."""
         return self.momentum[layer] if self.momentum is not None and self.momentum[layer].any() else None
 
+    @exclusive
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream: final norm, then unembedding."""
-        with exact_float32(), self.backend.upcast():
+        with self.journal.block() as undo:
+            exact_float32(undo)
+            self.backend.upcast(undo)
             return self.backend.unembed(residual)
 
+    @exclusive
     def projections(self, kind: ProjectionName) -> list[Projection]:
         """Return one projection of every layer, with the parameters that the forward pass uses.
 
@@ -330,6 +355,7 @@ class Model:
         """
         return [self.backend.projection(layer, kind) for layer in range(self.n_layers)]
 
+    @exclusive
     def output_projections(
         self,
     ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
@@ -339,6 +365,7 @@ class Model:
         b = self._with_changes("b_O", _stacked([projection.bias for projection in projections]))
         return W.mT.unflatten(1, (self.n_heads, self.d_head)).contiguous(), b
 
+    @exclusive
     def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
         """Return b_V by layer and key-value head, as it acts in a run; `None` without biases."""
         biases = self._with_changes("b_V", _stacked([projection.bias for projection in self.projections("V")]))
@@ -358,6 +385,7 @@ class Model:
         """Return whether queries and keys have rotary embedding: scores depend on distances, not on positions."""
         return any(f"blocks.{layer}.attn.hook_rot_q" in self.backend.hook_points for layer in range(self.n_layers))
 
+    @exclusive
     def fingerprint(self) -> str:
         """Return the precision and a short hash of the weights and of η.
 
@@ -379,11 +407,13 @@ class Model:
         dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.storage_dtype))
         return ":".join([*dtypes, digest.hexdigest()[:16]])
 
+    @exclusive
     def foreign_hooks(self) -> str:
         """Return a short hash of the hooks of others on the model, by place, code and values; empty for none."""
         hooks = foreign_hooks(self.wrapped)
         return hashlib.sha256(repr(hooks).encode()).hexdigest()[:16] if hooks else ""
 
+    @exclusive
     def foreign_hook_names(self) -> list[str]:
         """Return the place and the function of each hook of others on the model, e.g. `blocks.1.hook_out: add`."""
         return [f"{module}: {hook}" for module, hook, _ in foreign_hooks(self.wrapped)]
@@ -430,38 +460,30 @@ def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if present else None
 
 
-@contextmanager
-def _attached(hooks: list[Hook]) -> Iterator[None]:
-    """Attach hooks for a block. TransformerLens's own `hooks` is slower: it collects all hook points of a bridge."""
-    handles = []
-    try:
-        for module, hook_fn in hooks:
-            if isinstance(module, HookPoint):
-                module.add_hook(hook_fn, level=HOOK_LEVEL)
-            else:
-                handles.append(module.register_forward_hook(hook_fn, with_kwargs=True))
-        yield
-    finally:
-        for module, _ in hooks:
-            if isinstance(module, HookPoint):
-                module.remove_hooks("fwd", level=HOOK_LEVEL)
-        for handle in handles:
-            handle.remove()
+def _attach(hooks: list[Hook], undo: Undo) -> None:
+    """Attach hooks. TransformerLens's own `hooks` is slower: it collects all hook points of a bridge."""
+    for module, hook_fn in hooks:
+        undo.push(_detach, module, hook_fn)
+        if isinstance(module, HookPoint):
+            module.add_hook(hook_fn, level=HOOK_LEVEL)
+        else:
+            module.register_forward_hook(hook_fn, with_kwargs=True)
 
 
-@contextmanager
-def _evaluation_mode(wrapped: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a block, and restore every module's mode afterwards."""
+def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
+    """Remove a hook, also where an interrupt came before its handle was returned."""
+    remove_hook(module, hook_fn)
+    if isinstance(module, HookPoint):
+        module.fwd_hooks = [handle for handle in module.fwd_hooks if handle.hook.id in module._forward_hooks]
+
+
+def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
+    """Switch dropout off."""
     # A bridge runs the modules of the original model, whose own top is not among its modules.
     roots = (wrapped, getattr(wrapped, "original_model", wrapped))
-    training = [module for module in dict.fromkeys(m for root in roots for m in root.modules()) if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+        if module.training:
+            undo.set(module, "training", False)
 
 
 def _select_positions(read: Tensor) -> Callable:

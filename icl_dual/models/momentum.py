@@ -50,12 +50,10 @@ def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None =
             "without_momentum() in Model"
         )
     eta_by_head = eta_by_layer_and_head(eta, model.n_layers, model.n_heads, layers)
-    before = model.name, model.description, model.pass_residual
     tag = MOMENTUM_TAG + describe_eta(eta_by_head)
-    model.momentum, model.pass_residual = eta_by_head, None
-    model.name, model.description = model.name + tag, model.description + tag
-    try:
+    with model.journal.block() as undo:
+        undo.set(model, "momentum", eta_by_head)
+        undo.set(model, "pass_residual", None)
+        undo.set(model, "name", model.name + tag)
+        undo.set(model, "description", model.description + tag)
         yield model
-    finally:
-        model.momentum = None
-        model.name, model.description, model.pass_residual = before

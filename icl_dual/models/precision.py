@@ -1,13 +1,14 @@
 """Numeric precision: its names, float32 copies of half-precision weights while they run, and TF32 switched off."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from icl_dual.models.foreign_hooks import remove_hook
+from icl_dual.models.journal import Journal, Undo
 from icl_dual.torch_utils import is_half
 
 
@@ -54,17 +55,19 @@ def fingerprinted_precision(fingerprint: str) -> str:
     return f"{storage} storage, {arithmetic} arithmetic" if storage else arithmetic
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Multiply float32 matrices in float32 on GPUs too, without TF32, inside a `with` block; restore the setting."""
+_SETTINGS = Journal()
+"""The blocks that compute in exact float32. The setting is the process's, and models may run in several threads."""
+
+
+def exact_float32(undo: Undo) -> None:
+    """Multiply float32 matrices in float32 on GPUs too, without TF32, until the block ends."""
     settings: Any = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
+    setting = Undo()
+    undo.push(_SETTINGS.close, setting)
+    with _SETTINGS.lock:
+        _SETTINGS.open(setting)
+        setting.set(settings, name, exact)
 
 
 class _Replaced(NamedTuple):
@@ -85,36 +88,41 @@ class _Copies:
         self.dtype = dtype
         self.originals: dict[int, Tensor] = {}
         """By the address of a copy that is in use, the original."""
+        self.n_packed = 0
+        """How many tensors autograd has kept since `n_packed` was set to 0."""
 
-    @contextmanager
-    def of(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Replace the parameters and buffers of some modules inside a `with` block."""
+    def stand_in(self, modules: Iterable[nn.Module], undo: Undo) -> None:
+        """Replace the parameters and buffers of some modules until the block ends."""
         replaced: list[_Replaced] = []
         copies: dict[int, Tensor] = {}  # by the original's id: tied weights share one copy
-        try:
-            for module in modules:
-                of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
-                for tensors in of_module:
-                    for name, tensor in tensors.items():
-                        if tensor is not None and is_half(tensor.dtype):
-                            if id(tensor) not in copies:
-                                copies[id(tensor)] = self._copy(tensor)
-                            replaced.append(_Replaced(tensors, name, tensor))
-                            tensors[name] = copies[id(tensor)]
-            yield
-        finally:
-            for tensors, name, original in replaced:
-                tensors[name] = original
-            for copy in copies.values():
-                del self.originals[copy.untyped_storage().data_ptr()]
+        addresses: list[int] = []
+        undo.push(self._restore, replaced, copies, addresses)
+        for module in modules:
+            of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for tensors in of_module:
+                for name, tensor in tensors.items():
+                    if tensor is not None and is_half(tensor.dtype):
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = self._copy(tensor, addresses)
+                        replaced.append(_Replaced(tensors, name, tensor))
+                        tensors[name] = copies[id(tensor)]
 
-    def _copy(self, original: Tensor) -> Tensor:
+    def _restore(self, replaced: list[_Replaced], copies: dict[int, Tensor], addresses: list[int]) -> None:
+        for tensors, name, original in replaced:
+            tensors[name] = original
+        for address in addresses:  # before the copies are freed: other tensors may come to lie there
+            self.originals.pop(address, None)
+        copies.clear()
+
+    def _copy(self, original: Tensor, addresses: list[int]) -> Tensor:
         copy = original.detach().to(self.dtype, memory_format=torch.contiguous_format)
-        self.originals[copy.untyped_storage().data_ptr()] = original
+        addresses.append(copy.untyped_storage().data_ptr())
+        self.originals[addresses[-1]] = original
         return nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
 
     def pack(self, tensor: Tensor) -> "Tensor | _View":
         """Return what autograd keeps of a tensor: of a copy, only where to make it from again."""
+        self.n_packed += 1
         original = self.originals.get(tensor.untyped_storage().data_ptr())
         if original is None:
             return tensor
@@ -141,9 +149,8 @@ class _View(NamedTuple):
     """The view's first element in the copy."""
 
 
-@contextmanager
-def upcast(roots: Sequence[nn.Module], blocks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Run half-precision weights in a wider dtype inside a `with` block; the model itself is left as it is.
+def upcast(roots: Sequence[nn.Module], blocks: Sequence[nn.Module], dtype: torch.dtype, undo: Undo) -> None:
+    """Run half-precision weights in a wider dtype until the block ends; the weights themselves are left as they are.
 
     Each block's weights and buffers are replaced with copies in the wider dtype while the block runs, one block at a
     time. Those outside of all blocks (embeddings, final norm, unembedding) are replaced throughout. The backward pass
@@ -153,28 +160,46 @@ def upcast(roots: Sequence[nn.Module], blocks: Sequence[nn.Module], dtype: torch
         roots: the modules that hold the whole model.
         blocks: the modules that run one after another.
         dtype: the wider dtype.
+        undo: what undoes it.
     """
     copies = _Copies(dtype)
     in_blocks = {id(module) for block in blocks for module in block.modules()}
     modules = {id(module): module for root in roots for module in root.modules() if id(module) not in in_blocks}
-    with ExitStack() as stack:
-        for block in blocks:
-            _upcast_while_running(block, copies, stack)
-        stack.enter_context(copies.of(modules.values()))
-        stack.enter_context(saved_tensors_hooks(copies.pack, copies.unpack))
-        yield
+    for block in blocks:
+        _upcast_while_running(block, copies, undo)
+    copies.stand_in(modules.values(), undo)
+    if torch.is_grad_enabled():
+        _keep_originals(copies, undo)
 
 
-def _upcast_while_running(block: nn.Module, copies: _Copies, stack: ExitStack) -> None:
+def _upcast_while_running(block: nn.Module, copies: _Copies, undo: Undo) -> None:
     """Attach hooks that replace a block's weights before it runs and restore them after it, however it ends."""
-    entered = ExitStack()
+    running = Undo()
 
     def enter(module: nn.Module, args: Any) -> None:
-        entered.enter_context(copies.of(block.modules()))
+        copies.stand_in(block.modules(), running)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        entered.close()
+        running.run()
 
-    stack.push(entered)  # after an exception that hooks do not see, such as Ctrl-C
-    stack.callback(block.register_forward_pre_hook(enter).remove)
-    stack.callback(block.register_forward_hook(leave, always_call=True).remove)
+    undo.push(running.run)  # after an exception that hooks do not see, such as Ctrl-C
+    undo.push(remove_hook, block, enter)
+    undo.push(remove_hook, block, leave)
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave, always_call=True)
+
+
+def _keep_originals(copies: _Copies, undo: Undo) -> None:
+    """Let autograd keep the originals of copies until the block ends."""
+    hooks = saved_tensors_hooks(copies.pack, copies.unpack)
+    undo.push(_pop_hooks, hooks, copies)
+    hooks.__enter__()
+
+
+def _pop_hooks(hooks: saved_tensors_hooks, copies: _Copies) -> None:
+    """Take hooks of autograd off the thread's stack, if they are on its top: an interrupt may have come before."""
+    copies.n_packed = 0
+    with torch.enable_grad():
+        torch.ones(1, requires_grad=True).exp()  # keeps its result for the backward pass
+    if copies.n_packed:
+        hooks.__exit__(None, None, None)

@@ -13,6 +13,7 @@ from toys import BRIDGED
 import icl_dual as icl
 from icl_dual.models import control_model, tiny_model
 from icl_dual.models.changes import changed_projections
+from icl_dual.models.journal import Undo
 from icl_dual.models.precision import exact_float32, fingerprinted_precision
 from icl_dual.prompts import Prompts
 
@@ -194,6 +195,10 @@ def test_metrics_in_float32_arithmetic_are_those_of_the_rounded_weights_in_float
 def test_float32_runs_without_tf32_and_the_setting_comes_back() -> None:
     settings: Any = torch.backends.cuda.matmul
     before = settings.fp32_precision
+
+    def fail(layer: int, output: torch.Tensor) -> None:
+        raise KeyError
+
     try:
         for user in ("tf32", "ieee"):
             settings.fp32_precision = user
@@ -206,8 +211,15 @@ def test_float32_runs_without_tf32_and_the_setting_comes_back() -> None:
                 tiny_model().run(IDS, on_output=read)
             assert inside == ["ieee", "ieee"]
             assert settings.fp32_precision == user
-            with pytest.raises(KeyError), exact_float32():
-                raise KeyError
+            with pytest.raises(KeyError):
+                tiny_model().run(IDS, on_output=fail)
+            assert settings.fp32_precision == user
+            first, second = Undo(), Undo()
+            exact_float32(first)
+            exact_float32(second)
+            first.run()
+            assert settings.fp32_precision == "ieee"  # a model of another thread still runs
+            second.run()
             assert settings.fp32_precision == user
     finally:
         settings.fp32_precision = before
