@@ -86,7 +86,7 @@ def _clipped(interval: Interval, metric: Metric | None) -> Interval:
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Saved):
     """In-context learning against finetuning on the same demonstrations, by the metrics of the catalogue."""
 
