@@ -1,8 +1,16 @@
 """Every annotation of the library is checked at every call; tiny random models and made-up rows for the mechanics."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("icl_dual", "typechecking.typechecker")
+SPEC = find_spec("icl_dual")
+assert SPEC is not None
+assert SPEC.origin is not None
+# The hook gives each function axes of its own; those of `arguments` share the axes of the call that they check.
+MODULES = [f"icl_dual.{path.stem}" for path in Path(SPEC.origin).parent.glob("[a-z]*") if path.stem != "arguments"]
+install_import_hook(MODULES, "typechecking.typechecker")
 
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
