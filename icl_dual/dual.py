@@ -484,8 +484,8 @@ def attend(
 
 def _are_scores_finite(q: Tensor, k: Tensor, scale: float) -> bool:
     """Return whether no score can be NaN or infinite: the fused kernel takes a row of such scores for a hidden one."""
-    largest = (float(torch.linalg.vector_norm(tensor.detach(), torch.inf)) for tensor in (q, k))
-    bound = math.prod(largest) * abs(scale) * q.shape[-1]
+    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (q, k)]
+    bound = math.prod(norms) * abs(scale)
     return bound < torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
 
 
