@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from common import TITLES
+from outputs import markdown, write_csv, write_text
 from transformers import AutoTokenizer
 
 import icl_dual as icl
@@ -95,12 +96,12 @@ def write(results: Sequence[icl.CellResult], out: Path, **load: Any) -> None:
     """Write `chat.md` and `chat.csv`."""
     captures = chat_captures(results, out / "chats", **load)
     frame = table(results, captures)
-    frame.to_csv(out / "chat.csv", index=False)
-    text = frame.to_markdown(index=False, disable_numparse=True)
+    write_csv(out / "chat.csv", frame)
+    text = markdown(frame, disable_numparse=True)
     note = (
         "Accuracy in per cent of the same demonstrations and queries as plain text and as a chat: each demonstration "
         "is a turn of the user and its label the assistant's answer. Brackets are 95 % intervals; p is of a paired "
         f"permutation test. {sentence(results, captures)}"
     )
-    (out / "chat.md").write_text(f"{note}\n\n{text}\n")
+    write_text(out / "chat.md", f"{note}\n\n{text}\n")
     print(f"\n{note}\n\n{text}")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from common import DATA, TITLES, run_script, script_parser
+from common import DATA, TITLES, output_file, run_script, script_parser
+from outputs import markdown, write_text
 from paper_tables import find_cells
 
 import icl_dual as icl
@@ -116,7 +117,7 @@ def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, fl
 
 def reached() -> dict[str, float]:
     """What each stage reaches of the rate of one large matrix product."""
-    lines = [line.split("|")[1:-1] for line in RATES.read_text().splitlines() if line.startswith("|")]
+    lines = [line.split("|")[1:-1] for line in RATES.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     columns, rows = [name.strip() for name in lines[0]], lines[2:]
     rates = {row[0].strip(): float(row[columns.index("GFLOP/s")]) for row in rows}
     return {stage: rates[step] / rates["a 2048³ matrix product"] for stage, step in STAGES.items()}
@@ -150,20 +151,21 @@ def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str,
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("cells", type=Path, nargs="+", help="folders with finished cells of a preset")
-    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
+    parser.add_argument("--out", type=output_file, help="Markdown file for the tables")
     return parser.parse_args(argv)
 
 
 def write(args: argparse.Namespace) -> None:
     """Print a table for each of the paper's models, and write them to a file if one is given."""
-    paper, results = json.loads((DATA / "paper.json").read_text()), find_cells(args.cells)
+    paper, results = json.loads((DATA / "paper.json").read_text(encoding="utf-8")), find_cells(args.cells)
     parts = []
     for name, model in paper["models"].items():
         sizes = {key: model[key] for key in ("n_layers", "d_model", "n_heads", "d_mlp")}
         shape = Shape(**sizes, d_vocab=paper["d_vocab"])
         queries = dict(zip(paper["tasks"], paper["queries"], strict=True))
-        counted = table(results, shape, queries).to_markdown(
-            index=False, floatfmt=("", ".0f", ".0f", ".0f", ".0f", ".4f", ".4f", ".1f", ".1f")
+        counted = markdown(
+            table(results, shape, queries),
+            floatfmt=("", ".0f", ".0f", ".0f", ".0f", ".4f", ".4f", ".1f", ".1f"),
         )
         parts.append(
             f"{name} (`--preset {model['preset']}`), {shape.layer_weights / 1e9:.2f} G weights in layers:\n\n{counted}"
@@ -171,7 +173,7 @@ def write(args: argparse.Namespace) -> None:
     text = "\n\n".join(parts).replace("nan", "   ")
     print(text)
     if args.out:
-        args.out.write_text(f"{text}\n")
+        write_text(args.out, f"{text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -283,7 +283,7 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
     [
         ((), 2, "expected either folders of cells, or --recordings FOLDER"),
         (("somewhere", "--json", "x.json"), 2, "--json takes the metrics of --recordings"),
-        (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a number from 1, or all, got '0'"),
+        (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a whole number of at least 1, or all, got '0'"),
         (("nowhere",), 1, "error: expected finished cells in nowhere, found none"),
         (
             ("--recordings", "nowhere"),
