@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
 from icl_dual.models.backend import UnsupportedModelError
+from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.precision import check_arithmetic
@@ -79,14 +79,7 @@ def load_model(
                 f"({', '.join(missing[:3])}, …): download or save the model again"
             )
         hf_model, momentum = _split_off_momentum(hf_model)
-        bridge = TransformerBridge.boot_transformers(
-            str(files.folder),
-            hf_model=hf_model.to(device),
-            tokenizer=of_bridge,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=False,
-        )
+        bridge = boot(str(files.folder), hf_model.to(device), of_bridge, device, dtype)
     except SafetensorError as error:
         raise AssetError(
             f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
@@ -97,7 +90,7 @@ def load_model(
             "code when it is read: get the model's weights as safetensors"
         ) from None
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, AssetError):
+        if isinstance(error, AssetError | UnsupportedModelError):
             raise
         if "trust_remote_code" in str(error):  # advises to run the code
             raise UnsupportedModelError(
