@@ -8,23 +8,7 @@ import pytest
 import torch
 
 import icl_dual as icl
-from icl_dual.storage import NOT_SAVED, Saved, atomic_folder, check_same_settings, load_tensors, save_tensors
-
-
-def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    def write(content: str, then: BaseException | None = None) -> None:
-        with atomic_folder(tmp_path / "made") as scratch:
-            (scratch / "file").write_text(content)
-            if then:
-                raise then
-
-    write("first")
-    with pytest.raises(KeyboardInterrupt):
-        write("second", KeyboardInterrupt())
-    assert (tmp_path / "made" / "file").read_text() == "first"
-    write("third")
-    assert (tmp_path / "made" / "file").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+from icl_dual.storage import NOT_SAVED, Saved, check_same_settings, load_tensors, save_tensors
 
 
 def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
@@ -55,15 +39,6 @@ def test_a_folder_of_results_is_not_called_damaged(tmp_path: Path) -> None:
         (tmp_path / name / name).unlink()
         with pytest.raises(icl.AssetError, match="delete the folder to have it made again"):
             load_tensors(tmp_path / name)
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
-    with pytest.raises(icl.AssetError, match=r"got .*thesis with other files in it \('chapter\.tex'"):
-        save_tensors(tmp_path / "thesis", {"a": torch.ones(1)}, {})
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
 class Pair(NamedTuple):
