@@ -31,7 +31,8 @@ LAYERS = (
     ("recordings",),
     ("metrics",),
     ("experiment",),
-    ("study",),
+    ("cells",),
+    ("provenance", "study"),
     ("pretraining",),
     ("plots",),
 )
