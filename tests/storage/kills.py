@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-# The library's other modules take seconds to import, and none is needed.
-package = types.ModuleType("icl_dual")
-package.__path__ = list(getattr(importlib.util.find_spec("icl_dual"), "submodule_search_locations", []))
-sys.modules["icl_dual"] = package
+if __name__ == "__main__":  # the library's other modules take seconds to import, and none is needed
+    package = types.ModuleType("icl_dual")
+    package.__path__ = list(getattr(importlib.util.find_spec("icl_dual"), "submodule_search_locations", []))
+    sys.modules["icl_dual"] = package
 
-from icl_dual.storage import clean_scratch, finished_folders, load_tensors, save_tensors  # noqa: E402
+from icl_dual.storage import clean_scratch, finished_folders, load_tensors, save_tensors
 
 NAMES = ("a", "b")
 
