@@ -195,7 +195,7 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
 
 def random_model(folder: Path) -> str:
     """A Llama of the 1.3B shape with random weights, saved with a tokenizer: 24 layers, 2048 wide, 16 heads."""
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder)
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=2048,

@@ -135,7 +135,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
     shape = PRESETS[preset]
     name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
     if not name.exists():
-        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder)
+        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder, trust_remote_code=False)
         config = XGLMConfig(
             vocab_size=PAPER["d_vocab"],
             d_model=shape["d_model"],

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 from filelock import FileLock
@@ -288,9 +287,10 @@ def _write_dequantised_model(gguf: Path, folder: Path) -> None:
 
     logger.info("unpacking %s", gguf.name)
     try:
-        options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise AssetError(
             f"expected a complete GGUF model that transformers can read in {gguf}, got: {error}: download it again, or "
