@@ -23,7 +23,7 @@ ORIGIN = ("fingerprint", "task", "queries", "demonstrations")
 
 def has_chat_template(model: str) -> bool:
     """Return whether a model's tokenizer has a chat template, without loading the model."""
-    return AutoTokenizer.from_pretrained(model_files(model).folder).chat_template is not None
+    return AutoTokenizer.from_pretrained(model_files(model).folder, trust_remote_code=False).chat_template is not None
 
 
 def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) -> dict[str, dict[str, icl.Capture]]:

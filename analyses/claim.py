@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 from common import TITLES, output_file, run_script, script_parser
 from control_tables import read_interval
 from matplotlib.axes import Axes
-from outputs import write_figure
+from outputs import read_csv, write_figure
 
 import icl_dual as icl
 from icl_dual.statistics import Interval
@@ -37,9 +36,7 @@ MARKERS = "os^"
 
 def read(table: Path) -> dict[str, dict[str, Interval]]:
     """Return SimAOU with its interval by row of the figure and task."""
-    if not table.is_file():
-        raise ValueError(f"expected a table at {table}, got no file: write it with analyses/controls.py")
-    scores = pd.read_csv(table)
+    scores = read_csv(table)
     if absent := [name for name in COLUMNS if name not in scores]:
         raise ValueError(f"expected a column {absent[0]!r} in {table}, got none: write it with analyses/controls.py")
     scores = scores.query("metric == 'SimAOU' and task in @TITLES")

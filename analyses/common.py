@@ -33,6 +33,15 @@ DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
 
 
+HEADINGS = (
+    "# How these were made",
+    "# What is left of the paper's claims",
+    "# Stability along the learning rate",
+    "# Momentum attention",
+)
+"""How the pages begin that scripts write into their folders."""
+
+
 class ScriptError(RuntimeError):
     """A script cannot go on: a check failed, or a process that it started did."""
 
@@ -234,8 +243,14 @@ def _check_device(name: str) -> None:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written into, or made."""
+    """A folder that can be written into, or made; one with a README.md that no script wrote is refused."""
     _check_writable(Path(text))
+    page = Path(text) / "README.md"
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEADINGS):
+        raise argparse.ArgumentTypeError(
+            f"expected a folder for what the scripts write, got {text!r}, with a README.md of other origin: choose "
+            "another folder"
+        )
     return Path(text)
 
 

@@ -157,6 +157,10 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             yield Result(name, tensors, metadata["about"])
             continue
         model = model or icl.load_model(args.model, device=args.device, **precision(args))
+        if args.rank > model.d_head:
+            raise icl.StudyError(
+                f"expected --rank of at most {model.d_head}, the width of a head, got {args.rank}: pass a smaller one"
+            )
         result = run(model, cell, args.rank)
         save_tensors(folder, result.tensors, {"settings": settings, "about": result.about})
         yield result

@@ -79,13 +79,13 @@ def prompts(model: icl.Model, task: icl.Task, n_queries: int, n_demonstrations: 
 def truncated(name: str, n_layers: int, folder: Path) -> str:
     """The model with its first layers only, saved."""
     source = assets.model_files(name, None).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     model.base_model.layers = model.base_model.layers[:n_layers]
     model.config.num_hidden_layers = n_layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:n_layers]
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
     return str(folder)
 
 

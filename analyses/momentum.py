@@ -7,6 +7,7 @@ it. A stopped run goes on where it was.
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -281,17 +282,22 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
     return [cell for cell in cells if cell]
 
 
-def _check_corpus(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Raise an AssetError before anything is trained where a text file that is still to be read does not exist."""
+def _check_inputs(args: argparse.Namespace, runs: list[Run]) -> None:
+    """Raise an AssetError before anything is trained where a text or a model that is still to be read is missing."""
     is_needed = "text" in args.parts and not all((args.out / "cells" / f"{run.name}.json").exists() for run in runs)
     if is_needed and args.corpus.endswith(".txt") and not Path(args.corpus).is_file():
         raise icl.AssetError(f"expected --corpus as an existing text file, got {args.corpus!r}: check the path")
+    if "intervention" in args.parts and not list(
+        (args.out / "cells").glob(f"{glob.escape(file_stem(args.model))}_added*")
+    ):
+        icl.load_model(args.model, device=args.device)
 
 
 def write(args: argparse.Namespace) -> None:
     """Train, ask and measure what is not finished, and write all tables and figures."""
     runs = plan(args)
-    _check_corpus(args, runs["text"])
+    if RANK == 0:
+        _check_inputs(args, runs["text"])
     cells = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
     if RANK:
         return

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from icl_dual.storage import atomic_file
+from icl_dual.storage import AssetError, atomic_file, first_line
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,6 +22,20 @@ def write_csv(path: Path, frame: pd.DataFrame, float_format: str | None = None) 
     """Write a frame without its index as CSV, whole or not at all; no cell begins a formula of a spreadsheet."""
     with atomic_file(path) as scratch:
         with_texts(frame, csv_text).to_csv(scratch, index=False, float_format=float_format)
+
+
+def read_csv(path: Path, **options: Any) -> pd.DataFrame:
+    """Return a CSV file as a frame; `options` are those of pandas.
+
+    Raises:
+        AssetError: it cannot be read, or is damaged.
+    """
+    try:
+        return pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"expected a table in {path}, got {first_line(error)}: check the path, or delete the file and make it again"
+        ) from error
 
 
 def write_figure(fig: Figure, path: Path, *kinds: str, dpi: int = 150) -> None:

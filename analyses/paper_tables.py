@@ -39,6 +39,7 @@ import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES
 from icl_dual.metrics import KENDALL_QUERIES, estimate
 from icl_dual.statistics import MIN_QUERIES, UNSTABLE, Interval
+from icl_dual.storage import finished_folders
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -317,7 +318,14 @@ def latex_text(text: str) -> str:
 
 def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     """Every finished cell in the folders given, or the cells that they are."""
-    paths = [path.parent for folder in folders for path in sorted(folder.rglob("metadata.json"))]
+    for scratch in [path for folder in folders for path in folder.rglob(".*") if path.is_dir()]:
+        finished_folders(scratch.parent)  # cells that a killed process had set aside come back
+    paths = [
+        path.parent
+        for folder in folders
+        for path in sorted(folder.rglob("metadata.json"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # of processes that were killed
+    ]
     # Kept recordings and exported ones have metadata, too.
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells:

@@ -67,7 +67,16 @@ class Tokens:
 
     @classmethod
     def of(cls, result: icl.CellResult) -> "Tokens":
-        """From what a cell says of itself."""
+        """From what a cell says of itself.
+
+        Raises:
+            StudyError: it does not say how many tokens it ran.
+        """
+        if absent := {"prefix_tokens", "query_tokens"} - result.provenance.keys():
+            raise icl.StudyError(
+                f"expected cells with their numbers of tokens, got {result.folder} without {sorted(absent)[0]}: run it "
+                "again with analyses/reproduce.py"
+            )
         return cls(len(result.comparison.gold), result.provenance["prefix_tokens"], result.provenance["query_tokens"])
 
     def scaled(self, queries: int) -> "Tokens":
@@ -126,6 +135,10 @@ def reached() -> dict[str, float]:
 def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str, int]) -> pd.DataFrame:
     """A row a cell, scaled to the paper's number of queries, and their sum."""
     rows, shares = [], reached()
+    if other := {result.cell.task for result in results} - queries.keys():
+        raise icl.StudyError(
+            f"expected cells of the paper's tasks, {list(queries)}, got {sorted(other)}: leave them out"
+        )
     for result in results:
         tokens = Tokens.of(result).scaled(queries[result.cell.task])
         counted = flops(shape, tokens)

@@ -32,7 +32,7 @@ from common import (
     script_parser,
     variant_parser,
 )
-from outputs import markdown_text, write_csv, write_figure, write_text
+from outputs import markdown_text, read_csv, write_csv, write_figure, write_text
 
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
@@ -64,7 +64,7 @@ class Grid:
 
     def __init__(self, table: Path, n_queries: int) -> None:
         self.table = table
-        rows = pd.read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
+        rows = read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
         rows = rows.reindex(columns=list(COLUMNS))
         self.others = rows.query("n != @n_queries")  # measured on other queries
         measured: list[dict[str, Any]] = rows.query("n == @n_queries").to_dict("records")

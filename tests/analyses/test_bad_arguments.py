@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import io
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ BAD_VALUES = {
     "model_name": ("nosuch", "./no/such", ""),
     "model_or_random": ("nosuch", "random-1.4b", ""),
     "device": ("nowhere", "cuda:x", ""),
-    "output_folder": ("a_file", *NO_OUTPUTS),
+    "output_folder": ("a_file", "a_project", *NO_OUTPUTS),
     "output_file": (".", "a_folder", "a_file/below", "a_file/far/below"),
 }
 """By the name of an option's type: what it refuses."""
@@ -75,6 +77,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: a file, a folder, and a link to nothing."""
     (tmp_path / "a_file").write_text("kept")
     (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_project").mkdir()
+    (tmp_path / "a_project" / "README.md").write_text("# My project")
     (tmp_path / "to_nothing").symlink_to(tmp_path / "missing")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(icl, "load_model", lambda *args, **kwargs: pytest.fail("no model is needed"))
@@ -150,12 +154,21 @@ def test_a_folder_without_a_model_is_one_line_before_anything_is_computed(
     arguments = ["--model", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]
     arguments += ["--lr", "0.001"] * ("--lr" in options and script != "stability")
     arguments += ["--tasks", "mr"] * ("--tasks" in options)
-    arguments += ["--parts", "intervention"] * ("--parts" in options)
     assert importlib.import_module(script).main(arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert str(tmp_path / "empty") in lines[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_headings_are_those_of_the_pages_that_scripts_write() -> None:
+    folder = Path(common.__file__).parent
+    templates = [*folder.glob("*.py"), *folder.glob("data/*_page.md")]
+    texts = [path.read_text(encoding="utf-8") for path in templates if path.name != "common.py"]
+    for heading in common.HEADINGS:
+        assert any(f'f"""{heading}' in text or text.startswith(heading) for text in texts), heading
+    for page in folder.parent.glob("figures/**/README.md"):
+        assert common.output_folder(str(page.parent)) == page.parent
 
 
 @contextmanager
@@ -181,6 +194,13 @@ def test_a_disk_that_is_full_while_drawing_leaves_no_half_a_picture(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: expected to write .*claim\.png, got .+: .+", line)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"claim.png": b"the old one"}
+
+
+def test_a_terminal_without_delta_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="ascii", write_through=True))
+    assert common.run_script(lambda argv: argparse.Namespace(), lambda args: print("ΔW"), []) == 0
+    assert stream.getvalue() == b"\\u0394W\n"
 
 
 def test_errors_of_several_lines_are_one(capsys: pytest.CaptureFixture[str]) -> None:
