@@ -28,13 +28,13 @@ from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
-from icl_dual.captures.pairing import check_fields, check_full_prompt, check_paired
+from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decay_matrix
-from icl_dual.prompts import SEPARATOR, START, Prompts
-from icl_dual.results import compare_by_value
+from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths
+from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import NOT_SAVED, Saved
@@ -191,6 +191,23 @@ class Decomposition(Saved):
     attention_inputs: AttentionInputs | None = field(default=None, compare=False, metadata=NOT_SAVED)
     """What `by_token` computes from: in_context's own tensors, kept in memory with the decomposition. Not saved: `None`
     after loading."""
+
+    def __post_init__(self) -> None:
+        check_lengths(self.prompts)
+        query, group = ("prompts.queries", len(self.prompts.queries)), ("groups", len(self.groups))
+        check_axes(self, query=query, group=group)
+        check_values(self, "from_start", "from_query", "delta_icl", "z_zsl", "W_O", "b_O", "b_V")
+        check_values(self, "icl_share", nan=True)
+        check_values(self, "mass", low=0, high=1 + ROUNDING)
+        check_values(self, "residuals", low=0)
+        for name in ("update_cosine", "output_cosine", "rank_agreement"):
+            check_values(self, f"relaxation/{name}", low=-1 - ROUNDING, high=1 + ROUNDING, nan=True)
+        for name in ("update_error", "output_error"):
+            check_values(self, f"relaxation/{name}", low=0, nan=True, infinite=True)
+        check_values(self, "momentum")
+        check_values(self, "momentum/eta", low=0, high=1)
+        if ((self.mass.sum(-1) - 1).abs() > ROUNDING).any():
+            raise ValueError("expected mass that sums to 1 over groups, got another sum: compute it again")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -435,7 +452,6 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
     check_fields(DECOMPOSE_FIELDS, in_context=in_context)
     check_fields(("attn_out", "z"), zero_shot=zero_shot)
-    check_full_prompt(in_context)
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
     split, relaxation = _split_layers(model, in_context, W_O)

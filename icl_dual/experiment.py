@@ -7,7 +7,7 @@ saved as one object. The steps remain available one by one: `finetune`, `capture
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
@@ -25,6 +25,7 @@ from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model, NonFiniteError
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
+from icl_dual.results import check_count, check_names, check_values
 from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.updates import UpdateComparison, compare_updates
 
@@ -62,7 +63,34 @@ class Experiment(Saved):
     replica_names: tuple[str, ...] = ()
     """The names of all replicas in order, those that diverged included."""
     model: Model | None = field(default=None, compare=False, metadata=NOT_SAVED)
-    """The model that was captured; `None` after loading."""
+    """The model that was captured; `None` after loading, and in a copy or pickle."""
+
+    def __post_init__(self) -> None:
+        captures = {**self._captures, "finetuned": self.finetuned}
+        n_layers = len(self.delta.W_K)
+        for name, captured in captures.items():
+            if captured.model != self.delta.model:
+                raise ValueError(
+                    f"expected {name} and delta of one model, got {captured.model!r} and {self.delta.model!r}: take "
+                    "both from one run"
+                )
+            if captured.attn_out is not None:
+                check_count(f"layers in {name}", captured.attn_out.shape[1], "delta", n_layers)
+            if name != "in_context" and captured.prompts != self.in_context.prompts.zero_shot():
+                raise ValueError(
+                    f"expected {name} with the queries of in_context, got {captured.prompts} and "
+                    f"{self.in_context.prompts}, which differ: take both from one run"
+                )
+        check_names("replica_names", self.replica_names, (*self.replicas, *self.diverged))
+        if self.steps is not None:
+            check_count(
+                "steps", len(self.steps), "demonstrations in context", len(self.in_context.prompts.demonstrations)
+            )
+            check_values(self, "steps", low=-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or pickle has: all but the model, as after loading."""
+        return {**vars(self), "model": None}
 
     def compare(self, *, seed: int = 0) -> Comparison:
         """Compare in-context learning with finetuning by the paper's metrics, query by query and layer by layer.

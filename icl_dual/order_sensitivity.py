@@ -23,6 +23,7 @@ from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.models import Model
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import build_prompts
+from icl_dual.results import ROUNDING, check_axes, check_names, check_values
 from icl_dual.statistics.intervals import bootstrap
 from icl_dual.storage import Saved
 from icl_dual.tasks import Example, Task
@@ -61,6 +62,19 @@ class OrderSensitivity(Saved):
     """By pair (`PAIRS`), the share of the `TOP` most probable tokens that both have in common, from 0 to 1."""
     overlap_cosine: dict[str, Float[Tensor, " query"]]
     """By pair (`PAIRS`), the cosine of the probabilities of all tokens that are among the `TOP` of either."""
+
+    def __post_init__(self) -> None:
+        check_axes(self, order=("orders", len(self.orders)))
+        measures = ("distance", "overlap", "overlap_cosine")
+        check_names("predictions", self.predictions, SETTINGS)
+        for name in measures:
+            check_names(name, getattr(self, name), PAIRS)
+        check_values(self, "gold", "predictions", low=0)
+        check_values(self, *measures, low=-ROUNDING, high=1 + ROUNDING)
+        if any(sorted(order) != list(range(len(self.orders[0]))) for order in self.orders):
+            raise ValueError(
+                f"expected orders of the same demonstrations, from 0 on, got {self.orders}: measure them again"
+            )
 
     @property
     def accuracy(self) -> dict[str, Float[Tensor, " order"]]:

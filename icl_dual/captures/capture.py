@@ -37,9 +37,9 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
-from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.results import compare_by_value
-from icl_dual.scoring import label_baselines, label_scores
+from icl_dual.prompts import Prompts, check_lengths, check_prompts
+from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
+from icl_dual.scoring import WITH_BASELINE, label_baselines, label_scores
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
 
@@ -129,6 +129,37 @@ class Capture(Saved):
     label_baselines: Float[Tensor, "query label"] | None = None
     """What scoring subtracts from the log-probability of each whole label word, in nats, equal for all queries; `None`
     where the prompts' rule of scoring (`icl_dual.scoring`) subtracts nothing."""
+
+    def __post_init__(self) -> None:
+        prompts, full_prompt = self.prompts, self.full_prompt
+        check_lengths(prompts)
+        n_start, longest = len(prompts.start), max(map(len, prompts.suffixes), default=0)
+        if full_prompt is not None and full_prompt.tokens != prompts.prefix + prompts.suffixes[0]:
+            raise ValueError(
+                f"expected full_prompt over the first query's prompt, got one over {len(full_prompt.tokens)} other "
+                "tokens: do not put a capture together from two"
+            )
+        check_axes(
+            self,
+            query=("prompts.queries", len(prompts.queries)),
+            label=("prompts.labels", len(prompts.labels)),
+            prefix_pos=("prompts.prefix", len(prompts.prefix)),
+            demo_pos=("prompts.prefix without the start token", len(prompts.prefix) - n_start),
+            demo_token=("prompts.demonstration_positions", len(prompts.demonstration_positions)),
+            query_token=("the longest of prompts.suffixes", longest),
+            query_pos=("the longest of prompts.suffixes with the start token", n_start + longest),
+            pos=("full_prompt.tokens", 0 if full_prompt is None else len(full_prompt.tokens)),
+        )
+        check_values(self, "label_log_probs", high=ROUNDING)
+        check_values(self, "next_log_probs", high=ROUNDING, infinite=True)
+        check_values(self, "residual", "residual_norms", low=0)
+        check_values(self, "attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores")
+        check_values(self, "keys_values", "full_prompt", "label_baselines")
+        if (self.label_baselines is None) == (prompts.scoring in WITH_BASELINE):
+            raise ValueError(
+                f"expected label_baselines with the rules of scoring {WITH_BASELINE} and no others, got "
+                f"{'none' if self.label_baselines is None else 'some'} with {prompts.scoring!r}: capture again"
+            )
 
     @property
     def label_scores(self) -> Float[Tensor, "query label"]:
@@ -249,8 +280,7 @@ def capture(
         query_rows = [query[len(query_prefix) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
             log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
-    captured = recorder.capture(log_probs, full_prompt)
-    return replace(captured, label_baselines=_label_baselines(model, prompts, batch_size))
+    return recorder.capture(log_probs, full_prompt, _label_baselines(model, prompts, batch_size))
 
 
 def _label_baselines(model: Model, prompts: Prompts, batch_size: int) -> Float[Tensor, "query label"] | None:
@@ -403,7 +433,12 @@ class _Recorder:
         norms = norms_of(stream).masked_fill(past_end, 0.0)
         self.tensors["residual_norms"][batch, layer, n_common : n_common + n_pos] = norms.cpu()
 
-    def capture(self, log_probs: Float[Tensor, "query label"], full_prompt: FullPromptPass | None) -> Capture:
+    def capture(
+        self,
+        log_probs: Float[Tensor, "query label"],
+        full_prompt: FullPromptPass | None,
+        baselines: Float[Tensor, "query label"] | None,
+    ) -> Capture:
         """Return what was recorded."""
         fields: dict[str, Any] = {name: self.tensors.get(name) for name in get_args(Field)}
         fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
@@ -415,6 +450,7 @@ class _Recorder:
             prompts=self.prompts,
             label_log_probs=log_probs,
             residual=self.residual,
+            label_baselines=baselines,
             **fields,
         )
 

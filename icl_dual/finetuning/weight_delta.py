@@ -21,7 +21,7 @@ from icl_dual.models.changes import add_changes
 from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
-from icl_dual.results import compare_by_value
+from icl_dual.results import check_axes, check_count, check_values, compare_by_value
 from icl_dual.storage import CLASS, Saved
 from icl_dual.torch_utils import at_least_float32, is_half
 
@@ -187,6 +187,40 @@ class WeightDelta(Saved):
     rounded: bool = False
     """Whether half-precision weights are rounded after the delta is added to them, as in the paper's own set-up and by
     `between`. Otherwise the delta runs beside such weights. Wider weights always get it added."""
+
+    def __post_init__(self) -> None:
+        axes = check_axes(self)
+        check_values(self, *DELTA_FIELDS, "training_q", "training_k", "factors/x", "factors/e_K", "factors/e_V")
+        check_values(self, "lr", "losses", low=0)
+        check_values(self, "factors/residual", low=0, nan=True)
+        check_values(self, "demonstrations", low=0)
+        check_values(self, "factors/steps", low=0, high=len(self.demonstrations) - 1)
+        check_count("losses", len(self.losses), "demonstrations", len(self.demonstrations))
+        self._check_head_lengths(axes)
+        self._check_trained()
+        n_tokens, n_start = sum(map(len, self.demonstrations)), len(self.demonstrations)  # each has start tokens
+        if n_start and "train_token" in axes and (axes["train_token"] - n_tokens) % n_start:
+            raise ValueError(
+                f"expected training tokens for each token of demonstrations ({n_tokens}) and as many start tokens "
+                f"for each of them, got {axes['train_token']}: take both from one run"
+            )
+
+    def _check_head_lengths(self, axes: dict[str, int]) -> None:
+        """Check that a projection has the length of its heads side by side."""
+        for kind, d_out, head in (("Q", "d_q", "head"), ("K", "d_kv", "kv_head")):
+            if d_out in axes and head in axes:
+                n_elements = axes[head] * axes["d_head"]
+                check_count(f"{d_out} in W_{kind}", axes[d_out], f"elements in training_{kind.lower()}", n_elements)
+
+    def _check_trained(self) -> None:
+        """Check that projections that were not trained have no change, and that those that were have one."""
+        trained = PROJECTIONS_TRAINED[self.trained]
+        for kind in "QKVO":
+            fields = [name for name in (f"W_{kind}", f"b_{kind}") if getattr(self, name) is not None]
+            if kind in "QO" and kind in trained and f"W_{kind}" not in fields:
+                raise ValueError(f"expected W_{kind} with {self.trained} trained, got none: finetune again")
+            if kind not in trained and any(kind in "QO" or getattr(self, name).any() for name in fields):
+                raise ValueError(f"expected no change {fields[0]} with {self.trained} trained, got one: finetune again")
 
     def __repr__(self) -> str:
         matrices = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}

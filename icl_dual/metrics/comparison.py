@@ -30,6 +30,7 @@ from icl_dual.metrics.catalogue import ABSENT, Metric, metrics
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
 from icl_dual.metrics.stability import Stability
 from icl_dual.recordings.recordings import SETTINGS, Recordings
+from icl_dual.results import ROUNDING, check_axes, check_names, check_range, check_values
 from icl_dual.scoring import Scoring
 from icl_dual.statistics.frames import html_table
 from icl_dual.statistics.intervals import (
@@ -44,7 +45,7 @@ from icl_dual.statistics.intervals import (
     proportion,
     widened,
 )
-from icl_dual.storage import AssetError, Saved
+from icl_dual.storage import Saved
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
@@ -110,6 +111,54 @@ class Comparison(Saved):
     """How far replicas of the finetuning move each metric; `None` where it was finetuned once."""
     scoring: Scoring = "mean"
     """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
+
+    def __post_init__(self) -> None:
+        axes = check_axes(self)
+        check_names("predictions", self.predictions, SETTINGS)
+        if self.label_log_probs:
+            check_names("label_log_probs", self.label_log_probs, SETTINGS)
+        check_values(self, "gold", "predictions", low=0, high=axes.get("label", np.inf) - 1)
+        check_values(self, "label_log_probs", high=ROUNDING)
+        self._check_counts()
+        for group in ("per_layer", "per_query"):
+            for name, values in getattr(self, group).items():
+                self._check_metric(name, f"{group}/{name}", values)
+        partial = (name for name in self.per_layer if name in metrics() and metrics()[name].first_queries)
+        if len(lengths := {len(self.per_layer[name]) for name in partial}) > 1:
+            raise ValueError(
+                f"expected per_layer with as many first queries for each metric of these, got {sorted(lengths)}: "
+                "compare again"
+            )
+        if self.stability is not None and self.stability.n_queries > len(self.gold):
+            raise ValueError(
+                f"expected stability of at most as many queries as gold ({len(self.gold)}), got "
+                f"{self.stability.n_queries}: take both from one run"
+            )
+
+    def _check_metric(self, name: str, path: str, values: Tensor) -> None:
+        """Check that a metric has a value for each query, or for the first ones, and that all are in its range."""
+        metric, n_queries = metrics().get(name), len(self.gold)
+        is_partial = metric is None or metric.first_queries
+        if len(values) > n_queries or (len(values) < n_queries and not is_partial):
+            raise ValueError(
+                f"expected {path} with {'at most ' * is_partial}as many queries as gold ({n_queries}), got "
+                f"{len(values)}: take both from one run"
+            )
+        low, high = (-np.inf, np.inf) if metric is None else metric.range
+        check_range(path, values, low=low - ROUNDING, high=high + ROUNDING, nan=True, infinite=True)
+
+    def _check_counts(self) -> None:
+        """Check that what follows from the queries' labels is what they give."""
+        expected = rec2ftp(self.gold, *(self.predictions[setting] for setting in SETTINGS))
+        if (self.rec2ftp.both, self.rec2ftp.finetuned) != (expected.both, expected.finetuned):
+            raise ValueError(f"expected rec2ftp as predictions give it, {expected}, got {self.rec2ftp}: compare again")
+        check_range("rec2ftp/random", self.rec2ftp.random, low=0, high=1, nan=True)
+        for setting, log_probs in self.label_log_probs.items():
+            if self.scoring == "mean" and not torch.equal(self.predictions[setting], log_probs.argmax(-1)):
+                raise ValueError(
+                    f"expected predictions/{setting} as the labels of the largest label_log_probs, got others: compare "
+                    "again"
+                )
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -311,11 +360,6 @@ class Comparison(Saved):
         """
         # safetensors sorts its names: settings and metrics come back in the order of the tables.
         loaded = super().load(folder)
-        if missing := set(SETTINGS) - loaded.predictions.keys():
-            raise AssetError(
-                f"expected a saved Comparison with the predictions of {SETTINGS} in {folder}, got none of "
-                f"{sorted(missing)}: compare again"
-            )
         by_setting = {
             group: {name: values[name] for name in SETTINGS if name in values}
             for group in ("predictions", "label_log_probs")

@@ -141,6 +141,17 @@ class Model:
             f"dtype={self.precision}, device={self.device})"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: hooks of a copy would belong to the modules of the original.
+
+        Raises:
+            TypeError: always; says what to do.
+        """
+        raise TypeError(
+            f"expected an object without hooks to pickle or copy, got the model {self.name!r}: call "
+            "icl_dual.load_model in each process, or once more for a second model"
+        )
+
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""

@@ -11,7 +11,7 @@ from jaxtyping import AbstractArray
 from torch import Tensor
 
 from icl_dual.results import BaseResult
-from icl_dual.storage.errors import AssetError, FieldError, reading
+from icl_dual.storage.errors import AssetError, FieldError, first_line, reading
 from icl_dual.storage.folders import CHECKSUMS, CLASS, METADATA
 from icl_dual.storage.json_files import json_kind, read_json
 from icl_dual.storage.tensors import load_tensors, save_tensors
@@ -130,7 +130,10 @@ def _unflatten(cls: Any, path: str, tensors: Mapping[str, Tensor], metadata: Map
             if type(None) not in get_args(hints[name]):
                 raise KeyError(at)
             values[name] = None
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {first_line(error)}" if path else first_line(error)) from error
 
 
 def _fields(cls: Any) -> dict[str, bool]:

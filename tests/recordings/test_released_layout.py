@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import released
 import torch
-from helpers import run_settings
+from helpers import run_settings, with_value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -188,8 +188,12 @@ def test_demonstrations_out_of_context_are_trained_on_and_not_compared(
 def test_separators_of_several_tokens_have_no_place_in_the_layout(runs: dict, tmp_path: Path) -> None:
     recordings = icl.Recordings.of(**runs)
     wider = torch.cat((recordings.segments[:1], torch.tensor([SEPARATOR]), recordings.segments[1:]))
+    scores = recordings.context_scores["ICL"]
+    context_scores = recordings.context_scores | {"ICL": torch.cat((scores[..., :1], scores), dim=-1)}
     with pytest.raises(icl.RecordingError, match="each with one separator token after it"):
-        write_recordings(dataclasses.replace(recordings, segments=wider), tmp_path / "out")
+        write_recordings(
+            dataclasses.replace(recordings, segments=wider, context_scores=context_scores), tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +203,7 @@ def test_what_is_no_number_is_not_written(runs: dict, tmp_path: Path) -> None:
     broken[2, 0, 0] = torch.nan
     message = r"ftzs/record_info\.jsonl, line 3: expected finite numbers to write"
     with pytest.raises(icl.RecordingError, match=message):
-        write_recordings(dataclasses.replace(recordings, q=broken), tmp_path / "out", progress=False)
+        write_recordings(with_value(recordings, "q", broken), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
