@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Index, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
 from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
@@ -140,6 +141,7 @@ class AttentionInputs(NamedTuple):
         return f"AttentionInputs(q_scored{list(self.q_scored.shape)}, demo_keys{list(self.demo_keys.shape)}, …)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Decomposition(Saved):
@@ -241,7 +243,8 @@ class Decomposition(Saved):
         index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
         return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(self.groups, name="group"))
 
-    def by_token(self, query: int, layer: int, head: int) -> pd.DataFrame:
+    @checked
+    def by_token(self, query: Index, layer: Index, head: Index) -> pd.DataFrame:
         """Return a head's attention to every token of one query's prompt, and each token's share of the direct update.
 
         Over the tokens of a group, `weight` sums to the group's `mass` at this head. With the mass of the sink, all
@@ -354,6 +357,7 @@ class Decomposition(Saved):
             times = times + eta * (1 - eta**t) / (1 - eta)
         return times.unsqueeze(-1) * by_head
 
+    @checked
     def through_W_O(  # noqa: N802 - the field's name
         self, term: Float[Tensor, "query layer head d_head"]
     ) -> Float[Tensor, "query layer head d_model"]:
@@ -433,6 +437,7 @@ class Decomposition(Saved):
         )
 
 
+@checked
 def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decomposition:
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from icl_dual.arguments import Count, Seed, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.field_docs import document_fields
@@ -36,6 +37,7 @@ UPDATE_FIELDS: tuple[Field, ...] = ("attn_out", "q_scored", "keys_values")
 """The fields that `compare_updates` needs; `DECOMPOSE_FIELDS` has them all."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Experiment(Saved):
@@ -92,7 +94,8 @@ class Experiment(Saved):
         """Return what a copy or pickle has: all but the model, as after loading."""
         return {**vars(self), "model": None}
 
-    def compare(self, *, seed: int = 0) -> Comparison:
+    @checked
+    def compare(self, *, seed: Seed = 0) -> Comparison:
         """Compare in-context learning with finetuning by the paper's metrics, query by query and layer by layer.
 
         Each metric carries its spread over replicas of the finetuning, where the experiment has any.
@@ -108,6 +111,7 @@ class Experiment(Saved):
         replicas = {**self.replicas, **self.diverged}
         return with_stability(comparison, {name: replicas[name] for name in self.replica_names}, seed=seed)
 
+    @checked
     def decompose(self, model: Model | None = None) -> Decomposition:
         """Split in-context attention at every layer and head into its zero-shot part and ΔICL.
 
@@ -123,8 +127,9 @@ class Experiment(Saved):
         self._check_fields("decompose", ("attn_out", "z"), DECOMPOSE_FIELDS)
         return decompose(self._model("decompose", model), **self._captures)
 
+    @checked
     def updates(
-        self, model: Model | None = None, *, rank: int = 4, seed: int = 0, progress: bool = True
+        self, model: Model | None = None, *, rank: Count = 4, seed: Seed = 0, progress: bool = True
     ) -> UpdateComparison:
         """Compare ΔW_ICL with ΔW_FT as matrices, at every query, layer and head.
 
@@ -153,6 +158,7 @@ class Experiment(Saved):
         self._check_fields("recordings", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
         return Recordings.of(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps)
 
+    @checked
     def massive_activations(self, *, ratio: float | int = MASSIVE_RATIO) -> MassiveActivations:
         """Find the queries' tokens whose residual norm is far above the median, by layer and setting.
 
@@ -211,6 +217,7 @@ class Experiment(Saved):
         )
 
 
+@checked
 def run_experiment(
     model: Model,
     prompts: Prompts,

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import checked
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import check_fields, check_settings, of_shared_tokens
 from icl_dual.field_docs import document_fields
@@ -89,6 +90,7 @@ def ordinary_tokens(
     return mask
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class MassiveActivations(Saved):
@@ -193,6 +195,7 @@ class MassiveActivations(Saved):
         return pd.DataFrame(rows, columns=list(columns))
 
     @classmethod
+    @checked
     def load(cls, folder: str | PathLike[str]) -> "MassiveActivations":
         """Read massive activations that `save` wrote.
 
@@ -269,6 +272,7 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
+@checked
 def find_massive_activations(
     *, zero_shot: Capture, in_context: Capture, finetuned: Capture, ratio: float | int = MASSIVE_RATIO
 ) -> MassiveActivations:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import Rate, Seed, checked
 from icl_dual.captures.capture import capture
 from icl_dual.contexts import draw_orders
 from icl_dual.field_docs import document_fields
@@ -38,6 +39,7 @@ PAIRS = ("ICL and ICL", "FT and FT", "ICL and FT")
 """The pairs of runs that are compared: two orders of one setting, or both settings with the same order."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class OrderSensitivity(Saved):
@@ -113,6 +115,7 @@ class OrderSensitivity(Saved):
         return {name: tensors[name] for name in names}, metadata
 
 
+@checked
 def measure_order_sensitivity(
     model: Model,
     task: Task,
@@ -120,9 +123,9 @@ def measure_order_sensitivity(
     queries: Sequence[Example],
     *,
     n_orders: int,
-    lr: float,
+    lr: Rate,
     config: FinetuneConfig = PAPER_FINETUNING,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> OrderSensitivity:
     """Run in-context learning and finetuning with the same demonstrations in several orders (Shen et al., 2024).

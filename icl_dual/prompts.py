@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from icl_dual.arguments import Count, checked
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens
 from icl_dual.results import check_range
@@ -46,6 +47,7 @@ REFERENCE_CONTEXT = 2048
 """The reference protocol's limit on the tokens of a prompt, also for models with a longer context."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Prompts:
     """Queries that share their demonstrations, as token ids.
@@ -195,7 +197,8 @@ class Prompts:
             spanning=tuple(position for position in self.spanning if position < len(self.start)),
         )
 
-    def first(self, n_queries: int) -> "Prompts":
+    @checked
+    def first(self, n_queries: Count) -> "Prompts":
         """Return prompts with the first queries alone, after the same demonstrations."""
         by_query = {name: getattr(self, name)[:n_queries] for name in ("queries", "gold", "zero_shot_queries")}
         return replace(self, **by_query)
@@ -209,6 +212,7 @@ def _shared(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     return [(block.a + index, block.b + index) for block in blocks for index in range(block.size)]
 
 
+@checked
 def build_prompts(
     model: Model,
     task: Task,

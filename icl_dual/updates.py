@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Count, Index, Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import (
     check_demonstrations,
@@ -68,6 +69,7 @@ class DemonstrationKeysValues(NamedTuple):
         return f"DemonstrationKeysValues(keys{list(self.keys.shape)} and values)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class UpdateComparison(Saved):
@@ -125,7 +127,8 @@ class UpdateComparison(Saved):
             check_values(self, "demonstrations")
             check_range("demonstrations/n_hidden", self.demonstrations.n_hidden, low=0, high=axes["demo_pos"])
 
-    def delta_W(self, layer: int, head: int, query: int = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
+    @checked
+    def delta_W(self, layer: Index, head: Index, query: Index = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
         """Return ΔW_ICL = Σ_i v_i ⊗ k_i of one layer and query head, over the demonstrations' tokens, in float64.
 
         It acts on the head's query as scored (`Capture.q_scored`): ΔW_ICL q. Query heads that share a key-value head
@@ -171,14 +174,15 @@ class UpdateComparison(Saved):
         )
 
 
+@checked
 def compare_updates(
     model: Model,
     *,
     zero_shot: Capture,
     in_context: Capture,
     delta: WeightDelta,
-    rank: int = 4,
-    seed: int = 0,
+    rank: Count = 4,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> UpdateComparison:
     """Compare ΔW_ICL with ΔW_FT at every query, layer and head, each number with its null.
@@ -364,6 +368,7 @@ def _compare_layer(
     return values_by_name
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class DeltaSummary(Saved):
@@ -418,6 +423,7 @@ class DeltaSummary(Saved):
         )
 
 
+@checked
 def summarise(delta: WeightDelta) -> DeltaSummary:
     """Return norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, each demonstration's
     share.

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Count, checked
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
     FullPromptPass,
@@ -82,6 +83,7 @@ class KeysValues:
         return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, eq=False)
 class Capture(Saved):
@@ -182,6 +184,7 @@ class Capture(Saved):
         """Return the proportion of queries for which the predicted label is the correct one."""
         return (self.predictions == self.gold).double().mean().item()
 
+    @checked
     def axes(self, field: Field) -> dict[str, int]:
         """Return the names and lengths of a field's axes, in order; empty where it is `None` or no tensor."""
         tensor = getattr(self, field)
@@ -190,7 +193,8 @@ class Capture(Saved):
         annotation = get_args(type(self).__annotations__[field])[0]
         return dict(zip(annotation.dim_str.split(), tensor.shape, strict=True))
 
-    def first(self, n_queries: int) -> "Capture":
+    @checked
+    def first(self, n_queries: Count) -> "Capture":
         """Return the capture of the first queries alone."""
         prompts = self.prompts.first(n_queries)
         longest = max(map(len, prompts.suffixes))
@@ -220,6 +224,7 @@ class Capture(Saved):
         )
 
 
+@checked
 @exclusive
 @torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
 def capture(

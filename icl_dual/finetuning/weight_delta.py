@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, ProjectionName, Weight
 from icl_dual.models.changes import add_changes
@@ -35,6 +36,7 @@ Trained = Literal["key-value", "key", "value", "attention"]
 """The projections of attention that are trained; `attention` is all four."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -60,6 +62,7 @@ class FinetuneConfig:
                 raise ValueError(f"expected {name} out of {get_args(options)}, got {value!r}: choose one of these")
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class Noise:
@@ -75,7 +78,7 @@ class Noise:
         ValueError: the size is 0, or not between −1 and 1.
     """
 
-    seed: int
+    seed: Seed
     """The seed of g."""
     size: float = 2**-9
     """The relative size of the noise. The default is the unit roundoff of bfloat16, in which most models are published:
@@ -85,6 +88,7 @@ class Noise:
         if not 0 < abs(self.size) < 1:
             raise ValueError(f"expected size between -1 and 1 and not 0, got {self.size}: pass 2**-9, or a similar one")
 
+    @checked
     def changes(self, weights: dict[str, list[Weight]]) -> dict[str, list[Tensor]]:
         """Return size·g·W of each weight and bias as a matrix or vector, in float32 at least, on the weight's device.
 
@@ -139,6 +143,7 @@ class Factors:
     small change of a large weight. NaN where a layer did not change."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class WeightDelta(Saved):
@@ -241,6 +246,7 @@ class WeightDelta(Saved):
         return "key-value" if self.W_Q is None else "attention"
 
     @classmethod
+    @checked
     def between(cls, model: Model, tuned: object) -> "WeightDelta":
         """Return the delta from a model to any finetuned copy of it, however it was finetuned.
 
@@ -295,6 +301,7 @@ class WeightDelta(Saved):
             rounded=True,
         )
 
+    @checked
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the delta; afterwards it is as it was, bit for bit, also after an exception.
@@ -351,7 +358,8 @@ class WeightDelta(Saved):
             upgraded["factors"] = {"residual": metadata["factors_residual"]}
         return tensors, upgraded
 
-    def randomised(self, seed: int) -> "WeightDelta":
+    @checked
+    def randomised(self, seed: Seed) -> "WeightDelta":
         """Return a delta with each layer's matrices and biases replaced by random directions of the same norm.
 
         It shows what a change of weights of this size does, whatever finetuning has learned: a control for `applied`.

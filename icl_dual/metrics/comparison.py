@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from tabulate import tabulate
 from torch import Tensor
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
@@ -88,6 +89,7 @@ def _clipped(interval: Interval, metric: Metric | None) -> Interval:
     return replace(interval, low=max(interval.low, float(least)), high=min(interval.high, float(largest)))
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Saved):
@@ -176,6 +178,7 @@ class Comparison(Saved):
         per_query = {name: values.double() for name, values in self.per_query.items()}
         return from_predictions | per_query | {name: v.nanmean(1).double() for name, v in self.per_layer.items()}
 
+    @checked
     def shifts(self, metric: str) -> Float[Tensor, "1 replica"]:
         """Return how far each replica of the finetuning moves a metric over all layers together; empty without any."""
         shifts = {} if self.stability is None else self.stability.shifts
@@ -349,6 +352,7 @@ class Comparison(Saved):
         return row | _verdict(metric, values, baseline, called, shifts, unstable=interval.unstable)
 
     @classmethod
+    @checked
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
         """Read a comparison that `save` wrote.
 
@@ -377,6 +381,7 @@ class Comparison(Saved):
         return tensors, {"label_log_probs": {}, **metadata}
 
 
+@checked
 def compare(
     *,
     zero_shot: Capture,
@@ -384,7 +389,7 @@ def compare(
     finetuned: Capture,
     delta: WeightDelta | None = None,
     steps: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Comparison:
     """Compare in-context learning with finetuning, query by query and layer by layer.
 
@@ -412,8 +417,9 @@ def compare(
     return replace(comparison, label_log_probs=label_log_probs, scoring=in_context.prompts.scoring)
 
 
+@checked
 def compare_recordings(
-    recordings: Recordings, *, seed: int = 0, kendall_queries: int | None = KENDALL_QUERIES
+    recordings: Recordings, *, seed: Seed = 0, kendall_queries: int | None = KENDALL_QUERIES
 ) -> Comparison:
     """Compare in-context learning with finetuning from recordings, ours or the released code's, without any model.
 
@@ -458,7 +464,7 @@ def difference_of_shifts(a: Float[Tensor, "*seed replica"], b: Float[Tensor, "*s
     return torch.where(a.isinf() | b.isinf(), torch.inf, a - b)
 
 
-def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | str], *, seed: int = 0) -> Comparison:
+def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | str], *, seed: Seed = 0) -> Comparison:
     """Return a comparison that knows how far replicas of its finetuning move each metric.
 
     Args:

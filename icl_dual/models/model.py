@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from icl_dual.arguments import Index, checked
 from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
@@ -84,6 +85,7 @@ class Model:
         (torch.Size([1, 3, 257]), [torch.Size([1, 3, 32]), torch.Size([1, 3, 32])])
     """
 
+    @checked
     def __init__(
         self,
         wrapped: TransformerLensModel | Backend,
@@ -176,6 +178,7 @@ class Model:
         """Yield every weight of the model, fused projections as one weight."""
         return self.backend.parameters()
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens.
 
@@ -184,6 +187,7 @@ class Model:
         """
         return list(self._required_tokenizer()(text, add_special_tokens=False).input_ids)
 
+    @checked
     def tokenise(self, texts: Sequence[str]) -> list[TokenisedText]:
         """Return the tokens of texts, without special tokens, and where in its text each token lies.
 
@@ -242,6 +246,7 @@ class Model:
             )
         return self.tokenizer
 
+    @checked
     @exclusive
     def run(
         self,
@@ -340,10 +345,12 @@ class Model:
         """
         self.journal.restore()
 
-    def eta(self, layer: int) -> Float[Tensor, " head"] | None:
+    @checked
+    def eta(self, layer: Index) -> Float[Tensor, " head"] | None:
         """Return η of a layer's heads; `None` where the model has no momentum, or all heads of the layer have η = 0."""
         return self.momentum[layer] if self.momentum is not None and self.momentum[layer].any() else None
 
+    @checked
     @exclusive
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream: final norm, then unembedding."""
@@ -352,6 +359,7 @@ class Model:
             self.backend.upcast(undo)
             return self.backend.unembed(residual)
 
+    @checked
     @exclusive
     def projections(self, kind: ProjectionName) -> list[Projection]:
         """Return one projection of every layer, with the parameters that the forward pass uses.

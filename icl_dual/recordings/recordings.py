@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from icl_dual.arguments import Count, Index, checked
 from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.captures.pairing import (
     check_demonstrations,
@@ -44,6 +45,7 @@ class RecordingError(AssetError, ValueError):
     """Recordings are damaged or do not belong together; the message names the file and line."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Recordings(Saved):
@@ -115,6 +117,7 @@ class Recordings(Saved):
             )
 
     @classmethod
+    @checked
     def of(
         cls,
         *,
@@ -178,7 +181,8 @@ class Recordings(Saved):
             )
         return ordinary_tokens(self.residual_norms, self.query_lengths)
 
-    def padded(self, n_tokens: int) -> "Recordings":
+    @checked
+    def padded(self, n_tokens: Index) -> "Recordings":
         """Return the recordings with at least `n_tokens` query tokens: zero past each query's end."""
 
         def pad(by_setting: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +201,8 @@ class Recordings(Saved):
         )
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], n_labels: int | None = None) -> "Recordings":
+    @checked
+    def load(cls, folder: str | PathLike[str], n_labels: Count | None = None) -> "Recordings":
         """Read recordings that `save` wrote.
 
         Args:
