@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from icl_dual.arguments import checked
 from icl_dual.assets import check_model_name, local_files
 from icl_dual.captures.capture import Capture, capture
 from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell
@@ -56,6 +57,7 @@ from icl_dual.storage import (
 from icl_dual.tasks import Example, Protocol, Task
 
 
+@checked
 def run_cell(
     model: Model,
     task: Task,
@@ -276,6 +278,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
     }
 
 
+@checked
 def run_study(
     cells: Sequence[Cell],
     folder: str | PathLike[str],
@@ -329,7 +332,6 @@ def run_study(
         >>> [result.cell.seed for result in results]
         [1, 2]
     """
-    _check_lists(cells, tasks, models)
     check_arithmetic(dtype, arithmetic)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
     results, runs = dict(plan.finished), _Runs(progress)
@@ -347,13 +349,7 @@ def run_study(
     return [results[cell] for cell in plan.folders]
 
 
-def _check_lists(cells: object, tasks: object, models: object) -> None:
-    """Raise a StudyError where a study was given one cell, task or model instead of a list of them."""
-    for name, value, cls in (("cells", cells, Cell), ("tasks", tasks, Task), ("models", models, Model)):
-        if isinstance(value, cls):
-            raise StudyError(f"expected {name} as a list, got a {cls.__name__}: pass [{name.removesuffix('s')}]")
-
-
+@checked
 def export_recordings(
     study: CellResult | Sequence[CellResult], folder: str | PathLike[str], *, progress: bool = True
 ) -> None:

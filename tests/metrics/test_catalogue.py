@@ -464,7 +464,7 @@ def test_one_name_in_place_of_a_tuple_is_refused_as_beside() -> None:
 
 def test_only_a_metric_can_be_registered() -> None:
     function: Any = update_alignment
-    with pytest.raises(TypeError, match="expected metric as an instance of icl_dual.Metric, got <function"):
+    with pytest.raises(TypeError, match=r"expected metric as an instance of icl_dual\.Metric, got <function"):
         register_metric(function)
     assert tuple(metrics()) == OVERALL
 
