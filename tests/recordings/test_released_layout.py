@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,40 @@ def test_metadata_that_make_no_sense_are_refused(folder: Path) -> None:
 def test_at_least_one_query_is_compared(folder: Path) -> None:
     with pytest.raises(ValueError, match="expected kendall_queries of at least 1, got 0"):
         icl.compare_recordings(load(folder), kendall_queries=0)
+
+
+def test_damaged_metadata_are_refused(folder: Path) -> None:
+    for content, reason in (
+        (b"\xff\xfe", "codec can't decode"),
+        (b"[" * 100_000, "too many nested brackets"),
+        (b'{"n_labels": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"null", "got null"),
+    ):
+        (folder / "metadata.json").write_bytes(content)
+        with pytest.raises(icl.RecordingError, match=rf"expected .* in .*metadata\.json, got .*{reason}|{reason}"):
+            load(folder)
+
+
+def test_files_of_others_are_never_exported_over(folder: Path, tmp_path: Path) -> None:
+    """Neither the recordings of the released code, which have the same names, nor anything in such folders."""
+    recordings = load(folder)
+    released_code = tmp_path / "released code"
+    shutil.copytree(folder, released_code)
+    (tmp_path / "mine" / "zs").mkdir(parents=True)
+    (tmp_path / "mine" / "zs" / "notes.txt").write_text("precious")
+    with_metadata = shutil.copytree(folder, tmp_path / "with metadata")
+    (with_metadata / "metadata.json").write_text(json.dumps({"mine": True}))
+    for destination, message in (
+        (released_code, "wrote such recordings into, got .*released code with others"),
+        (with_metadata, "wrote such recordings into, got .*with metadata with others"),
+        (tmp_path / "mine", "with other files in it ..zs/notes"),
+    ):
+        before = {path: path.read_bytes() for path in destination.rglob("*") if path.is_file()}
+        with pytest.raises(icl.AssetError, match=message):
+            write_recordings(recordings, destination, progress=False)
+        assert {path: path.read_bytes() for path in destination.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # the second time over the first
+        write_recordings(recordings, tmp_path / "new", progress=False)
+    again = load(tmp_path / "new")
+    assert again.metadata == recordings.metadata
+    assert again == recordings
