@@ -288,6 +288,8 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
                     patch.setattr(f"icl_dual.study.{name}", None)
                 (read,) = icl.run_study([scope["cell"]], "study", keep_recordings=True)
             assert read.provenance == finished.provenance
+        elif heading == "Resumption":
+            assert printed.startswith("expected a result made with n_queries=5, got study/smollm2-135m_sst2_k4_")
         elif heading == "Recordings":
             expected = scope["results"][0].comparison.released()
             released = icl.compare_recordings(scope["recordings"], seed=1).released()
@@ -304,7 +306,7 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
                 assert costs["random delta", seed] == {"FT", "replicas", "metrics"}
                 assert costs["flipped labels", seed] == {"ICL", "metrics"}
                 assert costs["layer-causal", seed] == {"finetuning", "FT", "replicas", "metrics"}
-    assert ran == ["Cells", "Recordings", "Controls"]
+    assert ran == ["Cells", "Resumption", "Recordings", "Controls"]
 
 
 def test_the_page_on_stability_runs(run_page: Run) -> None:
