@@ -24,6 +24,7 @@ from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, W
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model, NonFiniteError
+from icl_dual.models.journal import exclusive
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
 from icl_dual.results import check_count, check_names, check_values
@@ -309,6 +310,7 @@ def run_experiment(
     return add_replicas(experiment, finetuned, captures)
 
 
+@exclusive
 def capture_settings(
     model: Model,
     in_context: Prompts,
@@ -341,6 +343,7 @@ def capture_settings(
     )
 
 
+@exclusive
 def capture_replicas(
     model: Model, zero_shot: Prompts, deltas: Mapping[str, WeightDelta], *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Capture | NonFiniteError]:

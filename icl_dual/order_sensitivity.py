@@ -22,6 +22,7 @@ from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.models import Model
+from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import build_prompts
 from icl_dual.results import ROUNDING, check_axes, check_names, check_values
@@ -116,6 +117,7 @@ class OrderSensitivity(Saved):
 
 
 @checked
+@exclusive
 def measure_order_sensitivity(
     model: Model,
     task: Task,

@@ -37,6 +37,7 @@ from icl_dual.captures.pairing import (
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
+from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
 from icl_dual.results import ROUNDING, check_axes, check_range, check_values, compare_by_value
@@ -175,6 +176,7 @@ class UpdateComparison(Saved):
 
 
 @checked
+@exclusive
 def compare_updates(
     model: Model,
     *,

@@ -499,8 +499,8 @@ def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
 def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
     """Switch dropout off."""
     # A bridge runs the modules of the original model, whose own top is not among its modules.
-    roots = (wrapped, getattr(wrapped, "original_model", wrapped))
-    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+    roots, memo = (wrapped, getattr(wrapped, "original_model", wrapped)), set[nn.Module]()
+    for module in [module for root in roots for _, module in root.named_modules(memo)]:
         if module.training:
             undo.set(module, "training", False)
 
