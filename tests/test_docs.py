@@ -401,14 +401,6 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
     assert "momentum η=0." in trained.splitlines()[-1]
 
 
-def test_the_page_on_precision_runs(run_page: Run) -> None:
-    ((_, scope, printed),) = run_page("docs/precision.md")
-    assert printed.split("\n")[:2] == ["bfloat16 storage, float32 arithmetic", "torch.float32"]
-    W_K = scope["model"].projections("K")[0][0]
-    assert W_K.parameter.dtype == torch.bfloat16
-    assert (scope["delta"].W_V != 0).all()
-
-
 def test_no_page_has_code_that_is_not_run() -> None:
     names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum")
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
