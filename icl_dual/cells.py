@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -99,9 +99,6 @@ class Cell:
             check_replicas(self.replicas)
         except ValueError as error:
             raise StudyError(str(error)) from error
-        for name, options in _OPTIONS.items():
-            if getattr(self, name) not in options:
-                raise StudyError(f"expected {name} out of {options}, got {getattr(self, name)!r}: choose one of these")
         if self.context_task is not None and (self.context, self.finetuned_on) != ("own", "own"):
             raise StudyError(
                 "expected context='own' and finetuned_on='own' with a context_task, got "
@@ -144,7 +141,8 @@ class Cell:
     def folder_in(self, study: Path) -> Path:
         """Return the cell's folder in a study's: that of its name, or of its name by an older version, if it is there.
 
-        Older versions did not shorten names, and hid those of models such as `./model`.
+        Older versions did not shorten names, kept characters that Windows refuses, and hid the cells of models such as
+        `./model`.
         """
         older = study / self._full_name.replace("/", "--")
         is_older = os.path.exists(older)  # noqa: PTH110 - False for a name that is too long
@@ -174,17 +172,6 @@ class Cell:
     def model_name(self) -> str:
         """Return the name of the model that the cell runs, which differs from `model` for a control of the weights."""
         return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
-
-
-_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "protocol": get_args(Protocol),
-    "split": get_args(Split),
-    "weights": ("trained", *get_args(Control)),
-    "context": get_args(Context),
-    "finetuned_on": ("own", "context"),
-    "delta": ("finetuned", "random"),
-    "scoring": get_args(Scoring),
-}
 
 
 @checked
@@ -257,13 +244,15 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
 def folder_name(name: str) -> str:
     """Return a name as the name of one folder, which is not hidden and which every file system can hold.
 
-    A name of more than `LONGEST_NAME` bytes keeps its end, after a hash of the whole.
+    Slashes become `--`, and control characters and `:*?"<>|`, which Windows refuses, `-`; dots at the beginning, and
+    dots and spaces at the end, are left out. A name of more than `LONGEST_NAME` bytes keeps its end, after a hash of
+    the whole.
 
     Example:
-        >>> folder_name("openai-community/gpt2_sst2"), folder_name("../../etc")
-        ('openai-community--gpt2_sst2', '--..--etc')
+        >>> folder_name("openai-community/gpt2_sst2"), folder_name("../../etc"), folder_name("C:model. ")
+        ('openai-community--gpt2_sst2', '--..--etc', 'C-model')
     """
-    plain = re.sub(r"[\x00-\x1f\x7f]", "-", re.sub(r"[/\\]", "--", name)).lstrip(".") or "_"
+    plain = re.sub(r'[\x00-\x1f\x7f:*?"<>|]', "-", re.sub(r"[/\\]", "--", name)).lstrip(".").rstrip(". ") or "_"
     encoded = plain.encode(errors="replace")
     if len(encoded) > LONGEST_NAME:
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]

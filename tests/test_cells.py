@@ -44,6 +44,10 @@ def test_scalars_and_paths_become_what_json_can_hold(settings: dict[str, Any]) -
         ({"model": None}, "expected model as text or a path, got None"),
         ({"source": 3}, "expected source as"),
         ({"finetuning": {"loss": "label"}}, "expected finetuning as an instance of icl_dual.FinetuneConfig"),
+        *(
+            ({name: "other"}, rf"expected {name} as .*'.*', got 'other'")
+            for name in ("protocol", "split", "weights", "context", "finetuned_on", "delta", "scoring")
+        ),
     ],
 )
 def test_settings_of_other_types_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -51,7 +55,7 @@ def test_settings_of_other_types_are_refused(settings: dict[str, Any], message: 
         dataclasses.replace(CELL, **settings)
 
 
-@given(st.text(st.characters() | st.sampled_from("./\\\0\n"), max_size=400), st.booleans())
+@given(st.text(st.characters() | st.sampled_from('./\\\0\n :*?"<>|'), max_size=400), st.booleans())
 def test_every_name_is_that_of_one_folder_inside_another(name: str, is_long: bool) -> None:
     folder = folder_name(name * 50 if is_long else name)
     inside = Path("/study") / folder
@@ -59,7 +63,8 @@ def test_every_name_is_that_of_one_folder_inside_another(name: str, is_long: boo
     assert inside.name == folder
     assert not folder.startswith(".")
     assert 0 < len(folder.encode()) <= LONGEST_NAME
-    assert not set(folder) & set("/\\\0\n")
+    assert not set(folder) & set('/\\\0\n:*?"<>|')
+    assert not folder.endswith((".", " "))
 
 
 def test_long_names_are_told_apart_and_keep_their_end() -> None:
@@ -75,7 +80,9 @@ def test_long_names_are_told_apart_and_keep_their_end() -> None:
 def test_the_folder_of_an_older_version_is_the_cells_where_it_is_there(tmp_path: Path) -> None:
     hidden = dataclasses.replace(CELL, model="./llama")
     long = dataclasses.replace(CELL, model=f"{'m' * 190}")
+    colon = dataclasses.replace(CELL, model="C:llama")
     for cell, older in (
+        (colon, "C:llama_toy_k3_seed1_lr0.5_answer"),
         (hidden, ".--llama_toy_k3_seed1_lr0.5_answer"),
         (long, f"{'m' * 190}_toy_k3_seed1_lr0.5_answer"),
     ):

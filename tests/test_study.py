@@ -430,10 +430,6 @@ def test_another_context_task_than_the_cells_is_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"delta": "Random"}, r"expected delta out of \('finetuned', 'random'\), got 'Random'"),
-        ({"finetuned_on": "other"}, "expected finetuned_on out of"),
-        ({"weights": "random"}, "expected weights out of"),
-        ({"context": "other task"}, "expected context out of"),
         ({"context_task": "toy"}, "expected another task as context_task, got the cell's own, 'toy': leave"),
         (
             {"context_task": "digits", "context": "reordered"},
