@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from icl_dual.arguments import Count, Index, NameOrPath, Rate, Seed, checked
+from icl_dual.arguments import Count, NameOrPath, Rate, Seed, checked
 from icl_dual.contexts import Context
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.replicas import REPLICAS, check_replicas
@@ -20,7 +20,7 @@ from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import Control, control_name
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.scoring import Scoring
-from icl_dual.storage import METADATA, TENSORS, AssetError, load_tensors, read_json, recover
+from icl_dual.storage import METADATA, TENSORS, load_tensors
 from icl_dual.tasks import Protocol, Split
 
 RECORDINGS = "recordings"
@@ -56,7 +56,7 @@ class Cell:
     """The model's name: one that `load_model` takes, or that of a `Model` passed to `run_study`."""
     task: NameOrPath
     """The task's name: one that `load_task` takes, or that of a `Task` passed to `run_study`."""
-    k: Index
+    k: Count
     """The number of demonstrations."""
     seed: Seed
     """The seed of the demonstrations, of controls and of random baselines."""
@@ -121,11 +121,21 @@ class Cell:
 
         Version 0.1 saved the finetuning's loss, method and trained projections among the other settings, and finetuned
         once, without replicas.
+
+        Raises:
+            StudyError: a setting is unknown; the message names it.
+            ArgumentError: a setting has the wrong type or is out of range.
         """
         given = {"replicas": 0, **settings}
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
-        finetuning = FinetuneConfig(**given.pop("finetuning", flat))
-        return cls(**given, finetuning=finetuning)
+        finetuning = given.pop("finetuning", flat)
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted((given.keys() - known) | ({*finetuning} - {*vars(PAPER_FINETUNING)})):
+            raise StudyError(
+                f"expected the settings of a cell, got {', '.join(map(repr, unknown))}, perhaps of a newer version: "
+                "install the version of icl-dual that saved them"
+            )
+        return cls(**given, finetuning=FinetuneConfig(**finetuning))
 
     @property
     def name(self) -> str:
@@ -223,17 +233,23 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
         StudyError: the folder holds something other than a cell.
     """
     folder = Path(folder)
-    recover(folder)
-    try:
-        metadata = read_json(folder / METADATA)
-    except AssetError:
-        load_tensors(folder)  # says what the folder lacks
-        raise
+    # Settings and numbers are read at once: another process may replace the folder at any time.
+    tensors, metadata = load_tensors(folder)
+    cell, provenance = read_settings(folder, metadata)
+    return CellResult(cell, Comparison.from_saved(tensors, metadata, folder), provenance, folder)
+
+
+def read_settings(folder: Path, metadata: Mapping[str, Any]) -> tuple[Cell, dict[str, Any]]:
+    """Return the cell and the provenance in the metadata of a folder.
+
+    Raises:
+        StudyError: the metadata is of something other than a cell, or of a newer version.
+    """
     try:
         settings, provenance = metadata["settings"], metadata["provenance"]
         if not isinstance(provenance, dict):
             raise TypeError(f"provenance of type {type(provenance).__name__}")
-        return CellResult(Cell.from_settings(settings), Comparison.load(folder), provenance, folder)
+        return Cell.from_settings(settings), provenance
     except (KeyError, TypeError, ValueError) as error:
         raise StudyError(
             f"expected a finished cell in {folder}, got something else ({error!r}): pass a folder that run_cell or "

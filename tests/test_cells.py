@@ -38,9 +38,12 @@ def test_scalars_and_paths_become_what_json_can_hold(settings: dict[str, Any]) -
     [
         ({"k": "3"}, r"expected k as a whole number .*, got '3'"),
         ({"k": 2.5}, "expected k as a whole number"),
+        ({"k": 0}, "expected k as a whole number of at least 1, got 0"),
         ({"k": True}, r"expected k as a whole number .*, got True"),
         ({"seed": None}, r"expected seed as a whole number .*, got None"),
         ({"lr": "0.1"}, r"expected lr as a number .*, got '0.1'"),
+        ({"lr": 0.0}, r"expected lr as a number above 0 .*, got 0\.0"),
+        ({"lr": float("nan")}, r"expected lr as a number above 0 .*, got nan"),
         ({"model": None}, "expected model as text or a path, got None"),
         ({"source": 3}, "expected source as"),
         ({"finetuning": {"loss": "label"}}, "expected finetuning as an instance of icl_dual.FinetuneConfig"),
@@ -53,6 +56,12 @@ def test_scalars_and_paths_become_what_json_can_hold(settings: dict[str, Any]) -
 def test_settings_of_other_types_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         dataclasses.replace(CELL, **settings)
+
+
+def test_settings_of_a_newer_version_are_refused_by_name() -> None:
+    settings = dataclasses.asdict(CELL)
+    with pytest.raises(icl.StudyError, match=r"got 'later', 'newer', perhaps of a newer version: install"):
+        icl.Cell.from_settings({**settings, "newer": 1, "finetuning": {**settings["finetuning"], "later": 2}})
 
 
 @given(st.text(st.characters() | st.sampled_from('./\\\0\n :*?"<>|'), max_size=400), st.booleans())
