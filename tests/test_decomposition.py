@@ -16,6 +16,7 @@ from toys import ARCHITECTURES
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
 from icl_dual.decomposition import GROUPS
+from icl_dual.models.foreign_hooks import remove_hook
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.storage import load_tensors, save_tensors
 
@@ -468,7 +469,7 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
 def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Model, task: icl.Task) -> None:
     got, zsl = runs(llama, prompts := build(llama, task))
     other = dataclasses.replace(prompts, demonstrations=prompts.demonstrations[::-1])
-    with pytest.raises(ValueError, match="full-prompt pass over the first query's prompt"):
+    with pytest.raises(ValueError, match="full_prompt over the first query's prompt"):
         icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, prompts=other))
 
 
@@ -534,12 +535,16 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
     prompts = build(model, task)
     runs(model, prompts)
     point = model.wrapped.hook_dict[f"blocks.1.{hook}"]
-    add_hook = point.add_hook
+    add_hook, corrupted = point.add_hook, {}
 
     def add_corrupted(hook_fn: Callable, *args, **kwargs):
-        return add_hook(lambda tensor, hook: hook_fn(tensor * 1.01, hook=hook), *args, **kwargs)
+        corrupted[hook_fn] = lambda tensor, hook: hook_fn(tensor * 1.01, hook=hook)
+        return add_hook(corrupted[hook_fn], *args, **kwargs)
 
     monkeypatch.setattr(point, "add_hook", add_corrupted)
+    monkeypatch.setattr(
+        "icl_dual.models.model.remove_hook", lambda module, hook: remove_hook(module, corrupted.get(hook, hook))
+    )
     for known in (model.pass_residual, None):  # None of a model that is captured for the first time
         model.pass_residual = known
         with pytest.raises(icl.UnsupportedModelError, match="layer 1"):
