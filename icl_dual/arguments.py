@@ -400,7 +400,7 @@ def _advice(error: _UnfitError) -> str | None:
     """Return what to do about a value that is not what was expected; `None` where only the documentation helps."""
     if _clashes(error):
         return "pass axes of the same name in the same length"
-    hints = [option for hint in (error.hint, *get_args(error.hint)) for option in (hint, *get_args(hint))]
+    hints = _options(error.hint)
     item_hints = [get_args(hint)[0] for hint in hints if get_origin(hint) in (Sequence, Collection, tuple, list)]
     if not item_hints:
         is_quoted = isinstance(error.value, str) and error.value.replace(".", "", 1).isdecimal()
@@ -411,7 +411,19 @@ def _advice(error: _UnfitError) -> str | None:
         return "pass its .tolist()"
     if any(_is_fit(error.value, hint) for hint in item_hints):
         return "pass a list of it"
-    return None
+    kind = "tuple" if all(get_origin(hint) is tuple for hint in hints if get_args(hint)) else "list"
+    is_sequence = isinstance(error.value, tuple) or type(error.value).__name__ == kind
+    is_items = isinstance(error.value, Iterable) and not isinstance(error.value, str | bytes | Mapping)
+    return f"pass {kind}(…)" if is_items and not is_sequence else None
+
+
+def _options(hint: Any) -> list[Any]:
+    """Return the hints of which a value must fit one, without their constraints."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for each in get_args(hint) for option in _options(each)]
+    return [hint]
 
 
 def _is_fit(value: Any, hint: Any) -> bool:

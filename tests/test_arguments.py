@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import annotated_types
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import make_rows
@@ -23,6 +24,7 @@ from jaxtyping import AbstractArray
 
 import icl_dual as icl
 from icl_dual import dual
+from icl_dual.arguments import checked
 from icl_dual.models import tiny_model
 
 PLAIN = (str, int, float, bool, types.NoneType)
@@ -318,6 +320,35 @@ def test_scalars_of_numpy_and_torch_and_paths_become_plain_values() -> None:
     cell = icl.Cell(model=model, task="toy", k=k, seed=1, lr=lr, n_queries=2, replicas=0)
     assert (type(cell.k), type(cell.lr), cell.model) == (int, float, "a/model")
     assert cell == icl.Cell(model="a/model", task="toy", k=2, seed=1, lr=0.5, n_queries=2, replicas=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ((n for n in (1, 2)), "list"),
+        (pd.Series([1, 2]), "list"),
+        ({1: 2}.keys(), "list"),
+        (range(2).__iter__(), "list"),
+        ({1: 2}, None),
+        ("12", None),
+    ],
+)
+def test_items_that_are_no_list_are_to_be_passed_as_a_list(value: Any, advice: str | None) -> None:
+    @checked
+    def total(numbers: Sequence[int]) -> None: ...
+
+    @checked
+    def ordered(numbers: tuple[int, ...]) -> None: ...
+
+    @checked
+    def labelled(numbers: dict[str, Sequence[int]]) -> None: ...
+
+    for function, kind in ((total, advice), (ordered, advice and "tuple")):
+        with pytest.raises(icl.ArgumentError, match=r": see help\(" if kind is None else rf": pass {kind}\(…\)$"):
+            function(value)
+    if advice is not None:
+        with pytest.raises(icl.ArgumentError, match=r": see help\("):
+            labelled(value)
 
 
 def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:

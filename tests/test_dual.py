@@ -226,6 +226,21 @@ def definition(q, k, v, softcap, bias):
     return z, lse
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attend_runs_under_vmap_also_below_a_gradient(causal: bool) -> None:
+    q, k, v = draw(1, 6, 1, 3, 4, 2), draw(2, 6, 1, 3, 2, 2), draw(3, 6, 1, 3, 2, 2)
+
+    def total(q, k, v):
+        return dual.attend(q, k, v, 0.6, causal=causal).z.square().sum()
+
+    expected = [dual.attend(*each, 0.6, causal=causal) for each in zip(q, k, v, strict=True)]
+    z, lse = torch.func.vmap(lambda *each: tuple(dual.attend(*each, 0.6, causal=causal)))(q, k, v)
+    assert_exact(z, torch.stack([part.z for part in expected]))
+    assert_exact(lse, torch.stack([part.lse for part in expected]))
+    gradients = [torch.func.grad(total)(*each) for each in zip(q, k, v, strict=True)]
+    assert_exact(torch.func.vmap(torch.func.grad(total))(q, k, v), torch.stack(gradients))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=seeds,
