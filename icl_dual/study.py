@@ -80,10 +80,11 @@ def run_cell(
         progress: show progress bars.
 
     Raises:
-        StudyError: the cell is of another model, task or protocol, or its k, lr or options are invalid; or the folder
-            holds something other than a cell, or recordings that would be lost.
+        StudyError: the cell is of another model, task or protocol, has `reference_k_mismatch` under another protocol
+            than `reference`, or a text in both demonstrations and queries; or the folder holds something other than a
+            cell, or recordings that would be lost.
         SettingsError: the folder holds a cell of other settings, weights or rows.
-        AssetError: the folder cannot be written.
+        AssetError: the folder cannot be written, or holds other files or a damaged cell.
         TaskError: the task has too few rows for k or the number of queries.
         PromptError: the prompts do not fit into the model's context.
         DivergedError: finetuning diverged.
@@ -310,12 +311,16 @@ def run_study(
         The finished cells, in the order of `cells`.
 
     Raises:
-        StudyError: two cells would share a folder, two tasks or models a name, a cell's settings are invalid, or cells,
-            tasks or models are not a list.
+        StudyError: two cells would share a folder, two tasks or models a name; a task is passed in with another
+            protocol than a cell's; or a cell's settings cannot be run, as in `run_cell`.
         SettingsError: a complete cell has other settings, weights, tokenizer or rows, or another cell in the folder was
             run with another model or other rows of the same name; the message names what differs.
         TaskError: a task is unknown, or has too few rows for k or the number of queries.
-        AssetError: a model's name is unknown, model or rows cannot be fetched, or the folder cannot be written.
+        AssetError: a model's name is unknown, model or rows cannot be fetched, the folder cannot be written, or a cell
+            in it is damaged.
+        PromptError: the prompts of a cell do not fit into its model's context.
+        DivergedError: the finetuning of a cell diverged.
+        ValueError: `arithmetic` does not fit `dtype`.
 
     Example:
         >>> import icl_dual, tempfile
