@@ -92,7 +92,7 @@ def made(seed: int, *, n: int = 40, task: str = "sst2", draw: int = 1, **change:
         predictions={"ZSL": zsl, "ICL": in_context, "FT": ft},
         label_log_probs={},
         rec2ftp=rec2ftp(gold, zsl, in_context, ft),
-        per_layer={name: torch.from_numpy(rng.normal(size=(n, 3))) for name in layer_metrics()},
+        per_layer={name: torch.from_numpy(rng.uniform(size=(n, 3))) for name in layer_metrics()},
     )
     about = {"model": "sha256:0", "dtype": "float32", "queries": [f"{task} {i}" for i in range(n)]}
     cell = dataclasses.replace(CELL, task=task, seed=draw, n_queries=n)
