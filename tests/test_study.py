@@ -977,9 +977,10 @@ def test_recordings_are_exported_inside_their_folder_whatever_a_cells_metadata_s
 
 
 @pytest.mark.usefixtures("known")
-def test_scratch_folders_of_killed_runs_are_no_cells(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [f".{CELL.name}-k3_x91ab", f".{CELL.name}-k3_x91ab-old"])  # as version 0.2 named them
+def test_scratch_folders_of_killed_runs_are_no_cells(tmp_path: Path, name: str) -> None:
     (result,) = icl.run_study([CELL], tmp_path, progress=False)
-    scratch = tmp_path / ".scratch"
+    scratch = tmp_path / name
     shutil.copytree(result.folder, scratch)
     metadata = saved_metadata(scratch)
     metadata["provenance"]["task"] = "another"
