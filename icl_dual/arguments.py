@@ -276,6 +276,8 @@ def _fit_container(value: Any, hint: Any, origin: Any) -> Any:
     if is_text or (is_table and origin is not Iterable) or not isinstance(value, origin):
         raise _UnfitError(value, hint)
     options = get_args(hint)
+    if not options or is_table:  # annotated without its items, or a table where any iterable will do
+        return value
     if isinstance(value, Mapping):
         return _rebuilt(
             value, {_fit(name, options[0]): _fit_at(name, item, options[1]) for name, item in value.items()}
@@ -337,7 +339,8 @@ def _words(hint: Any) -> str:
     origin, options = get_origin(hint), get_args(hint)
     if _is_array(hint):
         kind = "array" if hint.array_type is np.ndarray else "tensor"
-        return f"a {kind} of {hint.__name__.partition('[')[0].lower()}s of shape [{hint.dim_str}]"
+        axes = " ".join(axis.removeprefix("_") for axis in hint.dim_str.split())  # `_` marks axes of any length
+        return f"a {kind} of {hint.__name__.partition('[')[0].lower()}s of shape [{axes}]"
     if origin is Annotated:
         return " ".join((_words(options[0]), *filter(None, map(_constraint_words, options[1:]))))
     if origin in (Union, types.UnionType):

@@ -122,7 +122,13 @@ def right(hint: Any, examples: dict[type, Any]) -> Any:
     if origin is Callable:
         return lambda *_: None
     plain = {int: 1, float: 0.5, bool: True, str: "text", Any: None, Path: Path("folder"), torch.dtype: torch.float32}
-    plain |= {plt.Axes: None, torch.Generator: torch.Generator(), object: None, types.NoneType: None}
+    plain |= {
+        torch.Tensor: torch.zeros(2),
+        plt.Axes: None,
+        torch.Generator: torch.Generator(),
+        object: None,
+        types.NoneType: None,
+    }
     return plain[hint] if hint in plain else examples.get(hint, "folder")
 
 
@@ -349,6 +355,31 @@ def test_items_that_are_no_list_are_to_be_passed_as_a_list(value: Any, advice: s
     if advice is not None:
         with pytest.raises(icl.ArgumentError, match=r": see help\("):
             labelled(value)
+
+
+def test_a_whole_number_stays_one_where_it_may() -> None:
+    @checked
+    def given(number: float | int | None) -> float | int | None:
+        return number
+
+    for number, kind in ((3, int), (np.int64(3), int), (np.float32(0.5), float), (None, types.NoneType)):
+        assert type(given(number)) is kind
+
+
+def test_bounds_and_lengths_are_those_of_the_annotation() -> None:
+    @checked
+    def given(
+        *,
+        share: Annotated[float, annotated_types.Le(1)] = 0.0,
+        pair: tuple[int, int] = (0, 0),
+        names: Annotated[Sequence[str], annotated_types.MinLen(2)] = ("a", "b"),
+    ) -> None: ...
+
+    given(share=1.0, pair=(1, 2), names=["a", "b"])
+    wrong: Any
+    for name, wrong in (("share", 1.5), ("pair", (1,)), ("pair", (1, 2, 3)), ("names", ["a"])):
+        with pytest.raises(icl.ArgumentError, match=f"expected {name} as"):
+            given(**{name: wrong})
 
 
 def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:

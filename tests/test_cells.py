@@ -86,6 +86,13 @@ def test_long_names_are_told_apart_and_keep_their_end() -> None:
     assert folder_name("é" * 200).endswith("é" * 90), "cut between characters"
 
 
+def test_settings_of_version_0_1_are_those_of_one_finetuning_without_replicas() -> None:
+    settings = {"model": "m", "task": "t", "k": 1, "seed": 1, "lr": 0.1, "method": "full-batch"}
+    cell = icl.Cell.from_settings(settings)
+    assert cell.replicas == 0
+    assert cell.finetuning == icl.FinetuneConfig(method="full-batch")
+
+
 def test_the_folder_of_an_older_version_is_the_cells_where_it_is_there(tmp_path: Path) -> None:
     hidden = dataclasses.replace(CELL, model="./llama")
     long = dataclasses.replace(CELL, model=f"{'m' * 190}")

@@ -207,6 +207,20 @@ def test_a_sink_has_no_part_of_b_v(models_by_architecture: Callable[[str], icl.M
     torch.testing.assert_close(got.value_bias, expected)
 
 
+def test_momentum_of_b_v_begins_at_the_first_token(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task
+) -> None:
+    """At an η that has not decayed over the whole prompt."""
+    model = models_by_architecture("gpt2")
+    prompts = build(model, task, k=1, n=2)
+    with icl.momentum_attention(model, 0.99):
+        got = decomposed(model, prompts)
+    assert got.b_V is not None
+    for query, suffix in enumerate(prompts.suffixes):
+        times = 1 + sum(0.99**distance for distance in range(1, len(prompts.prefix) + len(suffix)))
+        torch.testing.assert_close(got.value_bias[query], times * got.b_V)
+
+
 def test_without_demonstrations_nothing_is_added(llama: icl.Model, prompts: Prompts) -> None:
     zsl, _ = runs(llama, prompts.zero_shot())
     got = icl.decompose(llama, zero_shot=zsl, in_context=zsl)

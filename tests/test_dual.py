@@ -428,6 +428,16 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
             np.testing.assert_allclose(split[b, 0, h], z / total, atol=1e-12)
 
 
+def test_tokens_in_any_order_see_those_up_to_their_position():
+    rule, order = dual.AttentionRule(0.7, None, None), torch.tensor([2, 0, 3, 1])
+    q, k, v = draw(0, 1, 4, 4, 3), draw(1, 1, 4, 2, 3), draw(2, 1, 4, 2, 3)
+    positions = torch.arange(4)[None]
+    expected = rule.attend(q, k, v, positions, positions)
+    got = rule.attend(q[:, order], k[:, order], v[:, order], order[None], order[None])
+    assert_exact(got.z, expected.z[:, order])
+    assert_exact(got.lse, expected.lse[:, order])
+
+
 def test_two_groups_without_keys_have_no_share():
     none = dual.attend(draw(0, 1, 1, 2, 4), draw(1, 1, 0, 2, 4), draw(2, 1, 0, 2, 4), 1.0)
     assert (dual.share(none, none) == 0).all()

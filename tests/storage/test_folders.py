@@ -95,6 +95,24 @@ def test_a_replacement_that_fails_between_its_renames_puts_the_old_folder_back(
     assert names(tmp_path) == ["result"]
 
 
+def test_a_folder_that_cannot_be_put_back_is_kept_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "result", Path.rename
+    write(folder, "old")
+
+    def failing(path: Path, target: Path) -> Path:
+        if target == folder and not folder.exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(icl.AssetError, match="Input/output error"):
+            write(folder, "new")
+    assert not folder.exists()
+    assert finished_folders(tmp_path) == [folder]
+    assert (folder / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("read", ["recover", "finished_folders", "clean_scratch", "check_writable", "atomic_folder"])
 def test_what_a_killed_replacement_set_aside_is_put_back(tmp_path: Path, read: str) -> None:
     between_renames(tmp_path, "cell")
@@ -143,6 +161,19 @@ def test_a_deleted_folder_stays_deleted(tmp_path: Path) -> None:
     assert finished_folders(tmp_path) == []
     clean_scratch(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_what_was_being_deleted_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has finished the folder, and this one is killed while it deletes what was set aside."""
+    between_renames(tmp_path, "cell")
+    write(tmp_path / "x" / "cell", "finished")
+    (tmp_path / "x" / "cell").rename(tmp_path / "cell")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
+        clean_scratch(tmp_path)
+    shutil.rmtree(tmp_path / "cell")
+    recover(tmp_path / "cell")
+    assert not (tmp_path / "cell").exists()
 
 
 def test_a_reader_waits_for_a_replacement_in_progress(tmp_path: Path) -> None:
@@ -229,6 +260,13 @@ def test_files_in_folders_of_the_same_name_are_kept_too(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "zs" / "notes.txt").read_text() == "precious"
 
 
+def test_an_empty_folder_inside_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "out" / "later").mkdir(parents=True)
+    with pytest.raises(icl.AssetError, match=r"other files in it \('later'"):
+        write(tmp_path / "out", "x")
+    assert (tmp_path / "out" / "later").is_dir()
+
+
 def test_a_linked_folder_is_replaced_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "disk" / "cell").mkdir(parents=True)
     (tmp_path / "study").mkdir()
@@ -309,6 +347,13 @@ def test_a_folder_that_the_system_refuses_is_named_with_the_reason(
     for attempt in (lambda: check_writable(tmp_path / "x"), lambda: write(tmp_path / "x", "content")):
         with pytest.raises(icl.AssetError, match=f"expected to write .*x, got {advice}"):
             attempt()
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x", "content")
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(icl.AssetError, match="'Permission denied': choose a path that you may write to"):
+        check_writable(tmp_path / "x")
 
 
 def test_a_disk_that_is_nearly_full_is_found_before_anything_is_computed(tmp_path: Path) -> None:
