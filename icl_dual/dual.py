@@ -19,12 +19,11 @@ Keys and values keep their own number of heads (`kv_head`), which groups of quer
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._C import _functorch
 
 from icl_dual.arguments import ArgumentError, Count, Finite, Index, Rate, checked
 from icl_dual.field_docs import document_fields
@@ -489,10 +488,11 @@ def attend(
 
 def _is_batched(tensor: Tensor | None) -> bool:
     """Return whether `torch.func.vmap` runs over a tensor, also below another transform: no branch may read it."""
-    while tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
+    functorch: Any = torch._C._functorch
+    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
             return True
-        tensor = _functorch.get_unwrapped(tensor)
+        tensor = functorch.get_unwrapped(tensor)
     return False
 
 

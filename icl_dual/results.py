@@ -71,7 +71,8 @@ def compare_by_value(cls: Class) -> Class:
 def _equal(self: Any, other: object) -> bool:
     if type(self) is not type(other):
         return False
-    return same_values(*(value._asdict() if isinstance(value, tuple) else value for value in (self, other)))
+    values: tuple[Any, Any] = self, other
+    return same_values(*(value._asdict() if isinstance(value, tuple) else value for value in values))
 
 
 def _not_equal(self: Any, other: object) -> bool:

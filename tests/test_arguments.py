@@ -2,17 +2,15 @@
 
 import dataclasses
 import inspect
-import itertools
 import math
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import annotated_types
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +19,7 @@ from helpers import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import AbstractArray
+from matplotlib.axes import Axes
 
 import icl_dual as icl
 from icl_dual import dual
@@ -124,7 +123,7 @@ def right(hint: Any, examples: dict[type, Any]) -> Any:
     plain = {int: 1, float: 0.5, bool: True, str: "text", Any: None, Path: Path("folder"), torch.dtype: torch.float32}
     plain |= {
         torch.Tensor: torch.zeros(2),
-        plt.Axes: None,
+        Axes: None,
         torch.Generator: torch.Generator(),
         object: None,
         types.NoneType: None,
@@ -158,7 +157,8 @@ def calls_of_class(name: str, cls: Any, examples: dict[type, Any]) -> Iterator[C
         hints = {
             field: hint for field, hint in typing.get_type_hints(cls, include_extras=True).items() if field in names
         }
-        yield Call(name, cls, hints, {field: getattr(instance, field) for field in names})
+        constructor: Any = cls
+        yield Call(name, constructor, hints, {field: getattr(instance, field) for field in names})
     else:
         yield call_of(name, cls, cls.__init__, examples)
     for method, function in inspect.getmembers(cls, callable):
@@ -231,7 +231,7 @@ def accepts(hint: Any, value: Any) -> bool:
         if isinstance(value, Mapping) and isinstance(value, origin):
             return all(accepts(options[1], item) for item in value.values())
         return isinstance(value, origin) and (
-            origin is Iterable or not options or all(map(accepts, itertools.repeat(options[0]), value))
+            origin is Iterable or not options or all(accepts(options[0], item) for item in cast(Any, value))
         )
     return isinstance(value, hint if hint is not None else types.NoneType)
 
@@ -244,7 +244,7 @@ def out_of_range(hint: Any) -> Iterator[Any]:
             case annotated_types.Gt(bound) | annotated_types.Lt(bound):
                 yield from (bound, math.nan) if options[0] is float else (bound,)
             case annotated_types.Ge(bound):
-                yield bound - 1
+                yield cast(Any, bound) - 1
     if get_origin(hint) in (Union, types.UnionType):
         for option in options:
             yield from out_of_range(option)
@@ -265,7 +265,7 @@ def in_container(hint: Any, examples: dict[type, Any]) -> Iterator[Any]:
         if isinstance(item, PLAIN):
             yield {item}
             yield str(item) * 2
-    if inspect.isclass(origin) and issubclass(origin, Mapping) and options[1] is not Any:
+    if inspect.isclass(origin) and issubclass(cast(type, origin), Mapping) and options[1] is not Any:
         yield {right(options[0], examples): object()}
 
 
@@ -362,8 +362,15 @@ def test_a_whole_number_stays_one_where_it_may() -> None:
     def given(number: float | int | None) -> float | int | None:
         return number
 
-    for number, kind in ((3, int), (np.int64(3), int), (np.float32(0.5), float), (None, types.NoneType)):
-        assert type(given(number)) is kind
+    call: Any = given
+    scalars: tuple[tuple[Any, type], ...] = (
+        (3, int),
+        (np.int64(3), int),
+        (np.float32(0.5), float),
+        (None, types.NoneType),
+    )
+    for number, kind in scalars:
+        assert type(call(number)) is kind
 
 
 def test_bounds_and_lengths_are_those_of_the_annotation() -> None:

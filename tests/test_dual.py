@@ -234,7 +234,7 @@ def test_attend_runs_under_vmap_also_below_a_gradient(causal: bool) -> None:
         return dual.attend(q, k, v, 0.6, causal=causal).z.square().sum()
 
     expected = [dual.attend(*each, 0.6, causal=causal) for each in zip(q, k, v, strict=True)]
-    z, lse = torch.func.vmap(lambda *each: tuple(dual.attend(*each, 0.6, causal=causal)))(q, k, v)
+    z, lse = torch.func.vmap(lambda q, k, v: tuple(dual.attend(q, k, v, 0.6, causal=causal)))(q, k, v)
     assert_exact(z, torch.stack([part.z for part in expected]))
     assert_exact(lse, torch.stack([part.lse for part in expected]))
     gradients = [torch.func.grad(total)(*each) for each in zip(q, k, v, strict=True)]

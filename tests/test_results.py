@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -213,7 +213,7 @@ def check(result: Any, path: str) -> None:
     if rest and not isinstance(member, Tensor | None):
         check(member, rest)
     if hasattr(result, "__post_init__"):
-        result.__post_init__()
+        cast(Any, result).__post_init__()
 
 
 @pytest.fixture

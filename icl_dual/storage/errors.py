@@ -21,6 +21,7 @@ class SettingsError(ValueError):
 _ADVICE = {
     errno.ENOSPC: "free disk space, or choose another path",
     errno.EDQUOT: "free disk space, or choose another path",
+    errno.EFBIG: "raise the limit on the size of files, or choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "choose a path that you may write to",
     errno.EPERM: "choose a path that you may write to",
@@ -28,7 +29,7 @@ _ADVICE = {
 }
 
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
