@@ -488,7 +488,8 @@ def attend(
 
 def _is_batched(tensor: Tensor | None) -> bool:
     """Return whether `torch.func.vmap` runs over a tensor, also below another transform: no branch may read it."""
-    functorch: Any = torch._C._functorch
+    core: Any = torch._C
+    functorch = core._functorch
     while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True
