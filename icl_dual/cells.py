@@ -260,16 +260,16 @@ def read_settings(folder: Path, metadata: Mapping[str, Any]) -> tuple[Cell, dict
 def folder_name(name: str) -> str:
     """Return a name as the name of one folder, which is not hidden and which every file system can hold.
 
-    Slashes become `--`, and control characters and `:*?"<>|`, which Windows refuses, `-`; dots at the beginning, and
-    dots and spaces at the end, are left out. A name of more than `LONGEST_NAME` bytes keeps its end, after a hash of
-    the whole.
+    Slashes become `--`; control characters, `:*?"<>|`, which Windows refuses, and halves of surrogate pairs, which
+    UTF-8 cannot hold, `-`; dots at the beginning, and dots and spaces at the end, are left out. A name of more than
+    `LONGEST_NAME` bytes keeps its end, after a hash of the whole.
 
     Example:
         >>> folder_name("openai-community/gpt2_sst2"), folder_name("../../etc"), folder_name("C:model. ")
         ('openai-community--gpt2_sst2', '--..--etc', 'C-model')
     """
-    plain = re.sub(r'[\x00-\x1f\x7f:*?"<>|]', "-", re.sub(r"[/\\]", "--", name)).lstrip(".").rstrip(". ") or "_"
-    encoded = plain.encode(errors="replace")
+    dashed = re.sub(r'[\x00-\x1f\x7f:*?"<>|\ud800-\udfff]', "-", re.sub(r"[/\\]", "--", name))
+    encoded = (dashed.lstrip(".").rstrip(". ") or "_").encode()
     if len(encoded) > LONGEST_NAME:
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
         encoded = f"{digest}_".encode() + encoded[len(digest) + 1 - LONGEST_NAME :]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import icl_dual as icl
@@ -64,6 +64,7 @@ def test_settings_of_a_newer_version_are_refused_by_name() -> None:
         icl.Cell.from_settings({**settings, "newer": 1, "finetuning": {**settings["finetuning"], "later": 2}})
 
 
+@example("\ud800", False)
 @given(st.text(st.characters() | st.sampled_from('./\\\0\n :*?"<>|'), max_size=400), st.booleans())
 def test_every_name_is_that_of_one_folder_inside_another(name: str, is_long: bool) -> None:
     folder = folder_name(name * 50 if is_long else name)
