@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -117,6 +119,15 @@ def test_a_stopped_study_keeps_its_finished_cells_and_goes_on(
     stamp = (tmp_path / cells[0].name).stat().st_mtime_ns
     assert len(icl.run_study(cells, tmp_path, progress=False)) == 3
     assert (tmp_path / cells[0].name).stat().st_mtime_ns == stamp
+
+
+def test_a_study_that_is_killed_loses_no_cell_and_ends_with_the_same_results(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "storage" / "study_kills.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "1", "1"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("each of ")[1].split()[0]) >= 4, "two for each of two cells"
 
 
 def test_other_settings_are_refused_and_named(known: list[str], tmp_path: Path) -> None:

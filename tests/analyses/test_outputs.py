@@ -3,8 +3,10 @@
 import html
 import io
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import outputs
 import pandas as pd
 import paper_tables
@@ -12,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+
+import icl_dual as icl
 
 MARKUP = (
     *("a|b", "<b>bold</b>", "<script>", "R&D &amp; &#42;", "$x$ and $y$", "_u_", "__x__", "a_b_", "*e*", "**s**"),
@@ -134,3 +138,13 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         outputs.write_text(tmp_path / "new" / "page.md", "half \ud800")
     assert (tmp_path / "new" / "page.md").read_text(encoding="utf-8") == "Δ"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.md"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_figures_are_closed_once_written_and_where_they_cannot_be(tmp_path: Path, fails: bool) -> None:
+    figure, folder = plt.figure(), tmp_path / "folder"
+    if fails:
+        folder.write_text("a file")
+    with pytest.raises(icl.AssetError) if fails else nullcontext():
+        outputs.write_figure(figure, folder / "figure", "png")
+    assert not plt.fignum_exists(figure.number)

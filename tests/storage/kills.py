@@ -52,9 +52,11 @@ def start(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
+def stop(pids: list[int]) -> list[bool]:
+    """Kill processes; return which of them were killed, and not done."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return [wait(pid) for pid in pids]
 
 
 def wait(pid: int) -> bool:
@@ -122,15 +124,15 @@ def kill_at_random(folder: Path, kills: int, n_writers: int, rng: random.Random)
     number = 0
     for _ in range(kills):
         pids = [start(partial(keep_replacing, writer, number)) for writer in range(n_writers)]
-        time.sleep(rng.uniform(0.005, 0.1))
-        survivors = pids[1:] if rng.random() < 0.5 else []
-        for pid in pids:
-            if pid not in survivors:
-                kill(pid)
-        for name in NAMES:  # read while the survivors write
-            load(folder / name)
-        for pid in survivors:
-            kill(pid)
+        n_survivors = rng.randrange(2)
+        try:
+            time.sleep(rng.uniform(0.005, 0.1))
+            while len(pids) > n_survivors:
+                stop([pids.pop()])
+            for name in NAMES:  # read while the survivors write
+                load(folder / name)
+        finally:
+            stop(pids)
         check_folder(folder)
         for index, name in enumerate(NAMES):
             writer, saved = load(folder / name)
