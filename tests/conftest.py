@@ -25,10 +25,17 @@ import torch  # noqa: E402
 from architectures import CONFIGURATIONS, VOCABULARY  # noqa: E402
 from helpers import make_rows  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import icl_dual as icl  # noqa: E402
-from icl_dual import paper_tasks  # noqa: E402
+from icl_dual import assets, paper_tasks  # noqa: E402
 
 mpl.use("Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; the packaged model comes from the package index
@@ -151,6 +158,15 @@ def model_of() -> Callable[[str], icl.Model]:
 @pytest.fixture(scope="session")
 def llama(models_by_architecture: Callable[[str], icl.Model]) -> icl.Model:
     return models_by_architecture("llama")
+
+
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the packaged model's first layers, for tests that look at what runs and not at what it learned."""
+    packaged, folder = assets.model_files("smollm2-135m").folder, tmp_path_factory.mktemp("models") / "few-layers"
+    AutoModelForCausalLM.from_pretrained(packaged, num_hidden_layers=3, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(packaged).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -81,8 +81,11 @@ def test_without_network_and_cache_it_says_what_was_wanted_and_where_it_goes(
 
 def test_two_processes_can_fetch_at_once(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    # The package's other modules take seconds to import, and none is needed.
     code = (
-        "import sys; from icl_dual import assets; "
+        "import importlib.util, sys, types; package = types.ModuleType('icl_dual'); "
+        "package.__path__ = importlib.util.find_spec('icl_dual').submodule_search_locations; "
+        "sys.modules['icl_dual'] = package; from icl_dual import assets; "
         "print(assets.read_wheel_member(assets.Wheel(*sys.argv[1:]), 'carried/bytes.txt').decode())"
     )
     wheel = wheel_of(index)

@@ -87,20 +87,29 @@ def smollm2() -> Iterator[icl.Model]:
     assert weights_of(model) == before
 
 
+@pytest.fixture(scope="module")
+def first_layers(few_layers: str) -> icl.Model:
+    """The packaged model's first layers under its name, for pages with many cells."""
+    return icl.Model(icl.load_model(few_layers).wrapped, name="smollm2-135m")
+
+
 @pytest.fixture
-def run_page(
-    smollm2: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """Runs a page's code in an empty folder, with the packaged model loaded once; what it registers is removed."""
+def make_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[icl.Model], Run]]:
+    """Makes what runs a page's code in an empty folder, with a model in place of the packaged one; what the code
+    registers is removed."""
     load_model = icl.load_model
-
-    def load(name: Any, *args: Any, **options: Any) -> icl.Model:
-        return smollm2 if name == "smollm2-135m" else load_model(name, *args, **options)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(icl, "load_model", load)
-    monkeypatch.setattr("icl_dual.study.load_model", load)
     registered = set(metrics())
+
+    def make(model: icl.Model) -> Run:
+        def load(name: Any, *args: Any, **options: Any) -> icl.Model:
+            return model if name == "smollm2-135m" else load_model(name, *args, **options)
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(icl, "load_model", load)
+        monkeypatch.setattr("icl_dual.study.load_model", load)
+        return run
 
     def run(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Run a page's code in one scope; after each section yield its heading, the scope and what it printed."""
@@ -109,10 +118,22 @@ def run_page(
             exec(compile(code, f"{name}, {heading}", "exec"), scope)
             yield heading, scope, capsys.readouterr().out
 
-    yield run
+    yield make
     for name in set(metrics()) - registered:
         unregister_metric(name)
     plt.close("all")
+
+
+@pytest.fixture
+def run_page(make_runner: Callable[[icl.Model], Run], smollm2: icl.Model) -> Run:
+    """Runs a page's code with the packaged model, loaded once for all pages."""
+    return make_runner(smollm2)
+
+
+@pytest.fixture
+def run_page_on_first_layers(make_runner: Callable[[icl.Model], Run], first_layers: icl.Model) -> Run:
+    """Runs a page's code with the first layers of the packaged model."""
+    return make_runner(first_layers)
 
 
 def test_the_readme_is_short_and_begins_with_the_claim_and_a_figure() -> None:
@@ -268,9 +289,9 @@ def test_the_page_on_precision_runs(run_page: Run) -> None:
     assert not others
 
 
-def test_the_page_on_studies_runs(run_page: Run) -> None:
+def test_the_page_on_studies_runs(run_page_on_first_layers: Run) -> None:
     ran = []
-    for heading, scope, printed in run_page("docs/studies.md"):
+    for heading, scope, printed in run_page_on_first_layers("docs/studies.md"):
         ran.append(heading)
         if heading == "Cells":
             (finished,) = scope["results"]
@@ -309,8 +330,8 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
     assert ran == ["Cells", "Resumption", "Recordings", "Controls"]
 
 
-def test_the_page_on_stability_runs(run_page: Run) -> None:
-    for heading, scope, printed in run_page("docs/stability.md"):
+def test_the_page_on_stability_runs(run_page_on_first_layers: Run) -> None:
+    for heading, scope, printed in run_page_on_first_layers("docs/stability.md"):
         comparison = scope["comparison"]
         if heading == "Replicas":
             assert "stable over 3 replicas of the finetuning" in printed.splitlines()[-2]
@@ -360,10 +381,10 @@ def test_the_page_on_prompts_runs(run_page: Run) -> None:
     assert ran == ["Look at a prompt", "Tokens of the whole text", "Start tokens", "Chats"]
 
 
-def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_on_extensions_runs(run_page_on_first_layers: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
-    for heading, scope, printed in run_page("docs/extending.md"):
+    for heading, scope, printed in run_page_on_first_layers("docs/extending.md"):
         ran.append(heading)
         if heading == "A metric":
             captures = [

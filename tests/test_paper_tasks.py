@@ -69,7 +69,9 @@ def test_pickles_hold_plain_rows_or_are_refused() -> None:
 
 
 def test_the_released_templates_are_the_references(tmp_path: Path) -> None:
-    agnews = icl.load_task("agnews", protocol="reference")
+    articles = [{"text": f"Article {i}", "label": i % 4} for i in range(40)]
+    (tmp_path / "agnews.jsonl").write_text("\n".join(map(json.dumps, articles)))
+    agnews = icl.load_task("agnews", tmp_path / "agnews.jsonl", protocol="reference")
     text = dict(agnews.queries(1)[0].fields)["text"]
     assert agnews.prompt(agnews.queries(1)[0]) == (
         "Classify the news articles into the categories of World, Sports, Business, and Technology. "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import control_tables
 import pytest
 
 import icl_dual as icl
@@ -150,6 +151,7 @@ def test_a_folder_without_a_model_is_one_line_before_anything_is_computed(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(control_tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})  # has fewer rows
     options = [action.option_strings[-1] for action in parser_of(script)._actions if action.option_strings]
     arguments = ["--model", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]
     arguments += ["--lr", "0.001"] * ("--lr" in options and script != "stability")

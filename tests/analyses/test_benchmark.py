@@ -1,4 +1,4 @@
-"""The race on the real model, small; and the counting of FLOPs."""
+"""The race on the first layers of the real model, small; and the counting of FLOPs."""
 
 import json
 import time
@@ -15,11 +15,14 @@ import icl_dual as icl
 SMALL = ("--task", "mr", "--k", "2", "--queries", "3", "--repeats", "1")
 
 
-def test_a_race_writes_times_ratios_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_race_writes_times_ratios_and_pictures(
+    few_layers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(benchmark, "REPLICAS", 2)
     for module in (benchmark, contenders):
         monkeypatch.setattr(module, "RATES", 2)
-    assert benchmark.main([*SMALL, "--no-memory", "--out", str(tmp_path), "--json", str(tmp_path / "copy.json")]) == 0
+    arguments = ["--model", few_layers, *SMALL, "--no-memory"]
+    assert benchmark.main([*arguments, "--out", str(tmp_path), "--json", str(tmp_path / "copy.json")]) == 0
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result == json.loads((tmp_path / "copy.json").read_text())
     ran = result["medians_s"]
@@ -47,10 +50,12 @@ def test_peak_memory_is_a_number_of_megabytes() -> None:
     assert 1 < peak < 4000
 
 
-def test_a_contender_that_captures_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_captures_something_else_is_not_timed(
+    few_layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = icl.load_task("mr")
     nothing = icl.Prompts(queries=(), labels=(), gold=())
-    race = contenders.Race("smollm2-135m", nothing, "cpu", torch.float32, 1e-4)
+    race = contenders.Race(few_layers, nothing, "cpu", torch.float32, 1e-4)
     race.prompts = icl.build_prompts(race.model, task, task.demonstrations(2, seed=1), task.queries(3))
     with torch.no_grad():
         benchmark.check_equal(race, ["bare", "tl_prefix"])
