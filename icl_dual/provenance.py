@@ -19,6 +19,7 @@ from icl_dual.models.tokenization import tokenizer_fingerprint
 from icl_dual.rows import file_sha256
 from icl_dual.storage import SettingsError, check_same_settings
 from icl_dual.tasks import Task
+from icl_dual.torch_utils import dtype_name
 
 PACKAGES = ("icl-dual", "torch", "transformers", "tokenizers", "transformer-lens")
 """The packages of which a cell saves the version."""
@@ -57,11 +58,6 @@ def task_origin(tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Return what identifies a cell's tasks, as provenance has it: a hash of each, and what decides it by name."""
     hashes = {key: task.fingerprint for key, task in tasks.items()}
     return {**hashes, "tasks": {key: task.provenance for key, task in tasks.items()}}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as provenance has it, e.g. `float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_same_precision(saved: SavedCell, dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:

@@ -17,11 +17,11 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -131,15 +131,6 @@ class Task:
         description: str = "",
         strip_fields: bool = True,
     ) -> None:
-        if protocol not in get_args(Protocol):
-            raise TaskError(
-                f"{name}: expected protocol out of {get_args(Protocol)}, got {protocol!r}: choose one of these"
-            )
-        if not isinstance(template, str):
-            raise TaskError(
-                f"{name}: expected template as text, got {template!r}: pass text with the rows' fields in braces, such "
-                "as 'Text: {text} Label:'"
-            )
         self.name = name
         self.protocol: Protocol = protocol
         self.template = template
@@ -574,13 +565,12 @@ def _check_template(name: str, template: str, fields: Sequence[str]) -> None:
         )
 
 
-def _checked_label_words(name: str, label_words: Any) -> tuple[str, ...]:
+def _checked_label_words(name: str, label_words: Sequence[str]) -> tuple[str, ...]:
     """Return label words as a tuple, or raise a TaskError."""
-    unordered = isinstance(label_words, str | set | frozenset | Mapping) or not isinstance(label_words, Collection)
-    if unordered or not all(isinstance(word, str) and word.strip() for word in label_words):
+    if not all(word.strip() for word in label_words):
         raise TaskError(
-            f"{name}: expected label_words as a sequence of words, got {label_words!r}: pass a list with one word for "
-            "each label, in the order of label indices"
+            f"{name}: expected label_words as words, got {label_words!r}: pass a list with one word for each label, in "
+            "the order of label indices"
         )
     words = tuple(str(word) for word in label_words)
     if len(words) < 2 or len({word.strip() for word in words}) < len(words):

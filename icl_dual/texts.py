@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
@@ -55,13 +55,6 @@ class Chat:
     plain text before the query, in one turn of the user."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """More variables of the chat template, such as `{"enable_thinking": False}`."""
-
-    def __post_init__(self) -> None:
-        if self.demonstrations not in get_args(ChatDemonstrations):
-            raise PromptError(
-                f"expected demonstrations of a chat as one of {get_args(ChatDemonstrations)}, got "
-                f"{self.demonstrations!r}: choose one of these"
-            )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without torch's, e.g. `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pad_right(
     sequences: Sequence[Sequence[int]], *, device: torch.device | str | None = None
 ) -> Int[Tensor, "batch pos"]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_exact, draw, seeds, sizes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from icl_dual import dual, momentum
@@ -82,8 +82,15 @@ def test_momentum_over_blocks_of_blocks():
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=seeds, n=st.integers(1, 80), cuts=st.lists(st.integers(1, 79), max_size=6), padding=st.integers(0, 9))
-def test_momentum_of_packed_documents_is_that_of_each_alone(seed, n, cuts, padding):
+@example(seed=0, n=80, cuts=[16], padding=0, block=4)  # a document that begins with a block of blocks
+@given(
+    seed=seeds,
+    n=st.integers(1, 80),
+    cuts=st.lists(st.integers(1, 79), max_size=6),
+    padding=st.integers(0, 9),
+    block=st.sampled_from((4, momentum.BLOCK)),
+)
+def test_momentum_of_packed_documents_is_that_of_each_alone(seed, n, cuts, padding, block):
     v = draw(seed, 1, n, 2, 3)
     borders = sorted({0, n, *(cut for cut in cuts if cut < n)})
     documents = torch.full((1, n), -1)
@@ -93,7 +100,9 @@ def test_momentum_of_packed_documents_is_that_of_each_alone(seed, n, cuts, paddi
             documents[0, first:end] = number % 2
             expected[:, first:end] = momentum.decaying_sum_reference(v[:, first:end], ETA)
     v[documents < 0] = torch.nan  # what is there must not be seen
-    assert_exact(momentum.decaying_sum(v, ETA, documents=documents).z, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(momentum, "BLOCK", block)
+        assert_exact(momentum.decaying_sum(v, ETA, documents=documents).z, expected)
     assert_exact(momentum.decaying_sum_reference(v.nan_to_num(), ETA, documents), expected)
 
 

@@ -140,6 +140,18 @@ def test_reference_demonstrations_are_cut_to_what_fits_and_finetuning_to_the_sam
     assert mismatched.zero_shot() == prompts.zero_shot()
 
 
+def test_a_prompt_that_fills_the_context_is_cut_as_in_the_released_code(
+    llama: icl.Model, reference_task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_ctx = 333
+    n_fit = reference_fit(llama, reference_task, 28, n_ctx)
+    while reference_fit(llama, reference_task, 28, n_ctx) == n_fit:
+        n_ctx -= 1
+    monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", n_ctx)  # which n_fit demonstrations fill
+    prompts = icl.build_prompts(llama, reference_task, reference_task.demonstrations(28, 1), reference_task.queries(5))
+    assert len(prompts.demonstrations) == n_fit - 1
+
+
 def test_the_cut_does_not_depend_on_the_number_of_queries(llama: icl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icl_dual.prompts.REFERENCE_CONTEXT", 300)
     query_rows = [{"text": f"{'very ' * (i % 9)}film {i}", "label": i % 2} for i in range(30)]

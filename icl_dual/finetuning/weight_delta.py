@@ -8,7 +8,7 @@ block, saved, replaced by a random direction of the same norm, and taken between
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,11 +55,6 @@ class FinetuneConfig:
     """The optimisation method: `sgd`, `full-batch` or `layer-causal`."""
     trained: Trained = "key-value"
     """The projections that are trained: `key-value` (the paper's), `key`, `value`, or all of `attention`."""
-
-    def __post_init__(self) -> None:
-        for name, options in (("loss", Loss), ("method", Method), ("trained", Trained)):
-            if (value := getattr(self, name)) not in get_args(options):
-                raise ValueError(f"expected {name} out of {get_args(options)}, got {value!r}: choose one of these")
 
 
 @checked

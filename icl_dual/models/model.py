@@ -35,6 +35,7 @@ from icl_dual.models.journal import Undo, exclusive, journal_of
 from icl_dual.models.precision import exact_float32, precision_name
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
+from icl_dual.torch_utils import dtype_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
@@ -423,7 +424,7 @@ class Model:
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())
-        dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.storage_dtype))
+        dtypes = dict.fromkeys(map(dtype_name, (self.dtype, self.storage_dtype)))
         return ":".join([*dtypes, digest.hexdigest()[:16]])
 
     @exclusive

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from icl_dual.models.foreign_hooks import remove_hook
 from icl_dual.models.journal import Journal, Undo
-from icl_dual.torch_utils import is_half
+from icl_dual.torch_utils import dtype_name, is_half
 
 
 def check_arithmetic(dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:
@@ -38,7 +38,7 @@ def precision_name(dtype: torch.dtype, arithmetic: torch.dtype) -> str:
         >>> precision_name(torch.bfloat16, torch.bfloat16)
         'bfloat16'
     """
-    storage, computed = (str(each).removeprefix("torch.") for each in (dtype, arithmetic))
+    storage, computed = map(dtype_name, (dtype, arithmetic))
     return storage if storage == computed else f"{storage} storage, {computed} arithmetic"
 
 

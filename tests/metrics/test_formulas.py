@@ -126,6 +126,7 @@ def test_recall_of_the_most_attended_by_hand() -> None:
     icl_, ft = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]), torch.tensor([[[0.1, 0.4, 0.3, 0.2]]])
     assert top_recall(icl_, ft, 2).item() == 0.5  # 0 and 1 against 1 and 2
     assert top_recall(icl_, icl_, 3).item() == 1.0
+    assert top_recall(icl_, ft, 4).item() == 1.0, "all of four"
     assert top_recall(icl_, ft, 5).isnan().all(), "there are no five"
 
 

@@ -14,7 +14,7 @@ import icl_dual as icl
 from icl_dual.models import control_model, tiny_model
 from icl_dual.models.changes import changed_projections
 from icl_dual.models.journal import Undo
-from icl_dual.models.precision import exact_float32, fingerprinted_precision
+from icl_dual.models.precision import exact_float32, fingerprinted_precision, upcast
 from icl_dual.prompts import Prompts
 
 HALF = (torch.bfloat16, torch.float16)
@@ -67,6 +67,19 @@ def test_half_precision_weights_in_float32_arithmetic_are_a_float32_model_with_t
     after = tensors(half)
     assert after.keys() == before.keys()
     assert all(after[name] is tensor for name, tensor in before.items()), "the model's own tensors are back"
+
+
+def test_tied_weights_share_one_copy() -> None:
+    embedding, unembedding = torch.nn.Embedding(5, 3, dtype=torch.bfloat16), torch.nn.Linear(3, 5, bias=False)
+    unembedding.weight = embedding.weight
+    undo = Undo()
+    with torch.no_grad():
+        upcast([embedding, unembedding], [], torch.float32, undo)
+    assert embedding.weight.dtype == torch.float32
+    assert unembedding.weight is embedding.weight
+    undo.run()
+    assert unembedding.weight is embedding.weight
+    assert embedding.weight.dtype == torch.bfloat16
 
 
 def test_bloom_has_float32_position_biases_in_float32_arithmetic(make_model: Callable[..., icl.Model]) -> None:
