@@ -103,6 +103,14 @@ def test_every_metric_carries_its_spread_beside_the_interval_over_queries(experi
     assert overall.loc["SimAOU", "spread"] == pytest.approx(comparison.intervals()["SimAOU"].spread)
 
 
+def test_the_range_of_a_layer_includes_the_run_itself() -> None:
+    by_layer = torch.tensor([[0.1, -0.2, torch.nan], [0.3, -0.1, torch.nan]])
+    stability = Stability(("a", "b"), 3, {"x": torch.tensor([0.2, 0.1])}, {"x": by_layer})
+    low, high = stability.layer_range("x")
+    assert low.tolist() == pytest.approx([0, -0.2, 0])
+    assert high.tolist() == pytest.approx([0.3, 0, 0])
+
+
 def test_an_experiment_saves_its_replicas(experiment: icl.Experiment, tmp_path: Path) -> None:
     experiment.save(tmp_path / "experiment")
     loaded = icl.Experiment.load(tmp_path / "experiment").compare(seed=1)
