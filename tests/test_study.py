@@ -342,6 +342,14 @@ def test_a_study_returns_to_a_cells_runs_only_where_they_were_the_last(
     assert stages == [*again, "zero-shot", *again, *again]
 
 
+def test_controls_share_the_runs_of_the_first_cell_also_after_one_another(
+    known: list[str], stages: list[str], tmp_path: Path
+) -> None:
+    cells = [dataclasses.replace(CELL, n_queries=2, **changed) for changed in ({}, {"delta": "random"})]
+    icl.run_study([*cells, dataclasses.replace(cells[0], context="flipped labels")], tmp_path, progress=False)
+    assert stages == ["finetuning", "in context", "zero-shot", "zero-shot", "zero-shot", "in context"]
+
+
 def test_a_context_control_is_compared_with_the_own_finetuning(
     known: list[str], llama: icl.Model, task: icl.Task, tmp_path: Path
 ) -> None:
