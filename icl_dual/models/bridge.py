@@ -1,6 +1,6 @@
 """The backend for `TransformerBridge`: a Hugging Face model with raw weights and TransformerLens's hooks in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,10 @@ from icl_dual import dual
 from icl_dual.models.backend import (
     Backend,
     Hook,
+    MlpForm,
+    MlpPart,
     OnGradient,
+    OnMlp,
     OnResidual,
     OnTensor,
     Projection,
@@ -29,7 +32,7 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.journal import Undo
 from icl_dual.models.precision import upcast
-from icl_dual.torch_utils import is_half
+from icl_dual.torch_utils import at_least_float32, is_half
 
 
 class BridgeBackend(Backend):
@@ -210,6 +213,63 @@ class BridgeBackend(Backend):
 
         return self._linear(layer, kind), hook_fn
 
+    def mlp_form(self, layer: int) -> MlpForm:
+        """Return what a layer's MLP is made of, read from the bridge's parts."""
+        modules = self._mlp_modules(layer)
+        out: Any = modules["out"]
+        shift = "scale" if "scale" in modules else "out" if out.bias is None else "bias"
+        inputs: tuple[MlpPart, ...] = ("gate", "in")
+        d_hidden = int(out.weight.shape[0 if isinstance(out, Conv1D) else 1])
+        return MlpForm(tuple(part for part in inputs if part in modules), shift, d_hidden)
+
+    def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
+        """Return hooks on the linear layers that run, and on the norm after the MLP."""
+        return [(module, _mlp_hook(layer, part, callback)) for part, module in self._mlp_modules(layer).items()]
+
+    def middle_hooks(self, layer: int, callback: OnTensor) -> list[Hook]:
+        """Return hooks on the block's input and on attention's output, after its norm where there is one."""
+        inputs: list[Tensor] = []
+
+        def keep(residual: Tensor, hook: Any) -> None:
+            inputs.append(residual)
+
+        def call_back(written: Tensor, hook: Any) -> None:
+            callback(layer, inputs.pop() + written)
+
+        before, normed = (self.hook_points.get(f"blocks.{layer}.{name}.hook_out") for name in ("attn.o", "ln1_post"))
+        return [(self.hook_points[f"blocks.{layer}.hook_in"], keep), (normed or before, call_back)]
+
+    def _mlp_modules(self, layer: int) -> dict[MlpPart, nn.Module]:
+        """Return the modules of a layer's MLP that run, by part."""
+        block: Any = self.wrapped.blocks[layer]
+        mlp = getattr(block, "mlp", None)
+        where, submodules = f"{self.architecture}, layer {layer}", getattr(mlp, "submodules", {})
+        if "router" in submodules or hasattr(getattr(mlp, "original_component", None), "experts"):
+            raise UnsupportedModelError(
+                f"{where}: expected an MLP with projections of its own, got a mixture of experts: the query alone may "
+                "be routed to other experts than after the demonstrations, which no change of their weights undoes, "
+                "and the experts share one stacked weight without hooks: use a model with dense MLPs"
+            )
+        modules: dict[MlpPart, nn.Module] = {}
+        parts: tuple[MlpPart, ...] = ("gate", "in", "out")
+        for part in parts:
+            if part in submodules:
+                modules[part] = submodules[part].original_component
+        if not {"in", "out"} <= set(modules) or not all(isinstance(m, nn.Linear | Conv1D) for m in modules.values()):
+            raise UnsupportedModelError(
+                f"{where}: expected an MLP of linear projections `in` and `out`, got {mlp}: its weights cannot be "
+                "changed, use another model"
+            )
+        norm = getattr(block, "ln2_post", None)
+        if norm is not None:
+            if "RMSNorm" not in (name := type(norm.original_component).__name__):
+                raise UnsupportedModelError(
+                    f"{where}: expected an RMSNorm after the MLP, got {name}: its scale cannot be changed, use another "
+                    "model"
+                )
+            modules["scale"] = norm
+        return modules
+
     def output_hook(self, layer: int, callback: OnTensor) -> Hook:
         """Return a hook on the output projection: on Bloom, attention's own hook_out includes the residual stream."""
         return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, callback)
@@ -237,6 +297,23 @@ class BridgeBackend(Backend):
             return None
         mask = torch.ones(1, 2, dtype=torch.long, device=next(self.parameters()).device)
         return decoder.build_alibi_tensor(mask, self.n_heads, torch.float32)[:, 0, 1]
+
+
+def _mlp_hook(layer: int, part: MlpPart, callback: OnMlp) -> Callable[..., Tensor | None]:
+    """Return a hook function that passes on input and output of a part of an MLP."""
+
+    def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        x = _normalised(module, args[0]) if part == "scale" else args[0]
+        return callback(layer, part, x, output)
+
+    return hook_fn
+
+
+def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+    """Return what an RMSNorm multiplies with its scale, in float32 at least."""
+    original, x = norm.original_component, at_least_float32(x)
+    eps = original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def _check_attention(bridge: TransformerBridge, architecture: str, layer: int, arithmetic: torch.dtype | None) -> None:

@@ -1,0 +1,85 @@
+"""Ridge regression from sums over rows: the memory does not grow with their number.
+
+ΔW = argmin Σ_i ‖t_i − ΔW h_i‖² + λ ‖ΔW‖² = TᵀH (HᵀH + λI)⁻¹ needs HᵀH and TᵀH only, and both add up over rows.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl_dual.arguments import checked
+from icl_dual.field_docs import document_fields
+from icl_dual.storage import Saved
+
+
+@document_fields
+@dataclass(frozen=True, repr=False, eq=False)
+class RidgeStatistics(Saved):
+    """The sums over rows (h_i, t_i) that a ridge regression of t on h needs, in float64.
+
+    Example:
+        >>> H, T = torch.eye(2, dtype=torch.float64), torch.tensor([[2.0], [4.0]], dtype=torch.float64)
+        >>> statistics = RidgeStatistics.empty(d_in=2, d_out=1).with_rows(H, T)
+        >>> statistics.solve(1.0)
+        tensor([[1., 2.]], dtype=torch.float64)
+    """
+
+    gram: Float[Tensor, "d_in d_in"]
+    """HᵀH = Σ_i h_i ⊗ h_i."""
+    cross: Float[Tensor, "d_out d_in"]
+    """TᵀH = Σ_i t_i ⊗ h_i."""
+    n_rows: int
+    """The number of rows."""
+
+    def __repr__(self) -> str:
+        return f"RidgeStatistics({self.n_rows} rows, {self.cross.shape[1]} → {self.cross.shape[0]})"
+
+    @classmethod
+    def empty(cls, *, d_in: int, d_out: int) -> "RidgeStatistics":
+        """Return the sums over no rows."""
+        zeros = torch.zeros(d_in + d_out, d_in, dtype=torch.float64)
+        return cls(zeros[:d_in], zeros[d_in:], 0)
+
+    def with_rows(self, h: Float[Tensor, "row d_in"], t: Float[Tensor, "row d_out"]) -> "RidgeStatistics":
+        """Return the sums with more rows added.
+
+        Args:
+            h: what is regressed on.
+            t: the targets.
+        """
+        h, t = (rows.detach().to(self.gram) for rows in (h, t))
+        return replace(self, gram=self.gram + h.mT @ h, cross=self.cross + t.mT @ h, n_rows=self.n_rows + len(h))
+
+    def __add__(self, other: "RidgeStatistics") -> "RidgeStatistics":
+        """Return the sums over the rows of both."""
+        return RidgeStatistics(self.gram + other.gram, self.cross + other.cross, self.n_rows + other.n_rows)
+
+    def scaled_ridge(self, relative_ridge: float) -> float:
+        """Return λ = relative_ridge · ‖HᵀH‖² / tr(HᵀH), which grows as HᵀH does; 0 where all h are zero."""
+        trace = self.gram.trace().item()
+        return relative_ridge * self.gram.square().sum().item() / trace if trace else 0.0
+
+    @checked
+    def solve(self, ridge: float) -> Float[Tensor, "d_out d_in"]:
+        """Return ΔW = TᵀH (HᵀH + λI)⁻¹, in float64.
+
+        Args:
+            ridge: λ. With 0, ΔW is the least-squares solution, which must be the only one.
+
+        Raises:
+            ValueError: ridge is negative, infinite or NaN; or it is 0 and HᵀH is singular.
+        """
+        if not 0 <= ridge < math.inf:
+            raise ValueError(f"expected ridge (λ) as a finite number of at least 0, got {ridge}: pass a positive one")
+        values, vectors = torch.linalg.eigh(self.gram)
+        rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+        if ridge == 0 and not values.min() > rounding:
+            rank = int((values > rounding).sum())
+            raise ValueError(
+                f"expected ridge (λ) above 0, as HᵀH of {self.n_rows} rows has rank {rank} and not {len(values)}, got "
+                "0: pass a positive one, or add more rows"
+            )
+        return (self.cross @ vectors) / (values.clamp(min=0) + ridge) @ vectors.mT
