@@ -60,11 +60,11 @@ ProjectionDelta = Callable[[int, ProjectionName, Tensor], Tensor]
 """Called with a layer, a projection and its input; what it returns is added to the projection's output."""
 
 MlpPart = Literal["gate", "in", "out", "scale"]
-"""A part of a layer's MLP: an input projection (`in`, and `gate` where the MLP is gated), the down projection (`out`), or
-the `scale` of the norm between the MLP and the residual sum."""
+"""A part of a layer's MLP: an input projection (`in`, and `gate` where the MLP is gated), the down projection (`out`),
+or the `scale` of the norm between the MLP and the residual sum."""
 OnMlp = Callable[[int, MlpPart, Tensor, Tensor], Tensor | None]
-"""Called with a layer, a part of its MLP, the part's input and its output; a tensor that it returns replaces the output.
-The input of `scale` is the normalised vector, in float32 at least."""
+"""Called with a layer, a part of its MLP, the part's input and its output; a tensor that it returns replaces the
+output. The input of `scale` is the normalised vector, in float32."""
 
 
 class MlpForm(NamedTuple):
@@ -73,8 +73,8 @@ class MlpForm(NamedTuple):
     inputs: tuple[MlpPart, ...]
     """The projections that read the MLP's input."""
     shift: Literal["bias", "out", "scale"]
-    """What can add a fixed vector to what the MLP writes at one token: the `scale` of the norm after the MLP where there
-    is one, else the `bias` of the down projection, else the down projection `out` itself."""
+    """What can add a fixed vector to what the MLP writes at one token: the `scale` of the norm after the MLP where
+    there is one, else the `bias` of the down projection, else the down projection `out` itself."""
     d_hidden: int
     """The number of hidden activations, which the down projection reads."""
 
@@ -280,8 +280,8 @@ class Backend(ABC):
             UnsupportedModelError: the MLP is not made of plain projections with hooks; the message says why.
         """
         raise UnsupportedModelError(
-            f"{self.architecture}: expected a TransformerBridge, in which the projections of an MLP are modules of their "
-            f"own, got a {type(self.wrapped).__name__}: load the model as a bridge (icl_dual.load_model)"
+            f"{self.architecture}: expected a TransformerBridge, in which the projections of an MLP are modules of "
+            f"their own, got a {type(self.wrapped).__name__}: load the model as a bridge (icl_dual.load_model)"
         )
 
     def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:

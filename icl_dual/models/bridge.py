@@ -32,7 +32,7 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.journal import Undo
 from icl_dual.models.precision import upcast
-from icl_dual.torch_utils import at_least_float32, is_half
+from icl_dual.torch_utils import is_half
 
 
 class BridgeBackend(Backend):
@@ -236,8 +236,9 @@ class BridgeBackend(Backend):
         def call_back(written: Tensor, hook: Any) -> None:
             callback(layer, inputs.pop() + written)
 
-        before, normed = (self.hook_points.get(f"blocks.{layer}.{name}.hook_out") for name in ("attn.o", "ln1_post"))
-        return [(self.hook_points[f"blocks.{layer}.hook_in"], keep), (normed or before, call_back)]
+        normed = f"blocks.{layer}.ln1_post.hook_out"
+        written = normed if normed in self.hook_points else f"blocks.{layer}.attn.o.hook_out"
+        return [(self.hook_points[f"blocks.{layer}.hook_in"], keep), (self.hook_points[written], call_back)]
 
     def _mlp_modules(self, layer: int) -> dict[MlpPart, nn.Module]:
         """Return the modules of a layer's MLP that run, by part."""
@@ -310,8 +311,8 @@ def _mlp_hook(layer: int, part: MlpPart, callback: OnMlp) -> Callable[..., Tenso
 
 
 def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
-    """Return what an RMSNorm multiplies with its scale, in float32 at least."""
-    original, x = norm.original_component, at_least_float32(x)
+    """Return what an RMSNorm multiplies with its scale, in float32, in which transformers computes it always."""
+    original, x = norm.original_component, x.float()
     eps = original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 

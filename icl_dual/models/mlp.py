@@ -65,7 +65,9 @@ class MlpChanges:
 
     def to(self, device: torch.device) -> "MlpChanges":
         """Return the changes on a device."""
-        factors = {part: LowRank(*(factor.to(device) for factor in low_rank)) for part, low_rank in self.factors.items()}
+        factors = {
+            part: LowRank(*(factor.to(device) for factor in low_rank)) for part, low_rank in self.factors.items()
+        }
         bias, scale = (None if change is None else change.to(device) for change in (self.bias, self.scale))
         return MlpChanges(factors, bias, scale, self.query)
 

@@ -318,8 +318,10 @@ class Model:
                 hooks.append(backend.output_hook(layer, on_output))
             if on_middle is not None:
                 hooks += backend.middle_hooks(layer, on_middle)
-            for callback in (*(changes.apply for changes in self.mlp_changes), *((on_mlp,) * (on_mlp is not None))):
-                hooks += backend.mlp_hooks(layer, callback)
+            for changes in self.mlp_changes:
+                hooks += backend.mlp_hooks(layer, changes.apply)
+            if on_mlp is not None:
+                hooks += backend.mlp_hooks(layer, on_mlp)
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
             for deltas in (*map(projection_deltas_of, self.weight_changes), projection_deltas or {}):

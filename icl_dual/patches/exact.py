@@ -51,7 +51,7 @@ from icl_dual.models.journal import exclusive
 from icl_dual.models.mlp import MlpChanges
 from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.patch import Patch
-from icl_dual.prompts import Prompts
+from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.torch_utils import at_least_float32, checked_index
 
 
@@ -99,8 +99,8 @@ def build_exact_patch(model: Model, prompts: Prompts, query: int = 0) -> ExactPa
 
     Raises:
         IndexError: there is no such query.
-        ValueError: the prompt does not fit into the model's context; or the input of an MLP is zero, so that no change
-            of its weights acts.
+        PromptError: the prompts are incomplete, or do not fit into the model's context.
+        ValueError: the input of an MLP is zero at the recorded position, so that no change of its weights acts.
         UnsupportedModelError: the model's MLPs are mixtures of experts or have no hooks, or its blocks are not sums of
             a residual stream, attention and an MLP.
 
@@ -109,7 +109,12 @@ def build_exact_patch(model: Model, prompts: Prompts, query: int = 0) -> ExactPa
         >>> from icl_dual.models import tiny_model
         >>> model = tiny_model()
         >>> prompts = icl_dual.Prompts(
-        ...     start=(0,), demonstrations=((5, 6), (7, 8)), queries=((9, 10),), labels=((11,), (12,)), gold=(0,)
+        ...     start=(0,),
+        ...     demonstrations=((5, 6), (7, 8)),
+        ...     demonstration_label_lengths=(1, 1),
+        ...     queries=((9, 10),),
+        ...     labels=((6,), (8,)),
+        ...     gold=(0,),
         ... )
         >>> patch = icl_dual.build_exact_patch(model, prompts)
         >>> patch.rank, patch.query, patch.position
@@ -121,8 +126,9 @@ def build_exact_patch(model: Model, prompts: Prompts, query: int = 0) -> ExactPa
         >>> torch.allclose(patched, in_context, atol=1e-5)
         True
     """
+    check_prompts(model, prompts)
     index = checked_index("query", query, len(prompts.queries))
-    prompt, alone = prompt_pair(model, prompts, index)
+    prompt, alone = prompt_pair(prompts, index)
     recorder = Recorder(model)
     recorder.run(prompt)
     patcher = _Patcher(model, recorder)
@@ -146,20 +152,10 @@ def build_exact_patch(model: Model, prompts: Prompts, query: int = 0) -> ExactPa
     )
 
 
-def prompt_pair(model: Model, prompts: Prompts, query: int) -> tuple[Tokens, Tokens]:
-    """Return the token ids of one query's in-context prompt and of its zero-shot prompt.
-
-    Raises:
-        ValueError: the in-context prompt does not fit into the model's context.
-    """
+def prompt_pair(prompts: Prompts, query: int) -> tuple[Tokens, Tokens]:
+    """Return the token ids of one query's in-context prompt and of its zero-shot prompt."""
     zero_shot = prompts.zero_shot()
-    prompt = (*prompts.prefix, *prompts.suffixes[query])
-    if len(prompt) > model.n_ctx:
-        raise ValueError(
-            f"expected a prompt of at most {model.n_ctx} tokens, the context of {model.name!r}, got {len(prompt)}: use "
-            "fewer demonstrations"
-        )
-    return prompt, (*zero_shot.prefix, *zero_shot.suffixes[query])
+    return (*prompts.prefix, *prompts.suffixes[query]), (*zero_shot.prefix, *zero_shot.suffixes[query])
 
 
 def last_token(activations: Tensor) -> Float[Tensor, " d"]:
@@ -324,8 +320,8 @@ class _Patcher:
         if not ratio.isfinite().all():
             raise ValueError(
                 f"{self.model.name}, layer {layer}: expected what the MLP writes to be other than zero in every "
-                "dimension, got zeros at the recorded position: no change of the norm's scale acts on them, use another "
-                "query"
+                "dimension, got zeros at the recorded position: no change of the norm's scale acts on them, use "
+                "another query"
             )
         return ratio
 

@@ -1,7 +1,7 @@
 """One patch for all queries: the change of the down projections that comes closest to the context for every query.
 
-An exact patch is for one query. Here one change of weights serves all of them, as well as it can (the recipe of PatchKV,
-2026). At the recorded token of query i, let h_i be the input of a layer's down projection in a pass without
+An exact patch is for one query. Here one change of weights serves all of them, as well as it can (the recipe of
+PatchKV, 2026). At the recorded token of query i, let h_i be the input of a layer's down projection in a pass without
 demonstrations, and t_i what the layer's output lacks: its in-context output minus its own. Ridge regression gives
 
     ΔW = argmin Σ_i ‖t_i − ΔW h_i‖² + λ ‖ΔW‖²,    λ = relative_ridge · ‖HᵀH‖² / tr(HᵀH).
@@ -23,10 +23,11 @@ from icl_dual.arguments import Count, Finite, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.models import LowRank, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
+from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.exact import Recorder, prompt_pair
 from icl_dual.patches.patch import Patch
 from icl_dual.patches.ridge import RidgeStatistics
-from icl_dual.prompts import Prompts
+from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.torch_utils import at_least_float32
 
 RELATIVE_RIDGE = 1e-3
@@ -50,7 +51,9 @@ class SharedPatch(Patch):
         Args:
             rank: how many to keep; as many as there are, or more, keep all.
         """
-        factors = {part: LowRank(*(factor[..., :rank] for factor in low_rank)) for part, low_rank in self.factors.items()}
+        factors = {
+            part: LowRank(*(factor[..., :rank] for factor in low_rank)) for part, low_rank in self.factors.items()
+        }
         return replace(self, factors=factors)
 
 
@@ -61,7 +64,7 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
 
     Args:
         model: the model; a bridge with dense MLPs, and no norm after them.
-        prompts: the demonstrations, and the queries to fit to. With no queries, the patch is zero.
+        prompts: the demonstrations, and the queries to fit to.
         relative_ridge: λ in units of ‖HᵀH‖² / tr(HᵀH) of each layer. With 0, queries must be at least as many as hidden
             activations.
 
@@ -69,7 +72,8 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
         The patch, of full rank. `truncated` gives lower ranks.
 
     Raises:
-        ValueError: a prompt does not fit into the model's context; or relative_ridge is negative, or 0 where HᵀH of a
+        PromptError: the prompts are incomplete, or do not fit into the model's context.
+        ValueError: relative_ridge is negative, or 0 where HᵀH of a
             layer is singular.
         UnsupportedModelError: the model's MLPs are mixtures of experts, have no hooks or a norm after them, or its
             blocks are not sums of a residual stream, attention and an MLP.
@@ -78,7 +82,12 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
         >>> import icl_dual
         >>> from icl_dual.models import tiny_model
         >>> prompts = icl_dual.Prompts(
-        ...     start=(0,), demonstrations=((5, 6), (7, 8)), queries=((9, 10), (12, 10)), labels=((11,),), gold=(0, 0)
+        ...     start=(0,),
+        ...     demonstrations=((5, 6), (7, 8)),
+        ...     demonstration_label_lengths=(1, 1),
+        ...     queries=((9, 10), (12, 10)),
+        ...     labels=((6,), (8,)),
+        ...     gold=(0, 1),
         ... )
         >>> patch = icl_dual.build_shared_patch(tiny_model(), prompts)
         >>> patch.rank, patch.truncated(1).rank, patch.n_queries
@@ -86,10 +95,7 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
     """
     statistics = sum_statistics(model, prompts)
     ridges = [layer.scaled_ridge(relative_ridge) for layer in statistics]
-    weights = [
-        layer.solve(ridge) if layer.n_rows else torch.zeros_like(layer.cross)
-        for layer, ridge in zip(statistics, ridges, strict=True)
-    ]
+    weights = [layer.solve(ridge) for layer, ridge in zip(statistics, ridges, strict=True)]
     return SharedPatch(
         model=model.name,
         fingerprint=model.fingerprint(),
@@ -106,20 +112,23 @@ def sum_statistics(model: Model, prompts: Prompts) -> list[RidgeStatistics]:
 
     Sums over two sets of queries with the same demonstrations add up to those over both.
     """
+    check_prompts(model, prompts)
     in_context, alone = Recorder(model), Recorder(model)
     if in_context.form.shift == "scale":
         raise UnsupportedModelError(
             f"{model.architecture}: expected MLPs that write into the residual stream, got a norm after them: what a "
             "layer lacks is no linear function of a change of its down projection, use another model"
         )
-    statistics = [RidgeStatistics.empty(d_in=in_context.form.d_hidden, d_out=model.d_model) for _ in range(model.n_layers)]
+    statistics = [
+        RidgeStatistics.empty(d_in=in_context.form.d_hidden, d_out=model.d_model) for _ in range(model.n_layers)
+    ]
     for query in range(len(prompts.queries)):
-        for layer, (h, t) in enumerate(_rows(in_context, alone, *prompt_pair(model, prompts, query))):
+        for layer, (h, t) in enumerate(_rows(in_context, alone, *prompt_pair(prompts, query))):
             statistics[layer] = statistics[layer].with_rows(h[None], t[None])
     return statistics
 
 
-def _rows(in_context: Recorder, alone: Recorder, prompt: tuple[int, ...], query: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(in_context: Recorder, alone: Recorder, prompt: Tokens, query: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield h and t of each layer for one query."""
     in_context.run(prompt)
 

@@ -1,0 +1,72 @@
+"""Ridge regression from sums, against least squares on the stacked rows."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import draw, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icl_dual.patches import RidgeStatistics
+
+
+def stacked(h: torch.Tensor, t: torch.Tensor, ridge: float) -> torch.Tensor:
+    """ΔW by least squares on the rows, with √λ·I below h and zeros below t."""
+    n_in = h.shape[1]
+    rows = np.vstack([h.numpy(), ridge**0.5 * np.eye(n_in)])
+    targets = np.vstack([t.numpy(), np.zeros((n_in, t.shape[1]))])
+    return torch.from_numpy(np.linalg.lstsq(rows, targets, rcond=None)[0].T)
+
+
+def sums(h: torch.Tensor, t: torch.Tensor) -> RidgeStatistics:
+    return RidgeStatistics.empty(d_in=h.shape[1], d_out=t.shape[1]).with_rows(h, t)
+
+
+@given(seed=seeds, n_rows=st.sampled_from([0, 1, 5, 6, 7, 40]), ridge=st.sampled_from([1e-4, 0.1, 30.0]))
+def test_the_solution_is_that_of_least_squares_on_stacked_rows(seed: int, n_rows: int, ridge: float) -> None:
+    h, t = draw(seed, n_rows, 6), draw(seed + 1, n_rows, 4)
+    torch.testing.assert_close(sums(h, t).solve(ridge), stacked(h, t, ridge), rtol=1e-9, atol=1e-9)
+
+
+@given(seeds)
+def test_without_ridge_it_is_least_squares(seed: int) -> None:
+    h, t = draw(seed, 40, 6), draw(seed + 1, 40, 4)
+    expected = torch.from_numpy(np.linalg.lstsq(h.numpy(), t.numpy(), rcond=None)[0].T)
+    torch.testing.assert_close(sums(h, t).solve(0), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(seed=seeds, at=st.integers(0, 9))
+def test_sums_add_up_over_rows(seed: int, at: int) -> None:
+    h, t = draw(seed, 9, 6), draw(seed + 1, 9, 4)
+    whole, parts = sums(h, t), sums(h[:at], t[:at]) + sums(h[at:], t[at:])
+    one_by_one = sums(h[:at], t[:at])
+    for row in range(at, 9):
+        one_by_one = one_by_one.with_rows(h[row : row + 1], t[row : row + 1])
+    for other in (parts, one_by_one):
+        assert other.n_rows == 9
+        torch.testing.assert_close(other.gram, whole.gram)
+        torch.testing.assert_close(other.cross, whole.cross)
+
+
+def test_the_ridge_scales_with_the_rows() -> None:
+    h, t = draw(0, 9, 6), draw(1, 9, 4)
+    gram = h.mT @ h
+    assert sums(h, t).scaled_ridge(0.5) == pytest.approx(0.5 * (gram @ gram).trace().item() / gram.trace().item())
+    torch.testing.assert_close(
+        sums(3 * h, 3 * t).solve(sums(3 * h, 3 * t).scaled_ridge(0.1)), sums(h, t).solve(sums(h, t).scaled_ridge(0.1))
+    )
+    assert RidgeStatistics.empty(d_in=6, d_out=4).scaled_ridge(0.1) == 0
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 5])
+def test_a_singular_system_without_ridge_is_refused(n_rows: int) -> None:
+    message = f"expected ridge .* above 0, as HᵀH of {n_rows} rows has rank {n_rows} and not 6, got 0"
+    with pytest.raises(ValueError, match=message):
+        sums(draw(0, n_rows, 6), draw(1, n_rows, 4)).solve(0)
+
+
+@pytest.mark.parametrize("ridge", [-1e-9, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("n_rows", [3, 40])
+def test_a_ridge_that_is_negative_or_no_number_is_refused(ridge: float, n_rows: int) -> None:
+    with pytest.raises(ValueError, match="expected ridge"):
+        sums(draw(0, n_rows, 6), draw(1, n_rows, 4)).solve(ridge)

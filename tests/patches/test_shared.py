@@ -1,0 +1,175 @@
+"""One patch for all queries: against a slow fit with plain hooks, and where it must be exact."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import relative_error, snapshot
+from transformers import PreTrainedModel
+
+import icl_dual as icl
+from icl_dual.models import tiny_model
+from icl_dual.patches.shared import sum_statistics
+
+ToyModel = Callable[..., icl.Model]
+
+
+def last_logits(model: icl.Model, tokens: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.run(torch.tensor([tokens]))[0, -1]
+
+
+@pytest.fixture(scope="module")
+def hand_made() -> icl.Prompts:
+    return icl.Prompts(
+        start=(0,),
+        demonstrations=((5, 6, 7, 20), (8, 9, 21)),
+        demonstration_label_lengths=(1, 1),
+        queries=((10, 11, 12), (13, 14), (15,), (16, 11, 10)),
+        labels=((20,), (21,)),
+        gold=(0, 1, 0, 1),
+    )
+
+
+def rows_of(hf_model: Any, prompts: icl.Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+    """h and t by layer and query of a GPT-2, by torch's own hooks."""
+    blocks = hf_model.transformer.h
+    hidden = torch.zeros(len(blocks), len(prompts.queries), blocks[0].mlp.c_proj.weight.shape[0], dtype=torch.float64)
+    lacking = torch.zeros(len(blocks), len(prompts.queries), hf_model.config.n_embd, dtype=torch.float64)
+    for index, query in enumerate(prompts.queries):
+        in_context: list[torch.Tensor] = []
+
+        def read(m: Any, args: Any, out: Any, to: Any = in_context) -> None:
+            to.append(stream(out)[0, -1])
+
+        handles = [block.register_forward_hook(read) for block in blocks]
+        with torch.no_grad():
+            hf_model(torch.tensor([[*prompts.prefix, *query]]))
+        for handle in handles:
+            handle.remove()
+
+        def keep(m: Any, args: Any, layer: int, index: int = index) -> None:
+            hidden[layer, index] = args[0][0, -1]
+
+        def force(m: Any, args: Any, out: Any, layer: int, index: int = index, to: Any = in_context) -> Any:
+            lacking[layer, index] = to[layer] - stream(out)[0, -1]
+            stream(out)[0, -1] = to[layer]
+            return out
+
+        handles = []
+        for layer, block in enumerate(blocks):
+            handles.append(
+                block.mlp.c_proj.register_forward_pre_hook(lambda m, args, layer=layer: keep(m, args, layer))
+            )
+            handles.append(block.register_forward_hook(lambda m, args, out, layer=layer: force(m, args, out, layer)))
+        with torch.no_grad():
+            hf_model(torch.tensor([[*prompts.start, *query]]))
+        for handle in handles:
+            handle.remove()
+    return hidden, lacking
+
+
+def stream(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def test_it_is_the_ridge_solution_of_each_layer(
+    make_model: ToyModel, make_hf_model: Callable[..., PreTrainedModel], hand_made: icl.Prompts
+) -> None:
+    patch = icl.build_shared_patch(make_model("gpt2", torch.float64), hand_made, relative_ridge=0.01)
+    for layer, (h, t) in enumerate(zip(*rows_of(make_hf_model("gpt2", torch.float64), hand_made), strict=True)):
+        gram = h.mT @ h
+        ridge = 0.01 * gram.square().sum() / gram.trace()
+        assert patch.ridge[layer].item() == pytest.approx(ridge.item())
+        rows = np.vstack([h.numpy(), ridge.sqrt().item() * np.eye(h.shape[1])])
+        targets = np.vstack([t.numpy(), np.zeros((h.shape[1], t.shape[1]))])
+        expected = torch.from_numpy(np.linalg.lstsq(rows, targets, rcond=None)[0].T)
+        left, right = (factor[layer] for factor in patch.factors["out"])
+        assert relative_error(left @ right.mT, expected) < 1e-9
+    assert patch.rank == len(hand_made.queries) == patch.n_queries
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "falcon"])
+def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architecture: str) -> None:
+    """No earlier token can differ from the pass that the patch was fitted in."""
+    model = make_model(architecture, torch.float64)
+    prompts = icl.Prompts(
+        demonstrations=((5, 6, 7, 20),), demonstration_label_lengths=(1,), queries=((9,),), labels=((20,),), gold=(0,)
+    )
+    before = snapshot(model)
+    in_context, zero_shot = last_logits(model, (5, 6, 7, 20, 9)), last_logits(model, (9,))
+    patch = icl.build_shared_patch(model, prompts, relative_ridge=1e-12)
+    with patch.applied(model):
+        patched = last_logits(model, (9,))
+        assert last_logits(model, (9, 8)).isfinite().all(), "it runs on other tokens, too"
+    assert relative_error(patched, in_context) < 1e-8 < 0.1 < relative_error(zero_shot, in_context)
+    assert all(torch.equal(*pair) for pair in zip(snapshot(model), before, strict=True))
+    assert torch.equal(last_logits(model, (9,)), zero_shot)
+
+
+def test_sums_over_queries_add_up_and_do_not_grow(hand_made: icl.Prompts) -> None:
+    model = tiny_model(dtype=torch.float64)
+    rest = replace(hand_made, queries=hand_made.queries[1:], gold=hand_made.gold[1:])
+    whole = sum_statistics(model, hand_made)
+    parts = [a + b for a, b in zip(sum_statistics(model, hand_made.first(1)), sum_statistics(model, rest), strict=True)]
+    for one_pass, added in zip(whole, parts, strict=True):
+        assert (one_pass.n_rows, one_pass.gram.shape, one_pass.cross.shape) == (4, (64, 64), (32, 64))
+        torch.testing.assert_close(added.gram, one_pass.gram)
+        torch.testing.assert_close(added.cross, one_pass.cross)
+
+
+def test_a_query_costs_two_passes(hand_made: icl.Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = tiny_model(), list[int]()
+    forward = model.backend.forward
+
+    def counted(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        lengths.append(tokens.shape[1])
+        return forward(tokens, positions)
+
+    monkeypatch.setattr(model.backend, "forward", counted)
+    icl.build_shared_patch(model, hand_made)
+    n_prefix = len(hand_made.prefix)
+    assert lengths == [n for query in hand_made.queries for n in (n_prefix + len(query), 1 + len(query))]
+
+
+def test_a_truncated_patch_is_the_closest_of_its_rank(hand_made: icl.Prompts, tmp_path: Path) -> None:
+    patch = icl.build_shared_patch(tiny_model(dtype=torch.float64), hand_made)
+    left, right = patch.factors["out"]
+    values = torch.linalg.svdvals(left @ right.mT)
+    for rank in (1, 2, 3):
+        truncated = patch.truncated(rank)
+        assert truncated.rank == rank
+        short_left, short_right = truncated.factors["out"]
+        error = (left @ right.mT - short_left @ short_right.mT).flatten(1).norm(dim=1)
+        torch.testing.assert_close(error, values[:, rank:].norm(dim=1))
+    assert patch.truncated(1000) == patch
+    truncated.save(tmp_path / "patch")
+    assert icl.SharedPatch.load(tmp_path / "patch") == truncated
+    with pytest.raises(ValueError, match="expected rank"):
+        patch.truncated(0)
+
+
+def test_models_with_a_norm_after_the_mlp_or_experts_are_refused(
+    models_by_architecture: ToyModel, hand_made: icl.Prompts
+) -> None:
+    with pytest.raises(icl.UnsupportedModelError, match=r"Gemma3.*got a norm after them"):
+        icl.build_shared_patch(models_by_architecture("gemma3-window"), hand_made)
+    with pytest.raises(icl.UnsupportedModelError, match="got a mixture of experts"):
+        icl.build_shared_patch(models_by_architecture("gptoss-window"), hand_made)
+
+
+@pytest.mark.parametrize("relative_ridge", [0.0, -0.1])
+def test_no_ridge_with_fewer_queries_than_hidden_activations_is_refused(
+    hand_made: icl.Prompts, relative_ridge: float
+) -> None:
+    with pytest.raises(ValueError, match="expected ridge"):
+        icl.build_shared_patch(tiny_model(), hand_made, relative_ridge=relative_ridge)
+
+
+def test_prompts_without_queries_are_refused(hand_made: icl.Prompts) -> None:
+    with pytest.raises(icl.PromptError, match="expected at least one query"):
+        icl.build_shared_patch(tiny_model(), replace(hand_made, queries=(), gold=()))
