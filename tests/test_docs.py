@@ -407,7 +407,20 @@ def test_the_page_on_precision_runs(run_page: Run) -> None:
     assert (scope["delta"].W_V != 0).all()
 
 
+def test_the_page_on_patches_runs(run_page: Run) -> None:
+    exact, shared = run_page("docs/patch.md")
+    _, scope, printed = exact
+    assert printed.startswith("ExactPatch('tiny', float32, rank=1, norm=")
+    patched, zero_shot = (float(line.split(": ")[1]) for line in printed.splitlines()[1:])
+    assert patched < 1e-6 < 0.1 < zero_shot
+    assert scope["patch"].position == len(scope["patch"].query) - 1
+    _, scope, printed = shared
+    assert "6 queries" in printed
+    assert scope["rank_one"].rank == 1
+    assert scope["model"].mlp_changes == ()
+
+
 def test_no_page_has_code_that_is_not_run() -> None:
-    names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum")
+    names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum", "patch")
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE

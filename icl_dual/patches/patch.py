@@ -58,7 +58,8 @@ class Patch(Saved):
         ranks = [0]
         for low_rank in self.factors.values():
             values = low_rank.singular_values()
-            ranks += (values > values[:, :1] * torch.finfo(low_rank.left.dtype).eps).sum(dim=-1).tolist()
+            rounding = max(low_rank.left.shape[1], low_rank.right.shape[1]) * torch.finfo(low_rank.left.dtype).eps
+            ranks += (values > values[:, :1] * rounding).sum(dim=-1).tolist()
         return max(ranks)
 
     @contextmanager

@@ -82,4 +82,6 @@ class RidgeStatistics(Saved):
                 f"expected ridge (λ) above 0, as HᵀH of {self.n_rows} rows has rank {rank} and not {len(values)}, got "
                 "0: pass a positive one, or add more rows"
             )
-        return (self.cross @ vectors) / (values.clamp(min=0) + ridge) @ vectors.mT
+        # In directions that no row has, TᵀH is rounding alone, which a small λ would blow up.
+        inverse = torch.where(values > rounding, 1 / (values + ridge), torch.zeros_like(values))
+        return self.cross @ vectors * inverse @ vectors.mT

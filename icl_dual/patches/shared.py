@@ -28,7 +28,6 @@ from icl_dual.patches.exact import Recorder, prompt_pair
 from icl_dual.patches.patch import Patch
 from icl_dual.patches.ridge import RidgeStatistics
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.torch_utils import at_least_float32
 
 RELATIVE_RIDGE = 1e-3
 """The default of λ in units of ‖HᵀH‖² / tr(HᵀH)."""
@@ -69,12 +68,11 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
             activations.
 
     Returns:
-        The patch, of full rank. `truncated` gives lower ranks.
+        The patch, of the rank that the number of queries allows. `truncated` gives lower ranks.
 
     Raises:
         PromptError: the prompts are incomplete, or do not fit into the model's context.
-        ValueError: relative_ridge is negative, or 0 where HᵀH of a
-            layer is singular.
+        ValueError: relative_ridge is negative, or it is 0 and HᵀH of a layer is singular.
         UnsupportedModelError: the model's MLPs are mixtures of experts, have no hooks or a norm after them, or its
             blocks are not sums of a residual stream, attention and an MLP.
 
@@ -95,11 +93,12 @@ def build_shared_patch(model: Model, prompts: Prompts, *, relative_ridge: Finite
     """
     statistics = sum_statistics(model, prompts)
     ridges = [layer.scaled_ridge(relative_ridge) for layer in statistics]
-    weights = [layer.solve(ridge) for layer, ridge in zip(statistics, ridges, strict=True)]
+    weights = torch.stack([layer.solve(ridge) for layer, ridge in zip(statistics, ridges, strict=True)])
+    rank = min(*weights.shape[1:], len(prompts.queries))
     return SharedPatch(
         model=model.name,
         fingerprint=model.fingerprint(),
-        factors={"out": _factorised(torch.stack(weights), at_least_float32(torch.empty(0, dtype=model.dtype)).dtype)},
+        factors={"out": _factorised(weights, rank, torch.promote_types(model.dtype, torch.float32))},
         bias=None,
         scale=None,
         ridge=torch.tensor(ridges, dtype=torch.float64),
@@ -142,7 +141,8 @@ def _rows(in_context: Recorder, alone: Recorder, prompt: Tokens, query: Tokens) 
         yield alone.hidden[layer], in_context.streams[layer] - alone.streams[layer]
 
 
-def _factorised(weights: Float[Tensor, "layer d_out d_in"], dtype: torch.dtype) -> LowRank:
+def _factorised(weights: Float[Tensor, "layer d_out d_in"], rank: int, dtype: torch.dtype) -> LowRank:
     """Return ΔW as factors, the leading singular directions first."""
     U, S, Vh = torch.linalg.svd(weights, full_matrices=False)
-    return LowRank((U * S.unsqueeze(-2)).to(dtype), Vh.mT.to(dtype))
+    left, right = U * S.unsqueeze(-2), Vh.mT
+    return LowRank(left[..., :rank].to(dtype).contiguous(), right[..., :rank].to(dtype).contiguous())
