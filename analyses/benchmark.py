@@ -11,7 +11,6 @@ import gc
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import finish, model_title, positive, run_script, sampled_memory, script_parser
+from common import (
+    ScriptError,
+    device,
+    finish,
+    model_name,
+    model_title,
+    output_file,
+    output_folder,
+    positive,
+    rate,
+    run_child,
+    run_script,
+    sampled_memory,
+    script_parser,
+)
 from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
+from outputs import markdown, markdown_text, write_text
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -79,7 +93,7 @@ def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
         }
         same = all(far <= SAME.get(what, 1e-4) for what, far in differences[name].items())
         if race.dtype.itemsize >= 4 and not same:
-            raise RuntimeError(f"expected {name} to capture what we do up to rounding, got {differences[name]}")
+            raise ScriptError(f"expected {name} to capture what we do up to rounding, got {differences[name]}")
     return differences
 
 
@@ -91,7 +105,7 @@ def delta_w_steps(race: Race) -> dict[str, Callable[[], object]]:
     k, v, q = run.keys_values.demo_keys, run.keys_values.demo_values, run.q_scored[0]
     formed, unformed = icl.dual.act(icl.dual.head_weights(k, v), q), icl.dual.act_unformed(q, k, v)
     if not (formed - unformed).norm() <= 1e-4 * formed.norm():
-        raise RuntimeError("expected ΔW_ICL q to be the same whether it is formed or not")
+        raise ScriptError("expected ΔW_ICL q to be the same whether it is formed or not")
     return {
         "prefix": lambda: contenders.bare_prefix(race),
         "form_delta_w_icl": lambda: icl.dual.head_weights(k, v),
@@ -174,27 +188,14 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     megabytes = {}
     for name in tqdm(names, desc="memory"):
         same = ["--model", args.model, "--task", args.task, "--k", str(args.k), "--device", args.device]
-        command = [
-            sys.executable,
-            __file__,
-            *same,
-            "--queries",
-            str(args.queries),
-            "--dtype",
-            args.dtype,
-            "--peak",
-            name,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr[-2000:]}")
-        megabytes[name] = float(done.stdout.split()[-1])
+        same += ["--queries", str(args.queries), "--dtype", args.dtype]
+        megabytes[name] = float(run_child(__file__, *same, "--peak", name).split()[-1])
     return megabytes
 
 
 def random_model(folder: Path) -> str:
     """A Llama of the 1.3B shape with random weights, saved with a tokenizer: 24 layers, 2048 wide, 16 heads."""
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder)
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=2048,
@@ -253,21 +254,31 @@ def draw(result: dict, path: Path) -> None:
     finish(fig, [ax], f"{heading}, {model_title(setting['model'])}, {setting['dtype']}", path)
 
 
+def model_or_random(text: str) -> str:
+    """The name of a model, or of a random one of the 1.3B shape."""
+    return text if text == "random-1.3b" else model_name(text)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add, contender_names = parser.add_argument, (*BATCHED, *PROMPT_BY_PROMPT)
-    add("--model", default="smollm2-135m", help="packaged model, hub id, folder, or random-1.3b (%(default)s)")
+    add(
+        "--model",
+        type=model_or_random,
+        default="smollm2-135m",
+        help="packaged model, hub id, folder, or random-1.3b (%(default)s)",
+    )
     add("--task", default="sst2", choices=icl.TASKS)
-    add("--k", type=int, default=32, help="demonstrations (%(default)s)")
-    add("--queries", type=int, default=128, help="evaluation queries (%(default)s)")
+    add("--k", type=positive, default=32, help="demonstrations (%(default)s)")
+    add("--queries", type=positive, default=128, help="evaluation queries (%(default)s)")
     add("--repeats", type=positive, default=5, help="turns of each contender (%(default)s)")
     add("--every", type=positive, default=8, help="step between the queries of those that run prompt by prompt")
     add("--contenders", nargs="+", choices=contender_names, metavar="NAME", help="contenders to time (all)")
-    add("--lr", type=float, default=1e-4, help="finetuning's learning rate (%(default)s)")
-    add("--device", default="cpu", help="(%(default)s)")
+    add("--lr", type=rate, default=1e-4, help="finetuning's learning rate (%(default)s)")
+    add("--device", type=device, default="cpu", help="(%(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
-    add("--out", type=Path, help="folder for result, table and figure")
-    add("--json", type=Path, help="file for the result")
+    add("--out", type=output_folder, help="folder for result, table and figure")
+    add("--json", type=output_file, help="file for the result")
     add("--no-memory", action="store_true", help="skip peak memory, which takes a process for each contender")
     add("--peak", choices=contender_names, help="print the peak memory of this contender in MB, and nothing else")
     return parser.parse_args(argv)
@@ -338,13 +349,12 @@ def race(args: argparse.Namespace, model: str) -> None:
     }
     text = json.dumps(result, indent=1)
     if args.json:
-        args.json.write_text(text + "\n")
+        write_text(args.json, text + "\n")
     print(text)
     print()
     print("\n".join(sentences(result)))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "benchmark.json").write_text(text + "\n")
+        write_text(args.out / "benchmark.json", text + "\n")
         write(result, args.out)
         print(f"\nTable and figure are in {args.out}/")
 
@@ -363,18 +373,18 @@ def write(result: dict, out: Path) -> None:
         else ""
     )
     head = (
-        f"{model_title(setting['model'])} in {setting['dtype']} on {setting['device']}, {setting['queries']} queries "
-        f"of {setting['task']} ({setting['query_tokens']} tokens) after {setting['k']} demonstrations "
-        f"({setting['prefix_tokens']} tokens), {result['machine']['threads']} threads. Medians of {turns} turns in one "
-        f"process{prompt_by_prompt}. "
+        f"{markdown_text(model_title(setting['model']))} in {setting['dtype']} on {setting['device']}, "
+        f"{setting['queries']} queries of {setting['task']} ({setting['query_tokens']} tokens) after "
+        f"{setting['k']} demonstrations ({setting['prefix_tokens']} tokens), "
+        f"{result['machine']['threads']} threads. Medians of {turns} turns in one process{prompt_by_prompt}. "
         f"{', '.join(' '.join(pair) for pair in result['versions'].items())}."
     )
-    rows = table(result).to_markdown(index=False, floatfmt=".2f")
+    rows = markdown(table(result), floatfmt=".2f")
     floors = "A cell's floors: the bare finetuning loop, `floor`, and `floor_zero_shot` twice.\n" * (
         "cell" in result["medians_s"]
     )
     lines = "\n".join(f"- {sentence}" for sentence in sentences(result))
-    (out / "benchmark.md").write_text(f"{head}\n\n{rows}\n\nRatios of medians:\n\n{lines}\n\n{floors}")
+    write_text(out / "benchmark.md", f"{head}\n\n{rows}\n\nRatios of medians:\n\n{lines}\n\n{floors}")
     draw(result, out / "benchmark")
 
 

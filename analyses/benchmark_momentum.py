@@ -6,18 +6,16 @@ step is measured in a process of its own, above what the process held before the
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
-from common import run_script, sampled_memory, script_parser
+from common import at_least, output_folder, positive, run_child, run_script, sampled_memory, script_parser
+from outputs import markdown, write_text
 
 from icl_dual import pretraining
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
@@ -30,10 +28,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="small", choices=pretraining.PRESETS, help="the decoders' shape (%(default)s)")
-    add("--length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
-    add("--batch-size", type=int, default=2, help="sequences a step (%(default)s)")
-    add("--repeats", type=int, default=7, help="timed turns (%(default)s)")
-    add("--out", type=Path, default=Path("figures/momentum"), help="folder for cost.md and cost.json (%(default)s)")
+    add("--length", type=at_least(2), default=1024, help="tokens of a sequence (%(default)s)")
+    add("--batch-size", type=positive, default=2, help="sequences a step (%(default)s)")
+    add("--repeats", type=positive, default=7, help="timed turns (%(default)s)")
+    add("--out", type=output_folder, default="figures/momentum", help="folder for cost.md and cost.json (%(default)s)")
     add("--peak", choices=ETAS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -95,12 +93,8 @@ def peak_mb(args: argparse.Namespace) -> float:
 
 def peak_of_its_own(args: argparse.Namespace, name: str) -> float:
     shape = ["--preset", args.preset, "--length", str(args.length), "--batch-size", str(args.batch_size)]
-    command = [sys.executable, __file__, *shape, "--peak", name]
     # Freed memory goes back at once, so that what is held is what is needed.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return float(done.stdout)
+    return float(run_child(__file__, *shape, "--peak", name, MALLOC_TRIM_THRESHOLD_="0"))
 
 
 def write(args: argparse.Namespace) -> None:
@@ -116,18 +110,19 @@ def write(args: argparse.Namespace) -> None:
     state = decaying_sum(v, model.eta[0]).state
     measured = {"training step": training, "decoded token": decoding, "peak memory of training": memory}
     ratios = {what: {name: by_name[name] / by_name["vanilla"] for name in ETAS} for what, by_name in measured.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "cost.json").write_text(json.dumps({"measured": measured, "ratios": ratios}, indent=1))
-    table = pd.DataFrame(ratios).T[["η fixed", "η learned"]].rename_axis("beside vanilla")
-    (args.out / "cost.md").write_text(
+    write_text(args.out / "cost.json", json.dumps({"measured": measured, "ratios": ratios}, indent=1))
+    table = pd.DataFrame(ratios).T.drop(columns="vanilla")
+    table.index.name = "beside vanilla"
+    text = (
         f"Preset `{args.preset}`, {args.batch_size} sequences of {args.length} tokens, float32, "
         f"{torch.get_num_threads()} threads; medians of {args.repeats} turns (decoding: {5 * args.repeats}), memory "
         f"(of three runs) above what the process held before (`python analyses/benchmark_momentum.py`).\n\n"
-        f"{table.to_markdown(floatfmt='.3f')}\n\n"
+        f"{markdown(table, index=True, floatfmt='.3f')}\n\n"
         f"`dual.momentum` goes on from {state[0, 0].numel()} numbers a head (d_head), whatever came before; a decoder "
         f"under transformers' cache keeps no state: it sums the values that the cache holds.\n"
     )
-    print((args.out / "cost.md").read_text())
+    write_text(args.out / "cost.md", text)
+    print(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

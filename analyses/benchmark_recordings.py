@@ -8,7 +8,6 @@ process, the library's import included. Exported recordings are read back and ev
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from common import run_script, script_parser
+from common import ScriptError, output_folder, positive, run_child, run_script, script_parser
+from outputs import markdown, write_text
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START
@@ -27,14 +27,14 @@ from icl_dual.recordings import SETTINGS, write_recordings
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--queries", type=int, default=872, help="queries (%(default)s, as SST2 has)")
-    add("--layers", type=int, default=24, help="layers (%(default)s)")
-    add("--d-model", type=int, default=2048, help="width of the residual stream (%(default)s)")
-    add("--heads", type=int, default=16, help="attention heads (%(default)s)")
-    add("--query-tokens", type=int, default=30, help="tokens of a query (%(default)s)")
-    add("--demonstration-tokens", type=int, default=1100, help="tokens of all demonstrations (%(default)s)")
-    add("--k", type=int, default=32, help="demonstrations (%(default)s)")
-    add("--out", type=Path, default=Path("figures/benchmark"), help="folder for recordings.md (%(default)s)")
+    add("--queries", type=positive, default=872, help="queries (%(default)s, as SST2 has)")
+    add("--layers", type=positive, default=24, help="layers (%(default)s)")
+    add("--d-model", type=positive, default=2048, help="width of the residual stream (%(default)s)")
+    add("--heads", type=positive, default=16, help="attention heads (%(default)s)")
+    add("--query-tokens", type=positive, default=30, help="tokens of a query (%(default)s)")
+    add("--demonstration-tokens", type=positive, default=1100, help="tokens of all demonstrations (%(default)s)")
+    add("--k", type=positive, default=32, help="demonstrations (%(default)s)")
+    add("--out", type=output_folder, default="figures/benchmark", help="folder for recordings.md (%(default)s)")
     add("--step", choices=STEPS, help=argparse.SUPPRESS)
     add("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -88,11 +88,11 @@ def check(work: Path) -> None:
         for setting in SETTINGS:
             values, expected = getattr(read, name)[setting], getattr(saved, name)[setting]
             if not torch.equal(values.float(), expected):
-                raise RuntimeError(f"expected {name} of {setting} as it was exported, got other digits")
+                raise ScriptError(f"expected {name} of {setting} as it was exported, got other digits")
     assert read.training_q is not None
     assert saved.training_q is not None
     if not (torch.equal(read.q.float(), saved.q) and torch.equal(read.training_q.float(), saved.training_q)):
-        raise RuntimeError("expected the queries as they were exported, got other digits")
+        raise ScriptError("expected the queries as they were exported, got other digits")
 
 
 STEPS: dict[str, Callable[[Path], None]] = {
@@ -116,25 +116,20 @@ def write(args: argparse.Namespace) -> None:
         work, rows = Path(folder), []
         random_recordings(args).save(work / "saved")
         for step in STEPS:
-            done = subprocess.run(
-                [sys.executable, __file__, "--step", step, "--work", str(work)], capture_output=True, text=True
-            )
-            if done.returncode:
-                raise ValueError(f"the step {step!r} failed: {done.stderr.strip().splitlines()[-1]}")
-            rows.append(json.loads(done.stdout))
+            rows.append(json.loads(run_child(__file__, "--step", step, "--work", str(work))))
             print(rows[-1])
         sizes = {
             name: sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file()) / 1e9
             for name in ("saved", "exported")
         }
-    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".2f")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "recordings.md").write_text(
+    table = markdown(pd.DataFrame(rows), floatfmt=".2f")
+    write_text(
+        args.out / "recordings.md",
         f"{args.queries} queries × {args.layers} layers × {args.d_model} dimensions, {args.heads} heads, "
         f"{args.query_tokens} query tokens, {args.demonstration_tokens} tokens of {args.k} demonstrations, random, in "
         f"float32: {sizes['saved']:.2f} GB as safetensors, {sizes['exported']:.2f} GB in the released layout. "
         f"{torch.get_num_threads()} threads, each step in a process of its own "
-        f"(`python analyses/benchmark_recordings.py`).\n\n{table}\n"
+        f"(`python analyses/benchmark_recordings.py`).\n\n{table}\n",
     )
 
 

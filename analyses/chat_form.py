@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from common import TITLES
+from outputs import markdown, write_csv, write_text
 from transformers import AutoTokenizer
 
 import icl_dual as icl
@@ -22,7 +23,7 @@ ORIGIN = ("fingerprint", "task", "queries", "demonstrations")
 
 def has_chat_template(model: str) -> bool:
     """Return whether a model's tokenizer has a chat template, without loading the model."""
-    return AutoTokenizer.from_pretrained(model_files(model).folder).chat_template is not None
+    return AutoTokenizer.from_pretrained(model_files(model).folder, trust_remote_code=False).chat_template is not None
 
 
 def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) -> dict[str, dict[str, icl.Capture]]:
@@ -95,12 +96,12 @@ def write(results: Sequence[icl.CellResult], out: Path, **load: Any) -> None:
     """Write `chat.md` and `chat.csv`."""
     captures = chat_captures(results, out / "chats", **load)
     frame = table(results, captures)
-    frame.to_csv(out / "chat.csv", index=False)
-    text = frame.to_markdown(index=False, disable_numparse=True)
+    write_csv(out / "chat.csv", frame)
+    text = markdown(frame, disable_numparse=True)
     note = (
         "Accuracy in per cent of the same demonstrations and queries as plain text and as a chat: each demonstration "
         "is a turn of the user and its label the assistant's answer. Brackets are 95 % intervals; p is of a paired "
         f"permutation test. {sentence(results, captures)}"
     )
-    (out / "chat.md").write_text(f"{note}\n\n{text}\n")
+    write_text(out / "chat.md", f"{note}\n\n{text}\n")
     print(f"\n{note}\n\n{text}")

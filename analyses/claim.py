@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
-from common import TITLES, run_script, script_parser
+from common import TITLES, output_file, run_script, script_parser
 from control_tables import read_interval
 from matplotlib.axes import Axes
+from outputs import read_csv, write_figure
 
 import icl_dual as icl
 from icl_dual.statistics import Interval
@@ -27,13 +27,19 @@ ROWS = {
 }
 """What is compared in the table, and its name in the figure, from the top."""
 
+COLUMNS = ("metric", "what is compared", "task", "value", "low", "high", "queries")
+"""The columns that are read."""
+
 MARKERS = "os^"
 """One marker a task, so that tasks are told apart without colour."""
 
 
 def read(table: Path) -> dict[str, dict[str, Interval]]:
     """Return SimAOU with its interval by row of the figure and task."""
-    scores = pd.read_csv(table).query("metric == 'SimAOU' and task != 'mean'")
+    scores = read_csv(table)
+    if absent := [name for name in COLUMNS if name not in scores]:
+        raise ValueError(f"expected a column {absent[0]!r} in {table}, got none: write it with analyses/controls.py")
+    scores = scores.query("metric == 'SimAOU' and task in @TITLES")
     missing = [name for name in ROWS if name not in set(scores["what is compared"])]
     if missing:
         raise ValueError(f"expected SimAOU of {missing[0]!r} in {table}, got none: write it with analyses/controls.py")
@@ -61,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--controls", type=Path, default=Path("figures/controls/controls.csv"), help="the table (%(default)s)")
-    add("--out", type=Path, default=Path("figures/claim"), help="the figure's path without suffix (%(default)s)")
+    add("--out", type=output_file, default="figures/claim", help="the figure's path without suffix (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -72,10 +78,7 @@ def write(args: argparse.Namespace) -> None:
         fig, ax = plt.subplots(figsize=(88 / 25.4, 2.2), layout="constrained")  # a column of a journal: 88 mm
         draw(estimates, ax)
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(args.out.with_suffix(".png"), dpi=300)
-        fig.savefig(args.out.with_suffix(".pdf"), metadata={"CreationDate": None})
-        plt.close(fig)
+        write_figure(fig, args.out, "png", "pdf", dpi=300)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,18 @@
 """What the scripts share: how they run, their options, the tasks' titles and learning rates, and figures' layout."""
 
 import argparse
-import json
+import hashlib
+import io
+import math
+import os
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import matplotlib
 
@@ -17,15 +21,32 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from outputs import one_line, write_figure
 
 import icl_dual as icl
-from icl_dual.assets import describe_model
+from icl_dual.assets import check_model_name, describe_model
 from icl_dual.finetuning import REPLICAS, Loss, Method, Trained
 from icl_dual.models.precision import precision_name
+from icl_dual.storage import check_writable, read_json
 
 DATA = Path(__file__).parent / "data"
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
-ERRORS = (ValueError, OSError, icl.AssetError, icl.DivergedError)
+
+
+HEADINGS = (
+    "# How these were made",
+    "# What is left of the paper's claims",
+    "# Stability along the learning rate",
+    "# Momentum attention",
+)
+"""How the pages begin that scripts write into their folders."""
+
+
+class ScriptError(RuntimeError):
+    """A script cannot go on: a check failed, or a process that it started did."""
+
+
+ERRORS = (ValueError, OSError, ImportError, MemoryError, icl.AssetError, icl.DivergedError, ScriptError)
 """What a user can mend: every error of the library is one of these, and is shown in a line without a traceback."""
 
 
@@ -46,19 +67,39 @@ def run_script(
         argv: the arguments, without the script's name.
         stopped: what Ctrl-C leaves behind, with the arguments' names in braces.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Δ is no reason to stop
     try:
         args = parse(argv)
     except SystemExit as stop:  # argparse has said why, or has shown the help
         return int(stop.code or 0)
     try:
+        _check_device(getattr(args, "device", "cpu"))
         body(args)
     except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error).strip()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped. {stopped.format(**vars(args))}".rstrip(), file=sys.stderr)
         return 130
     return 0
+
+
+def run_child(script: str, *arguments: str, **environment: str) -> str:
+    """Return what a script prints in a process of its own.
+
+    Raises:
+        ScriptError: it failed; gives the last line that it wrote.
+    """
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **environment})
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ScriptError(
+            f"expected {shlex.join(map(str, command[1:]))} to end well, got {last.removeprefix('error: ')}"
+        )
+    return done.stdout
 
 
 def command_line(
@@ -79,7 +120,8 @@ def command_line(
     words = ["python", f"analyses/{Path(script).name}"]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if not action.option_strings or (value == action.default and action.dest not in always):
+        is_default = value == (Path(action.default) if isinstance(value, Path) and action.default else action.default)
+        if not action.option_strings or (is_default and action.dest not in always):
             continue
         if value is None and action.type is not count_or_all:
             continue
@@ -109,18 +151,124 @@ def model_title(model: str) -> str:
     return describe_model(short(model))
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number from `least` on."""
+
+    def whole(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, got {text!r}: pass {max(least, 1)}, for example"
+            )
+        return number
+
+    return whole
+
+
+positive = at_least(1)
+"""The type of numbers of things."""
+
+count = at_least(0)
+"""The type of seeds, and of numbers of things that there may be none of."""
+
+
 def count_or_all(text: str) -> int | None:
     """A number of queries; None for all."""
-    if text != "all" and not (text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"expected a number from 1, or all, got {text!r}")
-    return None if text == "all" else int(text)
+    try:
+        return None if text == "all" else positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, or all, got {text!r}: pass 100, for example"
+        ) from None
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+def replica_count(text: str) -> int:
+    """A number of replicas: at least 2, or 0 for none."""
+    if (number := count(text)) == 1:
+        raise argparse.ArgumentTypeError("expected at least 2, or 0 for none, got '1': one replica has no spread")
     return number
+
+
+def rate(text: str) -> float:
+    """A learning rate: finite and above 0."""
+    if not 0 < (number := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"expected a finite number above 0, got {text!r}: pass a learning rate such as 0.001"
+        )
+    return number
+
+
+def eta(text: str) -> float:
+    """A coefficient of momentum attention: from 0 to below 1."""
+    if not 0 <= (number := _number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}: pass 0.1, for example")
+    return number
+
+
+def _number(text: str) -> float:
+    """Return a text as a number; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def model_name(text: str) -> str:
+    """The name of a model that can be loaded, as far as its spelling tells."""
+    try:
+        check_model_name(text)
+    except icl.AssetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def device(text: str) -> str:
+    """The name of a device that torch knows; `run_script` checks that it can be used here."""
+    try:
+        return str(torch.device(text))
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch knows, got {text!r}: pass cpu or cuda, for example"
+        ) from error
+
+
+def _check_device(name: str) -> None:
+    """Raise a ValueError unless torch can use a device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch asserts where it was built without
+        raise ValueError(
+            f"expected a device that torch can use here, got {name!r} ({error}): pass --device cpu, for example"
+        ) from error
+
+
+def output_folder(text: str) -> Path:
+    """A folder that can be written into, or made; one with a README.md that no script wrote is refused."""
+    _check_writable(Path(text))
+    page = Path(text) / "README.md"
+    if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEADINGS):
+        raise argparse.ArgumentTypeError(
+            f"expected a folder for what the scripts write, got {text!r}, with a README.md of other origin: choose "
+            "another folder"
+        )
+    return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, or replaced."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}, which is a folder: add a file's name")
+    _check_writable(path.parent)
+    return path
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written."""
+    try:
+        check_writable(folder)
+    except icl.AssetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextmanager
@@ -144,18 +292,35 @@ def sampled_memory() -> Iterator[list[int]]:
         thread.join()
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """A parser that refuses arguments in one line: what was expected, what was given, what to do."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the script with exit status 2 and one line on stderr."""
+        self.exit(2, f"error: {one_line(message)}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is none of an option's choices."""
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"expected one of {known}, got {value!r}: check its spelling")
+
+
 def script_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return a parser that shows a script's docstring as it is; its first options are the parents'."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents
-    )
+    return ScriptParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents)
 
 
 def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return a parser with the options that settle a script's cells."""
     parser = script_parser(description, *parents)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file (%(default)s)")
+    add(
+        "--model",
+        type=model_name,
+        default="smollm2-135m",
+        help="packaged model, hub id, folder or .gguf file (%(default)s)",
+    )
     add(
         "--tasks",
         nargs="+",
@@ -164,9 +329,9 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
         metavar="TASK",
         help=f"tasks, of {', '.join(icl.TASKS)} (%(default)s)",
     )
-    add("--k", type=int, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
+    add("--k", type=positive, help="demonstrations (the paper's: 32; 22 for agnews, 19 for cb)")
     add("--queries", type=count_or_all, default=100, help="evaluation queries a task, or all (%(default)s)")
-    add("--lr", type=float, help="finetuning's learning rate (chosen by analyses/select_lr.py for model and task)")
+    add("--lr", type=rate, help="finetuning's learning rate (chosen by analyses/select_lr.py for model and task)")
     add(
         "--protocol",
         choices=("answer", "reference"),
@@ -176,11 +341,11 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
     add("--source", choices=("wheel", "hub"), help="origin of the tasks' rows (each task's default)")
     add(
         "--replicas",
-        type=int,
+        type=replica_count,
         default=REPLICAS,
         help="repeats of the finetuning that show how stable its numbers are; 0: none (%(default)s)",
     )
-    add("--device", default="cpu", help="(%(default)s)")
+    add("--device", type=device, default="cpu", help="(%(default)s)")
     add(
         "--dtype",
         default="float32",
@@ -220,7 +385,7 @@ def lr_key(model: str, variant: icl.Cell | None = None) -> str:
 
 def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
     """The rate chosen for a model and a task on selection queries, and for the finetuning of a cell."""
-    chosen, name = json.loads((DATA / "default_lr.json").read_text()), lr_key(model, variant)
+    chosen, name = read_json(DATA / "default_lr.json"), lr_key(model, variant)
     try:
         return chosen[name][task]
     except KeyError:
@@ -231,6 +396,14 @@ def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
             f"no learning rate was chosen for {name!r} on {task} (only for {known}): pass --lr, or choose one on "
             f"selection queries with python analyses/select_lr.py --model {model} --tasks {task}{flags}"
         ) from None
+
+
+def file_stem(name: str) -> str:
+    """Return a model's name as the beginning of a file's name: of a long one its end, after a hash of it all."""
+    stem = name.strip("/").replace("/", "--")
+    if len(stem.encode()) <= 150:
+        return stem
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{stem.encode()[-120:].decode(errors='ignore')}"
 
 
 def panels(
@@ -244,10 +417,8 @@ def panels(
 
 def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
     """Title, one legend for all Axes where the first has labels, and both files."""
-    fig.suptitle(title, wrap=True)
+    fig.suptitle(icl.plots.literal(title), wrap=True)
     handles, labels = axes[0].get_legend_handles_labels() if axes else ([], [])
     if labels:
         fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    fig.savefig(path.with_suffix(".png"), dpi=150)
-    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    plt.close(fig)
+    write_figure(fig, path, "png", "pdf")

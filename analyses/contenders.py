@@ -50,7 +50,7 @@ class Race:
     def hf(self) -> Any:
         """As transformers has it."""
         folder = assets.model_files(self.name, None).folder
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, trust_remote_code=False)
         return loaded.to(self.device).eval()
 
     @cached_property

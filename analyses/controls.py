@@ -19,14 +19,18 @@ from common import (
     TITLES,
     cell_parser,
     command_line,
+    count,
     default_lr,
     finish,
     model_title,
+    output_folder,
     panels,
+    positive,
     precision,
     run_script,
 )
 from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
+from outputs import markdown, markdown_text, write_csv, write_text
 from paper_tables import interval_of, replicas_note
 from tqdm.auto import tqdm
 
@@ -46,10 +50,26 @@ Orders = Mapping[str, Sequence[icl.OrderSensitivity]]
 def make_parser() -> argparse.ArgumentParser:
     parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="draws of the demonstrations (1 2 3)")
-    add("--ks", type=int, nargs="*", default=[1, 4, 16], help="smaller numbers of demonstrations to add (%(default)s)")
-    add("--orders", type=int, default=3, help="orders of the demonstrations, the first as drawn; 0: none (%(default)s)")
-    add("--out", type=Path, default=Path("figures/controls"), help="folder for cells, tables and figures (%(default)s)")
+    add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="draws of the demonstrations (1 2 3)")
+    add(
+        "--ks",
+        type=positive,
+        nargs="*",
+        default=[1, 4, 16],
+        help="smaller numbers of demonstrations to add (%(default)s)",
+    )
+    add(
+        "--orders",
+        type=count,
+        default=3,
+        help="orders of the demonstrations, the first as drawn; 0: none (%(default)s)",
+    )
+    add(
+        "--out",
+        type=output_folder,
+        default="figures/controls",
+        help="folder for cells, tables and figures (%(default)s)",
+    )
     parser.set_defaults(tasks=["sst2", "mr", "subj"])
     return parser
 
@@ -158,7 +178,7 @@ def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
         icl.plots.dots(estimates, ax=ax)
         for border in rows["kind"].ne(rows["kind"].shift()).to_numpy().nonzero()[0][1:]:
             ax.axhline(border - 0.5, color="0.7", linewidth=0.8)
-        ax.set_title(metric)
+        ax.set_title(icl.plots.literal(metric))
     for ax in axes[1][len(metrics) - in_a_row :]:
         ax.remove()
     finish(fig, axes[0], title, path)
@@ -202,15 +222,16 @@ def command(args: argparse.Namespace) -> str:
 
 
 def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, args: argparse.Namespace) -> None:
-    text = (DATA / "controls_page.md").read_text()
+    text = (DATA / "controls_page.md").read_text(encoding="utf-8")
     with_orders, _, how = text.partition("<!-- orders -->\n")[2].partition("<!-- how -->\n")
     text = text.partition("<!-- orders -->\n")[0] + (with_orders if orders else "") + how
     provenance = runs[CLAIM][args.tasks[0]][0].provenance
-    fill = {name: frame.to_markdown(index=False, disable_numparse=True) for name, frame in tables.items()}
+    computed_in = provenance.get("precision", provenance["dtype"])
+    fill = {name: markdown(frame, disable_numparse=True) for name, frame in tables.items()}
     fill |= {
-        "model": model_title(args.model),
+        "model": markdown_text(model_title(args.model)),
         "command": command(args),
-        "about": f"{describe(args)}; {provenance['model']}, {provenance.get('precision', provenance['dtype'])}",
+        "about": f"{markdown_text(describe(args))}; {provenance['model']}, {computed_in}",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance["versions"].items()),
         "minutes": f"{seconds(runs, args) / 60:.0f}",
         "families": "\n".join(f"- *{family}*: {what}" for family, what in FAMILIES.items()),
@@ -221,7 +242,7 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
         if args.lr
         else "chosen by `analyses/select_lr.py` on selection queries, apart from these, for each way of finetuning",
     }
-    (args.out / "README.md").write_text(text.format(**fill))
+    write_text(args.out / "README.md", text.format(**fill))
 
 
 def seconds(runs: Runs, args: argparse.Namespace) -> float:
@@ -249,11 +270,11 @@ def write(args: argparse.Namespace) -> None:
         "rates": control_tables.rate_table(runs),
     }
     for name, frame in (tables | {"controls": estimates}).items():
-        frame.to_csv(args.out / f"{name}.csv", index=False, float_format="%.6g")
+        write_csv(args.out / f"{name}.csv", frame, float_format="%.6g")
     draw(estimates, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
     draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
-    print(tables["claims"].to_markdown(index=False))
+    print(markdown(tables["claims"]))
     print(f"\nTables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,16 +19,20 @@ from common import (
     TITLES,
     cell_parser,
     command_line,
+    count,
     default_lr,
     finish,
     model_title,
+    output_folder,
     panels,
+    positive,
     precision,
     precision_title,
     run_script,
     short,
 )
 from matplotlib.axes import Axes
+from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,9 +81,11 @@ class Result:
 def make_parser() -> argparse.ArgumentParser:
     parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=1, help="seed of the demonstrations and of the null's directions (%(default)s)")
-    add("--rank", type=int, default=4, help="number of singular directions whose angles are compared (%(default)s)")
-    add("--out", type=Path, default=Path("figures/decomposition"), help="folder for all output (%(default)s)")
+    add("--seed", type=count, default=1, help="seed of the demonstrations and of the null's directions (%(default)s)")
+    add(
+        "--rank", type=positive, default=4, help="number of singular directions whose angles are compared (%(default)s)"
+    )
+    add("--out", type=output_folder, default="figures/decomposition", help="folder for all output (%(default)s)")
     return parser
 
 
@@ -128,8 +133,6 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
 
 def results(args: argparse.Namespace) -> Iterator[Result]:
     """Finished cells, read where they are complete and run where they are not."""
-    if args.rank < 1:
-        raise icl.StudyError(f"expected a rank of at least 1, got {args.rank}")
     model: icl.Model | None = None
     for name in tqdm(dict.fromkeys(args.tasks), unit="cell"):
         cell = icl.Cell(
@@ -154,6 +157,10 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             yield Result(name, tensors, metadata["about"])
             continue
         model = model or icl.load_model(args.model, device=args.device, **precision(args))
+        if args.rank > model.d_head:
+            raise icl.StudyError(
+                f"expected --rank of at most {model.d_head}, the width of a head, got {args.rank}: pass a smaller one"
+            )
         result = run(model, cell, args.rank)
         save_tensors(folder, result.tensors, {"settings": settings, "about": result.about})
         yield result
@@ -318,27 +325,28 @@ def write_readme(cells: list[Result], args: argparse.Namespace) -> None:
         for result in cells
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    title = f"{markdown_text(model_title(args.model))} ({markdown_code(short(args.model))}, {about['model']})"
     text = f"""# How these were made
 
     {command}
 
-Model: {model_title(args.model)} (`{short(args.model)}`, {about["model"]}), computed in {about["dtype"]}. Protocol
+Model: {title}, computed in {about["dtype"]}. Protocol
 `{args.protocol}`. {n_queries(args)}. {versions}.
 
-{table(cells).to_markdown(index=False, disable_numparse=True)}
+{markdown(table(cells), disable_numparse=True)}
 
 Residuals, relative, the largest over queries and layers (in {about["dtype"]}):
 
-{residuals.to_markdown(index=False, disable_numparse=True)}
+{markdown(residuals, disable_numparse=True)}
 
-{(DATA / "how_to_read_decomposition.md").read_text()}"""
-    (args.out / "README.md").write_text(text)
+{(DATA / "how_to_read_decomposition.md").read_text(encoding="utf-8")}"""
+    write_text(args.out / "README.md", text)
 
 
 def write(args: argparse.Namespace) -> None:
     """Run the cells that are not finished, and write all tables and figures."""
     cells = list(results(args))
-    by_layer(cells).to_csv(args.out / "layers.csv", index=False, float_format="%.5g")
+    write_csv(args.out / "layers.csv", by_layer(cells), float_format="%.5g")
     write_figures(cells, args)
     write_readme(cells, args)
     print(table(cells).to_string(index=False))

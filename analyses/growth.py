@@ -5,7 +5,6 @@ attention, two for each multiply-add. The line in each panel is the FLOPs counte
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +20,9 @@ import contenders
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import finish, run_script, script_parser
+from common import finish, model_name, output_folder, positive, run_child, run_script, script_parser
 from contenders import Race
+from outputs import markdown, write_csv, write_text
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
@@ -79,13 +79,13 @@ def prompts(model: icl.Model, task: icl.Task, n_queries: int, n_demonstrations: 
 def truncated(name: str, n_layers: int, folder: Path) -> str:
     """The model with its first layers only, saved."""
     source = assets.model_files(name, None).folder
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     model.base_model.layers = model.base_model.layers[:n_layers]
     model.config.num_hidden_layers = n_layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:n_layers]
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
     return str(folder)
 
 
@@ -114,10 +114,9 @@ def memory(name: str, task: icl.Task) -> pd.DataFrame:
     script, model = str(Path(__file__).with_name("benchmark.py")), icl.load_model(name)
     rows = []
     for n in tqdm(MEMORY_QUERIES, desc="memory"):
-        command = [sys.executable, script, "--model", name, "--task", task.name, "--queries", str(n), "--peak", "ours"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        printed = run_child(script, "--model", name, "--task", task.name, "--queries", str(n), "--peak", "ours")
         kept = icl.capture(model, prompts(model, task, n, DEFAULT["demonstrations"]), progress=False)
-        rows.append((n, float(done.stdout.split()[-1]), result_mb(kept)))
+        rows.append((n, float(printed.split()[-1]), result_mb(kept)))
     return pd.DataFrame(rows, columns=["queries", "peak_mb", "kept_mb"])
 
 
@@ -176,27 +175,26 @@ def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> N
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
+    add("--model", type=model_name, default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
     add("--task", default="sst2", choices=icl.TASKS)
-    add("--queries", type=int, default=128, help="queries of the cell whose costs are counted (%(default)s)")
-    add("--repeats", type=int, default=3, help="timed turns (%(default)s)")
-    add("--out", type=Path, default=Path("figures/benchmark"), help="folder for tables and figure (%(default)s)")
+    add("--queries", type=positive, default=128, help="queries of the cell whose costs are counted (%(default)s)")
+    add("--repeats", type=positive, default=3, help="timed turns (%(default)s)")
+    add("--out", type=output_folder, default="figures/benchmark", help="folder for tables and figure (%(default)s)")
     return parser.parse_args(argv)
 
 
 def write(args: argparse.Namespace) -> None:
     """Count and time a cell, let captures grow, and write tables and figure."""
-    args.out.mkdir(parents=True, exist_ok=True)
     task = icl.load_task(args.task)
     cost = costs(args.model, task, args.queries, lr=1e-4)
-    (args.out / "cost.md").write_text(cost.to_markdown(index=False, floatfmt=".2f") + "\n")
+    write_text(args.out / "cost.md", markdown(cost, floatfmt=".2f") + "\n")
     points = pd.DataFrame([asdict(point) for point in grow(args.model, task, args.repeats)])
-    points.to_csv(args.out / "growth.csv", index=False)
+    write_csv(args.out / "growth.csv", points)
     peak = memory(args.model, task)
-    peak.to_csv(args.out / "memory.csv", index=False)
+    write_csv(args.out / "memory.csv", peak)
     draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.out / "growth")
-    print(cost.to_markdown(index=False, floatfmt=".2f"))
-    print(points.to_markdown(index=False))
+    print(markdown(cost, floatfmt=".2f"))
+    print(markdown(points))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ it. A stopped run goes on where it was.
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -21,13 +22,23 @@ from typing import Any, Literal
 
 import momentum_tables
 import torch
-from common import command_line, positive, run_script, script_parser
+from common import (
+    command_line,
+    count,
+    device,
+    eta,
+    file_stem,
+    model_name,
+    output_folder,
+    positive,
+    run_script,
+    script_parser,
+)
 from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual import pretraining
-from icl_dual.momentum import check_eta
-from icl_dual.storage import check_same_settings, write_json
+from icl_dual.storage import check_same_settings, read_json, write_json
 
 MAPPING = "label mapping"
 PARTS = ("text", "mapping", "tasks", "intervention")
@@ -39,8 +50,9 @@ RANK, N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("
 """Of `torchrun`, under which trainings only are shared: the first process does all else."""
 
 
-def eta(text: str) -> float | Literal["learned"]:
-    return "learned" if text == "learned" else float(text)
+def eta_or_learned(text: str) -> float | Literal["learned"]:
+    """An η to train with: a number, or learned."""
+    return "learned" if text == "learned" else eta(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,42 +61,50 @@ def make_parser() -> argparse.ArgumentParser:
     shapes = [name for name in pretraining.PRESETS if name != "label-mapping"]
     add("--preset", default="tiny", choices=shapes, help="shape of the decoders trained on text (%(default)s)")
     add("--corpus", default="agnews", help="agnews, a .txt file with a text a line, or a hub data set (%(default)s)")
-    add("--etas", type=eta, nargs="+", default=[0.0, 0.1, "learned"], help="η to train with; 0: none (%(default)s)")
+    add(
+        "--etas",
+        type=eta_or_learned,
+        nargs="+",
+        default=[0.0, 0.1, "learned"],
+        help="η to train with; 0: none (%(default)s)",
+    )
     add(
         "--curve",
-        type=eta,
+        type=eta_or_learned,
         nargs="*",
         default=[0.3, 0.5, 0.9],
         help="more η, for the first seeds only; --curve without a value: none (%(default)s)",
     )
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of training on text (%(default)s)")
+    add("--seeds", type=count, nargs="+", default=[1, 2, 3, 4, 5], help="seeds of training on text (%(default)s)")
     add(
         "--mapping-seeds",
-        type=int,
+        type=count,
         nargs="+",
         default=list(range(1, 11)),
         help="seeds of training on the label mapping (%(default)s)",
     )
-    add("--curve-seeds", type=int, default=2, help="number of seeds for the η of --curve (%(default)s)")
+    add("--curve-seeds", type=count, default=2, help="number of seeds for the η of --curve (%(default)s)")
     add("--steps", type=positive, help="training steps on text (the preset's)")
     add("--batch-size", type=positive, help="sequences a training step on text (the preset's)")
     add("--tasks", nargs="+", default=["sst2", "mr", "agnews"], choices=icl.TASKS, metavar="TASK")
-    add("--ks", type=int, nargs="+", default=[0, 1, 2, 4], help="demonstrations for the decoders (%(default)s)")
-    add("--queries", type=int, default=100, help="evaluation queries a task (%(default)s)")
-    add("--model", default="smollm2-135m", help="pretrained model that is given momentum (%(default)s)")
-    add("--k", type=int, default=16, help="demonstrations for the pretrained model (%(default)s)")
-    add("--draws", type=int, nargs="+", default=[1, 2, 3], help="seeds of these demonstrations (%(default)s)")
+    add("--ks", type=count, nargs="+", default=[0, 1, 2, 4], help="demonstrations for the decoders (%(default)s)")
+    add("--queries", type=positive, default=100, help="evaluation queries a task (%(default)s)")
+    add(
+        "--model", type=model_name, default="smollm2-135m", help="pretrained model that is given momentum (%(default)s)"
+    )
+    add("--k", type=positive, default=16, help="demonstrations for the pretrained model (%(default)s)")
+    add("--draws", type=count, nargs="+", default=[1, 2, 3], help="seeds of these demonstrations (%(default)s)")
     add(
         "--added",
-        type=float,
+        type=eta,
         nargs="+",
         default=[0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5],
         help="η added to the pretrained model (%(default)s)",
     )
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="parts to run (%(default)s)")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    add("--device", type=device, default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
     add("--jobs", type=positive, help="trainings at a time, which share the cores (a core each; on a GPU, 1)")
-    add("--out", type=Path, default=Path("figures/momentum"), help="folder for all output (%(default)s)")
+    add("--out", type=output_folder, default="figures/momentum", help="folder for all output (%(default)s)")
     return parser
 
 
@@ -141,7 +161,7 @@ def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[
         StudyError: it was computed with other settings.
     """
     if path.exists():
-        cell = json.loads(path.read_text())
+        cell = read_json(path)
         check_same_settings(path, settings, cell)
         return cell
     if compute is None:
@@ -175,7 +195,7 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
     if RANK:
         return {}
     model.to(torch.device(device))
-    losses = json.loads((folder / "losses.json").read_text())
+    losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     measured: dict[str, Any] = {"etas": model.eta.tolist(), "losses": losses, "device": device}
     if is_text:
         return measured | {
@@ -251,7 +271,7 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
     load = cache(lambda: icl.load_model(args.model, device=args.device))
     cells = []
     for one, task, k, seed in tqdm(points, desc="intervention", unit="cell", disable=not compute):
-        name = f"{args.model.replace('/', '--')}_added{one}_{task}_k{k}_seed{seed}_n{args.queries}.json"
+        name = f"{file_stem(args.model)}_added{one}_{task}_k{k}_seed{seed}_n{args.queries}.json"
         settings = {"model": args.model, "eta": one, "task": task, "k": k, "seed": seed, "queries": args.queries}
 
         def ask(one: float = one, task: str = task, k: int = k, seed: int = seed) -> dict[str, Any]:
@@ -262,11 +282,22 @@ def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any
     return [cell for cell in cells if cell]
 
 
+def _check_inputs(args: argparse.Namespace, runs: list[Run]) -> None:
+    """Raise an AssetError before anything is trained where a text or a model that is still to be read is missing."""
+    is_needed = "text" in args.parts and not all((args.out / "cells" / f"{run.name}.json").exists() for run in runs)
+    if is_needed and args.corpus.endswith(".txt") and not Path(args.corpus).is_file():
+        raise icl.AssetError(f"expected --corpus as an existing text file, got {args.corpus!r}: check the path")
+    if "intervention" in args.parts and not list(
+        (args.out / "cells").glob(f"{glob.escape(file_stem(args.model))}_added*")
+    ):
+        icl.load_model(args.model, device=args.device)
+
+
 def write(args: argparse.Namespace) -> None:
     """Train, ask and measure what is not finished, and write all tables and figures."""
-    for one in (*args.etas, *args.curve, *args.added):
-        check_eta(torch.tensor([0.0 if one == "learned" else one]))
     runs = plan(args)
+    if RANK == 0:
+        _check_inputs(args, runs["text"])
     cells = {part: train_all(runs[part], args, compute=part in args.parts) for part in ("mapping", "text")}
     if RANK:
         return

@@ -13,6 +13,7 @@ from common import DATA, TITLES, finish, model_title
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 
 import icl_dual as icl
 from icl_dual.statistics import Interval, Paired, bootstrap, over_seeds, paired_test
@@ -83,7 +84,7 @@ def table(differences: pd.DataFrame, measures: Sequence[str], digits: int) -> st
             text += f" ({apart.format(digits)})" if apart.known else f" ({apart.value:.{digits}f}, one seed)"
         line = lines.setdefault(one["eta"], {"": eta_name(one["eta"]), "seeds": one["seeds"]})
         line[one["measure"]] = text
-    return pd.DataFrame(list(lines.values())).fillna("").to_markdown(index=False)
+    return markdown(pd.DataFrame(list(lines.values())).fillna(""))
 
 
 def verdict(one: Mapping[Any, Any], better: int, n: int) -> str:
@@ -124,8 +125,9 @@ def added_table(frame: pd.DataFrame) -> str:
     frame = frame.assign(
         text=frame.apply(text, axis=1), column=frame["task"] + ", " + frame["k"].astype(str) + " shots"
     )
-    wide = frame.pivot(index="eta", columns="column", values="text")
-    return wide[frame["column"].unique()].rename_axis("η", axis=0).to_markdown()
+    wide = frame.pivot(index="eta", columns="column", values="text").reindex(columns=frame["column"].unique())
+    wide.index.name = "η"
+    return markdown(wide, index=True)
 
 
 def spread(values: Sequence[float]) -> Interval:
@@ -226,13 +228,12 @@ def conclusions(differences: pd.DataFrame) -> list[str]:
 def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
     """Write the tables and pictures of all parts that have results, and the page that shows them."""
     out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
     sections = []
     frame = trained(cells)
     if len(frame):
-        frame.to_csv(out / "runs.csv", index=False)
+        write_csv(out / "runs.csv", frame)
         apart = differences(frame)
-        apart.to_csv(out / "differences.csv", index=False)
+        write_csv(out / "differences.csv", apart)
         draw_trained(cells, frame, out)
         sections += ["## Does momentum help?", *conclusions(apart), "![perplexity and accuracy](momentum.png)"]
         sections += section(apart, "Perplexity", lambda name: name.startswith("perplexity"), 2)
@@ -252,11 +253,11 @@ def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
         draw_added(frame, args.model, out)
         accuracies = [(one.value, one.low, one.high) for one in frame["accuracy"]]
         ends = pd.DataFrame(accuracies, columns=["value", "low", "high"])
-        frame.drop(columns=["accuracy", "paired"]).join(ends).to_csv(out / "intervention.csv", index=False)
-        sections += [f"## {model_title(args.model)}, given momentum at every layer", added_table(frame)]
+        write_csv(out / "intervention.csv", frame.drop(columns=["accuracy", "paired"]).join(ends))
+        sections += [f"## {markdown_text(model_title(args.model))}, given momentum at every layer", added_table(frame)]
         sections += ["![accuracy against η](intervention.png)"]
     versions = next((cell["versions"] for of_part in cells.values() for cell in of_part), {})
-    page = (DATA / "momentum_page.md").read_text()
+    page = (DATA / "momentum_page.md").read_text(encoding="utf-8")
     page = page.format(
         command=command,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
@@ -264,12 +265,12 @@ def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
         sections="\n\n".join(sections),
         files="\n".join(f"| `{name}` | {what} |" for name, what in FILES.items() if (out / name).exists()),
     )
-    (out / "README.md").write_text(page)
+    write_text(out / "README.md", page)
 
 
 def described(cells: CellsByPart, args: argparse.Namespace) -> list[str]:
     """What each part that there is, is."""
-    corpus = "AG News" if args.corpus == "agnews" else f"`{Path(args.corpus).name}`"
+    corpus = "AG News" if args.corpus == "agnews" else markdown_code(Path(args.corpus).name)
     parts = {
         "text": f"- **text**: the texts of {corpus} as lines, a byte-level vocabulary learned on the training split; "
         "perplexity at the training length, and at a quarter, a half and all of it on texts held out.",

@@ -19,14 +19,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, TITLES, count_or_all, model_title, run_script, script_parser
+from common import (
+    DATA,
+    TITLES,
+    count,
+    count_or_all,
+    model_title,
+    output_file,
+    output_folder,
+    positive,
+    run_script,
+    script_parser,
+)
 from jaxtyping import Float
+from outputs import markdown, one_line, with_texts, write_csv, write_text
 from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES
 from icl_dual.metrics import KENDALL_QUERIES, estimate
 from icl_dual.statistics import MIN_QUERIES, UNSTABLE, Interval
+from icl_dual.storage import finished_folders
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -151,7 +164,7 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
 
 
 def paper_lines(tasks: Sequence[str], rows: Sequence[str]) -> list[dict[str, str]]:
-    paper = json.loads((DATA / "paper.json").read_text())
+    paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
     lines = []
     for model, by_row in paper["models"].items():
         about = {"model": f"{model} (paper)", "protocol": "reference"}
@@ -242,7 +255,6 @@ def file_name(table: str, protocol: str) -> str:
 
 def write(results: Results, out: Path) -> None:
     """Each table as Markdown, CSV and LaTeX, a set for each protocol; the reference protocol's names say so."""
-    out.mkdir(parents=True, exist_ok=True)
     for protocol in dict.fromkeys(result.cell.protocol for result in results):
         chosen = [result for result in results if result.cell.protocol == protocol]
         several = any(len(cells) > 1 for group in groups(chosen) for cells in group.by_task.values())
@@ -252,10 +264,10 @@ def write(results: Results, out: Path) -> None:
             about = f"Protocol `{protocol}`: recorded {RECORDED[protocol]}."
             about_intervals = f"{brackets(rows, several)} {replicas_note(chosen)}"
             note = f"{caption} {about_intervals} The mean is over the tasks shown. {about} {PAPER_NOTE}"
-            text = frame.to_markdown(index=False, disable_numparse=True)
-            path.with_suffix(".md").write_text(f"{note}\n\n{text}\n")
-            frame.to_csv(path.with_suffix(".csv"), index=False)
-            path.with_suffix(".tex").write_text(latex(frame, note))
+            text = markdown(frame, disable_numparse=True)
+            write_text(path.with_suffix(".md"), f"{note}\n\n{text}\n")
+            write_csv(path.with_suffix(".csv"), frame)
+            write_text(path.with_suffix(".tex"), latex(frame, note))
             print(f"\n{text}")
 
 
@@ -286,7 +298,7 @@ def latex(frame: pd.DataFrame, note: str) -> str:
     """A table for the booktabs and graphicx packages, as wide as the text, with a rule between models."""
     caption = latex_text(note.replace("`", "").replace("%", "\\%"))
     columns = "lll" + "r" * (len(frame.columns) - 3)
-    text = frame.to_latex(index=False, escape=True, caption=caption, column_format=columns)
+    text = with_texts(frame, one_line).to_latex(index=False, escape=True, caption=caption, column_format=columns)
     text = latex_text(text).replace("\\begin{tabular}", "\\resizebox{\\linewidth}{!}{%\n\\begin{tabular}")
     lines = text.replace("\\end{tabular}", "\\end{tabular}}").splitlines(keepends=True)
     first = next(at for at, line in enumerate(lines) if line.startswith("\\midrule")) + 1
@@ -306,7 +318,14 @@ def latex_text(text: str) -> str:
 
 def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     """Every finished cell in the folders given, or the cells that they are."""
-    paths = [path.parent for folder in folders for path in sorted(folder.rglob("metadata.json"))]
+    for scratch in [path for folder in folders for path in folder.rglob(".*") if path.is_dir()]:
+        finished_folders(scratch.parent)  # cells that a killed process had set aside come back
+    paths = [
+        path.parent
+        for folder in folders
+        for path in sorted(folder.rglob("metadata.json"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # of processes that were killed
+    ]
     # Kept recordings and exported ones have metadata, too.
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells:
@@ -346,17 +365,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("cells", type=Path, nargs="*", help="finished cells, or folders that contain finished cells")
-    add("--out", type=Path, default=Path("figures"), help="folder for the tables of cells (%(default)s)")
+    add("--out", type=output_folder, default="figures", help="folder for the tables of cells (%(default)s)")
     add(
         "--recordings",
         type=Path,
         metavar="FOLDER",
         help="recordings (a folder with zs, icl, ftzs and ft): print their metrics instead",
     )
-    add("--json", type=Path, metavar="FILE", help="file for the metrics of --recordings by layer")
+    add("--json", type=output_file, metavar="FILE", help="file for the metrics of --recordings by layer")
     add("--skip-bad", action="store_true", help="skip and count damaged records of --recordings")
-    add("--n-labels", type=int, help="number of labels (from the folder's name or metadata, else 5)")
-    add("--seed", type=int, help="seed of the random baselines (from the folder's metadata, else 0)")
+    add("--n-labels", type=positive, help="number of labels (from the folder's name or metadata, else 5)")
+    add("--seed", type=count, help="seed of the random baselines (from the folder's metadata, else 0)")
     add(
         "--kendall-queries",
         type=count_or_all,
@@ -379,8 +398,7 @@ def write_tables(args: argparse.Namespace) -> None:
     metrics_by_name = score(args)
     if args.json:
         defined = {name: plain(value) for name, value in metrics_by_name.items()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(defined, indent=1, allow_nan=False) + "\n")
+        write_text(args.json, json.dumps(defined, indent=1, allow_nan=False) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

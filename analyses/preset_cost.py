@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from common import DATA, TITLES, run_script, script_parser
+from common import DATA, TITLES, output_file, run_script, script_parser
+from outputs import markdown, write_text
 from paper_tables import find_cells
 
 import icl_dual as icl
@@ -66,7 +67,16 @@ class Tokens:
 
     @classmethod
     def of(cls, result: icl.CellResult) -> "Tokens":
-        """From what a cell says of itself."""
+        """From what a cell says of itself.
+
+        Raises:
+            StudyError: it does not say how many tokens it ran.
+        """
+        if absent := {"prefix_tokens", "query_tokens"} - result.provenance.keys():
+            raise icl.StudyError(
+                f"expected cells with their numbers of tokens, got {result.folder} without {sorted(absent)[0]}: run it "
+                "again with analyses/reproduce.py"
+            )
         return cls(len(result.comparison.gold), result.provenance["prefix_tokens"], result.provenance["query_tokens"])
 
     def scaled(self, queries: int) -> "Tokens":
@@ -116,7 +126,7 @@ def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, fl
 
 def reached() -> dict[str, float]:
     """What each stage reaches of the rate of one large matrix product."""
-    lines = [line.split("|")[1:-1] for line in RATES.read_text().splitlines() if line.startswith("|")]
+    lines = [line.split("|")[1:-1] for line in RATES.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     columns, rows = [name.strip() for name in lines[0]], lines[2:]
     rates = {row[0].strip(): float(row[columns.index("GFLOP/s")]) for row in rows}
     return {stage: rates[step] / rates["a 2048³ matrix product"] for stage, step in STAGES.items()}
@@ -125,6 +135,10 @@ def reached() -> dict[str, float]:
 def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str, int]) -> pd.DataFrame:
     """A row a cell, scaled to the paper's number of queries, and their sum."""
     rows, shares = [], reached()
+    if other := {result.cell.task for result in results} - queries.keys():
+        raise icl.StudyError(
+            f"expected cells of the paper's tasks, {list(queries)}, got {sorted(other)}: leave them out"
+        )
     for result in results:
         tokens = Tokens.of(result).scaled(queries[result.cell.task])
         counted = flops(shape, tokens)
@@ -150,20 +164,21 @@ def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str,
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("cells", type=Path, nargs="+", help="folders with finished cells of a preset")
-    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
+    parser.add_argument("--out", type=output_file, help="Markdown file for the tables")
     return parser.parse_args(argv)
 
 
 def write(args: argparse.Namespace) -> None:
     """Print a table for each of the paper's models, and write them to a file if one is given."""
-    paper, results = json.loads((DATA / "paper.json").read_text()), find_cells(args.cells)
+    paper, results = json.loads((DATA / "paper.json").read_text(encoding="utf-8")), find_cells(args.cells)
     parts = []
     for name, model in paper["models"].items():
         sizes = {key: model[key] for key in ("n_layers", "d_model", "n_heads", "d_mlp")}
         shape = Shape(**sizes, d_vocab=paper["d_vocab"])
         queries = dict(zip(paper["tasks"], paper["queries"], strict=True))
-        counted = table(results, shape, queries).to_markdown(
-            index=False, floatfmt=("", ".0f", ".0f", ".0f", ".0f", ".4f", ".4f", ".1f", ".1f")
+        counted = markdown(
+            table(results, shape, queries),
+            floatfmt=("", ".0f", ".0f", ".0f", ".0f", ".4f", ".4f", ".1f", ".1f"),
         )
         parts.append(
             f"{name} (`--preset {model['preset']}`), {shape.layer_weights / 1e9:.2f} G weights in layers:\n\n{counted}"
@@ -171,7 +186,7 @@ def write(args: argparse.Namespace) -> None:
     text = "\n\n".join(parts).replace("nan", "   ")
     print(text)
     if args.out:
-        args.out.write_text(f"{text}\n")
+        write_text(args.out, f"{text}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

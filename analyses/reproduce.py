@@ -19,15 +19,18 @@ from common import (
     TITLES,
     cell_parser,
     command_line,
+    count,
     default_lr,
     finish,
     model_title,
+    output_folder,
     panels,
     positive,
     precision,
     run_script,
     short,
 )
+from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from transformers import AutoTokenizer, XGLMConfig, XGLMForCausalLM
 
 import icl_dual as icl
@@ -35,7 +38,7 @@ from icl_dual.assets import model_files
 from icl_dual.plots import LAYERWISE
 from icl_dual.storage import atomic_folder
 
-PAPER = json.loads((DATA / "paper.json").read_text())
+PAPER = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
 PRESETS = {model["preset"]: model for model in PAPER["models"].values()}
 
 Results = Sequence[icl.CellResult]
@@ -53,7 +56,7 @@ def make_parser(preset: str | None = None, *, rehearsal: bool = False) -> argpar
     )
     parser = cell_parser(__doc__, first)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", help="draws of the demonstrations (1)")
+    add("--seeds", type=count, nargs="+", help="draws of the demonstrations (1)")
     add("--loss", choices=("all", "label"), default="all", help="finetuning's loss: all tokens, or the label word's")
     add("--balanced", action="store_true", help="balance the demonstrations' classes (default: as drawn)")
     add(
@@ -61,8 +64,13 @@ def make_parser(preset: str | None = None, *, rehearsal: bool = False) -> argpar
         action="store_true",
         help="finetune also on demonstrations that the reference protocol cuts from the context, as released",
     )
-    add("--export", type=Path, metavar="FOLDER", help="folder for each cell's recordings, in the released layout")
-    add("--out", type=Path, default=Path("figures"), help="folder for cells, tables and figures (%(default)s)")
+    add(
+        "--export",
+        type=output_folder,
+        metavar="FOLDER",
+        help="folder for each cell's recordings, in the released layout",
+    )
+    add("--out", type=output_folder, default="figures", help="folder for cells, tables and figures (%(default)s)")
     if preset:
         hub = PRESETS[preset]["hub"]
         parser.set_defaults(model=hub, tasks=PAPER["tasks"], queries=None, protocol="reference", source="hub")
@@ -127,7 +135,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
     shape = PRESETS[preset]
     name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
     if not name.exists():
-        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder)
+        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder, trust_remote_code=False)
         config = XGLMConfig(
             vocab_size=PAPER["d_vocab"],
             d_model=shape["d_model"],
@@ -152,8 +160,8 @@ def label_counts(results: Results) -> pd.DataFrame:
         settings = {"gold": result.comparison.gold, **result.comparison.predictions}
         for setting, labels in settings.items():
             counts = labels.bincount(minlength=len(words)).tolist()
-            for word, count in zip(words, counts, strict=True):
-                rows.append([model, result.cell.task, result.cell.seed, setting, word, count])
+            for word, number in zip(words, counts, strict=True):
+                rows.append([model, result.cell.task, result.cell.seed, setting, word, number])
     return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
 
 
@@ -233,11 +241,12 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     loss = "all tokens" if cell.finetuning.loss == "all" else "the label word"
     bands = "bands: ±1.96 standard errors over queries, seeds averaged; dotted: range over replicas of the finetuning"
     accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
-    (out / "README.md").write_text(f"""# How these were made
+    title = f"{markdown_text(model_title(cell.model))} ({markdown_code(short(cell.model))}, {provenance['model']})"
+    text = f"""# How these were made
 
     {command(args)}
 
-Model: {model_title(cell.model)} (`{short(cell.model)}`, {provenance["model"]}), computed in {computed_in}.
+Model: {title}, computed in {computed_in}.
 Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). Finetuning's loss: {loss}.
 {n_queries(results)}. Learning rates: {rates}. {versions}.
 
@@ -250,11 +259,12 @@ Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). F
 | `chat` (`.md`, `.csv`) | accuracy of the same prompts as a chat, for a model with a chat template |
 | `results.csv` | every number: model, task, k, seed, lr, protocol, metric, layer (empty: all), value, spread, n |
 
-{runs.to_markdown(index=False, disable_numparse=True)}
+{markdown(runs, disable_numparse=True)}
 
 {paper_tables.replicas_note(results)}
 
-{(DATA / "how_to_read.md").read_text()}""")
+{(DATA / "how_to_read.md").read_text(encoding="utf-8")}"""
+    write_text(out / "README.md", text)
 
 
 def write(args: argparse.Namespace) -> None:
@@ -271,8 +281,8 @@ def write(args: argparse.Namespace) -> None:
         icl.export_recordings(results, args.export)
     numbers = pd.concat([result.to_frame() for result in results]).drop(columns=["low", "high"])
     numbers["model"] = numbers["model"].map(short)
-    numbers.to_csv(args.out / "results.csv", index=False, float_format="%.6g")
-    label_counts(results).to_csv(args.out / "label_counts.csv", index=False)
+    write_csv(args.out / "results.csv", numbers, float_format="%.6g")
+    write_csv(args.out / "label_counts.csv", label_counts(results))
     paper_tables.write(results, args.out)
     write_figures(results, args.out)
     if args.protocol == "answer" and not args.preset and chat_form.has_chat_template(model):

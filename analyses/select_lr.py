@@ -21,11 +21,23 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from common import lr_key, run_script, script_parser, variant_parser
+from common import (
+    at_least,
+    file_stem,
+    lr_key,
+    model_name,
+    output_folder,
+    rate,
+    run_script,
+    script_parser,
+    variant_parser,
+)
+from outputs import markdown_text, read_csv, write_csv, write_figure, write_text
 
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
 from icl_dual.statistics import MIN_QUERIES
+from icl_dual.storage import read_json
 
 DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
 COLUMNS = ("model", "task", "k", "lr", "n", "accuracy", "cross_entropy", "unstable")
@@ -52,7 +64,7 @@ class Grid:
 
     def __init__(self, table: Path, n_queries: int) -> None:
         self.table = table
-        rows = pd.read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
+        rows = read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
         rows = rows.reindex(columns=list(COLUMNS))
         self.others = rows.query("n != @n_queries")  # measured on other queries
         measured: list[dict[str, Any]] = rows.query("n == @n_queries").to_dict("records")
@@ -61,9 +73,8 @@ class Grid:
     def add(self, row: dict[str, Any]) -> None:
         """Keep a measured rate, or one that was measured, with its stability."""
         self.rows[row["task"], row["lr"]] = row
-        pd.concat([self.others, pd.DataFrame(list(self.rows.values()), columns=list(COLUMNS))]).to_csv(
-            self.table, index=False
-        )
+        measured = pd.DataFrame(list(self.rows.values()), columns=list(COLUMNS))
+        write_csv(self.table, pd.concat([self.others, measured], ignore_index=True))
         print(row, flush=True)
 
     def ranked(self, task: str) -> list[dict[str, Any]]:
@@ -116,7 +127,9 @@ def draw(grid: Grid, chosen: dict[str, float], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for task, lr in chosen.items():
         rows = sorted(grid.ranked(task), key=lambda row: row["lr"])
-        (line,) = ax.plot([row["lr"] for row in rows], [row["accuracy"] for row in rows], marker=".", label=task)
+        (line,) = ax.plot(
+            [row["lr"] for row in rows], [row["accuracy"] for row in rows], marker=".", label=icl.plots.literal(task)
+        )
         color = line.get_color()
         unstable = [row for row in rows if isinstance(row["unstable"], str) and row["unstable"] != STABLE]
         ax.plot([row["lr"] for row in unstable], [row["accuracy"] for row in unstable], "x", color=color)
@@ -124,29 +137,27 @@ def draw(grid: Grid, chosen: dict[str, float], path: Path) -> None:
         ax.plot([lr], best, marker="o", markersize=9, fillstyle="none", color=color)
     ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
     n_queries = {row["n"] for row in grid.rows.values()}.pop()
-    title = f"{path.stem}\n{n_queries} selection queries a task; chosen rates ringed, unstable ones crossed out"
-    ax.set_title(title, fontsize="medium")
+    how = f"{n_queries} selection queries a task; chosen rates ringed, unstable ones crossed out"
+    ax.set_title(f"{icl.plots.literal(path.name)}\n{how}", fontsize="medium")
     ax.legend(frameon=False, ncols=2)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    write_figure(fig, path, "png")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__, variant_parser())
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
-    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS)
-    add("--queries", type=int, default=100, help="selection queries a task (%(default)s)")
-    add("--lrs", type=float, nargs="+", default=GRID, help="grid of learning rates (%(default)s)")
-    add("--replicas", type=int, default=REPLICAS, help="repeats of the finetuning for its stability (%(default)s)")
-    add("--out", type=Path, default=Path("figures/lr_selection"), help="folder for the grid (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.replicas < 2 or args.queries < MIN_QUERIES:
-        parser.error(
-            f"expected --replicas of at least 2 and --queries of at least {MIN_QUERIES}, got {args.replicas} and "
-            f"{args.queries}: stability is measured with these"
-        )
-    return args
+    add("--model", type=model_name, default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
+    add("--tasks", nargs="+", default=["sst2", "sst5", "mr", "subj", "agnews"], choices=icl.TASKS, metavar="TASK")
+    add("--queries", type=at_least(MIN_QUERIES), default=100, help="selection queries a task (%(default)s)")
+    add("--lrs", type=rate, nargs="+", default=GRID, help="grid of learning rates (%(default)s)")
+    add(
+        "--replicas",
+        type=at_least(2),
+        default=REPLICAS,
+        help="repeats of the finetuning for its stability (%(default)s)",
+    )
+    add("--out", type=output_folder, default="figures/lr_selection", help="folder for the grid (%(default)s)")
+    return parser.parse_args(argv)
 
 
 def select(grid: Grid, task_name: str, model: Callable[[], icl.Model], args: argparse.Namespace) -> None:
@@ -171,9 +182,8 @@ def finetuning(args: argparse.Namespace) -> icl.FinetuneConfig:
 
 def write(args: argparse.Namespace) -> None:
     """Measure what was not measured before, and write the grid and the choice."""
-    args.out.mkdir(parents=True, exist_ok=True)
     name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, finetuning=finetuning(args)))
-    table = args.out / f"{name.strip('/').replace('/', '--').replace(', ', '_').replace(' ', '-')}.csv"
+    table = args.out / f"{file_stem(name).replace(', ', '_').replace(' ', '-')}.csv"
     grid, chosen, words = Grid(table, args.queries), {}, []
     model = functools.cache(lambda: icl.load_model(args.model))  # loaded only where something is to be measured
     for task in args.tasks:
@@ -181,10 +191,11 @@ def write(args: argparse.Namespace) -> None:
         ranked = grid.ranked(task)
         chosen[task] = choose(ranked)["lr"]
         words.append(f"- {task}: {given_up(ranked)}")
-    draw(grid, chosen, table.with_suffix(".png"))
-    table.with_suffix(".md").write_text("\n".join([f"# Learning rates of {name}", "", *words]) + "\n")
-    known = json.loads(DEFAULT_LR.read_text()) if DEFAULT_LR.exists() else {}
-    DEFAULT_LR.write_text(json.dumps(known | {name: known.get(name, {}) | chosen}, indent=1) + "\n")
+    draw(grid, chosen, table.with_suffix(""))
+    page = "\n".join([f"# Learning rates of {markdown_text(name)}", "", *words])
+    write_text(table.with_suffix(".md"), page + "\n")
+    known = read_json(DEFAULT_LR) if DEFAULT_LR.exists() else {}
+    write_text(DEFAULT_LR, json.dumps(known | {name: known.get(name, {}) | chosen}, indent=1) + "\n")
     print("\n".join([*words, f"{name}: {chosen} → {DEFAULT_LR}"]))
 
 

@@ -11,7 +11,22 @@ from pathlib import Path
 
 import pandas as pd
 import paper_tables
-from common import TITLES, cell_parser, command_line, finish, model_title, panels, precision, run_script, short
+from common import (
+    TITLES,
+    cell_parser,
+    command_line,
+    count,
+    finish,
+    model_title,
+    output_folder,
+    panels,
+    positive,
+    precision,
+    rate,
+    run_script,
+    short,
+)
+from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 
 import icl_dual as icl
 
@@ -22,10 +37,10 @@ RATES = (1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.5e-3, 2e-3)
 def make_parser() -> argparse.ArgumentParser:
     parser = cell_parser(__doc__)
     add = parser.add_argument
-    add("--ks", type=int, nargs="+", default=[32], help="numbers of demonstrations (%(default)s)")
-    add("--seed", type=int, default=1, help="draw of the demonstrations (%(default)s)")
-    add("--lrs", type=float, nargs="+", default=list(RATES), help="learning rates (%(default)s)")
-    add("--out", type=Path, default=Path("figures/stability"), help="folder for cells and figure (%(default)s)")
+    add("--ks", type=positive, nargs="+", default=[32], help="numbers of demonstrations (%(default)s)")
+    add("--seed", type=count, default=1, help="draw of the demonstrations (%(default)s)")
+    add("--lrs", type=rate, nargs="+", default=list(RATES), help="learning rates (%(default)s)")
+    add("--out", type=output_folder, default="figures/stability", help="folder for cells and figure (%(default)s)")
     parser.set_defaults(tasks=["sst2"], queries=50)
     return parser
 
@@ -54,9 +69,9 @@ def plan(args: argparse.Namespace) -> list[icl.Cell]:
             source=args.source,
             replicas=args.replicas,
         )
-        for task in args.tasks
-        for k in args.ks
-        for lr in sorted(args.lrs)
+        for task in dict.fromkeys(args.tasks)
+        for k in dict.fromkeys(args.ks)
+        for lr in sorted(set(args.lrs))
     ]
 
 
@@ -122,28 +137,32 @@ def write(args: argparse.Namespace) -> None:
     """Run the cells that are not finished, and write the table, the figure and the page."""
     results = icl.run_study(plan(args), args.out / "cells", device=args.device, **precision(args))
     by_replica = values_by_replica(results)
-    by_replica.to_csv(args.out / "replicas.csv", index=False, float_format="%.6g")
+    write_csv(args.out / "replicas.csv", by_replica, float_format="%.6g")
     draw(results, f"Metrics along the learning rate, {describe(args)}", args.out / "rates")
     provenance = results[0].provenance
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     command = command_line(__file__, make_parser(), args, always=("model", "tasks", "ks", "queries"))
-    (args.out / "README.md").write_text(f"""# Stability along the learning rate
+    cells = markdown(summary(results), disable_numparse=True)
+    origin = f"{markdown_code(short(args.model))}, {provenance['model']}, {provenance['precision']}"
+    title = f"{markdown_text(describe(args))} ({origin})"
+    page = f"""# Stability along the learning rate
 
     {command}
 
-{describe(args)} (`{short(args.model)}`, {provenance["model"]}, {provenance["precision"]}). {versions}.
+{title}. {versions}.
 
 ![metrics along the learning rate](rates.png)
 
 Each point is a cell with its 95 % interval as a band; a cross marks a cell that is unstable.
 {paper_tables.replicas_note(results)}
 
-{summary(results).to_markdown(index=False, disable_numparse=True)}
+{cells}
 
 The largest residual norm is that of the query's own tokens, over layers and queries. `replicas.csv` has the value of
 every metric for each replica: that of the run, moved by the replica's shift on its first queries.
-""")
-    print(f"{summary(results).to_markdown(index=False, disable_numparse=True)}\n\nAll of it is in {args.out}/")
+"""
+    write_text(args.out / "README.md", page)
+    print(f"{cells}\n\nAll of it is in {args.out}/")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

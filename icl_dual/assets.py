@@ -223,6 +223,31 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
     return _hub_model(name, revision)
 
 
+def local_files(name: str) -> dict[str, list[int]]:
+    """Return size in bytes, and times of change in ns, of each local file that decides what a model computes.
+
+    As long as they stay the same, so do the files' bytes, and nothing needs to be read.
+
+    Args:
+        name: a model's name, as `model_files` takes it.
+
+    Returns:
+        The numbers by file name; empty for a packaged model, of which the bytes are pinned, and for a hub id.
+    """
+    if name in PACKAGED_MODELS:
+        return {}
+    path = Path(name).expanduser()
+    files = _deciding_files(path) if path.is_dir() else {path.name: path} if path.suffix == ".gguf" else {}
+    stats = {name: file.stat() for name, file in files.items() if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+
+
+def local_provenance(name: str) -> str:
+    """Return what identifies the bytes of a local folder or `.gguf` file, as `model_files` does; reads all of them."""
+    path = Path(name).expanduser()
+    return f"sha256:{_folder_sha256(path) if path.is_dir() else _file_sha256(path)}"
+
+
 def _packaged_model(name: str) -> ModelFiles:
     model = PACKAGED_MODELS[name]
     provenance = f"sha256:{model.sha256}"
@@ -262,8 +287,10 @@ def _write_dequantised_model(gguf: Path, folder: Path) -> None:
 
     logger.info("unpacking %s", gguf.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise AssetError(
             f"expected a complete GGUF model that transformers can read in {gguf}, got: {error}: download it again, or "
@@ -314,7 +341,7 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
 
     try:
         with datasets_bars(datasets):
-            rows = datasets.load_dataset(repository, config, split=split, revision=revision)
+            rows = datasets.load_dataset(repository, config, split=split, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise AssetError(
             f"expected split {split!r} of the data set {repository!r} on the Hugging Face hub, which cannot be reached "
@@ -373,7 +400,24 @@ def _file_sha256(path: Path) -> str:
 def _folder_sha256(folder: Path) -> str:
     """Return one hash of the files that decide what a model computes: their names and bytes, in sorted order."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in {".safetensors", ".bin", ".json", ".model", ".txt"} and path.is_file():
-            digest.update(f"{path.name}\0{_file_sha256(path)}\0".encode())
+    for name, path in _deciding_files(folder).items():
+        digest.update(f"{name}\0{_file_sha256(path)}\0".encode())
     return digest.hexdigest()
+
+
+def _deciding_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a model folder that decide what the model computes, by their sorted names."""
+    suffixes = {".safetensors", ".bin", ".json", ".model", ".txt"}
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.is_file()}
+    shards = {shard for name, path in files.items() if name.endswith(".index.json") for shard in _shards(path)}
+    # An index can name shards in sub-folders.
+    return files | {shard: folder / shard for shard in sorted(shards) if (folder / shard).is_file()}
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the names of the weight files that an index lists; none for another or a damaged file."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return set()
+    return {name for name in names if isinstance(name, str)}

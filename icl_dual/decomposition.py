@@ -34,6 +34,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decay_matrix
 from icl_dual.prompts import SEPARATOR, START, Prompts
+from icl_dual.results import compare_by_value
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import NOT_SAVED, Saved
@@ -59,6 +60,7 @@ _OLD_NAMES = {
 
 
 @document_fields
+@compare_by_value
 class MomentumTerms(NamedTuple):
     """What momentum adds to the heads' outputs, Σ_{i<t} η^{t−i} v_i, by the source of the values v_i."""
 
@@ -77,6 +79,7 @@ class MomentumTerms(NamedTuple):
 
 
 @document_fields
+@compare_by_value
 class Relaxation(NamedTuple):
     """The paper's linear relaxation compared with the exact split of softmax attention, both without momentum.
 
@@ -97,6 +100,7 @@ class Relaxation(NamedTuple):
 
 
 @document_fields
+@compare_by_value
 class Residuals(NamedTuple):
     """Relative differences that rounding leaves in each check, by layer: the largest over queries."""
 
@@ -117,6 +121,7 @@ class Residuals(NamedTuple):
 
 
 @document_fields
+@compare_by_value
 class AttentionInputs(NamedTuple):
     """What the softmax of the in-context pass was computed from: the capture's own tensors, not copies."""
 
@@ -136,7 +141,7 @@ class AttentionInputs(NamedTuple):
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Decomposition(Saved):
     """In-context attention at each query's recorded position, split exactly into its terms at every layer and head.
 
@@ -183,7 +188,7 @@ class Decomposition(Saved):
     """How far the terms are from adding up, relative to what they add up to."""
     momentum: MomentumTerms | None = None
     """What momentum adds; `None` for a model without."""
-    attention_inputs: AttentionInputs | None = field(default=None, metadata=NOT_SAVED)
+    attention_inputs: AttentionInputs | None = field(default=None, compare=False, metadata=NOT_SAVED)
     """What `by_token` computes from: in_context's own tensors, kept in memory with the decomposition. Not saved: `None`
     after loading."""
 

@@ -17,6 +17,7 @@
 Keys and values keep their own number of heads (`kv_head`), which groups of query heads share.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import ArgumentError, Count, Finite, Index, Rate, checked
 from icl_dual.field_docs import document_fields
 
 FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -33,6 +35,7 @@ step."""
 # 1. Linear layers under gradient descent
 
 
+@checked
 def linear_attention(
     q: Float[Tensor, "*batch pos d_k"], k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch pos d_v"]:
@@ -54,6 +57,7 @@ def linear_attention(
     return (q @ k.mT) @ v
 
 
+@checked
 def outer_sum(
     k: Float[Tensor, "*batch key d_k"], v: Float[Tensor, "*batch key d_v"]
 ) -> Float[Tensor, "*batch d_v d_k"]:
@@ -74,6 +78,7 @@ def outer_sum(
     return v.mT @ k
 
 
+@checked
 @document_fields
 class Sgd(NamedTuple):
     """A linear layer after stochastic gradient descent, and the error signals of its steps."""
@@ -84,12 +89,13 @@ class Sgd(NamedTuple):
     """e_i = −lr ∂L/∂(output_i), so that W = W_0 + Σ_i e_i ⊗ x_i."""
 
 
+@checked
 def sgd(
     W_0: Float[Tensor, "d_out d_in"],
     inputs: Float[Tensor, "step d_in"],
     gradient: Callable[[Float[Tensor, " d_out"], int], Float[Tensor, " d_out"]],
-    lr: float,
-    momentum: float = 0.0,
+    lr: Finite,
+    momentum: Finite = 0.0,
 ) -> Sgd:
     """Train the linear layer x ↦ W x by SGD, one input per step: the dual of linear attention over its error signals.
 
@@ -121,8 +127,9 @@ def sgd(
     return Sgd(W, errors)
 
 
+@checked
 def sgd_targets(
-    W_0: Float[Tensor, "d_out d_in"], k: Float[Tensor, "step d_in"], v: Float[Tensor, "step d_out"], lr: float
+    W_0: Float[Tensor, "d_out d_in"], k: Float[Tensor, "step d_in"], v: Float[Tensor, "step d_out"], lr: Finite
 ) -> Float[Tensor, "step d_out"]:
     """Return targets y_i for which SGD is linear attention over given values and keys: equations 7–9 read backwards.
 
@@ -137,11 +144,17 @@ def sgd_targets(
 
     Returns:
         The target of each step, in the unit of the layer's outputs.
+
+    Raises:
+        ValueError: the learning rate is 0.
     """
+    if lr == 0:
+        raise ArgumentError("expected lr other than 0, got 0: without steps there is no update to have as a target")
     from_earlier_steps = torch.tril(k @ k.mT, -1) @ v
     return k @ W_0.mT + from_earlier_steps + v / lr
 
 
+@checked
 @document_fields
 class LinearSelfAttention(NamedTuple):
     """A linear self-attention layer: every token e becomes e + P Σ_i W_V e_i (W_K e_i)ᵀ W_Q e."""
@@ -155,6 +168,7 @@ class LinearSelfAttention(NamedTuple):
     P: Float[Tensor, "d_token d_token"]
     """The output projection: dimensions of a token by dimensions of a value."""
 
+    @checked
     def __call__(
         self, context: Float[Tensor, "token d_token"], queries: Float[Tensor, "query d_token"]
     ) -> Float[Tensor, "query d_token"]:
@@ -166,12 +180,21 @@ class LinearSelfAttention(NamedTuple):
 
         Returns:
             The query tokens, each with the layer's output added.
+
+        Raises:
+            ValueError: tokens have another number of dimensions than the layer.
         """
+        if context.shape[1] != self.W_Q.shape[1]:
+            raise ArgumentError(
+                f"expected context and queries with the {self.W_Q.shape[1]} dimensions of the layer's tokens, got "
+                f"{context.shape[1]}: pass tokens of the layer's width"
+            )
         attended = linear_attention(queries @ self.W_Q.mT, context @ self.W_K.mT, context @ self.W_V.mT)
         return queries + attended @ self.P.mT
 
 
-def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: int) -> LinearSelfAttention:
+@checked
+def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: Finite, n_tokens: Index) -> LinearSelfAttention:
     """Return the linear self-attention layer that is one step of gradient descent (von Oswald et al., 2023).
 
     Tokens are (x, y). For the loss 1/(2N) Σ_i ‖W x_i − y_i‖² over N context tokens, the layer maps every (x, y) to
@@ -194,6 +217,7 @@ def gradient_descent_layer(W_0: Float[Tensor, "d_y d_x"], lr: float, n_tokens: i
 # 2. Attention as a linear layer
 
 
+@checked
 def head_weights(
     k: Float[Tensor, "*batch key kv_head d_head"], v: Float[Tensor, "*batch key kv_head d_head"]
 ) -> Float[Tensor, "*batch kv_head d_head d_head"]:
@@ -216,6 +240,7 @@ def head_weights(
     return outer_sum(k.transpose(-3, -2), v.transpose(-3, -2))
 
 
+@checked
 def delta_w_ft(
     k: Float[Tensor, "*batch key kv_head d_head"],
     v: Float[Tensor, "*batch key kv_head d_head"],
@@ -238,6 +263,7 @@ def delta_w_ft(
     return head_weights(tuned_k, tuned_v) - head_weights(k, v)
 
 
+@checked
 def act(
     W: Float[Tensor, "*batch kv_head d_head d_head"], q: Float[Tensor, "*batch head d_head"]
 ) -> Float[Tensor, "*batch head d_head"]:
@@ -250,15 +276,19 @@ def act(
     Returns:
         The output of each query head.
 
+    Raises:
+        ValueError: the number of query heads is no multiple of that of key-value heads.
+
     >>> import torch
     >>> W, q = torch.stack([torch.eye(3), 2 * torch.eye(3)]), torch.ones(4, 3)  # 2 key-value heads, 4 query heads
     >>> act(W, q)[:, 0]
     tensor([1., 1., 2., 2.])
     """
-    heads = q.unflatten(-2, (W.shape[-3], -1))
+    heads = q.unflatten(-2, (W.shape[-3], _group(q.shape[-2], W.shape[-3])))
     return torch.einsum("...kij,...kgj->...kgi", W, heads).flatten(-3, -2)
 
 
+@checked
 def act_unformed(
     q: Float[Tensor, "*batch head d_head"],
     k: Float[Tensor, "*batch key kv_head d_head"],
@@ -274,18 +304,36 @@ def act_unformed(
     Returns:
         The output of each query head, which is `act(head_weights(k, v), q)` up to rounding.
 
+    Raises:
+        ValueError: the number of query heads is no multiple of that of key-value heads.
+
     >>> import torch
     >>> q, k, v = torch.randn(4, 3), torch.randn(6, 2, 3), torch.randn(6, 2, 3)
     >>> torch.allclose(act_unformed(q, k, v), act(head_weights(k, v), q), atol=1e-5)
     True
     """
-    heads = q.unflatten(-2, (k.shape[-2], -1))
+    heads = q.unflatten(-2, (k.shape[-2], _group(q.shape[-2], k.shape[-2])))
     return linear_attention(heads, k.transpose(-3, -2), v.transpose(-3, -2)).flatten(-3, -2)
+
+
+def _group(n_heads: int, n_kv_heads: int) -> int:
+    """Return the number of query heads that share a key-value head.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    if not n_kv_heads or n_heads % n_kv_heads:
+        raise ArgumentError(
+            f"expected q with a multiple of the {n_kv_heads} key-value heads, got {n_heads} query heads: pass keys and "
+            "values of heads that the same number of query heads share"
+        )
+    return n_heads // n_kv_heads
 
 
 # 3. Softmax attention, split
 
 
+@checked
 @document_fields
 class AttentionPart(NamedTuple):
     """Attention restricted to one group of keys: its output, and the log-sum-exp of its scores."""
@@ -296,11 +344,12 @@ class AttentionPart(NamedTuple):
     """Log-sum-exp of the scores, the group's weight in a softmax over several groups; −∞ where no key is visible."""
 
 
+@checked
 def scores(
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],
-    scale: float,
-    softcap: float | None = None,
+    scale: Finite,
+    softcap: Rate | None = None,
 ) -> Float[Tensor, "batch kv_head group_pos key"]:
     """Return scaled scores qᵀk before mask, position bias and softmax, capped where the model caps them.
 
@@ -312,10 +361,13 @@ def scores(
         k: keys as scored, after norms and rotation.
         scale: the factor of the scores, usually 1/√d_head.
         softcap: the bound c of c·tanh(score / c); none where `None`.
+
+    Raises:
+        ValueError: the number of query heads is no multiple of that of key-value heads.
     """
     batch, n_pos, n_heads, d_head = q.shape
     n_keys, n_kv_heads = k.shape[1:3]
-    group = n_heads // n_kv_heads
+    group = _group(n_heads, n_kv_heads)
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = (q.to(dtype) * scale).view(batch, n_pos, n_kv_heads, group, d_head).permute(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * n_kv_heads, group * n_pos, d_head)
@@ -324,11 +376,12 @@ def scores(
     return product if softcap is None else softcap * torch.tanh(product / softcap)
 
 
+@checked
 def shared_scores(
     q: Float[Tensor, "row head d_head"],
     k: Float[Tensor, "key kv_head d_head"],
-    scale: float,
-    softcap: float | None = None,
+    scale: Finite,
+    softcap: Rate | None = None,
 ) -> Float[Tensor, "head row key"]:
     """Return `scores` of rows that share one set of keys, as queries share their demonstrations.
 
@@ -349,11 +402,12 @@ def shared_scores(
     return scores(q[None], k[None], scale, softcap).view(q.shape[1], len(q), len(k))
 
 
+@checked
 def summed_scores(
     q: Float[Tensor, "row head d_head"],
     k: Float[Tensor, "key kv_head d_head"],
-    scale: float,
-    softcap: float | None = None,
+    scale: Finite,
+    softcap: Rate | None = None,
 ) -> Float[Tensor, "row key"]:
     """Return `shared_scores` summed over heads: one product with all keys side by side, where no score is capped.
 
@@ -369,22 +423,25 @@ def summed_scores(
     if softcap is not None:
         return shared_scores(q, k, scale, softcap).sum(0)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_by_kv_head = q.to(dtype).unflatten(1, (k.shape[1], -1)).sum(2) * scale
+    q_by_kv_head = q.to(dtype).unflatten(1, (k.shape[1], _group(q.shape[1], k.shape[1]))).sum(2) * scale
     return q_by_kv_head.flatten(1) @ k.to(dtype).flatten(1).T
 
 
+@checked
 def attend(
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch key kv_head d_head"],
     v: Float[Tensor, "batch key kv_head d_head"],
-    scale: float,
-    softcap: float | None = None,
+    scale: Finite,
+    softcap: Rate | None = None,
     bias: Float[Tensor, "#batch #head #pos key"] | None = None,
     causal: bool = False,
 ) -> AttentionPart:
     """Return softmax attention of every row over one group of keys.
 
-    A row that sees no key of the group has output 0 and log-sum-exp −∞, so that the group has no share in a merge.
+    A row that sees no key of the group has output 0 and log-sum-exp −∞, so that the group has no share in a merge. A
+    key of score −∞, as hidden ones have, adds nothing, whatever its value is. A visible score of NaN or +∞ makes the
+    row's output NaN; a visible value of ±∞ or NaN goes through to the output.
 
     Args:
         q: queries as scored.
@@ -395,37 +452,41 @@ def attend(
         bias: added to the scores: position biases, and −∞ for a key that a row does not see.
         causal: whether the rows are the tokens of the keys, in order, and see no token after themselves.
 
+    Raises:
+        ValueError: the number of query heads is no multiple of that of key-value heads, or causal attention has
+            another number of rows than keys.
+
     >>> import torch
     >>> q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
     >>> z, lse = attend(q, k, v, scale=8**-0.5)
     >>> z.shape, lse.shape
     (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 4]))
     """
-    batch, n_pos, n_heads, d_head = q.shape
-    n_keys, n_kv_heads = k.shape[1:3]
-    group = n_heads // n_kv_heads
+    n_pos, n_keys = q.shape[1], k.shape[1]
+    _group(q.shape[2], k.shape[2])
+    if causal and n_pos != n_keys:
+        raise ArgumentError(
+            f"expected as many keys as queries where causal=True, got {n_keys} keys and {n_pos} queries: pass those of "
+            "the same tokens, or hide keys by bias="
+        )
     if n_keys == 0:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return AttentionPart(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
-    if softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED:
-        return _attend_fused(q, k, v, scale, causal)
-    weights = scores(q, k, scale, softcap)
-    by_head = weights.view(batch, n_kv_heads, group, n_pos, n_keys)
-    if bias is not None:
-        by_head.add_(bias.unflatten(1, (n_kv_heads, group)) if bias.shape[1] > 1 else bias.unsqueeze(1))
-    if causal:
-        by_head.masked_fill_(torch.ones(n_pos, n_keys, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-    largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite if all keys are hidden
-    weights = weights.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    values = v.to(weights.dtype).permute(0, 2, 1, 3).reshape(batch * n_kv_heads, n_keys, d_head)
-    z = torch.bmm(weights.view(batch * n_kv_heads, group * n_pos, n_keys), values)
-    z = z.view(batch, n_kv_heads, group * n_pos, d_head) / total.clamp_min(torch.finfo(total.dtype).tiny)
-    lse = (largest + total.log()).squeeze(-1)
-    return AttentionPart(
-        z.view(batch, n_kv_heads, group, n_pos, d_head).permute(0, 3, 1, 2, 4).reshape(q.shape),
-        lse.view(batch, n_kv_heads, group, n_pos).permute(0, 3, 1, 2).reshape(batch, n_pos, n_heads),
-    )
+    is_fused = softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED
+    if is_fused and _are_scores_finite(q, k, scale):
+        part = _attend_fused(q, k, v, scale, causal)
+    else:
+        part = _attend(q, k, v, scale, softcap, bias, causal)
+    # A hidden NaN or infinity may have reached the output as 0·∞.
+    is_finite = bool(part.z.detach().sum().isfinite())
+    return part if is_finite else _attend_not_finite(q, k, v, scale, softcap, bias, causal)
+
+
+def _are_scores_finite(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Return whether no score can be NaN or infinite: the fused kernel takes a row of such scores for a hidden one."""
+    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (q, k)]
+    bound = math.prod(norms) * abs(scale)
+    return bound < torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionPart:
@@ -438,6 +499,76 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
     return AttentionPart(z.transpose(1, 2), lse.transpose(1, 2))
 
 
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, bias: Tensor | None, causal: bool
+) -> AttentionPart:
+    """Return `attend` step by step."""
+    weights = _hidden_scores(q, k, scale, softcap, bias, causal)
+    largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite if all keys are hidden
+    weights = weights.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    z = _weighted(weights, v) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return _by_head(z, (largest + total.log()).squeeze(-1), q.shape)
+
+
+def _attend_not_finite(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, bias: Tensor | None, causal: bool
+) -> AttentionPart:
+    """Return `attend` where a score or a value is NaN or infinite, as its definition says for each row and key."""
+    scores = _hidden_scores(q, k, scale, softcap, bias, causal)
+    if bias is not None:  # a score of NaN or +∞ is NaN after a bias of −∞
+        hidden = _by_group(bias, k.shape[2]) == -torch.inf
+        scores.view(len(q), k.shape[2], -1, q.shape[1], k.shape[1]).masked_fill_(hidden, -torch.inf)
+    is_visible = scores != -torch.inf
+    lse = scores.logsumexp(-1)
+    weights = torch.where(is_visible, (scores - lse[..., None]).exp(), 0.0)
+    z = _weighted(weights, v.nan_to_num(0.0, 0.0, 0.0))
+    for value, is_value in ((torch.nan, v.isnan()), (torch.inf, v == torch.inf), (-torch.inf, v == -torch.inf)):
+        has_value = _weighted(is_visible.to(z.dtype), is_value.to(z.dtype)) > 0
+        z = z + torch.where(has_value, value, 0.0)
+    return _by_head(z, lse, q.shape)
+
+
+def _hidden_scores(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, bias: Tensor | None, causal: bool
+) -> Float[Tensor, "batch kv_head group_pos key"]:
+    """Return `scores` with their biases, and −∞ for keys that a row does not see."""
+    weights = scores(q, k, scale, softcap)
+    n_pos = q.shape[1]
+    by_group = weights.view(len(q), k.shape[2], -1, n_pos, k.shape[1])
+    if bias is not None:
+        by_group.add_(_by_group(bias, k.shape[2]))
+    if causal:
+        by_group.masked_fill_(torch.ones(n_pos, n_pos, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    return weights
+
+
+def _by_group(
+    bias: Float[Tensor, "_ head pos key"], n_kv_heads: int
+) -> Float[Tensor, "_ kv_head_or_1 group_or_1 pos key"]:
+    """Return a bias by key-value head and the query heads that share it; one for all heads stays one."""
+    return bias.unsqueeze(1) if bias.shape[1] == 1 else bias.unflatten(1, (n_kv_heads, -1))
+
+
+def _weighted(
+    weights: Float[Tensor, "batch kv_head group_pos key"], v: Float[Tensor, "batch key kv_head d_head"]
+) -> Float[Tensor, "batch kv_head group_pos d_head"]:
+    """Return the sum of the values that each row gives weights to."""
+    values = v.to(weights.dtype).permute(0, 2, 1, 3).flatten(0, 1)
+    return torch.bmm(weights.flatten(0, 1), values).unflatten(0, weights.shape[:2])
+
+
+def _by_head(z: Tensor, lse: Tensor, shape: torch.Size) -> AttentionPart:
+    """Return attention of rows by key-value head, `[batch kv_head group_pos …]`, in the shape of the queries."""
+    batch, n_pos, n_heads, d_head = shape
+    group = n_heads // z.shape[1]
+    return AttentionPart(
+        z.view(batch, -1, group, n_pos, d_head).permute(0, 3, 1, 2, 4).reshape(shape),
+        lse.view(batch, -1, group, n_pos).permute(0, 3, 1, 2).reshape(shape[:3]),
+    )
+
+
+@checked
 def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart:
     """Return a group with a sink added to it: a learned score per head that has a share of the softmax and no value.
 
@@ -457,6 +588,7 @@ def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart
     return AttentionPart(part.z * (part.lse - lse).exp().unsqueeze(-1), lse)
 
 
+@checked
 def share(part: AttentionPart, rest: AttentionPart) -> Float[Tensor, "*batch head"]:
     """Return a group's share of the softmax, w = σ(lse − lse_rest); 0 where neither the group nor the rest has a key.
 
@@ -467,14 +599,19 @@ def share(part: AttentionPart, rest: AttentionPart) -> Float[Tensor, "*batch hea
     Returns:
         The share of each head, from 0 to 1.
 
+    Raises:
+        ValueError: the parts are of different heads or rows.
+
     >>> import torch
     >>> twice, once = (AttentionPart(torch.ones(1, 3), torch.tensor([n]).log()) for n in (2.0, 1.0))
     >>> share(twice, once)
     tensor([0.6667])
     """
+    _check_same_rows(part, rest)
     return torch.sigmoid((part.lse - rest.lse).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
 
 
+@checked
 def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[Tensor, "*batch head d_head"]:
     """Return what the demonstrations add to zero-shot attention: ΔICL = w (z_demo − z_0), w = σ(lse_demo − lse_0).
 
@@ -496,6 +633,7 @@ def delta_icl(zero_shot: AttentionPart, demonstrations: AttentionPart) -> Float[
     return share(demonstrations, zero_shot).unsqueeze(-1) * (demonstrations.z - zero_shot.z)
 
 
+@checked
 def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     """Return softmax attention over the keys of two groups, from the attention over each.
 
@@ -515,21 +653,31 @@ def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     return AttentionPart(a.z + delta_icl(a, b), torch.logaddexp(a.lse, b.lse))
 
 
+def _check_same_rows(a: AttentionPart, b: AttentionPart) -> None:
+    if a.z.shape != b.z.shape:
+        raise ArgumentError(
+            f"expected two parts of attention by the same queries, got z of shapes {list(a.z.shape)} and "
+            f"{list(b.z.shape)}: pass attention of the same rows and heads over different keys"
+        )
+
+
+@checked
 @document_fields
 class AttentionRule(NamedTuple):
     """How a layer turns qᵀk into attention weights."""
 
-    scale: float
+    scale: Finite
     """The factor of the scores, usually 1/√d_head."""
-    softcap: float | None
+    softcap: Rate | None
     """The bound c of c·tanh(score / c); `None` where scores are not capped."""
-    window: int | None
+    window: Count | None
     """How many positions a query sees, from its own backwards; `None` where it sees all."""
     slopes: Float[Tensor, " head"] | None = None
     """ALiBi: what each position of distance subtracts from a score; `None` without ALiBi."""
     sink: Float[Tensor, " head"] | None = None
     """The learned score that has a share of each row's softmax and no value; `None` without a sink."""
 
+    @checked
     def attend(
         self,
         q: Float[Tensor, "batch pos head d_head"],
@@ -546,7 +694,15 @@ class AttentionRule(NamedTuple):
             v: values.
             rows: the position of each query.
             keys: the position of each key.
+
+        Raises:
+            ValueError: the numbers of heads of queries, keys and ALiBi slopes do not fit each other.
         """
+        if self.slopes is not None and len(self.slopes) not in (1, q.shape[2]):
+            raise ArgumentError(
+                f"expected q with as many heads as slopes, {len(self.slopes)}, got {q.shape[2]}: pass one slope for "
+                "each query head"
+            )
         bias, causal = None, False
         if self.slopes is not None or self._hides(rows, keys):
             bias = self.bias(rows, keys)
@@ -562,6 +718,7 @@ class AttentionRule(NamedTuple):
         """Return whether the window hides a key from a row."""
         return self.window is not None and bool(keys.numel()) and int(rows.max() - keys.min()) >= self.window
 
+    @checked
     def bias(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Float[Tensor, "_ _ pos key"]:
         """Return what positions add to the scores, by batch and head where these differ: ALiBi, and −∞ if hidden.
 
@@ -574,6 +731,7 @@ class AttentionRule(NamedTuple):
         bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
         return torch.where(hidden, -torch.inf, bias.to(rows.device))
 
+    @checked
     def visible(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Bool[Tensor, "_ pos key"]:
         """Return which keys each row sees: none after itself, and none before the window.
 
@@ -592,6 +750,7 @@ class AttentionRule(NamedTuple):
         distance = rows[..., None] - keys[:, None]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
+    @checked
     def with_sink(self, part: AttentionPart) -> AttentionPart:
         """Return a group of keys with the layer's sink added to it, if the layer has one."""
         return part if self.sink is None else add_sink(part, self.sink)
@@ -600,6 +759,7 @@ class AttentionRule(NamedTuple):
 # 4. Two updates compared
 
 
+@checked
 def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Float[Tensor, "..."]:
     """Return the cosine over the last axis; NaN where a vector is zero.
 
@@ -617,6 +777,7 @@ def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Floa
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
+@checked
 @document_fields
 class Svd(NamedTuple):
     """The singular value decomposition U diag(S) Vᵀ of a matrix."""
@@ -629,21 +790,31 @@ class Svd(NamedTuple):
     """Right singular vectors, by row: the directions that the matrix reads."""
 
     @classmethod
+    @checked
     def of(cls, W: Float[Tensor, "*batch d d"]) -> "Svd":
-        """Return the decomposition of a matrix, in float64: float32 loses the angles between close directions."""
+        """Return the decomposition of a matrix, in float64: float32 loses the angles between close directions.
+
+        Raises:
+            ValueError: the matrix has NaN or infinities.
+        """
+        if not W.isfinite().all():
+            raise ArgumentError("expected W as finite numbers, got NaN or infinities: such a matrix has no directions")
         return cls(*torch.linalg.svd(W.double()))
 
+    @checked
     def with_random_directions(self, generator: torch.Generator) -> "Svd":
         """Return a matrix with the same singular values and singular vectors drawn uniformly (Haar): the null."""
         U, V = (torch.linalg.qr(_normal(self.U, generator)) for _ in range(2))
         # Unless R's diagonal is made positive, the Q of a random matrix is not uniformly distributed.
         return Svd(_signed(*U), self.S, _signed(*V).mT)
 
+    @checked
     def act(self, q: Float[Tensor, "*#batch group d"]) -> Float[Tensor, "*#batch group d"]:
         """Return the matrix applied to vectors."""
         return ((q @ self.Vh.mT) * self.S.unsqueeze(-2)) @ self.U.mT
 
 
+@checked
 @document_fields
 class Overlap(NamedTuple):
     """How similar two updates are as matrices."""
@@ -658,7 +829,8 @@ class Overlap(NamedTuple):
     past the rank of either matrix."""
 
 
-def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
+@checked
+def overlap(a: Svd, b: Svd, rank: Count) -> Overlap:
     """Compare two matrices: Frobenius cosine, and principal angles between their leading singular subspaces.
 
     Args:
@@ -670,11 +842,20 @@ def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
         NaN where a matrix is zero, or has fewer directions than `rank`: a singular value that is float32's rounding of
         the largest has no direction.
 
+    Raises:
+        ValueError: the matrices are of different sizes, or smaller than `rank`.
+
     >>> import torch
     >>> a, b = Svd.of(torch.diag(torch.tensor([2.0, 1.0, 0.0]))), Svd.of(torch.diag(torch.tensor([0.0, 1.0, 2.0])))
     >>> overlap(a, b, rank=1).left_angles
     tensor([90.], dtype=torch.float64)
     """
+    d = a.S.shape[-1]
+    if b.S.shape[-1] != d or rank > d:
+        raise ArgumentError(
+            f"expected matrices of the same size and rank up to it, got sizes {d} and {b.S.shape[-1]} and rank={rank}: "
+            "pass two updates of the same head, and a smaller rank"
+        )
     left, right = a.U.mT @ b.U, a.Vh @ b.Vh.mT
     inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * left * right).sum((-2, -1))
     norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
@@ -688,6 +869,7 @@ def overlap(a: Svd, b: Svd, rank: int) -> Overlap:
     return Overlap(cosine, *(torch.where(is_defined, degrees, torch.nan) for degrees in angles))
 
 
+@checked
 def effective_rank(S: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """Return exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); NaN for a zero matrix.
 

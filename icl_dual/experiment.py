@@ -61,7 +61,7 @@ class Experiment(Saved):
     """By replica of the finetuning that diverged: the error."""
     replica_names: tuple[str, ...] = ()
     """The names of all replicas in order, those that diverged included."""
-    model: Model | None = field(default=None, metadata=NOT_SAVED)
+    model: Model | None = field(default=None, compare=False, metadata=NOT_SAVED)
     """The model that was captured; `None` after loading."""
 
     def compare(self, *, seed: int = 0) -> Comparison:

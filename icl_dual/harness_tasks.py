@@ -22,7 +22,7 @@ from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icl_dual import assets
-from icl_dual.rows import Rows, TaskError, located_rows
+from icl_dual.rows import Rows, TaskError, located_rows, note_file
 from icl_dual.tasks import Task
 
 TEXTS = {"description": "", "target_delimiter": " ", "fewshot_delimiter": "\n\n"}
@@ -262,6 +262,7 @@ def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> Any:
     """Return what a file says; choices that YAML would change are refused."""
+    note_file(path)
     loader = _Loader(path.read_text(encoding="utf-8"))
     try:
         root = loader.get_single_node()

@@ -10,6 +10,7 @@ a layer in a setting where the norm of its residual stream exceeds `MASSIVE_RATI
 tokens of all queries at that layer in that setting. The start token is not among them: no metric reads it.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import check_fields, check_settings, of_shared_tokens
 from icl_dual.field_docs import document_fields
 from icl_dual.prompts import Tokens
+from icl_dual.statistics.frames import html_table
 from icl_dual.storage import Saved
 
 MASSIVE_RATIO = 10.0
@@ -236,7 +238,7 @@ class MassiveActivations(Saved):
         return f"{sentence}; {len(others)} other, each in at most {n_most}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.tokens().round(1).to_html(index=False)}"
+        return f"<p>{html.escape(repr(self))}</p>{html_table(self.tokens().round(1))}"
 
 
 def _spans(numbers: Sequence[int]) -> str:

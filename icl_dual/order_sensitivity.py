@@ -38,7 +38,7 @@ PAIRS = ("ICL and ICL", "FT and FT", "ICL and FT")
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class OrderSensitivity(Saved):
     """How far the order of demonstrations alone moves in-context learning (ICL) and finetuning (FT).
 

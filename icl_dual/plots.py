@@ -25,6 +25,19 @@ LINESTYLES = ("-", "--", "-.", ":")
 """The line styles of curves, which tell them apart without colour."""
 
 
+def literal(text: str) -> str:
+    """Return a name as a text of a figure that shows the name: a dollar sign begins no formula.
+
+    All names are drawn so: those of series, rows, metrics, demonstrations and label words. Titles and axes' texts that
+    are passed as such may hold formulas.
+
+    >>> print(literal("costs $5 or $6"))
+    costs \\$5 or \\$6
+    """
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib leaves labels with _ out of legends
+
+
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
     """Draw a metric by layer, with its baselines: means over queries, with bands of ±1.96 standard errors.
 
@@ -64,11 +77,11 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
         # Comparisons of several seeds share their queries: averaged first, so that a query counts once.
         values = torch.stack([comparison.per_layer[name] for comparison in together]).nanmean(0)
         style = {"color": drawing.color, "linestyle": drawing.linestyle}
-        _mean_by_layer(values, ax, label=drawing.label or name, **style)
+        _mean_by_layer(values, ax, label=drawing.label or literal(name), **style)
         for edge in _replica_edges(together, name):
             ax.plot(np.arange(len(edge)), values.nanmean(0) + edge, color=drawing.color, linestyle=":", linewidth=0.8)
     lead = next(iter(drawings))
-    _finish(ax, is_new, ylabel=drawings[lead].axis_label or lead)
+    _finish(ax, is_new, ylabel=drawings[lead].axis_label or literal(lead))
     return ax
 
 
@@ -83,7 +96,7 @@ def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str 
     ax, is_new = _axes(ax)
     for index, (label, values) in enumerate(series.items()):
         _check_shape(values, "query layer")
-        _mean_by_layer(values, ax, label=label, color=f"C{index}")
+        _mean_by_layer(values, ax, label=literal(label), color=f"C{index}")
     _finish(ax, is_new, ylabel=ylabel)
     return ax
 
@@ -171,7 +184,7 @@ def demonstrations(
         )
     most = float(shares.abs().nan_to_num().quantile(0.99))
     image = ax.imshow(shares.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=7)
     ax.set(xlabel="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.figure.colorbar(image, ax=ax, label=label, extend="both")
@@ -194,7 +207,7 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
         points = [(row + offset, of[name]) for row, of in enumerate(estimates.values()) if name in of]
         style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "color": f"C{index}"}
         looks: dict[str, dict[str, Any]] = {
-            "stable": {"label": name},
+            "stable": {"label": literal(name)},
             "unstable": {"marker": "x", "markersize": 5},
             "no interval": {"markerfacecolor": "white"},
         }
@@ -205,7 +218,7 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
             low, high = [estimate.low for estimate in chosen], [estimate.high for estimate in chosen]
             ax.hlines(y, low, high, color=f"C{index}", linewidth=1.2)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(estimates)), list(estimates), fontsize="small")
+    ax.set_yticks(range(len(estimates)), [literal(name) for name in estimates], fontsize="small")
     ax.set_ylim(len(estimates) - 0.5, -0.5)
     ax.grid(axis="y", color="0.93")
     ax.set_axisbelow(True)
@@ -235,7 +248,7 @@ def curves(
     for index, (name, by_number) in enumerate(estimates.items()):
         x = list(by_number)
         style: dict[str, Any] = {"color": f"C{index}", "linestyle": LINESTYLES[index % len(LINESTYLES)], "marker": "."}
-        ax.plot(x, [estimate.value for estimate in by_number.values()], label=name, **style)
+        ax.plot(x, [estimate.value for estimate in by_number.values()], label=literal(name), **style)
         low, high = ([getattr(estimate, end) for estimate in by_number.values()] for end in ("low", "high"))
         ax.fill_between(x, low, high, color=f"C{index}", alpha=0.2, linewidth=0)
         unstable = [(number, estimate.value) for number, estimate in by_number.items() if estimate.unstable]
@@ -259,7 +272,7 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
     """
     ax, is_new = _axes(ax)
     for setting, ratios in massive.ratios.items():
-        ax.plot(np.arange(ratios.shape[1]), ratios.amax((0, 2)), ".-", label=setting)
+        ax.plot(np.arange(ratios.shape[1]), ratios.amax((0, 2)), ".-", label=literal(setting))
     ax.axhline(massive.ratio, color="0.5", linestyle=":", linewidth=0.8, label=f"massive: above {massive.ratio:g}")
     ax.set_yscale("log")
     if is_new:
@@ -290,8 +303,10 @@ def label_counts(
         labels = torch.cat([c.gold if setting == "gold" else c.predictions[setting] for c in together])
         shares = labels.bincount(minlength=len(label_words)) / len(labels)
         at = np.arange(len(label_words)) + (index - (len(settings) - 1) / 2) * width
-        ax.bar(at, shares.numpy(), width, label=setting, color="0.75" if setting == "gold" else f"C{index - 1}")
-    ax.set_xticks(np.arange(len(label_words)), label_words)
+        ax.bar(
+            at, shares.numpy(), width, label=literal(setting), color="0.75" if setting == "gold" else f"C{index - 1}"
+        )
+    ax.set_xticks(np.arange(len(label_words)), [literal(word) for word in label_words])
     ax.set(ylabel="share of queries", ylim=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -1,11 +1,13 @@
 """Rows of a task: from JSONL, JSON and CSV files, pandas frames, data sets or lists, each with where it stands."""
 
 import csv
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,38 @@ LONGEST_FIELD = 2**31 - 1
 """The longest field of a CSV file, in characters: the largest limit that `csv` takes on every platform."""
 
 
+_files_read: ContextVar[dict[str, str] | None] = ContextVar("files_read", default=None)
+"""The SHA-256 of each file that was read within `files_read`, by path."""
+
+
 class TaskError(ValueError):
     """A task is unknown, its rows are invalid, or it has too few rows for a draw."""
+
+
+@contextmanager
+def files_read() -> Iterator[dict[str, str]]:
+    """Yield a dictionary that collects the SHA-256 of each local file that tasks are read from within the block."""
+    files: dict[str, str] = {}
+    token = _files_read.set(files)
+    try:
+        yield files
+    finally:
+        _files_read.reset(token)
+
+
+def note_file(path: Path) -> None:
+    """Record that a task is read from a file, for `files_read`."""
+    if (files := _files_read.get()) is not None and (sha256 := file_sha256(path)) is not None:
+        files[str(path)] = sha256
+
+
+def file_sha256(path: str | PathLike[str]) -> str | None:
+    """Return the SHA-256 of a file's bytes, in hexadecimal; `None` where there is no such file, or it is unreadable."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def located_rows(rows: Rows, argument: str) -> tuple[str, list[tuple[str, Any]]]:
@@ -109,6 +141,7 @@ def _read_file(path: Path) -> tuple[str, NumberedRows]:
             f"expected a .jsonl, .json or .csv file of rows, got {str(path)!r}: convert it, or pass the rows as "
             "dictionaries"
         )
+    note_file(path)
     try:
         return readers[path.suffix](path)
     except (OSError, UnicodeDecodeError) as error:

@@ -1,221 +1,60 @@
-"""Cells and studies: a cell is one comparison of a model on a task, a study is a grid of cells in one folder.
+"""Studies: run, save and resume a grid of cells, each a comparison of a model on a task, in one folder.
 
-A cell is run, saved and loaded by its settings: model, task, k, seed, learning rate, protocol, and what makes it a
-control or a variant. Its folder appears complete or not at all, so a study that was stopped continues where it was.
+A cell's folder appears complete or not at all, so a study that was stopped continues where it was.
 """
 
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any
 
-import pandas as pd
 import torch
 
-from icl_dual.assets import check_model_name
+from icl_dual.assets import check_model_name, local_files
 from icl_dual.captures.capture import Capture, capture
-from icl_dual.contexts import Context, matching_training_steps, relabel
+from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell
+from icl_dual.contexts import matching_training_steps, relabel
 from icl_dual.experiment import Experiment, Setting, add_replicas, capture_replicas, capture_settings
-from icl_dual.field_docs import document_fields
-from icl_dual.finetuning.replicas import REPLICAS, Finetuned, check_replicas, finetune_with_replicas
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
-from icl_dual.metrics.comparison import Comparison
-from icl_dual.models import MOMENTUM_TAG, Control, Model, control_model, control_name, control_provenance, load_model
-from icl_dual.models.precision import check_arithmetic, precision_name
+from icl_dual.finetuning.replicas import Finetuned, finetune_with_replicas
+from icl_dual.models import MOMENTUM_TAG, Model, control_model, load_model
+from icl_dual.models.precision import check_arithmetic
 from icl_dual.paper_tasks import load_task, registered_task
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
-from icl_dual.recordings.recordings import Recordings
+from icl_dual.provenance import (
+    PACKAGES,
+    LocalModels,
+    SavedCell,
+    check_same_control,
+    check_same_model,
+    check_same_precision,
+    check_same_task,
+    have_task_files_changed,
+    model_origin,
+    task_origin,
+)
 from icl_dual.recordings.released_layout import write_recordings
-from icl_dual.scoring import Scoring
-from icl_dual.storage import AssetError, atomic_folder, check_same_settings, load_tensors
-from icl_dual.tasks import Example, Protocol, Split, Task
-
-RECORDINGS = "recordings"
-"""The folder of a cell's recordings inside the cell's own, where they were kept."""
-
-
-class StudyError(ValueError):
-    """A cell's settings contradict each other, or the cells, tasks and models of a study do not match."""
-
-
-@document_fields
-@dataclass(frozen=True)
-class Cell:
-    """The settings of one comparison.
-
-    Example:
-        >>> cell = Cell(model="smollm2-135m", task="sst2", k=8, seed=1, lr=0.001)
-        >>> cell.name
-        'smollm2-135m_sst2_k8_seed1_lr0.001_answer'
-        >>> replace(cell, context="flipped labels").variation
-        {'context': 'flipped labels'}
-    """
-
-    model: str
-    """The model's name: one that `load_model` takes, or that of a `Model` passed to `run_study`."""
-    task: str
-    """The task's name: one that `load_task` takes, or that of a `Task` passed to `run_study`."""
-    k: int
-    """The number of demonstrations."""
-    seed: int
-    """The seed of the demonstrations, of controls and of random baselines."""
-    lr: float
-    """The learning rate of finetuning."""
-    n_queries: int | None = 100
-    """The number of queries; `None` for all of the split (under the reference protocol at most 2000)."""
-    protocol: Protocol = "answer"
-    """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label; or
-    `reference`, as in the released code, the first label word, which is appended to every query."""
-    balanced: bool = False
-    """Whether as many demonstrations of each class are drawn; by default as classes are distributed (the paper)."""
-    split: Split = "evaluation"
-    """The pool that queries come from."""
-    source: str | None = None
-    """The source of the tasks' rows, as `load_task` takes it: `wheel`, `hub`, or a file; a task's own by default."""
-    reference_k_mismatch: bool = False
-    """Whether finetuning also trains on the demonstrations that the reference protocol leaves out of a full context, as
-    the released code does."""
-    weights: Literal["trained"] | Control = "trained"
-    """The weights: the model's own, or those of a control, drawn by `seed`."""
-    context: Context = "own"
-    """The demonstrations in context: the task's `own`, or a change of them, drawn by `seed`."""
-    context_task: str | None = None
-    """The name of another task that gives the demonstrations in context."""
-    finetuned_on: Literal["own", "context"] = "own"
-    """The demonstrations that finetuning trains on: the task's `own`, or those in `context`."""
-    finetuning: FinetuneConfig = PAPER_FINETUNING
-    """The loss, the method and the trained projections of finetuning."""
-    delta: Literal["finetuned", "random"] = "finetuned"
-    """The change of weights in the finetuned setting: finetuning's, or one of the same norm in random directions."""
-    replicas: int = REPLICAS
-    """How often to repeat the finetuning at slightly other rates from slightly other weights, which shows how stable
-    each metric is: at least 2, or 0 for none."""
-    scoring: Scoring = "mean"
-    """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
-
-    def __post_init__(self) -> None:
-        try:
-            check_replicas(self.replicas)
-        except ValueError as error:
-            raise StudyError(str(error)) from error
-        for name, options in _OPTIONS.items():
-            if getattr(self, name) not in options:
-                raise StudyError(f"expected {name} out of {options}, got {getattr(self, name)!r}: choose one of these")
-        if self.context_task is not None and (self.context, self.finetuned_on) != ("own", "own"):
-            raise StudyError(
-                "expected context='own' and finetuned_on='own' with a context_task, got "
-                f"context={self.context!r} and finetuned_on={self.finetuned_on!r}: change one thing in a cell"
-            )
-        if self.context_task == self.task:
-            raise StudyError(
-                f"expected another task as context_task, got the cell's own, {self.task!r}: leave context_task out"
-            )
-        if (self.context, self.finetuned_on) == ("own", "context"):
-            raise StudyError(
-                "expected finetuned_on='own' with context='own', got finetuned_on='context': both are the same "
-                "demonstrations, so leave finetuned_on out"
-            )
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "Cell":
-        """Return the cell of settings as they are saved, by this version or by an older one.
-
-        Version 0.1 saved the finetuning's loss, method and trained projections among the other settings, and finetuned
-        once, without replicas.
-        """
-        given = {"replicas": 0, **settings}
-        flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
-        finetuning = FinetuneConfig(**given.pop("finetuning", flat))
-        return cls(**given, finetuning=finetuning)
-
-    @property
-    def name(self) -> str:
-        """Return the name of the cell's folder, which tells it from the other cells of a study."""
-        model, task = self.model.strip("/"), self.task
-        name = f"{model}_{task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
-        return "_".join([name, *(value.replace(" ", "-") for value in self.variation.values())]).replace("/", "--")
-
-    @property
-    def variation(self) -> dict[str, str]:
-        """Return what makes the cell a control or a variant, by field: every such setting that is not the paper's."""
-        descriptions = {
-            "weights": "{}",
-            "context": "{}",
-            "context_task": "context of {}",
-            "finetuned_on": "finetuned on {}",
-            "loss": "{} loss",
-            "method": "{}",
-            "trained": "{} trained",
-            "delta": "{} delta",
-            "scoring": "{} scoring",
-        }
-        in_paper = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
-        values = {
-            name: getattr(self.finetuning if name in vars(PAPER_FINETUNING) else self, name) for name in descriptions
-        }
-        return {name: descriptions[name].format(value) for name, value in values.items() if value != in_paper[name]}
-
-    @property
-    def model_name(self) -> str:
-        """Return the name of the model that the cell runs, which differs from `model` for a control of the weights."""
-        return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
-
-
-_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "protocol": get_args(Protocol),
-    "split": get_args(Split),
-    "weights": ("trained", *get_args(Control)),
-    "context": get_args(Context),
-    "finetuned_on": ("own", "context"),
-    "delta": ("finetuned", "random"),
-    "scoring": get_args(Scoring),
-}
-
-
-@document_fields
-@dataclass(frozen=True)
-class CellResult:
-    """A finished cell: its settings, its comparison, and the origin of every number."""
-
-    cell: Cell
-    """The settings."""
-    comparison: Comparison
-    """The metrics, by query and layer."""
-    provenance: dict[str, Any]
-    """The origin of the numbers: the model's hash or revision and the fingerprint of its weights, the task's
-    fingerprint, dtype, precision, device and versions, residuals, seconds by stage, losses, and the rows that were
-    drawn."""
-    folder: Path
-    """The folder that the cell is saved in."""
-
-    def __repr__(self) -> str:
-        return f"CellResult({self.folder.name!r}, {self.comparison!r})"
-
-    def recordings(self) -> Recordings:
-        """Return what the metrics were computed from, for a cell that was run with `keep_recordings=True`.
-
-        Raises:
-            StudyError: the cell was run without.
-        """
-        if not (self.folder / RECORDINGS).exists():
-            raise StudyError(f"expected {self.folder} with recordings, got none: run it with keep_recordings=True")
-        return Recordings.load(self.folder / RECORDINGS)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return the comparison's frame after columns of settings: model, task, k, seed, lr, protocol, variation."""
-        frame = self.comparison.to_frame()
-        frame.insert(0, "variation", ", ".join(self.cell.variation.values()))
-        keys = ("model", "task", "k", "seed", "lr", "protocol")
-        for position, key in enumerate(keys):
-            frame.insert(position, key, getattr(self.cell, key))
-        return frame
+from icl_dual.rows import files_read
+from icl_dual.storage import (
+    METADATA,
+    TENSORS,
+    AssetError,
+    atomic_folder,
+    check_same_settings,
+    check_writable,
+    finished_folders,
+    read_json,
+    writing,
+)
+from icl_dual.tasks import Example, Protocol, Task
 
 
 def run_cell(
@@ -235,20 +74,47 @@ def run_cell(
             `momentum_attention`, the model's name includes its momentum, and so does the cell's.
         task: the task of the cell's name and protocol.
         cell: the settings.
-        folder: the cell's folder, which appears complete or not at all.
+        folder: the cell's folder, which appears complete or not at all: a new one, or that of this cell, run before.
         context_task: the other task that gives the demonstrations in context, if the cell has one.
         keep_recordings: also save what the metrics are computed from; some megabytes a query for large models.
         progress: show progress bars.
 
     Raises:
-        StudyError: the cell is of another model, task or protocol, or its k, lr or options are invalid.
+        StudyError: the cell is of another model, task or protocol, or its k, lr or options are invalid; or the folder
+            holds something other than a cell, or recordings that would be lost.
+        SettingsError: the folder holds a cell of other settings, weights or rows.
+        AssetError: the folder cannot be written.
         TaskError: the task has too few rows for k or the number of queries.
         PromptError: the prompts do not fit into the model's context.
         DivergedError: finetuning diverged.
     """
     _check_cell(model, task, context_task, cell)
-    draw = _Draw.of(task, context_task, cell)
-    return _run_cell(model, cell, draw, Path(folder), _Runs(progress), keep_recordings)
+    draw, origin = _Draw.of(task, context_task, cell), model_origin(model)
+    _check_replaceable(Path(folder), draw, cell, origin, keep_recordings)
+    return _run_cell(model, cell, draw, Path(folder), _Runs(progress), keep_recordings, origin)
+
+
+def _check_replaceable(
+    folder: Path, draw: "_Draw", cell: Cell, origin: Mapping[str, Any], keep_recordings: bool
+) -> None:
+    """Raise an error unless a folder can be written, and holds nothing but this cell, run before."""
+    check_writable(folder, CELL_FILES)
+    if not any((folder / name).exists() for name in (METADATA, TENSORS)):
+        return
+    saved = _saved(load_cell(folder))
+    check_same_settings(folder, asdict(cell), asdict(saved.cell))
+    check_same_model(saved, origin)
+    for key, task in draw.tasks.items():
+        check_same_task(saved, key, task)
+    if (folder / RECORDINGS).exists() and not keep_recordings:
+        raise StudyError(
+            f"expected keep_recordings=True for {folder}, which holds recordings, got False: keep them, or choose "
+            "another folder"
+        )
+
+
+def _saved(result: CellResult) -> SavedCell:
+    return SavedCell(result.cell, result.provenance, result.folder)
 
 
 @dataclass(frozen=True)
@@ -265,9 +131,18 @@ class _Draw:
     """The demonstrations in context: the task's own, unless the cell is a control of the context."""
     queries: list[Example]
     """The queries."""
+    files: Mapping[str, str]
+    """The SHA-256 of each local file that the tasks were read from, by path."""
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Return the tasks, by what they give: `task` the queries, `context_task` the demonstrations in context."""
+        return {"task": self.task} | ({} if self.context_task is None else {"context_task": self.context_task})
 
     @classmethod
-    def of(cls, task: Task, context_task: Task | None, cell: Cell) -> "_Draw":
+    def of(
+        cls, task: Task, context_task: Task | None, cell: Cell, files: Mapping[str, str] = MappingProxyType({})
+    ) -> "_Draw":
         """Draw a cell's rows, after checking every setting that needs no model."""
         _check_numbers(cell)
         demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
@@ -283,7 +158,7 @@ class _Draw:
                 f"{cell.name}: expected queries and demonstrations with different texts, got {len(shared)} text(s) in "
                 "both: choose another context_task"
             )
-        return cls(task, context_task, demonstrations, context, queries)
+        return cls(task, context_task, demonstrations, context, queries, files)
 
 
 @dataclass(frozen=True)
@@ -350,13 +225,22 @@ def _check_cell(model: Model, task: Task, context_task: Task | None, cell: Cell)
         )
 
 
-def _run_cell(model: Model, cell: Cell, draw: _Draw, folder: Path, runs: "_Runs", keep_recordings: bool) -> CellResult:
-    """Run a cell, reusing what `runs` has of it, and save it."""
+def _run_cell(
+    model: Model,
+    cell: Cell,
+    draw: _Draw,
+    folder: Path,
+    runs: "_Runs",
+    keep_recordings: bool,
+    origin: Mapping[str, Any],
+) -> CellResult:
+    """Run a cell, reusing what `runs` has of it, and save it with the model's origin."""
     of_cell = _CellPrompts.of(model, draw, cell)
     experiment = runs.experiment(model, cell, of_cell)
     with runs.clock("metrics"):
         comparison = experiment.compare(seed=cell.seed)
-    about = {"settings": asdict(cell), "provenance": _provenance(model, draw, experiment, runs.clock.seconds)}
+    provenance = {**origin, **_provenance(model, draw, experiment, runs.clock.seconds)}
+    about = {"settings": asdict(cell), "provenance": provenance}
     with atomic_folder(folder) as scratch:
         comparison.save(scratch, about)
         if keep_recordings:
@@ -366,16 +250,13 @@ def _run_cell(model: Model, cell: Cell, draw: _Draw, folder: Path, runs: "_Runs"
 
 
 def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the origin of a cell's numbers, as JSON values."""
+    """Return the origin of a cell's numbers beside the model's own, as JSON values."""
     captures = (experiment.zero_shot, experiment.in_context, experiment.finetuned)
     in_context = experiment.in_context.prompts
     return {
-        **_origin(model),
-        "fingerprint": model.fingerprint(),
-        "task": draw.task.fingerprint,
-        **({} if draw.context_task is None else {"context_task": draw.context_task.fingerprint}),
-        "versions": {name: version(name) for name in ("icl-dual", "torch", "transformers", "transformer-lens")}
-        | {"python": platform.python_version()},
+        **task_origin(draw.tasks),
+        **({"task_files": dict(draw.files)} if draw.files else {}),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": str(model.device),
         **({} if model.momentum is None else {"momentum": model.momentum.tolist()}),
         "attention_residual": max(capture.residual for capture in captures),
@@ -394,25 +275,6 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         "context": [(example.key, example.label) for example in draw.context],
         "queries": [example.key for example in draw.queries],
     }
-
-
-def load_cell(folder: str | PathLike[str]) -> CellResult:
-    """Read a finished cell, of this version or an older one; no model is needed.
-
-    Raises:
-        AssetError: the folder is missing or damaged.
-        StudyError: the folder holds something other than a cell.
-    """
-    _, metadata = load_tensors(Path(folder))
-    try:
-        return CellResult(
-            Cell.from_settings(metadata["settings"]), Comparison.load(folder), metadata["provenance"], Path(folder)
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise StudyError(
-            f"expected a finished cell in {folder}, got something else ({error!r}): pass a folder that run_cell or "
-            "run_study wrote"
-        ) from error
 
 
 def run_study(
@@ -452,9 +314,10 @@ def run_study(
     Raises:
         StudyError: two cells would share a folder, two tasks or models a name, a cell's settings are invalid, or cells,
             tasks or models are not a list.
-        SettingsError: a complete cell has other settings, other weights or other rows; the message has both values.
+        SettingsError: a complete cell has other settings, weights, tokenizer or rows, or another cell in the folder was
+            run with another model or other rows of the same name; the message names what differs.
         TaskError: a task is unknown, or has too few rows for k or the number of queries.
-        AssetError: a model's name is unknown, or model or rows cannot be fetched.
+        AssetError: a model's name is unknown, model or rows cannot be fetched, or the folder cannot be written.
 
     Example:
         >>> import icl_dual, tempfile
@@ -471,16 +334,16 @@ def run_study(
     check_arithmetic(dtype, arithmetic)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
     results, runs = dict(plan.finished), _Runs(progress)
-    current: dict[str, Model] = {}
+    current: dict[str, tuple[Model, dict[str, Any]]] = {}
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
         for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
             if cell.model_name not in current:
                 current.clear()
                 current[cell.model_name] = _make_model(cell, plan.models.get(cell.model), device, dtype, arithmetic)
-                _check_same_origin(current[cell.model_name], plan.saved)
-            model = current[cell.model_name]
-            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings)
+                plan.check_same_model(*current[cell.model_name])
+            model, origin = current[cell.model_name]
+            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings, origin)
             bar.update()
     return [results[cell] for cell in plan.folders]
 
@@ -521,10 +384,12 @@ class _Plan:
 
     folders: dict[Cell, Path]
     """The folder of each cell, in the order given."""
-    saved: dict[Cell, CellResult]
-    """The cells that were saved before."""
+    saved: list[SavedCell]
+    """Those of the cells that were saved before."""
+    others: list[SavedCell]
+    """The other cells in the study's folder."""
     finished: dict[Cell, CellResult]
-    """Those of them that are complete."""
+    """The cells that are complete."""
     draws: dict[Cell, _Draw]
     """The rows of each cell that is to run."""
     models: dict[str, Model]
@@ -542,9 +407,11 @@ class _Plan:
         keep_recordings: bool,
     ) -> "_Plan":
         """Check a study and draw the rows of the cells that are to run."""
-        if folder.exists() and not folder.is_dir():
+        with writing(folder):  # its name may be too long
+            is_file = folder.exists() and not folder.is_dir()
+        if is_file:
             raise StudyError(f"expected a folder for the study, got the file {folder}: choose another path")
-        folders = {cell: folder / cell.name for cell in cells}
+        folders = {cell: cell.folder_in(folder) for cell in cells}
         if len(set(folders.values())) < len(folders):
             raise StudyError(
                 "expected cells that differ in model, task, k, seed, lr, protocol or control, got two that would share "
@@ -555,25 +422,65 @@ class _Plan:
         if len(models_by_name) < len(models):
             names = [model.name for model in models]
             raise StudyError(f"expected models of different names, got {names}: name them with Model(…, name=…)")
-        known_tasks = _Tasks(tasks)
-        saved = {
-            cell: _load_same(cell, path, models_by_name.get(cell.model), dtype, arithmetic)
-            for cell, path in folders.items()
-            if path.exists()
-        }
+        known_tasks, known_models = _Tasks(tasks), _Models(models_by_name, dtype, arithmetic)
+        study_folders = finished_folders(folder)
+        saved = {cell: _load_same(cell, path, known_models) for cell, path in folders.items() if path.exists()}
         finished = {
             cell: result
             for cell, result in saved.items()
             if not keep_recordings or (result.folder / RECORDINGS).exists()
         }
         draws: dict[Cell, _Draw] = {}
-        for cell in folders:
+        for cell, path in folders.items():
             if cell not in finished:
+                check_writable(path, CELL_FILES)
                 _check_model(cell, models_by_name)
-                draws[cell] = _Draw.of(*known_tasks.of_cell(cell), cell)
-        for result in saved.values():
-            known_tasks.check_same(result)
-        return cls(folders, saved, finished, draws, models_by_name)
+                draws[cell] = known_tasks.draw(cell)
+        others = _saved_cells(set(study_folders) - set(folders.values())) if draws else []
+        for cell in (*map(_saved, saved.values()), *others):
+            known_tasks.check_same(cell)
+        for cell in others:
+            known_models.check_same(cell, any_precision=True)
+        return cls(folders, [*map(_saved, saved.values())], others, finished, draws, models_by_name)
+
+    def check_same_model(self, model: Model, origin: Mapping[str, Any]) -> None:
+        """Raise a SettingsError where a cell of this model's name was run with other weights or another precision."""
+        for cells, any_precision in ((self.saved, False), (self.others, True)):
+            for saved in cells:
+                if saved.cell.model_name == model.name:
+                    check_same_model(saved, origin, any_precision=any_precision)
+
+
+def _saved_cells(folders: Iterable[Path]) -> list[SavedCell]:
+    """Return the cells among folders of all kinds, without their numbers."""
+    cells = []
+    for folder in folders:
+        with suppress(AssetError):  # something else, or a damaged cell: reading it says so
+            metadata = read_json(folder / METADATA)
+            cell = Cell.from_settings(metadata["settings"])
+            cells.append(SavedCell(cell, metadata["provenance"], folder))
+    return cells
+
+
+class _Models:
+    """The models of a study as they are known without loading: those passed in, and the files of local ones."""
+
+    def __init__(self, passed: Mapping[str, Model], dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:
+        self.passed, self.dtype, self.arithmetic = passed, dtype, arithmetic
+        self.origin = cache(lambda name: model_origin(passed[name]))
+        self.local = LocalModels()
+
+    def check_same(self, saved: SavedCell, *, any_precision: bool = False) -> None:
+        """Raise a SettingsError where a cell was run with another model of its name, or in another precision."""
+        cell = saved.cell
+        if cell.model not in self.passed:
+            if not any_precision:
+                check_same_precision(saved, self.dtype, self.arithmetic)
+            self.local.check_same(saved)
+        elif cell.weights == "trained":
+            check_same_model(saved, self.origin(cell.model), any_precision=any_precision)
+        else:
+            check_same_control(saved, self.origin(cell.model), any_precision=any_precision)
 
 
 class _Tasks:
@@ -585,6 +492,21 @@ class _Tasks:
             names = [(task.name, task.protocol) for task in tasks]
             raise StudyError(f"expected tasks of different names or protocols, got {names}: rename one")
         self.loaded: dict[tuple[str, str | None, Protocol], Task] = {}
+        self.files: dict[tuple[str, str | None, Protocol], dict[str, str]] = {}
+        """The SHA-256 of each local file that a task was read from, by path."""
+
+    def draw(self, cell: Cell) -> _Draw:
+        """Draw a cell's rows.
+
+        Raises:
+            StudyError: a task was passed in with another protocol only, or the cell names a source for it.
+            TaskError: a task is unknown, or has too few rows.
+        """
+        task, context_task = self.of_cell(cell)
+        files: dict[str, str] = {}
+        for name in (cell.task, cell.context_task):
+            files |= {} if name is None else self.files.get((name, cell.source, cell.protocol), {})
+        return _Draw.of(task, context_task, cell, files)
 
     def of_cell(self, cell: Cell) -> tuple[Task, Task | None]:
         """Return a cell's task, and the other task that gives its demonstrations in context, if any.
@@ -602,17 +524,16 @@ class _Tasks:
         tasks = [self._task(name, cell) for name in names]
         return tasks[0], tasks[1] if cell.context_task is not None else None
 
-    def check_same(self, result: CellResult) -> None:
-        """Raise a SettingsError if a saved cell has other rows than a task at hand; nothing is loaded for it."""
-        cell = result.cell
-        expected = {"task": self._at_hand(cell.task, cell)}
-        if cell.context_task is not None:
-            expected["context_task"] = self._at_hand(cell.context_task, cell)
-        # Version 0.1 saved no fingerprints.
-        fingerprints = {
-            key: task.fingerprint for key, task in expected.items() if task is not None and key in result.provenance
-        }
-        check_same_settings(result.folder, fingerprints, result.provenance)
+    def check_same(self, saved: SavedCell) -> None:
+        """Raise a SettingsError if a saved cell has other rows, templates or label words than its tasks have now.
+
+        A task is loaded only where a local file that it was read from has changed.
+        """
+        cell, has_changed = saved.cell, have_task_files_changed(saved)
+        for key, name in (("task", cell.task), ("context_task", cell.context_task)):
+            task = None if name is None else self._task(name, cell) if has_changed else self._at_hand(name, cell)
+            if task is not None:
+                check_same_task(saved, key, task)
 
     def _task(self, name: str, cell: Cell) -> Task:
         if (task := self._at_hand(name, cell)) is not None:
@@ -622,8 +543,10 @@ class _Tasks:
                 f"{cell.name}: expected the task {name!r} with protocol={cell.protocol!r}, got one with "
                 f"protocol={other[0]!r}: pass a Task with the cell's protocol"
             )
-        task = load_task(name, cell.source, protocol=cell.protocol)
-        return self.loaded.setdefault((name, cell.source, cell.protocol), task)
+        key = name, cell.source, cell.protocol
+        with files_read() as self.files[key]:
+            self.loaded[key] = load_task(name, cell.source, protocol=cell.protocol)
+        return self.loaded[key]
 
     def _at_hand(self, name: str, cell: Cell) -> Task | None:
         """Return the task if it is there without loading anything."""
@@ -657,10 +580,17 @@ def _make_model(
     device: str | torch.device,
     dtype: torch.dtype,
     arithmetic: torch.dtype | None,
-) -> Model:
-    """Return a cell's model: the one passed in or loaded by name, or a control of it, after which it can be freed."""
-    model = load_model(cell.model, device=device, dtype=dtype, arithmetic=arithmetic) if passed is None else passed
-    return model if cell.weights == "trained" else control_model(model, cell.weights, seed=cell.seed)
+) -> tuple[Model, dict[str, Any]]:
+    """Return a cell's model and its origin.
+
+    The model is the one passed in or loaded by name, or a control of it, after which it can be freed.
+    """
+    files: dict[str, Any] = {}
+    if passed is None:
+        files = {"model_files": local_files(cell.model)}  # before they are read: a later change is seen
+        passed = load_model(cell.model, device=device, dtype=dtype, arithmetic=arithmetic)
+    model = passed if cell.weights == "trained" else control_model(passed, cell.weights, seed=cell.seed)
+    return model, model_origin(model) | files
 
 
 class _Clock:
@@ -748,51 +678,9 @@ class _Runs:
         return kept[-1][1]
 
 
-def _origin(model: Model) -> dict[str, str]:
-    """Return what identifies a model's weights and their precision, as provenance has it."""
-    return {"model": model.provenance, "dtype": _dtype_name(model.dtype), "precision": model.precision}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _saved_origin(result: CellResult) -> dict[str, Any]:
-    """Return a cell's provenance; a cell from before there were precisions computed in the dtype of its weights."""
-    return {"precision": result.provenance.get("dtype"), **result.provenance}
-
-
-def _load_same(
-    cell: Cell, folder: Path, passed: Model | None, dtype: torch.dtype, arithmetic: torch.dtype | None
-) -> CellResult:
+def _load_same(cell: Cell, folder: Path, known_models: _Models) -> CellResult:
     """Load a saved cell, or raise a SettingsError where it has other settings, another precision or other weights."""
     result = load_cell(folder)
     check_same_settings(folder, asdict(cell), asdict(result.cell))
-    computed = arithmetic or dtype
-    precision = precision_name(dtype, computed) if passed is None else passed.precision
-    dtype_name = _dtype_name(computed if passed is None else passed.dtype)
-    check_same_settings(folder, {"dtype": dtype_name}, result.provenance)
-    check_same_settings(folder, {"precision": precision}, _saved_origin(result))
-    if passed is None:
-        return result
-    if cell.weights == "trained":
-        _check_same_model(passed, result)
-    else:
-        origin = {"model": control_provenance(passed.provenance, cell.weights, cell.seed)}
-        check_same_settings(folder, origin, result.provenance)
+    known_models.check_same(_saved(result))
     return result
-
-
-def _check_same_model(model: Model, result: CellResult) -> None:
-    """Raise a SettingsError where a saved cell was run with other weights than those of a model passed in."""
-    expected = _origin(model) | {"fingerprint": model.fingerprint()}
-    if "fingerprint" not in result.provenance:  # version 0.1 saved none
-        del expected["fingerprint"]
-    check_same_settings(result.folder, expected, _saved_origin(result))
-
-
-def _check_same_origin(model: Model, saved: Mapping[Cell, CellResult]) -> None:
-    """Raise a SettingsError where a saved cell of this model's name was run with other weights or another precision."""
-    for cell, result in saved.items():
-        if cell.model_name == model.name:
-            check_same_settings(result.folder, _origin(model), _saved_origin(result))

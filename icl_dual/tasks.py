@@ -199,26 +199,48 @@ class Task:
         """Return the number of rows that demonstrations are drawn from."""
         return len(self._demonstrations)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Return a hash of everything that decides the task's prompts and draws.
 
         It covers template, label words, protocol, separators, and the rows of every pool, but not the name. Results
         record it, so that a study is not continued with other rows under the same name.
         """
+        return self._hashes[0]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Return what decides the task's prompts and draws, by name, as JSON values.
+
+        `rows` is a hash of the rows of every pool, not only of those that a draw uses.
+        """
+        return {
+            "template": self.template,
+            "label_words": list(self.label_words),
+            "label_separator": self.label_separator,
+            "separator": self.separator,
+            "description": self.description,
+            "rows": self._hashes[1],
+        }
+
+    @cached_property
+    def _hashes(self) -> tuple[str, str]:
+        """Return the hash of the task, and that of its rows alone."""
         # What has the value that version 0.1 had no name for is left out: its studies continue.
         separators = {"label_separator": self.label_separator, "separator": self.separator}
         without_name = {"label_separator": " ", "separator": None, "description": ""}
         options = {**separators, "description": self.description}
         named = {name: value for name, value in options.items() if value != without_name[name]}
         settings = [self.template, self.label_words, self.protocol, *([named] if named else [])]
-        digest = hashlib.sha256(json.dumps(settings).encode())
+        of_task, of_rows = hashlib.sha256(json.dumps(settings).encode()), hashlib.sha256()
         for pool_name, pool in {"demonstrations": self._demonstrations, **self._queries}.items():
-            digest.update(json.dumps([pool_name, len(pool)]).encode())
             rows = [json.dumps([example.fields, example.label]) for example in pool]
             # Under the answer protocol, draws do not depend on the order of rows.
-            digest.update("".join(sorted(rows) if self.protocol == "answer" else rows).encode())
-        return digest.hexdigest()[:16]
+            ordered = "".join(sorted(rows) if self.protocol == "answer" else rows)
+            for digest in (of_task, of_rows):
+                digest.update(json.dumps([pool_name, len(pool)]).encode())
+                digest.update(ordered.encode())
+        return of_task.hexdigest()[:16], of_rows.hexdigest()[:16]
 
     @cached_property
     def tail(self) -> str:

@@ -38,6 +38,7 @@ from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
+from icl_dual.results import compare_by_value
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import checked_index, is_half
@@ -51,6 +52,7 @@ grows in proportion: transformers computes the angles of rotations in float32, a
 
 
 @document_fields
+@compare_by_value
 class DemonstrationKeysValues(NamedTuple):
     """Keys and values of the demonstrations, which make up ΔW_ICL, and how many of them each layer's window hides."""
 
@@ -67,7 +69,7 @@ class DemonstrationKeysValues(NamedTuple):
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class UpdateComparison(Saved):
     """ΔW_ICL compared with ΔW_FT at each query, layer and key-value head; fields that end in `_random` are the null.
 
@@ -348,7 +350,7 @@ def _compare_layer(
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DeltaSummary(Saved):
     """What finetuning changed in each layer's projections: how much, in how many directions, by which
     demonstrations."""

@@ -1,8 +1,16 @@
 """Every annotation of the library is checked at every call; tiny random models and made-up rows for the mechanics."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("icl_dual", "typechecking.typechecker")
+SPEC = find_spec("icl_dual")
+assert SPEC is not None
+assert SPEC.origin is not None
+# The hook gives each function axes of its own; those of `arguments` share the axes of the call that they check.
+MODULES = [f"icl_dual.{path.stem}" for path in Path(SPEC.origin).parent.glob("[a-z]*") if path.stem != "arguments"]
+install_import_hook(MODULES, "typechecking.typechecker")
 
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -14,9 +22,9 @@ import matplotlib as mpl  # noqa: E402
 import pytest  # noqa: E402
 import tokenizer_families  # noqa: E402
 import torch  # noqa: E402
+from architectures import CONFIGURATIONS, VOCABULARY  # noqa: E402
 from helpers import make_rows  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from toys import HF_MODELS, VOCABULARY  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 import icl_dual as icl  # noqa: E402
@@ -73,9 +81,9 @@ def make_hf_model() -> Callable[..., PreTrainedModel]:
     def make(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            hf_model = HF_MODELS[architecture.removeprefix("hooked-")]()
-            for parameter in hf_model.parameters():
-                if parameter.ndim == 2:
+            hf_model = CONFIGURATIONS[architecture.removeprefix("hooked-")].build()
+            for name, parameter in hf_model.named_parameters():
+                if parameter.ndim == 2 and "norm" not in name:
                     torch.nn.init.normal_(parameter, std=0.2)
                 else:
                     parameter.data.add_(0.1 * torch.randn_like(parameter))

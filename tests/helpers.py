@@ -188,6 +188,13 @@ class FullPrompts:
 
 def as_saved_by_0_1(folder: Path) -> None:
     """Rewrite a folder's saved settings of a cell as version 0.1 wrote them: finetuning's options among the others."""
-    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata = saved_metadata(folder)
     metadata["settings"] |= metadata["settings"].pop("finetuning")
-    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def saved_metadata(folder: Path) -> dict[str, Any]:
+    """Return a folder's metadata without the checksums, which versions before wrote none of."""
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    metadata.pop("sha256", None)
+    return metadata

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import some_eta
 from scipy import stats
-from toys import ARCHITECTURES, BRIDGED, REFUSED
+from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
@@ -19,7 +19,6 @@ from icl_dual.decomposition import GROUPS
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.storage import load_tensors, save_tensors
 
-DOCS = Path(__file__).parents[1] / "docs"
 EXACT = 2e-6
 """What the residuals of float32 models are to stay below."""
 
@@ -547,16 +546,6 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
             decomposed(model, prompts)
 
 
-@pytest.mark.parametrize("architecture", REFUSED)
-def test_attention_that_cannot_be_split_is_refused_by_its_cause(
-    make_model: Callable[..., icl.Model], architecture: str
-) -> None:
-    with pytest.raises(
-        icl.UnsupportedModelError, match=r"layer 0: expected .* softmax attention .*, got .+: its attention cannot"
-    ):
-        make_model(architecture)
-
-
 @pytest.mark.parametrize(
     "architecture",
     [name for name in ARCHITECTURES if name in ("gpt2", "llama", "gptoss-window", "bloom", "hooked-gemma2-window")],
@@ -624,60 +613,3 @@ def test_a_split_with_momentum_is_exact_in_float64_and_saved(
     without = decomposed(model, prompts)
     assert without.momentum is None
     assert "momentum_norm" not in set(without.to_frame()["metric"])
-
-
-PARTICULARS = {
-    "gpt2": "learned positions, biases, fused projections",
-    "neox": "partial rotation, fused projections, parallel MLP",
-    "gptj": "rotation of neighbouring pairs, parallel MLP",
-    "gptneo-window": "unscaled scores, sliding window on alternate layers",
-    "opt": "learned positions, biases",
-    "xglm": "sinusoidal positions, biases; the paper's models",
-    "llama": "rotation, grouped queries",
-    "mistral-window": "sliding window",
-    "qwen2": "biases on queries, keys and values only",
-    "qwen3": "norms on queries and keys",
-    "gemma2-window": "capped scores, alternate sliding windows, norms after attention",
-    "gemma3-window": "norms on queries and keys, sliding windows, norms after attention",
-    "phi": "partial rotation, biases, parallel MLP",
-    "gptoss-window": "sinks, alternate sliding windows, experts",
-    "falcon": "one key-value head, rotation, parallel MLP",
-    "bloom": "ALiBi, fused projections",
-    "olmo2": "norms over all of a layer's queries and keys",
-}
-
-
-def test_the_table_in_the_docs_is_what_these_tests_find(
-    models_by_architecture: Callable[[str], icl.Model],
-    make_model: Callable[..., icl.Model],
-    task: icl.Task,
-    pytestconfig: pytest.Config,
-) -> None:
-    rows = []
-    for name in BRIDGED:
-        model = models_by_architecture(name)
-        exact = decomposed(model, build(model, task)).residual <= EXACT
-        rows.append(f"| {model.architecture} | {PARTICULARS[name]} | {'exact' if exact else 'off'} |")
-    for name in REFUSED:
-        with pytest.raises(icl.UnsupportedModelError) as refusal:
-            make_model(name)
-        found = re.match(r"(\w+), layer 0: .* got (.*): its attention cannot", str(refusal.value))
-        assert found is not None
-        rows.append(f"| {found[1]} | {found[2]} | refused |")
-    text = (
-        "# Architectures\n\n"
-        "The library works with any decoder that TransformerLens can hook, if its attention can be recomputed from the "
-        "hooks.\nThe table has tiny random models, 5 demonstrations, float32:\n\n"
-        "- **Exact**: two identities hold against the model's own attention output, to 2·10⁻⁶ at every layer: the "
-        "split into\n  zero-shot attention plus ΔICL, and realised = direct + inherited.\n"
-        "- **Refused**: `icl.Model` raises `UnsupportedModelError` with the layer and the reason.\n\n"
-        "An architecture that is not listed is checked at its first capture, and refused if its attention cannot be "
-        "recomputed.\n[Extensions](extending.md#an-architecture) shows how to check one and add it to the table.\n\n"
-        "The table is written by `pytest tests/test_decomposition.py --write-docs`.\n\n"
-        "| architecture | what is particular | decomposition |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-    )
-    page = DOCS / "architectures.md"
-    if pytestconfig.getoption("--write-docs"):
-        DOCS.mkdir(exist_ok=True)
-        page.write_text(text)
-    assert page.read_text() == text

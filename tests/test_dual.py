@@ -1,5 +1,6 @@
 """Each function of `dual` against its definition, written out in plain numpy one number at a time."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
-from icl_dual import dual
+from icl_dual import ArgumentError, dual
 
 
 def heads_of(q: torch.Tensor, k: torch.Tensor):
@@ -197,6 +198,130 @@ def test_attend_without_a_bias_equals_attention_written_out(
     z, lse = reference(q, k, v, 0.6, softcap, hidden.expand(batch, heads, n_pos, n_keys))
     np.testing.assert_allclose(part.z, z, atol=1e-12)
     np.testing.assert_allclose(part.lse, lse, atol=1e-12)
+
+
+def definition(q, k, v, softcap, bias):
+    """Attention of one row, one head, one dimension at a time in Python's floats: a key of score −∞ is left out."""
+    batch, n_pos, n_heads, d_head = q.shape
+    z, lse = np.zeros(q.shape), np.zeros(q.shape[:3])
+    for b, i, h in itertools.product(range(batch), range(n_pos), range(n_heads)):
+        scores, values = [], []
+        for j in range(k.shape[1]):
+            kv_head = h // (n_heads // k.shape[2])
+            products = [x * y for x, y in zip(q[b, i, h].tolist(), k[b, j, kv_head].tolist(), strict=True)]
+            s = sum(products)
+            s = s if softcap is None else softcap * math.tanh(s / softcap)
+            s = -math.inf if bias[b, h, i, j] == -math.inf else s + float(bias[b, h, i, j])
+            if s != -math.inf:
+                scores.append(s)
+                values.append(v[b, j, kv_head].tolist())
+        if any(map(math.isnan, scores)):
+            lse[b, i, h] = math.nan
+        else:
+            total = sum(map(math.exp, scores))
+            lse[b, i, h] = math.log(total) if total else -math.inf
+        for d in range(d_head if scores else 0):
+            weights = [math.nan if s == math.inf else math.exp(s - lse[b, i, h]) for s in scores]
+            z[b, i, h, d] = sum(w * value[d] for w, value in zip(weights, values, strict=True))
+    return z, lse
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=seeds,
+    n_pos=st.integers(1, 4),
+    n_keys=st.integers(1, 4),
+    group=st.integers(1, 2),
+    softcap=st.sampled_from([None, 0.7]),
+    causal=st.booleans(),
+    with_bias=st.booleans(),
+    special=st.lists(
+        st.tuples(st.sampled_from("qkv"), st.integers(0, 47), st.sampled_from([math.nan, math.inf, -math.inf, 0.0])),
+        max_size=4,
+    ),
+)
+def test_both_ways_to_attend_are_the_definition_for_nan_and_infinities(
+    seed, n_pos, n_keys, group, softcap, causal, with_bias, special
+):
+    n_keys = n_pos if causal else n_keys
+    q, k, v = draw(seed, 1, n_pos, 2 * group, 3), *(draw(seed + i, 1, n_keys, 2, 3) for i in (1, 2))
+    for name, index, value in special:
+        flat = {"q": q, "k": k, "v": v}[name].view(-1)
+        flat[index % len(flat)] = value
+    bias = draw(seed + 3, 1, 2 * group, n_pos, n_keys) if with_bias else None
+    if bias is not None:
+        bias[torch.from_numpy(np.random.default_rng(seed).random(bias.shape)) < 0.4] = -torch.inf
+    hidden = torch.full((n_pos, n_keys), -torch.inf if causal else 0.0, dtype=torch.float64).triu(1)
+    z, lse = definition(q, k, v, softcap, (0.0 if bias is None else bias) + hidden.expand(1, 2 * group, -1, -1))
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dual, "FUSED", fused)
+            part = dual.attend(q, k, v, 1.0, softcap, bias, causal)
+        np.testing.assert_allclose(part.z, z, atol=1e-12)
+        np.testing.assert_allclose(part.lse, lse, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "n_values", "causal", "message"),
+    [
+        (3, 2, 5, False, "expected q with a multiple of the 2 key-value heads, got 3 query heads"),
+        (2, 3, 5, False, "expected q with a multiple of the 3 key-value heads, got 2 query heads"),
+        (2, 0, 5, False, "expected q with a multiple of the 0 key-value heads, got 2 query heads"),
+        (4, 2, 4, False, r"expected v as a tensor of floats of shape \[batch key kv_head d_head\], got \[1, 4, 2, 3\]"),
+        (4, 2, 6, False, r"expected v as .* got \[1, 6, 2, 3\] with q \[1, 2, 4, 3\] and k \[1, 5, 2, 3\]"),
+        (4, 2, 5, True, "expected as many keys as queries where causal=True, got 5 keys and 2 queries"),
+    ],
+)
+def test_shapes_that_attention_cannot_have_are_refused(fused, heads, kv_heads, n_values, causal, message, monkeypatch):
+    monkeypatch.setattr(dual, "FUSED", fused)
+    q, k, v = draw(0, 1, 2, heads, 3), draw(1, 1, 5, kv_heads, 3), draw(2, 1, n_values, kv_heads, 3)
+    with pytest.raises(ArgumentError, match=message):
+        dual.attend(q, k, v, 1.0, causal=causal)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k: dual.scores(q[None], k[None], 1.0),
+        lambda q, k: dual.shared_scores(q, k, 1.0),
+        lambda q, k: dual.summed_scores(q, k, 1.0),
+        lambda q, k: dual.act_unformed(q[0], k, k),
+        lambda q, k: dual.act(dual.head_weights(k, k), q[0]),
+        lambda q, k: dual.AttentionRule(1.0, None, None).attend(
+            q[None], k[None], k[None], torch.zeros(1, 4).long(), torch.zeros(1, 5).long()
+        ),
+    ],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (2, 3), (1, 0)])
+def test_query_heads_are_a_multiple_of_key_value_heads(call, heads, kv_heads):
+    with pytest.raises(ArgumentError, match=f"multiple of the {kv_heads} key-value heads, got {heads} query heads"):
+        call(draw(0, 4, heads, 3), draw(1, 5, kv_heads, 3))
+
+
+def test_parts_of_other_rows_are_not_merged():
+    a, b = (dual.attend(draw(0, 1, n, 2, 3), draw(1, 1, 4, 2, 3), draw(2, 1, 4, 2, 3), 1.0) for n in (1, 2))
+    for combine in (dual.merge, dual.share, dual.delta_icl):
+        with pytest.raises(ArgumentError, match="expected two parts of attention by the same queries"):
+            combine(a, b)
+
+
+def test_numbers_that_no_mathematics_has_are_refused():
+    W = draw(0, 3, 3)
+    svd = dual.Svd.of(W)
+    layer = dual.gradient_descent_layer(W, 0.1, 2)
+    for call, message in (
+        (lambda: dual.Svd.of(W / 0), "expected W as finite numbers"),
+        (lambda: dual.overlap(svd, svd, 4), "rank up to it, got sizes 3 and 3 and rank=4"),
+        (lambda: dual.overlap(svd, dual.Svd.of(draw(0, 2, 2)), 1), "got sizes 3 and 2"),
+        (lambda: dual.overlap(svd, svd, 0), "expected rank as a whole number of at least 1, got 0"),
+        (lambda: dual.sgd_targets(W, W, W, 0.0), "expected lr other than 0"),
+        (lambda: dual.AttentionRule(1.0, 0.0, None), "expected softcap as a number above 0"),
+        (lambda: dual.AttentionRule(1.0, None, 0), "expected window as a whole number of at least 1"),
+        (lambda: layer(draw(0, 2, 5), draw(1, 2, 5)), "expected context and queries with the 6 dimensions"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            call()
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,6 @@
 import dataclasses
+import html
+import io
 from pathlib import Path
 from typing import Any
 
@@ -239,4 +241,41 @@ def test_demonstrations_are_drawn_from_the_top_and_named() -> None:
         icl.plots.demonstrations(shares, ["one"])
     with pytest.raises(ValueError, match="at least one, got 0"):
         icl.plots.demonstrations(shares[:, :0], [])
+    plt.close("all")
+
+
+NAMES = ("costs $5 or $6", "$\\nosuch{$", "_hidden", "a_b & <c> \\$")
+
+
+def texts_of_picture(ax: Any) -> str:
+    """The texts of a figure as a reader sees them: SVG holds them as such where they are no formulas."""
+    picture = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none"}):
+        ax.figure.savefig(picture, format="svg")
+    plt.close(ax.figure)
+    return html.unescape(picture.getvalue())
+
+
+def test_names_in_figures_are_text_and_no_formulas(comparison: icl.Comparison) -> None:
+    series = {name: torch.rand(4, 3) for name in NAMES}
+    interval = Interval(0.5, 0.4, 0.6, 9)
+    layers = dataclasses.replace(comparison, per_layer={**comparison.per_layer, NAMES[0]: torch.rand(6, 3)})
+    pictures = [
+        (icl.plots.by_layer(series), NAMES),
+        (icl.plots.dots({name: {name: interval} for name in NAMES}), NAMES),
+        (icl.plots.curves({name: {1: interval} for name in NAMES}), NAMES),
+        (icl.plots.demonstrations(torch.rand(3, 4), NAMES), NAMES),
+        (icl.plots.label_counts(comparison, NAMES), NAMES),
+        (icl.plots.layers(layers, NAMES[0]), NAMES[:1]),
+    ]
+    for ax, names in pictures:
+        texts = texts_of_picture(ax)
+        for name in names:
+            assert name in texts, name
+
+
+def test_a_title_may_be_a_formula_and_ordinary_names_are_drawn_as_they_are() -> None:
+    ax = icl.plots.by_layer({"ΔW_FT": torch.rand(4, 3)}, ylabel="$x^2$")
+    assert ax.get_ylabel() == "$x^2$"
+    assert ax.get_legend_handles_labels()[1] == ["ΔW_FT"]
     plt.close("all")

@@ -32,7 +32,8 @@ LAYERS = (
     ("recordings",),
     ("metrics",),
     ("experiment",),
-    ("study",),
+    ("cells",),
+    ("provenance", "study"),
     ("pretraining",),
     ("plots",),
 )
@@ -94,3 +95,21 @@ def test_private_names_stay_in_their_module_and_transformer_lens_in_models(path:
             assert not name.startswith("_") or name == "__version__", f"{path.name} imports {name} of {module}"
         if module.split(".")[0] == "transformer_lens":
             assert path.relative_to(ROOT).parts[0] == "models", f"{path.name} imports {module}"
+
+
+RUNS_CODE_OF_OTHERS = (
+    "AutoTokenizer.from_pretrained",
+    "AutoModelForCausalLM.from_pretrained",
+    "AutoConfig.from_pretrained",
+)
+RUNS_CODE_OF_OTHERS += ("TransformerBridge.boot_transformers", "datasets.load_dataset")
+"""Calls that can run code of a model or data set, unless they are told not to."""
+SCRIPTS = ROOT.parent / "analyses"
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.rglob("*.py"), *SCRIPTS.glob("*.py")]), ids=lambda path: path.stem)
+def test_no_call_runs_the_code_of_a_model_or_data_set(path: Path) -> None:
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in RUNS_CODE_OF_OTHERS:
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert options.get("trust_remote_code") == "False", f"{path.name}, line {call.lineno}"

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 import pytest
 import released
 import torch
-from helpers import make_rows
+from helpers import make_rows, saved_metadata
 
 import icl_dual as icl
 from icl_dual import study
@@ -148,7 +149,7 @@ def test_another_arithmetic_is_refused_and_cells_without_a_precision_computed_in
     (result,) = icl.run_study([CELL], tmp_path, progress=False)
     assert result.provenance["precision"] == "float32"
     path = result.folder / "metadata.json"
-    metadata = json.loads(path.read_text())
+    metadata = saved_metadata(result.folder)
     del metadata["provenance"]["precision"]
     for saved in ({}, {"precision": "float32"}):
         metadata["provenance"] |= saved
@@ -617,7 +618,9 @@ def test_other_rows_or_weights_under_a_name_passed_in_are_refused(
 ) -> None:
     rows = make_rows()
     icl.run_study([MINE], tmp_path, tasks=[films(rows)], models=[mine], progress=False)
-    with pytest.raises(icl.SettingsError, match=r"with task='[0-9a-f]{16}', got .* with task='[0-9a-f]{16}': "):
+    with pytest.raises(
+        icl.SettingsError, match=r"with task rows='[0-9a-f]{16}', got .* with task rows='[0-9a-f]{16}': "
+    ):
         icl.run_study([MINE], tmp_path, tasks=[films(rows[1:])], progress=False)
     with pytest.raises(icl.SettingsError, match=r"made with dtype='float64', got .* made with dtype='float32'"):
         icl.run_study([MINE], tmp_path, models=[make_model("llama", torch.float64, name="mine")], progress=False)
@@ -634,10 +637,14 @@ def test_other_rows_of_a_context_task_or_a_registered_task_are_refused(
     toy = dataclasses.replace(MINE, task="toy", context_task="my/films")
     reviews = [row | {"text": f"review {row['text']}"} for row in rows]
     icl.run_study([toy], tmp_path, tasks=[task, films(reviews)], models=[mine], progress=False)
-    with pytest.raises(icl.SettingsError, match=r"context_task='[0-9a-f]{16}', got .* context_task='[0-9a-f]{16}': "):
+    with pytest.raises(
+        icl.SettingsError, match=r"context_task rows='[0-9a-f]{16}', got .* context_task rows='[0-9a-f]{16}': "
+    ):
         icl.run_study([toy], tmp_path, tasks=[task, films(reviews[1:])], progress=False)
     monkeypatch.setattr("icl_dual.paper_tasks._registered", {"my/films": films(reviews[1:])})
-    with pytest.raises(icl.SettingsError, match=r"context_task='[0-9a-f]{16}', got .* context_task='[0-9a-f]{16}': "):
+    with pytest.raises(
+        icl.SettingsError, match=r"context_task rows='[0-9a-f]{16}', got .* context_task rows='[0-9a-f]{16}': "
+    ):
         icl.run_study([toy], tmp_path, tasks=[task], progress=False)
 
 
@@ -806,8 +813,141 @@ def test_a_registered_task_has_no_other_source(
 
 def test_a_cell_of_unknown_options_is_no_cell(mine: icl.Model, tmp_path: Path) -> None:
     result = icl.run_cell(mine, films(make_rows()), MINE, tmp_path / "cell", progress=False)
-    metadata = json.loads((result.folder / "metadata.json").read_text())
+    metadata = saved_metadata(result.folder)
     metadata["settings"]["finetuning"]["method"] = "adam"
     (result.folder / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(icl.StudyError, match=r"expected a finished cell in .*'adam'"):
         icl.load_cell(result.folder)
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "capture", lambda *args, **kwargs: pytest.fail("a model was run"))
+    monkeypatch.setattr(study, "finetune_with_replicas", lambda *args, **kwargs: pytest.fail("a model was finetuned"))
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "the file": lambda folder: folder.write_text("mine"),
+    "symbolic link": lambda folder: folder.symlink_to("nowhere"),
+    "'notes.txt'": lambda folder: (folder.mkdir(), (folder / "notes.txt").write_text("mine")),
+    "'sub/notes.txt'": lambda folder: ((folder / "sub").mkdir(parents=True), (folder / "sub/notes.txt").write_text("")),
+}
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_what_is_in_the_way_of_a_cell_is_found_before_a_model_runs(
+    mine: icl.Model, task: icl.Task, tmp_path: Path, name: str
+) -> None:
+    cell = dataclasses.replace(MINE, task="toy")
+    IN_THE_WAY[name](tmp_path / cell.name)
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(icl.AssetError, match=name):
+        icl.run_cell(mine, task, cell, tmp_path / cell.name, progress=False)
+    with pytest.raises(icl.AssetError):
+        icl.run_study([cell], tmp_path, tasks=[task], models=[mine], progress=False)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_study_that_cannot_be_written_is_refused_before_a_model_runs(
+    mine: icl.Model, task: icl.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = dataclasses.replace(MINE, task="toy")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file/study", "link", "n" * 300):
+        with pytest.raises(icl.AssetError):
+            icl.run_study([cell], tmp_path / name, tasks=[task], models=[mine], progress=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(icl.AssetError, match="free disk space"):
+        icl.run_study([cell], tmp_path / "study", tasks=[task], models=[mine], progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_cell_is_not_replaced_by_one_of_other_settings_or_weights_nor_without_its_recordings(
+    mine: icl.Model, make_model: Callable[..., icl.Model], task: icl.Task, tmp_path: Path
+) -> None:
+    cell, folder = dataclasses.replace(MINE, task="toy"), tmp_path / "cell"
+    first = icl.run_cell(mine, task, cell, folder, keep_recordings=True, progress=False)
+    with pytest.raises(icl.SettingsError, match=r"made with seed=2, lr=0.1, got .* made with seed=1, lr=0.05"):
+        icl.run_cell(mine, task, dataclasses.replace(cell, seed=2, lr=0.1), folder, progress=False)
+    other = make_model("llama", name="mine")
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    with pytest.raises(icl.SettingsError, match="fingerprint="):
+        icl.run_cell(other, task, cell, folder, progress=False)
+    with pytest.raises(icl.StudyError, match=r"expected keep_recordings=True for .*, which holds recordings"):
+        icl.run_cell(mine, task, cell, folder, progress=False)
+    same_numbers(icl.load_cell(folder), first)
+    assert len(icl.load_cell(folder).recordings().gold) == 5
+    same_numbers(icl.run_cell(mine, task, cell, folder, keep_recordings=True, progress=False), first)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_cell_does_not_replace_another_result(
+    mine: icl.Model, llama: icl.Model, prompts: icl.Prompts, task: icl.Task, tmp_path: Path
+) -> None:
+    delta = icl.finetune(llama, prompts, lr=0.05, progress=False)
+    delta.save(tmp_path)
+    with pytest.raises(icl.StudyError, match="expected a finished cell in"):
+        icl.run_cell(mine, task, dataclasses.replace(MINE, task="toy"), tmp_path, progress=False)
+    assert icl.WeightDelta.load(tmp_path) == delta
+
+
+@pytest.mark.usefixtures("known")
+def test_a_model_of_a_long_path_runs_and_resumes(tmp_path: Path) -> None:
+    cells = [dataclasses.replace(CELL, model=f"/{'folder/' * 40}{name}") for name in ("llama", "llama-2")]
+    results = icl.run_study(cells, tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {cell.name for cell in cells}
+    for before, after in zip(results, icl.run_study(cells, tmp_path, progress=False), strict=True):
+        same_numbers(before, after)
+
+
+@pytest.mark.usefixtures("known")
+def test_settings_of_numpy_and_paths_are_saved_and_read(tmp_path: Path) -> None:
+    cell = dataclasses.replace(CELL, k=np.int64(3), seed=np.int32(1), lr=np.float64(0.05), source=tmp_path / "rows.csv")
+    (result,) = icl.run_study([cell], tmp_path / "study", progress=False)
+    assert icl.load_cell(result.folder).cell == cell == dataclasses.replace(CELL, source=str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("task_name", ["x/../../../evil", "/absolute", "..", "C:\\evil", "a\0b"])
+def test_recordings_are_exported_inside_their_folder_whatever_a_cells_metadata_says(
+    known: list[str], tmp_path: Path, task_name: str
+) -> None:
+    cell = dataclasses.replace(CELL, protocol="reference", n_queries=2)
+    (result,) = icl.run_study([cell], tmp_path / "study", keep_recordings=True, progress=False)
+    metadata = saved_metadata(result.folder)
+    metadata["settings"]["task"] = task_name
+    (result.folder / "metadata.json").write_text(json.dumps(metadata))
+    files = set(tmp_path.rglob("*"))
+    icl.export_recordings([icl.load_cell(result.folder)], tmp_path / "export", progress=False)
+    written = set(tmp_path.rglob("*")) - files
+    assert len([path for path in written if path.name == "record_info.jsonl"]) == 4
+    for path in written:
+        assert (tmp_path / "export") in (path, *path.parents)
+        assert len(path.relative_to(tmp_path).parts) <= 4
+
+
+@pytest.mark.usefixtures("known")
+def test_scratch_folders_of_killed_runs_are_no_cells(tmp_path: Path) -> None:
+    (result,) = icl.run_study([CELL], tmp_path, progress=False)
+    scratch = tmp_path / ".scratch"
+    shutil.copytree(result.folder, scratch)
+    metadata = saved_metadata(scratch)
+    metadata["provenance"]["task"] = "another"
+    (scratch / "metadata.json").write_text(json.dumps(metadata))
+    icl.run_study([CELL, dataclasses.replace(CELL, seed=2)], tmp_path, progress=False)
+
+
+@pytest.mark.usefixtures("known")
+def test_weights_that_differ_from_those_of_saved_cells_are_refused_when_they_are_loaded(
+    llama: icl.Model, tmp_path: Path
+) -> None:
+    (result,) = icl.run_study([CELL], tmp_path, progress=False)
+    metadata = saved_metadata(result.folder)
+    metadata["provenance"]["fingerprint"] = "float32:other"
+    (result.folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(icl.SettingsError, match=r"fingerprint='float32:.*', got .* fingerprint='float32:other'"):
+        icl.run_study([CELL, dataclasses.replace(CELL, seed=2)], tmp_path, progress=False)

@@ -38,6 +38,7 @@ from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.results import compare_by_value
 from icl_dual.scoring import label_baselines, label_scores
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
@@ -62,7 +63,8 @@ DECOMPOSE_FIELDS: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@compare_by_value
+@dataclass(frozen=True, repr=False, eq=False)
 class KeysValues:
     """Keys and values of the demonstrations, which all queries share, and of each query's own tokens."""
 
@@ -81,7 +83,7 @@ class KeysValues:
 
 
 @document_fields
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture(Saved):
     """What a model did at each query's recorded position, which the prompts' protocol sets.
 

@@ -37,6 +37,7 @@ from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.models.overflow import check_activations, is_finite
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
+from icl_dual.results import compare_by_value
 from icl_dual.torch_utils import is_out_of_memory, pad_right
 
 PREFIX_BLOCK = 256
@@ -62,6 +63,7 @@ indices, and each row's last position."""
 
 
 @document_fields
+@compare_by_value
 class FullPromptPass(NamedTuple):
     """A plain forward pass over the first query's full prompt, with nothing merged: the reference for captures."""
 

@@ -21,6 +21,7 @@ from icl_dual.models.changes import add_changes
 from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
+from icl_dual.results import compare_by_value
 from icl_dual.storage import CLASS, Saved
 from icl_dual.torch_utils import at_least_float32, is_half
 
@@ -119,7 +120,8 @@ LAYOUT = "d_out d_in"
 
 
 @document_fields
-@dataclass(frozen=True)
+@compare_by_value
+@dataclass(frozen=True, eq=False)
 class Factors:
     """The outer products that a delta is the sum of: ΔW = Σ_i e_i ⊗ x_i over training tokens (equations 7–9), and
     Δb = Σ_i e_i."""
@@ -138,7 +140,7 @@ class Factors:
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class WeightDelta(Saved):
     """The change that finetuning made to a model: ΔW and Δb of attention's projections at every layer.
 

@@ -9,6 +9,7 @@ cosine of the plain differences (SimAOU unnormalised, SimAMΔ), and nulls by the
 that are as long as those observed.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -30,6 +31,7 @@ from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
 from icl_dual.metrics.stability import Stability
 from icl_dual.recordings.recordings import SETTINGS, Recordings
 from icl_dual.scoring import Scoring
+from icl_dual.statistics.frames import html_table
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     UNSTABLE,
@@ -86,7 +88,7 @@ def _clipped(interval: Interval, metric: Metric | None) -> Interval:
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Saved):
     """In-context learning against finetuning on the same demonstrations, by the metrics of the catalogue."""
 
@@ -233,7 +235,7 @@ class Comparison(Saved):
         return f"Comparison({len(self.gold)} queries, {settings}{by_rule}, Rec2FTP={self.rec2ftp}, {stability})"
 
     def _repr_html_(self) -> str:
-        return f"{self._printed().to_html(index=False)}<p>{self._stability_in_words()}</p>"
+        return f"{html_table(self._printed())}<p>{html.escape(self._stability_in_words())}</p>"
 
     def __str__(self) -> str:
         frame = self._printed()

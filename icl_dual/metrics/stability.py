@@ -15,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_dual.field_docs import document_fields
+from icl_dual.results import compare_by_value
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@compare_by_value
+@dataclass(frozen=True, repr=False, eq=False)
 class Stability:
     """How far each replica of the finetuning moves each metric, on the same queries."""
 

@@ -1,13 +1,16 @@
 """The backend for `TransformerBridge`: a Hugging Face model with raw weights and TransformerLens's hooks in it."""
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from importlib.metadata import version
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import AttentionBridge, TransformerBridge
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +35,7 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.journal import Undo
 from icl_dual.models.precision import upcast
-from icl_dual.torch_utils import is_half
+from icl_dual.torch_utils import is_half, is_out_of_memory
 
 
 class BridgeBackend(Backend):
@@ -46,6 +49,7 @@ class BridgeBackend(Backend):
         "k": "hook_k",
         "v": "hook_v",
         "q_normed": "hook_q_normed",
+        "k_normed": "hook_k_normed",
         "rot_q": "hook_rot_q",
         "rot_k": "hook_rot_k",
         "cos": "hook_cos",
@@ -57,6 +61,7 @@ class BridgeBackend(Backend):
         super().__init__(wrapped, arithmetic)
         self.architecture = str(self.wrapped.cfg.architecture)
         self.rope_scaling_threshold = _rope_scaling_threshold(self.original.config)
+        self.n_ctx = min(self.n_ctx, *_rule_lengths(self.original.config))
 
     def check_supported(self) -> None:
         """Check for processed weights, models that are not decoders, and attention that cannot be split."""
@@ -89,6 +94,12 @@ class BridgeBackend(Backend):
                 raise UnsupportedModelError(
                     f"{cfg.architecture}, layer {layer}: expected softmax attention with hooks {required}, got none of "
                     f"{missing}: its attention cannot be read, use another model"
+                )
+        for name in bridge.adapter.component_mapping:
+            if getattr(getattr(bridge, name), "original_component", bridge) is None:
+                raise UnsupportedModelError(
+                    f"{cfg.architecture}: expected a module for each hook of transformer-lens, got none for {name}: "
+                    "its bridge cannot run this configuration, use another model"
                 )
 
     def upcast(self, undo: Undo) -> None:
@@ -127,75 +138,80 @@ class BridgeBackend(Backend):
     def attention_rule(self, layer: int) -> dual.AttentionRule:
         """Return the rule that the attention module's attributes and its configuration describe."""
         attn: Any = self._attn(layer).original_component
-        scale = getattr(attn, "scaling", None)
-        # Where every layer has the same window, transformers keeps it in the configuration (Mistral).
-        config: Any = getattr(attn, "config", None)
-        window = getattr(attn, "sliding_window", getattr(config, "sliding_window", None))
-        if self.architecture == "GPTNeoForCausalLM":  # unscaled scores, and windows on alternate layers
-            scale, window = 1.0, config.window_size if attn.attention_type == "local" else None
+        scale = getattr(attn, "scaling", getattr(attn, "softmax_scale", None))
+        if self.architecture == "GPTNeoForCausalLM":
+            scale = 1.0
         sink = getattr(attn, "sinks", None)
         return dual.AttentionRule(
             scale=float(self.d_head**-0.5 if scale is None else scale),
             softcap=getattr(attn, "attn_logit_softcapping", None),
-            window=window,
+            window=_window(self.original.config, attn, layer),
             slopes=self._alibi_slopes(),
             sink=None if sink is None else sink.detach(),
         )
 
     def forward(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> Tensor:
         """Run the Hugging Face model's own forward pass with an explicit mask."""
-        # Without one, transformers may read a jump in the positions as the border of packed sequences.
+        # Without one, transformers may read a jump in the positions as the border of packed sequences. GPT's bridge
+        # takes one for all of the mask, and would let tokens see those after them.
+        masked = self.architecture != "OpenAIGPTLMHeadModel"
         return self.wrapped(
             tokens,
             position_ids=positions.expand(tokens.shape),
-            attention_mask=torch.ones_like(tokens),
+            attention_mask=torch.ones_like(tokens) if masked else None,
             use_cache=False,
         )
 
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Apply the bridge's final norm and unembedding, and the model's softcap on logits."""
-        logits = self.wrapped.unembed(self.wrapped.ln_final(residual))
-        cap = getattr(self.original.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """Apply the final norm where the model has one, the unembedding, and the model's scale and cap of logits."""
+        bridge = self.wrapped
+        for name in ("ln_final", "project_out"):  # OPT's smallest models have no final norm but a projection
+            if name in bridge.adapter.component_mapping:
+                residual = getattr(bridge, name)(residual)
+        return bridge.adapter.apply_output_logits_transform(bridge.unembed(residual))
 
     def reinitialised(self, seed: int) -> "BridgeBackend":
         """Return a bridge to a new Hugging Face model, initialised by transformers."""
         hf_model: Any = _reinitialised(self.original, seed)
         hf_model.to(next(self.parameters()).device)
-        bridge = TransformerBridge.boot_transformers(
-            self.architecture, hf_model=hf_model, tokenizer=self.tokenizer, device=hf_model.device, dtype=hf_model.dtype
-        )
+        bridge = boot(self.architecture, hf_model, self.tokenizer, hf_model.device, hf_model.dtype)
         return BridgeBackend(bridge, self.arithmetic)
 
     def attention_inputs(
         self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
     ) -> tuple[Tensor, ...]:
         """Return the attention inputs; rotary embedding is computed here where no hook holds its result."""
-        q = self._by_head(activations.get("q_normed", activations["q"]), self.n_heads, normed="q_normed" in activations)
-        if "rot_q" in activations:
+        normed = self._norms(layer)
+        q, k = (
+            self._by_head(activations[name + "_normed" * (normed == "before rotation")], n_heads, normed is not None)
+            for name, n_heads in (("q", self.n_heads), ("k", self.n_key_value_heads))
+        )
+        if normed == "after rotation":
+            scored_q, scored_k = (activations[name].transpose(1, 2) for name in ("q_normed", "k_normed"))
+        elif "rot_q" in activations:
             scored_q, scored_k = activations["rot_q"], activations["rot_k"]
         elif "cos" in activations:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
-            cos, sin = activations["cos"], activations["sin"]
-            scored_q, scored_k = (_rotate(activations[name], cos, sin) for name in ("q", "k"))
-        elif self.architecture == "GPTJForCausalLM":  # no hook holds its angles: they are a table by position
+            scored_q, scored_k = (_rotate(x, activations["cos"], activations["sin"]) for x in (q, k))
+        elif self.architecture in ("GPTJForCausalLM", "CodeGenForCausalLM"):  # their angles are a table by position
             angles = self._attn(layer).original_component.embed_positions[positions].to(q)
             sin, cos = angles.repeat_interleave(2, dim=-1)[None].chunk(2, dim=-1)
-            scored_q, scored_k = (_rotate(activations[name], cos, sin, pairs=True) for name in ("q", "k"))
+            scored_q, scored_k = (_rotate(x, cos, sin, pairs=True) for x in (q, k))
+        elif self.architecture == "Llama4ForCausalLM":
+            scored_q, scored_k = self._llama4_scored(layer, q, k, positions)
         else:
-            scored_q, scored_k = q, activations["k"]
+            scored_q, scored_k = q, k
         return scored_q, scored_k, self.values_by_head(activations["v"]), q
 
     def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
-        """Return the hook after the norm of queries or keys where the layer has one, else after the projection."""
-        name = f"blocks.{layer}.attn.hook_{kind.lower()}"
-        # A norm that is optional has a hook in models without it, too, which never fires (StableLM).
-        normed = f"{name}_normed" in self.hook_points and f"{kind.lower()}_norm" in self._attn(layer).submodules
+        """Return the hook after the norm of queries or keys where it precedes rotation, else after the projection."""
+        normed = self._norms(layer) == "before rotation"
+        name = f"blocks.{layer}.attn.hook_{kind.lower()}" + "_normed" * normed
         n_heads = self.n_heads if kind == "Q" else self.n_key_value_heads
 
         def hook_fn(projected: Tensor, hook: Any) -> None:
             callback(layer, self._by_head(projected, n_heads, normed))
 
-        return [(self.hook_points[name + "_normed" * normed], hook_fn)]
+        return [(self.hook_points[name], hook_fn)]
 
     def gradient_hooks(self, layer: int, kind: Literal["K", "V"], callback: OnGradient) -> list[Hook]:
         """Return a hook on the linear layer that runs."""
@@ -276,8 +292,10 @@ class BridgeBackend(Backend):
         return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, callback)
 
     def residual_hook(self, layer: int, callback: OnResidual) -> Hook:
-        """Return a hook on the block's output."""
-        return self.hook_points[f"blocks.{layer}.hook_out"], callback_hook(layer, callback)
+        """Return a hook on the block's output; on GPT, the hook of the norm that ends the block."""
+        # GPT's blocks return lists, at which hook_out does not fire.
+        name = "ln2.hook_out" if self.architecture == "OpenAIGPTLMHeadModel" else "hook_out"
+        return self.hook_points[f"blocks.{layer}.{name}"], callback_hook(layer, callback)
 
     def _attn(self, layer: int) -> Any:
         return self.wrapped.blocks[layer].attn
@@ -291,9 +309,34 @@ class BridgeBackend(Backend):
             return projected.transpose(1, 2)
         return projected.reshape(*projected.shape[:2], n_heads, self.d_head)
 
+    def _norms(self, layer: int) -> Literal["before rotation", "after rotation"] | None:
+        """Return where a layer's norms of queries and keys run; `None` where the layer has none.
+
+        An optional norm has hooks in models without it, too, which never fire (StableLM).
+        """
+        if f"blocks.{layer}.attn.hook_q_normed" not in self.hook_points or "q_norm" not in self._attn(layer).submodules:
+            return None
+        return "after rotation" if getattr(self.wrapped.cfg, "qk_norm_after_rope", False) else "before rotation"
+
+    def _llama4_scored(
+        self, layer: int, q: Tensor, k: Tensor, positions: Int[Tensor, " pos"]
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        """Return Llama-4's queries and keys after rotation of neighbouring pairs and the norm behind it, if any."""
+        attn: Any = self._attn(layer).original_component
+        if not attn.use_rope:
+            return q, k
+        rotation = self.original.model.rotary_emb(q, positions[None]).repeat_interleave(2, dim=-1)
+        rotated = (_rotate(x, rotation.real, rotation.imag, pairs=True).to(x.dtype) for x in (q, k))
+        scored_q, scored_k = (attn.qk_norm(x) if hasattr(attn, "qk_norm") else x for x in rotated)
+        return scored_q, scored_k
+
     def _alibi_slopes(self) -> Float[Tensor, " head"] | None:
         """Return the model's ALiBi bias for a distance of one position, by head; `None` without ALiBi."""
         decoder: Any = getattr(self.original, "transformer", None)
+        if hasattr(decoder, "build_mpt_alibi_tensor"):
+            return decoder.build_mpt_alibi_tensor(self.n_heads, 2, device=next(self.parameters()).device)[:, 0].diff()[
+                :, 0
+            ]
         if not hasattr(decoder, "build_alibi_tensor"):
             return None
         mask = torch.ones(1, 2, dtype=torch.long, device=next(self.parameters()).device)
@@ -317,24 +360,148 @@ def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
+def boot(name: str, hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> TransformerBridge:
+    """Put TransformerLens's hooks into a Hugging Face model.
+
+    Args:
+        name: the folder or name of the model, for TransformerLens.
+        hf_model: the model in memory; its modules are replaced.
+        tokenizer: the model's tokenizer, or `None`.
+        device: the device of the weights.
+        dtype: the dtype of the weights.
+
+    Raises:
+        UnsupportedModelError: TransformerLens cannot put its hooks into the model, or the model computes something else
+            with them; the message says why.
+    """
+    transformer_lens = f"transformer-lens {version('transformer-lens')}"
+    try:
+        tokens = torch.arange(4, device=device)[None] % hf_model.config.get_text_config().vocab_size
+        expected = _short_logits(hf_model, tokens)
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=False,
+        )
+    except BOOT_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__}: expected a model that {transformer_lens} can put hooks into, got "
+            f"{_boot_obstacle(hf_model.config, error)}: use another model"
+        ) from error
+    BridgeBackend(bridge)  # refuses by cause what it can
+    difference = ((_short_logits(bridge, tokens) - expected).abs().max() / expected.abs().max()).item()
+    if difference > (1e-1 if is_half(dtype) else 1e-3):
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__}: expected the logits of transformers from the bridge of {transformer_lens}, "
+            f"got a relative error of {difference:.1e}: use another model"
+        )
+    return bridge
+
+
+def _short_logits(model: Any, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos d_vocab"]:
+    """Return the logits of a Hugging Face model or of its bridge."""
+    with torch.no_grad():
+        output = model(tokens)
+    return (output if isinstance(output, Tensor) else output.logits).float()
+
+
+BOOT_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""The errors that TransformerLens raises from models that it has no hooks for, some of them without a message."""
+
+
+def _boot_obstacle(config: Any, error: Exception) -> str:
+    """Return in words why TransformerLens cannot put its hooks into a model, as far as it is known."""
+    if config.model_type == "gpt_neox" and not config.attention_bias:
+        return "attention without biases (attention_bias=False)"
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        return "grouped keys and values in one fused projection (new_decoder_architecture=True)"
+    return str(error).split(". ")[0] or f"{type(error).__name__} without a message"
+
+
 def _check_attention(bridge: TransformerBridge, architecture: str, layer: int, arithmetic: torch.dtype | None) -> None:
     """Check what a layer's attention does beyond softmax over scaled scores, as far as its parts show it."""
-    attn: Any = getattr(bridge.blocks[layer], "attn", None)
+    block, config = bridge.blocks[layer], cast(Any, bridge.original_model.config)
+    attn: Any = getattr(block, "attn", None)
     original = getattr(attn, "original_component", None)
-    config: Any = bridge.original_model.config
+    hf_block: Any = getattr(block, "original_component", None)
     half_precision = is_half(arithmetic or next(bridge.original_model.parameters()).dtype)
+    features = partial(getattr, original)
     present_by_feature = {
+        f"a layer without softmax attention ({type(hf_block).__name__})": original is None,
+        "a state-space model that runs in parallel with attention": hasattr(hf_block, "mamba"),
+        "bidirectional attention": bool(getattr(config, "use_bidirectional_attention", False)),
         "multi-head latent attention (keys and values from one compressed vector)": hasattr(
             original, "kv_a_proj_with_mqa"
         ),
+        "experts in attention's projections": hasattr(original, "experts"),
+        "keys and values that another layer computes": features("is_kv_shared_layer", False),
+        "keys that are values, too": features("use_alternative_attention", False),
+        "a norm of values": hasattr(original, "v_norm"),
         "a norm between the heads and W_O": hasattr(original, "attn_sub_norm"),
-        "a gate on the heads' output": hasattr(attn, "hook_q_gate"),
-        "clamped queries, keys and values": getattr(config, "clip_qkv", None) is not None,
+        "a gate on the heads' output": hasattr(attn, "hook_q_gate")
+        or hasattr(original, "g_proj")
+        or hasattr(original, "gate_proj"),
+        "clamped queries, keys and values": bool(features("clip_qkv", None))
+        or getattr(config, "clip_qkv", None) is not None,
+        "grouped keys and values in one fused projection, which its bridge splits in another order": architecture
+        == "FalconForCausalLM"
+        and config.new_decoder_architecture,
+        "unscaled scores (scale_attn_weights=False), which its bridge scales": not getattr(
+            config, "scale_attn_weights", True
+        ),
         "ALiBi biases rounded to bfloat16 at every position": architecture == "FalconForCausalLM" and config.alibi,
-        "ALiBi in another form than Bloom's": architecture == "MptForCausalLM",
         "ALiBi biases rounded to half precision": architecture == "BloomForCausalLM" and half_precision,
+        "rotary embedding that no hook shows": _hides_rotation(bridge, architecture, layer),
     }
     check_unsupported(f"{architecture}, layer {layer}", present_by_feature)
+
+
+def _hides_rotation(bridge: TransformerBridge, architecture: str, layer: int) -> bool:
+    """Return whether a layer turns queries and keys inside of transformers, in a way that is not computed here."""
+    attn: Any = getattr(bridge.blocks[layer], "attn", None)
+    # Its hooks after rotation exist, but never fire: the bridge runs the forward pass of transformers.
+    if attn is None or type(attn).forward is not AttentionBridge.forward or architecture == "Llama4ForCausalLM":
+        return False
+    return "position_embeddings" in inspect.signature(attn.original_component.forward).parameters
+
+
+def _window(config: Any, attn: Any, layer: int) -> int | None:
+    """Return how many positions a layer's queries see, from their own backwards; `None` where they see all."""
+    if config.model_type == "gpt_neo":
+        return config.window_size if attn.attention_type == "local" else None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer] != "sliding_attention":
+        return None
+    # Where every layer has the same window, transformers keeps it in the configuration (Mistral). 0 stands for none.
+    return getattr(attn, "sliding_window", getattr(config, "sliding_window", None)) or None
+
+
+def _rule_lengths(config: Any) -> list[int]:
+    """Return the numbers of tokens up to which a configuration's attention rule is the same at every position.
+
+    Llama-4 sees nothing before the chunk of a position in some layers. In others it scales queries by the logarithm of
+    their position in units of `floor_scale`, which is 0 up to there.
+    """
+    lengths = [sys.maxsize]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        lengths.append(config.attention_chunk_size)
+    if getattr(config, "attn_temperature_tuning", False) and not all(config.no_rope_layers):
+        lengths.append(int(config.floor_scale) - 1)
+    return lengths
 
 
 def _rope_scaling_threshold(config: Any) -> int | None:

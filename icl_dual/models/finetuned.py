@@ -9,6 +9,7 @@ from torch import nn
 from transformer_lens.model_bridge import BlockBridge, TransformerBridge
 from transformers import PreTrainedModel
 
+from icl_dual.models.bridge import boot
 from icl_dual.models.hooked import is_hooked_transformer
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
@@ -83,9 +84,7 @@ def _wrapped(model: Model, tuned: Any) -> Model:
     hf_model.config.architectures = [architecture]
     hf_model = nn.Module.to(hf_model.eval(), model.device)
     tokenizer = model.backend.tokenizer
-    bridge = TransformerBridge.boot_transformers(
-        model.architecture, hf_model=hf_model, tokenizer=tokenizer, device=model.device, dtype=hf_model.dtype
-    )
+    bridge = boot(model.architecture, hf_model, tokenizer, model.device, hf_model.dtype)
     return _with_arithmetic_of(model, bridge, options)
 
 

@@ -1,17 +1,20 @@
 """`load_model`: load a decoder by its name, folder, GGUF file or hub id."""
 
 import copy
+import json
+import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
 from icl_dual.models.backend import UnsupportedModelError
+from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.precision import check_arithmetic
@@ -64,9 +67,9 @@ def load_model(
         raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
     try:
-        of_bridge = AutoTokenizer.from_pretrained(files.folder) if tokenizer is None else _as_given(tokenizer)
+        of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
         )
         hf_model, report = loaded
         missing = sorted(report["missing_keys"])
@@ -76,16 +79,25 @@ def load_model(
                 f"({', '.join(missing[:3])}, …): download or save the model again"
             )
         hf_model, momentum = _split_off_momentum(hf_model)
-        bridge = TransformerBridge.boot_transformers(
-            str(files.folder), hf_model=hf_model.to(device), tokenizer=of_bridge, device=device, dtype=dtype
-        )
+        bridge = boot(str(files.folder), hf_model.to(device), of_bridge, device, dtype)
     except SafetensorError as error:
         raise AssetError(
             f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
         ) from error
+    except pickle.UnpicklingError:  # the message of torch advises to read the file without this check
+        raise AssetError(
+            f"{name}: expected weights as tensors alone in {files.folder}, got a damaged file, or one that can run "
+            "code when it is read: get the model's weights as safetensors"
+        ) from None
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, AssetError):
+        if isinstance(error, AssetError | UnsupportedModelError):
             raise
+        if "trust_remote_code" in str(error):  # advises to run the code
+            raise UnsupportedModelError(
+                f"{name}: expected a model and a tokenizer of classes that transformers has, got {files.folder} with "
+                f"classes of its own ({_custom_classes(files.folder)}), code that icl_dual does not run: get the model "
+                "in the format of an architecture of transformers"
+            ) from None
         raise UnsupportedModelError(
             f"{name}: expected a folder with a decoder-only language model and its tokenizer, got: {error}: save both "
             "there with save_pretrained"
@@ -99,6 +111,17 @@ def load_model(
         arithmetic=arithmetic,
         tokenizer=tokenizer,
     )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _custom_classes(folder: Path) -> str:
+    """Return what a model folder's files say of classes of its own."""
+    files = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    settings = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return ", ".join(f"auto_map={value['auto_map']}" for value in settings if "auto_map" in value)
 
 
 def _as_given(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -8,12 +8,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.models.model import Model
 
 N_CTX = 512
 
 
-def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, arithmetic: torch.dtype | None = None) -> Model:
+@checked
+def tiny_model(seed: Seed = 0, *, dtype: torch.dtype = torch.float32, arithmetic: torch.dtype | None = None) -> Model:
     """Build a two-layer Llama with random weights and a byte-level tokenizer, offline and in under a second.
 
     Its predictions mean nothing; its attention, decompositions and finetuning work like those of any other model.
@@ -59,7 +61,7 @@ def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, arithmetic:
         tokenizer.save_pretrained(folder)
         saved = PreTrainedTokenizerFast.from_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(
-            "tiny", hf_model=hf_model, tokenizer=saved, device="cpu", dtype=dtype
+            "tiny", hf_model=hf_model, tokenizer=saved, device="cpu", dtype=dtype, trust_remote_code=False
         )
     return Model(bridge, name="tiny", provenance=f"random weights, seed {seed}", arithmetic=arithmetic)
 

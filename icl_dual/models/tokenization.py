@@ -1,5 +1,7 @@
 """Texts → token ids, where in the text each token lies, and what a tokenizer's own template puts in front."""
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,3 +125,18 @@ def template_start(tokenizer: Any) -> list[int]:
         f"expected a tokenizer that puts tokens before and after the tokens of a text, got {whole} for {text!r}, which "
         f"has the tokens {bare}: pass start= to icl_dual.build_prompts"
     )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a short hash of what decides a tokenizer's tokens: vocabulary, merges, normaliser and templates.
+
+    It is that of the tokenizer's serialisation, which another version of `tokenizers` can write differently.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    else:
+        rules = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # set by every call
+            del rules[state]
+    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -44,7 +44,7 @@ class RecordingError(ValueError):
 
 
 @document_fields
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Recordings(Saved):
     """What finetuning and the three settings (ZSL, ICL, FT) computed: all that the metrics need.
 

@@ -23,12 +23,26 @@ from torch import Tensor
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings.recordings import SETTINGS, RecordingError, Recordings, label_limit
-from icl_dual.storage import atomic_folder, first_line
+from icl_dual.storage import (
+    CLASS,
+    METADATA,
+    TENSORS,
+    AssetError,
+    atomic_folder,
+    check_writable,
+    first_line,
+    read_json,
+    recover,
+    to_json,
+)
 
 FOLDERS = {"ZSL": "zs", "ICL": "icl", "FT": "ftzs"}
 """The folder of each setting. A fourth folder, `ft`, holds the training steps."""
 
 FILE = "record_info.jsonl"
+
+LAYOUT = "released recordings"
+"""What the metadata of a folder in this layout say under `class`, where `write_recordings` wrote it."""
 
 
 def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, progress: bool = True) -> None:
@@ -37,14 +51,15 @@ def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, pro
     Args:
         recordings: recordings with training queries, of a context with one start token and one separator token after
             each demonstration.
-        folder: a new folder, or one that holds recordings in this layout.
+        folder: a new folder, or one that this function wrote into before.
         progress: show a progress bar for each setting.
 
     Raises:
         RecordingError: there are no training queries, the context has other start tokens or separators, or a number
             is not finite.
-        AssetError: the folder holds other files.
+        AssetError: the folder holds other files, recordings of the released code among them, or cannot be written.
     """
+    _check_folder(Path(folder))
     if recordings.training_q is None or recordings.training_segments is None:
         raise RecordingError(
             "expected recordings with training queries, which the folder ft of the released layout holds, got "
@@ -70,7 +85,20 @@ def write_recordings(recordings: Recordings, folder: str | PathLike[str], *, pro
             for step, tokens in enumerate(steps):
                 q = recordings.training_q[:, tokens.start - 1 : tokens.stop]
                 lines.write(_json_line({"attn_q": q}, Path("ft") / FILE, step + 1))
-        (scratch / "metadata.json").write_text(json.dumps(recordings.metadata, indent=1, ensure_ascii=False))
+        metadata = to_json({**recordings.metadata, CLASS: LAYOUT}, "metadata")
+        (scratch / METADATA).write_text(metadata, encoding="utf-8")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise an AssetError where a folder cannot be written, or holds anything that `write_recordings` did not write."""
+    check_writable(folder, [METADATA, *(f"{name}/{FILE}" for name in (*FOLDERS.values(), "ft"))])
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / METADATA).exists() or read_json(folder / METADATA).get(CLASS) != LAYOUT:
+        raise AssetError(
+            f"expected a new folder, or one that icl_dual wrote such recordings into, got {folder} with others: choose "
+            "another folder"
+        )
 
 
 def _query_record(recordings: Recordings, setting: str, query: int) -> dict[str, Any]:
@@ -112,7 +140,8 @@ def load_recordings(
             tensors are damaged.
     """
     folder = Path(folder)
-    if (folder / "tensors.safetensors").exists():
+    recover(folder)
+    if (folder / TENSORS).exists():
         return Recordings.load(folder, n_labels)
     if not folder.is_dir():
         raise RecordingError(
@@ -159,16 +188,12 @@ def load_recordings(
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    path = folder / "metadata.json"
+    path = folder / METADATA
     try:
-        metadata = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: expected JSON, got {first_line(error)}: correct or delete the file") from error
-    if not isinstance(metadata, dict):
-        raise RecordingError(
-            f"{path}: expected a JSON object, got {type(metadata).__name__}: correct or delete the file"
-        )
-    return metadata
+        metadata = read_json(path) if path.exists() else {}
+    except AssetError as error:
+        raise RecordingError(str(error)) from error
+    return {name: value for name, value in metadata.items() if name != CLASS}
 
 
 class _Record(NamedTuple):

@@ -7,7 +7,7 @@
 | `frames` | means and deviations over queries as a data frame |
 """
 
-from icl_dual.statistics.frames import summary_frame
+from icl_dual.statistics.frames import html_table, summary_frame
 from icl_dual.statistics.intervals import (
     MIN_QUERIES,
     UNSTABLE,
@@ -32,6 +32,7 @@ __all__ = [
     "Shifts",
     "Table",
     "bootstrap",
+    "html_table",
     "mean_of_intervals",
     "over_seeds",
     "paired_test",

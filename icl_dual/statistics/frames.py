@@ -1,10 +1,20 @@
-"""Summary frames: the mean and deviation over queries of every metric, by layer and head."""
+"""Frames: the mean and deviation over queries of every metric, by layer and head; and frames as HTML."""
 
 from collections.abc import Mapping
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
+
+
+def html_table(frame: pd.DataFrame) -> str:
+    """Return a frame as an HTML table without its index, in which every name is text: no markup and no formula.
+
+    >>> "<td>a &lt; $b$</td>" in html_table(pd.DataFrame({"token": ["a < $b$"]}))
+    True
+    """
+    with pd.option_context("display.html.use_mathjax", False):  # notebooks take dollar signs for formulas
+        return frame.to_html(index=False)
 
 
 def summary_frame(values: Mapping[str, Float[Tensor, "query layer ..."]]) -> pd.DataFrame:

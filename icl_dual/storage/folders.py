@@ -33,11 +33,12 @@ CHECKSUMS = "sha256"
 """The metadata entry that holds the SHA-256 of each file; version 0.2 wrote none."""
 
 SCRATCH = ".icl_dual-"
-"""How the names of scratch folders begin."""
+"""How the names of scratch folders begin; the machine, the process and random characters follow."""
 
 FREE_BYTES = 2**24
 """The free disk space that `check_writable` expects by default."""
 
+_SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[A-Za-z0-9]+-\d+-\w+")
 _LOCK, _NEW, _OLD, _TRASH = "lock", "new", "old", "trash"
 _DAY_S, _WAIT_S, _POLL_S = 86400.0, 10.0, 0.01
 _ATTEMPTS = 1000
@@ -193,7 +194,7 @@ def _check_length(target: Path, place: Path) -> None:
     except (AttributeError, OSError, ValueError):  # Windows has none
         most_of_name, most_of_path = 255, 4096
     longest = max(target.parts, key=lambda part: len(os.fsencode(part)))
-    scratch = len(SCRATCH) + len(_host()) + len(f"/{_NEW}/") + 20
+    scratch = len(SCRATCH) + len(_host()) + len(f"/{_NEW}/") + 30
     for what, length, most in (
         ("names", len(os.fsencode(longest)), most_of_name),
         ("a path", len(os.fsencode(target)) + scratch, most_of_path),
@@ -252,7 +253,7 @@ def _files(folder: Path) -> set[str]:
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """Yield a locked scratch folder in a folder, and delete it."""
-    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{_host()}-", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{_host()}-{os.getpid()}-", dir=parent))
     lock = FileLock(scratch / _LOCK)
     try:
         with suppress(OSError, NotImplementedError):  # a file system without locks
@@ -310,8 +311,11 @@ def _is_in_use(scratch: Path) -> bool:
         is_young = time.time() - scratch.stat().st_mtime < _DAY_S
     except FileNotFoundError:
         return False
-    if names <= {_LOCK} or not scratch.name.startswith(f"{SCRATCH}{_host()}-"):
+    host, pid, _ = scratch.name.removeprefix(SCRATCH).split("-")
+    if host != _host():
         return is_young
+    if names <= {_LOCK}:  # perhaps not locked yet
+        return is_young and _is_running(int(pid))
     if _LOCK not in names:
         return False
     lock = FileLock(scratch / _LOCK)
@@ -327,8 +331,21 @@ def _is_in_use(scratch: Path) -> bool:
     return False
 
 
+def _is_running(pid: int) -> bool:
+    """Return whether a process of this machine may run."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def _scratch_folders(parent: Path) -> list[Path]:
-    return [path for path in _children(parent) if path.name.startswith(SCRATCH)]
+    return [path for path in _children(parent) if _SCRATCH_NAME.fullmatch(path.name)]
 
 
 def _asides(parent: Path) -> list[tuple[Path, Path]]:

@@ -56,7 +56,7 @@ class Saved(BaseResult):
         if shared := (about or {}).keys() & {*(field.name for field in _saved_fields(self)), CLASS, CHECKSUMS}:
             raise ValueError(f"expected about without the result's own names, got {sorted(shared)}: rename these")
         metadata = {**metadata, **(about or {}), CLASS: type(self).__name__}
-        _check_kept(Path(folder), {*metadata, *(field.name for field in _saved_fields(self))})
+        _check_kept(Path(folder), metadata[CLASS], {*metadata, *(field.name for field in _saved_fields(self))})
         save_tensors(Path(folder), tensors, metadata)
 
     @classmethod
@@ -80,11 +80,11 @@ class Saved(BaseResult):
         return tensors, metadata
 
 
-def _check_kept(folder: Path, names: Collection[str]) -> None:
-    """Raise an AssetError where a folder's result has more about it than the names of one that would replace it."""
-    if not (folder / METADATA).is_file():
-        return
-    if lost := sorted(read_json(folder / METADATA).keys() - {*names, CHECKSUMS}):
+def _check_kept(folder: Path, cls: str, names: Collection[str]) -> None:
+    """Raise an AssetError where a folder's result of a class has more about it than the names of its successor."""
+    saved = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
+    lost = sorted(saved.keys() - {*names, CHECKSUMS})
+    if lost and saved.get(CLASS) in (None, cls):
         raise AssetError(
             f"expected a new folder, or one with nothing more than such a result, got {folder} with its "
             f"{', '.join(lost[:3])}: choose another folder, or delete this one"
@@ -192,7 +192,7 @@ def _value(hint: Any, path: str, tensors: Mapping[str, Tensor], part: Any) -> An
             return _plain_value(option, path, part)
         except FieldError as error:
             errors.append(error)
-    deeper = [error for error in errors if error.field != path]
+    deeper = [error for error in errors if error.field != path or len(errors) == 1]
     raise deeper[0] if deeper else FieldError(path, _words(hint), json_kind(part))
 
 

@@ -41,6 +41,31 @@ def test_the_script_writes_a_column_wide_figure(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "claim.pdf").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (None, "error: expected a table in {path}, got [Errno 2] No such file"),
+        ("", "error: expected a table in {path}, got No columns to parse from file: check the path"),
+        ("metric,task\n", "error: expected a column 'what is compared' in {path}, got none: write it with"),
+    ],
+)
+def test_what_is_no_table_of_controls_is_an_error_in_a_line(
+    table: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "controls.csv"
+    if table is not None:
+        path.write_text(table)
+    assert claim.main(["--controls", str(path), "--out", str(tmp_path / "claim")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message.format(path=path))
+    assert not list(tmp_path.glob("claim*"))
+
+
+def test_a_name_with_dots_stays_whole(tmp_path: Path) -> None:
+    assert claim.main(["--controls", str(TABLE), "--out", str(tmp_path / "claim.v2")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"claim.v2.png", "claim.v2.pdf"}
+
+
 def test_a_table_without_a_control_is_an_error_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = pd.read_csv(TABLE)
     rows[rows["what is compared"] != "untrained model"].to_csv(tmp_path / "controls.csv")

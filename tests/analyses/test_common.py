@@ -86,6 +86,7 @@ def test_a_command_has_what_departs_from_the_defaults_in_the_parsers_order() -> 
 
 def test_a_command_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     parser = common.cell_parser(None)
+    (tmp_path / "mine").mkdir()
     args = parser.parse_args(["--model", str(tmp_path / "mine")])
     assert common.command_line("x.py", parser, args) == "python analyses/x.py --model mine"
 
@@ -152,9 +153,10 @@ def test_every_script_is_a_program() -> None:
 
 
 def test_a_program_returns_its_exit_code_and_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ANALYSES / "reproduce.py"), "--tasks", "sst2", "--lr", "0", "--out", str(tmp_path)]
+    arguments = ["--tasks", "sst2", "--lr", "0.001", "--reference-k-mismatch", "--out", str(tmp_path)]
+    command = [sys.executable, str(ANALYSES / "reproduce.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "expected lr as a positive number, got 0.0" in done.stderr.splitlines()[-1]
+    assert "expected reference_k_mismatch with protocol='reference' only" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -64,12 +64,11 @@ def test_finished_cells_are_drawn_again_without_the_model(
     assert (out / "layers.csv").read_bytes() == before
 
 
-def test_cells_of_other_settings_and_bad_rates_are_errors_in_a_line(
+def test_cells_of_other_settings_and_models_without_a_rate_are_errors_in_a_line(
     out: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for given, message in (
         ((*arguments, "--rank", "2"), "expected a result made with rank=2, got "),
-        ((*arguments, "--lr", "-1", "--tasks", "sst5"), "expected a learning rate above 0, got -1.0"),
         (("--model", "nothing/here"), "no learning rate was chosen"),
     ):
         assert script.main([*given, "--out", str(out)]) == 1

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import icl_dual as icl
 from icl_dual.metrics.catalogue import layer_metrics
 from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.statistics.intervals import bootstrap, widened
+from icl_dual.storage.folders import SCRATCH, _host
 
 CELL = icl.Cell(model="llama", task="sst2", k=3, seed=1, lr=0.05, n_queries=6, protocol="reference")
 RECORDED: dict = {
@@ -41,7 +43,7 @@ def run(*arguments: object) -> int:
 def cells(llama: icl.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two protocols, two seeds of one, another k: what a folder of finished cells may hold."""
     folder = tmp_path_factory.mktemp("cells")
-    answer = dataclasses.replace(CELL, protocol="answer")
+    answer = dataclasses.replace(CELL, protocol="answer", replicas=0)
     wanted = [CELL, dataclasses.replace(CELL, seed=2), dataclasses.replace(CELL, k=2), answer]
     for cell in wanted:
         task = icl.Task("sst2", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol=cell.protocol)
@@ -221,7 +223,7 @@ def test_a_table_of_two_protocols_is_refused(cells: Path) -> None:
 def test_cells_of_other_set_ups_share_no_row_and_say_what_differs(
     cells: Path, llama: icl.Model, tmp_path: Path
 ) -> None:
-    label = dataclasses.replace(CELL, task="agnews", finetuning=icl.FinetuneConfig(loss="label"))
+    label = dataclasses.replace(CELL, task="agnews", finetuning=icl.FinetuneConfig(loss="label"), replicas=0)
     task = icl.Task("agnews", "Text: {text} Label:", ("no", "perhaps"), make_rows(), protocol="reference")
     found = [icl.load_cell(cells / CELL.name), icl.run_cell(llama, task, label, tmp_path / "x", progress=False)]
     one, other = paper_tables.groups(found)
@@ -233,6 +235,16 @@ def test_exported_recordings_beside_cells_are_no_cells(cells: Path, tmp_path: Pa
     icl.export_recordings(icl.load_cell(cells / CELL.name), tmp_path / "study" / "exported", progress=False)
     (tmp_path / "study" / "cell").symlink_to(cells / CELL.name)
     assert len(paper_tables.find_cells([tmp_path / "study" / "exported", tmp_path / "study" / "cell"])) == 1
+
+
+def test_folders_of_killed_processes_are_no_cells_and_what_they_set_aside_comes_back(
+    cells: Path, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "cells" / f"{SCRATCH}{_host()}-1-killed"
+    for part in ("new", "old"):
+        shutil.copytree(cells / CELL.name, scratch / part / CELL.name)
+    (result,) = paper_tables.find_cells([tmp_path])
+    assert result.folder == tmp_path / "cells" / CELL.name
 
 
 def test_a_cell_found_twice_is_no_second_seed(cells: Path) -> None:
@@ -283,7 +295,7 @@ def test_bad_records_are_an_error_in_a_line_or_skipped_and_counted(
     [
         ((), 2, "expected either folders of cells, or --recordings FOLDER"),
         (("somewhere", "--json", "x.json"), 2, "--json takes the metrics of --recordings"),
-        (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a number from 1, or all, got '0'"),
+        (("--recordings", "x", "--kendall-queries", "0"), 2, "expected a whole number of at least 1, or all, got '0'"),
         (("nowhere",), 1, "error: expected finished cells in nowhere, found none"),
         (
             ("--recordings", "nowhere"),

@@ -149,28 +149,34 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (("--lr", "0"), "expected lr as a positive number, got 0.0"),
-        (("--lr", "nan"), "expected lr as a positive number, got nan"),
-        (("--lr", "0.001", "--device", "nowhere"), "expected a device that torch can use here, got 'nowhere'"),
-        (("--lr", "1e4"), "finetuning diverged at step"),
-        (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999"),
-        (("--lr", "0.001", "--k", "999999"), "expected k from 0 to "),
-        (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of smollm2-135m"),
-        (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3': check its spelling"),
+        (("--lr", "0"), "argument --lr: expected a finite number above 0, got '0': pass ", 2),
+        (("--lr", "nan"), "argument --lr: expected a finite number above 0, got 'nan': pass ", 2),
+        (("--lr", "0.001", "--device", "nowhere"), "expected a device that torch knows, got 'nowhere': pass cpu", 2),
+        (("--lr", "0.001", "--device", "mps"), "expected a device that torch can use here, got 'mps'", 1),
+        (("--lr", "1e4"), "finetuning diverged at step", 1),
+        (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999", 1),
+        (("--lr", "0.001", "--k", "999999"), "expected k from 0 to ", 1),
+        (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of smollm2-135m", 1),
+        (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3': check its spelling", 2),
         (
             ("--lr", "0.001", "--protocol", "reference", "--balanced"),
             "expected balanced=False under the reference protocol, got balanced=True",
+            1,
         ),
-        (("--lr", "0.001", "--reference-k-mismatch"), "expected reference_k_mismatch with protocol='reference' only"),
+        (
+            ("--lr", "0.001", "--reference-k-mismatch"),
+            "expected reference_k_mismatch with protocol='reference' only",
+            1,
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_said_in_a_line(
-    tmp_path: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: tuple[str, ...], message: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usual = ("--tasks", "mr", "--k", "2", "--queries", "2")
-    assert script.main([*usual, *arguments, "--out", str(tmp_path)]) == 1
+    assert script.main([*usual, *arguments, "--out", str(tmp_path)]) == status
     assert message in error_of(capsys)
 
 
@@ -199,7 +205,7 @@ def test_a_preset_is_the_papers_set_up_and_gives_way_to_what_is_asked() -> None:
 
 def test_the_command_names_what_departs_from_a_preset() -> None:
     given = (
-        "--preset paper-1.3b --model smollm2-135m --tasks sst2 --k 0 --queries 5 --protocol answer --source wheel "
+        "--preset paper-1.3b --model smollm2-135m --tasks sst2 --k 3 --queries 5 --protocol answer --source wheel "
         "--dtype bfloat16"
     )
     line = script.command(script.parse(given.split()))
@@ -232,8 +238,11 @@ def test_a_preset_is_rehearsed_on_a_random_model_of_its_shape(tmp_path: Path) ->
     ("arguments", "message"),
     [
         (("--rehearse", "2"), "and a --preset to rehearse"),
-        (("--preset", "paper-1.3b", "--rehearse", "0"), "argument --rehearse: expected at least 1, got 0"),
-        (("--preset", "paper-13b"), "invalid choice"),
+        (
+            ("--preset", "paper-1.3b", "--rehearse", "0"),
+            "argument --rehearse: expected a whole number of at least 1, got '0'",
+        ),
+        (("--preset", "paper-13b"), "argument --preset: expected one of paper-1.3b, paper-2.7b, got 'paper-13b'"),
     ],
 )
 def test_presets_that_are_none_are_said(

@@ -58,12 +58,15 @@ def test_a_way_of_finetuning_has_a_table_of_its_own(tiny_model: str, tmp_path: P
     assert table.stem.endswith("_label-loss_full-batch")
 
 
-@pytest.mark.parametrize("options", [("--replicas", "0"), ("--replicas", "1"), ("--queries", "4")])
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("--replicas", "0", 2), ("--replicas", "1", 2), ("--queries", "4", 5)]
+)
 def test_stability_that_is_not_measured_is_not_reported(
-    options: tuple[str, ...], capsys: pytest.CaptureFixture
+    option: str, value: str, least: int, capsys: pytest.CaptureFixture
 ) -> None:
-    assert select_lr.main([*options]) == 2
-    assert "expected --replicas of at least 2 and --queries of at least 5" in capsys.readouterr().err
+    assert select_lr.main([option, value]) == 2
+    message = f"argument {option}: expected a whole number of at least {least}, got '{value}'"
+    assert message in capsys.readouterr().err
 
 
 def grid(tmp_path: Path, rows: list[tuple[float, float, str | None]]) -> select_lr.Grid:

@@ -42,7 +42,7 @@ def test_the_page_has_a_row_for_each_cell_and_names_no_machine(out: Path, tiny_m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--replicas", "1"), "expected --replicas of at least 2, got 1"),
+        (("--replicas", "1"), "argument --replicas: expected at least 2, or 0 for none, got '1'"),
         (("--replicas", "0"), "expected --replicas of at least 2, got 0"),
         (("--lr", "0.1"), "expected --ks and --lrs"),
     ],

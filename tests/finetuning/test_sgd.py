@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 import icl_dual as icl
 from icl_dual.finetuning import Noise, sgd
 from icl_dual.finetuning.weight_delta import Loss, Method, Trained, trained_weights
+from icl_dual.models import tiny_model
 from icl_dual.prompts import Prompts
 
 
@@ -456,3 +457,28 @@ def test_half_precision_finetunes_by_any_method(
         assert same(model, before), "it runs beside the weights"
         assert model.fingerprint() != fingerprint
     assert model.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no memory")])
+def test_memory_that_runs_out_is_said_in_words_and_leaves_the_weights_as_they_were(
+    error: Exception, dtype: torch.dtype, task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(dtype=dtype)
+    prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
+    before, fingerprint, steps = [p.detach().clone() for p in model.parameters()], model.fingerprint(), list[int]()
+
+    def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        steps.append(len(steps))
+        if len(steps) == 3:  # the weights have changed by then
+            raise error
+        torch.autograd.backward(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    longest = max(len(prompts.start) + len(tokens) for tokens in prompts.training_sequences)
+    message = rf"expected memory to finetune Model\('tiny'.* on demonstrations of up to {longest} tokens, got: .*memory"
+    with pytest.raises(MemoryError, match=message):
+        icl.finetune(model, prompts, lr=LR, progress=False)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert model.fingerprint() == fingerprint
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

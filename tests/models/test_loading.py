@@ -1,6 +1,7 @@
 """Loading decoders: what comes of a folder, and what is refused."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,76 @@ def test_what_a_packaged_model_is_reaches_the_model_and_changes_neither_name_nor
     assert repr(model).startswith("Model('made-up' = Made-up-Instruct (Q4_1, dequantised), LlamaForCausalLM, ")
     monkeypatch.undo()
     assert icl.load_model(str(tmp_path)).description == str(tmp_path)
+
+
+RUNS_CODE = """
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+Path("MARKER").touch()
+class CustomConfig(PretrainedConfig):
+    model_type = "custom"
+class CustomModel(PreTrainedModel):
+    config_class = CustomConfig
+class CustomTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("place", ["model", "tokenizer", "model that transformers has"])
+def test_a_models_code_is_neither_run_nor_offered(
+    make_hf_model: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    make_hf_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    marker = tmp_path / "code_ran"
+    (tmp_path / "custom.py").write_text(RUNS_CODE.replace("MARKER", marker.as_posix()))
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"model_type": "custom", "architectures": ["CustomModel"]},
+        "tokenizer": {
+            "tokenizer_class": "CustomTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "custom.CustomTokenizer"]},
+        },
+        "model that transformers has": {},
+    }
+    file = tmp_path / ("tokenizer_config.json" if place == "tokenizer" else "config.json")
+    auto_map = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomModel"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": auto_map, **changes[place]}))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    if place == "model that transformers has":
+        assert icl.load_model(str(tmp_path)).architecture == "LlamaForCausalLM"
+    else:
+        with pytest.raises(
+            icl.UnsupportedModelError, match=r"classes that transformers has, .*'custom.Custom"
+        ) as caught:
+            icl.load_model(str(tmp_path))
+        assert "trust_remote_code" not in str(caught.value)
+        assert caught.value.__suppress_context__
+    assert not marker.exists()
+
+
+class _Opens:
+    """Opens a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_weights_that_run_code_are_refused_without_advice_to_run_it(
+    make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    hf_model = make_hf_model("llama")
+    hf_model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save({**hf_model.state_dict(), "extra": _Opens(tmp_path / "code_ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(icl.AssetError, match=r"expected weights as tensors alone in .* as safetensors") as caught:
+        icl.load_model(str(tmp_path))
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "code_ran").exists()

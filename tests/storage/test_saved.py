@@ -2,29 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
 
 import icl_dual as icl
-from icl_dual.storage import NOT_SAVED, Saved, atomic_folder, check_same_settings, load_tensors, save_tensors
-
-
-def test_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    def write(content: str, then: BaseException | None = None) -> None:
-        with atomic_folder(tmp_path / "made") as scratch:
-            (scratch / "file").write_text(content)
-            if then:
-                raise then
-
-    write("first")
-    with pytest.raises(KeyboardInterrupt):
-        write("second", KeyboardInterrupt())
-    assert (tmp_path / "made" / "file").read_text() == "first"
-    write("third")
-    assert (tmp_path / "made" / "file").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+from icl_dual.storage import NOT_SAVED, Saved, check_same_settings, from_json, load_tensors, save_tensors
 
 
 def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
@@ -55,15 +39,6 @@ def test_a_folder_of_results_is_not_called_damaged(tmp_path: Path) -> None:
         (tmp_path / name / name).unlink()
         with pytest.raises(icl.AssetError, match="delete the folder to have it made again"):
             load_tensors(tmp_path / name)
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
-    with pytest.raises(icl.AssetError, match=r"got .*thesis with other files in it \('chapter\.tex'"):
-        save_tensors(tmp_path / "thesis", {"a": torch.ones(1)}, {})
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
 class Pair(NamedTuple):
@@ -178,3 +153,115 @@ def test_a_field_that_is_not_saved_comes_back_as_its_default(tmp_path: Path) -> 
 
     WithModel("x", model=object()).save(tmp_path / "x")
     assert WithModel.load(tmp_path / "x") == WithModel("x", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    method: Literal["sgd", "adam"] = "sgd"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Typed(Saved):
+    count: int
+    rate: float
+    flag: bool
+    name: str
+    limit: int | None
+    sizes: tuple[int, ...]
+    pair: tuple[int, str]
+    orders: list[list[int]]
+    options: Options
+    by_name: dict[str, float]
+    x: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.count > 3:
+            raise ValueError(f"expected count of at most 3, got {self.count}: count again")
+
+
+def typed() -> Typed:
+    named: dict[str, Any] = {"count": 3, "rate": 0.5, "flag": True, "name": "n", "limit": None, "sizes": (1, 2)}
+    return Typed(
+        **named, pair=(1, "a"), orders=[[0, 1]], options=Options(), by_name={"a": float("nan")}, x=torch.ones(2)
+    )
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("count", "3", "expected count in .* as a whole number, got text"),
+    ("count", 3.0, "expected count in .* as a whole number, got a number"),
+    ("count", True, "expected count in .* as a whole number, got true or false"),
+    ("count", float("nan"), "expected count in .* as a whole number"),
+    ("count", None, "expected count in .* as a whole number, got null"),
+    ("count", 5, "values that fit each other, got .*expected count of at most 3, got 5"),
+    ("rate", "0.5", "expected rate in .* as a number, got text"),
+    ("flag", 1, "expected flag in .* as true or false, got a number"),
+    ("name", ["n"], "expected name in .* as text, got a list"),
+    ("limit", "x", "expected limit in .* as a whole number or null, got text"),
+    ("sizes", 3, "expected sizes in .* as a list, got a number"),
+    ("sizes", [1, "2"], "expected sizes/1 in .* as a whole number, got text"),
+    ("pair", [1], "expected pair in .* as a list of 2, got a list of 1"),
+    ("pair", ["a", 1], "expected pair/0 in .* as a whole number, got text"),
+    ("orders", [[0], None], "expected orders/1 in .* as a list, got null"),
+    ("options", None, "expected options in .* as a table, got null"),
+    ("options", [], "expected options in .* as a table, got a list"),
+    ("options", {"method": "lbfgs"}, "expected options/method in .* as one of 'sgd', 'adam', got text"),
+    ("by_name", None, "expected by_name in .* as a table, got null"),
+    ("by_name", {"a": [1]}, "expected by_name/a in .* as a number, got a list"),
+    ("x", 3, "expected a saved Typed in|expected x in .* as a tensor, got a number"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG, ids=lambda value: str(value)[:20])
+def test_wrong_types_and_values_are_refused_with_file_and_field(
+    tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    typed().save(tmp_path / "x")
+    tensors, metadata = load_tensors(tmp_path / "x")
+    if field == "x":
+        del tensors["x"]
+    save_tensors(tmp_path / "x", tensors, metadata | {field: value})
+    with pytest.raises(icl.AssetError, match=message) as raised:
+        Typed.load(tmp_path / "x")
+    assert str(tmp_path / "x") in str(raised.value)
+
+
+def test_right_types_come_back_as_they_were(tmp_path: Path) -> None:
+    typed().save(tmp_path / "x")
+    loaded = Typed.load(tmp_path / "x")
+    assert loaded == typed()
+    assert (loaded.sizes, loaded.pair, loaded.orders, loaded.options) == ((1, 2), (1, "a"), [[0, 1]], Options())
+
+
+def test_a_tensor_in_the_place_of_a_value_is_refused(tmp_path: Path) -> None:
+    typed().save(tmp_path / "x")
+    tensors, metadata = load_tensors(tmp_path / "x")
+    save_tensors(tmp_path / "x", tensors | {"count": torch.ones(1)}, metadata)
+    with pytest.raises(icl.AssetError, match=r"expected count in .* as a whole number, got a tensor"):
+        Typed.load(tmp_path / "x")
+    save_tensors(tmp_path / "x", tensors | {"name/part": torch.ones(1)}, metadata)
+    with pytest.raises(icl.AssetError, match=r"expected name in .* as text, got"):
+        Typed.load(tmp_path / "x")
+
+
+def test_settings_are_read_with_their_types() -> None:
+    assert from_json(Options, {"method": "adam"}, "x/metadata.json") == Options("adam")
+    for values, message in (
+        ({"method": 3}, r"expected method in x/metadata\.json as one of 'sgd', 'adam', got a number"),
+        (None, r"expected Options in x/metadata\.json as a table of Options, got null"),
+        ({"mehtod": "sgd"}, r"expected a saved Options in x/metadata\.json, .*mehtod"),
+    ):
+        with pytest.raises(icl.AssetError, match=message):
+            from_json(Options, values, "x/metadata.json")
+
+
+def test_a_result_is_never_saved_over_one_with_more_about_it(tmp_path: Path) -> None:
+    """As a comparison that is saved into the folder of a finished cell, which has settings and provenance."""
+    result().save(tmp_path / "cell", {"settings": {"k": 3}})
+    with pytest.raises(
+        icl.AssetError, match=r"got .*cell with its settings: choose another folder, or delete this one"
+    ):
+        result().save(tmp_path / "cell")
+    result(limit=5).save(tmp_path / "cell", {"settings": {"k": 4}})
+    assert Result.load(tmp_path / "cell").limit == 5
+    with pytest.raises(icl.AssetError, match=r"one with a saved Typed, got .*cell with a saved Result"):
+        typed().save(tmp_path / "cell")

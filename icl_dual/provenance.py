@@ -1,0 +1,160 @@
+"""The origin of a cell's numbers: what is saved of its model and tasks, and the checks that these are still the same.
+
+A study is of one data set and one model under each name. What an older version did not save is not compared.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from icl_dual.assets import local_files, local_provenance
+from icl_dual.cells import Cell
+from icl_dual.models import Model, control_provenance
+from icl_dual.models.precision import precision_name
+from icl_dual.models.tokenization import tokenizer_fingerprint
+from icl_dual.rows import file_sha256
+from icl_dual.storage import SettingsError, check_same_settings
+from icl_dual.tasks import Task
+
+PACKAGES = ("icl-dual", "torch", "transformers", "tokenizers", "transformer-lens")
+"""The packages of which a cell saves the version."""
+
+
+class SavedCell(NamedTuple):
+    """A cell as it was saved, without its numbers."""
+
+    cell: Cell
+    """The settings."""
+    provenance: Mapping[str, Any]
+    """The origin of its numbers, as JSON values."""
+    folder: Path
+    """The folder that it is saved in."""
+
+    @property
+    def precision(self) -> tuple[str | None, str | None]:
+        """Return the dtype and the precision; before there were precisions, cells computed in their weights' dtype."""
+        dtype = self.provenance.get("dtype")
+        return dtype, self.provenance.get("precision", dtype)
+
+
+def model_origin(model: Model) -> dict[str, Any]:
+    """Return what identifies a model's weights, their precision and its tokenizer, as provenance has it."""
+    tokenizer = {} if model.tokenizer is None else {"tokenizer": tokenizer_fingerprint(model.tokenizer)}
+    return {
+        "model": model.provenance,
+        "dtype": dtype_name(model.dtype),
+        "precision": model.precision,
+        "fingerprint": model.fingerprint(),
+        **tokenizer,
+    }
+
+
+def task_origin(tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Return what identifies a cell's tasks, as provenance has it: a hash of each, and what decides it by name."""
+    hashes = {key: task.fingerprint for key, task in tasks.items()}
+    return {**hashes, "tasks": {key: task.provenance for key, task in tasks.items()}}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as provenance has it, e.g. `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_same_precision(saved: SavedCell, dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:
+    """Raise a SettingsError where a cell was computed in another precision than that of models to load."""
+    computed = arithmetic or dtype
+    _check_precision(saved, dtype_name(computed), precision_name(dtype, computed))
+
+
+def check_same_model(saved: SavedCell, origin: Mapping[str, Any], *, any_precision: bool = False) -> None:
+    """Raise a SettingsError where a cell was run with other weights, another precision or another tokenizer.
+
+    Args:
+        saved: the cell.
+        origin: what `model_origin` returns of the model of the cell's `model_name`; entries that it lacks are not
+            compared.
+        any_precision: whether the cell may have another precision. Fingerprints are compared within one precision.
+    """
+    if not any_precision:
+        _check_precision(saved, origin["dtype"], origin["precision"])
+    hashes = ["fingerprint"] if saved.precision == (origin["dtype"], origin["precision"]) else []
+    hashes += ["tokenizer"] if _has_same_tokenizers(saved) else []
+    comparable = {name: origin[name] for name in hashes if name in origin and name in saved.provenance}
+    check_same_settings(saved.folder, {"model": origin["model"], **comparable}, saved.provenance)
+
+
+def check_same_control(saved: SavedCell, origin: Mapping[str, Any], *, any_precision: bool = False) -> None:
+    """Raise a SettingsError where a control was run with another model than the one that this is the origin of."""
+    if saved.cell.weights != "trained":
+        model = control_provenance(origin["model"], saved.cell.weights, saved.cell.seed)
+        of_control = {name: value for name, value in origin.items() if name != "fingerprint"} | {"model": model}
+        check_same_model(saved, of_control, any_precision=any_precision)
+
+
+class LocalModels:
+    """Checks that the files of local models are those that cells were run with; each file is read once at most."""
+
+    def __init__(self) -> None:
+        self.files, self._provenance = cache(local_files), cache(local_provenance)
+
+    def check_same(self, saved: SavedCell) -> None:
+        """Raise a SettingsError where the local files of a cell's model have changed; no model is loaded.
+
+        Bytes are read only where size or time of change of a file differ from those that were saved.
+        """
+        cell, saved_files = saved.cell, saved.provenance.get("model_files") or {}
+        files = self.files(cell.model) if saved_files else {}
+        if not files or files == saved_files:
+            return
+        provenance = self._provenance(cell.model)
+        if cell.weights != "trained":
+            provenance = control_provenance(provenance, cell.weights, cell.seed)
+        if provenance != saved.provenance["model"]:
+            changed = sorted(name for name in {**files, **saved_files} if files.get(name) != saved_files.get(name))
+            raise SettingsError(
+                f"expected the files of model={cell.model!r} that {saved.folder} was made with, got other bytes "
+                f"({', '.join(changed)}): restore them, or choose another output folder"
+            )
+
+
+def have_task_files_changed(saved: SavedCell) -> bool:
+    """Return whether a local file that a cell's tasks were read from has other bytes now, where that can be told."""
+    files: Mapping[str, str] = saved.provenance.get("task_files", {})
+    if not files and saved.cell.source is not None and Path(saved.cell.source).is_file():
+        return True  # an older version saved no hash of files
+    hashes = {path: file_sha256(path) for path in files}
+    return any(sha256 is not None and sha256 != files[path] for path, sha256 in hashes.items())
+
+
+def check_same_task(saved: SavedCell, key: str, task: Task) -> None:
+    """Raise a SettingsError where a cell was run with other rows, another template or other label words.
+
+    Args:
+        saved: the cell.
+        key: `task` or `context_task`.
+        task: the task of this name now.
+    """
+    if saved.provenance.get(key, task.fingerprint) == task.fingerprint:
+        return
+    parts, saved_parts = task.provenance, saved.provenance.get("tasks", {}).get(key, {})
+    changed = [name for name, value in parts.items() if name in saved_parts and saved_parts[name] != value]
+    wanted = {f"{key} {name}": parts[name] for name in changed} or {key: task.fingerprint}
+    check_same_settings(
+        saved.folder, wanted, {**saved.provenance, **{f"{key} {name}": saved_parts[name] for name in changed}}
+    )
+
+
+def _check_precision(saved: SavedCell, dtype: str, precision: str) -> None:
+    saved_dtype, saved_precision = saved.precision
+    check_same_settings(saved.folder, {"dtype": dtype}, {"dtype": saved_dtype})
+    check_same_settings(saved.folder, {"precision": precision}, {"precision": saved_precision})
+
+
+def _has_same_tokenizers(saved: SavedCell) -> bool:
+    """Return whether the packages that write a tokenizer's serialisation have the versions of a saved cell."""
+    versions = saved.provenance.get("versions", {})
+    return all(versions.get(name) == version(name) for name in ("tokenizers", "transformers"))
