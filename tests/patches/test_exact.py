@@ -11,7 +11,14 @@ import torch
 from helpers import boot, draw, relative_error, seeds, snapshot
 from hypothesis import given, settings
 from toys import ARCHITECTURES
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.pytorch_utils import Conv1D
 
 import icl_dual as icl
@@ -75,7 +82,9 @@ def write_into_weights(patch: icl.ExactPatch, hf_model: Any, modules: dict[str, 
                 module.weight.data += delta.mT if isinstance(module, Conv1D) else delta
             else:
                 parameter = module.bias if change == "bias" else module.weight
-                parameter.data += {"bias": patch.bias, "scale": patch.scale}[change][layer]
+                vectors = patch.bias if change == "bias" else patch.scale
+                assert vectors is not None
+                parameter.data += vectors[layer]
 
 
 cached_model = cache(partial(tiny_model, dtype=torch.float64))
@@ -332,11 +341,28 @@ def test_a_hooked_transformer_is_refused(
         icl.build_exact_patch(models_by_architecture(architecture), prompts)
 
 
-def test_blocks_that_are_no_sums_are_refused(tokenizer: PreTrainedTokenizerFast, prompts: icl.Prompts) -> None:
-    """OPT-350m has its norms after the residual sums."""
-    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
-    config = OPTConfig(num_hidden_layers=2, num_attention_heads=4, do_layer_norm_before=False, **sizes)
-    model = icl.Model(boot(OPTForCausalLM(config).eval(), tokenizer))
+NO_SUMS: dict[str, Callable[[], PreTrainedModel]] = {
+    "Bloom": lambda: BloomForCausalLM(  # its norms' outputs are what the blocks add to
+        BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True)
+    ),
+    "Granite": lambda: GraniteForCausalLM(  # it scales what is added
+        GraniteConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            residual_multiplier=0.5,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", NO_SUMS)
+def test_blocks_that_are_no_sums_are_refused(
+    tokenizer: PreTrainedTokenizerFast, prompts: icl.Prompts, architecture: str
+) -> None:
+    model = icl.Model(boot(NO_SUMS[architecture]().eval(), tokenizer))
     with pytest.raises(icl.UnsupportedModelError, match="layer 0: expected a block that adds what attention and MLP"):
         icl.build_exact_patch(model, prompts)
 
