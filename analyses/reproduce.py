@@ -103,7 +103,7 @@ def plan(args: argparse.Namespace, model: str) -> list[icl.Cell]:
         chosen = of_preset("lr", task) if args.lr is None else args.lr
         if chosen is not None:
             return chosen
-        variant = icl.Cell(model, task, 0, 0, 0.0, finetuning=icl.FinetuneConfig(loss=args.loss))
+        variant = icl.Cell(model, task, 1, 0, 1.0, finetuning=icl.FinetuneConfig(loss=args.loss))
         return default_lr(model, task, variant)
 
     def seeds(task: str) -> list[int]:

@@ -182,7 +182,7 @@ def finetuning(args: argparse.Namespace) -> icl.FinetuneConfig:
 
 def write(args: argparse.Namespace) -> None:
     """Measure what was not measured before, and write the grid and the choice."""
-    name = lr_key(args.model, icl.Cell(args.model, "", 0, 0, 0.0, finetuning=finetuning(args)))
+    name = lr_key(args.model, icl.Cell(args.model, args.tasks[0], 1, 0, 1.0, finetuning=finetuning(args)))
     table = args.out / f"{file_stem(name).replace(', ', '_').replace(' ', '-')}.csv"
     grid, chosen, words = Grid(table, args.queries), {}, []
     model = functools.cache(lambda: icl.load_model(args.model))  # loaded only where something is to be measured

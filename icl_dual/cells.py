@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import Count, Index, NameOrPath, Rate, Seed, checked
 from icl_dual.contexts import Context
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.replicas import REPLICAS, check_replicas
@@ -56,13 +56,13 @@ class Cell:
     """The model's name: one that `load_model` takes, or that of a `Model` passed to `run_study`."""
     task: NameOrPath
     """The task's name: one that `load_task` takes, or that of a `Task` passed to `run_study`."""
-    k: int
+    k: Index
     """The number of demonstrations."""
-    seed: int
+    seed: Seed
     """The seed of the demonstrations, of controls and of random baselines."""
-    lr: float
+    lr: Rate
     """The learning rate of finetuning."""
-    n_queries: int | None = 100
+    n_queries: Count | None = 100
     """The number of queries; `None` for all of the split (under the reference protocol at most 2000)."""
     protocol: Protocol = "answer"
     """How rows are drawn and written, and the recorded position: `answer`, the token that predicts the label; or
@@ -118,6 +118,7 @@ class Cell:
             )
 
     @classmethod
+    @checked
     def from_settings(cls, settings: Mapping[str, Any]) -> "Cell":
         """Return the cell of settings as they are saved, by this version or by an older one.
 
@@ -139,6 +140,7 @@ class Cell:
         name = f"{self.model.strip('/')}_{self.task}_k{self.k}_seed{self.seed}_lr{self.lr:g}_{self.protocol}"
         return "_".join([name, *(value.replace(" ", "-") for value in self.variation.values())])
 
+    @checked
     def folder_in(self, study: Path) -> Path:
         """Return the cell's folder in a study's: that of its name, or of its name by an older version, if it is there.
 
@@ -185,6 +187,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class CellResult:
@@ -224,6 +227,7 @@ class CellResult:
         return frame
 
 
+@checked
 def load_cell(folder: str | PathLike[str]) -> CellResult:
     """Read a finished cell, of this version or an older one; no model is needed.
 

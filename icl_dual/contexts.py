@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.prompts import Prompts
 from icl_dual.tasks import Example
 
@@ -21,7 +22,8 @@ Context = Literal["own", "shuffled labels", "flipped labels", "random labels", "
 mapped to wrong labels by one rule, or drawn at random, or in another order."""
 
 
-def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, *, seed: int) -> list[Example]:
+@checked
+def relabel(demonstrations: Sequence[Example], context: Context, n_labels: int, *, seed: Seed) -> list[Example]:
     """Return demonstrations with other labels, or in another order.
 
     Args:

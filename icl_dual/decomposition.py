@@ -27,14 +27,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Index, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
-from icl_dual.captures.pairing import check_fields, check_full_prompt, check_paired
+from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decay_matrix
-from icl_dual.prompts import SEPARATOR, START, Prompts
-from icl_dual.results import compare_by_value
+from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths
+from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import NOT_SAVED, Saved
@@ -140,6 +141,7 @@ class AttentionInputs(NamedTuple):
         return f"AttentionInputs(q_scored{list(self.q_scored.shape)}, demo_keys{list(self.demo_keys.shape)}, …)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Decomposition(Saved):
@@ -192,6 +194,23 @@ class Decomposition(Saved):
     """What `by_token` computes from: in_context's own tensors, kept in memory with the decomposition. Not saved: `None`
     after loading."""
 
+    def __post_init__(self) -> None:
+        check_lengths(self.prompts)
+        query, group = ("prompts.queries", len(self.prompts.queries)), ("groups", len(self.groups))
+        check_axes(self, query=query, group=group)
+        check_values(self, "from_start", "from_query", "delta_icl", "z_zsl", "W_O", "b_O", "b_V")
+        check_values(self, "icl_share", nan=True)
+        check_values(self, "mass", low=0, high=1 + ROUNDING)
+        check_values(self, "residuals", low=0)
+        for name in ("update_cosine", "output_cosine", "rank_agreement"):
+            check_values(self, f"relaxation/{name}", low=-1 - ROUNDING, high=1 + ROUNDING, nan=True)
+        for name in ("update_error", "output_error"):
+            check_values(self, f"relaxation/{name}", low=0, nan=True, infinite=True)
+        check_values(self, "momentum")
+        check_values(self, "momentum/eta", low=0, high=1)
+        if ((self.mass.sum(-1) - 1).abs() > ROUNDING).any():
+            raise ValueError("expected mass that sums to 1 over groups, got another sum: compute it again")
+
     @property
     def groups(self) -> tuple[str, ...]:
         """Return the names of the groups of keys: `GROUPS`, then each demonstration by its number from 1."""
@@ -224,7 +243,8 @@ class Decomposition(Saved):
         index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
         return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(self.groups, name="group"))
 
-    def by_token(self, query: int, layer: int, head: int) -> pd.DataFrame:
+    @checked
+    def by_token(self, query: Index, layer: Index, head: Index) -> pd.DataFrame:
         """Return a head's attention to every token of one query's prompt, and each token's share of the direct update.
 
         Over the tokens of a group, `weight` sums to the group's `mass` at this head. With the mass of the sink, all
@@ -337,6 +357,7 @@ class Decomposition(Saved):
             times = times + eta * (1 - eta**t) / (1 - eta)
         return times.unsqueeze(-1) * by_head
 
+    @checked
     def through_W_O(  # noqa: N802 - the field's name
         self, term: Float[Tensor, "query layer head d_head"]
     ) -> Float[Tensor, "query layer head d_model"]:
@@ -416,6 +437,7 @@ class Decomposition(Saved):
         )
 
 
+@checked
 def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decomposition:
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 
@@ -435,7 +457,6 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
     check_fields(DECOMPOSE_FIELDS, in_context=in_context)
     check_fields(("attn_out", "z"), zero_shot=zero_shot)
-    check_full_prompt(in_context)
     W_O, b_O = model.output_projections()
     W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
     split, relaxation = _split_layers(model, in_context, W_O)

@@ -7,8 +7,9 @@ saved as one object. The steps remain available one by one: `finetune`, `capture
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+from icl_dual.arguments import Count, Seed, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.field_docs import document_fields
@@ -23,8 +24,10 @@ from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, W
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model, NonFiniteError
+from icl_dual.models.journal import exclusive
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
+from icl_dual.results import check_count, check_names, check_values
 from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.updates import UpdateComparison, compare_updates
 
@@ -35,6 +38,7 @@ UPDATE_FIELDS: tuple[Field, ...] = ("attn_out", "q_scored", "keys_values")
 """The fields that `compare_updates` needs; `DECOMPOSE_FIELDS` has them all."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Experiment(Saved):
@@ -62,9 +66,37 @@ class Experiment(Saved):
     replica_names: tuple[str, ...] = ()
     """The names of all replicas in order, those that diverged included."""
     model: Model | None = field(default=None, compare=False, metadata=NOT_SAVED)
-    """The model that was captured; `None` after loading."""
+    """The model that was captured; `None` after loading, and in a copy or pickle."""
 
-    def compare(self, *, seed: int = 0) -> Comparison:
+    def __post_init__(self) -> None:
+        captures = {**self._captures, "finetuned": self.finetuned}
+        n_layers = len(self.delta.W_K)
+        for name, captured in captures.items():
+            if captured.model != self.delta.model:
+                raise ValueError(
+                    f"expected {name} and delta of one model, got {captured.model!r} and {self.delta.model!r}: take "
+                    "both from one run"
+                )
+            if captured.attn_out is not None:
+                check_count(f"layers in {name}", captured.attn_out.shape[1], "delta", n_layers)
+            if name != "in_context" and captured.prompts != self.in_context.prompts.zero_shot():
+                raise ValueError(
+                    f"expected {name} with the queries of in_context, got {captured.prompts} and "
+                    f"{self.in_context.prompts}, which differ: take both from one run"
+                )
+        check_names("replica_names", self.replica_names, (*self.replicas, *self.diverged))
+        if self.steps is not None:
+            check_count(
+                "steps", len(self.steps), "demonstrations in context", len(self.in_context.prompts.demonstrations)
+            )
+            check_values(self, "steps", low=-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or pickle has: all but the model, as after loading."""
+        return {**vars(self), "model": None}
+
+    @checked
+    def compare(self, *, seed: Seed = 0) -> Comparison:
         """Compare in-context learning with finetuning by the paper's metrics, query by query and layer by layer.
 
         Each metric carries its spread over replicas of the finetuning, where the experiment has any.
@@ -80,6 +112,7 @@ class Experiment(Saved):
         replicas = {**self.replicas, **self.diverged}
         return with_stability(comparison, {name: replicas[name] for name in self.replica_names}, seed=seed)
 
+    @checked
     def decompose(self, model: Model | None = None) -> Decomposition:
         """Split in-context attention at every layer and head into its zero-shot part and ΔICL.
 
@@ -95,8 +128,9 @@ class Experiment(Saved):
         self._check_fields("decompose", ("attn_out", "z"), DECOMPOSE_FIELDS)
         return decompose(self._model("decompose", model), **self._captures)
 
+    @checked
     def updates(
-        self, model: Model | None = None, *, rank: int = 4, seed: int = 0, progress: bool = True
+        self, model: Model | None = None, *, rank: Count = 4, seed: Seed = 0, progress: bool = True
     ) -> UpdateComparison:
         """Compare ΔW_ICL with ΔW_FT as matrices, at every query, layer and head.
 
@@ -125,6 +159,7 @@ class Experiment(Saved):
         self._check_fields("recordings", REQUIRED_FIELDS, REQUIRED_FIELDS, REQUIRED_FIELDS)
         return Recordings.of(**self._captures, finetuned=self.finetuned, delta=self.delta, steps=self.steps)
 
+    @checked
     def massive_activations(self, *, ratio: float | int = MASSIVE_RATIO) -> MassiveActivations:
         """Find the queries' tokens whose residual norm is far above the median, by layer and setting.
 
@@ -183,6 +218,7 @@ class Experiment(Saved):
         )
 
 
+@checked
 def run_experiment(
     model: Model,
     prompts: Prompts,
@@ -274,6 +310,7 @@ def run_experiment(
     return add_replicas(experiment, finetuned, captures)
 
 
+@exclusive
 def capture_settings(
     model: Model,
     in_context: Prompts,
@@ -306,6 +343,7 @@ def capture_settings(
     )
 
 
+@exclusive
 def capture_replicas(
     model: Model, zero_shot: Prompts, deltas: Mapping[str, WeightDelta], *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Capture | NonFiniteError]:

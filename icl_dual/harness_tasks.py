@@ -22,6 +22,7 @@ from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icl_dual import assets
+from icl_dual.arguments import checked
 from icl_dual.rows import Rows, TaskError, located_rows, note_file
 from icl_dual.tasks import Task
 
@@ -51,6 +52,7 @@ RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticEr
 """What a template raises where a row does not fit it."""
 
 
+@checked
 def task_from_yaml(
     path: str | PathLike[str], rows: Rows | None = None, query_rows: Rows | None = None, *, name: str | None = None
 ) -> Task:

@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import checked
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import check_fields, check_settings, of_shared_tokens
 from icl_dual.field_docs import document_fields
 from icl_dual.prompts import Tokens
+from icl_dual.results import check_axes, check_count, check_names, check_values
 from icl_dual.statistics.frames import html_table
 from icl_dual.storage import Saved
 
@@ -88,6 +90,7 @@ def ordinary_tokens(
     return mask
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class MassiveActivations(Saved):
@@ -104,6 +107,18 @@ class MassiveActivations(Saved):
     """By setting (ZSL, ICL, FT): norms of the residual stream after each layer; zero past a query's end."""
     ratio: float | int = MASSIVE_RATIO
     """How many times the median of its layer and setting a token's norm must exceed to be massive."""
+
+    def __post_init__(self) -> None:
+        axes = check_axes(self, query=("queries", len(self.queries)))
+        check_names("norms", self.norms, ("ZSL", "ICL", "FT"))
+        check_count(
+            "tokens on the axis query_token",
+            axes["query_token"],
+            "the longest of queries",
+            max(map(len, self.queries), default=0),
+        )
+        check_values(self, "norms", "queries", low=0)
+        check_values(self, "ratio", low=1)
 
     @property
     def lengths(self) -> Int[Tensor, " query"]:
@@ -180,6 +195,7 @@ class MassiveActivations(Saved):
         return pd.DataFrame(rows, columns=list(columns))
 
     @classmethod
+    @checked
     def load(cls, folder: str | PathLike[str]) -> "MassiveActivations":
         """Read massive activations that `save` wrote.
 
@@ -256,6 +272,7 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
+@checked
 def find_massive_activations(
     *, zero_shot: Capture, in_context: Capture, finetuned: Capture, ratio: float | int = MASSIVE_RATIO
 ) -> MassiveActivations:

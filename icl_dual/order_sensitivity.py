@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import Rate, Seed, checked
 from icl_dual.captures.capture import capture
 from icl_dual.contexts import draw_orders
 from icl_dual.field_docs import document_fields
@@ -21,8 +22,10 @@ from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.models import Model
+from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import build_prompts
+from icl_dual.results import ROUNDING, check_axes, check_names, check_values
 from icl_dual.statistics.intervals import bootstrap
 from icl_dual.storage import Saved
 from icl_dual.tasks import Example, Task
@@ -37,6 +40,7 @@ PAIRS = ("ICL and ICL", "FT and FT", "ICL and FT")
 """The pairs of runs that are compared: two orders of one setting, or both settings with the same order."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class OrderSensitivity(Saved):
@@ -61,6 +65,19 @@ class OrderSensitivity(Saved):
     """By pair (`PAIRS`), the share of the `TOP` most probable tokens that both have in common, from 0 to 1."""
     overlap_cosine: dict[str, Float[Tensor, " query"]]
     """By pair (`PAIRS`), the cosine of the probabilities of all tokens that are among the `TOP` of either."""
+
+    def __post_init__(self) -> None:
+        check_axes(self, order=("orders", len(self.orders)))
+        measures = ("distance", "overlap", "overlap_cosine")
+        check_names("predictions", self.predictions, SETTINGS)
+        for name in measures:
+            check_names(name, getattr(self, name), PAIRS)
+        check_values(self, "gold", "predictions", low=0)
+        check_values(self, *measures, low=-ROUNDING, high=1 + ROUNDING)
+        if any(sorted(order) != list(range(len(self.orders[0]))) for order in self.orders):
+            raise ValueError(
+                f"expected orders of the same demonstrations, from 0 on, got {self.orders}: measure them again"
+            )
 
     @property
     def accuracy(self) -> dict[str, Float[Tensor, " order"]]:
@@ -99,6 +116,8 @@ class OrderSensitivity(Saved):
         return {name: tensors[name] for name in names}, metadata
 
 
+@checked
+@exclusive
 def measure_order_sensitivity(
     model: Model,
     task: Task,
@@ -106,9 +125,9 @@ def measure_order_sensitivity(
     queries: Sequence[Example],
     *,
     n_orders: int,
-    lr: float,
+    lr: Rate,
     config: FinetuneConfig = PAPER_FINETUNING,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> OrderSensitivity:
     """Run in-context learning and finetuning with the same demonstrations in several orders (Shen et al., 2024).

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 from icl_dual import assets
+from icl_dual.arguments import NameOrPath, checked
 from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.rows import Rows, TaskError
 from icl_dual.tasks import Protocol, Task, field_names
@@ -92,6 +93,7 @@ TaskFactory = Callable[[str | PathLike[str] | None, Protocol], Task]
 """Makes a task from a source of rows and a protocol, as `load_task` takes them."""
 
 
+@checked
 def register_task(task: Task | TaskFactory, *, name: str | None = None) -> None:
     """Make a task known by its name to `load_task`, `Cell` and `run_study`, until the process ends.
 
@@ -149,7 +151,8 @@ def registered_task(name: str) -> Task | None:
     return task if isinstance(task, Task) else None
 
 
-def load_task(name: str, source: str | PathLike[str] | None = None, *, protocol: Protocol = "answer") -> Task:
+@checked
+def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, protocol: Protocol = "answer") -> Task:
     """Load a task by its name: one of the paper's six, one that was registered, or that of a YAML file.
 
     Args:

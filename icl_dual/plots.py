@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from icl_dual.arguments import Finite, checked
 from icl_dual.massive_activations import MassiveActivations
 from icl_dual.metrics import catalogue
 from icl_dual.metrics.catalogue import Drawing
@@ -25,6 +26,7 @@ LINESTYLES = ("-", "--", "-.", ":")
 """The line styles of curves, which tell them apart without colour."""
 
 
+@checked
 def literal(text: str) -> str:
     """Return a name as a text of a figure that shows the name: a dollar sign begins no formula.
 
@@ -38,6 +40,7 @@ def literal(text: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text  # matplotlib leaves labels with _ out of legends
 
 
+@checked
 def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: Axes | None = None) -> Axes:
     """Draw a metric by layer, with its baselines: means over queries, with bands of ±1.96 standard errors.
 
@@ -85,7 +88,8 @@ def layers(comparisons: Comparison | Sequence[Comparison], metric: str, *, ax: A
     return ax
 
 
-def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
+@checked
+def by_layer(series: Mapping[str, Float[Tensor, "_query _layer"]], *, ylabel: str = "", ax: Axes | None = None) -> Axes:
     """Draw quantities by layer: means over queries, with bands of ±1.96 standard errors.
 
     Args:
@@ -101,6 +105,7 @@ def by_layer(series: Mapping[str, Float[Tensor, "query layer"]], *, ylabel: str 
     return ax
 
 
+@checked
 def against_null(
     values: Float[Tensor, "query layer head"],
     null: Float[Tensor, "query layer head"],
@@ -129,11 +134,12 @@ def against_null(
     return ax
 
 
+@checked
 def heads(
     values: Float[Tensor, "query layer head"],
     *,
     label: str = "",
-    limits: tuple[float | int, float | int] = (0, 1),
+    limits: tuple[Finite, Finite] = (0, 1),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a map of layers and heads: means over queries.
@@ -158,6 +164,7 @@ def heads(
     return ax
 
 
+@checked
 def demonstrations(
     shares: Float[Tensor, "layer demo"], names: Sequence[str], *, label: str = "", ax: Axes | None = None
 ) -> Axes:
@@ -191,6 +198,7 @@ def demonstrations(
     return ax
 
 
+@checked
 def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = None) -> Axes:
     """Draw estimates with their 95 % intervals, one row for each name, from the top.
 
@@ -228,6 +236,7 @@ def dots(estimates: Mapping[str, Mapping[str, Interval]], *, ax: Axes | None = N
     return ax
 
 
+@checked
 def curves(
     estimates: Mapping[str, Mapping[int, Interval] | Mapping[float, Interval]],
     *,
@@ -263,6 +272,7 @@ def curves(
     return ax
 
 
+@checked
 def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) -> Axes:
     """Draw by layer the largest residual norm of a query token, in units of the median, in the three settings.
 
@@ -283,6 +293,7 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
     return ax
 
 
+@checked
 def label_counts(
     comparisons: Comparison | Sequence[Comparison], label_words: Sequence[str], *, ax: Axes | None = None
 ) -> Axes:

@@ -8,12 +8,15 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from icl_dual.arguments import checked
+
 SILENCING_VARIABLE = "TQDM_DISABLE"
 """The environment variable that silences every bar, tqdm's own: any value but `0`, `false` or nothing."""
 
 _enabled = True
 
 
+@checked
 def set_progress(enabled: bool) -> None:
     """Show or silence every progress bar of the library, also those of the libraries that it loads models with.
 

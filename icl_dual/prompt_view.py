@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icl_dual.arguments import checked
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens
 from icl_dual.prompts import SEPARATOR, START, PromptError, Prompts
@@ -66,6 +67,7 @@ class PromptView:
         return "".join([*parts, "</pre>"])
 
 
+@checked
 def show_prompt(
     prompts: Prompts, query: int = 0, *, label: int | None = None, tokenizer: Model | Any = None
 ) -> PromptView:

@@ -19,14 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from functools import cache, cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from icl_dual.arguments import Count, checked
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens
+from icl_dual.results import check_range
 from icl_dual.scoring import Scoring
 from icl_dual.segments import Segmenter
 from icl_dual.storage import NOT_SAVED
@@ -44,6 +47,7 @@ REFERENCE_CONTEXT = 2048
 """The reference protocol's limit on the tokens of a prompt, also for models with a longer context."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Prompts:
     """Queries that share their demonstrations, as token ids.
@@ -193,7 +197,8 @@ class Prompts:
             spanning=tuple(position for position in self.spanning if position < len(self.start)),
         )
 
-    def first(self, n_queries: int) -> "Prompts":
+    @checked
+    def first(self, n_queries: Count) -> "Prompts":
         """Return prompts with the first queries alone, after the same demonstrations."""
         by_query = {name: getattr(self, name)[:n_queries] for name in ("queries", "gold", "zero_shot_queries")}
         return replace(self, **by_query)
@@ -207,6 +212,7 @@ def _shared(a: Tokens, b: Tokens) -> list[tuple[int, int]]:
     return [(block.a + index, block.b + index) for block in blocks for index in range(block.size)]
 
 
+@checked
 def build_prompts(
     model: Model,
     task: Task,
@@ -376,42 +382,11 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
     if not isinstance(model, Model):
         raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it with icl_dual.Model(model)")
     _check_token_ids(model, prompts)
-    if not prompts.queries or not prompts.labels:
-        raise PromptError(
-            f"expected at least one query and one label, got {len(prompts.queries)} queries and {len(prompts.labels)} "
-            "labels: pass both to Prompts"
-        )
-    for name, of in (
-        ("separators", "demonstrations"),
-        ("training_demonstrations", "demonstrations"),
-        ("zero_shot_queries", "queries"),
-        ("zero_shot_baseline_queries", "baseline_queries"),
-    ):
-        n, expected = len(getattr(prompts, name)), len(getattr(prompts, of))
-        if n not in (0, expected):
-            raise PromptError(
-                f"expected {name} as empty or with as many as {of}, {expected}, got {n}: leave {name} out where all "
-                "are as in the context"
-            )
-    gold, label_lengths = prompts.gold, prompts.demonstration_label_lengths
-    if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
-        raise PromptError(
-            f"expected gold as a label index from 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} "
-            f"queries, got {gold}: pass the index of each query's label in Prompts.labels"
-        )
-    lengths = tuple(map(len, prompts.training_sequences))
-    if len(label_lengths) != len(lengths) or not all(
-        1 <= n <= of for n, of in zip(label_lengths, lengths, strict=True)
-    ):
-        raise PromptError(
-            "expected demonstration_label_lengths as one number for each demonstration, from 1 to its length in tokens "
-            f"{lengths}, got {label_lengths}: pass the number of label tokens at the end of each demonstration, "
-            "those in left_out included"
-        )
+    check_lengths(prompts)
     # A label's last token is predicted and never read.
     longest_labelled = max(map(len, prompts.queries)) + max(map(len, prompts.labels)) - 1
     longest_prompt = len(prompts.prefix) + max(longest_labelled, *map(len, prompts.suffixes))
-    alone = (*lengths, *map(len, prompts.zero_shot_queries))
+    alone = (*map(len, prompts.training_sequences), *map(len, prompts.zero_shot_queries))
     longest = max(longest_prompt, *(len(prompts.start) + n for n in (*alone, 0)))
     if longest > model.n_ctx:
         raise PromptError(
@@ -499,6 +474,47 @@ def _check_added_tokens(model: Model, tasks: Sequence[Task], separator: str | No
 def _warn_once(message: str) -> None:
     """Log a warning, the first time only."""
     logger.warning(message)
+
+
+def check_lengths(prompts: Prompts) -> None:
+    """Raise a PromptError where counts, lengths or label indices of prompts do not fit each other."""
+    if not prompts.queries or not prompts.labels:
+        raise PromptError(
+            f"expected at least one query and one label, got {len(prompts.queries)} queries and {len(prompts.labels)} "
+            "labels: pass both to Prompts"
+        )
+    for name, of in (
+        ("separators", "demonstrations"),
+        ("training_demonstrations", "demonstrations"),
+        ("zero_shot_queries", "queries"),
+        ("zero_shot_baseline_queries", "baseline_queries"),
+    ):
+        n, expected = len(getattr(prompts, name)), len(getattr(prompts, of))
+        if n not in (0, expected):
+            raise PromptError(
+                f"expected {name} as empty or with as many as {of}, {expected}, got {n}: leave {name} out where all "
+                "are as in the context"
+            )
+    gold, label_lengths = prompts.gold, prompts.demonstration_label_lengths
+    if len(gold) != len(prompts.queries) or not all(0 <= label < len(prompts.labels) for label in gold):
+        raise PromptError(
+            f"expected gold as a label index from 0 to {len(prompts.labels) - 1} for each of {len(prompts.queries)} "
+            f"queries, got {gold}: pass the index of each query's label in Prompts.labels"
+        )
+    lengths = tuple(map(len, prompts.training_sequences))
+    if len(label_lengths) != len(lengths) or not all(
+        1 <= n <= of for n, of in zip(label_lengths, lengths, strict=True)
+    ):
+        raise PromptError(
+            "expected demonstration_label_lengths as one number for each demonstration, from 1 to its length in tokens "
+            f"{lengths}, got {label_lengths}: pass the number of label tokens at the end of each demonstration, "
+            "those in left_out included"
+        )
+    tokens = ("queries", "labels", "demonstrations", "left_out", "separators", "training_demonstrations")
+    for name in (*tokens, "zero_shot_queries", "baseline_queries", "zero_shot_baseline_queries"):
+        check_range(name, min(chain.from_iterable(getattr(prompts, name)), default=0), low=0)
+    for name in ("start", "separator", "spanning"):
+        check_range(name, min(getattr(prompts, name), default=0), low=0)
 
 
 def _check_token_ids(model: Model, prompts: Prompts) -> None:

@@ -81,10 +81,13 @@ def check_same_model(saved: SavedCell, origin: Mapping[str, Any], *, any_precisi
     """
     if not any_precision:
         _check_precision(saved, origin["dtype"], origin["precision"])
-    hashes = ["fingerprint"] if saved.precision == (origin["dtype"], origin["precision"]) else []
-    hashes += ["tokenizer"] if _has_same_tokenizers(saved) else []
-    comparable = {name: origin[name] for name in hashes if name in origin and name in saved.provenance}
-    check_same_settings(saved.folder, {"model": origin["model"], **comparable}, saved.provenance)
+    hashes = ["tokenizer"]
+    if saved.precision == (origin["dtype"], origin["precision"]):
+        hashes.append("fingerprint")
+    wanted = {name: origin[name] for name in hashes if name in origin and name in saved.provenance}
+    if wanted.get("tokenizer") != saved.provenance.get("tokenizer") and not _has_same_tokenizers(saved):
+        wanted.pop("tokenizer", None)
+    check_same_settings(saved.folder, {"model": origin["model"], **wanted}, saved.provenance)
 
 
 def check_same_control(saved: SavedCell, origin: Mapping[str, Any], *, any_precision: bool = False) -> None:
@@ -95,19 +98,19 @@ def check_same_control(saved: SavedCell, origin: Mapping[str, Any], *, any_preci
         check_same_model(saved, of_control, any_precision=any_precision)
 
 
-class LocalModels:
-    """Checks that the files of local models are those that cells were run with; each file is read once at most."""
+class LocalFiles:
+    """Compares the local files of models and tasks with those that cells were run with; each is read once at most."""
 
     def __init__(self) -> None:
-        self.files, self._provenance = cache(local_files), cache(local_provenance)
+        self._of_model, self._provenance, self._sha256 = cache(local_files), cache(local_provenance), cache(file_sha256)
 
-    def check_same(self, saved: SavedCell) -> None:
+    def check_same_model(self, saved: SavedCell) -> None:
         """Raise a SettingsError where the local files of a cell's model have changed; no model is loaded.
 
         Bytes are read only where size or time of change of a file differ from those that were saved.
         """
         cell, saved_files = saved.cell, saved.provenance.get("model_files") or {}
-        files = self.files(cell.model) if saved_files else {}
+        files = self._of_model(cell.model) if saved_files else {}
         if not files or files == saved_files:
             return
         provenance = self._provenance(cell.model)
@@ -120,14 +123,12 @@ class LocalModels:
                 f"({', '.join(changed)}): restore them, or choose another output folder"
             )
 
-
-def have_task_files_changed(saved: SavedCell) -> bool:
-    """Return whether a local file that a cell's tasks were read from has other bytes now, where that can be told."""
-    files: Mapping[str, str] = saved.provenance.get("task_files", {})
-    if not files and saved.cell.source is not None and Path(saved.cell.source).is_file():
-        return True  # an older version saved no hash of files
-    hashes = {path: file_sha256(path) for path in files}
-    return any(sha256 is not None and sha256 != files[path] for path, sha256 in hashes.items())
+    def have_tasks_changed(self, saved: SavedCell) -> bool:
+        """Return whether a file that a cell's tasks were read from has other bytes now, where that can be told."""
+        files: Mapping[str, str] = saved.provenance.get("task_files", {})
+        if not files and saved.cell.source is not None and Path(saved.cell.source).is_file():
+            return True  # an older version saved no hash of files
+        return any(self._sha256(path) not in (None, sha256) for path, sha256 in files.items())
 
 
 def check_same_task(saved: SavedCell, key: str, task: Task) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Class = TypeVar("Class", bound=type)
 
+ROUNDING = 1e-3
+"""By how much rounding may move a number out of its range: a log-probability above 0, a cosine above 1."""
+
 
 def same_values(a: Any, b: Any) -> bool:
     """Return whether two values are equal: tensors by dtype, shape and element, and NaN equal to NaN.
@@ -100,7 +103,8 @@ def check_axes(result: object, /, **lengths: tuple[str, int]) -> dict[str, int]:
         The length of each axis.
 
     Raises:
-        ValueError: a value is no tensor of its annotation, or two lengths contradict; names both fields.
+        ValueError: a value is no tensor of its annotation, two lengths contradict, or the axis `kv_head` does not
+            divide `head`; names both fields.
 
     Example:
         >>> from jaxtyping import Float
@@ -125,14 +129,20 @@ def check_axes(result: object, /, **lengths: tuple[str, int]) -> dict[str, int]:
                     f"expected {path} with as many on its axis {axis} as {source} ({expected}), got {length}: take "
                     "both from one run"
                 )
+    (head_source, heads), (kv_source, kv_heads) = (bound.get(axis, ("", 1)) for axis in ("head", "kv_head"))
+    if head_source and kv_source and (not kv_heads or heads % kv_heads):
+        raise ValueError(
+            f"expected {head_source} with a multiple of the key-value heads of {kv_source} ({kv_heads}), got {heads}: "
+            "take both from one run"
+        )
     return {axis: length for axis, (_, length) in bound.items()}
 
 
 def check_values(
     result: object,
     *fields: str,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
     nan: bool = False,
     infinite: bool = False,
 ) -> None:
@@ -151,10 +161,23 @@ def check_values(
         ValueError: a number is outside of the range; names the field.
     """
     for field in fields:
-        for path, numbers in _numbers(_member(result, field), field):
-            for number in _extremes(numbers, nan):
-                if not (low <= number <= high and (infinite or math.isfinite(number))):
-                    raise ValueError(f"expected {path} {_range(low, high)}, got {number:.6g}: compute it again")
+        check_range(field, _member(result, field), low=low, high=high, nan=nan, infinite=infinite)
+
+
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+    nan: bool = False,
+    infinite: bool = False,
+) -> None:
+    """Check one value as `check_values` does, under the name of its field."""
+    for path, numbers in _numbers(value, name):
+        for number in _extremes(numbers, nan):
+            if not (low <= number <= high and (infinite or math.isfinite(number))):
+                raise ValueError(f"expected {path} {_range(low, high)}, got {number:.6g}: compute it again")
 
 
 def check_names(field: str, names: Sequence[str] | Mapping[str, Any], expected: Sequence[str]) -> None:
@@ -174,7 +197,7 @@ def _member(result: object, field: str) -> Any:
     return reduce(lambda part, name: getattr(part, name, None), field.split("/"), result)
 
 
-def _range(low: float, high: float) -> str:
+def _range(low: float | int, high: float | int) -> str:
     if math.isinf(high):
         return "finite" if math.isinf(low) else f"of at least {low:g}"
     return f"of at most {high:g}" if math.isinf(low) else f"from {low:g} to {high:g}"
@@ -253,7 +276,7 @@ def _members(value: Any) -> Mapping[str, Any]:
     return value._asdict() if hasattr(value, "_asdict") else {}
 
 
-def _extremes(numbers: Tensor, without_nan: bool) -> list[float]:
+def _extremes(numbers: Tensor, without_nan: bool) -> list[float] | list[int]:
     """Return the least and the largest number; NaN where one is, unless these are left out."""
     if not numbers.numel():
         return []

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from icl_dual.arguments import checked
 from icl_dual.assets import check_model_name, local_files
 from icl_dual.captures.capture import Capture, capture
 from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell
@@ -31,13 +32,12 @@ from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, build_prompts, shared_texts
 from icl_dual.provenance import (
     PACKAGES,
-    LocalModels,
+    LocalFiles,
     SavedCell,
     check_same_control,
     check_same_model,
     check_same_precision,
     check_same_task,
-    have_task_files_changed,
     model_origin,
     task_origin,
 )
@@ -57,6 +57,7 @@ from icl_dual.storage import (
 from icl_dual.tasks import Example, Protocol, Task
 
 
+@checked
 def run_cell(
     model: Model,
     task: Task,
@@ -277,6 +278,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
     }
 
 
+@checked
 def run_study(
     cells: Sequence[Cell],
     folder: str | PathLike[str],
@@ -330,7 +332,6 @@ def run_study(
         >>> [result.cell.seed for result in results]
         [1, 2]
     """
-    _check_lists(cells, tasks, models)
     check_arithmetic(dtype, arithmetic)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
     results, runs = dict(plan.finished), _Runs(progress)
@@ -348,13 +349,7 @@ def run_study(
     return [results[cell] for cell in plan.folders]
 
 
-def _check_lists(cells: object, tasks: object, models: object) -> None:
-    """Raise a StudyError where a study was given one cell, task or model instead of a list of them."""
-    for name, value, cls in (("cells", cells, Cell), ("tasks", tasks, Task), ("models", models, Model)):
-        if isinstance(value, cls):
-            raise StudyError(f"expected {name} as a list, got a {cls.__name__}: pass [{name.removesuffix('s')}]")
-
-
+@checked
 def export_recordings(
     study: CellResult | Sequence[CellResult], folder: str | PathLike[str], *, progress: bool = True
 ) -> None:
@@ -422,7 +417,8 @@ class _Plan:
         if len(models_by_name) < len(models):
             names = [model.name for model in models]
             raise StudyError(f"expected models of different names, got {names}: name them with Model(…, name=…)")
-        known_tasks, known_models = _Tasks(tasks), _Models(models_by_name, dtype, arithmetic)
+        files = LocalFiles()
+        known_tasks, known_models = _Tasks(tasks, files), _Models(models_by_name, files, dtype, arithmetic)
         study_folders = finished_folders(folder)
         saved = {cell: _load_same(cell, path, known_models) for cell, path in folders.items() if path.exists()}
         finished = {
@@ -465,10 +461,12 @@ def _saved_cells(folders: Iterable[Path]) -> list[SavedCell]:
 class _Models:
     """The models of a study as they are known without loading: those passed in, and the files of local ones."""
 
-    def __init__(self, passed: Mapping[str, Model], dtype: torch.dtype, arithmetic: torch.dtype | None) -> None:
+    def __init__(
+        self, passed: Mapping[str, Model], files: LocalFiles, dtype: torch.dtype, arithmetic: torch.dtype | None
+    ) -> None:
         self.passed, self.dtype, self.arithmetic = passed, dtype, arithmetic
         self.origin = cache(lambda name: model_origin(passed[name]))
-        self.local = LocalModels()
+        self.files = files
 
     def check_same(self, saved: SavedCell, *, any_precision: bool = False) -> None:
         """Raise a SettingsError where a cell was run with another model of its name, or in another precision."""
@@ -476,7 +474,7 @@ class _Models:
         if cell.model not in self.passed:
             if not any_precision:
                 check_same_precision(saved, self.dtype, self.arithmetic)
-            self.local.check_same(saved)
+            self.files.check_same_model(saved)
         elif cell.weights == "trained":
             check_same_model(saved, self.origin(cell.model), any_precision=any_precision)
         else:
@@ -486,12 +484,13 @@ class _Models:
 class _Tasks:
     """The tasks of a study, each loaded once: those passed in, and known ones."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], files: LocalFiles) -> None:
         self.passed = {(task.name, task.protocol): task for task in tasks}
         if len(self.passed) < len(tasks):
             names = [(task.name, task.protocol) for task in tasks]
             raise StudyError(f"expected tasks of different names or protocols, got {names}: rename one")
         self.loaded: dict[tuple[str, str | None, Protocol], Task] = {}
+        self.local_files = files
         self.files: dict[tuple[str, str | None, Protocol], dict[str, str]] = {}
         """The SHA-256 of each local file that a task was read from, by path."""
 
@@ -529,7 +528,7 @@ class _Tasks:
 
         A task is loaded only where a local file that it was read from has changed.
         """
-        cell, has_changed = saved.cell, have_task_files_changed(saved)
+        cell, has_changed = saved.cell, self.local_files.have_tasks_changed(saved)
         for key, name in (("task", cell.task), ("context_task", cell.context_task)):
             task = None if name is None else self._task(name, cell) if has_changed else self._at_hand(name, cell)
             if task is not None:

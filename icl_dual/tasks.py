@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from icl_dual.arguments import Index, Seed, checked
 from icl_dual.rows import Rows, TaskError, field_value, located_rows
 
 Split = Literal["selection", "evaluation"]
@@ -52,13 +53,14 @@ _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 logger = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True)
 class Example:
     """One row of a task: the texts of its template's fields, and its label."""
 
     fields: tuple[tuple[str, str], ...]
     """Name and text of each field, in the template's order."""
-    label: int
+    label: Index
     """The index of the row's label word."""
 
     @property
@@ -114,11 +116,12 @@ class Task:
         ['Text: film number 2 Label:', 'Text: film number 4 Label:']
     """
 
+    @checked
     def __init__(
         self,
         name: str,
         template: str,
-        label_words: Collection[str],
+        label_words: Sequence[str],
         rows: Rows,
         query_rows: Rows | None = None,
         *,
@@ -264,7 +267,8 @@ class Task:
         """Return the template with `N/A`, nothing and `[MASK]` in place of every field (Zhao et al., 2021)."""
         return tuple(_fill(self.template, dict.fromkeys(self.field_names, text)) for text in CONTENT_FREE)
 
-    def demonstrations(self, k: int, seed: int, *, balanced: bool = False) -> list[Example]:
+    @checked
+    def demonstrations(self, k: int, seed: Seed, *, balanced: bool = False) -> list[Example]:
         """Draw k demonstrations by a seed.
 
         Args:
@@ -318,6 +322,7 @@ class Task:
         with_more.sort(key=lambda label: hashlib.sha256(f"labels {seed}\0{label}".encode()).digest())
         return {label: quota + (label in with_more[:rest]) for label in labels}
 
+    @checked
     def queries(self, n: int | None = None, *, split: Split = "evaluation") -> list[Example]:
         """Return the first n queries of a split, in a fixed order that does not depend on the demonstrations' seed.
 
@@ -345,12 +350,23 @@ class Task:
             )
         return ordered[:n]
 
+    @checked
     def prompt(self, example: Example) -> str:
         """Return the template filled with an example's texts; `label_text` of its label would follow."""
         return _fill(self.template, dict(example.fields))
 
-    def label_text(self, label: int) -> str:
-        """Return what follows a prompt that is answered with a label: the label separator and the label word."""
+    @checked
+    def label_text(self, label: Index) -> str:
+        """Return what follows a prompt that is answered with a label: the label separator and the label word.
+
+        Raises:
+            TaskError: the task has no such label.
+        """
+        if label >= len(self.label_words):
+            raise TaskError(
+                f"{self.name}: expected label from 0 to {len(self.label_words) - 1}, got {label}: pass examples "
+                "of this task, or give it a word for each label"
+            )
         return self.label_separator + self.label_words[label]
 
     def _warn_of_doubled_space(self) -> None:

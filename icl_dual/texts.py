@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
+from icl_dual.arguments import checked
 from icl_dual.models.tokenization import common_length
 
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -34,6 +35,7 @@ ChatDemonstrations = Literal["turns", "user turn"]
 as plain text in the user's turn that has the query (`user turn`)."""
 
 
+@checked
 @dataclass(frozen=True)
 class Chat:
     """How prompts are written as a chat, by the chat template of the model's tokenizer.

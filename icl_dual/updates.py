@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Count, Index, Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import (
     check_demonstrations,
@@ -36,9 +37,10 @@ from icl_dual.captures.pairing import (
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
 from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
+from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
-from icl_dual.results import compare_by_value
+from icl_dual.results import ROUNDING, check_axes, check_range, check_values, compare_by_value
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import checked_index, is_half
@@ -68,6 +70,7 @@ class DemonstrationKeysValues(NamedTuple):
         return f"DemonstrationKeysValues(keys{list(self.keys.shape)} and values)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class UpdateComparison(Saved):
@@ -110,7 +113,23 @@ class UpdateComparison(Saved):
     demonstrations: DemonstrationKeysValues | None = None
     """What `delta_W` computes from: in_context's own tensors. `None` in a comparison that version 0.1 saved."""
 
-    def delta_W(self, layer: int, head: int, query: int = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
+    def __post_init__(self) -> None:
+        axes = check_axes(self, rank=("the field rank", self.rank))
+        for suffix in ("", "_random"):
+            for name in ("cosine", "action_cosine"):
+                check_values(self, name + suffix, low=-1 - ROUNDING, high=1 + ROUNDING, nan=True)
+            for name in ("left_angles", "right_angles"):
+                check_values(self, name + suffix, low=0, high=90 + ROUNDING, nan=True)
+        check_values(self, "norm_ratio", low=0, nan=True, infinite=True)
+        check_values(self, "effective_rank_icl", "effective_rank_ft", low=1 - ROUNDING, nan=True)
+        check_values(self, "rank", low=1)
+        check_values(self, "residual", low=0)
+        if self.demonstrations is not None:
+            check_values(self, "demonstrations")
+            check_range("demonstrations/n_hidden", self.demonstrations.n_hidden, low=0, high=axes["demo_pos"])
+
+    @checked
+    def delta_W(self, layer: Index, head: Index, query: Index = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
         """Return ΔW_ICL = Σ_i v_i ⊗ k_i of one layer and query head, over the demonstrations' tokens, in float64.
 
         It acts on the head's query as scored (`Capture.q_scored`): ΔW_ICL q. Query heads that share a key-value head
@@ -156,14 +175,16 @@ class UpdateComparison(Saved):
         )
 
 
+@checked
+@exclusive
 def compare_updates(
     model: Model,
     *,
     zero_shot: Capture,
     in_context: Capture,
     delta: WeightDelta,
-    rank: int = 4,
-    seed: int = 0,
+    rank: Count = 4,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> UpdateComparison:
     """Compare ΔW_ICL with ΔW_FT at every query, layer and head, each number with its null.
@@ -349,6 +370,7 @@ def _compare_layer(
     return values_by_name
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class DeltaSummary(Saved):
@@ -367,6 +389,20 @@ class DeltaSummary(Saved):
     """Each demonstration's share ⟨its ΔW_K, ΔW_K⟩ / ‖ΔW_K‖², which sum to 1; `None` for a delta without factors."""
     demonstrations_V: Float[Tensor, "layer demo"] | None
     """Each demonstration's share ⟨its ΔW_V, ΔW_V⟩ / ‖ΔW_V‖², which sum to 1; `None` for a delta without factors."""
+
+    def __post_init__(self) -> None:
+        check_axes(self)
+        check_values(self, "norm_K", "norm_V", low=0)
+        check_values(self, "effective_rank_K", "effective_rank_V", low=1 - ROUNDING, nan=True)
+        check_values(self, "demonstrations_K", "demonstrations_V", nan=True)
+        for name in ("demonstrations_K", "demonstrations_V"):
+            shares = getattr(self, name)
+            if shares is not None and ((shares.sum(-1) - 1).abs() > ROUNDING).any():
+                raise ValueError(f"expected {name} that sums to 1, got another sum: summarise the delta again")
+        if (self.demonstrations_K is None) != (self.demonstrations_V is None):
+            raise ValueError(
+                "expected demonstrations_K and demonstrations_V together, got one alone: summarise the delta again"
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: metric, layer, demonstration (from 1; empty for all together), value."""
@@ -389,6 +425,7 @@ class DeltaSummary(Saved):
         )
 
 
+@checked
 def summarise(delta: WeightDelta) -> DeltaSummary:
     """Return norm and effective rank of ΔW_K and ΔW_V at every layer and, from a delta's factors, each demonstration's
     share.

@@ -27,7 +27,7 @@ class Configuration:
     def build(self) -> PreTrainedModel:
         """Return a new model with weights from transformers' initialiser."""
         config = AutoConfig.for_model(self.model_type, **self.settings)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config)
 
     @property
     def architecture(self) -> str:

@@ -1,5 +1,6 @@
 """Slow references, made-up rows and the three settings, as several test modules use them."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -134,6 +135,13 @@ def norms_with_a_massive_token(n: int, layers: int, n_tokens: int, setting: str)
     if setting != "ICL":
         norms[::2, min(1, layers - 1) :, 0] = 50.0
     return norms
+
+
+def with_value(result: Any, field: str, value: Any) -> Any:
+    """Return a result with another value of a field, which the result does not check, as damaged files have it."""
+    twin = copy.copy(result)
+    object.__setattr__(twin, field, value)
+    return twin
 
 
 def snapshot(model: icl.Model) -> list[torch.Tensor]:

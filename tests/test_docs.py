@@ -288,6 +288,8 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
                     patch.setattr(f"icl_dual.study.{name}", None)
                 (read,) = icl.run_study([scope["cell"]], "study", keep_recordings=True)
             assert read.provenance == finished.provenance
+        elif heading == "Resumption":
+            assert printed.startswith("expected a result made with n_queries=5, got study/smollm2-135m_sst2_k4_")
         elif heading == "Recordings":
             expected = scope["results"][0].comparison.released()
             released = icl.compare_recordings(scope["recordings"], seed=1).released()
@@ -304,7 +306,7 @@ def test_the_page_on_studies_runs(run_page: Run) -> None:
                 assert costs["random delta", seed] == {"FT", "replicas", "metrics"}
                 assert costs["flipped labels", seed] == {"ICL", "metrics"}
                 assert costs["layer-causal", seed] == {"finetuning", "FT", "replicas", "metrics"}
-    assert ran == ["Cells", "Recordings", "Controls"]
+    assert ran == ["Cells", "Resumption", "Recordings", "Controls"]
 
 
 def test_the_page_on_stability_runs(run_page: Run) -> None:
@@ -397,14 +399,6 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
     assert (scope["split"].momentum_norm[:, :10] == 0).all()
     assert scope["model"].momentum.shape == (4, 4)
     assert "momentum η=0." in trained.splitlines()[-1]
-
-
-def test_the_page_on_precision_runs(run_page: Run) -> None:
-    ((_, scope, printed),) = run_page("docs/precision.md")
-    assert printed.split("\n")[:2] == ["bfloat16 storage, float32 arithmetic", "torch.float32"]
-    W_K = scope["model"].projections("K")[0][0]
-    assert W_K.parameter.dtype == torch.bfloat16
-    assert (scope["delta"].W_V != 0).all()
 
 
 def test_the_page_on_patches_runs(run_page: Run) -> None:

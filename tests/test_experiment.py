@@ -1,6 +1,8 @@
 """One experiment is what its steps give, bit for bit; it saves, loads, and says what it lacks."""
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -236,3 +238,10 @@ def test_controls_finetune_on_other_demonstrations_or_apply_another_delta(
     assert control.recordings().segments.unique_consecutive().tolist()[1::2] == steps
     random = icl.run_experiment(llama, prompts, delta=delta.randomised(1), progress=False)
     assert not torch.equal(random.finetuned.label_log_probs, control.finetuned.label_log_probs)
+
+
+def test_a_pickle_of_an_experiment_has_no_model(experiment: icl.Experiment) -> None:
+    assert experiment.model is not None
+    for twin in (pickle.loads(pickle.dumps(experiment)), copy.deepcopy(experiment)):
+        assert twin == experiment
+        assert twin.model is None

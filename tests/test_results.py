@@ -2,18 +2,20 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import with_value
 from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.order_sensitivity import measure_order_sensitivity
 from icl_dual.results import BaseResult, same_values
-from icl_dual.storage import Saved
+from icl_dual.storage import Saved, load_tensors, saved
 from icl_dual.updates import summarise
 
 ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS + ("demo_scores", "next_log_probs")
@@ -149,3 +151,194 @@ def test_prompts_tasks_and_examples_compare(prompts: icl.Prompts, task: icl.Task
     assert prompts != prompts.zero_shot()
     assert task == task
     assert task.queries(1) == task.queries(1)
+
+
+FREE_AXES = {("next_log_probs", 1), ("context_scores/FT", 2), ("context_scores/ZSL", 2), ("W_O", 3)}
+"""Axes of tensors that no other field has: d_vocab, the zero-shot context, and d_model of a model without biases."""
+MAY_BE_NAN = (
+    *("icl_share", "relaxation", "per_layer", "per_query", "stability", "cosine", "angles", "norm_ratio"),
+    *("effective_rank", "demonstrations_K", "demonstrations_V"),
+)
+"""Parts of the names of fields that are undefined in some results."""
+
+
+def corruptions(path: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a tensor in a damaged file may be, each with what is wrong."""
+    yield "one axis more", tensor[None]
+    yield "another dtype", tensor.to(torch.int16 if tensor.is_floating_point() else torch.float32)
+    for axis, length in enumerate(tensor.shape):
+        if length and (path, axis) not in FREE_AXES:
+            yield f"axis {axis} too short", tensor.narrow(axis, 0, length - 1)
+    wrong = tensor.clone()
+    if tensor.numel() and not tensor.is_floating_point():
+        wrong.view(-1)[-1] = -7
+        yield "a negative index", wrong
+    elif tensor.numel() and not any(name in path for name in MAY_BE_NAN):
+        wrong.view(-1)[-1] = torch.nan
+        yield "NaN", wrong
+
+
+def some_parts(result: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a result, of a table by metric the first alone."""
+    tables: set[str] = set()
+    for path, tensor in parts(result):
+        table = path.rpartition("/")[0]
+        if not table.endswith(("per_layer", "per_query", "shifts")) or table not in tables:
+            yield path, tensor
+        tables.add(table)
+
+
+def check(result: Any, path: str) -> None:
+    """Check a result and the results in it on the way to a path, as making them does.
+
+    The suite's check of annotations would refuse some before: it is not there where the library is used.
+    """
+    name, _, rest = path.partition("/")
+    member = result.get(name) if isinstance(result, dict) else getattr(result, name)
+    if rest and not isinstance(member, Tensor | None):
+        check(member, rest)
+    if hasattr(result, "__post_init__"):
+        result.__post_init__()
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Load a result from a folder whose tensors and metadata were changed."""
+
+    def load(result: Any, tensors: dict[str, Tensor] | None = None, metadata: dict[str, Any] | None = None) -> Any:
+        folder = tmp_path / type(result).__name__
+        if not folder.exists():
+            result.save(folder)
+        saved_tensors, saved_metadata = load_tensors(folder)
+        changed_files = saved_tensors | (tensors or {}), saved_metadata | (metadata or {})
+        with monkeypatch.context() as patch:
+            patch.setattr(saved, "load_tensors", lambda folder: changed_files)
+            return type(result).load(folder)
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_tensor_is_refused_by_name(results: dict[str, Any], name: str, load: Callable[..., Any]) -> None:
+    result = results[name]
+    if name == "Experiment":  # the captures and the delta are classes of their own
+        paths = ["zero_shot/attn_out", "in_context/keys_values/demo_keys", "delta/W_K"]
+        tensors = {path: tensor for path, tensor in parts(result) if path in paths}
+    else:
+        tensors = dict(some_parts(result))
+    assert load(result) == result
+    for path, tensor in tensors.items():
+        for what, wrong in corruptions(path, tensor):
+            with pytest.raises(icl.AssetError):
+                load(result, {path: wrong})
+            with pytest.raises(ValueError, match="expected") as raised:
+                check(changed(result, path, wrong), path)
+            assert path.split("/")[-1] in str(raised.value), f"{path}, {what}: {raised.value}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_of_another_type_is_refused_by_name(
+    results: dict[str, Any], name: str, load: Callable[..., Any]
+) -> None:
+    result = results[name]
+    for field in dataclasses.fields(result):
+        is_tensor = isinstance(getattr(result, field.name), Tensor)  # which is read, whatever JSON says
+        if field.metadata.get("saved", True) and field.name != "metadata" and not is_tensor:
+            with pytest.raises(icl.AssetError, match=field.name):
+                load(result, metadata={field.name: [[{"a": 0.5}]]})
+
+
+def nested(result: Any, path: str, value: Any) -> dict[str, Any]:
+    """Return the metadata entry of a result's field, with another value in it."""
+    name, _, rest = path.partition("/")
+    if not rest:
+        return {name: value}
+    member = getattr(result, name)
+    values = (
+        dict(member)
+        if isinstance(member, dict)
+        else {
+            field.name: getattr(member, field.name)
+            for field in dataclasses.fields(member)
+            if field.metadata.get("saved", True) and not any(True for _ in parts(getattr(member, field.name)))
+        }
+    )
+    return {name: {key: _as_json(item) for key, item in values.items()} | {rest: value}}
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "message"),
+    [
+        ("Comparison", "rec2ftp/both", 5, "expected rec2ftp as predictions give it"),
+        ("Comparison", "rec2ftp/random", 1.5, "expected rec2ftp/random from 0 to 1, got 1.5"),
+        ("Comparison", "stability/replicas", ["a", "b", "c"], "axis replica as replicas"),
+        ("Comparison", "stability/n_queries", 99, "expected stability of at most as many queries as gold"),
+        ("Comparison", "stability/diverged", ["a", "b", "c"], "expected at most as many diverged as replicas"),
+        ("Capture", "prompts/gold", [0, 1], "expected gold as a label index from 0 to 1 for each of 7"),
+        ("Capture", "prompts/gold", [0, 0, 0, 0, 0, 0, 2], "expected gold as a label index from 0 to 1"),
+        ("Capture", "prompts/gold", [0, 0, 0, 0, 0, 0, -1], "expected gold as a label index from 0 to 1"),
+        ("Capture", "prompts/labels", [[1]], "expected gold as a label index from 0 to 0"),
+        ("Capture", "prompts/start", [-3], "expected start of at least 0, got -3"),
+        ("Capture", "prompts/separators", [[1]], "expected separators as empty or with as many as demonstrations"),
+        ("Capture", "prompts/demonstration_label_lengths", [1], "expected demonstration_label_lengths as one"),
+        ("Capture", "prompts/demonstration_label_lengths", [999] * 4, "expected demonstration_label_lengths as one"),
+        ("Capture", "prompts/scoring", "calibrated", "expected label_baselines with the rules of scoring"),
+        ("Capture", "residual", -1.0, "expected residual of at least 0"),
+        ("Capture", "residual", float("nan"), "expected residual of at least 0, got nan"),
+        ("WeightDelta", "lr", float("nan"), "expected lr of at least 0, got nan"),
+        ("WeightDelta", "demonstrations", [[1, 2]], "expected factors/steps from 0 to 0"),
+        ("WeightDelta", "demonstrations", [[-5]] * 4, "expected demonstrations of at least 0"),
+        ("WeightDelta", "config", {"trained": "key"}, "expected no change W_V with key trained"),
+        ("WeightDelta", "config", {"trained": "attention"}, "expected W_Q with attention trained, got none"),
+        ("UpdateComparison", "rank", 3, "axis rank as the field rank"),
+        ("UpdateComparison", "residual", float("inf"), "expected residual of at least 0, got inf"),
+        ("MassiveActivations", "ratio", 0.5, "expected ratio of at least 1"),
+        ("MassiveActivations", "queries", [[1]], "axis query as queries"),
+        ("OrderSensitivity", "orders", [[0, 1, 2], [0, 1, 1], [2, 1, 0]], "expected orders of the same demonstrations"),
+        ("OrderSensitivity", "orders", [[0, 1, 2]], "axis order as orders"),
+        ("Experiment", "steps", [0, 1], "expected as many steps as demonstrations in context"),
+        ("Experiment", "replica_names", ["other"], "expected replica_names by"),
+    ],
+)  # fmt: skip
+def test_contradicting_values_are_refused_by_name(
+    results: dict[str, Any], name: str, path: str, value: Any, message: str, load: Callable[..., Any]
+) -> None:
+    result = results[name]
+    with pytest.raises(icl.AssetError, match=f"saved {name} in .*{re.escape(message)}"):
+        load(result, metadata=nested(result, path, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "change", "message"),
+    [
+        ("WeightDelta", "W_K", lambda delta: delta.W_K * torch.nan, "expected W_K finite, got nan: compute it again"),
+        (
+            "WeightDelta",
+            "W_V",
+            lambda delta: delta.W_V[:1],
+            r"expected W_V with as many on its axis layer as W_K \(3\)",
+        ),
+        (
+            "WeightDelta",
+            "W_V",
+            lambda delta: delta.W_V.sum(1),
+            r"expected W_V as Float.*, got float32 of shape \(3, 32\)",
+        ),
+        ("Decomposition", "mass", lambda it: it.mass / 2, "expected mass that sums to 1 over groups"),
+        ("DeltaSummary", "demonstrations_K", lambda it: it.demonstrations_K * 2, "expected demonstrations_K that sums"),
+        ("DeltaSummary", "demonstrations_V", lambda it: None, "demonstrations_K and demonstrations_V together"),
+        ("Recordings", "segments", lambda it: it.segments + 9, "expected segments of training steps"),
+        ("Recordings", "attn_out", lambda it: {"ICL": it.attn_out["ICL"]}, "expected attn_out by .*, got .'ICL',"),
+        ("Recordings", "attn_out", lambda it: it.attn_out["ICL"], "expected attn_out"),
+        ("Comparison", "predictions", lambda it: it.predictions | {"FT": 1 - it.predictions["FT"]}, "expected rec2ftp"),
+    ],
+)
+def test_contradictions_made_by_hand_are_refused(
+    results: dict[str, Any], name: str, field: str, change: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_value(results[name], field, change(results[name])).__post_init__()

@@ -297,7 +297,7 @@ def test_captures_and_deltas_that_do_not_belong_together_are_refused(
     with pytest.raises(
         ValueError, match="finetuned on the 5 demonstrations of in_context's prompts, in their order, got"
     ):
-        runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]]))
+        runs.compare(delta=dataclasses.replace(runs.delta, demonstrations=[[1, 2]], losses=runs.delta.losses[:1]))
     with runs.delta.applied(runs.model), pytest.raises(ValueError, match="got other weights"):
         runs.compare()
     with pytest.raises(ValueError, match=r"prompts\.zero_shot\(\)"):

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import Count, checked
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
     FullPromptPass,
@@ -37,9 +38,9 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
-from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.results import compare_by_value
-from icl_dual.scoring import label_baselines, label_scores
+from icl_dual.prompts import Prompts, check_lengths, check_prompts
+from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
+from icl_dual.scoring import WITH_BASELINE, label_baselines, label_scores
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import is_out_of_memory
 
@@ -82,6 +83,7 @@ class KeysValues:
         return f"KeysValues(demo_keys{list(self.demo_keys.shape)}, query_keys{list(self.query_keys.shape)}, and values)"
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, eq=False)
 class Capture(Saved):
@@ -130,6 +132,37 @@ class Capture(Saved):
     """What scoring subtracts from the log-probability of each whole label word, in nats, equal for all queries; `None`
     where the prompts' rule of scoring (`icl_dual.scoring`) subtracts nothing."""
 
+    def __post_init__(self) -> None:
+        prompts, full_prompt = self.prompts, self.full_prompt
+        check_lengths(prompts)
+        n_start, longest = len(prompts.start), max(map(len, prompts.suffixes), default=0)
+        if full_prompt is not None and full_prompt.tokens != prompts.prefix + prompts.suffixes[0]:
+            raise ValueError(
+                f"expected full_prompt over the first query's prompt, got one over {len(full_prompt.tokens)} other "
+                "tokens: do not put a capture together from two"
+            )
+        check_axes(
+            self,
+            query=("prompts.queries", len(prompts.queries)),
+            label=("prompts.labels", len(prompts.labels)),
+            prefix_pos=("prompts.prefix", len(prompts.prefix)),
+            demo_pos=("prompts.prefix without the start token", len(prompts.prefix) - n_start),
+            demo_token=("prompts.demonstration_positions", len(prompts.demonstration_positions)),
+            query_token=("the longest of prompts.suffixes", longest),
+            query_pos=("the longest of prompts.suffixes with the start token", n_start + longest),
+            pos=("full_prompt.tokens", 0 if full_prompt is None else len(full_prompt.tokens)),
+        )
+        check_values(self, "label_log_probs", high=ROUNDING)
+        check_values(self, "next_log_probs", high=ROUNDING, infinite=True)
+        check_values(self, "residual", "residual_norms", low=0)
+        check_values(self, "attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores")
+        check_values(self, "keys_values", "full_prompt", "label_baselines")
+        if (self.label_baselines is None) == (prompts.scoring in WITH_BASELINE):
+            raise ValueError(
+                f"expected label_baselines with the rules of scoring {WITH_BASELINE} and no others, got "
+                f"{'none' if self.label_baselines is None else 'some'} with {prompts.scoring!r}: capture again"
+            )
+
     @property
     def label_scores(self) -> Float[Tensor, "query label"]:
         """Return the score of each label word, by the prompts' rule of scoring (`icl_dual.scoring`)."""
@@ -151,6 +184,7 @@ class Capture(Saved):
         """Return the proportion of queries for which the predicted label is the correct one."""
         return (self.predictions == self.gold).double().mean().item()
 
+    @checked
     def axes(self, field: Field) -> dict[str, int]:
         """Return the names and lengths of a field's axes, in order; empty where it is `None` or no tensor."""
         tensor = getattr(self, field)
@@ -159,7 +193,8 @@ class Capture(Saved):
         annotation = get_args(type(self).__annotations__[field])[0]
         return dict(zip(annotation.dim_str.split(), tensor.shape, strict=True))
 
-    def first(self, n_queries: int) -> "Capture":
+    @checked
+    def first(self, n_queries: Count) -> "Capture":
         """Return the capture of the first queries alone."""
         prompts = self.prompts.first(n_queries)
         longest = max(map(len, prompts.suffixes))
@@ -189,6 +224,7 @@ class Capture(Saved):
         )
 
 
+@checked
 @exclusive
 @torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
 def capture(
@@ -249,8 +285,7 @@ def capture(
         query_rows = [query[len(query_prefix) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
             log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
-    captured = recorder.capture(log_probs, full_prompt)
-    return replace(captured, label_baselines=_label_baselines(model, prompts, batch_size))
+    return recorder.capture(log_probs, full_prompt, _label_baselines(model, prompts, batch_size))
 
 
 def _label_baselines(model: Model, prompts: Prompts, batch_size: int) -> Float[Tensor, "query label"] | None:
@@ -403,7 +438,12 @@ class _Recorder:
         norms = norms_of(stream).masked_fill(past_end, 0.0)
         self.tensors["residual_norms"][batch, layer, n_common : n_common + n_pos] = norms.cpu()
 
-    def capture(self, log_probs: Float[Tensor, "query label"], full_prompt: FullPromptPass | None) -> Capture:
+    def capture(
+        self,
+        log_probs: Float[Tensor, "query label"],
+        full_prompt: FullPromptPass | None,
+        baselines: Float[Tensor, "query label"] | None,
+    ) -> Capture:
         """Return what was recorded."""
         fields: dict[str, Any] = {name: self.tensors.get(name) for name in get_args(Field)}
         fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
@@ -415,6 +455,7 @@ class _Recorder:
             prompts=self.prompts,
             label_log_probs=log_probs,
             residual=self.residual,
+            label_baselines=baselines,
             **fields,
         )
 

@@ -127,16 +127,6 @@ def check_settings(*, zero_shot: Capture, in_context: Capture, finetuned: Captur
         )
 
 
-def check_full_prompt(in_context: Capture) -> None:
-    """Raise a ValueError where in_context's full-prompt pass is over other tokens than its first query's prompt."""
-    full_prompt, prompts = in_context.full_prompt, in_context.prompts
-    if full_prompt is not None and full_prompt.tokens != prompts.prefix + prompts.suffixes[0]:
-        raise ValueError(
-            f"expected in_context with a full-prompt pass over the first query's prompt, got one over "
-            f"{len(full_prompt.tokens)} other tokens: do not put a capture together from two"
-        )
-
-
 def check_demonstrations(in_context: Capture) -> None:
     """Raise a ValueError where in_context's prompts have no demonstrations."""
     if not in_context.prompts.demonstrations:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icl_dual.arguments import checked
 from icl_dual.finetuning.sgd import (
     EXPLODED_WEIGHTS,
     DivergedError,
@@ -45,6 +46,7 @@ from icl_dual.torch_utils import at_least_float32, is_out_of_memory
 log = logging.getLogger(__name__)
 
 
+@checked
 def finetune_many(
     model: Model,
     prompts: Sequence[Prompts],

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icl_dual import dual
+from icl_dual.arguments import checked
 from icl_dual.finetuning.weight_delta import (
     PAPER_FINETUNING,
     Factors,
@@ -56,6 +57,7 @@ class DivergedError(RuntimeError):
     """Finetuning ran away: its loss or its weights are no longer finite, or its loss exploded."""
 
 
+@checked
 @exclusive
 @torch.inference_mode(False)
 def finetune(

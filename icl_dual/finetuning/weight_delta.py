@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Model, ProjectionName, Weight
 from icl_dual.models.changes import add_changes
 from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
-from icl_dual.results import compare_by_value
+from icl_dual.results import check_axes, check_count, check_values, compare_by_value
 from icl_dual.storage import CLASS, Saved
 from icl_dual.torch_utils import at_least_float32, is_half
 
@@ -35,6 +36,7 @@ Trained = Literal["key-value", "key", "value", "attention"]
 """The projections of attention that are trained; `attention` is all four."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -60,6 +62,7 @@ class FinetuneConfig:
                 raise ValueError(f"expected {name} out of {get_args(options)}, got {value!r}: choose one of these")
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class Noise:
@@ -75,7 +78,7 @@ class Noise:
         ValueError: the size is 0, or not between −1 and 1.
     """
 
-    seed: int
+    seed: Seed
     """The seed of g."""
     size: float = 2**-9
     """The relative size of the noise. The default is the unit roundoff of bfloat16, in which most models are published:
@@ -85,6 +88,7 @@ class Noise:
         if not 0 < abs(self.size) < 1:
             raise ValueError(f"expected size between -1 and 1 and not 0, got {self.size}: pass 2**-9, or a similar one")
 
+    @checked
     def changes(self, weights: dict[str, list[Weight]]) -> dict[str, list[Tensor]]:
         """Return size·g·W of each weight and bias as a matrix or vector, in float32 at least, on the weight's device.
 
@@ -139,6 +143,7 @@ class Factors:
     small change of a large weight. NaN where a layer did not change."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class WeightDelta(Saved):
@@ -188,6 +193,40 @@ class WeightDelta(Saved):
     """Whether half-precision weights are rounded after the delta is added to them, as in the paper's own set-up and by
     `between`. Otherwise the delta runs beside such weights. Wider weights always get it added."""
 
+    def __post_init__(self) -> None:
+        axes = check_axes(self)
+        check_values(self, *DELTA_FIELDS, "training_q", "training_k", "factors/x", "factors/e_K", "factors/e_V")
+        check_values(self, "lr", "losses", low=0)
+        check_values(self, "factors/residual", low=0, nan=True)
+        check_values(self, "demonstrations", low=0)
+        check_values(self, "factors/steps", low=0, high=len(self.demonstrations) - 1)
+        check_count("losses", len(self.losses), "demonstrations", len(self.demonstrations))
+        self._check_head_lengths(axes)
+        self._check_trained()
+        n_tokens, n_start = sum(map(len, self.demonstrations)), len(self.demonstrations)  # each has start tokens
+        if n_start and "train_token" in axes and (axes["train_token"] - n_tokens) % n_start:
+            raise ValueError(
+                f"expected training tokens for each token of demonstrations ({n_tokens}) and as many start tokens "
+                f"for each of them, got {axes['train_token']}: take both from one run"
+            )
+
+    def _check_head_lengths(self, axes: dict[str, int]) -> None:
+        """Check that a projection has the length of its heads side by side."""
+        for kind, d_out, head in (("Q", "d_q", "head"), ("K", "d_kv", "kv_head")):
+            if d_out in axes and head in axes:
+                n_elements = axes[head] * axes["d_head"]
+                check_count(f"{d_out} in W_{kind}", axes[d_out], f"elements in training_{kind.lower()}", n_elements)
+
+    def _check_trained(self) -> None:
+        """Check that projections that were not trained have no change, and that those that were have one."""
+        trained = PROJECTIONS_TRAINED[self.trained]
+        for kind in "QKVO":
+            fields = [name for name in (f"W_{kind}", f"b_{kind}") if getattr(self, name) is not None]
+            if kind in "QO" and kind in trained and f"W_{kind}" not in fields:
+                raise ValueError(f"expected W_{kind} with {self.trained} trained, got none: finetune again")
+            if kind not in trained and any(kind in "QO" or getattr(self, name).any() for name in fields):
+                raise ValueError(f"expected no change {fields[0]} with {self.trained} trained, got one: finetune again")
+
     def __repr__(self) -> str:
         matrices = {name: getattr(self, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
         norms = ", ".join(f"‖Δ{name}‖={delta.norm():.3g}" for name, delta in matrices.items() if delta is not None)
@@ -207,6 +246,7 @@ class WeightDelta(Saved):
         return "key-value" if self.W_Q is None else "attention"
 
     @classmethod
+    @checked
     def between(cls, model: Model, tuned: object) -> "WeightDelta":
         """Return the delta from a model to any finetuned copy of it, however it was finetuned.
 
@@ -261,6 +301,7 @@ class WeightDelta(Saved):
             rounded=True,
         )
 
+    @checked
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the delta; afterwards it is as it was, bit for bit, also after an exception.
@@ -317,7 +358,8 @@ class WeightDelta(Saved):
             upgraded["factors"] = {"residual": metadata["factors_residual"]}
         return tensors, upgraded
 
-    def randomised(self, seed: int) -> "WeightDelta":
+    @checked
+    def randomised(self, seed: Seed) -> "WeightDelta":
         """Return a delta with each layer's matrices and biases replaced by random directions of the same norm.
 
         It shows what a change of weights of this size does, whatever finetuning has learned: a control for `applied`.

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
 from icl_dual.metrics.batch import Batch
 from icl_dual.metrics.formulas import (
@@ -50,6 +51,7 @@ RANGE_TOLERANCE = 1e-6
 """Values may be this far outside a metric's range: a cosine rounds beyond 1."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class Drawing:
@@ -76,6 +78,7 @@ class Drawing:
             )
 
 
+@checked
 @document_fields
 @dataclass(frozen=True)
 class Metric:
@@ -145,10 +148,12 @@ class Metric:
                 "first, such as (-1, 1)"
             )
 
+    @checked
     def missing(self, recordings: Recordings) -> tuple[Need, ...]:
         """Return the fields that the metric needs and the recordings lack."""
         return tuple(name for name in self.needs if getattr(recordings, name) is None)
 
+    @checked
     def values(self, batch: Batch) -> Tensor:
         """Return the values of a batch's queries.
 
@@ -512,6 +517,7 @@ def figures() -> dict[str, Metric]:
     return {m.drawing.figure or name: m for name, m in metrics().items() if m.drawing.figure or m.drawing.beside}
 
 
+@checked
 def register_metric(metric: Metric) -> Metric:
     """Add a metric to those that comparisons compute, save, table and draw, and return it.
 

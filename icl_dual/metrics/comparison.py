@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from tabulate import tabulate
 from torch import Tensor
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
@@ -30,6 +31,7 @@ from icl_dual.metrics.catalogue import ABSENT, Metric, metrics
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
 from icl_dual.metrics.stability import Stability
 from icl_dual.recordings.recordings import SETTINGS, Recordings
+from icl_dual.results import ROUNDING, check_axes, check_names, check_range, check_values
 from icl_dual.scoring import Scoring
 from icl_dual.statistics.frames import html_table
 from icl_dual.statistics.intervals import (
@@ -44,7 +46,7 @@ from icl_dual.statistics.intervals import (
     proportion,
     widened,
 )
-from icl_dual.storage import AssetError, Saved
+from icl_dual.storage import Saved
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
@@ -87,6 +89,7 @@ def _clipped(interval: Interval, metric: Metric | None) -> Interval:
     return replace(interval, low=max(interval.low, float(least)), high=min(interval.high, float(largest)))
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Saved):
@@ -111,6 +114,54 @@ class Comparison(Saved):
     scoring: Scoring = "mean"
     """The rule by which predictions follow from the label words' log-probabilities (`icl_dual.scoring`)."""
 
+    def __post_init__(self) -> None:
+        axes = check_axes(self)
+        check_names("predictions", self.predictions, SETTINGS)
+        if self.label_log_probs:
+            check_names("label_log_probs", self.label_log_probs, SETTINGS)
+        check_values(self, "gold", "predictions", low=0, high=axes.get("label", np.inf) - 1)
+        check_values(self, "label_log_probs", high=ROUNDING)
+        self._check_counts()
+        for group in ("per_layer", "per_query"):
+            for name, values in getattr(self, group).items():
+                self._check_metric(name, f"{group}/{name}", values)
+        partial = (name for name in self.per_layer if name in metrics() and metrics()[name].first_queries)
+        if len(lengths := {len(self.per_layer[name]) for name in partial}) > 1:
+            raise ValueError(
+                f"expected per_layer with as many first queries for each metric of these, got {sorted(lengths)}: "
+                "compare again"
+            )
+        if self.stability is not None and self.stability.n_queries > len(self.gold):
+            raise ValueError(
+                f"expected stability of at most as many queries as gold ({len(self.gold)}), got "
+                f"{self.stability.n_queries}: take both from one run"
+            )
+
+    def _check_metric(self, name: str, path: str, values: Tensor) -> None:
+        """Check that a metric has a value for each query, or for the first ones, and that all are in its range."""
+        metric, n_queries = metrics().get(name), len(self.gold)
+        is_partial = metric is None or metric.first_queries
+        if len(values) > n_queries or (len(values) < n_queries and not is_partial):
+            raise ValueError(
+                f"expected {path} with {'at most ' * is_partial}as many queries as gold ({n_queries}), got "
+                f"{len(values)}: take both from one run"
+            )
+        low, high = (-np.inf, np.inf) if metric is None else metric.range
+        check_range(path, values, low=low - ROUNDING, high=high + ROUNDING, nan=True, infinite=True)
+
+    def _check_counts(self) -> None:
+        """Check that what follows from the queries' labels is what they give."""
+        expected = rec2ftp(self.gold, *(self.predictions[setting] for setting in SETTINGS))
+        if (self.rec2ftp.both, self.rec2ftp.finetuned) != (expected.both, expected.finetuned):
+            raise ValueError(f"expected rec2ftp as predictions give it, {expected}, got {self.rec2ftp}: compare again")
+        check_range("rec2ftp/random", self.rec2ftp.random, low=0, high=1, nan=True)
+        for setting, log_probs in self.label_log_probs.items():
+            if self.scoring == "mean" and not torch.equal(self.predictions[setting], log_probs.argmax(-1)):
+                raise ValueError(
+                    f"expected predictions/{setting} as the labels of the largest label_log_probs, got others: compare "
+                    "again"
+                )
+
     @property
     def accuracy(self) -> dict[str, float]:
         """Return the share of queries with the gold label as prediction, by setting."""
@@ -127,6 +178,7 @@ class Comparison(Saved):
         per_query = {name: values.double() for name, values in self.per_query.items()}
         return from_predictions | per_query | {name: v.nanmean(1).double() for name, v in self.per_layer.items()}
 
+    @checked
     def shifts(self, metric: str) -> Float[Tensor, "1 replica"]:
         """Return how far each replica of the finetuning moves a metric over all layers together; empty without any."""
         shifts = {} if self.stability is None else self.stability.shifts
@@ -300,6 +352,7 @@ class Comparison(Saved):
         return row | _verdict(metric, values, baseline, called, shifts, unstable=interval.unstable)
 
     @classmethod
+    @checked
     def load(cls, folder: str | PathLike[str]) -> "Comparison":
         """Read a comparison that `save` wrote.
 
@@ -311,11 +364,6 @@ class Comparison(Saved):
         """
         # safetensors sorts its names: settings and metrics come back in the order of the tables.
         loaded = super().load(folder)
-        if missing := set(SETTINGS) - loaded.predictions.keys():
-            raise AssetError(
-                f"expected a saved Comparison with the predictions of {SETTINGS} in {folder}, got none of "
-                f"{sorted(missing)}: compare again"
-            )
         by_setting = {
             group: {name: values[name] for name in SETTINGS if name in values}
             for group in ("predictions", "label_log_probs")
@@ -333,6 +381,7 @@ class Comparison(Saved):
         return tensors, {"label_log_probs": {}, **metadata}
 
 
+@checked
 def compare(
     *,
     zero_shot: Capture,
@@ -340,7 +389,7 @@ def compare(
     finetuned: Capture,
     delta: WeightDelta | None = None,
     steps: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Comparison:
     """Compare in-context learning with finetuning, query by query and layer by layer.
 
@@ -368,8 +417,9 @@ def compare(
     return replace(comparison, label_log_probs=label_log_probs, scoring=in_context.prompts.scoring)
 
 
+@checked
 def compare_recordings(
-    recordings: Recordings, *, seed: int = 0, kendall_queries: int | None = KENDALL_QUERIES
+    recordings: Recordings, *, seed: Seed = 0, kendall_queries: int | None = KENDALL_QUERIES
 ) -> Comparison:
     """Compare in-context learning with finetuning from recordings, ours or the released code's, without any model.
 
@@ -414,7 +464,7 @@ def difference_of_shifts(a: Float[Tensor, "*seed replica"], b: Float[Tensor, "*s
     return torch.where(a.isinf() | b.isinf(), torch.inf, a - b)
 
 
-def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | str], *, seed: int = 0) -> Comparison:
+def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | str], *, seed: Seed = 0) -> Comparison:
     """Return a comparison that knows how far replicas of its finetuning move each metric.
 
     Args:

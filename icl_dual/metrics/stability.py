@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_dual.field_docs import document_fields
-from icl_dual.results import compare_by_value
+from icl_dual.results import check_axes, check_values, compare_by_value
 
 
 @document_fields
@@ -35,6 +35,21 @@ class Stability:
     """By metric: the shifts at each layer."""
     diverged: tuple[str, ...] = ()
     """The errors of the replicas that diverged."""
+
+    def __post_init__(self) -> None:
+        check_axes(self, replica=("replicas", len(self.replicas)))
+        check_values(self, "n_queries", low=0)
+        least = torch.finfo(torch.float64).min  # infinite is a replica that diverged, and never below
+        check_values(self, "shifts", "layer_shifts", low=least, nan=True, infinite=True)
+        if len(self.diverged) > len(self.replicas):
+            raise ValueError(
+                f"expected at most as many diverged as replicas ({len(self.replicas)}), got {len(self.diverged)}: "
+                "measure the stability again"
+            )
+        if unknown := sorted(self.layer_shifts.keys() - self.shifts.keys()):
+            raise ValueError(
+                f"expected layer_shifts of metrics that shifts has, got {unknown[0]!r}: measure the stability again"
+            )
 
     @classmethod
     def of(

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from icl_dual.arguments import Seed, checked
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.model import Model
 
@@ -11,17 +12,18 @@ Control = Literal["untrained", "random-blocks"]
 """Which weights are reinitialised: all of them (`untrained`), or those of attention and MLP (`random-blocks`)."""
 
 
-def control_name(name: str, control: Control, seed: int) -> str:
+def control_name(name: str, control: Control, seed: Seed) -> str:
     """Return the name that results give to a control of a model."""
     return f"{name} ({control}, seed {seed})"
 
 
-def control_provenance(provenance: str, control: Control, seed: int) -> str:
+def control_provenance(provenance: str, control: Control, seed: Seed) -> str:
     """Return the provenance of a control of a model."""
     return f"{provenance}, {control}, seed {seed}"
 
 
-def control_model(model: Model, control: Control, *, seed: int) -> Model:
+@checked
+def control_model(model: Model, control: Control, *, seed: Seed) -> Model:
     """Build a model of the same configuration with reinitialised weights.
 
     Weights are initialised on the CPU as the model's class initialises them for its configuration; global random states

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
+from icl_dual.arguments import NameOrPath, checked
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
@@ -22,9 +23,10 @@ from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
 
+@checked
 @transformers_bars()
 def load_model(
-    name: str,
+    name: NameOrPath,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from icl_dual.arguments import Index, checked
 from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
@@ -86,6 +87,7 @@ class Model:
         (torch.Size([1, 3, 257]), [torch.Size([1, 3, 32]), torch.Size([1, 3, 32])])
     """
 
+    @checked
     def __init__(
         self,
         wrapped: TransformerLensModel | Backend,
@@ -145,6 +147,17 @@ class Model:
             f"dtype={self.precision}, device={self.device})"
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: hooks of a copy would belong to the modules of the original.
+
+        Raises:
+            TypeError: always; says what to do.
+        """
+        raise TypeError(
+            f"expected an object without hooks to pickle or copy, got the model {self.name!r}: call "
+            "icl_dual.load_model in each process, or once more for a second model"
+        )
+
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
@@ -169,6 +182,7 @@ class Model:
         """Yield every weight of the model, fused projections as one weight."""
         return self.backend.parameters()
 
+    @checked
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens.
 
@@ -177,6 +191,7 @@ class Model:
         """
         return list(self._required_tokenizer()(text, add_special_tokens=False).input_ids)
 
+    @checked
     def tokenise(self, texts: Sequence[str]) -> list[TokenisedText]:
         """Return the tokens of texts, without special tokens, and where in its text each token lies.
 
@@ -235,6 +250,7 @@ class Model:
             )
         return self.tokenizer
 
+    @checked
     @exclusive
     def run(
         self,
@@ -348,10 +364,12 @@ class Model:
         """
         self.journal.restore()
 
-    def eta(self, layer: int) -> Float[Tensor, " head"] | None:
+    @checked
+    def eta(self, layer: Index) -> Float[Tensor, " head"] | None:
         """Return η of a layer's heads; `None` where the model has no momentum, or all heads of the layer have η = 0."""
         return self.momentum[layer] if self.momentum is not None and self.momentum[layer].any() else None
 
+    @checked
     @exclusive
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream: final norm, then unembedding."""
@@ -360,6 +378,7 @@ class Model:
             self.backend.upcast(undo)
             return self.backend.unembed(residual)
 
+    @checked
     @exclusive
     def projections(self, kind: ProjectionName) -> list[Projection]:
         """Return one projection of every layer, with the parameters that the forward pass uses.
@@ -500,8 +519,8 @@ def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
 def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
     """Switch dropout off."""
     # A bridge runs the modules of the original model, whose own top is not among its modules.
-    roots = (wrapped, getattr(wrapped, "original_model", wrapped))
-    for module in dict.fromkeys(module for root in roots for module in root.modules()):
+    roots, memo = (wrapped, getattr(wrapped, "original_model", wrapped)), set[nn.Module]()
+    for module in [module for root in roots for _, module in root.named_modules(memo)]:
         if module.training:
             undo.set(module, "training", False)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from icl_dual.arguments import checked
 from icl_dual.models.model import Model
 from icl_dual.momentum import Eta, describe_eta, eta_by_layer_and_head
 
@@ -10,6 +11,7 @@ MOMENTUM_TAG = " + momentum "
 """The text between a model's name and the η that it runs with."""
 
 
+@checked
 @contextmanager
 def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None = None) -> Iterator[Model]:
     """Run a model with momentum attention inside a `with` block, and restore it afterwards, also after an exception.

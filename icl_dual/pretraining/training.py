@@ -8,6 +8,7 @@ bit. `perplexity` and `in_context_accuracy` are the measures of the paper's two 
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -30,7 +32,15 @@ from icl_dual.finetuning.sgd import DivergedError
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 from icl_dual.pretraining.corpus import LabelMapping, TrainingData
 from icl_dual.progress import progress_bar, transformers_bars
-from icl_dual.storage import check_same_settings, write_json
+from icl_dual.storage import (
+    AssetError,
+    check_same_settings,
+    check_writable,
+    first_line,
+    read_json,
+    write_json,
+    writing,
+)
 
 RANK = int(os.environ.get("RANK", "0"))
 """The rank of this process under `torchrun`; rank 0 writes files."""
@@ -117,6 +127,7 @@ def train(
         ValueError: η is out of range, there is not enough data, the batch cannot be shared among the processes, or the
             device cannot be used.
         SettingsError: the folder holds a model with other settings; the message says which differ.
+        AssetError: the folder cannot be written, holds files of another origin, or a damaged model or checkpoint.
         DivergedError: the loss or a gradient is no longer finite; the message gives the step. The last good checkpoint
             is kept.
     """
@@ -131,7 +142,10 @@ def train(
         if RANK == 0:
             _check_settings(folder, settings)
         if (folder / "losses.json").exists():
-            return MomentumForCausalLM.from_pretrained(folder).eval()
+            with _loading(folder, "delete the folder to train the model again"):
+                return MomentumForCausalLM.from_pretrained(folder).eval()
+        if RANK == 0:
+            check_writable(folder)
         torch.manual_seed(seed)
         model = MomentumForCausalLM(config)
         trainer = _Trainer(
@@ -143,14 +157,17 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if progress and trainer.is_world_process_zero():
             trainer.add_callback(_Bar(f"{data.name} η={eta} seed={seed}"))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoint_folder))
+        checkpoint = _last_checkpoint(checkpoint_folder)
+        with writing(folder), _loading(checkpoint, "delete this checkpoint to resume from the one before"):
+            trainer.train(resume_from_checkpoint=checkpoint)
         model.config.use_cache = True  # for generation
         if trainer.is_world_process_zero():
-            model.cpu().save_pretrained(folder)
-            if data.tokenizer is not None:
-                data.tokenizer.save_pretrained(folder)
-            losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-            write_json(folder / "losses.json", losses)
+            with writing(folder):
+                model.cpu().save_pretrained(folder)
+                if data.tokenizer is not None:
+                    data.tokenizer.save_pretrained(folder)
+                losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+                write_json(folder / "losses.json", losses)  # written last: the model is complete
             shutil.rmtree(checkpoint_folder)
         trainer.accelerator.wait_for_everyone()
     return model.cpu().eval()
@@ -189,9 +206,28 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write a new folder's settings, or check that they equal those of the run in the folder."""
     path = folder / "settings.json"
     if path.exists():
-        check_same_settings(folder, settings, json.loads(path.read_text()))
-    else:
-        write_json(path, settings)
+        check_same_settings(folder, settings, read_json(path))
+        return
+    check_writable(folder)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if others := sorted(name for name in names if not name.startswith(".")):
+        raise AssetError(
+            f"expected a new folder, or one of this training, got {folder} with other files in it ({others[0]!r}, …): "
+            "choose another folder"
+        )
+    write_json(path, settings)
+
+
+@contextmanager
+def _loading(folder: str | PathLike[str] | None, advice: str) -> Iterator[None]:
+    """Turn the errors of damaged files into an AssetError; without a folder, nothing is loaded."""
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, EOFError, IndexError, json.JSONDecodeError, RuntimeError) as error:
+        is_other = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
+        if folder is None or is_other or "I/O error" in str(error):
+            raise
+        raise AssetError(f"expected undamaged files in {folder}, got {first_line(error)}: {advice}") from error
 
 
 def _arguments(

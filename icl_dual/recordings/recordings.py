@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from icl_dual.arguments import Count, Index, checked
 from icl_dual.captures.capture import METRIC_FIELDS, Capture, Field
 from icl_dual.captures.pairing import (
     check_demonstrations,
@@ -26,6 +27,7 @@ from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.massive_activations import ordinary_tokens
 from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START, Prompts
+from icl_dual.results import check_axes, check_count, check_names, check_values
 from icl_dual.storage import AssetError, Saved, load_tensors
 
 SETTINGS = ("ZSL", "ICL", "FT")
@@ -39,10 +41,11 @@ MOST_LABELS = max(map(len, PAPER_LABELS.values()))
 """The most labels of a task of the paper: where nothing else is known, a larger label id means a damaged file."""
 
 
-class RecordingError(ValueError):
+class RecordingError(AssetError, ValueError):
     """Recordings are damaged or do not belong together; the message names the file and line."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Recordings(Saved):
@@ -90,8 +93,31 @@ class Recordings(Saved):
                 f"expected training_q and training_segments together, got {given} without {lacking}: give both, or "
                 "neither"
             )
+        axes = check_axes(self)
+        by_setting = ("predictions", "attn_out", "query_scores", "context_scores", "residual_norms")
+        for name in by_setting:
+            if (values := getattr(self, name)) is not None:
+                check_names(name, values, SETTINGS)
+        check_values(self, *by_setting, "q", "training_q", "training_k")
+        check_values(self, "gold", "predictions", "residual_norms", low=0)
+        check_values(self, "query_lengths", low=0, high=axes["query_token"])
+        check_values(self, "segments", "training_segments", low=SEPARATOR)
+        n_prefix = self.context_scores["ICL"].shape[-1]
+        check_count("segments", axes["prefix_pos"], "scores in context_scores/ICL", n_prefix)
+        if self.training_segments is not None:
+            in_context, in_training = (set(segments.tolist()) for segments in (self.segments, self.training_segments))
+            if unknown := sorted(step for step in in_context - in_training if step >= 0):
+                raise RecordingError(
+                    f"expected segments of training steps that training_segments has, got {unknown[0]}: record again"
+                )
+        if "d_kv" in axes and axes["d_q"] % max(axes["d_kv"], 1):
+            raise RecordingError(
+                f"expected q with a multiple of the elements of training_k ({axes['d_kv']}), got {axes['d_q']}: take "
+                "both from one run"
+            )
 
     @classmethod
+    @checked
     def of(
         cls,
         *,
@@ -155,7 +181,8 @@ class Recordings(Saved):
             )
         return ordinary_tokens(self.residual_norms, self.query_lengths)
 
-    def padded(self, n_tokens: int) -> "Recordings":
+    @checked
+    def padded(self, n_tokens: Index) -> "Recordings":
         """Return the recordings with at least `n_tokens` query tokens: zero past each query's end."""
 
         def pad(by_setting: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +201,8 @@ class Recordings(Saved):
         )
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], n_labels: int | None = None) -> "Recordings":
+    @checked
+    def load(cls, folder: str | PathLike[str], n_labels: Count | None = None) -> "Recordings":
         """Read recordings that `save` wrote.
 
         Args:
@@ -183,7 +211,7 @@ class Recordings(Saved):
             n_labels: the number of labels; where not given, what `label_limit` finds.
 
         Raises:
-            RecordingError: a number is not finite, or a label index is not below `n_labels`.
+            RecordingError: a label index is not below `n_labels`.
             AssetError: the folder is missing or damaged, or holds another result.
         """
         path = Path(folder)
@@ -198,8 +226,6 @@ class Recordings(Saved):
             ) from error
         limit = label_limit(path, recordings.metadata) if n_labels is None else n_labels
         for name, tensor in recordings._tensors():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise RecordingError(f"{path}: expected finite numbers, got others in {name!r}: record them again")
             if name.startswith(("gold", "predictions/")) and not ((tensor >= 0) & (tensor < limit)).all():
                 raise RecordingError(
                     f"{path}: expected {name} out of the {limit} labels 0 to {limit - 1}, got {tensor.min()} to "

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from icl_dual.arguments import Count, checked
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings.recordings import SETTINGS, RecordingError, Recordings, label_limit
@@ -113,8 +114,9 @@ def _query_record(recordings: Recordings, setting: str, query: int) -> dict[str,
     return record | ({"attn_q": recordings.q[query]} if setting == "FT" else {})
 
 
+@checked
 def load_recordings(
-    folder: str | PathLike[str], *, n_labels: int | None = None, skip_bad: bool = False, progress: bool = True
+    folder: str | PathLike[str], *, n_labels: Count | None = None, skip_bad: bool = False, progress: bool = True
 ) -> Recordings:
     """Read recordings from a folder in the released layout, or from one that `Recordings.save` wrote.
 

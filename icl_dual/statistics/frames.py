@@ -6,7 +6,10 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from icl_dual.arguments import checked
 
+
+@checked
 def html_table(frame: pd.DataFrame) -> str:
     """Return a frame as an HTML table without its index, in which every name is text: no markup and no formula.
 
@@ -17,7 +20,8 @@ def html_table(frame: pd.DataFrame) -> str:
         return frame.to_html(index=False)
 
 
-def summary_frame(values: Mapping[str, Float[Tensor, "query layer ..."]]) -> pd.DataFrame:
+@checked
+def summary_frame(values: Mapping[str, Float[Tensor, "_query _layer ..."]]) -> pd.DataFrame:
     """Return one row for each metric, layer and head: mean and standard deviation over queries, and their number.
 
     Args:

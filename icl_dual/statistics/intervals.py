@@ -12,6 +12,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from icl_dual.arguments import Count, Finite, Index, Seed, checked
+
 MIN_QUERIES = 5
 """The fewest queries with an interval: of fewer, it would depend more on the method than on them."""
 
@@ -30,6 +32,7 @@ Shifts = Float[Tensor | np.ndarray, "_ _"]
 _Counts = Float[np.ndarray, "resample item"]
 
 
+@checked
 @dataclass(frozen=True)
 class Interval:
     """An estimate and its 95 % interval."""
@@ -55,7 +58,8 @@ class Interval:
         """Return whether there is an interval."""
         return not (np.isnan(self.low) or np.isnan(self.high))
 
-    def format(self, digits: int = 3, *, scale: float = 1.0, counts: str = "") -> str:
+    @checked
+    def format(self, digits: Index = 3, *, scale: Finite = 1.0, counts: str = "") -> str:
         """Return the estimate and its interval as text; a dagger (`UNSTABLE`) marks an unstable estimate.
 
         Args:
@@ -87,6 +91,7 @@ class Interval:
         return self.format()
 
 
+@checked
 class Paired(NamedTuple):
     """The difference of two scores of the same queries, with its interval and its test."""
 
@@ -102,7 +107,8 @@ class Paired(NamedTuple):
         return f"{self.difference}, p = {self.p:.4f}, by seed {by_seed}"
 
 
-def bootstrap(*groups: Table, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+@checked
+def bootstrap(*groups: Table, seed: Seed = 0, resamples: Count = RESAMPLES) -> Interval:
     """Return the mean over groups of each group's mean over its defined values, with a percentile bootstrap interval.
 
     A resample draws seeds with replacement and, independently, queries for all seeds together (the pigeonhole
@@ -137,6 +143,7 @@ def bootstrap(*groups: Table, seed: int = 0, resamples: int = RESAMPLES) -> Inte
     return Interval(float(value), float(low), float(high), n_queries, min(map(len, tables)))
 
 
+@checked
 def wilson(successes: float | int, n: int) -> Interval:
     """Return the share successes / n of n queries, with Wilson's score interval.
 
@@ -164,6 +171,7 @@ def wilson(successes: float | int, n: int) -> Interval:
     return Interval(share, float(low) if successes else 0.0, float(high) if successes < n else 1.0, n)
 
 
+@checked
 def mean_of_intervals(*estimates: Interval) -> Interval:
     """Return the mean of independent estimates, with the interval mean ± √Σ (end − value)² / n.
 
@@ -181,6 +189,7 @@ def mean_of_intervals(*estimates: Interval) -> Interval:
     return Interval(float(mean), float(mean - below), float(mean + above), n_queries, n_seeds)
 
 
+@checked
 def widened(interval: Interval, *shifts: Shifts) -> Interval:
     """Return an interval over queries, widened by what replicas of the finetuning change.
 
@@ -221,7 +230,8 @@ def _moves(tables: list[np.ndarray], side: int) -> Float[np.ndarray, " seed"]:
     return np.concatenate(by_seed) / len(tables)
 
 
-def paired_test(a: Table, b: Table, *, shifts: Shifts | None = None, seed: int = 0) -> Paired:
+@checked
+def paired_test(a: Table, b: Table, *, shifts: Shifts | None = None, seed: Seed = 0) -> Paired:
     """Return mean(a) − mean(b) on the same queries, with its interval and p of a permutation test.
 
     Means are over defined values, which may be of different queries (Rec2FTP of two finetunings). The interval is
@@ -281,6 +291,7 @@ def paired_test(a: Table, b: Table, *, shifts: Shifts | None = None, seed: int =
     return Paired(interval if shifts is None else widened(interval, shifts), float(test.pvalue), by_seed)
 
 
+@checked
 def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:
     """Return the mean difference of runs of several seeds, pair by pair, with Student's interval and p of its test.
 
@@ -307,6 +318,7 @@ def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:
     return Paired(Interval(value, low, high, 1, n), p, tuple(differences.tolist()))
 
 
+@checked
 def proportion(values: Table) -> Interval:
     """Return the share of the defined values that is 1, with Wilson's interval for the number of queries with a value.
 
@@ -337,7 +349,7 @@ def _counts(table: Float[np.ndarray, "seed query"]) -> Float[np.ndarray, " query
     return (~np.isnan(table)).sum(0).astype(np.float64)
 
 
-def _resample_counts(n: int, resamples: int, rng: np.random.Generator) -> _Counts:
+def _resample_counts(n: int, resamples: Count, rng: np.random.Generator) -> _Counts:
     """Return how often each of n items is drawn in n draws with replacement, by resample."""
     items = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
     return np.bincount(items.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)

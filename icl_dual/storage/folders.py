@@ -124,6 +124,7 @@ def check_writable(
                 raise PermissionError(errno.EACCES, "Permission denied")
             if files is not None:
                 _check_files(target, files)
+        clean_scratch(place)
         with _scratch(place) as scratch:
             (scratch / "probe").write_bytes(bytes(4096))
         if (free := shutil.disk_usage(place).free) < free_bytes:

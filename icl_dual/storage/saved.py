@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from jaxtyping import AbstractArray
 from torch import Tensor
 
+from icl_dual.arguments import checked
 from icl_dual.results import BaseResult
-from icl_dual.storage.errors import AssetError, FieldError, reading
+from icl_dual.storage.errors import AssetError, FieldError, first_line, reading
 from icl_dual.storage.folders import CHECKSUMS, CLASS, METADATA
 from icl_dual.storage.json_files import json_kind, read_json
 from icl_dual.storage.tensors import load_tensors, save_tensors
@@ -40,6 +41,7 @@ class Saved(BaseResult):
     Scores(name='SimAOU', by_layer=tensor([0.2500, 0.5000]))
     """
 
+    @checked
     def save(self, folder: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
         """Write the result into a folder, as safetensors and JSON.
 
@@ -60,6 +62,7 @@ class Saved(BaseResult):
         save_tensors(Path(folder), tensors, metadata)
 
     @classmethod
+    @checked
     def load(cls: type[Result], folder: str | os.PathLike[str]) -> Result:
         """Read a result that `save` wrote, with this version or an older one.
 
@@ -130,7 +133,10 @@ def _unflatten(cls: Any, path: str, tensors: Mapping[str, Tensor], metadata: Map
             if type(None) not in get_args(hints[name]):
                 raise KeyError(at)
             values[name] = None
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {first_line(error)}" if path else first_line(error)) from error
 
 
 def _fields(cls: Any) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from icl_dual.storage.folders import (
 )
 from icl_dual.storage.json_files import read_json, to_json
 
-_ATTEMPTS = 100
+_ATTEMPTS, _MISSING_ATTEMPTS, _POLL_S = 100, 2, 0.01
+"""How often to read a folder that others replace all the time, and to look for one that is missing: it may be between
+the two renames of a replacement each time."""
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -53,15 +56,17 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         AssetError: the folder is missing, incomplete or damaged, or holds no saved result.
     """
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         for path in (folder.parent, folder):
             recover(path)
         identity = _identity(folder)
         try:
             result = _load(folder)
         except AssetError:
-            if _identity(folder) == identity:
+            is_missing = identity is None
+            if _identity(folder) == identity and (not is_missing or attempt == _MISSING_ATTEMPTS):
                 raise
+            time.sleep(_POLL_S if is_missing else 0)
         else:
             if _identity(folder) == identity:
                 return result

@@ -15,7 +15,10 @@ import icl_dual as icl
 SMALL = ("--task", "mr", "--k", "2", "--queries", "3", "--repeats", "1")
 
 
-def test_a_race_writes_times_ratios_and_pictures(tmp_path: Path) -> None:
+def test_a_race_writes_times_ratios_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "REPLICAS", 2)
+    for module in (benchmark, contenders):
+        monkeypatch.setattr(module, "RATES", 2)
     assert benchmark.main([*SMALL, "--no-memory", "--out", str(tmp_path), "--json", str(tmp_path / "copy.json")]) == 0
     result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result == json.loads((tmp_path / "copy.json").read_text())

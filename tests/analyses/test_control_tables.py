@@ -13,7 +13,22 @@ from helpers import as_saved_by_0_1
 
 import icl_dual as icl
 
-ARGUMENTS = ("--tasks", "mr", "--k", "3", "--queries", "6", "--seeds", "1", "--lr", "0.001", "--ks", "1")
+ARGUMENTS = (
+    "--tasks",
+    "mr",
+    "--k",
+    "3",
+    "--queries",
+    "6",
+    "--seeds",
+    "1",
+    "--lr",
+    "0.001",
+    "--ks",
+    "1",
+    "--replicas",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +93,7 @@ def test_a_control_costs_the_one_run_that_differs(out: Path) -> None:
 def test_the_page_says_what_is_left_and_how_it_was_made(out: Path) -> None:
     page = (out / "README.md").read_text()
     assert "{" not in page
-    given = "--tasks mr --k 3 --queries 6 --lr 0.001 --seeds 1 --ks 1 --orders 2"
+    given = "--tasks mr --k 3 --queries 6 --lr 0.001 --replicas 2 --seeds 1 --ks 1 --orders 2"
     assert f"python analyses/controls.py --model tiny-llama {given}\n" in page
     for claim in tables.CLAIMS.values():
         assert f"**{claim}**" in page

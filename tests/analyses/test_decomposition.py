@@ -69,6 +69,7 @@ def test_cells_of_other_settings_and_models_without_a_rate_are_errors_in_a_line(
 ) -> None:
     for given, message in (
         ((*arguments, "--rank", "2"), "expected a result made with rank=2, got "),
+        ((*arguments, "--rank", "9", "--tasks", "sst5"), "expected --rank of at most 8, the width of a head, got 9: "),
         (("--model", "nothing/here"), "no learning rate was chosen"),
     ):
         assert script.main([*given, "--out", str(out)]) == 1

@@ -15,7 +15,22 @@ import icl_dual as icl
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 SST5 = ["terrible", "bad", "neutral", "good", "great"]
-BUDGET = ("--tasks", "mr", "sst5", "--k", "4", "--queries", "6", "--seeds", "1", "2", "--lr", "0.001")
+BUDGET = (
+    "--tasks",
+    "mr",
+    "sst5",
+    "--k",
+    "4",
+    "--queries",
+    "6",
+    "--seeds",
+    "1",
+    "2",
+    "--lr",
+    "0.001",
+    "--replicas",
+    "2",
+)
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -40,7 +55,8 @@ def out(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
 def real_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of the real model, on one task."""
     folder = tmp_path_factory.mktemp("figures")
-    assert script.main(["--tasks", "mr", "--k", "2", "--queries", "6", "--lr", "0.001", "--out", str(folder)]) == 0
+    arguments = ("--tasks", "mr", "--k", "2", "--queries", "6", "--lr", "0.001", "--replicas", "0")
+    assert script.main([*arguments, "--out", str(folder)]) == 0
     return folder
 
 
@@ -119,12 +135,15 @@ def test_tables_say_what_the_results_say_with_the_papers_values_beside(out: Path
 
 def test_the_readme_names_how_it_was_made_and_no_machine(out: Path, real_out: Path, tiny_model: str) -> None:
     text = (real_out / "README.md").read_text()
-    assert "python analyses/reproduce.py --model smollm2-135m --tasks mr --k 2 --queries 6 --lr 0.001\n" in text
+    assert (
+        "python analyses/reproduce.py --model smollm2-135m --tasks mr --k 2 --queries 6 --lr 0.001 --replicas 0\n"
+        in text
+    )
     assert "sha256:b179c952" in text
     assert str(real_out) not in text
     text = (out / "README.md").read_text()
-    command = "python analyses/reproduce.py --model tiny-llama --tasks mr sst5 --k 4 --queries 6 --lr 0.001 --seeds 1 2"
-    assert f"{command}\n" in text
+    given = "--tasks mr sst5 --k 4 --queries 6 --lr 0.001 --replicas 2 --seeds 1 2"
+    assert f"python analyses/reproduce.py --model tiny-llama {given}\n" in text
     for folder in (ANALYSES, out, Path(tiny_model).parent):
         assert str(folder) not in text
 
@@ -155,10 +174,10 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path, capsys
         (("--lr", "nan"), "argument --lr: expected a finite number above 0, got 'nan': pass ", 2),
         (("--lr", "0.001", "--device", "nowhere"), "expected a device that torch knows, got 'nowhere': pass cpu", 2),
         (("--lr", "0.001", "--device", "mps"), "expected a device that torch can use here, got 'mps'", 1),
-        (("--lr", "1e4"), "finetuning diverged at step", 1),
+        (("--lr", "1e9"), "finetuning diverged at step", 1),
         (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999", 1),
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to ", 1),
-        (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of smollm2-135m", 1),
+        (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of ", 1),
         (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3': check its spelling", 2),
         (
             ("--lr", "0.001", "--protocol", "reference", "--balanced"),
@@ -173,9 +192,14 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path, capsys
     ],
 )
 def test_what_a_user_can_mend_is_said_in_a_line(
-    tmp_path: Path, arguments: tuple[str, ...], message: str, status: int, capsys: pytest.CaptureFixture[str]
+    tiny_model: str,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = ("--tasks", "mr", "--k", "2", "--queries", "2")
+    usual = ("--model", tiny_model, "--tasks", "mr", "--k", "2", "--queries", "2", "--replicas", "0")
     assert script.main([*usual, *arguments, "--out", str(tmp_path)]) == status
     assert message in error_of(capsys)
 
@@ -219,13 +243,14 @@ def test_without_a_preset_nothing_of_it_is_there() -> None:
 
 
 def test_a_preset_is_rehearsed_on_a_random_model_of_its_shape(tmp_path: Path) -> None:
-    arguments = ("--preset", "paper-1.3b", "--rehearse", "1", "--tasks", "mr", "cb", "--k", "3", "--queries", "3")
+    given = "--preset paper-1.3b --rehearse 1 --tasks mr cb --k 3 --queries 3 --replicas 0"
+    arguments = given.split()
     assert script.main([*arguments, "--export", str(tmp_path / "recordings"), "--out", str(tmp_path / "out")]) == 0
     results = pd.read_csv(tmp_path / "out" / "results.csv")
     assert set(results["protocol"]) == {"reference"}
     assert set(results["task"]) == {"mr"}, "the packages have no rows of cb"
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "--preset paper-1.3b --rehearse 1 --tasks mr --k 3 --queries 3\n" in text
+    assert f"{given.replace(' cb', '')}\n" in text
     assert str(tmp_path) not in text
     assert str(tmp_path) not in (tmp_path / "out" / "metrics_reference.md").read_text()
     (folder,) = (tmp_path / "recordings").iterdir()

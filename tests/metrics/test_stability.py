@@ -16,6 +16,7 @@ from icl_dual.finetuning import REPLICAS, Noise
 from icl_dual.finetuning.replicas import replica_settings
 from icl_dual.metrics import catalogue
 from icl_dual.metrics.comparison import with_stability
+from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.metrics.stability import Stability
 from icl_dual.models import NonFiniteError
 from icl_dual.prompts import Prompts
@@ -164,6 +165,7 @@ def test_a_verdict_that_a_replica_overturns_says_so(experiment: icl.Experiment) 
         gold=zeros,
         predictions={"ZSL": zeros, "ICL": zeros, "FT": zeros},
         label_log_probs={},
+        rec2ftp=rec2ftp(zeros, zeros, zeros, zeros),
         per_layer={
             "SimAM after FT": after,
             "SimAM before FT": torch.full((n, 2), 0.4),

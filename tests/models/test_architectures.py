@@ -129,6 +129,7 @@ def make_pair(
 
     def make(name: str) -> tuple[Plain, icl.Model]:
         hf_model = make_hf_model(name)
+        hf_model.config._attn_implementation = "eager"
         plain = Plain(copy.deepcopy(hf_model))
         return plain, icl.Model(boot("tiny", hf_model, tokenizer, "cpu", torch.float32), name=name)
 

@@ -1,5 +1,7 @@
 """`Model.run`: reading and replacing activations, and what a model says of itself."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -180,3 +182,9 @@ def test_a_change_of_any_row_changes_the_fingerprint(
         assert model.fingerprint() != before, row
         embedding.data[row] = kept
     assert model.fingerprint() == before
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+def test_a_model_is_never_pickled_or_copied(llama: icl.Model, take: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"got the model 'llama': call icl_dual\.load_model in each process, or once"):
+        take(llama)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import pickle
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,55 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path, monkeypatch
     resumed = run(tmp_path / "killed", checkpoints=6)
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("optimizer.pt", b"broken"),
+        ("optimizer.pt", pickle.dumps(print, protocol=2)),
+        ("model.safetensors", b"broken"),
+        ("trainer_state.json", b"{"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over(tmp_path, monkeypatch, name, content):
+    with monkeypatch.context() as patch:
+        killed_at(7, patch)
+        with pytest.raises(KilledError):
+            run(tmp_path, checkpoints=6)
+    last = tmp_path / "checkpoints/checkpoint-6"
+    (last / name).write_bytes(content)
+    with pytest.raises(
+        icl.AssetError,
+        match=r"undamaged files in .*checkpoint-6, got .*: delete this checkpoint to resume from the one",
+    ) as raised:
+        run(tmp_path, checkpoints=6)
+    assert "weights_only" not in str(raised.value)
+    assert "trust" not in str(raised.value)
+    shutil.rmtree(last)
+    run(tmp_path, checkpoints=6)
+
+
+def test_a_folder_of_other_files_is_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(icl.AssetError, match=r"with other files in it \('config\.json', …\): choose another folder"):
+        run(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(icl.AssetError, match="got the file"):
+        run(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
+
+
+def test_damaged_files_of_a_finished_model_are_named(tmp_path):
+    run(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(
+        icl.AssetError, match=r"expected undamaged files in .*: delete the folder to train the model again"
+    ):
+        run(tmp_path)
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    with pytest.raises(icl.AssetError, match=r"expected JSON in .*settings\.json, got too many nested brackets"):
+        run(tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_settings
+from helpers import run_settings, with_value
 
 import icl_dual as icl
 from icl_dual.recordings.recordings import SETTINGS
@@ -60,16 +60,16 @@ def test_recordings_of_captures_without_residual_norms_have_none(
     damaged = {name: norms.clone() for name, norms in (recordings.residual_norms or {}).items()}
     damaged["FT"][0, 0, 0] = torch.inf
     _ = recordings.ordinary_tokens  # computed, and not part of what is checked and saved
-    dataclasses.replace(recordings, residual_norms=damaged).save(tmp_path / "damaged")
-    with pytest.raises(icl.RecordingError, match="finite numbers, got others in 'residual_norms/FT'"):
+    with_value(recordings, "residual_norms", damaged).save(tmp_path / "damaged")
+    with pytest.raises(icl.AssetError, match="expected residual_norms/FT finite, got inf"):
         icl.Recordings.load(tmp_path / "damaged")
 
 
 def test_saved_recordings_are_checked_like_any(recordings: icl.Recordings, tmp_path: Path) -> None:
     broken = {name: tensor.clone() for name, tensor in recordings.attn_out.items()}
     broken["ICL"][0, 0, 0] = torch.nan
-    dataclasses.replace(recordings, attn_out=broken).save(tmp_path / "nan")
-    with pytest.raises(icl.RecordingError, match="finite numbers, got others in 'attn_out/ICL'"):
+    with_value(recordings, "attn_out", broken).save(tmp_path / "nan")
+    with pytest.raises(icl.AssetError, match="expected attn_out/ICL finite, got nan"):
         icl.Recordings.load(tmp_path / "nan")
     dataclasses.replace(recordings, gold=recordings.gold + 9).save(tmp_path / "labels")
     with pytest.raises(icl.RecordingError, match="expected gold out of the 2 labels 0 to 1, got"):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import released
 import torch
-from helpers import run_settings
+from helpers import run_settings, with_value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -188,8 +189,12 @@ def test_demonstrations_out_of_context_are_trained_on_and_not_compared(
 def test_separators_of_several_tokens_have_no_place_in_the_layout(runs: dict, tmp_path: Path) -> None:
     recordings = icl.Recordings.of(**runs)
     wider = torch.cat((recordings.segments[:1], torch.tensor([SEPARATOR]), recordings.segments[1:]))
+    scores = recordings.context_scores["ICL"]
+    context_scores = recordings.context_scores | {"ICL": torch.cat((scores[..., :1], scores), dim=-1)}
     with pytest.raises(icl.RecordingError, match="each with one separator token after it"):
-        write_recordings(dataclasses.replace(recordings, segments=wider), tmp_path / "out")
+        write_recordings(
+            dataclasses.replace(recordings, segments=wider, context_scores=context_scores), tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +204,7 @@ def test_what_is_no_number_is_not_written(runs: dict, tmp_path: Path) -> None:
     broken[2, 0, 0] = torch.nan
     message = r"ftzs/record_info\.jsonl, line 3: expected finite numbers to write"
     with pytest.raises(icl.RecordingError, match=message):
-        write_recordings(dataclasses.replace(recordings, q=broken), tmp_path / "out", progress=False)
+        write_recordings(with_value(recordings, "q", broken), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -455,3 +460,40 @@ def test_metadata_that_make_no_sense_are_refused(folder: Path) -> None:
 def test_at_least_one_query_is_compared(folder: Path) -> None:
     with pytest.raises(ValueError, match="expected kendall_queries of at least 1, got 0"):
         icl.compare_recordings(load(folder), kendall_queries=0)
+
+
+def test_damaged_metadata_are_refused(folder: Path) -> None:
+    for content, reason in (
+        (b"\xff\xfe", "codec can't decode"),
+        (b"[" * 100_000, "too many nested brackets"),
+        (b'{"n_labels": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"null", "got null"),
+    ):
+        (folder / "metadata.json").write_bytes(content)
+        with pytest.raises(icl.RecordingError, match=rf"expected .* in .*metadata\.json, got .*{reason}|{reason}"):
+            load(folder)
+
+
+def test_files_of_others_are_never_exported_over(folder: Path, tmp_path: Path) -> None:
+    """Neither the recordings of the released code, which have the same names, nor anything in such folders."""
+    recordings = load(folder)
+    released_code = tmp_path / "released code"
+    shutil.copytree(folder, released_code)
+    (tmp_path / "mine" / "zs").mkdir(parents=True)
+    (tmp_path / "mine" / "zs" / "notes.txt").write_text("precious")
+    with_metadata = shutil.copytree(folder, tmp_path / "with metadata")
+    (with_metadata / "metadata.json").write_text(json.dumps({"mine": True}))
+    for destination, message in (
+        (released_code, "wrote such recordings into, got .*released code with others"),
+        (with_metadata, "wrote such recordings into, got .*with metadata with others"),
+        (tmp_path / "mine", "with other files in it ..zs/notes"),
+    ):
+        before = {path: path.read_bytes() for path in destination.rglob("*") if path.is_file()}
+        with pytest.raises(icl.AssetError, match=message):
+            write_recordings(recordings, destination, progress=False)
+        assert {path: path.read_bytes() for path in destination.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # the second time over the first
+        write_recordings(recordings, tmp_path / "new", progress=False)
+    again = load(tmp_path / "new")
+    assert again.metadata == recordings.metadata
+    assert again == recordings
