@@ -94,7 +94,8 @@ def markdown_code(text: str) -> str:
     """
     text = one_line(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    space = " " * (text.startswith("`") or text.endswith("`"))
+    is_padded = text.startswith(" ") and text.endswith(" ") and not text.isspace()  # Markdown strips such a pair
+    space = " " * (text.startswith("`") or text.endswith("`") or is_padded)
     return f"{fence}{space}{text}{space}{fence}"
 
 

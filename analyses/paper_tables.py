@@ -39,7 +39,7 @@ import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES
 from icl_dual.metrics import KENDALL_QUERIES, estimate
 from icl_dual.statistics import MIN_QUERIES, UNSTABLE, Interval
-from icl_dual.storage import finished_folders
+from icl_dual.storage import finished_folders, is_scratch
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -324,7 +324,7 @@ def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
         path.parent
         for folder in folders
         for path in sorted(folder.rglob("metadata.json"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # of processes that were killed
+        if not any(map(is_scratch, path.relative_to(folder).parts))  # of processes that were killed
     ]
     # Kept recordings and exported ones have metadata, too.
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]

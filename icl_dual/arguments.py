@@ -276,6 +276,8 @@ def _fit_container(value: Any, hint: Any, origin: Any) -> Any:
     if is_text or (is_table and origin is not Iterable) or not isinstance(value, origin):
         raise _UnfitError(value, hint)
     options = get_args(hint)
+    if not options or is_table:  # annotated without its items, or a table where any iterable will do
+        return value
     if isinstance(value, Mapping):
         return _rebuilt(
             value, {_fit(name, options[0]): _fit_at(name, item, options[1]) for name, item in value.items()}
@@ -337,7 +339,8 @@ def _words(hint: Any) -> str:
     origin, options = get_origin(hint), get_args(hint)
     if _is_array(hint):
         kind = "array" if hint.array_type is np.ndarray else "tensor"
-        return f"a {kind} of {hint.__name__.partition('[')[0].lower()}s of shape [{hint.dim_str}]"
+        axes = " ".join(axis.removeprefix("_") for axis in hint.dim_str.split())  # `_` marks axes of any length
+        return f"a {kind} of {hint.__name__.partition('[')[0].lower()}s of shape [{axes}]"
     if origin is Annotated:
         return " ".join((_words(options[0]), *filter(None, map(_constraint_words, options[1:]))))
     if origin in (Union, types.UnionType):
@@ -400,7 +403,7 @@ def _advice(error: _UnfitError) -> str | None:
     """Return what to do about a value that is not what was expected; `None` where only the documentation helps."""
     if _clashes(error):
         return "pass axes of the same name in the same length"
-    hints = [option for hint in (error.hint, *get_args(error.hint)) for option in (hint, *get_args(hint))]
+    hints = _options(error.hint)
     item_hints = [get_args(hint)[0] for hint in hints if get_origin(hint) in (Sequence, Collection, tuple, list)]
     if not item_hints:
         is_quoted = isinstance(error.value, str) and error.value.replace(".", "", 1).isdecimal()
@@ -411,7 +414,19 @@ def _advice(error: _UnfitError) -> str | None:
         return "pass its .tolist()"
     if any(_is_fit(error.value, hint) for hint in item_hints):
         return "pass a list of it"
-    return None
+    kind = "tuple" if all(get_origin(hint) is tuple for hint in hints if get_args(hint)) else "list"
+    is_sequence = isinstance(error.value, tuple) or type(error.value).__name__ == kind
+    is_items = isinstance(error.value, Iterable) and not isinstance(error.value, str | bytes | Mapping)
+    return f"pass {kind}(…)" if is_items and not is_sequence else None
+
+
+def _options(hint: Any) -> list[Any]:
+    """Return the hints of which a value must fit one, without their constraints."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for each in get_args(hint) for option in _options(each)]
+    return [hint]
 
 
 def _is_fit(value: Any, hint: Any) -> bool:

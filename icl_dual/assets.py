@@ -407,7 +407,7 @@ def _folder_sha256(folder: Path) -> str:
 
 def _deciding_files(folder: Path) -> dict[str, Path]:
     """Return the files of a model folder that decide what the model computes, by their sorted names."""
-    suffixes = {".safetensors", ".bin", ".json", ".model", ".txt"}
+    suffixes = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".tiktoken", ".txt"}
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.is_file()}
     shards = {shard for name, path in files.items() if name.endswith(".index.json") for shard in _shards(path)}
     # An index can name shards in sub-folders.

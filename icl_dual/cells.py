@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 
-from icl_dual.arguments import Count, Index, NameOrPath, Rate, Seed, checked
+from icl_dual.arguments import Count, NameOrPath, Rate, Seed, checked
 from icl_dual.contexts import Context
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.replicas import REPLICAS, check_replicas
@@ -20,7 +20,7 @@ from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import Control, control_name
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.scoring import Scoring
-from icl_dual.storage import METADATA, TENSORS, AssetError, load_tensors, read_json, recover
+from icl_dual.storage import METADATA, TENSORS, load_tensors
 from icl_dual.tasks import Protocol, Split
 
 RECORDINGS = "recordings"
@@ -56,7 +56,7 @@ class Cell:
     """The model's name: one that `load_model` takes, or that of a `Model` passed to `run_study`."""
     task: NameOrPath
     """The task's name: one that `load_task` takes, or that of a `Task` passed to `run_study`."""
-    k: Index
+    k: Count
     """The number of demonstrations."""
     seed: Seed
     """The seed of the demonstrations, of controls and of random baselines."""
@@ -99,9 +99,6 @@ class Cell:
             check_replicas(self.replicas)
         except ValueError as error:
             raise StudyError(str(error)) from error
-        for name, options in _OPTIONS.items():
-            if getattr(self, name) not in options:
-                raise StudyError(f"expected {name} out of {options}, got {getattr(self, name)!r}: choose one of these")
         if self.context_task is not None and (self.context, self.finetuned_on) != ("own", "own"):
             raise StudyError(
                 "expected context='own' and finetuned_on='own' with a context_task, got "
@@ -124,11 +121,21 @@ class Cell:
 
         Version 0.1 saved the finetuning's loss, method and trained projections among the other settings, and finetuned
         once, without replicas.
+
+        Raises:
+            StudyError: a setting is unknown; the message names it.
+            ArgumentError: a setting has the wrong type or is out of range.
         """
         given = {"replicas": 0, **settings}
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
-        finetuning = FinetuneConfig(**given.pop("finetuning", flat))
-        return cls(**given, finetuning=finetuning)
+        finetuning = given.pop("finetuning", flat)
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted((given.keys() - known) | ({*finetuning} - {*vars(PAPER_FINETUNING)})):
+            raise StudyError(
+                f"expected the settings of a cell, got {', '.join(map(repr, unknown))}, perhaps of a newer version: "
+                "install the version of icl-dual that saved them"
+            )
+        return cls(**given, finetuning=FinetuneConfig(**finetuning))
 
     @property
     def name(self) -> str:
@@ -144,7 +151,8 @@ class Cell:
     def folder_in(self, study: Path) -> Path:
         """Return the cell's folder in a study's: that of its name, or of its name by an older version, if it is there.
 
-        Older versions did not shorten names, and hid those of models such as `./model`.
+        Older versions did not shorten names, kept characters that Windows refuses, and hid the cells of models such as
+        `./model`.
         """
         older = study / self._full_name.replace("/", "--")
         is_older = os.path.exists(older)  # noqa: PTH110 - False for a name that is too long
@@ -174,17 +182,6 @@ class Cell:
     def model_name(self) -> str:
         """Return the name of the model that the cell runs, which differs from `model` for a control of the weights."""
         return self.model if self.weights == "trained" else control_name(self.model, self.weights, self.seed)
-
-
-_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "protocol": get_args(Protocol),
-    "split": get_args(Split),
-    "weights": ("trained", *get_args(Control)),
-    "context": get_args(Context),
-    "finetuned_on": ("own", "context"),
-    "delta": ("finetuned", "random"),
-    "scoring": get_args(Scoring),
-}
 
 
 @checked
@@ -236,17 +233,23 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
         StudyError: the folder holds something other than a cell.
     """
     folder = Path(folder)
-    recover(folder)
-    try:
-        metadata = read_json(folder / METADATA)
-    except AssetError:
-        load_tensors(folder)  # says what the folder lacks
-        raise
+    # Settings and numbers are read at once: another process may replace the folder at any time.
+    tensors, metadata = load_tensors(folder)
+    cell, provenance = read_settings(folder, metadata)
+    return CellResult(cell, Comparison.from_saved(tensors, metadata, folder), provenance, folder)
+
+
+def read_settings(folder: Path, metadata: Mapping[str, Any]) -> tuple[Cell, dict[str, Any]]:
+    """Return the cell and the provenance in the metadata of a folder.
+
+    Raises:
+        StudyError: the metadata is of something other than a cell, or of a newer version.
+    """
     try:
         settings, provenance = metadata["settings"], metadata["provenance"]
         if not isinstance(provenance, dict):
             raise TypeError(f"provenance of type {type(provenance).__name__}")
-        return CellResult(Cell.from_settings(settings), Comparison.load(folder), provenance, folder)
+        return Cell.from_settings(settings), provenance
     except (KeyError, TypeError, ValueError) as error:
         raise StudyError(
             f"expected a finished cell in {folder}, got something else ({error!r}): pass a folder that run_cell or "
@@ -257,14 +260,16 @@ def load_cell(folder: str | PathLike[str]) -> CellResult:
 def folder_name(name: str) -> str:
     """Return a name as the name of one folder, which is not hidden and which every file system can hold.
 
-    A name of more than `LONGEST_NAME` bytes keeps its end, after a hash of the whole.
+    Slashes become `--`; control characters, `:*?"<>|`, which Windows refuses, and halves of surrogate pairs, which
+    UTF-8 cannot hold, `-`; dots at the beginning, and dots and spaces at the end, are left out. A name of more than
+    `LONGEST_NAME` bytes keeps its end, after a hash of the whole.
 
     Example:
-        >>> folder_name("openai-community/gpt2_sst2"), folder_name("../../etc")
-        ('openai-community--gpt2_sst2', '--..--etc')
+        >>> folder_name("openai-community/gpt2_sst2"), folder_name("../../etc"), folder_name("C:model. ")
+        ('openai-community--gpt2_sst2', '--..--etc', 'C-model')
     """
-    plain = re.sub(r"[\x00-\x1f\x7f]", "-", re.sub(r"[/\\]", "--", name)).lstrip(".") or "_"
-    encoded = plain.encode(errors="replace")
+    dashed = re.sub(r'[\x00-\x1f\x7f:*?"<>|\ud800-\udfff]', "-", re.sub(r"[/\\]", "--", name))
+    encoded = (dashed.lstrip(".").rstrip(". ") or "_").encode()
     if len(encoded) > LONGEST_NAME:
         digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
         encoded = f"{digest}_".encode() + encoded[len(digest) + 1 - LONGEST_NAME :]

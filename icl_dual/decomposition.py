@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.arguments import Index, checked
+from icl_dual.arguments import checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
 from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
@@ -244,7 +244,7 @@ class Decomposition(Saved):
         return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(self.groups, name="group"))
 
     @checked
-    def by_token(self, query: Index, layer: Index, head: Index) -> pd.DataFrame:
+    def by_token(self, query: int, layer: int, head: int) -> pd.DataFrame:
         """Return a head's attention to every token of one query's prompt, and each token's share of the direct update.
 
         Over the tokens of a group, `weight` sums to the group's `mass` at this head. With the mass of the sink, all

@@ -19,7 +19,7 @@ Keys and values keep their own number of heads (`kv_head`), which groups of quer
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -441,7 +441,9 @@ def attend(
 
     A row that sees no key of the group has output 0 and log-sum-exp −∞, so that the group has no share in a merge. A
     key of score −∞, as hidden ones have, adds nothing, whatever its value is. A visible score of NaN or +∞ makes the
-    row's output NaN; a visible value of ±∞ or NaN goes through to the output.
+    row's output NaN; a visible value of ±∞ or NaN goes through to the output. Under `torch.func.vmap`, which allows no
+    branch by values, also a hidden NaN or infinity makes the output NaN; the function that is mapped returns
+    `tuple(attend(…))` or one of its tensors.
 
     Args:
         q: queries as scored.
@@ -472,6 +474,8 @@ def attend(
     if n_keys == 0:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return AttentionPart(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
+    if any(map(_is_batched, (q, k, v, bias))):
+        return _attend(q, k, v, scale, softcap, bias, causal)
     is_fused = softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED
     if is_fused and _are_scores_finite(q, k, scale):
         part = _attend_fused(q, k, v, scale, causal)
@@ -480,6 +484,17 @@ def attend(
     # A hidden NaN or infinity may have reached the output as 0·∞.
     is_finite = bool(part.z.detach().sum().isfinite())
     return part if is_finite else _attend_not_finite(q, k, v, scale, softcap, bias, causal)
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    """Return whether `torch.func.vmap` runs over a tensor, also below another transform: no branch may read it."""
+    core: Any = torch._C
+    functorch = core._functorch
+    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _are_scores_finite(q: Tensor, k: Tensor, scale: float) -> bool:
@@ -504,7 +519,8 @@ def _attend(
 ) -> AttentionPart:
     """Return `attend` step by step."""
     weights = _hidden_scores(q, k, scale, softcap, bias, causal)
-    largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)  # finite if all keys are hidden
+    # The largest score cancels out; finite also where all keys are hidden.
+    largest = weights.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)
     weights = weights.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
     z = _weighted(weights, v) / total.clamp_min(torch.finfo(total.dtype).tiny)

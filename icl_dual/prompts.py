@@ -412,6 +412,12 @@ def _check_options(
     reference = task.protocol == "reference"
     if not queries:
         raise PromptError("expected at least one query, got none: pass some of task.queries(n)")
+    n_labels = len(task.label_words)
+    if others := sorted({query.label for query in queries} - set(range(n_labels))):
+        raise PromptError(
+            f"{task.name}: expected queries with a label from 0 to {n_labels - 1}, the index of a label word, got "
+            f"{others[0]}: pass queries of this task"
+        )
     if reference and separator is not None:
         raise PromptError(
             f"expected no separator under the reference protocol, which ends demonstrations by EOS, got "

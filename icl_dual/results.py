@@ -71,7 +71,11 @@ def compare_by_value(cls: Class) -> Class:
 def _equal(self: Any, other: object) -> bool:
     if type(self) is not type(other):
         return False
-    return same_values(*(value._asdict() if isinstance(value, tuple) else value for value in (self, other)))
+
+    def members(value: Any) -> Any:
+        return value._asdict() if hasattr(value, "_asdict") else value
+
+    return same_values(members(self), members(other))
 
 
 def _not_equal(self: Any, other: object) -> bool:

@@ -3,7 +3,6 @@
 A cell's folder appears complete or not at all, so a study that was stopped continues where it was.
 """
 
-import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from icl_dual.arguments import checked
 from icl_dual.assets import check_model_name, local_files
 from icl_dual.captures.capture import Capture, capture
-from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell
+from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell, read_settings
 from icl_dual.contexts import matching_training_steps, relabel
 from icl_dual.experiment import Experiment, Setting, add_replicas, capture_replicas, capture_settings
 from icl_dual.finetuning.replicas import Finetuned, finetune_with_replicas
@@ -81,10 +80,11 @@ def run_cell(
         progress: show progress bars.
 
     Raises:
-        StudyError: the cell is of another model, task or protocol, or its k, lr or options are invalid; or the folder
-            holds something other than a cell, or recordings that would be lost.
+        StudyError: the cell is of another model, task or protocol, has `reference_k_mismatch` under another protocol
+            than `reference`, or a text in both demonstrations and queries; or the folder holds something other than a
+            cell, or recordings that would be lost.
         SettingsError: the folder holds a cell of other settings, weights or rows.
-        AssetError: the folder cannot be written.
+        AssetError: the folder cannot be written, or holds other files or a damaged cell.
         TaskError: the task has too few rows for k or the number of queries.
         PromptError: the prompts do not fit into the model's context.
         DivergedError: finetuning diverged.
@@ -145,7 +145,7 @@ class _Draw:
         cls, task: Task, context_task: Task | None, cell: Cell, files: Mapping[str, str] = MappingProxyType({})
     ) -> "_Draw":
         """Draw a cell's rows, after checking every setting that needs no model."""
-        _check_numbers(cell)
+        _check_mismatch(cell)
         demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
         queries = task.queries(cell.n_queries, split=cell.split)
         if context_task is not None:
@@ -193,12 +193,8 @@ class _CellPrompts:
         return cls(prompts, changed, prompts, tuple(steps))
 
 
-def _check_numbers(cell: Cell) -> None:
-    """Raise a StudyError unless a cell's k, lr and options can be run."""
-    if cell.k < 1:
-        raise StudyError(f"{cell.name}: expected k of at least 1, got {cell.k}: finetuning needs a demonstration")
-    if not 0 < cell.lr < math.inf:
-        raise StudyError(f"{cell.name}: expected lr as a positive number, got {cell.lr}: choose one, such as 0.001")
+def _check_mismatch(cell: Cell) -> None:
+    """Raise a StudyError where a cell has the reference protocol's mismatch of k under another protocol."""
     if cell.reference_k_mismatch and cell.protocol != "reference":
         raise StudyError(
             f"{cell.name}: expected reference_k_mismatch with protocol='reference' only, got "
@@ -242,6 +238,7 @@ def _run_cell(
         comparison = experiment.compare(seed=cell.seed)
     provenance = {**origin, **_provenance(model, draw, experiment, runs.clock.seconds)}
     about = {"settings": asdict(cell), "provenance": provenance}
+    _check_replaceable(folder, draw, cell, origin, keep_recordings)  # another run may have finished there since
     with atomic_folder(folder) as scratch:
         comparison.save(scratch, about)
         if keep_recordings:
@@ -314,12 +311,16 @@ def run_study(
         The finished cells, in the order of `cells`.
 
     Raises:
-        StudyError: two cells would share a folder, two tasks or models a name, a cell's settings are invalid, or cells,
-            tasks or models are not a list.
+        StudyError: two cells would share a folder, two tasks or models a name; a task is passed in with another
+            protocol than a cell's; or a cell's settings cannot be run, as in `run_cell`.
         SettingsError: a complete cell has other settings, weights, tokenizer or rows, or another cell in the folder was
             run with another model or other rows of the same name; the message names what differs.
         TaskError: a task is unknown, or has too few rows for k or the number of queries.
-        AssetError: a model's name is unknown, model or rows cannot be fetched, or the folder cannot be written.
+        AssetError: a model's name is unknown, model or rows cannot be fetched, the folder cannot be written, or a cell
+            in it is damaged.
+        PromptError: the prompts of a cell do not fit into its model's context.
+        DivergedError: the finetuning of a cell diverged.
+        ValueError: `arithmetic` does not fit `dtype`.
 
     Example:
         >>> import icl_dual, tempfile
@@ -451,10 +452,8 @@ def _saved_cells(folders: Iterable[Path]) -> list[SavedCell]:
     """Return the cells among folders of all kinds, without their numbers."""
     cells = []
     for folder in folders:
-        with suppress(AssetError):  # something else, or a damaged cell: reading it says so
-            metadata = read_json(folder / METADATA)
-            cell = Cell.from_settings(metadata["settings"])
-            cells.append(SavedCell(cell, metadata["provenance"], folder))
+        with suppress(AssetError, StudyError):  # something else, or a damaged cell: reading it says so
+            cells.append(SavedCell(*read_settings(folder, read_json(folder / METADATA)), folder))
     return cells
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.arguments import Count, Index, Seed, checked
+from icl_dual.arguments import Count, Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.captures.pairing import (
     check_demonstrations,
@@ -129,7 +129,7 @@ class UpdateComparison(Saved):
             check_range("demonstrations/n_hidden", self.demonstrations.n_hidden, low=0, high=axes["demo_pos"])
 
     @checked
-    def delta_W(self, layer: Index, head: Index, query: Index = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
+    def delta_W(self, layer: int, head: int, query: int = 0) -> Float[Tensor, "d_head d_head"]:  # noqa: N802 - ΔW
         """Return ΔW_ICL = Σ_i v_i ⊗ k_i of one layer and query head, over the demonstrations' tokens, in float64.
 
         It acts on the head's query as scored (`Capture.q_scored`): ΔW_ICL q. Query heads that share a key-value head

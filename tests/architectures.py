@@ -33,7 +33,8 @@ class Configuration:
     def architecture(self) -> str:
         """Return the name of the model's class."""
         config = AutoConfig.for_model(self.model_type, **self.settings)
-        return AutoModelForCausalLM._model_mapping[type(config)].__name__
+        cls: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        return cls.__name__
 
 
 _DECODER: dict[str, Any] = {

@@ -2,27 +2,28 @@
 
 import dataclasses
 import inspect
-import itertools
 import math
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import annotated_types
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import AbstractArray
+from matplotlib.axes import Axes
 
 import icl_dual as icl
 from icl_dual import dual
+from icl_dual.arguments import checked
 from icl_dual.models import tiny_model
 
 PLAIN = (str, int, float, bool, types.NoneType)
@@ -120,7 +121,13 @@ def right(hint: Any, examples: dict[type, Any]) -> Any:
     if origin is Callable:
         return lambda *_: None
     plain = {int: 1, float: 0.5, bool: True, str: "text", Any: None, Path: Path("folder"), torch.dtype: torch.float32}
-    plain |= {plt.Axes: None, torch.Generator: torch.Generator(), object: None, types.NoneType: None}
+    plain |= {
+        torch.Tensor: torch.zeros(2),
+        Axes: None,
+        torch.Generator: torch.Generator(),
+        object: None,
+        types.NoneType: None,
+    }
     return plain[hint] if hint in plain else examples.get(hint, "folder")
 
 
@@ -150,7 +157,8 @@ def calls_of_class(name: str, cls: Any, examples: dict[type, Any]) -> Iterator[C
         hints = {
             field: hint for field, hint in typing.get_type_hints(cls, include_extras=True).items() if field in names
         }
-        yield Call(name, cls, hints, {field: getattr(instance, field) for field in names})
+        constructor: Any = cls
+        yield Call(name, constructor, hints, {field: getattr(instance, field) for field in names})
     else:
         yield call_of(name, cls, cls.__init__, examples)
     for method, function in inspect.getmembers(cls, callable):
@@ -223,7 +231,7 @@ def accepts(hint: Any, value: Any) -> bool:
         if isinstance(value, Mapping) and isinstance(value, origin):
             return all(accepts(options[1], item) for item in value.values())
         return isinstance(value, origin) and (
-            origin is Iterable or not options or all(map(accepts, itertools.repeat(options[0]), value))
+            origin is Iterable or not options or all(accepts(options[0], item) for item in cast(Any, value))
         )
     return isinstance(value, hint if hint is not None else types.NoneType)
 
@@ -236,7 +244,7 @@ def out_of_range(hint: Any) -> Iterator[Any]:
             case annotated_types.Gt(bound) | annotated_types.Lt(bound):
                 yield from (bound, math.nan) if options[0] is float else (bound,)
             case annotated_types.Ge(bound):
-                yield bound - 1
+                yield cast(Any, bound) - 1
     if get_origin(hint) in (Union, types.UnionType):
         for option in options:
             yield from out_of_range(option)
@@ -257,7 +265,7 @@ def in_container(hint: Any, examples: dict[type, Any]) -> Iterator[Any]:
         if isinstance(item, PLAIN):
             yield {item}
             yield str(item) * 2
-    if inspect.isclass(origin) and issubclass(origin, Mapping) and options[1] is not Any:
+    if inspect.isclass(origin) and issubclass(cast(type, origin), Mapping) and options[1] is not Any:
         yield {right(options[0], examples): object()}
 
 
@@ -318,6 +326,67 @@ def test_scalars_of_numpy_and_torch_and_paths_become_plain_values() -> None:
     cell = icl.Cell(model=model, task="toy", k=k, seed=1, lr=lr, n_queries=2, replicas=0)
     assert (type(cell.k), type(cell.lr), cell.model) == (int, float, "a/model")
     assert cell == icl.Cell(model="a/model", task="toy", k=2, seed=1, lr=0.5, n_queries=2, replicas=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ((n for n in (1, 2)), "list"),
+        (pd.Series([1, 2]), "list"),
+        ({1: 2}.keys(), "list"),
+        (range(2).__iter__(), "list"),
+        ({1: 2}, None),
+        ("12", None),
+    ],
+)
+def test_items_that_are_no_list_are_to_be_passed_as_a_list(value: Any, advice: str | None) -> None:
+    @checked
+    def total(numbers: Sequence[int]) -> None: ...
+
+    @checked
+    def ordered(numbers: tuple[int, ...]) -> None: ...
+
+    @checked
+    def labelled(numbers: dict[str, Sequence[int]]) -> None: ...
+
+    for function, kind in ((total, advice), (ordered, advice and "tuple")):
+        with pytest.raises(icl.ArgumentError, match=r": see help\(" if kind is None else rf": pass {kind}\(…\)$"):
+            function(value)
+    if advice is not None:
+        with pytest.raises(icl.ArgumentError, match=r": see help\("):
+            labelled(value)
+
+
+def test_a_whole_number_stays_one_where_it_may() -> None:
+    @checked
+    def given(number: float | int | None) -> float | int | None:
+        return number
+
+    call: Any = given
+    scalars: tuple[tuple[Any, type], ...] = (
+        (3, int),
+        (np.int64(3), int),
+        (np.float32(0.5), float),
+        (None, types.NoneType),
+    )
+    for number, kind in scalars:
+        assert type(call(number)) is kind
+
+
+def test_bounds_and_lengths_are_those_of_the_annotation() -> None:
+    @checked
+    def given(
+        *,
+        share: Annotated[float, annotated_types.Le(1)] = 0.0,
+        pair: tuple[int, int] = (0, 0),
+        names: Annotated[Sequence[str], annotated_types.MinLen(2)] = ("a", "b"),
+    ) -> None: ...
+
+    given(share=1.0, pair=(1, 2), names=["a", "b"])
+    wrong: Any
+    for name, wrong in (("share", 1.5), ("pair", (1,)), ("pair", (1, 2, 3)), ("names", ["a"])):
+        with pytest.raises(icl.ArgumentError, match=f"expected {name} as"):
+            given(**{name: wrong})
 
 
 def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:

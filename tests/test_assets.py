@@ -120,6 +120,14 @@ def test_a_folder_is_known_by_its_bytes(tmp_path: Path) -> None:
     assert before.provenance != assets.model_files(str(tmp_path)).provenance
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "qwen.tiktoken", "model.pt", "model.pth"])
+def test_a_folder_is_known_by_templates_vocabularies_and_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = assets.model_files(str(tmp_path)).provenance
+    (tmp_path / name).write_bytes(b"bytes")
+    assert assets.model_files(str(tmp_path)).provenance != before
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest"])
 def test_a_damaged_unpacked_model_is_refused(cache: Path, damage: str) -> None:
     model = assets.PACKAGED_MODELS["smollm2-135m"]

@@ -16,6 +16,7 @@ from toys import ARCHITECTURES
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
 from icl_dual.decomposition import GROUPS
+from icl_dual.models.foreign_hooks import remove_hook
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.storage import load_tensors, save_tensors
 
@@ -204,6 +205,20 @@ def test_a_sink_has_no_part_of_b_v(models_by_architecture: Callable[[str], icl.M
     assert (sink > 0).all()
     expected = (1 - sink[..., None]) * got.b_V.repeat_interleave(2, dim=1)
     torch.testing.assert_close(got.value_bias, expected)
+
+
+def test_momentum_of_b_v_begins_at_the_first_token(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task
+) -> None:
+    """At an η that has not decayed over the whole prompt."""
+    model = models_by_architecture("gpt2")
+    prompts = build(model, task, k=1, n=2)
+    with icl.momentum_attention(model, 0.99):
+        got = decomposed(model, prompts)
+    assert got.b_V is not None
+    for query, suffix in enumerate(prompts.suffixes):
+        times = 1 + sum(0.99**distance for distance in range(1, len(prompts.prefix) + len(suffix)))
+        torch.testing.assert_close(got.value_bias[query], times * got.b_V)
 
 
 def test_without_demonstrations_nothing_is_added(llama: icl.Model, prompts: Prompts) -> None:
@@ -468,7 +483,7 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
 def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Model, task: icl.Task) -> None:
     got, zsl = runs(llama, prompts := build(llama, task))
     other = dataclasses.replace(prompts, demonstrations=prompts.demonstrations[::-1])
-    with pytest.raises(ValueError, match="full-prompt pass over the first query's prompt"):
+    with pytest.raises(ValueError, match="full_prompt over the first query's prompt"):
         icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, prompts=other))
 
 
@@ -534,12 +549,16 @@ def test_a_corrupted_hook_is_refused_never_decomposed_wrongly(
     prompts = build(model, task)
     runs(model, prompts)
     point = model.wrapped.hook_dict[f"blocks.1.{hook}"]
-    add_hook = point.add_hook
+    add_hook, corrupted = point.add_hook, {}
 
     def add_corrupted(hook_fn: Callable, *args, **kwargs):
-        return add_hook(lambda tensor, hook: hook_fn(tensor * 1.01, hook=hook), *args, **kwargs)
+        corrupted[hook_fn] = lambda tensor, hook: hook_fn(tensor * 1.01, hook=hook)
+        return add_hook(corrupted[hook_fn], *args, **kwargs)
 
     monkeypatch.setattr(point, "add_hook", add_corrupted)
+    monkeypatch.setattr(
+        "icl_dual.models.model.remove_hook", lambda module, hook: remove_hook(module, corrupted.get(hook, hook))
+    )
     for known in (model.pass_residual, None):  # None of a model that is captured for the first time
         model.pass_residual = known
         with pytest.raises(icl.UnsupportedModelError, match="layer 1"):

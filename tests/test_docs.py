@@ -381,11 +381,13 @@ def test_the_page_on_extensions_runs(run_page: Run, monkeypatch: pytest.MonkeyPa
         elif heading == "An architecture":
             assert scope["split"].residual < 2e-6
             assert "Residuals(split=" in printed
+        elif heading == "A result":
+            assert Path("head scores/metadata.json").exists()
         elif heading == "A figure":
             assert Path("figure.png").stat().st_size > 10_000
             heights = [bar.get_height() for bar in plt.gca().patches if isinstance(bar, Rectangle)]
             assert heights == (scope["comparison"].per_layer["SimAOU"] > 0).double().mean(0).tolist()
-    assert ran == ["A metric", "A task", "An architecture", "A figure"]
+    assert ran == ["A metric", "A task", "An architecture", "A result", "A figure"]
 
 
 def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatch) -> None:

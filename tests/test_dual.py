@@ -226,6 +226,21 @@ def definition(q, k, v, softcap, bias):
     return z, lse
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attend_runs_under_vmap_also_below_a_gradient(causal: bool) -> None:
+    q, k, v = draw(1, 6, 1, 3, 4, 2), draw(2, 6, 1, 3, 2, 2), draw(3, 6, 1, 3, 2, 2)
+
+    def total(q, k, v):
+        return dual.attend(q, k, v, 0.6, causal=causal).z.square().sum()
+
+    expected = [dual.attend(*each, 0.6, causal=causal) for each in zip(q, k, v, strict=True)]
+    z, lse = torch.func.vmap(lambda q, k, v: tuple(dual.attend(q, k, v, 0.6, causal=causal)))(q, k, v)
+    assert_exact(z, torch.stack([part.z for part in expected]))
+    assert_exact(lse, torch.stack([part.lse for part in expected]))
+    gradients = [torch.func.grad(total)(*each) for each in zip(q, k, v, strict=True)]
+    assert_exact(torch.func.vmap(torch.func.grad(total))(q, k, v), torch.stack(gradients))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=seeds,
@@ -411,6 +426,16 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
                 weight = math.exp(s) if window is None or distance < window else 0.0
                 total, z = total + weight, z + weight * v[b, j, h // 2].numpy()
             np.testing.assert_allclose(split[b, 0, h], z / total, atol=1e-12)
+
+
+def test_tokens_in_any_order_see_those_up_to_their_position():
+    rule, order = dual.AttentionRule(0.7, None, None), torch.tensor([2, 0, 3, 1])
+    q, k, v = draw(0, 1, 4, 4, 3), draw(1, 1, 4, 2, 3), draw(2, 1, 4, 2, 3)
+    positions = torch.arange(4)[None]
+    expected = rule.attend(q, k, v, positions, positions)
+    got = rule.attend(q[:, order], k[:, order], v[:, order], order[None], order[None])
+    assert_exact(got.z, expected.z[:, order])
+    assert_exact(got.lse, expected.lse[:, order])
 
 
 def test_two_groups_without_keys_have_no_share():

@@ -45,7 +45,9 @@ def test_layers_draws_the_means_on_the_axes_it_is_given(
 
 def test_layers_draws_the_range_of_the_means_over_replicas(comparison: icl.Comparison) -> None:
     shifts = torch.tensor([[0.1, -0.3, 0.0], [0.2, -0.1, 0.0]], dtype=torch.float64)
-    stability = Stability(replicas=("a", "b"), n_queries=5, shifts={}, layer_shifts={"SimAOU": shifts})
+    stability = Stability(
+        replicas=("a", "b"), n_queries=5, shifts={"SimAOU": torch.zeros(2)}, layer_shifts={"SimAOU": shifts}
+    )
     moved = dataclasses.replace(comparison, stability=stability)
 
     def edges(comparisons: list[icl.Comparison]) -> list[list[float]]:
@@ -254,7 +256,7 @@ def texts_of_picture(ax: Any) -> str:
 def test_names_in_figures_are_text_and_no_formulas(comparison: icl.Comparison) -> None:
     series = {name: torch.rand(4, 3) for name in NAMES}
     interval = Interval(0.5, 0.4, 0.6, 9)
-    layers = dataclasses.replace(comparison, per_layer={**comparison.per_layer, NAMES[0]: torch.rand(6, 3)})
+    layers = dataclasses.replace(comparison, per_layer={**comparison.per_layer, NAMES[0]: torch.rand(5, 3)})
     pictures = [
         (icl.plots.by_layer(series), NAMES),
         (icl.plots.dots({name: {name: interval} for name in NAMES}), NAMES),

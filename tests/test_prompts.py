@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,13 @@ def test_a_query_ends_where_its_label_is_predicted(llama: icl.Model, task: icl.T
     whole = llama.encode(f"{task.prompt(query)} {task.label_words[query.label]}")
     assert list(prompts.queries[3] + label) == whole
     assert len(prompts.labels[1]) > 1, "the toy task is meant to have a label word of several tokens"
+
+
+@pytest.mark.parametrize("label", [2, 7])
+def test_a_query_of_a_label_that_the_task_lacks_is_refused(llama: icl.Model, task: icl.Task, label: int) -> None:
+    query = dataclasses.replace(task.queries(1)[0], label=label)
+    with pytest.raises(icl.PromptError, match=rf"toy: expected queries with a label from 0 to 1, .*, got {label}: "):
+        icl.build_prompts(llama, task, task.demonstrations(2, seed=1), [query])
 
 
 def test_demonstrations_know_how_long_their_label_is(task: icl.Task, prompts: Prompts) -> None:

@@ -145,7 +145,7 @@ def test_a_study_is_of_one_data_set_and_one_model_also_over_several_calls(
         next(other.parameters()).add_(1.0)
     with pytest.raises(icl.SettingsError, match=rf"fingerprint='.*{FILMS.name}, made with fingerprint="):
         icl.run_study([next_cell], tmp_path, tasks=[films(make_rows())], models=[other], progress=False)
-    hidden = tmp_path / ".hidden"
+    hidden = tmp_path / ".icl_dual-another-host-1-abcdefgh"  # scratch of a process on another machine
     (tmp_path / FILMS.name).rename(hidden)
     assert icl.run_study([next_cell], tmp_path, tasks=[films(other_rows())], models=[mine], progress=False)
 

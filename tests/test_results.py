@@ -5,16 +5,17 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers import with_value
+from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.order_sensitivity import measure_order_sensitivity
-from icl_dual.results import BaseResult, same_values
+from icl_dual.results import BaseResult, check_axes, same_values
 from icl_dual.storage import Saved, load_tensors, saved
 from icl_dual.updates import summarise
 
@@ -144,6 +145,20 @@ def test_nan_equals_nan_and_types_are_told_apart() -> None:
     assert not same_values((1, 2), [1, 2])
     assert not same_values({"a": 1}, {"b": 1})
     assert not same_values(torch.ones(2), torch.ones(1))
+    assert not same_values((1, 2), (1, 2, 3))
+    assert not same_values([1, 2, 3], [1, 2])
+
+
+def test_heads_without_key_value_heads_are_refused() -> None:
+    @dataclasses.dataclass
+    class Heads:
+        q: Float[Tensor, " head"]
+        k: Float[Tensor, " kv_head"]
+
+    assert check_axes(Heads(torch.ones(4), torch.ones(2))) == {"head": 4, "kv_head": 2}
+    for n in (0, 3):
+        with pytest.raises(ValueError, match=rf"expected q with a multiple of the key-value heads of k \({n}\), got 4"):
+            check_axes(Heads(torch.ones(4), torch.ones(n)))
 
 
 def test_prompts_tasks_and_examples_compare(prompts: icl.Prompts, task: icl.Task) -> None:
@@ -198,7 +213,7 @@ def check(result: Any, path: str) -> None:
     if rest and not isinstance(member, Tensor | None):
         check(member, rest)
     if hasattr(result, "__post_init__"):
-        result.__post_init__()
+        cast(Any, result).__post_init__()
 
 
 @pytest.fixture

@@ -353,17 +353,24 @@ class Comparison(Saved):
 
     @classmethod
     @checked
-    def load(cls, folder: str | PathLike[str]) -> "Comparison":
-        """Read a comparison that `save` wrote.
+    def from_saved(
+        cls, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: str | PathLike[str]
+    ) -> "Comparison":
+        """Return the comparison of what `load_tensors` has read.
 
         A metric that the folder lacks is absent from the comparison; one that is not registered now is kept, after the
         others.
 
+        Args:
+            tensors: the tensors by name.
+            metadata: the JSON values by name.
+            folder: the folder that they were read from, for errors.
+
         Raises:
-            AssetError: the folder is missing or damaged, or holds another result.
+            AssetError: they are another result's.
         """
         # safetensors sorts its names: settings and metrics come back in the order of the tables.
-        loaded = super().load(folder)
+        loaded = super().from_saved(tensors, metadata, folder)
         by_setting = {
             group: {name: values[name] for name in SETTINGS if name in values}
             for group in ("predictions", "label_log_probs")

@@ -38,6 +38,8 @@ class Undo:
         """The functions, in the order of the changes."""
         self.of_call = of_call
         """Whether the block lies within a call (`exclusive`), and ends with it."""
+        self.thread = threading.current_thread()
+        """The thread that has opened the block."""
         self.is_closed = False
         """Whether the block has ended."""
 
@@ -90,6 +92,7 @@ class Journal:
             undo.of_call = self.in_call.locked()
             if not undo.of_call:
                 self._abandon(0)
+                self._check_thread()
             self.blocks.append(undo)
 
     def close(self, undo: Undo) -> None:
@@ -98,11 +101,16 @@ class Journal:
         self._undo_closed()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function while no other thread uses the model; undo what interrupted calls have left before it."""
+        """Run a function while no other thread uses the model; undo what interrupted calls have left before it.
+
+        Raises:
+            RuntimeError: another thread has a block open, with which this call would compute something else.
+        """
         with self.lock:
             if self.in_call.locked():  # by this thread, which holds `lock`
                 return self._run(function)
             self._abandon(0)
+            self._check_thread()
             with self.in_call:
                 return self._run(function)
 
@@ -122,6 +130,16 @@ class Journal:
         for undo in self.blocks[first:]:
             undo.is_closed = undo.is_closed or undo.of_call
         self._undo_closed()
+
+    def _check_thread(self) -> None:
+        """Raise a RuntimeError where another thread has a block open."""
+        for undo in self.blocks:
+            if not undo.is_closed and undo.thread is not threading.current_thread():
+                raise RuntimeError(
+                    "expected the model without another thread's changes, got one within a block, such as "
+                    f"`with delta.applied(model):`, of the thread {undo.thread.name!r}: use it in that thread or after "
+                    "the block has ended, or end the block by model.restore()"
+                )
 
     def _undo_closed(self) -> None:
         with self.lock:

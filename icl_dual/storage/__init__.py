@@ -16,6 +16,7 @@ from icl_dual.storage.folders import (
     check_writable,
     clean_scratch,
     finished_folders,
+    is_scratch,
     recover,
 )
 from icl_dual.storage.json_files import read_json, to_json
@@ -40,6 +41,7 @@ __all__ = [
     "finished_folders",
     "first_line",
     "from_json",
+    "is_scratch",
     "load_tensors",
     "read_json",
     "reading",

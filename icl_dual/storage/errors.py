@@ -1,9 +1,11 @@
 """The errors of storage, and the sentences of errors that the operating system, safetensors or torch raise."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -19,6 +21,7 @@ class SettingsError(ValueError):
 _ADVICE = {
     errno.ENOSPC: "free disk space, or choose another path",
     errno.EDQUOT: "free disk space, or choose another path",
+    errno.EFBIG: "raise the limit on the size of files, or choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "choose a path that you may write to",
     errno.EPERM: "choose a path that you may write to",
@@ -26,18 +29,38 @@ _ADVICE = {
 }
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 @contextmanager
-def writing(path: str | PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong while something is written into an AssetError that says where and why."""
+def writing(path: str | PathLike[str], *, only_in: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong while something is written into an AssetError that says where and why.
+
+    Args:
+        path: what is written, for the error.
+        only_in: leave errors alone that name files outside this folder, or that name none and are no disk's; by default
+            none is left alone.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if only_in is not None and not _is_of_files_in(only_in, error):
+            raise
         number = getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or first_line(error)
         advice = (
             _ADVICE.get(number, "check the path, and whether its disk is full") if number else _ADVICE[errno.ENOSPC]
         )
         raise AssetError(f"expected to write {path}, got {reason!r}: {advice}") from error
+
+
+def _is_of_files_in(folder: Path, error: OSError | SafetensorError) -> bool:
+    """Return whether an error is about files in a folder; without a file's name, whether it is one of disks."""
+    names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
+    paths = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | PathLike)]
+    if not paths:
+        return getattr(error, "errno", None) in _DISK_ERRORS
+    return any(path.is_relative_to(folder) for path in paths)
 
 
 @contextmanager

@@ -7,14 +7,15 @@ which the operating system releases with the process, tells whether it is in use
 """
 
 import errno
+import hashlib
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ FREE_BYTES = 2**24
 """The free disk space that `check_writable` expects by default."""
 
 _SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[A-Za-z0-9]+-\d+-\w+")
+_OLDER_SCRATCH_NAME = re.compile(r"\..+-[a-z0-9_]{8}(-old)?")  # of version 0.2
+_SYSTEM_FILE = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*")
+"""Files that operating systems and network file systems put into folders by themselves."""
 _LOCK, _NEW, _OLD, _TRASH = "lock", "new", "old", "trash"
 _DAY_S, _WAIT_S, _POLL_S = 86400.0, 10.0, 0.01
 _ATTEMPTS = 1000
@@ -53,16 +57,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         AssetError: `folder` cannot be written, or exists and holds another result or other files than the ones that
-            would replace them.
+            would replace them. Errors of the block that are not about the new folder's files are left as they are.
     """
-    with writing(folder):
-        target = _target(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        clean_scratch(target.parent)
-        with _scratch(target.parent) as scratch:
+    with ExitStack() as stack:
+        with writing(folder):
+            recover(folder)
+            target = _target(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clean_scratch(target.parent)
+            scratch = stack.enter_context(_scratch(target.parent))
             new = scratch / _NEW / target.name
             new.mkdir(parents=True)
+        with writing(folder, only_in=scratch):
             yield new
+        with writing(folder):
             _swap(scratch, target)
 
 
@@ -74,19 +82,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
         AssetError: the file cannot be written.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with atomic_file(Path(folder) / "table.md") as scratch:
         ...         _ = scratch.write_text("| a |", encoding="utf-8")
         ...     os.listdir(folder)
         ['table.md']
     """
-    with writing(path):
-        target = path.resolve() if path.is_symlink() else path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        clean_scratch(target.parent)
-        with _scratch(target.parent) as scratch:
+    with ExitStack() as stack:
+        with writing(path):
+            target = path.resolve() if path.is_symlink() else path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            clean_scratch(target.parent)
+            scratch = stack.enter_context(_scratch(target.parent))
             (scratch / _NEW).mkdir()
+        with writing(path, only_in=scratch):
             yield scratch / _NEW / target.name
+        with writing(path):
             (scratch / _NEW / target.name).replace(target)
 
 
@@ -102,10 +114,11 @@ def check_writable(
         free_bytes: the disk space to expect.
 
     Raises:
-        AssetError: the folder is a file or a dangling symbolic link, lies below one, has too long a name, holds other
-            files, or its place is read-only or full.
+        AssetError: the folder is a file, a mount point or a dangling symbolic link, lies below a file or such a link,
+            has too long a name, holds other files, or its place is read-only or full.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     check_writable(Path(folder) / "study" / "cell")
     """
@@ -135,26 +148,45 @@ def check_writable(
 
 
 def finished_folders(parent: str | os.PathLike[str]) -> list[Path]:
-    """Return the folders in a folder by name, without hidden ones, after `recover` of each; none where it is missing.
+    """Return the folders in a folder by name, after `recover` of each; none where it is missing.
 
-    Hidden folders are scratch of processes that run or were killed: none is a finished result.
+    Of hidden folders, only saved results are returned: version 0.2 hid the cells of models such as `./model`.
+
+    Raises:
+        AssetError: the folder cannot be listed.
     """
-    parent = Path(parent)
-    for name in {aside.name for _, aside in _asides(parent)}:
-        recover(parent / name)
+    parent, deadline = Path(parent), time.monotonic() + _WAIT_S
+    names = {aside.name for _, aside in _asides(parent)}
+    names |= {path.name for path in _children(parent) if os.path.islink(path) and not path.exists()}  # noqa: PTH114
+    for name in names:
+        _recover(parent / name, deadline)
     if not parent.is_dir():
         return []
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        return sorted(path for path in parent.iterdir() if path.is_dir() and _may_be_result(path))
+    except PermissionError as error:
+        raise AssetError(f"expected to list {parent}, got 'Permission denied': ask its owner for access") from error
+
+
+def is_scratch(name: str) -> bool:
+    """Return whether a folder's name is that of a scratch folder, of this version or of 0.2."""
+    return bool(_SCRATCH_NAME.fullmatch(name) or _OLDER_SCRATCH_NAME.fullmatch(name))
+
+
+def _may_be_result(folder: Path) -> bool:
+    return not folder.name.startswith(".") or (not is_scratch(folder.name) and _exists(folder / METADATA))
 
 
 def clean_scratch(parent: str | os.PathLike[str]) -> None:
     """Put back what killed processes set aside in a folder, and delete their scratch folders.
 
-    Scratch folders in use stay: those whose lock is held, and of other machines those younger than a day.
+    Scratch folders in use stay: those whose lock is held, those of other users that cannot be read, and of other
+    machines those younger than a day.
     """
+    deadline = time.monotonic() + _WAIT_S
     for scratch in _scratch_folders(Path(parent)):
         for aside in _unfinished(scratch):
-            recover(scratch.parent / aside.name)
+            _recover(scratch.parent / aside.name, deadline)
         if not _is_in_use(scratch):
             _discard(scratch)
 
@@ -162,12 +194,19 @@ def clean_scratch(parent: str | os.PathLike[str]) -> None:
 def recover(folder: Path) -> None:
     """Put a folder back that a process had set aside to replace it, and was killed before it did.
 
-    While a process replaces the folder, wait for it.
+    While a process replaces the folder, wait for it, for some seconds at most. Of a symbolic link, the folder that it
+    leads to is put back.
     """
+    _recover(folder, time.monotonic() + _WAIT_S)
+
+
+def _recover(folder: Path, deadline: float) -> None:
+    """Put a folder back as `recover` does, and wait until a time of the monotonic clock at most."""
+    if os.path.islink(folder):  # noqa: PTH114 - False where it cannot be told
+        folder = Path(os.path.realpath(folder))
     asides = [(scratch, aside) for scratch, aside in _asides(folder.parent) if aside.name == folder.name]
     for scratch, aside in asides:
-        deadline = time.monotonic() + _WAIT_S
-        while not _exists(folder) and aside.exists() and _is_in_use(scratch) and time.monotonic() < deadline:
+        while not _exists(folder) and _exists(aside) and _is_in_use(scratch) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         _put_back(aside, folder)
 
@@ -185,6 +224,10 @@ def _target(folder: Path) -> Path:
         target = target.resolve()
     if target.exists() and not target.is_dir():
         raise AssetError(f"expected a folder or a new path, got the file {folder}: choose another path")
+    if target.is_mount():
+        raise AssetError(
+            f"expected a folder that can be replaced, got the mount point {folder}: choose a folder inside it"
+        )
     return target
 
 
@@ -217,7 +260,7 @@ def check_replaceable(folder: Path, files: Collection[str], metadata: Mapping[st
     Raises:
         AssetError: the folder holds other files, or another result.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not _files(folder):
         return
     _check_files(folder, files)
     if metadata is None:
@@ -246,15 +289,19 @@ def _check_files(folder: Path, files: Collection[str]) -> None:
 
 
 def _files(folder: Path) -> set[str]:
-    """Return the paths of the files in a folder and of its empty folders, relative to it."""
+    """Return the paths of the files in a folder and of its empty folders, relative to it.
+
+    Files that the system puts there by itself are left out: they are deleted with the folder when it is replaced.
+    """
     paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink() or not any(path.iterdir())]
-    return {path.relative_to(folder).as_posix() for path in paths}
+    return {path.relative_to(folder).as_posix() for path in paths if not _SYSTEM_FILE.fullmatch(path.name)}
 
 
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """Yield a locked scratch folder in a folder, and delete it."""
-    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{_host()}-{os.getpid()}-", dir=parent))
+    scratch = parent / f"{SCRATCH}{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
+    scratch.mkdir()  # by the umask, so that those who may read results also see what is set aside
     lock = FileLock(scratch / _LOCK)
     try:
         with suppress(OSError, NotImplementedError):  # a file system without locks
@@ -307,11 +354,13 @@ def _throw_away_old(scratch: Path) -> None:
 
 def _is_in_use(scratch: Path) -> bool:
     """Return whether the process that made a scratch folder may still run."""
-    names = {path.name for path in _children(scratch)}
     try:
+        names = {path.name for path in scratch.iterdir()}
         is_young = time.time() - scratch.stat().st_mtime < _DAY_S
     except FileNotFoundError:
         return False
+    except PermissionError:  # another user's
+        return True
     host, pid, _ = scratch.name.removeprefix(SCRATCH).split("-")
     if host != _host():
         return is_young
@@ -356,7 +405,7 @@ def _asides(parent: Path) -> list[tuple[Path, Path]]:
     """
     asides = []
     for scratch in _scratch_folders(parent):
-        with suppress(FileNotFoundError):  # its process has just finished
+        with suppress(FileNotFoundError, PermissionError):  # its process has just finished, or is another user's
             moved_ns = (scratch / _OLD).stat().st_mtime_ns
             asides += [(moved_ns, scratch, aside) for aside in _unfinished(scratch)]
     return [(scratch, aside) for _, scratch, aside in sorted(asides, reverse=True)]
@@ -364,13 +413,14 @@ def _asides(parent: Path) -> list[tuple[Path, Path]]:
 
 def _unfinished(scratch: Path) -> list[Path]:
     """Return the folders that were set aside in a scratch folder which still holds what was to replace them."""
-    return [aside for aside in _children(scratch / _OLD) if (scratch / _NEW / aside.name).exists()]
+    return [aside for aside in _children(scratch / _OLD) if _exists(scratch / _NEW / aside.name)]
 
 
 def _children(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing where it is missing, no folder, or may not be listed."""
     try:
         return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
 
 
@@ -379,5 +429,7 @@ def _exists(path: Path) -> bool:
 
 
 def _host() -> str:
-    """Return the machine's name as a part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "host"
+    """Return the machine's name as a part of a file's name: its beginning, and a hash of the whole."""
+    name = platform.node()
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9]", "", name)[:24] + digest

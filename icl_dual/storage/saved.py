@@ -69,7 +69,23 @@ class Saved(BaseResult):
         Raises:
             AssetError: the folder is missing or damaged, or holds another result.
         """
-        tensors, metadata = load_tensors(Path(folder))
+        return cls.from_saved(*load_tensors(Path(folder)), folder)
+
+    @classmethod
+    @checked
+    def from_saved(
+        cls: type[Result], tensors: dict[str, Tensor], metadata: dict[str, Any], folder: str | os.PathLike[str]
+    ) -> Result:
+        """Return the result of what `load_tensors` has read.
+
+        Args:
+            tensors: the tensors by name.
+            metadata: the JSON values by name.
+            folder: the folder that they were read from, for errors.
+
+        Raises:
+            AssetError: they are another result's.
+        """
         if (saved := metadata.get(CLASS) or cls.__name__) != cls.__name__:
             raise AssetError(f"expected a saved {cls.__name__} in {folder}, got a saved {saved}: use {saved}.load")
         with reading(cls.__name__, folder):

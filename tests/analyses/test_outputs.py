@@ -72,7 +72,7 @@ def test_no_cell_of_a_csv_file_is_a_formula_and_numbers_stay(name: str, tmp_path
     neutral = f"'{name}".replace("\r", "\n")
     assert read.columns.tolist() == [neutral, "number", "n"]
     assert read[neutral].tolist() == [neutral, "x"]
-    pd.testing.assert_frame_equal(read[["number", "n"]], frame[["number", "n"]])
+    pd.testing.assert_frame_equal(read.filter(["number", "n"]), frame.filter(["number", "n"]))
 
 
 @given(NAMES, NAMES)

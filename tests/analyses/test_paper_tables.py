@@ -92,7 +92,7 @@ def made(seed: int, *, n: int = 40, task: str = "sst2", draw: int = 1, **change:
         predictions={"ZSL": zsl, "ICL": in_context, "FT": ft},
         label_log_probs={},
         rec2ftp=rec2ftp(gold, zsl, in_context, ft),
-        per_layer={name: torch.from_numpy(rng.normal(size=(n, 3))) for name in layer_metrics()},
+        per_layer={name: torch.from_numpy(rng.uniform(size=(n, 3))) for name in layer_metrics()},
     )
     about = {"model": "sha256:0", "dtype": "float32", "queries": [f"{task} {i}" for i in range(n)]}
     cell = dataclasses.replace(CELL, task=task, seed=draw, n_queries=n)
@@ -186,7 +186,8 @@ def recalling(both: int, corrected: int, **change: Any) -> icl.CellResult:
     predictions = dict.fromkeys(("ZSL", "ICL", "FT"), 1 - gold)
     predictions["FT"] = torch.cat((gold[:corrected], 1 - gold[corrected:]))
     predictions["ICL"] = torch.cat((gold[:both], 1 - gold[both:]))
-    return dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, predictions=predictions))
+    changed = {"predictions": predictions, "rec2ftp": rec2ftp(gold, *predictions.values())}
+    return dataclasses.replace(result, comparison=dataclasses.replace(result.comparison, **changed))
 
 
 def test_few_queries_have_no_interval_and_leave_the_mean_without() -> None:
@@ -245,6 +246,13 @@ def test_folders_of_killed_processes_are_no_cells_and_what_they_set_aside_comes_
         shutil.copytree(cells / CELL.name, scratch / part / CELL.name)
     (result,) = paper_tables.find_cells([tmp_path])
     assert result.folder == tmp_path / "cells" / CELL.name
+
+
+def test_hidden_cells_of_version_02_are_cells_and_its_scratch_folders_are_not(cells: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / ".--llama_sst2_k4_seed1_lr0.1_answer"
+    for folder in (hidden, tmp_path / ".cell-k3_x91ab", tmp_path / ".cell-k3_x91ab-old"):
+        shutil.copytree(cells / CELL.name, folder)
+    assert [result.folder for result in paper_tables.find_cells([tmp_path])] == [hidden]
 
 
 def test_a_cell_found_twice_is_no_second_seed(cells: Path) -> None:

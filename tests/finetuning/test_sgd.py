@@ -110,6 +110,7 @@ def test_layer_causal_equals_each_layers_own_gradient_on_the_bare_model(
     if architecture == "gemma2-window":  # so low that it bends the logits
         for original in (twin, model.wrapped.original_model):
             original.config.final_logit_softcapping = 2.0
+        model.wrapped.cfg.output_logits_soft_cap = 2.0  # which the bridge read when it was booted
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     expected = slow_layer_causal(twin, prompts, targets_of(prompts, loss), architecture)
     delta = icl.finetune(
@@ -162,7 +163,7 @@ def test_layers_that_are_read_out_otherwise_have_no_loss_of_their_own(
 ) -> None:
     model = make_model("llama")
     before = snapshot(model)
-    model.wrapped.original_model.config.final_logit_softcapping = 1.0  # which a Llama does not heed
+    model.wrapped.cfg.output_logits_soft_cap = 1.0  # which a Llama does not heed
     with pytest.raises(icl.UnsupportedModelError, match=r"llama .*: expected the last layer's output to be read out"):
         icl.finetune(model, prompts, lr=LR, config=icl.FinetuneConfig(method="layer-causal"), progress=False)
     assert same(model, before)
@@ -457,6 +458,14 @@ def test_half_precision_finetunes_by_any_method(
         assert same(model, before), "it runs beside the weights"
         assert model.fingerprint() != fingerprint
     assert model.fingerprint() == fingerprint
+
+
+def test_gradients_that_a_model_had_come_back(make_model: Callable[..., icl.Model], prompts: icl.Prompts) -> None:
+    model = make_model("llama")
+    parameter = model.projections("K")[0].W.parameter
+    parameter.grad = torch.ones_like(parameter)
+    icl.finetune(model, prompts, lr=0.01, progress=False)
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -159,6 +159,7 @@ def test_an_exact_configuration_is_the_plain_model(
                 assert relative_error(logits, run["logits"]) < LOGITS
         log_probs = by_setting[-1]["logits"].log_softmax(-1)[:, [5, 7]]
         torch.testing.assert_close(capture.label_log_probs.float(), log_probs, atol=1e-5, rtol=1e-5)
+        assert capture.attn_out is not None
         assert relative_error(capture.attn_out, by_setting[-1]["attn_out"]) < OUTPUT
     realised = by_setting[1]["attn_out"] - by_setting[0]["attn_out"]
     direct = by_setting[1]["direct"]

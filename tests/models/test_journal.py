@@ -180,6 +180,28 @@ def test_calls_in_several_threads_give_what_they_give_alone(dtype: torch.dtype) 
         assert torch.equal(got, expected) if isinstance(got, torch.Tensor) else got == expected
 
 
+def test_a_block_of_one_thread_is_not_applied_to_the_calls_of_another() -> None:
+    model = tiny_model()
+    before, (delta, other) = weights_of(model), two_deltas(model)
+
+    def apply_other() -> None:
+        with other.applied(model):
+            pass
+
+    with torch.no_grad():
+        expected = model.run(IDS)
+        with delta.applied(model):
+            within = model.run(IDS)
+            for call in (lambda: model.run(IDS), model.fingerprint, apply_other):
+                with pytest.raises(RuntimeError, match=r"got one within a block, .* thread 'MainThread': use it"):
+                    in_threads(call)
+            assert torch.equal(model.run(IDS), within)
+        (after,) = in_threads(lambda: model.run(IDS).detach())
+    assert not torch.equal(within, expected)
+    assert torch.equal(after, expected)
+    assert_weights(model, before)
+
+
 def test_a_run_from_a_callback_of_a_run_is_refused() -> None:
     model = tiny_model()
 

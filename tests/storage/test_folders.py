@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,24 @@ def test_a_replacement_that_fails_between_its_renames_puts_the_old_folder_back(
     assert names(tmp_path) == ["result"]
 
 
+def test_a_folder_that_cannot_be_put_back_is_kept_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "result", Path.rename
+    write(folder, "old")
+
+    def failing(path: Path, target: Path) -> Path:
+        if target == folder and not folder.exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(icl.AssetError, match="Input/output error"):
+            write(folder, "new")
+    assert not folder.exists()
+    assert finished_folders(tmp_path) == [folder]
+    assert (folder / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("read", ["recover", "finished_folders", "clean_scratch", "check_writable", "atomic_folder"])
 def test_what_a_killed_replacement_set_aside_is_put_back(tmp_path: Path, read: str) -> None:
     between_renames(tmp_path, "cell")
@@ -142,6 +161,19 @@ def test_a_deleted_folder_stays_deleted(tmp_path: Path) -> None:
     assert finished_folders(tmp_path) == []
     clean_scratch(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_what_was_being_deleted_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has finished the folder, and this one is killed while it deletes what was set aside."""
+    between_renames(tmp_path, "cell")
+    write(tmp_path / "x" / "cell", "finished")
+    (tmp_path / "x" / "cell").rename(tmp_path / "cell")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
+        clean_scratch(tmp_path)
+    shutil.rmtree(tmp_path / "cell")
+    recover(tmp_path / "cell")
+    assert not (tmp_path / "cell").exists()
 
 
 def test_a_reader_waits_for_a_replacement_in_progress(tmp_path: Path) -> None:
@@ -228,6 +260,13 @@ def test_files_in_folders_of_the_same_name_are_kept_too(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "zs" / "notes.txt").read_text() == "precious"
 
 
+def test_an_empty_folder_inside_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "out" / "later").mkdir(parents=True)
+    with pytest.raises(icl.AssetError, match=r"other files in it \('later'"):
+        write(tmp_path / "out", "x")
+    assert (tmp_path / "out" / "later").is_dir()
+
+
 def test_a_linked_folder_is_replaced_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "disk" / "cell").mkdir(parents=True)
     (tmp_path / "study").mkdir()
@@ -297,13 +336,24 @@ def test_a_check_writes_nothing_that_stays(tmp_path: Path) -> None:
 def test_a_folder_that_the_system_refuses_is_named_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
 ) -> None:
-    def refused(*_args: object, **_kwargs: object) -> str:
-        raise OSError(number, os.strerror(number))
+    mkdir = Path.mkdir
 
-    monkeypatch.setattr(folders.tempfile, "mkdtemp", refused)
+    def refused(path: Path, *args: object, **kwargs: object) -> None:
+        if path.name.startswith(folders.SCRATCH):
+            raise OSError(number, os.strerror(number))
+        mkdir(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", refused)
     for attempt in (lambda: check_writable(tmp_path / "x"), lambda: write(tmp_path / "x", "content")):
         with pytest.raises(icl.AssetError, match=f"expected to write .*x, got {advice}"):
             attempt()
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x", "content")
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(icl.AssetError, match="'Permission denied': choose a path that you may write to"):
+        check_writable(tmp_path / "x")
 
 
 def test_a_disk_that_is_nearly_full_is_found_before_anything_is_computed(tmp_path: Path) -> None:
@@ -351,3 +401,151 @@ def test_files_and_folders_follow_the_umask(tmp_path: Path, umask: int) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     files = dict.fromkeys(("tensors.safetensors", "metadata.json", "table.md"), 0o666 & ~umask)
     assert modes == files | {"cell": 0o777 & ~umask}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_scratch_folders_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "cell") as new:
+            (scratch,) = tmp_path.iterdir()
+            assert new.is_relative_to(scratch)
+            assert scratch.stat().st_mode & 0o777 == 0o777 & ~umask
+    finally:
+        os.umask(before)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *forbidden: Path) -> None:
+    """Let these folders be entered and not listed, also by the administrator."""
+    iterdir = Path.iterdir
+
+    def refused(path: Path) -> Iterator[Path]:
+        if path in forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+
+
+def test_scratch_of_another_user_that_cannot_be_read_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tensors(tmp_path / "cell", {"a": torch.ones(2)}, {})
+    scratch = between_renames(tmp_path, "other")
+    forbid(monkeypatch, scratch, scratch / "old", scratch / "new")
+    assert torch.equal(load_tensors(tmp_path / "cell")[0]["a"], torch.ones(2))
+    assert finished_folders(tmp_path) == [tmp_path / "cell"]
+    check_writable(tmp_path / "cell")
+    save_tensors(tmp_path / "cell", {"a": torch.zeros(2)}, {})
+    assert scratch.exists(), "it may be in use"
+
+
+def test_a_folder_below_one_that_cannot_be_listed_is_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tensors(tmp_path / "study" / "cell", {"a": torch.ones(2)}, {})
+    forbid(monkeypatch, tmp_path, tmp_path / "study")
+    assert torch.equal(load_tensors(tmp_path / "study" / "cell")[0]["a"], torch.ones(2))
+    save_tensors(tmp_path / "study" / "cell", {"a": torch.zeros(2)}, {})
+    with pytest.raises(icl.AssetError, match=r"expected to list .*study, got 'Permission denied': "):
+        finished_folders(tmp_path / "study")
+
+
+@pytest.mark.parametrize("read", ["load_tensors", "finished_folders", "check_writable", "save_tensors"])
+def test_what_a_link_led_to_is_put_back(tmp_path: Path, read: str) -> None:
+    save_tensors(tmp_path / "cell", {"a": torch.ones(2)}, {})
+    scratch = between_renames(tmp_path / "disk", "cell")
+    shutil.rmtree(scratch / "old" / "cell")
+    (tmp_path / "cell").rename(scratch / "old" / "cell")
+    (tmp_path / "study").mkdir()
+    link = tmp_path / "study" / "cell"
+    link.symlink_to(tmp_path / "disk" / "cell")
+    match read:
+        case "load_tensors":
+            load_tensors(link)
+        case "finished_folders":
+            assert finished_folders(tmp_path / "study") == [link]
+        case "check_writable":
+            check_writable(link)
+        case "save_tensors":
+            save_tensors(link, {"a": torch.ones(2)}, {})
+    assert torch.equal(load_tensors(tmp_path / "disk" / "cell")[0]["a"], torch.ones(2))
+    assert link.is_symlink()
+
+
+def test_a_mount_point_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in (tmp_path, Path(tmp_path.anchor)))
+    check_writable(tmp_path / "inside")
+    for folder in (tmp_path, Path(tmp_path.anchor)):
+        with pytest.raises(icl.AssetError, match=r"got the mount point .*: choose a folder inside it"):
+            check_writable(folder)
+
+
+def test_machines_whose_long_names_differ_at_the_end_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = []
+    for node in ("pod-of-a-very-long-deployment-name-7f6d9-a", "pod-of-a-very-long-deployment-name-7f6d9-b", "", "λ"):
+        monkeypatch.setattr(folders.platform, "node", lambda node=node: node)
+        hosts.append(folders._host())
+        assert folders.is_scratch(f"{folders.SCRATCH}{hosts[-1]}-1-00")
+    assert len(set(hosts)) == len(hosts)
+
+
+def test_hidden_results_of_version_02_are_found_and_its_scratch_is_not(tmp_path: Path) -> None:
+    hidden = (".--llama_sst2_k4_seed1_lr1e-05_answer", "..--llama_sst2_k4_seed1_lr0.1_answer_random-delta")
+    cells = ("cell", *hidden)
+    scratch = (".cell-k3_x91ab", ".cell-k3_x91ab-old", f"..--llama_answer-{'a' * 8}", ".icl_dual-host-12-ab_1")
+    for name in (*cells, *scratch):
+        save_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
+    (tmp_path / ".git").mkdir()
+    assert {path.name for path in finished_folders(tmp_path)} == {*cells}
+    assert all(map(folders.is_scratch, scratch))
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "._metadata.json", ".nfs000000001", "desktop.ini"])
+def test_files_of_the_system_are_no_foreign_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cell").mkdir()
+    for value in (1, 2):
+        (tmp_path / "cell" / name).touch()
+        check_writable(tmp_path / "cell", ["metadata.json", "tensors.safetensors"])
+        save_tensors(tmp_path / "cell", {"a": torch.tensor(value)}, {})
+        assert load_tensors(tmp_path / "cell")[0]["a"] == value
+        assert names(tmp_path / "cell") == ["metadata.json", "tensors.safetensors"]
+    assert names(tmp_path) == ["cell"]
+
+
+@pytest.mark.parametrize("wait", [recover, lambda cell: finished_folders(cell.parent)], ids=["recover", "finished"])
+def test_all_replacements_of_other_machines_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: Callable[[Path], object]
+) -> None:
+    monkeypatch.setattr(folders, "_WAIT_S", 0.2)
+    for number in range(4):
+        between_renames(tmp_path, f"cell{number}", number=number, host="elsewhere")
+        between_renames(tmp_path, "cell", number=9 - number, host="elsewhere")
+    monkeypatch.setattr(folders, "_put_back", lambda *_: None)  # as where it fails
+    started = time.monotonic()
+    wait(tmp_path / "cell")
+    assert 0.1 < time.monotonic() - started < 0.5
+
+
+@pytest.mark.parametrize("write_one", [atomic_folder, atomic_file])
+def test_errors_of_a_block_about_other_files_stay_as_they_are(
+    tmp_path: Path, write_one: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    def work(error: Callable[[Path], OSError]) -> None:
+        with write_one(tmp_path / "result") as scratch:
+            raise error(scratch)
+
+    for theirs in (
+        FileNotFoundError(errno.ENOENT, "No such file", "rows.csv"),
+        ConnectionError("offline"),
+        TimeoutError(),
+    ):
+        with pytest.raises(type(theirs)) as raised:
+            work(lambda _, theirs=theirs: theirs)
+        assert raised.value is theirs
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        with pytest.raises(icl.AssetError, match=r"expected to write .*result, got"):
+            work(lambda _, number=number: OSError(number, os.strerror(number)))
+    with pytest.raises(icl.AssetError, match=r"expected to write .*result, got 'File name too long'"):
+        work(lambda scratch: OSError(errno.ENAMETOOLONG, "File name too long", str(scratch / "x")))
+    assert names(tmp_path) == []

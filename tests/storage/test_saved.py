@@ -139,7 +139,7 @@ def test_names_may_have_slashes(tmp_path: Path) -> None:
 
 
 def test_metadata_beside_a_result_never_take_its_own_names(tmp_path: Path) -> None:
-    for name in ("limit", "class"):
+    for name in ("limit", "class", "sha256"):
         with pytest.raises(ValueError, match=rf"expected about without the result's own names, got \['{name}'\]"):
             result().save(tmp_path / "x", {name: 3})
     assert not (tmp_path / "x").exists()

@@ -141,6 +141,21 @@ def test_a_reader_gets_one_result_while_others_replace_it(tmp_path: Path) -> Non
     assert len(numbers) > 1
 
 
+def test_a_folder_that_is_missing_for_an_instant_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process sets the folder aside after `recover` has looked, and has replaced it before the next look."""
+    aside, is_missing = folder.with_name("aside"), iter((True, True, False))
+
+    def recover(path: Path) -> None:
+        if path == folder:
+            if aside.exists():
+                aside.rename(folder)
+            if next(is_missing):
+                folder.rename(aside)
+
+    monkeypatch.setattr("icl_dual.storage.tensors.recover", recover)
+    assert load_tensors(folder)[0].keys() == TENSORS.keys()
+
+
 def test_nothing_depends_on_the_locale(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a locale of ASCII: text that is opened without an encoding is read and written as ASCII."""
     for name in ("read_text", "write_text"):
