@@ -15,7 +15,17 @@ from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, re
 from icl_dual.models import Model, UnsupportedModelError, control_model, load_model, momentum_attention
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
-from icl_dual.patches import ExactPatch, SharedPatch, build_exact_patch, build_shared_patch
+from icl_dual.patches import (
+    ExactPatch,
+    SharedPatch,
+    SharedStatistics,
+    build_exact_patch,
+    build_mean_patch,
+    build_shared_patch,
+    build_thought_matrix,
+    draw_random_patch,
+    sum_statistics,
+)
 from icl_dual.progress import set_progress
 from icl_dual.prompt_view import show_prompt
 from icl_dual.prompts import PromptError, Prompts, build_prompts
@@ -69,7 +79,11 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "summarise",
     "measure_order_sensitivity",
     "build_exact_patch",
+    "build_mean_patch",
     "build_shared_patch",
+    "build_thought_matrix",
+    "draw_random_patch",
+    "sum_statistics",
     "dual",
     # study
     "Cell",
@@ -90,6 +104,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "OrderSensitivity",
     "ExactPatch",
     "SharedPatch",
+    "SharedStatistics",
     "CellResult",
     # errors
     "ArgumentError",

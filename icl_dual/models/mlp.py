@@ -3,8 +3,9 @@
 The weights stay as they are, whatever their precision. What a change adds is computed in float32 at least.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -57,11 +58,13 @@ class MlpChanges:
     factors: Mapping[str, LowRank]
     """The changes of projections, by part: `gate`, `in` and `out`."""
     bias: Float[Tensor, "layer d_model"] | None = None
-    """What is added to the output of the down projections."""
+    """What is added to what the MLPs write: to the output of `bias_part`."""
     scale: Float[Tensor, "layer d_model"] | None = None
     """What is added to the scale of the norms after the MLPs."""
     query: Tokens | None = None
     """The only token ids that may run, at positions 0, 1, …; `None` for any."""
+    bias_part: MlpPart = "out"
+    """The part to whose output the bias is added: the last one of the MLP."""
 
     def to(self, device: torch.device) -> "MlpChanges":
         """Return the changes on a device."""
@@ -69,7 +72,7 @@ class MlpChanges:
             part: LowRank(*(factor.to(device) for factor in low_rank)) for part, low_rank in self.factors.items()
         }
         bias, scale = (None if change is None else change.to(device) for change in (self.bias, self.scale))
-        return MlpChanges(factors, bias, scale, self.query)
+        return MlpChanges(factors, bias, scale, self.query, self.bias_part)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor of the changes."""
@@ -96,16 +99,21 @@ class MlpChanges:
 
     def apply(self, layer: int, part: MlpPart, x: Tensor, output: Tensor) -> Tensor | None:
         """Return a part's output with what its changes add to it; `None` where nothing changes."""
-        change: Tensor | None = None
+        terms: list[Tensor] = []
         if part in self.factors:
-            change = self.factors[part].act(layer, x)
-        if part == "out" and self.bias is not None:
-            change = self.bias[layer] if change is None else change + self.bias[layer]
+            terms.append(self.factors[part].act(layer, x))
+        if part == self.bias_part and self.bias is not None:
+            terms.append(self.bias[layer])
         if part == "scale" and self.scale is not None:
-            change = self.scale[layer] * x
-        return None if change is None else (output + change).to(output.dtype)
+            terms.append(self.scale[layer] * x)
+        return (output + functools.reduce(torch.add, terms)).to(output.dtype) if terms else None
 
 
 def add_mlp_changes(model: "Model", changes: MlpChanges, undo: Undo) -> None:
-    """Add changes of MLPs to every run, until the block ends. Inside the block the model has another fingerprint."""
-    undo.set(model, "mlp_changes", (*model.mlp_changes, changes.to(model.device)))
+    """Add changes of MLPs to every run, until the block ends. Inside the block the model has another fingerprint.
+
+    A bias is added after the norm that follows the MLP, where there is one.
+    """
+    bias_part: MlpPart = "scale" if model.backend.mlp_form(0).shift == "scale" else "out"
+    changes = replace(changes.to(model.device), bias_part=bias_part)
+    undo.set(model, "mlp_changes", (*model.mlp_changes, changes))

@@ -5,19 +5,33 @@
 | `patch` | `Patch`: a change of MLPs as a result, applied in a `with` block |
 | `exact` | `build_exact_patch`: the context's effect on one query, exactly |
 | `ridge` | ridge regression from sums over rows |
-| `shared` | `build_shared_patch`: the change that serves all queries best |
+| `queries` | the pass over queries that shared patches are fitted to |
+| `shared` | changes for all queries: by ridge regression, the mean patch, the thought matrix, a random patch |
 """
 
 from icl_dual.patches.exact import ExactPatch, build_exact_patch
 from icl_dual.patches.patch import Patch
 from icl_dual.patches.ridge import RidgeStatistics
-from icl_dual.patches.shared import SharedPatch, build_shared_patch
+from icl_dual.patches.shared import (
+    SharedPatch,
+    SharedStatistics,
+    build_mean_patch,
+    build_shared_patch,
+    build_thought_matrix,
+    draw_random_patch,
+    sum_statistics,
+)
 
 __all__ = [
     "ExactPatch",
     "Patch",
     "RidgeStatistics",
     "SharedPatch",
+    "SharedStatistics",
     "build_exact_patch",
+    "build_mean_patch",
     "build_shared_patch",
+    "build_thought_matrix",
+    "draw_random_patch",
+    "sum_statistics",
 ]

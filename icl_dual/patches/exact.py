@@ -36,7 +36,7 @@ Dherin et al. (2025, arXiv 2507.16003 and 2512.11255) showed this for MLPs with 
 weights and any context. It is no evidence that the model descends a gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -178,7 +178,7 @@ class Recorder:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.form = _form(model)
+        self.form = common_form(model)
         self.middle: list[Float[Tensor, " d_model"]] = []
         """u: the residual stream before the layer, plus what attention writes."""
         self.outputs: dict[tuple[int, MlpPart], Float[Tensor, " d_out"]] = {}
@@ -188,12 +188,8 @@ class Recorder:
         self.streams: list[Float[Tensor, " d_model"]] = []
         """The residual stream after the layer."""
 
-    def run(self, tokens: Tokens, on_residual: Callable[[int, Tensor], Tensor | None] | None = None) -> None:
+    def run(self, tokens: Tokens) -> None:
         """Run a prompt.
-
-        Args:
-            tokens: the token ids.
-            on_residual: called with each layer and the stream after it, after it was recorded; may return another.
 
         Raises:
             UnsupportedModelError: the layers' outputs are not u + m.
@@ -209,10 +205,9 @@ class Recorder:
             if part == "out":
                 self.hidden[layer] = last_token(x)
 
-        def keep_stream(layer: int, stream: Tensor) -> Tensor | None:
+        def keep_stream(layer: int, stream: Tensor) -> None:
             self.streams.append(last_token(stream))
             self._check_sum(layer)
-            return None if on_residual is None else on_residual(layer, stream)
 
         ids = torch.tensor([tokens], device=self.model.device)
         read = torch.tensor([[len(tokens) - 1]], device=self.model.device)
@@ -221,15 +216,24 @@ class Recorder:
 
     def _check_sum(self, layer: int) -> None:
         """Check that a layer's output is u + m, and that every part of its MLP ran."""
-        parts: tuple[MlpPart, ...] = (*self.form.inputs, "out")
-        if missing := [part for part in parts if (layer, part) not in self.outputs]:
-            raise UnsupportedModelError(
-                f"{self.model.architecture}, layer {layer}: expected an MLP in which the modules of {parts} run, got "
-                f"{missing} that do not: its weights cannot be changed, use another model"
-            )
+        check_parts(self.model, layer, self.form, [part for at, part in self.outputs if at == layer])
         written = self.outputs[layer, "scale" if self.form.shift == "scale" else "out"]
         error = relative_difference(self.middle[layer] + written, self.streams[layer])
         check_stream(self.model, layer, error)
+
+
+def check_parts(model: Model, layer: int, form: MlpForm, ran: Collection[MlpPart]) -> None:
+    """Check that every part of a layer's MLP ran.
+
+    Raises:
+        UnsupportedModelError: a part did not, as where the architecture computes with the weights without the module.
+    """
+    parts: tuple[MlpPart, ...] = (*form.inputs, "out")
+    if missing := [part for part in parts if part not in ran]:
+        raise UnsupportedModelError(
+            f"{model.architecture}, layer {layer}: expected an MLP in which the modules of {parts} run, got {missing} "
+            "that do not: its weights cannot be changed, use another model"
+        )
 
 
 def check_stream(model: Model, layer: int, error: float) -> None:
@@ -246,7 +250,7 @@ def check_stream(model: Model, layer: int, error: float) -> None:
         )
 
 
-def _form(model: Model) -> MlpForm:
+def common_form(model: Model) -> MlpForm:
     """Return what the MLPs of all layers are made of."""
     forms = [model.backend.mlp_form(layer) for layer in range(model.n_layers)]
     if different := [layer for layer, form in enumerate(forms) if form != forms[0]]:

@@ -14,6 +14,12 @@ from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
 from icl_dual.storage import Saved
 
+WELL_CONDITIONED = 1e-7
+"""From this λ on, in units of tr(HᵀH), a Cholesky factorisation of HᵀH + λI loses less than 9 digits in float64."""
+
+OVERSAMPLING = 8
+"""How many random vectors more than the rank are taken to span the columns of a matrix."""
+
 
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
@@ -72,16 +78,69 @@ class RidgeStatistics(Saved):
         Raises:
             ValueError: ridge is negative, infinite or NaN; or it is 0 and HᵀH is singular.
         """
+        left, right = self._solution(ridge)
+        return left @ right.mT
+
+    @checked
+    def factors(self, ridge: float) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "d_in rank"]]:
+        """Return ΔW = left @ right.T as its singular directions, in float64, without computing ΔW.
+
+        The rank is at most the number of rows. With fewer rows than outputs, that is what the cost depends on.
+
+        Args:
+            ridge: λ. With 0, ΔW is the least-squares solution, which must be the only one.
+
+        Returns:
+            left: the left singular vectors times the singular values, largest first.
+            right: the right singular vectors.
+
+        Raises:
+            ValueError: ridge is negative, infinite or NaN; or it is 0 and HᵀH is singular.
+        """
+        return by_singular_value(*self._solution(ridge), self.n_rows)
+
+    def _solution(self, ridge: float) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "d_in k"]]:
+        """Return ΔW as two factors of any kind."""
         if not 0 <= ridge < math.inf:
             raise ValueError(f"expected ridge (λ) as a finite number of at least 0, got {ridge}: pass a positive one")
+        if ridge > WELL_CONDITIONED * self.gram.trace():
+            outputs = range_of(self.cross, self.n_rows)  # (HᵀH + λI)⁻¹ acts on the other side of TᵀH
+            system = self.gram + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype)
+            return outputs, torch.cholesky_solve(self.cross.mT @ outputs, torch.linalg.cholesky(system))
         values, vectors = torch.linalg.eigh(self.gram)
         rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-        if ridge == 0 and not values.min() > rounding:
-            rank = int((values > rounding).sum())
+        in_rows = values > rounding  # in other directions TᵀH is rounding alone, which a small λ would blow up
+        if ridge == 0 and not in_rows.all():
             raise ValueError(
-                f"expected ridge (λ) above 0, as HᵀH of {self.n_rows} rows has rank {rank} and not {len(values)}, got "
-                "0: pass a positive one, or add more rows"
+                f"expected ridge (λ) above 0, as HᵀH of {self.n_rows} rows has rank {int(in_rows.sum())} and not "
+                f"{len(values)}, got 0: pass a positive one, or add more rows"
             )
-        # In directions that no row has, TᵀH is rounding alone, which a small λ would blow up.
-        inverse = torch.where(values > rounding, 1 / (values + ridge), torch.zeros_like(values))
-        return self.cross @ vectors * inverse @ vectors.mT
+        return self.cross @ vectors[:, in_rows] / (values[in_rows] + ridge), vectors[:, in_rows]
+
+
+def range_of(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out k"]:
+    """Return orthonormal columns that span the columns of a matrix, whose rank is at most `rank`.
+
+    The product with random vectors spans them too (Halko et al. 2011, algorithm 4.1); the vectors are always the same.
+    """
+    d_out, d_in = matrix.shape
+    if rank + OVERSAMPLING >= d_out:
+        return torch.eye(d_out, dtype=matrix.dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(matrix @ torch.randn(d_in, rank + OVERSAMPLING, dtype=matrix.dtype, generator=generator)).Q
+
+
+def by_singular_value(
+    left: Float[Tensor, "d_out k"], right: Float[Tensor, "d_in k"], rank: int
+) -> tuple[Float[Tensor, "d_out rank"], Float[Tensor, "d_in rank"]]:
+    """Return left @ right.T as left singular vectors times singular values, and right singular vectors.
+
+    Args:
+        left: one factor.
+        right: the other one.
+        rank: the largest number of directions to return, the leading ones.
+    """
+    left_basis, left_rest = torch.linalg.qr(left)
+    right_basis, right_rest = torch.linalg.qr(right)
+    U, S, Vh = torch.linalg.svd(left_rest @ right_rest.mT, full_matrices=False)
+    return (left_basis @ U * S)[:, :rank], (right_basis @ Vh.mT)[:, :rank]

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.models import tiny_model
-from icl_dual.patches.shared import sum_statistics
 
 ToyModel = Callable[..., icl.Model]
 
@@ -93,7 +92,7 @@ def test_it_is_the_ridge_solution_of_each_layer(
     assert patch.rank == len(hand_made.queries) == patch.n_queries
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "falcon"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "neox", "falcon", "gemma2-window", "gemma3-window"])
 def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architecture: str) -> None:
     """No earlier token can differ from the pass that the patch was fitted in."""
     model = make_model(architecture, torch.float64)
@@ -106,7 +105,8 @@ def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architectu
     with patch.applied(model):
         patched = last_logits(model, (9,))
         assert last_logits(model, (9, 8)).isfinite().all(), "it runs on other tokens, too"
-    assert relative_error(patched, in_context) < 1e-8 < 0.1 < relative_error(zero_shot, in_context)
+    tolerance = 1e-8 if architecture == "gpt2" else 1e-6  # the others' own softmax is in float32
+    assert relative_error(patched, in_context) < tolerance < 0.1 < relative_error(zero_shot, in_context)
     assert all(torch.equal(*pair) for pair in zip(snapshot(model), before, strict=True))
     assert torch.equal(last_logits(model, (9,)), zero_shot)
 
@@ -114,26 +114,27 @@ def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architectu
 def test_sums_over_queries_add_up_and_do_not_grow(hand_made: icl.Prompts) -> None:
     model = tiny_model(dtype=torch.float64)
     rest = replace(hand_made, queries=hand_made.queries[1:], gold=hand_made.gold[1:])
-    whole = sum_statistics(model, hand_made)
-    parts = [a + b for a, b in zip(sum_statistics(model, hand_made.first(1)), sum_statistics(model, rest), strict=True)]
-    for one_pass, added in zip(whole, parts, strict=True):
-        assert (one_pass.n_rows, one_pass.gram.shape, one_pass.cross.shape) == (4, (64, 64), (32, 64))
-        torch.testing.assert_close(added.gram, one_pass.gram)
-        torch.testing.assert_close(added.cross, one_pass.cross)
+    whole = icl.sum_statistics(model, hand_made)
+    added = icl.sum_statistics(model, hand_made.first(1)) + icl.sum_statistics(model, rest)
+    assert whole.n_queries == added.n_queries == 4
+    assert (whole.gram.shape, whole.cross.shape, whole.lack.shape) == ((2, 64, 64), (2, 32, 64), (2, 32))
+    for name in ("gram", "cross", "thought", "lack"):
+        torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
 
 
 def test_a_query_costs_two_passes(hand_made: icl.Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, lengths = tiny_model(), list[int]()
+    model, counts = tiny_model(), list[int]()
+    icl.build_shared_patch(model, hand_made)  # the first pass behind a shared prefix is checked against a plain one
     forward = model.backend.forward
 
     def counted(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        lengths.append(tokens.shape[1])
+        counts.append(tokens.numel())
         return forward(tokens, positions)
 
     monkeypatch.setattr(model.backend, "forward", counted)
-    icl.build_shared_patch(model, hand_made)
-    n_prefix = len(hand_made.prefix)
-    assert lengths == [n for query in hand_made.queries for n in (n_prefix + len(query), 1 + len(query))]
+    icl.build_shared_patch(model, hand_made, batch_size=1)
+    by_length = sorted(hand_made.queries, key=len, reverse=True)
+    assert counts == [len(hand_made.prefix)] + [n for query in by_length for n in (len(query), 1 + len(query))]
 
 
 def test_a_truncated_patch_is_the_closest_of_its_rank(hand_made: icl.Prompts, tmp_path: Path) -> None:
@@ -153,11 +154,7 @@ def test_a_truncated_patch_is_the_closest_of_its_rank(hand_made: icl.Prompts, tm
         patch.truncated(0)
 
 
-def test_models_with_a_norm_after_the_mlp_or_experts_are_refused(
-    models_by_architecture: ToyModel, hand_made: icl.Prompts
-) -> None:
-    with pytest.raises(icl.UnsupportedModelError, match=r"Gemma3.*got a norm after them"):
-        icl.build_shared_patch(models_by_architecture("gemma3-window"), hand_made)
+def test_mixtures_of_experts_are_refused(models_by_architecture: ToyModel, hand_made: icl.Prompts) -> None:
     with pytest.raises(icl.UnsupportedModelError, match="got a mixture of experts"):
         icl.build_shared_patch(models_by_architecture("gptoss-window"), hand_made)
 
