@@ -16,13 +16,21 @@ from icl_dual.models import Model, UnsupportedModelError, control_model, load_mo
 from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivity
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
 from icl_dual.patches import (
+    EFFECT_FIELDS,
+    EffectComparison,
     ExactPatch,
+    FunctionVector,
     SharedPatch,
     SharedStatistics,
+    WeightComparison,
     build_exact_patch,
+    build_function_vector,
     build_mean_patch,
     build_shared_patch,
     build_thought_matrix,
+    capture_each,
+    compare_effects,
+    compare_weights,
     draw_random_patch,
     sum_statistics,
 )
@@ -84,6 +92,11 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "build_thought_matrix",
     "draw_random_patch",
     "sum_statistics",
+    "build_function_vector",
+    "capture_each",
+    "compare_effects",
+    "compare_weights",
+    "EFFECT_FIELDS",
     "dual",
     # study
     "Cell",
@@ -105,6 +118,9 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "ExactPatch",
     "SharedPatch",
     "SharedStatistics",
+    "FunctionVector",
+    "EffectComparison",
+    "WeightComparison",
     "CellResult",
     # errors
     "ArgumentError",

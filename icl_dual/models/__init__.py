@@ -14,6 +14,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `overflow` | where activations first overflow |
 | `changes` | changes of projections that run beside the weights |
 | `mlp` | changes of MLPs that run beside the weights |
+| `stream` | vectors that runs add to the residual stream |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |

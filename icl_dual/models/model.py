@@ -35,6 +35,7 @@ from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.journal import Undo, exclusive, journal_of
 from icl_dual.models.mlp import MlpChanges
 from icl_dual.models.precision import exact_float32, precision_name
+from icl_dual.models.stream import StreamChange
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 
@@ -135,6 +136,8 @@ class Model:
         """The changes of projections that every run adds beside the weights (`changed_projections`)."""
         self.mlp_changes: tuple[MlpChanges, ...] = ()
         """The changes of MLPs that every run adds beside the weights (`add_mlp_changes`)."""
+        self.stream_changes: tuple[StreamChange, ...] = ()
+        """The vectors that every run adds to the residual stream (`add_stream_change`)."""
         if momentum is not None:
             self.momentum = eta_by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
@@ -269,6 +272,7 @@ class Model:
         projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
+        predicting: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """Run a forward pass with hooks, which are removed afterwards, also when the pass fails.
 
@@ -300,6 +304,8 @@ class Model:
             momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, shared by
                 all rows; no preceding tokens by default.
             add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
+            predicting: the index of each row's token that predicts the label, at which `stream_changes` act; empty
+                where the rows have none. By default the last token of every row.
 
         Returns:
             Logits at the positions in `read`.
@@ -338,6 +344,8 @@ class Model:
                 hooks += backend.mlp_hooks(layer, changes.apply)
             if on_mlp is not None:
                 hooks += backend.mlp_hooks(layer, on_mlp)
+            for change in self.stream_changes:
+                hooks.append(backend.residual_hook(layer, change.callback(tokens, predicting)))
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
             for deltas in (*map(projection_deltas_of, self.weight_changes), projection_deltas or {}):
@@ -435,6 +443,7 @@ class Model:
         digest = hashlib.sha256()
         changes = [tensor for changes in self.weight_changes for tensor in changes.values()]
         changes += [tensor for changes in self.mlp_changes for tensor in changes.tensors()]
+        changes += [change.vector for change in self.stream_changes]
         for parameter in (*self.backend.forward_weights(), *changes):
             flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
             stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)

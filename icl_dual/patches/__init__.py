@@ -9,6 +9,16 @@
 | `shared` | changes for all queries: by ridge regression, the mean patch, the thought matrix, a random patch |
 """
 
+from icl_dual.patches.comparison import (
+    EFFECT_FIELDS,
+    EffectComparison,
+    FunctionVector,
+    WeightComparison,
+    build_function_vector,
+    capture_each,
+    compare_effects,
+    compare_weights,
+)
 from icl_dual.patches.exact import ExactPatch, build_exact_patch
 from icl_dual.patches.patch import Patch
 from icl_dual.patches.ridge import RidgeStatistics
@@ -23,15 +33,23 @@ from icl_dual.patches.shared import (
 )
 
 __all__ = [
+    "EFFECT_FIELDS",
+    "EffectComparison",
     "ExactPatch",
+    "FunctionVector",
     "Patch",
     "RidgeStatistics",
     "SharedPatch",
     "SharedStatistics",
+    "WeightComparison",
     "build_exact_patch",
+    "build_function_vector",
     "build_mean_patch",
     "build_shared_patch",
     "build_thought_matrix",
+    "capture_each",
+    "compare_effects",
+    "compare_weights",
     "draw_random_patch",
     "sum_statistics",
 ]
