@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ FAMILIES = {
     "falcon": {"in": "mlp.dense_h_to_4h", "out": "mlp.dense_4h_to_h"},
 }
 """What changes in each architecture, and the module of the Hugging Face model that has the weight."""
+BEFORE_4 = version("transformer-lens") < "4"
+if BEFORE_4:  # which has no hooks on the norms after OLMo 2's attention and MLP
+    del FAMILIES["olmo2"]
 
 PARALLEL = ("neox", "phi", "gptj", "falcon")
 QUERY = 2
@@ -365,6 +369,12 @@ def test_blocks_that_are_no_sums_are_refused(
     model = icl.Model(boot(NO_SUMS[architecture]().eval(), tokenizer))
     with pytest.raises(icl.UnsupportedModelError, match="layer 0: expected a block that adds what attention and MLP"):
         icl.build_exact_patch(model, prompts)
+
+
+@pytest.mark.skipif(not BEFORE_4, reason="transformer-lens 4 has hooks on the norms after the block's parts")
+def test_olmo2_is_refused_where_its_norms_have_no_hooks(family: ToyModel, prompts: icl.Prompts) -> None:
+    with pytest.raises(icl.UnsupportedModelError, match="layer 0: expected a block that adds what attention and MLP"):
+        icl.build_exact_patch(family("olmo2"), prompts)
 
 
 def test_layers_with_mlps_of_different_forms_are_refused(hand_made: icl.Prompts) -> None:

@@ -28,6 +28,25 @@ def test_the_solution_is_that_of_least_squares_on_stacked_rows(seed: int, n_rows
     torch.testing.assert_close(sums(h, t).solve(ridge), stacked(h, t, ridge), rtol=1e-9, atol=1e-9)
 
 
+@given(
+    seed=seeds,
+    n_rows=st.sampled_from([0, 1, 4, 9, 40]),
+    d_out=st.sampled_from([3, 30]),
+    ridge=st.sampled_from([1e-9, 1e-2, 30.0]),
+)
+def test_factors_are_the_singular_directions_of_the_solution(seed: int, n_rows: int, d_out: int, ridge: float) -> None:
+    """Fewer rows than outputs or inputs, and more; a ridge at which HᵀH + λI is well conditioned, and one below."""
+    h, t = draw(seed, n_rows, 20), draw(seed + 1, n_rows, d_out)
+    left, right = sums(h, t).factors(ridge)
+    rank = min(n_rows, d_out, 20)
+    assert (left.shape, right.shape) == ((d_out, rank), (20, rank))
+    expected, tolerance = stacked(h, t, ridge), 1e-9 if ridge > 1e-3 else 1e-6
+    torch.testing.assert_close(left @ right.mT, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(right.mT @ right, torch.eye(rank, dtype=torch.float64))
+    values = torch.linalg.svdvals(expected)[:rank]
+    torch.testing.assert_close(left.mT @ left, values.square().diag(), rtol=tolerance, atol=1e-6)
+
+
 @given(seeds)
 def test_without_ridge_it_is_least_squares(seed: int) -> None:
     h, t = draw(seed, 40, 6), draw(seed + 1, 40, 4)

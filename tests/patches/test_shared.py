@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.models import tiny_model
+from icl_dual.patches import Patch
 
 ToyModel = Callable[..., icl.Model]
 
@@ -31,6 +32,12 @@ def hand_made() -> icl.Prompts:
         queries=((10, 11, 12), (13, 14), (15,), (16, 11, 10)),
         labels=((20,), (21,)),
         gold=(0, 1, 0, 1),
+    )
+
+
+def one_token_prompts() -> icl.Prompts:
+    return icl.Prompts(
+        demonstrations=((5, 6, 7, 20),), demonstration_label_lengths=(1,), queries=((9,),), labels=((20,),), gold=(0,)
     )
 
 
@@ -96,9 +103,7 @@ def test_it_is_the_ridge_solution_of_each_layer(
 def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architecture: str) -> None:
     """No earlier token can differ from the pass that the patch was fitted in."""
     model = make_model(architecture, torch.float64)
-    prompts = icl.Prompts(
-        demonstrations=((5, 6, 7, 20),), demonstration_label_lengths=(1,), queries=((9,),), labels=((20,),), gold=(0,)
-    )
+    prompts = one_token_prompts()
     before = snapshot(model)
     in_context, zero_shot = last_logits(model, (5, 6, 7, 20, 9)), last_logits(model, (9,))
     patch = icl.build_shared_patch(model, prompts, relative_ridge=1e-12)
@@ -135,6 +140,109 @@ def test_a_query_costs_two_passes(hand_made: icl.Prompts, monkeypatch: pytest.Mo
     icl.build_shared_patch(model, hand_made, batch_size=1)
     by_length = sorted(hand_made.queries, key=len, reverse=True)
     assert counts == [len(hand_made.prefix)] + [n for query in by_length for n in (len(query), 1 + len(query))]
+
+
+def test_batches_do_not_change_the_patch(make_model: ToyModel, hand_made: icl.Prompts) -> None:
+    model = make_model("gpt2", torch.float64)
+    one_by_one, at_once = (icl.sum_statistics(model, hand_made, batch_size=size) for size in (1, 64))
+    for name in ("gram", "cross", "thought", "lack"):
+        torch.testing.assert_close(getattr(one_by_one, name), getattr(at_once, name), rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_patch_and_the_thought_matrix_are_sums_over_queries(
+    make_model: ToyModel, make_hf_model: Callable[..., PreTrainedModel], hand_made: icl.Prompts
+) -> None:
+    model = make_model("gpt2", torch.float64)
+    mean = icl.build_mean_patch(model, hand_made)
+    by_default, doubled = (icl.build_thought_matrix(model, hand_made, strength=strength) for strength in (None, 0.5))
+    assert mean.bias is not None
+    for layer, (h, t) in enumerate(zip(*rows_of(make_hf_model("gpt2", torch.float64), hand_made), strict=True)):
+        torch.testing.assert_close(mean.bias[layer], t.sum(0) / 4)
+        exact = [torch.outer(lacking, hidden) / (hidden @ hidden) for hidden, lacking in zip(h, t, strict=True)]
+        for patch, strength in ((by_default, 0.25), (doubled, 0.5)):
+            left, right = (factor[layer] for factor in patch.factors["out"])
+            torch.testing.assert_close(left @ right.mT, strength * torch.stack(exact).sum(0))
+    assert (mean.factors, mean.scale, mean.rank, mean.n_queries) == ({}, None, 0, 4)
+    assert (by_default.bias, by_default.rank, by_default.ridge) == (None, 4, None)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "gemma3-window", "gemma2-window"])
+@pytest.mark.parametrize("build", [icl.build_mean_patch, icl.build_thought_matrix])
+def test_they_are_exact_for_one_query_of_one_token(
+    make_model: ToyModel, architecture: str, build: Callable[..., icl.SharedPatch]
+) -> None:
+    model, prompts = make_model(architecture, torch.float64), one_token_prompts()
+    before, zero_shot = snapshot(model), last_logits(model, (9,))
+    in_context = last_logits(model, (5, 6, 7, 20, 9))
+    with build(model, prompts).applied(model):
+        assert relative_error(last_logits(model, (9,)), in_context) < 1e-6 < 0.1 < relative_error(zero_shot, in_context)
+    assert all(torch.equal(*pair) for pair in zip(snapshot(model), before, strict=True))
+    assert torch.equal(last_logits(model, (9,)), zero_shot)
+
+
+@pytest.mark.parametrize("name", ["ridge", "mean", "thought-matrix", "exact", "exact with a scale"])
+def test_a_random_patch_has_the_singular_values_and_norms(
+    models_by_architecture: ToyModel, hand_made: icl.Prompts, name: str
+) -> None:
+    model = models_by_architecture("gemma3-window") if name == "exact with a scale" else tiny_model()
+    statistics = icl.sum_statistics(model, hand_made)
+    patches: dict[str, Callable[[], Patch]] = {
+        "ridge": statistics.ridge_patch,
+        "mean": statistics.mean_patch,
+        "thought-matrix": statistics.thought_matrix,
+    }
+    patch = patches.get(name, lambda: icl.build_exact_patch(model, hand_made))()
+    drawn, again, other = (icl.draw_random_patch(patch, seed) for seed in (1, 1, 2))
+    assert drawn == again
+    assert drawn != other
+    assert drawn.method == "random"
+    assert drawn.rank == patch.rank
+    assert set(drawn.norms) == set(patch.norms)
+    for part, norms in patch.norms.items():
+        torch.testing.assert_close(drawn.norms[part], norms, rtol=1e-5, atol=0)
+    for part, low_rank in patch.factors.items():
+        dense, drawn_dense = (left.double() @ right.double().mT for left, right in (low_rank, drawn.factors[part]))
+        values, drawn_values = torch.linalg.svdvals(dense), torch.linalg.svdvals(drawn_dense)
+        torch.testing.assert_close(drawn_values, values, rtol=1e-5, atol=1e-6)
+        cosine = torch.cosine_similarity(dense.flatten(1), drawn_dense.flatten(1), dim=1)
+        assert cosine.abs().max() < 0.3, "the direction is another"
+    with drawn.applied(model):
+        assert last_logits(model, (0, 10, 11)).isfinite().all()
+
+
+def test_sums_and_patches_save_and_load(hand_made: icl.Prompts, tmp_path: Path) -> None:
+    statistics = icl.sum_statistics(tiny_model(), hand_made)
+    statistics.save(tmp_path / "sums")
+    loaded = icl.SharedStatistics.load(tmp_path / "sums")
+    assert loaded == statistics
+    mean = statistics.mean_patch()
+    patches = statistics.ridge_patch(), mean, loaded.thought_matrix(), icl.draw_random_patch(mean, 0)
+    for patch in patches:
+        patch.save(tmp_path / patch.method)
+        assert icl.SharedPatch.load(tmp_path / patch.method) == patch
+
+
+def test_half_precision_gives_patches_in_float32(hand_made: icl.Prompts) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    for patch in (icl.build_shared_patch(model, hand_made), icl.build_mean_patch(model, hand_made)):
+        tensors = [*(factor for low_rank in patch.factors.values() for factor in low_rank), patch.bias]
+        assert {tensor.dtype for tensor in tensors if tensor is not None} == {torch.float32}
+        with patch.applied(model):
+            assert last_logits(model, (0, 10, 11)).isfinite().all()
+
+
+def test_sums_of_other_weights_do_not_add_up(hand_made: icl.Prompts) -> None:
+    with pytest.raises(ValueError, match="expected sums of one model and the same weights, got 'tiny'"):
+        icl.sum_statistics(tiny_model(), hand_made) + icl.sum_statistics(tiny_model(seed=1), hand_made)
+
+
+def test_a_zero_hidden_activation_has_no_thought_matrix(hand_made: icl.Prompts) -> None:
+    model = tiny_model()
+    model.wrapped.blocks[1].mlp.gate.original_component.weight.data.zero_()
+    statistics = icl.sum_statistics(model, hand_made)
+    assert statistics.mean_patch().norm > 0
+    with pytest.raises(ValueError, match="layer 1: expected inputs of the down projection other than zero, got"):
+        statistics.thought_matrix()
 
 
 def test_a_truncated_patch_is_the_closest_of_its_rank(hand_made: icl.Prompts, tmp_path: Path) -> None:
