@@ -17,9 +17,11 @@ from icl_dual.order_sensitivity import OrderSensitivity, measure_order_sensitivi
 from icl_dual.paper_tasks import PAPER_K, TASKS, load_task, register_task
 from icl_dual.patches import (
     EFFECT_FIELDS,
+    AttentionRun,
     EffectComparison,
     ExactPatch,
     FunctionVector,
+    Generation,
     SharedPatch,
     SharedStatistics,
     WeightComparison,
@@ -32,6 +34,9 @@ from icl_dual.patches import (
     compare_effects,
     compare_weights,
     draw_random_patch,
+    generate_patched,
+    run_inserted,
+    run_relaxed,
     sum_statistics,
 )
 from icl_dual.progress import set_progress
@@ -92,6 +97,9 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "build_thought_matrix",
     "draw_random_patch",
     "sum_statistics",
+    "generate_patched",
+    "run_inserted",
+    "run_relaxed",
     "build_function_vector",
     "capture_each",
     "compare_effects",
@@ -118,6 +126,8 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "ExactPatch",
     "SharedPatch",
     "SharedStatistics",
+    "AttentionRun",
+    "Generation",
     "FunctionVector",
     "EffectComparison",
     "WeightComparison",

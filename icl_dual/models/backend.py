@@ -284,6 +284,18 @@ class Backend(ABC):
             f"their own, got a {type(self.wrapped).__name__}: load the model as a bridge (icl_dual.load_model)"
         )
 
+    def mlp_projection(self, layer: int, part: MlpPart) -> Projection:
+        """Return a projection of a layer's MLP (`gate`, `in` or `out`), with the parameters that the forward pass uses.
+
+        Raises:
+            UnsupportedModelError: the MLP is not made of plain projections with hooks; the message says why.
+        """
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
+
+    def mlp_scale(self, layer: int) -> tuple[nn.Parameter, float]:
+        """Return the weight of the norm after a layer's MLP, and what is added to it: its scale is their sum."""
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
+
     def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
         """Return hooks that pass on input and output of each part of a layer's MLP, and may replace the output.
 

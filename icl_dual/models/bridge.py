@@ -238,6 +238,19 @@ class BridgeBackend(Backend):
         d_hidden = int(out.weight.shape[0 if isinstance(out, Conv1D) else 1])
         return MlpForm(tuple(part for part in inputs if part in modules), shift, d_hidden)
 
+    def mlp_projection(self, layer: int, part: MlpPart) -> Projection:
+        """Return a linear layer of the MLP."""
+        module: Any = self._mlp_modules(layer)[part]
+        W = Weight(module.weight, "d_in d_out" if isinstance(module, Conv1D) else "d_out d_in", "d_out d_in")
+        return Projection(W, None if module.bias is None else Weight(module.bias, "d_out", "d_out"))
+
+    def mlp_scale(self, layer: int) -> tuple[nn.Parameter, float]:
+        """Return the norm's weight, and the 1 that some architectures add to it."""
+        norm: Any = cast(Any, self._mlp_modules(layer)["scale"]).original_component
+        with torch.no_grad():
+            scale = norm.forward(torch.ones_like(norm.weight))  # of a vector of ones, the normalised vector is one
+            return norm.weight, round((scale.float() - norm.weight.float()).mean().item())
+
     def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
         """Return hooks on the linear layers that run, and on the norm after the MLP."""
         return [(module, _mlp_hook(layer, part, callback)) for part, module in self._mlp_modules(layer).items()]

@@ -7,6 +7,8 @@
 | `ridge` | ridge regression from sums over rows |
 | `queries` | the pass over queries that shared patches are fitted to |
 | `shared` | changes for all queries: by ridge regression, the mean patch, the thought matrix, a random patch |
+| `relaxed` | ΔICL inserted into a run without demonstrations; linear attention run in place of softmax |
+| `generation` | tokens generated with an exact patch for each, in several forms of rounding |
 """
 
 from icl_dual.patches.comparison import (
@@ -20,7 +22,9 @@ from icl_dual.patches.comparison import (
     compare_weights,
 )
 from icl_dual.patches.exact import ExactPatch, build_exact_patch
+from icl_dual.patches.generation import Generation, generate_patched
 from icl_dual.patches.patch import Patch
+from icl_dual.patches.relaxed import AttentionRun, run_inserted, run_relaxed
 from icl_dual.patches.ridge import RidgeStatistics
 from icl_dual.patches.shared import (
     SharedPatch,
@@ -34,9 +38,11 @@ from icl_dual.patches.shared import (
 
 __all__ = [
     "EFFECT_FIELDS",
+    "AttentionRun",
     "EffectComparison",
     "ExactPatch",
     "FunctionVector",
+    "Generation",
     "Patch",
     "RidgeStatistics",
     "SharedPatch",
@@ -51,5 +57,8 @@ __all__ = [
     "compare_effects",
     "compare_weights",
     "draw_random_patch",
+    "generate_patched",
+    "run_inserted",
+    "run_relaxed",
     "sum_statistics",
 ]
