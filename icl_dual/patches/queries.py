@@ -30,6 +30,12 @@ from icl_dual.patches.exact import check_parts, check_stream
 from icl_dual.prompts import Prompts
 from icl_dual.torch_utils import at_least_float32, pad_right
 
+STAY = 0.1
+"""How much `closest_through_norm` prefers what the norm gives now, in units of the median of γ²."""
+
+BISECTIONS = 100
+"""Halvings of the interval that holds μ: as many as float64 can tell apart."""
+
 
 class LayerRows(NamedTuple):
     """What one layer leaves at the recorded tokens of some queries, in float64."""
@@ -39,11 +45,8 @@ class LayerRows(NamedTuple):
     lack: Float[Tensor, "query d_model"]
     """What the block's output lacks: the in-context one minus its own."""
     target: Float[Tensor, "query d_model"]
-    """What the output of the down projection lacks."""
-    normalised: Float[Tensor, "query d_model"] | None
-    """With the target added, what the norm after the MLP multiplies with its scale; `None` without a norm."""
-    rest: Float[Tensor, "query d_model"] | None
-    """With the target added, what the block's output still lacks; `None` without a norm."""
+    """What the output of the down projection lacks: with a norm after it, for the closest output that the norm can
+    give (`closest_through_norm`); else the same as `lack`."""
 
 
 def run_over_queries(model: Model, prompts: Prompts, form: MlpForm, batch_size: int) -> Iterator[list[LayerRows]]:
@@ -127,32 +130,45 @@ class _Reader:
         check_parts(self.model, layer, self.form, list(self.parts))
         output, in_context = self._at_last(stream), self.streams[layer].double()
         hidden, written = self.parts["out"]
-        lack, target, normalised, rest = in_context - output, in_context - output, None, None
+        lack = target = in_context - output
         if self.form.shift == "scale":
-            wanted = in_context - self.middle
-            normalised, target = _through_norm(wanted, self.scale, written)
-            rest = wanted - self.scale * normalised
-            written = self.parts["scale"][1]
+            normalised, scaled = self.parts["scale"]
+            closest = closest_through_norm(in_context - self.middle, self.scale, normalised)
+            target = (closest - normalised) * written.square().mean(dim=-1, keepdim=True).sqrt()
+            written = scaled
         errors = (self.middle + written - output).norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-30)
         check_stream(self.model, layer, errors.max().item())
-        self.layers.append(LayerRows(hidden, lack, target, normalised, rest))
+        self.layers.append(LayerRows(hidden, lack, target))
         self.parts = {}
         replaced = stream.clone()
         replaced[torch.arange(len(self.rows), device=self.last.device), self.last] = self.streams[layer].to(stream)
         return replaced
 
 
-def _through_norm(
-    wanted: Float[Tensor, "query d_model"], scale: Float[Tensor, " d_model"], written: Float[Tensor, "query d_model"]
-) -> tuple[Float[Tensor, "query d_model"], Float[Tensor, "query d_model"]]:
-    """Return what the norm should give before its scale, and what the down projection lacks for that.
+def closest_through_norm(
+    wanted: Float[Tensor, "query d_model"], scale: Float[Tensor, " d_model"], normalised: Float[Tensor, "query d_model"]
+) -> Float[Tensor, "query d_model"]:
+    """Return what an RMSNorm should give before its scale, for its output to come closest to a wanted one.
+
+    An RMSNorm gives γ ⊙ n, with n of mean square 1. Returned is
+
+        n* = argmin ‖γ ⊙ n − wanted‖² + κ ‖n − normalised‖²  over n of mean square 1,    κ = STAY · median of γ².
+
+    The second term keeps dimensions where γ is small, which write little, at what they are. The solution is
+    n* = (γ ⊙ wanted + κ normalised) / (γ² + κ + μ), where μ above −min(γ² + κ) gives it a mean square of 1.
 
     Args:
-        wanted: what the MLP should write after the norm.
-        scale: the norm's scale.
-        written: what the down projection gives.
+        wanted: what the norm should write.
+        scale: its scale γ.
+        normalised: n as it is.
     """
-    direction = torch.where(scale == 0, torch.zeros_like(wanted), wanted / scale)
-    normalised = direction / direction.square().mean(dim=-1, keepdim=True).sqrt()
-    length = written.square().mean(dim=-1, keepdim=True).sqrt()
-    return normalised, normalised * length - written
+    squares = scale.square()
+    kappa = STAY * squares.median()
+    above, below = scale * wanted + kappa * normalised, squares + kappa
+    low = -below.min().expand(len(wanted), 1)
+    high = above.square().mean(dim=-1, keepdim=True).sqrt()  # there, the mean square is at most 1
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        is_long = (above / (below + middle)).square().mean(dim=-1, keepdim=True) > 1
+        low, high = torch.where(is_long, middle, low), torch.where(is_long, high, middle)
+    return above / (below + high)

@@ -18,8 +18,15 @@ their patches were exact. So every layer's change is fitted in the same pass, an
 zero-shot pass each. Only sums are kept, by layer: the memory does not grow with the number of queries. When the patch
 is applied, the layers below are not exact, and their errors add up. The patched model shows how far it comes.
 
-ΔW is a change of the down projection. The bias is that of the down projection, and of the norm after it where there is
-one. Llama's projections and the RMSNorms of Gemma and OLMo have no bias: there, the patch adds one to the architecture.
+ΔW is a change of the down projection. Where a norm follows it (Gemma 2 and 3, OLMo 2), ΔW acts through the norm, which
+gives γ ⊙ n with n of mean square 1. There, t_i in the two sums of products is not what the block's output lacks, but
+what the down projection lacks for the closest output that the norm can give; γ stays. So the thought matrix of one
+query is exact at its token without such a norm, and only close with one. To change γ instead, as exact patches do,
+serves one query only: Δγ divides by n, dimension by dimension, and n differs among queries.
+
+The bias is that of the down projection, and of the norm after it where there is one: what blocks lack on average adds
+to the stream as it is. Llama's projections and the RMSNorms of Gemma and OLMo have no bias: there, the patch adds one
+to the architecture.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -95,9 +102,6 @@ class SharedStatistics(Saved):
     """Σ_i t_i ⊗ h_i / ‖h_i‖²."""
     lack: Float[Tensor, "layer d_model"]
     """Σ_i of what the block's output lacks."""
-    scale: Float[Tensor, "layer 2 d_model"] | None
-    """The sums for the change of the scale of the norm after the MLP, Σ_i r_i n_i and Σ_i n_i²: n is what the norm
-    gives once the down projection lacks nothing, and r what the block then still lacks. `None` without a norm."""
     n_queries: int
     """The number of queries."""
 
@@ -116,7 +120,7 @@ class SharedStatistics(Saved):
                 f"{other.model!r} ({other.fingerprint}): compute both with the same model"
             )
         sums = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "fingerprint")}
-        return replace(self, **{name: None if v is None else v + getattr(other, name) for name, v in sums.items()})
+        return replace(self, **{name: value + getattr(other, name) for name, value in sums.items()})
 
     @checked
     def ridge_patch(self, relative_ridge: Finite = RELATIVE_RIDGE) -> SharedPatch:
@@ -132,7 +136,7 @@ class SharedStatistics(Saved):
         layers = [RidgeStatistics(*sums, self.n_queries) for sums in zip(self.gram, self.cross, strict=True)]
         ridges = [layer.scaled_ridge(relative_ridge) for layer in layers]
         factors = [layer.factors(ridge) for layer, ridge in zip(layers, ridges, strict=True)]
-        return self._patch("ridge", factors, scale=self._scale(), ridge=torch.tensor(ridges, dtype=torch.float64))
+        return self._patch("ridge", factors, ridge=torch.tensor(ridges, dtype=torch.float64))
 
     def mean_patch(self) -> SharedPatch:
         """Return the mean patch: what blocks lack on average, as a bias."""
@@ -160,14 +164,7 @@ class SharedStatistics(Saved):
             by_singular_value(basis, strength * matrix.mT @ basis, self.n_queries)
             for basis, matrix in zip(outputs, self.thought, strict=True)
         ]
-        return self._patch("thought-matrix", factors, scale=self._scale())
-
-    def _scale(self) -> Float[Tensor, "layer d_model"] | None:
-        """Return the least-squares change of the norm's scale: Σ r n / Σ n², by dimension."""
-        if self.scale is None:
-            return None
-        products, squares = self.scale.unbind(1)
-        return torch.where(squares == 0, torch.zeros_like(products), products / squares)
+        return self._patch("thought-matrix", factors)
 
     def _patch(
         self,
@@ -175,7 +172,6 @@ class SharedStatistics(Saved):
         factors: list[tuple[Tensor, Tensor]],
         *,
         bias: Tensor | None = None,
-        scale: Tensor | None = None,
         ridge: Tensor | None = None,
     ) -> SharedPatch:
         """Return a patch, in the model's precision and in float32 at least."""
@@ -187,7 +183,7 @@ class SharedStatistics(Saved):
             fingerprint=self.fingerprint,
             factors={"out": LowRank(*stacked)} if stacked else {},
             bias=None if bias is None else bias.to(dtype),
-            scale=None if scale is None else scale.to(dtype),
+            scale=None,
             method=method,
             ridge=ridge,
             n_queries=self.n_queries,
@@ -228,7 +224,6 @@ def sum_statistics(model: Model, prompts: Prompts, *, batch_size: Count = BATCH_
         cross=zeros(d_model, d_hidden),
         thought=zeros(d_model, d_hidden),
         lack=zeros(d_model),
-        scale=zeros(2, d_model) if form.shift == "scale" else None,
         n_queries=len(prompts.queries),
     )
     for layers in run_over_queries(model, prompts, form, batch_size):
@@ -239,16 +234,11 @@ def sum_statistics(model: Model, prompts: Prompts, *, batch_size: Count = BATCH_
 
 def _add_rows(statistics: SharedStatistics, layer: int, rows: LayerRows) -> None:
     """Add a batch of queries to the sums of a layer."""
-    hidden, lack, target, normalised, rest = (None if values is None else values.cpu() for values in rows)
-    assert hidden is not None
-    assert lack is not None
-    assert target is not None
+    hidden, lack, target = (values.cpu() for values in rows)
     statistics.gram[layer].addmm_(hidden.mT, hidden)
     statistics.cross[layer].addmm_(target.mT, hidden)
     statistics.thought[layer].addmm_(target.mT, hidden / hidden.square().sum(dim=-1, keepdim=True))
     statistics.lack[layer] += lack.sum(dim=0)
-    if statistics.scale is not None and normalised is not None and rest is not None:
-        statistics.scale[layer] += torch.stack([(rest * normalised).sum(dim=0), normalised.square().sum(dim=0)])
 
 
 @checked

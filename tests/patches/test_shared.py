@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import relative_error, snapshot
+from helpers import draw, relative_error, seeds, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.models import tiny_model
 from icl_dual.patches import Patch
+from icl_dual.patches.queries import STAY, closest_through_norm
 
 ToyModel = Callable[..., icl.Model]
 
@@ -99,7 +102,7 @@ def test_it_is_the_ridge_solution_of_each_layer(
     assert patch.rank == len(hand_made.queries) == patch.n_queries
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "neox", "falcon", "gemma2-window", "gemma3-window"])
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "neox", "falcon"])
 def test_it_is_exact_for_one_query_of_one_token(make_model: ToyModel, architecture: str) -> None:
     """No earlier token can differ from the pass that the patch was fitted in."""
     model = make_model(architecture, torch.float64)
@@ -166,8 +169,16 @@ def test_the_mean_patch_and_the_thought_matrix_are_sums_over_queries(
     assert (by_default.bias, by_default.rank, by_default.ridge) == (None, 4, None)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "gemma3-window", "gemma2-window"])
-@pytest.mark.parametrize("build", [icl.build_mean_patch, icl.build_thought_matrix])
+@pytest.mark.parametrize(
+    ("architecture", "build"),
+    [
+        ("gpt2", icl.build_mean_patch),
+        ("llama", icl.build_mean_patch),
+        ("gemma3-window", icl.build_mean_patch),
+        ("gpt2", icl.build_thought_matrix),
+        ("llama", icl.build_thought_matrix),
+    ],
+)
 def test_they_are_exact_for_one_query_of_one_token(
     make_model: ToyModel, architecture: str, build: Callable[..., icl.SharedPatch]
 ) -> None:
@@ -178,6 +189,82 @@ def test_they_are_exact_for_one_query_of_one_token(
         assert relative_error(last_logits(model, (9,)), in_context) < 1e-6 < 0.1 < relative_error(zero_shot, in_context)
     assert all(torch.equal(*pair) for pair in zip(snapshot(model), before, strict=True))
     assert torch.equal(last_logits(model, (9,)), zero_shot)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2-window", "gemma3-window"])
+def test_a_norm_after_the_mlp_gives_the_closest_output_that_it_can(
+    make_model: ToyModel, make_hf_model: Callable[..., PreTrainedModel], architecture: str
+) -> None:
+    """By torch's own hooks on a plain model of one query of one token, with what reaches each layer forced."""
+    plain: Any = make_hf_model(architecture, torch.float64)
+    patch = icl.build_thought_matrix(make_model(architecture, torch.float64), one_token_prompts())
+    in_context: list[torch.Tensor] = []
+    blocks = plain.model.layers
+    handles = [
+        block.register_forward_hook(lambda m, args, out: in_context.append(stream(out)[0, -1])) for block in blocks
+    ]
+    with torch.no_grad():
+        plain(torch.tensor([[5, 6, 7, 20, 9]]))
+    for handle in handles:
+        handle.remove()
+    for layer, block in enumerate(blocks):
+        read: dict[str, torch.Tensor] = {}
+        handles = [
+            block.mlp.down_proj.register_forward_hook(
+                lambda m, args, out, read=read: read.update(h=args[0][0], m=out[0])
+            ),
+            block.post_feedforward_layernorm.register_forward_hook(
+                lambda m, args, out, read=read: read.update(o=out[0])
+            ),
+            block.register_forward_hook(lambda m, args, out, read=read: read.update(stream=stream(out)[0])),
+        ]
+        if layer:  # the layer below gives its in-context stream
+            below = in_context[layer - 1]
+            handles.append(block.register_forward_pre_hook(lambda m, args, to=below: (to[None, None], *args[1:])))
+        with torch.no_grad():
+            plain(torch.tensor([[9]]))
+        for handle in handles:
+            handle.remove()
+        scale = 1 + block.post_feedforward_layernorm.weight.detach()
+        wanted = in_context[layer] - (read["stream"] - read["o"])
+        length = read["m"].square().mean().sqrt()
+        target = closest_through_norm(wanted, scale, read["m"] / length) * length - read["m"]
+        left, right = (factor[layer] for factor in patch.factors["out"])
+        assert relative_error(left @ right.mT, target.mT @ read["h"] / read["h"].square().sum()) < 1e-5
+        reached = read["m"] + read["h"] @ right @ left.mT
+        output = scale * reached / reached.square().mean().sqrt()
+        before, after = ((out - wanted).norm() for out in (read["o"], output))
+        assert after < 0.9 * before
+
+
+@given(seed=seeds, small=st.sampled_from([0.0, 1e-3, 0.5]))
+def test_the_closest_output_of_a_norm(seed: int, small: float) -> None:
+    """On a circle, against all directions; in more dimensions, against steps along the sphere."""
+    scale = torch.tensor([1.5, small], dtype=torch.float64)
+    wanted, normalised = draw(seed, 1, 2, scale=2.0), as_long(draw(seed + 1, 1, 2))
+    angles = torch.linspace(0, 2 * torch.pi, 20001, dtype=torch.float64)
+    circle = 2**0.5 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    got = closest_through_norm(wanted, scale, normalised)
+    distances = distance(circle, wanted, scale, normalised)
+    assert distance(got, wanted, scale, normalised).item() == pytest.approx(distances.min().item(), rel=1e-6, abs=1e-6)
+
+    scale, wanted, normalised = draw(seed, 7), draw(seed + 1, 3, 7, scale=2.0), as_long(draw(seed + 2, 3, 7))
+    got = closest_through_norm(wanted, scale, normalised)
+    torch.testing.assert_close(got.square().mean(dim=-1), torch.ones(3, dtype=torch.float64))
+    for size in (1e-3, 0.1, 1.0):
+        near = as_long(got + size * draw(seed + 3, 3, 7))
+        closest, other = (distance(n, wanted, scale, normalised) for n in (got, near))
+        assert (closest <= other + 1e-9).all()
+
+
+def as_long(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def distance(n: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
+    """What `closest_through_norm` minimises."""
+    kappa = STAY * scale.square().median()
+    return (scale * n - wanted).square().sum(dim=-1) + kappa * (n - normalised).square().sum(dim=-1)
 
 
 @pytest.mark.parametrize("name", ["ridge", "mean", "thought-matrix", "exact", "exact with a scale"])
