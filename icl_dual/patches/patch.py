@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
 from icl_dual.models import LowRank, Model
 from icl_dual.models.journal import Undo, exclusive
@@ -62,6 +63,7 @@ class Patch(Saved):
             ranks += (values > values[:, :1] * rounding).sum(dim=-1).tolist()
         return max(ranks)
 
+    @checked
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.

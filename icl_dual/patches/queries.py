@@ -30,8 +30,11 @@ from icl_dual.patches.exact import check_parts, check_stream
 from icl_dual.prompts import Prompts
 from icl_dual.torch_utils import at_least_float32, pad_right
 
-STAY = 0.1
-"""How much `closest_through_norm` prefers what the norm gives now, in units of the median of γ²."""
+STAY = 0.01
+"""How much `closest_through_norm` prefers what the norm gives now, in units of the median of γ².
+
+Measured on Gemma 3 270M (`subj`, 8 demonstrations, 32 queries): on 24 held-out queries, the KL divergence of the
+patched model from in-context learning is .24 nats with .01, .40 with .1, .89 with 0, and 9.0 without a patch."""
 
 BISECTIONS = 100
 """Halvings of the interval that holds μ: as many as float64 can tell apart."""

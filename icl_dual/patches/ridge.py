@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_dual.arguments import checked
+from icl_dual.arguments import Count, Finite, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.storage import Saved
 
@@ -44,11 +44,13 @@ class RidgeStatistics(Saved):
         return f"RidgeStatistics({self.n_rows} rows, {self.cross.shape[1]} → {self.cross.shape[0]})"
 
     @classmethod
-    def empty(cls, *, d_in: int, d_out: int) -> "RidgeStatistics":
+    @checked
+    def empty(cls, *, d_in: Count, d_out: Count) -> "RidgeStatistics":
         """Return the sums over no rows."""
         zeros = torch.zeros(d_in + d_out, d_in, dtype=torch.float64)
         return cls(zeros[:d_in], zeros[d_in:], 0)
 
+    @checked
     def with_rows(self, h: Float[Tensor, "row d_in"], t: Float[Tensor, "row d_out"]) -> "RidgeStatistics":
         """Return the sums with more rows added.
 
@@ -63,7 +65,8 @@ class RidgeStatistics(Saved):
         """Return the sums over the rows of both."""
         return RidgeStatistics(self.gram + other.gram, self.cross + other.cross, self.n_rows + other.n_rows)
 
-    def scaled_ridge(self, relative_ridge: float) -> float:
+    @checked
+    def scaled_ridge(self, relative_ridge: Finite) -> float:
         """Return λ = relative_ridge · ‖HᵀH‖² / tr(HᵀH), which grows as HᵀH does; 0 where all h are zero."""
         trace = self.gram.trace().item()
         return relative_ridge * self.gram.square().sum().item() / trace if trace else 0.0

@@ -7,6 +7,7 @@ from helpers import draw, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+import icl_dual as icl
 from icl_dual.patches import RidgeStatistics
 
 
@@ -89,3 +90,13 @@ def test_a_singular_system_without_ridge_is_refused(n_rows: int) -> None:
 def test_a_ridge_that_is_negative_or_no_number_is_refused(ridge: float, n_rows: int) -> None:
     with pytest.raises(ValueError, match="expected ridge"):
         sums(draw(0, n_rows, 6), draw(1, n_rows, 4)).solve(ridge)
+
+
+def test_arguments_of_the_wrong_kind_or_width_are_refused() -> None:
+    with pytest.raises(icl.ArgumentError, match="expected d_in"):
+        RidgeStatistics.empty(d_in=0, d_out=4)
+    statistics = RidgeStatistics.empty(d_in=6, d_out=4)
+    with pytest.raises(icl.ArgumentError, match="expected t"):
+        statistics.with_rows(draw(0, 3, 6), draw(1, 2, 4))
+    with pytest.raises(icl.ArgumentError, match="expected relative_ridge"):
+        statistics.scaled_ridge(float("nan"))

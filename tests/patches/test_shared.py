@@ -362,6 +362,16 @@ def test_no_ridge_with_fewer_queries_than_hidden_activations_is_refused(
         icl.build_shared_patch(tiny_model(), hand_made, relative_ridge=relative_ridge)
 
 
+def test_arguments_of_the_wrong_kind_are_refused(hand_made: icl.Prompts) -> None:
+    model = tiny_model()
+    with pytest.raises(icl.ArgumentError, match="expected batch_size"):
+        icl.sum_statistics(model, hand_made, batch_size=0)
+    with pytest.raises(icl.ArgumentError, match="expected strength"):
+        icl.build_thought_matrix(model, hand_made, strength=float("nan"))
+    with pytest.raises(icl.ArgumentError, match="expected seed"):
+        icl.draw_random_patch(icl.build_mean_patch(model, hand_made), -1)
+
+
 def test_prompts_without_queries_are_refused(hand_made: icl.Prompts) -> None:
     with pytest.raises(icl.PromptError, match="expected at least one query"):
         icl.build_shared_patch(tiny_model(), replace(hand_made, queries=(), gold=()))
