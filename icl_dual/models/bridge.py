@@ -249,7 +249,7 @@ class BridgeBackend(Backend):
         norm: Any = cast(Any, self._mlp_modules(layer)["scale"]).original_component
         with torch.no_grad():
             scale = norm.forward(torch.ones_like(norm.weight))  # of a vector of ones, the normalised vector is one
-            return norm.weight, round((scale.float() - norm.weight.float()).mean().item())
+            return norm.weight, float(round((scale.float() - norm.weight.float()).mean().item()))
 
     def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
         """Return hooks on the linear layers that run, and on the norm after the MLP."""

@@ -8,6 +8,7 @@
 | `queries` | the pass over queries that shared patches are fitted to |
 | `shared` | changes for all queries: by ridge regression, the mean patch, the thought matrix, a random patch |
 | `relaxed` | ΔICL inserted into a run without demonstrations; linear attention run in place of softmax |
+| `value_path` | `build_value_patch`: the context as a change of attention's output projections, for one query |
 | `generation` | tokens generated with an exact patch for each, in several forms of rounding |
 """
 
@@ -35,6 +36,7 @@ from icl_dual.patches.shared import (
     draw_random_patch,
     sum_statistics,
 )
+from icl_dual.patches.value_path import ValuePatch, build_value_patch
 
 __all__ = [
     "EFFECT_FIELDS",
@@ -47,12 +49,14 @@ __all__ = [
     "RidgeStatistics",
     "SharedPatch",
     "SharedStatistics",
+    "ValuePatch",
     "WeightComparison",
     "build_exact_patch",
     "build_function_vector",
     "build_mean_patch",
     "build_shared_patch",
     "build_thought_matrix",
+    "build_value_patch",
     "capture_each",
     "compare_effects",
     "compare_weights",

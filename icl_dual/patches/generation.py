@@ -180,6 +180,8 @@ class _Context:
     model: Model
     prompt: Tokens
     recorders: dict[Tokens, Recorder] = field(default_factory=dict)
+    computed: dict[Tokens, Float[Tensor, " d_vocab"]] = field(default_factory=dict)
+    """The logits."""
 
     def recorder(self, generated: Tokens) -> Recorder:
         """Return what a pass over the prompt and the generated tokens leaves at the last of them."""
@@ -191,8 +193,10 @@ class _Context:
 
     def logits(self, generated: Tokens) -> Float[Tensor, " d_vocab"]:
         """Return the in-context logits, in float32 at least."""
-        stream = self.recorder(generated).streams[-1]
-        return at_least_float32(self.model.unembed(stream.to(self.model.dtype)[None, None])[0, 0])
+        if generated not in self.computed:
+            stream = self.recorder(generated).streams[-1].to(self.model.dtype)
+            self.computed[generated] = at_least_float32(self.model.unembed(stream[None, None])[0, 0])
+        return self.computed[generated]
 
 
 @dataclass

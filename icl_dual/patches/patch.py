@@ -86,19 +86,34 @@ class Patch(Saved):
 @exclusive
 def _apply(model: Model, patch: Patch, undo: Undo) -> None:
     """Add a patch to every run of a model, until the block ends."""
-    if patch.model != model.name:
+    check_model(model, patch.model, patch.fingerprint)
+    add_mlp_changes(model, patch.changes(), undo)
+
+
+def check_model(model: Model, name: str, fingerprint: str) -> None:
+    """Check that a model is the one that a patch was built for.
+
+    Args:
+        model: the model.
+        name: the name of the model that the patch was built for.
+        fingerprint: the fingerprint of its weights.
+
+    Raises:
+        ValueError: it is another model, has other weights, or another precision.
+    """
+    if name != model.name:
         raise ValueError(
-            f"expected a patch of {model.name!r}, got one of {patch.model!r}: apply it to the model it was built for"
+            f"expected a patch of {model.name!r}, got one of {name!r}: apply it to the model it was built for"
         )
-    if patch.precision != model.precision:
+    precision = fingerprinted_precision(fingerprint)
+    if precision != model.precision:
         raise ValueError(
             f"expected a patch of {model.name!r} in the model's precision, {model.precision}, got one for "
-            f"{patch.precision}: build it again, or load the model in the patch's precision with dtype and arithmetic "
+            f"{precision}: build it again, or load the model in the patch's precision with dtype and arithmetic "
             "of icl_dual.load_model"
         )
-    if patch.fingerprint != (fingerprint := model.fingerprint()):
+    if fingerprint != (current := model.fingerprint()):
         raise ValueError(
-            f"expected a patch of these weights of {model.name!r} (fingerprint {fingerprint}), got one of "
-            f"{patch.fingerprint}: is a delta or another patch applied, or was it built for another model?"
+            f"expected a patch of these weights of {model.name!r} (fingerprint {current}), got one of "
+            f"{fingerprint}: is a delta or another patch applied, or was it built for another model?"
         )
-    add_mlp_changes(model, patch.changes(), undo)

@@ -202,7 +202,7 @@ def run_relaxed(
         >>> relaxed.logits.shape, relaxed.factors.shape
         (torch.Size([2, 257]), torch.Size([2, 2, 4]))
     """
-    changed = _check(model, prompts, layers)
+    changed = checked_layers(model, prompts, layers)
     if scale == "held-out" and len(prompts.queries) < 2:
         raise ValueError("expected at least 2 queries for scale='held-out', got 1: there is no other one to fit to")
     with torch.no_grad():
@@ -276,27 +276,13 @@ def run_inserted(
         >>> bool(inserted.relative_error < 1e-5)
         True
     """
-    changed = _check(model, prompts, layers)
+    changed = checked_layers(model, prompts, layers)
     if model.momentum is not None:
         raise UnsupportedModelError(
             f"expected a model without momentum, got {model.name}: what its demonstrations add is more than ΔICL"
         )
-    n_start = len(prompts.start)
     with torch.no_grad():
-        cache, _ = run_prefix(model, prompts.prefix)
-        first = {name: [tensor[:n_start] for tensor in getattr(cache, name)] for name in ("keys", "values", "norms")}
-        start = replace(cache, **first)
-        delta_icl: dict[tuple[int, int], Tensor] = {}
-        """ΔICL of a query's tokens, by query and layer."""
-
-        def keep(layer: int, attention: Attention, rows: Sequence[int], last: Tensor) -> None:
-            if layer in changed:
-                z_0 = _merged(model, start, layer, attention, len(prompts.prefix)).z
-                added = at_least_float32(attention.z) - at_least_float32(z_0)
-                for row, values, end in zip(rows, added, last.tolist(), strict=True):
-                    delta_icl[row, layer] = values[: end + 1].clone()
-
-        in_context = _in_context_logits(model, prompts, cache, keep)
+        delta_icl = _DeltaIcl(model, prompts, changed)
 
         def insert(layer: int, attention: Attention, rows: list[int], last: Tensor) -> Tensor:
             if layer not in changed:
@@ -304,7 +290,7 @@ def run_inserted(
             z = at_least_float32(attention.z).clone()
             for index, (row, end) in enumerate(zip(rows, last.tolist(), strict=True)):
                 at = slice(0 if tokens == "query" else end, end + 1)
-                z[index, at] += delta_icl[row, layer][at]
+                z[index, at] += delta_icl.by_query[row, layer][at]
             return z
 
         alone, _ = run_prefix(model, prompts.start)
@@ -317,11 +303,11 @@ def run_inserted(
         option=tokens,
         layers=changed,
         logits=logits,
-        in_context_logits=in_context,
+        in_context_logits=delta_icl.logits,
     )
 
 
-def _check(model: Model, prompts: Prompts, layers: Sequence[int] | None) -> tuple[int, ...]:
+def checked_layers(model: Model, prompts: Prompts, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Check the arguments, and return the layers from 0."""
     check_prompts(model, prompts)
     if not prompts.demonstrations:
@@ -340,6 +326,34 @@ def _check(model: Model, prompts: Prompts, layers: Sequence[int] | None) -> tupl
     with torch.no_grad():
         check_pass(model, prompts)
     return tuple(sorted(changed))
+
+
+class _DeltaIcl:
+    """ΔICL of an in-context pass of all queries, at all of their tokens."""
+
+    def __init__(self, model: Model, prompts: Prompts, layers: tuple[int, ...]) -> None:
+        self.by_query: dict[tuple[int, int], Float[Tensor, "pos head d_head"]] = {}
+        """By query and layer."""
+        n_start, n_prefix = len(prompts.start), len(prompts.prefix)
+        cache, _ = run_prefix(model, prompts.prefix)
+        first = {name: [tensor[:n_start] for tensor in getattr(cache, name)] for name in ("keys", "values", "norms")}
+        start = replace(cache, **first)
+
+        def keep(layer: int, attention: Attention, rows: Sequence[int], last: Tensor) -> None:
+            if layer in layers:
+                z_0 = merge_cache(model, start, layer, attention, n_prefix).z
+                added = at_least_float32(attention.z) - at_least_float32(z_0)
+                for row, of_row, end in zip(rows, added, last.tolist(), strict=True):
+                    self.by_query[row, layer] = of_row[: end + 1].clone()
+
+        self.logits = _in_context_logits(model, prompts, cache, keep)
+        """The logits at the recorded positions."""
+
+
+def delta_icl_at(model: Model, prompts: Prompts) -> Float[Tensor, "layer d_z"]:
+    """Return ΔICL of the first query's heads, side by side, at its recorded position."""
+    delta_icl = _DeltaIcl(model, prompts, tuple(range(model.n_layers))).by_query
+    return torch.stack([delta_icl[0, layer][-1].flatten() for layer in range(model.n_layers)])
 
 
 OnRows = Callable[[int, Attention, list[int], Int[Tensor, " batch"]], Tensor]
@@ -365,7 +379,7 @@ def _run_after(
         last = torch.tensor([len(rows[row]) - 1 for row in batch], device=model.device)
 
         def on_attention(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> Tensor:
-            merged = attention._replace(z=_merged(model, cache, layer, attention, first).z)
+            merged = attention._replace(z=merge_cache(model, cache, layer, attention, first).z)
             return z_of(layer, merged, batch, last)
 
         positions = first + torch.arange(tokens.shape[1], device=model.device)
@@ -379,7 +393,7 @@ def _run_after(
     return logits
 
 
-def _merged(model: Model, cache: PrefixCache, layer: int, attention: Attention, first: int) -> dual.AttentionPart:
+def merge_cache(model: Model, cache: PrefixCache, layer: int, attention: Attention, first: int) -> dual.AttentionPart:
     """Return a batch's softmax attention over its own tokens, from a position on, and over cached tokens before it."""
     rule, (q, k, v, *_) = model.attention_rules[layer], attention
     positions = first + torch.arange(q.shape[1], device=q.device)[None]
