@@ -163,7 +163,8 @@ def _largest(values: torch.Tensor) -> float:
 def table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each model, precision and form, with 95 % intervals over prompts."""
     summaries = []
-    for (model, precision, form), group in frame.groupby(["model", "precision", "form"], sort=False):
+    for key, group in frame.groupby(["model", "precision", "form"], sort=False):
+        model, precision, form = map(str, key)  # pyright: ignore[reportArgumentType]
         shares = (group["agreeing"] / group["tokens"]).to_numpy()[None]
         is_whole = shares == 1
         # Where all agree, or none does, a bootstrap has no width.
@@ -172,9 +173,9 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         within = (others["margin there"] <= 2 * others["largest logit error there"]).sum()
         summaries.append(
             {
-                "model": model_title(str(model)),
+                "model": model_title(model),
                 "precision": precision,
-                "form": TITLES_BY_FORM[str(form)],
+                "form": TITLES_BY_FORM[form],
                 "tokens that agree, %": share.format(1, scale=100.0),
                 "prompts with all tokens, %": proportion(is_whole.astype(float)).format(1, scale=100.0),
                 "logit error, median": f"{group['median relative error'].median():.1e}",
@@ -203,14 +204,14 @@ def draw(generations: dict[tuple[str, str], list[Generation]], title: str, path:
         above, below = axes[0][column], axes[1][column]
         above.set_title(f"{short(model)}, {precision}", fontsize="medium")
         for form in by_prompt[0].generated:
-            style = {"color": f"C{list(TITLES_BY_FORM).index(form)}", "label": TITLES_BY_FORM[form]}
+            color, label = f"C{list(TITLES_BY_FORM).index(form)}", TITLES_BY_FORM[form]
             same = np.array([np.equal(result.generated[form], result.prompted) for result in by_prompt])
             steps = np.arange(1, same.shape[1] + 1)
-            above.plot(steps, same.mean(0), **style)
+            above.plot(steps, same.mean(0), color=color, label=label)
             errors = torch.stack([result.errors[form] for result in by_prompt])
             low, median, high = errors.double().nanquantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
-            below.plot(steps, median, **style)
-            below.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            below.plot(steps, median, color=color, label=label)
+            below.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         _label(above, below, is_first=not column)
     # The forms differ between precisions: one legend of all.
     handles = {text: handle for ax in axes[0] for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}

@@ -21,7 +21,7 @@ demonstrations computed once: the same function, rounded in another order. A pat
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -237,7 +237,7 @@ def _generator(model: Model, context: _Context, prompts: Prompts, alone: Tokens,
     return patched_logits
 
 
-def _run(model: Model, tokens: Tokens, **callbacks: Callable) -> Float[Tensor, " d_vocab"]:
+def _run(model: Model, tokens: Tokens, **callbacks: Any) -> Float[Tensor, " d_vocab"]:
     """Return the logits after a prompt."""
     ids = torch.tensor([tokens], device=model.device)
     return model.run(ids, read=torch.tensor([[len(tokens) - 1]], device=model.device), **callbacks)[0, 0]
@@ -285,8 +285,9 @@ class _Inversion:
         if self.written:
             return self._written(layer, part, x, output, matrix, vector)
         factors = {} if matrix is None else {part: LowRank(*(factor[None, :, None] for factor in matrix))}
-        vectors = {} if vector is None else {"scale" if part == "scale" else "bias": vector[None]}
-        return MlpChanges(factors, **vectors).apply(0, part, x, output)
+        row = None if vector is None else vector[None]
+        bias, scale = (None, row) if part == "scale" else (row, None)
+        return MlpChanges(factors, bias, scale).apply(0, part, x, output)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return an intermediate result in the precision of the inversion."""

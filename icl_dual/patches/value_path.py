@@ -21,7 +21,7 @@ of MLPs (`icl_dual.patches.exact`), this holds by construction.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -192,11 +192,11 @@ def build_value_patch(
     )
 
 
-def _run(model: Model, tokens: tuple[int, ...], positions: Sequence[int], **callbacks: object) -> None:
+def _run(model: Model, tokens: tuple[int, ...], positions: Sequence[int], **callbacks: Any) -> None:
     """Run one prompt."""
     ids = torch.tensor([tokens], device=model.device)
     read = torch.tensor([[len(tokens) - 1]], device=model.device)
-    model.run(ids, positions=torch.tensor(positions), read=read, **callbacks)  # pyright: ignore[reportArgumentType]
+    model.run(ids, positions=torch.tensor(positions), read=read, **callbacks)
 
 
 @dataclass

@@ -35,8 +35,8 @@ def test_every_prompt_has_a_row_for_each_form(out: Path) -> None:
             saved = [Generation.load(out / "cells" / "tiny-llama" / precision / f"{index:03d}") for index in range(5)]
             assert (rows["agreeing"] / 2).tolist() == [generation.agreement(form) for generation in saved]
     patched = frame[(frame["precision"] == "float32") & (frame["form"] != "unpatched")]
-    assert (patched["agreeing"] == 2).all()
-    assert patched["largest relative error"].max() < 1e-5
+    assert set(patched["agreeing"]) == {2}
+    assert max(patched["largest relative error"]) < 1e-5
 
 
 def test_the_page_has_a_row_for_each_form_and_names_no_machine(out: Path, tiny_model: str) -> None:
