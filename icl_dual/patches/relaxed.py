@@ -61,6 +61,7 @@ BATCH_SIZE = 16
 """The most queries that run at once."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class AttentionRun(Saved):

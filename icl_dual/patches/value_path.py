@@ -45,6 +45,7 @@ Update = Literal["realised", "direct"]
 """What is added to the heads' outputs: all that they lack, or ΔICL alone."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class ValuePatch(Saved):
@@ -82,6 +83,7 @@ class ValuePatch(Saved):
         """The Frobenius norm of ΔW_O by layer."""
         return self.factors.singular_values().norm(dim=-1)
 
+    @checked
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.

@@ -148,6 +148,8 @@ def test_it_saves_and_loads(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_refused() -> None:
     model = tiny_model()
+    with pytest.raises(ValueError, match=r"expected form as one that was run, of \['unpatched'\], got 'naive'"):
+        generate_patched(model, PROMPTS, n_tokens=1, forms=("unpatched",)).agreement("naive")
     with pytest.raises(IndexError, match="expected query from 0 to 1, got 2"):
         generate_patched(model, PROMPTS, 2)
     with pytest.raises(icl.ArgumentError, match="expected n_tokens as a whole number of at least 1, got 0"):
