@@ -8,7 +8,7 @@ What queries share runs once (`icl_dual.captures.shared_prefix`); the rest of ea
 alone, in batches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,12 +106,13 @@ class _Reader:
         self.parts: dict[MlpPart, tuple[Tensor, Tensor]] = {}
         self.scale = torch.zeros(0)
         self.layers: list[LayerRows] = []
-        callbacks: dict[str, Callable] = {
-            "on_middle": self._on_middle,
-            "on_mlp": self._on_mlp,
-            "on_residual": self._on_residual,
-        }
-        self.model.run(tokens, read=self.last[:, None], **callbacks)
+        self.model.run(
+            tokens,
+            read=self.last[:, None],
+            on_middle=self._on_middle,
+            on_mlp=self._on_mlp,
+            on_residual=self._on_residual,
+        )
         return self.layers
 
     def _at_last(self, activations: Tensor) -> Float[Tensor, "query width"]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import draw, seeds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icl_dual as icl
@@ -29,6 +29,7 @@ def test_the_solution_is_that_of_least_squares_on_stacked_rows(seed: int, n_rows
     torch.testing.assert_close(sums(h, t).solve(ridge), stacked(h, t, ridge), rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(
     seed=seeds,
     n_rows=st.sampled_from([0, 1, 4, 9, 40]),
