@@ -39,7 +39,7 @@ from outputs import markdown, markdown_code, markdown_text, write_csv, write_tex
 import icl_dual as icl
 from icl_dual.patches.generation import Form, Generation, generate_patched
 from icl_dual.progress import progress_bar
-from icl_dual.statistics import bootstrap, proportion
+from icl_dual.statistics import bootstrap, proportion, wilson
 from icl_dual.storage import check_same_settings, load_tensors
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -170,6 +170,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         # Where all agree, or none does, a bootstrap has no width.
         share = proportion(shares) if shares.min() == shares.max() else bootstrap(shares)
         others = group[group["first other token"].notna()]
+        n_same = sum(map(int, group["first other token"].fillna(group["tokens"]).tolist()))
         within = (others["margin there"] <= 2 * others["largest logit error there"]).sum()
         summaries.append(
             {
@@ -177,6 +178,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
                 "precision": precision,
                 "form": TITLES_BY_FORM[form],
                 "tokens that agree, %": share.format(1, scale=100.0),
+                "next token agrees, %": wilson(n_same, n_same + len(others)).format(1, scale=100.0),
                 "prompts with all tokens, %": proportion(is_whole.astype(float)).format(1, scale=100.0),
                 "logit error, median": f"{group['median relative error'].median():.1e}",
                 "largest": f"{group['largest relative error'].max():.1e}",
@@ -265,13 +267,16 @@ exact patch for each token. It goes on from its own tokens: after a first other 
 The cached form is the same function as the prompted model, rounded in another order. What it does not agree with is
 lost to rounding, not to a patch.
 
+*Next token agrees* counts the tokens up to and including the first other one: a token that differs makes all later ones
+another text, which says nothing more about the patch.
+
 Logit errors are ‖logits − in-context logits‖ / ‖in-context logits‖ after the same generated tokens: the median over
 tokens and prompts, and the largest; then the largest absolute error of a single logit. *Within rounding* counts the
 prompts with another token at which the prompted model's two best logits are closer to each other than twice the largest
 error of a logit there. Of the prompted model's tokens, these two are equal at {ties(generations)}.
 
-Brackets are 95 % intervals over prompts: of tokens, a bootstrap, or Wilson's where all prompts have the same share; of
-prompts, Wilson's.
+Brackets are 95 % intervals: of tokens that agree, a bootstrap over prompts, or Wilson's where all prompts have the same
+share; of next tokens and of prompts, Wilson's.
 
 That the tokens agree in float32 is so by construction, for any weights. It is no evidence that in-context learning
 descends a gradient.
