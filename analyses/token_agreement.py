@@ -54,6 +54,8 @@ TITLES_BY_FORM = {
     "cached": "no patch: prompted, cached",
     "unpatched": "no patch: query alone",
 }
+STYLES = {"naive": "-", "stable": "--", "beside": ":", "cached": "-.", "unpatched": "-"}
+"""How each form's line is drawn: lines of forms that agree lie on each other."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -183,7 +185,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
                 "logit error, median": f"{group['median relative error'].median():.1e}",
                 "largest": f"{group['largest relative error'].max():.1e}",
                 "largest, absolute": f"{group['largest logit error'].max():.2g}",
-                "within rounding": f"{within} of {len(others)}" if len(others) else "",
+                "within rounding": f"{within} of {len(others)}" if len(others) and form != "unpatched" else "",
             }
         )
     return pd.DataFrame(summaries)
@@ -209,10 +211,10 @@ def draw(generations: dict[tuple[str, str], list[Generation]], title: str, path:
             color, label = f"C{list(TITLES_BY_FORM).index(form)}", TITLES_BY_FORM[form]
             same = np.array([np.equal(result.generated[form], result.prompted) for result in by_prompt])
             steps = np.arange(1, same.shape[1] + 1)
-            above.plot(steps, same.mean(0), color=color, label=label)
+            above.plot(steps, same.mean(0), STYLES[form], color=color, label=label)
             errors = torch.stack([result.errors[form] for result in by_prompt])
             low, median, high = errors.double().nanquantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
-            below.plot(steps, median, color=color, label=label)
+            below.plot(steps, median, STYLES[form], color=color, label=label, marker=".", markersize=3)
             below.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         _label(above, below, is_first=not column)
     # The forms differ between precisions: one legend of all.
