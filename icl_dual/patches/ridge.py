@@ -122,7 +122,7 @@ class RidgeStatistics(Saved):
 
 
 def range_of(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out k"]:
-    """Return orthonormal columns that span the columns of a matrix, whose rank is at most `rank`.
+    """Return orthonormal columns that span the columns of a matrix of rank at most `rank`.
 
     The product with random vectors spans them too (Halko et al. 2011, algorithm 4.1); the vectors are always the same.
     """

@@ -287,8 +287,8 @@ def build_shared_patch(
 def build_mean_patch(model: Model, prompts: Prompts, *, batch_size: Count = BATCH_SIZE) -> SharedPatch:
     """Build the mean patch ("thought vector"): what blocks lack without demonstrations, on average, as a bias.
 
-    The bias is added to what the MLP writes: by the down projection, or by the norm after it. Architectures whose
-    module has no bias get one, as `mlp_bias` of a Llama's configuration would give it.
+    The bias is added to what the MLP writes: by the down projection, or by the norm after it. Where that
+    module has no bias, the patch adds one to the architecture, as `mlp_bias` of a Llama's configuration does.
 
     Args:
         model: the model; a bridge with dense MLPs.
