@@ -15,10 +15,10 @@ Each number has its null, as in `icl_dual.updates`: the change with the same sin
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from icl_dual.captures.pairing import check_fields
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning import WeightDelta
 from icl_dual.models import LowRank, Model
-from icl_dual.models.journal import exclusive
+from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.stream import StreamChange, add_stream_change
 from icl_dual.patches.patch import Patch
 from icl_dual.prompts import Prompts
@@ -71,7 +71,7 @@ class FunctionVector(Saved):
         return f"FunctionVector({self.model!r}, layer {self.layer}, norm={self.vector.norm():.3g})"
 
     @contextmanager
-    def applied(self, model: Model) -> Any:
+    def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the vector; afterwards it is as it was, bit for bit, also after an exception.
 
         In a capture, the vector is added at the token that predicts the label, and nowhere else. In a plain run it is
@@ -91,7 +91,7 @@ class FunctionVector(Saved):
 
 
 @exclusive
-def _add(model: Model, vector: FunctionVector, undo: Any) -> None:
+def _add(model: Model, vector: FunctionVector, undo: Undo) -> None:
     """Add a function vector to every run of a model, until the block ends."""
     add_stream_change(model, StreamChange(vector.layer, vector.vector), undo)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def hand_made() -> icl.Prompts:
 
 
 @pytest.fixture(scope="module")
-def settings(model: icl.Model, hand_made: icl.Prompts) -> dict[str, icl.Capture]:
+def settings(model: icl.Model, hand_made: icl.Prompts) -> dict[str, Any]:
     return {"zero_shot": capture(model, hand_made.zero_shot()), "reference": capture(model, hand_made)}
 
 
@@ -60,7 +61,7 @@ def plain_run(model: icl.Model, tokens: tuple[int, ...]) -> tuple[torch.Tensor, 
 def test_every_number_is_that_of_plain_passes(
     model: icl.Model,
     hand_made: icl.Prompts,
-    settings: dict[str, icl.Capture],
+    settings: dict[str, Any],
     shared: icl.SharedPatch,
     changed: icl.Capture,
 ) -> None:
@@ -87,7 +88,7 @@ def test_every_number_is_that_of_plain_passes(
 
 
 def test_exact_patches_do_what_the_context_does(
-    model: icl.Model, hand_made: icl.Prompts, settings: dict[str, icl.Capture]
+    model: icl.Model, hand_made: icl.Prompts, settings: dict[str, Any]
 ) -> None:
     alone = hand_made.zero_shot()
     patches = [icl.build_exact_patch(model, hand_made, query) for query in range(len(alone.queries))]
@@ -101,7 +102,7 @@ def test_exact_patches_do_what_the_context_does(
     assert got.cosine_random.abs().max() < 0.9
 
 
-def test_the_context_itself_and_no_change_are_the_two_ends(settings: dict[str, icl.Capture]) -> None:
+def test_the_context_itself_and_no_change_are_the_two_ends(settings: dict[str, Any]) -> None:
     ends = {
         name: icl.compare_effects(**settings, changed=replace(settings[name], prompts=settings["zero_shot"].prompts))
         for name in settings
@@ -115,7 +116,7 @@ def test_the_context_itself_and_no_change_are_the_two_ends(settings: dict[str, i
     assert ends["zero_shot"].kl.min() > 0
 
 
-def test_the_null_writes_as_much_in_random_directions(settings: dict[str, icl.Capture], changed: icl.Capture) -> None:
+def test_the_null_writes_as_much_in_random_directions(settings: dict[str, Any], changed: icl.Capture) -> None:
     draws = [icl.compare_effects(**settings, changed=changed, seed=seed) for seed in range(40)]
     nulls = torch.stack([draw.cosine_random for draw in draws])
     assert all(torch.equal(draw.cosine, draws[0].cosine) for draw in draws)
@@ -126,7 +127,7 @@ def test_the_null_writes_as_much_in_random_directions(settings: dict[str, icl.Ca
 
 
 def test_a_function_vector_is_the_mean_attention_output_and_acts_where_the_label_is_predicted(
-    model: icl.Model, hand_made: icl.Prompts, settings: dict[str, icl.Capture]
+    model: icl.Model, hand_made: icl.Prompts, settings: dict[str, Any]
 ) -> None:
     outputs: list[torch.Tensor] = []
 
@@ -195,7 +196,7 @@ def test_a_change_of_nothing_has_no_directions(shared: icl.SharedPatch) -> None:
 
 def test_results_are_saved_and_tidy(
     model: icl.Model,
-    settings: dict[str, icl.Capture],
+    settings: dict[str, Any],
     changed: icl.Capture,
     shared: icl.SharedPatch,
     tmp_path: Path,
@@ -226,7 +227,7 @@ def test_results_are_saved_and_tidy(
 def test_what_does_not_belong_together_is_refused(
     model: icl.Model,
     hand_made: icl.Prompts,
-    settings: dict[str, icl.Capture],
+    settings: dict[str, Any],
     changed: icl.Capture,
     shared: icl.SharedPatch,
 ) -> None:
