@@ -67,6 +67,11 @@ class FunctionVector(Saved):
     vector: Float[Tensor, " d_model"]
     """What is added: the mean over prompts of the layer's in-context attention output, at the recorded token."""
 
+    def __post_init__(self) -> None:
+        check_axes(self)
+        check_values(self, "vector")
+        check_values(self, "layer", low=0)
+
     def __repr__(self) -> str:
         return f"FunctionVector({self.model!r}, layer {self.layer}, norm={self.vector.norm():.3g})"
 
@@ -263,6 +268,7 @@ class EffectComparison(Saved):
         check_values(self, "norm_ratio", low=0, nan=True, infinite=True)
         check_values(self, "kl", low=-ROUNDING, infinite=True)
         check_values(self, "agreement", "correct", low=0, high=1)
+        check_values(self, "rank", low=1)
 
     @property
     def accuracy(self) -> float:
@@ -419,6 +425,12 @@ class WeightComparison(Saved):
 
     def __post_init__(self) -> None:
         check_axes(self, rank=("the field rank", self.rank))
+        for suffix in ("", "_random"):
+            check_values(self, "cosine" + suffix, low=-1 - ROUNDING, high=1 + ROUNDING, nan=True)
+            for side in ("left_angles", "right_angles"):
+                check_values(self, side + suffix, low=0, high=90 + ROUNDING, nan=True)
+        check_values(self, "norm_ratio", low=0, nan=True, infinite=True)
+        check_values(self, "rank", low=1)
 
     def __repr__(self) -> str:
         cosines = ", ".join(f"{name}={values.nanmean():.3f}" for name, values in self.cosine.items())
