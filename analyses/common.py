@@ -38,6 +38,8 @@ HEADINGS = (
     "# What is left of the paper's claims",
     "# Stability along the learning rate",
     "# Momentum attention",
+    "# The context as one change of weights",
+    "# Token agreement",
 )
 """How the pages begin that scripts write into their folders."""
 
@@ -390,7 +392,7 @@ def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
         return chosen[name][task]
     except KeyError:
         options = variant.variation.keys() & {"loss", "method", "trained"} if variant else ()
-        flags = "".join(f" --{option} {getattr(variant, option)}" for option in sorted(options))
+        flags = "".join(f" --{option} {getattr(variant.finetuning, option)}" for option in sorted(options))
         known = "; ".join(f"{of} on {', '.join(tasks)}" for of, tasks in chosen.items())
         raise icl.StudyError(
             f"no learning rate was chosen for {name!r} on {task} (only for {known}): pass --lr, or choose one on "

@@ -77,6 +77,9 @@ def make_examples(folder: Path) -> dict[type, Any]:
         icl.measure_order_sensitivity(
             model, task, demonstrations, task.queries(2), n_orders=2, lr=0.01, progress=False
         ),
+        icl.build_value_patch(model, prompts),
+        icl.run_relaxed(model, prompts),
+        icl.generate_patched(model, prompts, n_tokens=1),
         cell,
         icl.run_cell(model, task, cell, folder / "cell", progress=False),
         icl.Metric("toy metric", lambda batch: batch.h_zero_shot[..., 0]),

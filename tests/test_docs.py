@@ -424,7 +424,35 @@ def test_the_page_on_momentum_runs(run_page: Run, monkeypatch: pytest.MonkeyPatc
     assert "momentum η=0." in trained.splitlines()[-1]
 
 
+def test_the_page_on_patches_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/patch.md"):
+        ran.append(heading)
+        assert scope["model"].mlp_changes == scope["model"].weight_changes == ()
+        if heading == "The exact patch":
+            assert printed.startswith("ExactPatch('tiny', float32, rank=1, norm=")
+            patched, zero_shot = (float(line.split(": ")[1]) for line in printed.splitlines()[1:])
+            assert patched < 1e-6 < 0.1 < zero_shot
+            assert scope["patch"].position == len(scope["patch"].query) - 1
+        elif heading == "One patch for all queries":
+            assert "6 queries" in printed
+            assert scope["rank_one"].rank == 1
+        elif heading == "ΔW_ICL, inserted and run":
+            assert scope["inserted"].relative_error.max() < 1e-5
+            assert scope["relaxed"].kl.min() > 1e-3
+            assert printed.startswith("AttentionRun('tiny', inserted, 'query', 2 layers, 6 queries, KL=")
+        elif heading == "As a change of weights":
+            assert printed.startswith("ValuePatch('tiny', float32, realised, 2 layers, norm=")
+            assert float(printed.splitlines()[1].split(": ")[1]) < 1e-5
+        elif heading == "What it measures":
+            assert printed.count("EffectComparison('tiny', 6 queries, cosine=") == 3
+            assert printed.splitlines()[-1].startswith("WeightComparison(cosines: out=")
+        elif heading == "Generation with a patch for each token":
+            assert "3 tokens, agreement: naive=1, stable=1, beside=1, cached=1, unpatched=" in printed
+    assert len(ran) >= 5
+
+
 def test_no_page_has_code_that_is_not_run() -> None:
-    names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum")
+    names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum", "patch")
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE

@@ -19,7 +19,7 @@ from icl_dual.results import BaseResult, check_axes, same_values
 from icl_dual.storage import Saved, load_tensors, saved
 from icl_dual.updates import summarise
 
-ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS + ("demo_scores", "next_log_probs")
+ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS + ("demo_scores", *icl.EFFECT_FIELDS)
 
 
 def saved_classes(cls: type = Saved) -> Iterator[type]:
@@ -57,6 +57,14 @@ def results(llama: icl.Model, task: icl.Task, prompts: icl.Prompts) -> dict[str,
         summarise(experiment.delta),
         decomposition,
         orders,
+        icl.compare_effects(
+            zero_shot=experiment.zero_shot,
+            reference=experiment.in_context,
+            changed=experiment.finetuned,
+            rank=2,
+        ),
+        icl.compare_weights(experiment.delta, experiment.delta.randomised(1), rank=2),
+        icl.build_function_vector(experiment.in_context, 0),
     ]
     return {type(value).__name__: value for value in values}
 
@@ -168,7 +176,7 @@ def test_prompts_tasks_and_examples_compare(prompts: icl.Prompts, task: icl.Task
     assert task.queries(1) == task.queries(1)
 
 
-FREE_AXES = {("next_log_probs", 1), ("context_scores/FT", 2), ("context_scores/ZSL", 2), ("W_O", 3)}
+FREE_AXES = {("next_log_probs", 1), ("context_scores/FT", 2), ("context_scores/ZSL", 2), ("W_O", 3), ("vector", 0)}
 """Axes of tensors that no other field has: d_vocab, the zero-shot context, and d_model of a model without biases."""
 MAY_BE_NAN = (
     *("icl_share", "relaxation", "per_layer", "per_query", "stability", "cosine", "angles", "norm_ratio"),

@@ -27,6 +27,7 @@ LAYERS = (
     ("massive_activations",),
     ("decomposition",),
     ("finetuning",),
+    ("patches",),
     ("updates", "order_sensitivity"),
     ("recordings",),
     ("metrics",),

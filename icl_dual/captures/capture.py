@@ -56,6 +56,7 @@ Field = Literal[
     "keys_values",
     "full_prompt",
     "next_log_probs",
+    "stream",
 ]
 METRIC_FIELDS: tuple[Field, ...] = ("attn_out", "q", "context_scores", "query_scores", "residual_norms")
 """The fields that the paper's metrics need, and that tell which tokens carry massive activations."""
@@ -131,6 +132,8 @@ class Capture(Saved):
     label_baselines: Float[Tensor, "query label"] | None = None
     """What scoring subtracts from the log-probability of each whole label word, in nats, equal for all queries; `None`
     where the prompts' rule of scoring (`icl_dual.scoring`) subtracts nothing."""
+    stream: Float[Tensor, "query layer d_model"] | None = None
+    """Residual stream after each layer."""
 
     def __post_init__(self) -> None:
         prompts, full_prompt = self.prompts, self.full_prompt
@@ -155,7 +158,7 @@ class Capture(Saved):
         check_values(self, "label_log_probs", high=ROUNDING)
         check_values(self, "next_log_probs", high=ROUNDING, infinite=True)
         check_values(self, "residual", "residual_norms", low=0)
-        check_values(self, "attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores")
+        check_values(self, "attn_out", "z", "q", "q_scored", "context_scores", "demo_scores", "query_scores", "stream")
         check_values(self, "keys_values", "full_prompt", "label_baselines")
         if (self.label_baselines is None) == (prompts.scoring in WITH_BASELINE):
             raise ValueError(
@@ -261,7 +264,7 @@ def capture(
     query_prefix = common_query_prefix(prompts)
     check_rope_scaling(model, prompts, query_prefix)
     with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
-        _check_pass(model, prompts)
+        check_pass(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
         first_row = rows[0] if "full_prompt" in fields else None
@@ -272,7 +275,7 @@ def capture(
         label_tokens = [prompts.labels[index][0] for index in single_token_labels]
         log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
         callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
-        if "residual_norms" in fields:
+        if {"residual_norms", "stream"} & set(fields):
             callbacks["on_residual"] = recorder.on_residual
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
             recorder.residual = max(recorder.residual, batch.residual)
@@ -318,7 +321,7 @@ def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}: 1 runs one query at a time")
 
 
-def _check_pass(model: Model, prompts: Prompts) -> None:
+def check_pass(model: Model, prompts: Prompts) -> None:
     """Compare the shared-prefix pass with plain forward passes: once, and at every capture with foreign hooks.
 
     The effect of such a hook may depend on the prompt and on where the prompt is split. So these prompts are compared,
@@ -372,6 +375,7 @@ class _Recorder:
             "query_scores": (n_queries, n_layers, n_heads, longest),
             "residual_norms": (n_queries, n_layers, longest),
             "next_log_probs": (n_queries, model.d_vocab),
+            "stream": (n_queries, n_layers, model.d_model),
         }
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
         self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
@@ -432,7 +436,12 @@ class _Recorder:
     def on_residual(
         self, layer: int, stream: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
     ) -> None:
-        """Record the norms of the residual stream after a layer."""
+        """Record the residual stream after a layer, and its norms."""
+        if "stream" in self.tensors:
+            rows = torch.arange(len(batch), device=last.device)
+            self.tensors["stream"][batch, layer] = stream[rows, last].to(self.tensors["stream"])
+        if "residual_norms" not in self.tensors:
+            return
         n_common, n_pos = self.n_before_rows - len(self.prompts.start), stream.shape[1]
         past_end = torch.arange(n_pos, device=last.device) > last[:, None]
         norms = norms_of(stream).masked_fill(past_end, 0.0)

@@ -247,11 +247,13 @@ def _run_after(
     on_attention: Callable[[int, Attention], None],
     on_output: OnTensor | None = None,
     on_residual: OnTensor | None = None,
+    predicting: Int[Tensor, " row"] | None = None,
 ) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
     """Run rows after the cached tokens; `on_attention` receives each layer's attention with the z of the whole prompt.
 
-    Returns logits at the positions requested, and the residual of the heads' output over the rows' own tokens. Raises a
-    NonFiniteError that names the layer where activations overflow.
+    `predicting` is the index of each row's token that predicts the label, where rows have one. Returns logits at the
+    positions requested, and the residual of the heads' output over the rows' own tokens. Raises a NonFiniteError that
+    names the layer where activations overflow.
     """
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     residuals: list[Tensor] = []
@@ -276,6 +278,7 @@ def _run_after(
         read=logit_positions,
         on_attention=merge_cache,
         momentum_states=cache.states,
+        predicting=tokens.new_zeros(0) if predicting is None else predicting,
     )
     logits = run(on_output=on_output, on_residual=on_residual)
     if not (is_finite(logits.amax()) and is_finite(torch.stack(residuals))):
@@ -352,7 +355,9 @@ def run_queries(
 
         callbacks = on_batch_attention, on_batch_output, None if on_residual is None else on_batch_residual
         try:
-            logits, residual = _run_after(context, model, tokens, logit_positions, *callbacks)
+            logits, residual = _run_after(
+                context, model, tokens, logit_positions, *callbacks, predicting=logit_positions[:, 0]
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -506,7 +511,9 @@ def measure_pass(model: Model, prefix: Tokens, rows: Sequence[Tokens]) -> float:
     def on_output(layer: int, output: Tensor) -> None:
         outputs[layer] = output[torch.arange(len(rows), device=last.device), last]
 
-    logits, _ = _run_after(context, model, tokens, last[:, None], lambda layer, attention: None, on_output)
+    logits, _ = _run_after(
+        context, model, tokens, last[:, None], lambda layer, attention: None, on_output, predicting=last
+    )
     places = [*(f"layer {layer}" for layer in range(model.n_layers)), "logits"]
     worst = 0.0
     for place, actual, plain in zip(places, (*outputs.values(), logits[:, 0]), expected, strict=True):

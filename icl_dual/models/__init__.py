@@ -13,6 +13,8 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `precision` | half-precision weights that run in float32, TF32 switched off, names of precisions |
 | `overflow` | where activations first overflow |
 | `changes` | changes of projections that run beside the weights |
+| `mlp` | changes of MLPs that run beside the weights |
+| `stream` | vectors that runs add to the residual stream |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |
@@ -35,6 +37,8 @@ if not SpecifierSet(WORKS_WITH).contains(version("transformer-lens"), prerelease
 
 from icl_dual.models.backend import (  # noqa: E402
     Attention,
+    MlpForm,
+    MlpPart,
     OnAttention,
     OnTensor,
     Projection,
@@ -44,6 +48,7 @@ from icl_dual.models.backend import (  # noqa: E402
 )
 from icl_dual.models.controls import Control, control_model, control_name, control_provenance  # noqa: E402 - the version is checked first
 from icl_dual.models.loading import load_model  # noqa: E402
+from icl_dual.models.mlp import LowRank  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
 from icl_dual.models.overflow import NonFiniteError  # noqa: E402
@@ -53,6 +58,9 @@ __all__ = [
     "MOMENTUM_TAG",
     "Attention",
     "Control",
+    "LowRank",
+    "MlpForm",
+    "MlpPart",
     "Model",
     "NonFiniteError",
     "OnAttention",

@@ -59,6 +59,26 @@ OnGradient = Callable[[int, ProjectionName, Tensor, Tensor], None]
 ProjectionDelta = Callable[[int, ProjectionName, Tensor], Tensor]
 """Called with a layer, a projection and its input; what it returns is added to the projection's output."""
 
+MlpPart = Literal["gate", "in", "out", "scale"]
+"""A part of a layer's MLP: an input projection (`in`, and `gate` where the MLP is gated), the down projection (`out`),
+or the `scale` of the norm between the MLP and the residual sum."""
+OnMlp = Callable[[int, MlpPart, Tensor, Tensor], Tensor | None]
+"""Called with a layer, a part of its MLP, the part's input and its output; a tensor that it returns replaces the
+output. The input of `scale` is the normalised vector, in float32."""
+
+
+class MlpForm(NamedTuple):
+    """What a layer's MLP is made of, as far as a change of its weights depends on it."""
+
+    inputs: tuple[MlpPart, ...]
+    """The projections that read the MLP's input."""
+    shift: Literal["bias", "out", "scale"]
+    """What can add a fixed vector to what the MLP writes at one token: the `scale` of the norm after the MLP where
+    there is one, else the `bias` of the down projection, else the down projection `out` itself."""
+    d_hidden: int
+    """The number of hidden activations, which the down projection reads."""
+
+
 HOOK_LEVEL = 1 << 20
 """TransformerLens's context level of the hooks of a run. It tells them from everyone else's hooks."""
 
@@ -252,6 +272,41 @@ class Backend(ABC):
         raise NotImplementedError(
             f"expected a backend with supports_projection_deltas, got {type(self).__name__}: change the weights instead"
         )
+
+    def mlp_form(self, layer: int) -> MlpForm:
+        """Return what a layer's MLP is made of.
+
+        Raises:
+            UnsupportedModelError: the MLP is not made of plain projections with hooks; the message says why.
+        """
+        raise UnsupportedModelError(
+            f"{self.architecture}: expected a TransformerBridge, in which the projections of an MLP are modules of "
+            f"their own, got a {type(self.wrapped).__name__}: load the model as a bridge (icl_dual.load_model)"
+        )
+
+    def mlp_projection(self, layer: int, part: MlpPart) -> Projection:
+        """Return a projection of a layer's MLP (`gate`, `in` or `out`), with the parameters that the forward pass uses.
+
+        Raises:
+            UnsupportedModelError: the MLP is not made of plain projections with hooks; the message says why.
+        """
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
+
+    def mlp_scale(self, layer: int) -> tuple[nn.Parameter, float]:
+        """Return the weight of the norm after a layer's MLP, and what is added to it: its scale is their sum."""
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
+
+    def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
+        """Return hooks that pass on input and output of each part of a layer's MLP, and may replace the output.
+
+        Raises:
+            UnsupportedModelError: the MLP is not made of plain projections with hooks; the message says why.
+        """
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
+
+    def middle_hooks(self, layer: int, callback: OnTensor) -> list[Hook]:
+        """Return hooks that pass on the residual stream before a layer plus what the layer's attention writes."""
+        raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
 
     @abstractmethod
     def output_hook(self, layer: int, callback: OnTensor) -> Hook:

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal, cast
@@ -19,7 +19,10 @@ from icl_dual import dual
 from icl_dual.models.backend import (
     Backend,
     Hook,
+    MlpForm,
+    MlpPart,
     OnGradient,
+    OnMlp,
     OnResidual,
     OnTensor,
     Projection,
@@ -226,6 +229,77 @@ class BridgeBackend(Backend):
 
         return self._linear(layer, kind), hook_fn
 
+    def mlp_form(self, layer: int) -> MlpForm:
+        """Return what a layer's MLP is made of, read from the bridge's parts."""
+        modules = self._mlp_modules(layer)
+        out: Any = modules["out"]
+        shift = "scale" if "scale" in modules else "out" if out.bias is None else "bias"
+        inputs: tuple[MlpPart, ...] = ("gate", "in")
+        d_hidden = int(out.weight.shape[0 if isinstance(out, Conv1D) else 1])
+        return MlpForm(tuple(part for part in inputs if part in modules), shift, d_hidden)
+
+    def mlp_projection(self, layer: int, part: MlpPart) -> Projection:
+        """Return a linear layer of the MLP."""
+        module: Any = self._mlp_modules(layer)[part]
+        W = Weight(module.weight, "d_in d_out" if isinstance(module, Conv1D) else "d_out d_in", "d_out d_in")
+        return Projection(W, None if module.bias is None else Weight(module.bias, "d_out", "d_out"))
+
+    def mlp_scale(self, layer: int) -> tuple[nn.Parameter, float]:
+        """Return the norm's weight, and the 1 that some architectures add to it."""
+        norm: Any = cast(Any, self._mlp_modules(layer)["scale"]).original_component
+        with torch.no_grad():
+            scale = norm.forward(torch.ones_like(norm.weight))  # of a vector of ones, the normalised vector is one
+            return norm.weight, float(round((scale.float() - norm.weight.float()).mean().item()))
+
+    def mlp_hooks(self, layer: int, callback: OnMlp) -> list[Hook]:
+        """Return hooks on the linear layers that run, and on the norm after the MLP."""
+        return [(module, _mlp_hook(layer, part, callback)) for part, module in self._mlp_modules(layer).items()]
+
+    def middle_hooks(self, layer: int, callback: OnTensor) -> list[Hook]:
+        """Return hooks on the block's input and on attention's output, after its norm where there is one."""
+        inputs: list[Tensor] = []
+
+        def keep(residual: Tensor, hook: Any) -> None:
+            inputs.append(residual)
+
+        def call_back(written: Tensor, hook: Any) -> None:
+            callback(layer, inputs.pop() + written)
+
+        normed = f"blocks.{layer}.ln1_post.hook_out"
+        written = normed if normed in self.hook_points else f"blocks.{layer}.attn.o.hook_out"
+        return [(self.hook_points[f"blocks.{layer}.hook_in"], keep), (self.hook_points[written], call_back)]
+
+    def _mlp_modules(self, layer: int) -> dict[MlpPart, nn.Module]:
+        """Return the modules of a layer's MLP that run, by part."""
+        block: Any = self.wrapped.blocks[layer]
+        mlp = getattr(block, "mlp", None)
+        where, submodules = f"{self.architecture}, layer {layer}", getattr(mlp, "submodules", {})
+        if "router" in submodules or hasattr(getattr(mlp, "original_component", None), "experts"):
+            raise UnsupportedModelError(
+                f"{where}: expected an MLP with projections of its own, got a mixture of experts: the query alone may "
+                "be routed to other experts than after the demonstrations, which no change of their weights undoes, "
+                "and the experts share one stacked weight without hooks: use a model with dense MLPs"
+            )
+        modules: dict[MlpPart, nn.Module] = {}
+        parts: tuple[MlpPart, ...] = ("gate", "in", "out")
+        for part in parts:
+            if part in submodules:
+                modules[part] = submodules[part].original_component
+        if not {"in", "out"} <= set(modules) or not all(isinstance(m, nn.Linear | Conv1D) for m in modules.values()):
+            raise UnsupportedModelError(
+                f"{where}: expected an MLP of linear projections `in` and `out`, got {mlp}: its weights cannot be "
+                "changed, use another model"
+            )
+        norm = getattr(block, "ln2_post", None)
+        if norm is not None:
+            if "RMSNorm" not in (name := type(norm.original_component).__name__):
+                raise UnsupportedModelError(
+                    f"{where}: expected an RMSNorm after the MLP, got {name}: its scale cannot be changed, use another "
+                    "model"
+                )
+            modules["scale"] = norm
+        return modules
+
     def output_hook(self, layer: int, callback: OnTensor) -> Hook:
         """Return a hook on the output projection: on Bloom, attention's own hook_out includes the residual stream."""
         return self.hook_points[f"blocks.{layer}.attn.o.hook_out"], callback_hook(layer, callback)
@@ -280,6 +354,23 @@ class BridgeBackend(Backend):
             return None
         mask = torch.ones(1, 2, dtype=torch.long, device=next(self.parameters()).device)
         return decoder.build_alibi_tensor(mask, self.n_heads, torch.float32)[:, 0, 1]
+
+
+def _mlp_hook(layer: int, part: MlpPart, callback: OnMlp) -> Callable[..., Tensor | None]:
+    """Return a hook function that passes on input and output of a part of an MLP."""
+
+    def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        x = _normalised(module, args[0]) if part == "scale" else args[0]
+        return callback(layer, part, x, output)
+
+    return hook_fn
+
+
+def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+    """Return what an RMSNorm multiplies with its scale, in float32, in which transformers computes it always."""
+    original, x = norm.original_component, x.float()
+    eps = original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def boot(name: str, hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> TransformerBridge:

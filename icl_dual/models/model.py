@@ -20,6 +20,7 @@ from icl_dual.models.backend import (
     Hook,
     OnAttention,
     OnGradient,
+    OnMlp,
     OnResidual,
     OnTensor,
     Projection,
@@ -32,7 +33,9 @@ from icl_dual.models.changes import WeightChanges, projection_deltas_of
 from icl_dual.models.foreign_hooks import foreign_hooks, remove_hook
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.journal import Undo, exclusive, journal_of
+from icl_dual.models.mlp import MlpChanges
 from icl_dual.models.precision import exact_float32, precision_name
+from icl_dual.models.stream import StreamChange
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
 from icl_dual.torch_utils import dtype_name
@@ -132,6 +135,10 @@ class Model:
         """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
         self.weight_changes: tuple[WeightChanges, ...] = ()
         """The changes of projections that every run adds beside the weights (`changed_projections`)."""
+        self.mlp_changes: tuple[MlpChanges, ...] = ()
+        """The changes of MLPs that every run adds beside the weights (`add_mlp_changes`)."""
+        self.stream_changes: tuple[StreamChange, ...] = ()
+        """The vectors that every run adds to the residual stream (`add_stream_change`)."""
         if momentum is not None:
             self.momentum = eta_by_layer_and_head(momentum, self.n_layers, self.n_heads)
 
@@ -259,11 +266,14 @@ class Model:
         on_query: OnTensor | None = None,
         on_key: OnTensor | None = None,
         on_output: OnTensor | None = None,
+        on_middle: OnTensor | None = None,
+        on_mlp: OnMlp | None = None,
         on_residual: OnResidual | None = None,
         on_gradient: OnGradient | None = None,
         projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
+        predicting: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """Run a forward pass with hooks, which are removed afterwards, also when the pass fails.
 
@@ -281,6 +291,10 @@ class Model:
                 rotary embedding.
             on_output: called at every layer with attention's output after W_O and before the residual sum, `[batch pos
                 d_model]`.
+            on_middle: called at every layer with the residual stream before it plus what its attention writes, `[batch
+                pos d_model]`: where the MLP follows attention, the residual stream between the two. Bridges only.
+            on_mlp: called at every layer for each part of its MLP with `(layer, part, input, output)`; a tensor that it
+                returns replaces the output. Some architectures lay all tokens along one axis there. Bridges only.
             on_residual: called at every layer with the residual stream after it, `[batch pos d_model]`; a tensor that
                 it returns replaces the residual stream.
             on_gradient: called in the backward pass, at every layer, for the projections K and V: with the projection's
@@ -291,12 +305,15 @@ class Model:
             momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, shared by
                 all rows; no preceding tokens by default.
             add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
+            predicting: the index of each row's token that predicts the label, at which `stream_changes` act; empty
+                where the rows have none. By default the last token of every row.
 
         Returns:
             Logits at the positions in `read`.
 
         Raises:
-            ValueError: the model has momentum, and `positions` has gaps.
+            ValueError: the model has momentum, and `positions` has gaps; or a patch for another query is applied.
+            UnsupportedModelError: `on_middle` or `on_mlp` is given, and an MLP has no hooks.
             RuntimeError: a callback of a run has started another one.
         """
         if self.journal.in_pass.locked():
@@ -308,6 +325,8 @@ class Model:
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
             _check_no_gaps(self.name, positions)
+        for changes in self.mlp_changes:
+            changes.check(tokens, positions)
         for layer in range(self.n_layers):
             eta = self.eta(layer) if add_momentum else None
             if on_attention is not None or eta is not None:
@@ -320,6 +339,14 @@ class Model:
                 hooks += backend.pre_rotary_hooks(layer, "K", on_key)
             if on_output is not None:
                 hooks.append(backend.output_hook(layer, on_output))
+            if on_middle is not None:
+                hooks += backend.middle_hooks(layer, on_middle)
+            for changes in self.mlp_changes:
+                hooks += backend.mlp_hooks(layer, changes.apply)
+            if on_mlp is not None:
+                hooks += backend.mlp_hooks(layer, on_mlp)
+            for change in self.stream_changes:
+                hooks.append(backend.residual_hook(layer, change.callback(tokens, predicting)))
             if on_residual is not None:
                 hooks.append(backend.residual_hook(layer, on_residual))
             for deltas in (*map(projection_deltas_of, self.weight_changes), projection_deltas or {}):
@@ -415,7 +442,9 @@ class Model:
         where it is another one.
         """
         digest = hashlib.sha256()
-        changes = (tensor for changes in self.weight_changes for tensor in changes.values())
+        changes = [tensor for changes in self.weight_changes for tensor in changes.values()]
+        changes += [tensor for changes in self.mlp_changes for tensor in changes.tensors()]
+        changes += [change.vector for change in self.stream_changes]
         for parameter in (*self.backend.forward_weights(), *changes):
             flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
             stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)

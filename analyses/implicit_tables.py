@@ -1,0 +1,268 @@
+"""Tables and figures of `implicit.py`, from what each change does to held-out queries."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from common import TITLES, short
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from outputs import write_figure
+from torch import Tensor
+
+import icl_dual as icl
+from icl_dual.statistics import Interval, bootstrap
+
+Effects = dict[str, dict[str, Tensor]]
+"""By the name of the change: KL, agreement and correctness by query, and what it writes by query and layer."""
+
+CONTEXT, ZERO_SHOT, LAYER_CAUSAL, EXACT = "ICL", "zero-shot", "FT, layer-causal", "exact patch"
+SHARED = "shared patch"
+
+METRICS = {"kl": "KL to ICL (nats)", "agreement": "agreement with ICL", "correct": "accuracy"}
+"""The answers' metrics, by the name of their tensor."""
+
+WIDTH = 88 / 25.4
+"""The width of figures: one column of a journal, in inches."""
+
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
+    "#888888",
+)
+"""The colours of Okabe and Ito, and a grey."""
+
+STYLES: dict[str, tuple[str, Any, str]] = {
+    SHARED: (BLUE, "-", "o"),
+    f"{SHARED}, rank 1": (BLUE, ":", "."),
+    CONTEXT: (BLACK, "-", "s"),
+    ZERO_SHOT: (BLACK, ":", "D"),
+    "FT": (VERMILLION, "--", "^"),
+    LAYER_CAUSAL: (VERMILLION, "-.", "v"),
+    "mean patch": (GREEN, "--", "P"),
+    "thought matrix": (GREEN, "-.", "X"),
+    "another prompt's patch": (SKY, "--", "<"),
+    "another task's patch": (SKY, "-.", ">"),
+    "function vector": (PURPLE, (0, (5, 1, 1, 1, 1, 1)), "*"),
+    "random patch": (GREY, (0, (1, 2)), "x"),
+}
+"""Colour, line style and marker of each change."""
+
+FONTS: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7, "legend.fontsize": 7}
+
+
+def task_title(task: str) -> str:
+    """Return a task's title; of a registered task, its name."""
+    return TITLES.get(task, task)
+
+
+def ranked(rank: int) -> str:
+    """Return the name of the shared patch of a rank."""
+    return f"{SHARED}, rank {rank}"
+
+
+def rank_of(change: str) -> int | None:
+    """Return the rank in the name of a shared patch; `None` for other changes."""
+    name, _, rank = change.rpartition(" rank ")
+    return int(rank) if name == f"{SHARED}," else None
+
+
+def by_task(effects: Mapping[Any, Effects]) -> dict[tuple[str, str], list[Effects]]:
+    """Return the effects of all seeds by model and task."""
+    grouped: dict[tuple[str, str], list[Effects]] = {}
+    for run, by_name in effects.items():
+        grouped.setdefault((run.model, run.task), []).append(by_name)
+    return grouped
+
+
+def names_of(seeds: Sequence[Effects]) -> list[str]:
+    """Return the changes that every seed has, in order."""
+    return [name for name in seeds[0] if all(name in by_name for by_name in seeds)]
+
+
+def interval(seeds: Sequence[Effects], change: str, metric: str) -> Interval:
+    """Return the mean of a metric over seeds and queries, with its bootstrap interval."""
+    return bootstrap(torch.stack([by_name[change][metric] for by_name in seeds]))
+
+
+def behaviour(effects: Mapping[Any, Effects]) -> pd.DataFrame:
+    """Return what each change makes the model answer: a row for each model, task, change and metric."""
+    rows = []
+    for (model, task), seeds in by_task(effects).items():
+        for change in names_of(seeds):
+            for metric in METRICS:
+                estimate = interval(seeds, change, metric)
+                numbers = {name: getattr(estimate, name) for name in ("value", "low", "high", "n_queries", "n_seeds")}
+                rows.append({"model": short(model), "task": task, "change": change, "metric": metric} | numbers)
+    return pd.DataFrame(rows)
+
+
+def behaviour_table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return one metric with intervals: a row for each change, a column for each model and task."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in frame.query("metric == @metric").to_dict(orient="records"):
+        estimate = Interval(row["value"], row["low"], row["high"], int(row["n_queries"]), int(row["n_seeds"]))
+        rows.setdefault(row["change"], {})[_column(row["model"], row["task"])] = estimate.format(2)
+    table = pd.DataFrame([{METRICS[metric]: change} | cells for change, cells in rows.items()])
+    return table.fillna("–")
+
+
+def _column(model: str, task: str) -> str:
+    return f"{short(model)}, {task_title(task)}"
+
+
+def stream(effects: Mapping[Any, Effects]) -> pd.DataFrame:
+    """Return what each change writes against the in-context change: a row for each model, task, change and layer."""
+    rows = []
+    for (model, task), seeds in by_task(effects).items():
+        for change in written(seeds):
+            means = _stream_means(seeds, change)
+            for layer in range(len(means["cosine"])):
+                numbers = {name: values[layer].item() for name, values in means.items()}
+                rows.append({"model": short(model), "task": task, "change": change, "layer": layer} | numbers)
+    return pd.DataFrame(rows)
+
+
+def written(seeds: Sequence[Effects]) -> list[str]:
+    """Return the changes that write something, and of which it is known."""
+    names = [name for name in names_of(seeds) if "cosine" in seeds[0][name]]
+    return [name for name in names if seeds[0][name]["cosine"].isfinite().any()]
+
+
+def _stream_means(seeds: Sequence[Effects], change: str) -> dict[str, Tensor]:
+    """Return means over seeds and queries by layer, and the null's deviation."""
+    stacked = {
+        name: torch.stack([by_name[change][name] for by_name in seeds]).double()
+        for name in ("cosine", "cosine_random", "norm_ratio", "angles", "angles_random")
+    }
+    means = {name: values.flatten(0, 1).nanmean(0) for name, values in stacked.items() if "angles" not in name}
+    angles = {name: values.nanmean((0, 2)) for name, values in stacked.items() if "angles" in name}
+    deviation = stacked["cosine_random"].flatten(0, 1)
+    return means | {"cosine_random_std": (deviation - means["cosine_random"]).square().nanmean(0).sqrt()} | angles
+
+
+def stream_table(effects: Mapping[Any, Effects]) -> pd.DataFrame:
+    """Return means over layers: cosine, size and principal angles against the null's."""
+    rows: dict[str, dict[str, str]] = {}
+    for (model, task), seeds in by_task(effects).items():
+        for change in written(seeds):
+            means = {name: values.nanmean().item() for name, values in _stream_means(seeds, change).items()}
+            rows.setdefault(change, {})[_column(model, task)] = (
+                f"{means['cosine']:.2f} ({means['cosine_random_std']:.2f}); {means['norm_ratio']:.2g}; "
+                f"{means['angles']:.0f}° ({means['angles_random']:.0f}°)"
+            )
+    head = "cosine (null's deviation); size; angle (null)"
+    return pd.DataFrame([{head: change} | cells for change, cells in rows.items()]).fillna("–")
+
+
+def matrix_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return how similar changes of the same matrices are: means over layers, tasks and seeds, with the null's."""
+    values: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in pd.concat(frames).to_dict(orient="records"):
+        by_metric = values.setdefault((row["pair"], row["matrix"], row["model"]), {})
+        by_metric.setdefault(row["metric"], []).append(row["value"])
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for (pair, matrix, model), by_metric in values.items():
+        of = {metric: np.nanmean(numbers) for metric, numbers in by_metric.items()}
+        cells = rows.setdefault((pair, matrix), {"pair": pair, "matrix": matrix})
+        angles = [f"{of[side]:.0f}° ({of[side + '_random']:.0f}°)" for side in ("left_angles", "right_angles")]
+        cells = rows.setdefault((pair, matrix), {"pair": pair, "matrix": matrix})
+        cosine = f"{of['cosine']:.2f} ({of['cosine_random']:.2f})"
+        cells[model] = "; ".join([cosine, *angles, f"{of['norm_ratio']:.2g}"])
+    return pd.DataFrame(list(rows.values())).fillna("–")
+
+
+def draw_ranks(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
+    """Draw accuracy and KL against the rank of the shared patch, a column for each task, other changes as lines."""
+    grouped = {task: seeds for (_, task), seeds in by_task(effects).items()}
+    with plt.rc_context(FONTS):
+        fig, axes = plt.subplots(
+            2, len(grouped), figsize=(WIDTH, 4.6), layout="constrained", squeeze=False, sharex=True, sharey="row"
+        )
+        for column, (task, seeds) in enumerate(grouped.items()):
+            for row, metric in enumerate(("correct", "kl")):
+                _draw_metric(axes[row, column], seeds, metric)
+            axes[0, column].set_title(task_title(task))
+            axes[1, column].set_xlabel("rank of the shared patch")
+        for row, label in enumerate(("accuracy", "KL to ICL (nats)")):
+            axes[row, 0].set_ylabel(label)
+        axes[1, 0].set_yscale("log")
+        _finish(fig, axes[0, 0], f"Held-out queries, run with a changed model\n{title}", path)
+
+
+def _draw_metric(ax: Axes, seeds: Sequence[Effects], metric: str) -> None:
+    """Draw a metric of the shared patch along the rank, and of other changes as lines with their intervals beside."""
+    names = names_of(seeds)
+    ranks = {rank: name for name in names if (rank := rank_of(name)) is not None}
+    colour, line, marker = STYLES[SHARED]
+    curve = [interval(seeds, name, metric) for name in ranks.values()]
+    x = list(ranks)
+    ax.plot(
+        x, [point.value for point in curve], color=colour, linestyle=line, marker=marker, ms=3, lw=1.3, label=SHARED
+    )
+    ax.fill_between(x, [p.low for p in curve], [p.high for p in curve], color=colour, alpha=0.2, linewidth=0)
+    others = [name for name in STYLES if name in names and name != ranked(1)]
+    for index, name in enumerate(others):
+        estimate = interval(seeds, name, metric)
+        if metric == "kl" and name == CONTEXT:
+            continue  # it is 0 by definition, which a logarithmic axis has no place for
+        colour, line, marker = STYLES[name]
+        at = max(x) * 1.6 * 1.35**index
+        ax.axhline(estimate.value, color=colour, linestyle=line, linewidth=0.8, zorder=1)
+        error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+        style = {"color": colour, "marker": marker, "ms": 3.5, "elinewidth": 0.7}
+        ax.errorbar(at, estimate.value, np.nan_to_num(error), linestyle=line, linewidth=0.8, label=name, **style)
+    ax.set_xscale("log", base=2)
+    ticks = x[::-2]
+    ax.set_xticks(ticks, [str(rank) for rank in ticks])
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_stream(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
+    """Draw by layer the cosine of what each change writes with the in-context change, a panel for each task."""
+    grouped = {task: seeds for (_, task), seeds in by_task(effects).items()}
+    with plt.rc_context(FONTS):
+        size = WIDTH, 1.4 + 1.5 * len(grouped)
+        fig, axes = plt.subplots(len(grouped), 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
+        for ax, (task, seeds) in zip(axes[:, 0], grouped.items(), strict=True):
+            for index, (label, name) in enumerate(_drawn_changes(seeds)):
+                means = _stream_means(seeds, name)
+                colour, line, marker = STYLES[label]
+                layers = np.arange(len(means["cosine"]))
+                if label == SHARED:
+                    band = 2 * means["cosine_random_std"]
+                    ax.fill_between(
+                        layers, -band, band, color="0.85", linewidth=0, zorder=0, label="null, ±2 deviations"
+                    )
+                every = (index % 5, 5)
+                ax.plot(
+                    layers, means["cosine"], color=colour, linestyle=line, marker=marker, markevery=every, ms=3, lw=0.9
+                )
+                ax.plot([], [], color=colour, linestyle=line, marker=marker, ms=3, lw=0.9, label=label)
+            ax.set_title(task_title(task))
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[-1, 0].set_xlabel("layer")
+        fig.supylabel("cosine with the in-context change", fontsize=7)
+        _finish(fig, axes[0, 0], f"What each change writes into the residual stream\n{title}", path)
+
+
+def _drawn_changes(seeds: Sequence[Effects]) -> Iterator[tuple[str, str]]:
+    """Yield each change to draw by layer: its label and its name. Of the shared patch, the full rank and rank one."""
+    names = written(seeds)
+    full = max((rank for name in names if (rank := rank_of(name)) is not None), default=None)
+    for label in STYLES:
+        name = ranked(full) if label == SHARED and full is not None else label
+        if name in names and label != CONTEXT:
+            yield label, name
+
+
+def _finish(fig: Figure, ax: Axes, title: str, path: Path) -> None:
+    """Title, one legend below all Axes, and both files."""
+    fig.suptitle(icl.plots.literal(title), wrap=True)
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.2)
+    write_figure(fig, path, "png", "pdf", dpi=300)
