@@ -16,7 +16,7 @@ import icl_dual as icl
 from icl_dual import study
 from icl_dual.contexts import Context
 from icl_dual.finetuning import Finetuned, Noise, replicas
-from icl_dual.finetuning.weight_delta import Method, Trained
+from icl_dual.finetuning.config import Method, Trained
 from icl_dual.models import Control
 from icl_dual.storage import load_tensors, save_tensors
 from icl_dual.tasks import Protocol

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_dual.arguments import checked
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.sgd import (
     EXPLODED_WEIGHTS,
     DivergedError,
@@ -27,13 +28,7 @@ from icl_dual.finetuning.sgd import (
     train_only,
     with_untrained,
 )
-from icl_dual.finetuning.weight_delta import (
-    PAPER_FINETUNING,
-    FinetuneConfig,
-    Noise,
-    WeightDelta,
-    trained_weights,
-)
+from icl_dual.finetuning.weight_delta import Noise, WeightDelta, trained_weights
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.models.changes import projection_deltas_of
 from icl_dual.models.journal import exclusive
@@ -100,7 +95,7 @@ def finetune_many(
     if at_once < 1:
         raise ValueError(f"expected at_once of at least 1, got {at_once}: pass 1 to finetune one after another")
     for run_prompts, lr in zip(prompts, lrs, strict=True):
-        check_arguments(model, run_prompts, lr)
+        check_arguments(model, run_prompts, lr, config)
     is_sequential = (
         config.method != "sgd"
         or any(rounds_changes(model, run_prompts) for run_prompts in prompts)

@@ -18,7 +18,7 @@ from torch import nn
 
 import icl_dual as icl
 from icl_dual.finetuning import Noise, parallel, sgd
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.finetuning.config import Loss, Method, Trained
 from icl_dual.prompts import Prompts
 
 
