@@ -332,7 +332,7 @@ def _check_factors(config: FinetuneConfig) -> None:
     if not config.is_plain_sgd or config.epochs > 1:
         others = {"optimiser", "momentum", "lora", "epochs"} & config.variation.keys()
         raise ValueError(
-            "expected one epoch of plain SGD where factors are kept, without which the delta is no sum of outer products "
+            "expected one epoch of plain SGD where factors are kept, else the delta is no sum of outer products "
             f"of training tokens, got {', '.join(f'{name}={getattr(config, name)!r}' for name in sorted(others))}: "
             "leave these out, or set factors=False"
         )

@@ -8,6 +8,8 @@ block, saved, replaced by a random direction of the same norm, and taken between
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icl_dual.arguments import Seed, checked
+from icl_dual.arguments import NameOrPath, Seed, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PROJECTIONS_TRAINED, FinetuneConfig, Trained
 from icl_dual.models import Model, Weight
 from icl_dual.models.changes import add_changes
-from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
+from icl_dual.models.finetuned import weights_beyond_projections, wrap_adapter, wrap_finetuned
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.results import check_axes, check_count, check_values, compare_by_value
@@ -112,10 +114,10 @@ class WeightDelta(Saved):
     fingerprint: str
     """The fingerprint of the model's weights before finetuning, and before `noise`."""
     lr: float | None
-    """The learning rate; `None` where it is unknown (`WeightDelta.between`)."""
+    """The learning rate before the schedule; `None` where it is unknown (`between`, `from_adapter`)."""
     config: FinetuneConfig | None
     """How it was finetuned: the loss, the trained projections, the optimiser's steps and LoRA; `None` where this is
-    unknown (`WeightDelta.between`)."""
+    unknown (`between`, `from_adapter`)."""
     W_K: Float[Tensor, "layer d_kv d_model"]
     """ΔW_K; d_kv is n_key_value_heads·d_head, heads in order."""
     W_V: Float[Tensor, "layer d_kv d_model"]
@@ -252,7 +254,54 @@ class WeightDelta(Saved):
                 f"expected tuned to have other weights than {model.name!r}, got the same weights: pass the model as "
                 "it was before, and a copy that was finetuned apart from it"
             )
-        if not changed & {"W_Q", "b_Q", "W_O", "b_O"}:
+        return cls._of_unknown_training(model, deltas, rounded=True)
+
+    @classmethod
+    @checked
+    def from_adapter(
+        cls, model: Model, folder: str | PathLike[str], *, base: NameOrPath | None = None
+    ) -> "WeightDelta":
+        """Return the delta that a saved LoRA adapter of peft makes: ΔW = B A · alpha / rank.
+
+        How the adapter was trained is unknown to the delta, as in `between`. Reading it needs peft: `pip install
+        'icl-dual[peft]'`.
+
+        Args:
+            model: the model that the adapter was trained on.
+            folder: the adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+            base: the name under which the adapter knows its model (`base_model_name_or_path`), where this is not the
+                model's own.
+
+        Returns:
+            ΔW in float32 at least, of keys and values where nothing else changes, else of all four projections.
+
+        Raises:
+            ImportError: peft is not installed.
+            AssetError: the folder holds no adapter, or a damaged one.
+            UnsupportedModelError: the model is not behind a bridge.
+            ValueError: the adapter belongs to another model, changes a weight that is not of attention's projections
+                (names it) or no weight at all, or does more than add a matrix to weights.
+        """
+        change = wrap_adapter(model, Path(folder), base)
+        others = [name for name, weight in weights_beyond_projections(change).items() if weight.any()]
+        if others:
+            raise ValueError(
+                f"expected an adapter of attention's projections only, which are all that a delta holds, got {folder} "
+                f"with a change of {others[0]!r} ({len(others)} such weights): merge it into its model "
+                "(merge_and_unload, save_pretrained), load that, and compare by icl_dual.compare(..., delta=None)"
+            )
+        deltas = {
+            name: torch.stack([weight.to_matrix(weight.parameter.detach()) for weight in by_layer])
+            for name, by_layer in trained_weights(change, "attention").items()
+        }
+        if not any(delta.any() for delta in deltas.values()):
+            raise ValueError(f"expected an adapter that changes weights, got zeros in {folder}: train it first")
+        return cls._of_unknown_training(model, deltas, rounded=False)
+
+    @classmethod
+    def _of_unknown_training(cls, model: Model, deltas: dict[str, Tensor], *, rounded: bool) -> "WeightDelta":
+        """Return a delta of keys and values where nothing else changed, else of all four projections."""
+        if not any((deltas[name] != 0).any() for name in deltas if name[-1] in "QO"):
             deltas = {name: delta for name, delta in deltas.items() if name[-1] in "KV"}
         return cls(
             model=model.name,
@@ -262,7 +311,7 @@ class WeightDelta(Saved):
             **{"b_K": None, "b_V": None, **deltas},
             demonstrations=[],
             losses=torch.empty(0, dtype=torch.float64),
-            rounded=True,
+            rounded=rounded,
         )
 
     @checked

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from finetuning_references import movable, projection_weights, rate_factor, relative_error, same, slow_training, snapshot
+from finetuning_references import (
+    movable,
+    projection_weights,
+    rate_factor,
+    relative_error,
+    same,
+    slow_training,
+    snapshot,
+)
 
 import icl_dual as icl
 from icl_dual.finetuning.optimisers import rate_factors
@@ -21,9 +29,18 @@ CONFIGS = {
 
 @pytest.mark.parametrize("trained", ["key-value", "attention"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("architecture", "dtype"), [("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.float64), ("gpt2", torch.float64)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", torch.float32), ("gpt2", torch.float32), ("llama", torch.float64), ("gpt2", torch.float64)],
+)
 def test_deltas_equal_torchs_own_training_of_the_bare_model(
-    make_model: Callable[..., icl.Model], make_hf_model: Callable, task: icl.Task, architecture: str, dtype: torch.dtype, name: str, trained: Any
+    make_model: Callable[..., icl.Model],
+    make_hf_model: Callable,
+    task: icl.Task,
+    architecture: str,
+    dtype: torch.dtype,
+    name: str,
+    trained: Any,
 ) -> None:
     model, twin = make_model(architecture, dtype), make_hf_model(architecture, dtype)
     twin.config._attn_implementation = "eager"
@@ -34,6 +51,16 @@ def test_deltas_equal_torchs_own_training_of_the_bare_model(
     prompts = icl.build_prompts(model, task, task.demonstrations(4, seed=1), task.queries(3))
     losses = slow_training(twin, prompts, config, lr, movable(twin, architecture, trained))
     delta = icl.finetune(model, prompts, lr=lr, config=config, progress=False)
-    print(architecture, dtype, name, trained, relative_error(delta.losses, torch.tensor(losses).double()), 
-      [relative_error(getattr(delta, n), w-start[n]) for n, w in projection_weights(twin, architecture).items() if getattr(delta, n) is not None])
+    print(
+        architecture,
+        dtype,
+        name,
+        trained,
+        relative_error(delta.losses, torch.tensor(losses).double()),
+        [
+            relative_error(getattr(delta, n), w - start[n])
+            for n, w in projection_weights(twin, architecture).items()
+            if getattr(delta, n) is not None
+        ],
+    )
     assert same(model, before)
