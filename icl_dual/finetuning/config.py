@@ -159,6 +159,11 @@ class FinetuneConfig:
         """Return whether a step is the gradient at the learning rate, or its mean over a batch, and nothing more."""
         return self.optimiser == "sgd" and not self.momentum and self.lora is None
 
+    @property
+    def has_equal_steps(self) -> bool:
+        """Return whether every demonstration gets a step of its own, and no step depends on the others' number."""
+        return self == FinetuneConfig(self.loss, self.method, self.trained) and self.method != "full-batch"
+
     def batches(self, n_demonstrations: int) -> list[range]:
         """Return the demonstrations of each step, over all epochs.
 

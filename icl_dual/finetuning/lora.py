@@ -53,6 +53,19 @@ class Adapters:
         """Return A and B of every adapter."""
         return [p for layer in self.modules for kind in self.kinds for p in _matrices(layer[kind])]
 
+    @property
+    def scaling(self) -> float:
+        """Return the factor of B A: alpha / rank."""
+        return float(self.modules[0][self.kinds[0]].scaling[ADAPTER])
+
+    def matrices(self) -> dict[str, list[nn.Parameter]]:
+        """Return A and B by layer, under the field's name in `WeightDelta` and `A` or `B`: `W_K A`, `W_K B`, …."""
+        return {
+            f"W_{kind} {name}": [_matrices(layer[kind])[at] for layer in self.modules]
+            for kind in self.kinds
+            for at, name in enumerate("AB")
+        }
+
     def projection_deltas(self) -> dict[ProjectionName, ProjectionDelta]:
         """Return the functions that compute B A x · alpha / rank of each adapted projection, for `Model.run`."""
 

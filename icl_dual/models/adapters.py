@@ -3,12 +3,13 @@
 `peft` is imported only where an adapter is read or trained (`pip install 'icl-dual[peft]'`).
 """
 
+import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,8 @@ from icl_dual.storage import AssetError
 
 if TYPE_CHECKING:
     from icl_dual.models.model import Model
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of a saved adapter."""
@@ -64,6 +67,22 @@ def is_peft_model(value: object) -> bool:
     """Return whether a value is a model of peft around another one."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(value, peft.PeftModel | peft.PeftMixedModel)
+
+
+def merged_only(load: F) -> F:
+    """Let a function that takes a model's name refuse a model of peft, and say what to do with it."""
+
+    @functools.wraps(load)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args[:1], kwargs.get("name")):
+            if is_peft_model(value):
+                raise UnsupportedModelError(
+                    f"expected name as text or a path, got a {type(value).__name__}: merge it first, with "
+                    "merge_and_unload(), save the merged model with save_pretrained, and load its folder"
+                )
+        return load(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def adapter_layers(*models: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -139,7 +158,7 @@ def load_adapter_weights(model: "Model", folder: Path, base: str | None) -> Any:
         peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), zeros)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:  # peft finds none of the targets in the model
         raise _other_model(model, folder, str(error).split("\n")[0]) from error
-    _check_same_shapes(model, folder, peft.get_peft_model_state_dict(zeros), weights)
+    _check_same_shapes(model, folder, peft.get_peft_model_state_dict(zeros, save_embedding_layers=False), weights)
     peft.set_peft_model_state_dict(zeros, weights)
     _merge(zeros)
     return zeros

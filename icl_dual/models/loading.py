@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from icl_dual import assets
 from icl_dual.arguments import NameOrPath, checked
+from icl_dual.models.adapters import merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
@@ -23,6 +24,7 @@ from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
 
+@merged_only
 @checked
 @transformers_bars()
 def load_model(

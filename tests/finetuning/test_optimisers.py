@@ -8,7 +8,6 @@ import torch
 from finetuning_references import (
     movable,
     projection_weights,
-    rate_factor,
     relative_error,
     same,
     slow_training,
@@ -16,7 +15,6 @@ from finetuning_references import (
 )
 
 import icl_dual as icl
-from icl_dual.finetuning.optimisers import rate_factors
 
 CONFIGS = {
     "adam": {"optimiser": "adam"},

@@ -10,10 +10,12 @@ import peft
 import pytest
 import torch
 from finetuning_references import projection_weights, same, snapshot
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 import icl_dual as icl
+from icl_dual.models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft
 
@@ -85,31 +87,24 @@ def test_a_saved_adapter_is_held_against_icl_and_saved_like_any_delta(
     assert icl.WeightDelta.load(tmp_path / "delta") == delta
 
 
-@pytest.mark.parametrize(
-    ("targets", "changed"), [(["v_proj", "down_proj"], "mlp.down_proj.weight"), (["lm_head"], "lm_head.weight")]
-)
 def test_adapters_of_other_weights_are_refused_by_name(
-    llama: icl.Model, make_hf_model: Callable, tmp_path: Path, targets: list[str], changed: str
+    llama: icl.Model, make_hf_model: Callable, tmp_path: Path
 ) -> None:
-    adapted(make_hf_model("llama"), targets).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"expected an adapter of attention's .* with a change of '.*{changed}'"):
+    adapted(make_hf_model("llama"), ["v_proj", "down_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of attention's projections only, .* a change of '.*0.mlp.down_proj.weight'"):
         icl.WeightDelta.from_adapter(llama, tmp_path)
 
 
-def test_adapters_of_another_model_are_refused(
-    models_by_architecture: Callable, make_hf_model: Callable, folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected an adapter of 'gpt2' \(GPT2LMHeadModel\), got one of another model"
-    ):
+def test_adapters_of_another_model_are_refused(models_by_architecture: Callable, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected an adapter of 'gpt2' \(GPT2LMHeadModel\), got one of another"):
         icl.WeightDelta.from_adapter(models_by_architecture("gpt2"), folder)
-    with pytest.raises(ValueError, match=r"expected an adapter of 'tiny' .*k_proj.lora_B.weight with shape"):
-        icl.WeightDelta.from_adapter(icl.models.tiny_model(), folder)
-    deeper = make_hf_model("llama")
-    deeper.model.layers.append(make_hf_model("llama").model.layers[2])
-    adapted(deeper, ["k_proj"]).save_pretrained(tmp_path / "deeper")
-    with pytest.raises(ValueError, match=r"expected its model.layers.3.*with shape None, got \(2, 32\)"):
-        icl.WeightDelta.from_adapter(models_by_architecture("llama"), tmp_path / "deeper")
+    with pytest.raises(ValueError, match=r"expected an adapter of 'tiny' .* its model.layers.2.* with shape None, got"):
+        icl.WeightDelta.from_adapter(tiny_model(), folder)  # with fewer layers
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    save_file({**weights, name: weights[name][:8].clone()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1.self_attn.v_proj.lora_B.weight with shape \(16, 2\), got \(8, 2\)"):
+        icl.WeightDelta.from_adapter(models_by_architecture("llama"), folder)
 
 
 def test_an_adapter_that_names_another_model_is_refused_until_told_that_it_is_this_one(
@@ -140,9 +135,7 @@ def test_adapters_that_do_more_than_add_a_matrix_are_refused(
 def test_folders_without_an_adapter_and_damaged_ones_are_refused(
     llama: icl.Model, folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        icl.AssetError, match=r"got .*nowhere without adapter_config.json and adapter_model.safetensors"
-    ):
+    with pytest.raises(icl.AssetError, match=r"got .*nowhere without adapter_config.json and adapter_model.safet"):
         icl.WeightDelta.from_adapter(llama, tmp_path / "nowhere")
     (folder / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(icl.AssetError, match=r"expected an adapter's weights in .*adapter_model.safetensors, got"):
@@ -162,16 +155,14 @@ def test_models_of_peft_are_to_be_merged_first(llama: icl.Model, make_hf_model: 
     model = adapted(make_hf_model("llama"), ["k_proj"])
     with pytest.raises(icl.UnsupportedModelError, match=r"got PeftModel: merge it first, with merge_and_unload\(\)"):
         icl.Model(model)
-    with pytest.raises(
-        ValueError, match="expected tuned as a model without adapters, got a PeftModel: merge them first"
-    ):
+    with pytest.raises(ValueError, match="expected tuned as a model without adapters, got a PeftModel: merge them"):
         icl.WeightDelta.between(llama, model)
     with pytest.raises(ValueError, match=r"got a PeftModel: merge it first"):
         icl.load_model(model)
     hf_model = model.get_base_model()  # with the adapter inside
     bridge = TransformerBridge.boot_transformers("tiny", hf_model=hf_model, tokenizer=llama.tokenizer, device="cpu")
     with pytest.raises(
-        icl.UnsupportedModelError, match=r"expected a model without adapters, got Linear of peft at .*k_proj"
+        icl.UnsupportedModelError, match=r"a model without adapters, got Linear of peft at .*k_proj.*: merge"
     ):
         icl.Model(bridge)
 
