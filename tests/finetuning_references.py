@@ -199,7 +199,8 @@ def slow_training(
     n_steps = config.epochs * -(-k // config.batch_size)
     for _ in range(config.epochs):
         for first in range(0, k, config.batch_size):
-            batch = [torch.tensor([[*prompts.start, *tokens]]) for tokens in prompts.demonstrations[first:][: config.batch_size]]
+            demonstrations = prompts.demonstrations[first : first + config.batch_size]
+            batch = [torch.tensor([[*prompts.start, *tokens]]) for tokens in demonstrations]
             batch_losses = [slow_loss(hf_model(ids).logits, ids, ids.shape[1] - 1) for ids in batch]
             hf_model.zero_grad()
             torch.stack(batch_losses).mean().backward()

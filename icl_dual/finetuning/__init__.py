@@ -4,6 +4,8 @@
 |---|---|
 | `config` | `FinetuneConfig`: loss, trained weights, optimiser, schedule and `Lora` |
 | `weight_delta` | `WeightDelta`: the change of weights, applied, saved, randomised, taken between two models |
+| `optimisers` | torch's optimisers and learning-rate schedules |
+| `lora` | low-rank adapters of peft, beside the weights |
 | `sgd` | `finetune`: the paper's finetuning, one demonstration a step, and its variants |
 | `parallel` | `finetune_many`: several finetunings in parallel |
 | `replicas` | `finetune_with_replicas`: the finetuning again, at slightly other rates from slightly other weights |
