@@ -480,6 +480,7 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
             for trained in get_args(Trained)
             if trained != "key-value"
         ),
+        {"finetuning": icl.FinetuneConfig(optimiser="adam", epochs=2, batch_size=2)},
         {"delta": "random"},
         {"delta": "random", "finetuning": icl.FinetuneConfig(loss="label")},
         {"weights": "untrained", "context": "reordered"},
