@@ -55,6 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
 def plan(args: argparse.Namespace) -> dict[icl.Cell, str]:
     """Return the name of each cell's way to finetune, by cell."""
     return {
@@ -132,9 +136,7 @@ before its own step. {accuracies}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_script(
-        make_parser().parse_args, write, argv, stopped="Finished cells stay in {out}/cells; the same command goes on."
-    )
+    return run_script(parse, write, argv, stopped="Finished cells stay in {out}/cells; the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -370,17 +370,19 @@ class _ParallelRuns:
             )
         lrs = torch.tensor([run.lr for run in self.active], dtype=losses.dtype, device=losses.device)
         with torch.no_grad():
-            norms = self.steps.take(tensors, gradients, lrs, None if self.adapters else self._weights)
+            norms = self.steps.take(tensors, gradients, lrs, self._decayed)
         for run, loss, norm in zip(self.active, losses.tolist(), norms.tolist(), strict=True):
             run.losses.append(loss)
             # What a step of adapters changes is no sum of its parts: the change itself is computed each time.
             run.path_length += math.inf if self.adapters else norm / self.weight_norm
 
     @property
-    def _weights(self) -> list[Tensor]:
-        """Return the model's own weights as matrices, in the order of the offsets."""
+    def _decayed(self) -> list[Tensor] | None:
+        """Return the weights that the trained tensors are changes of, as matrices; `None` for those of adapters."""
+        if self.adapters:
+            return None
         by_layer = (weight for layers in self.weights.values() for weight in layers)
-        return [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
+        return [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
 
     def _losses(self, sequences: Sequence[tuple[int, ...]]) -> Float[Tensor, " run"]:
         """Return the mean cross-entropy of each active run's sequence over its targets; record queries and keys."""

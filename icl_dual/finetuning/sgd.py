@@ -138,7 +138,7 @@ def _finetune(
     weights = trained_weights(model, config.trained)
     adapters = None if config.lora is None else Adapters(model, config, weights)
     rounded = adapters is None and rounds_changes(model, prompts)
-    is_beside = is_half(model.storage_dtype) and not rounded
+    is_beside = is_half(model.storage_dtype) and not rounded and (adapters is None or noise is not None)
     started = _zero_changes(weights) if is_beside else weights
     parameters = _parameters(started) if adapters is None else adapters.parameters()
     projection_deltas = _added(
@@ -260,8 +260,8 @@ def _parameters(weights: dict[str, list[Weight]]) -> list[nn.Parameter]:
 
 
 def _matrices(weights: dict[str, list[Weight]]) -> list[Tensor]:
-    """Return weights and biases as matrices and vectors, in float32 at least."""
-    return [at_least_float32(w.to_matrix(w.parameter.detach())) for by_layer in weights.values() for w in by_layer]
+    """Return weights and biases as matrices and vectors, views of the parameters where possible."""
+    return [weight.to_matrix(weight.parameter.detach()) for by_layer in weights.values() for weight in by_layer]
 
 
 def _of_parameters(weights: dict[str, list[Weight]], matrices: dict[str, list[Tensor]]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """LoRA against peft's own on the bare Hugging Face model, trained in a plain loop."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -41,7 +41,7 @@ def train_by_peft(
     torch.manual_seed(config.lora.seed)
     settings = peft.LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=cast(Any, config.lora.alpha),
         target_modules=targets,
         fan_in_fan_out=architecture == "gpt2",
     )
@@ -130,7 +130,8 @@ def test_keys_and_values_of_a_fused_projection_have_adapters_of_their_own(
     config = icl.FinetuneConfig(lora=Lora(rank=2, alpha=6, seed=3))
     delta = icl.finetune(model, prompts, lr=0.05, config=config, progress=False)
     linears = [torch.nn.Linear(32, 32, dtype=torch.float64) for _ in range(6)]
-    drawn = torch.nn.ModuleList(torch.nn.ModuleDict({"K": K, "V": V}) for K, V in zip(*[iter(linears)] * 2, strict=True))
+    pairs = zip(linears[::2], linears[1::2], strict=True)
+    drawn = torch.nn.ModuleList(torch.nn.ModuleDict({"K": K, "V": V}) for K, V in pairs)
     torch.manual_seed(3)
     layers: Any = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["K", "V"]), drawn)
     modules = [layer[kind] for layer in layers for kind in "KV"]

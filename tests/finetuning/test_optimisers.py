@@ -130,6 +130,17 @@ def test_losses_are_those_of_all_epochs_and_queries_those_of_the_first(
     assert icl.WeightDelta.load(tmp_path / "delta") == delta
 
 
+@pytest.mark.parametrize("method", ["sgd", "layer-causal"])
+def test_factors_make_up_the_delta_of_batches_and_schedules(
+    make_model: Callable[..., icl.Model], prompts: icl.Prompts, method: Any
+) -> None:
+    model = make_model("gpt2", torch.float64)
+    config = icl.FinetuneConfig(method=method, batch_size=3, schedule="linear", warmup=1)
+    delta = icl.finetune(model, prompts, lr=0.05, config=config, factors=True, progress=False)
+    assert delta.factors is not None
+    assert delta.factors.residual < 1e-9
+
+
 def test_experiments_run_with_replicas(llama: icl.Model, prompts: icl.Prompts) -> None:
     config = icl.FinetuneConfig(optimiser="adam", epochs=2, batch_size=2, lora=icl.Lora(rank=2))
     fields = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
