@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+import hooked
 import peft
 import pytest
 import torch
@@ -201,3 +202,14 @@ def test_studies_run_cells_with_adapters_and_read_them_again(llama: icl.Model, t
     assert len(result.provenance["losses"]) == 4
     assert icl.load_cell(tmp_path / cell.name).cell == cell
     assert icl.run_study([cell], tmp_path, **options)[0].comparison == result.comparison
+
+
+@pytest.mark.skipif(hooked.HookedTransformer is None, reason="transformer-lens 4 has no HookedTransformer")
+def test_a_hooked_transformer_has_no_modules_beside_which_adapters_run(
+    make_model: Callable[..., icl.Model], prompts: icl.Prompts
+) -> None:
+    model, config = make_model("hooked-llama"), icl.FinetuneConfig(lora=Lora())
+    with pytest.raises(
+        icl.UnsupportedModelError, match=r"expected a model with a module for each projection, .* Hooked"
+    ):
+        icl.finetune(model, prompts, lr=0.01, config=config, progress=False)
