@@ -209,7 +209,5 @@ def test_a_hooked_transformer_has_no_modules_beside_which_adapters_run(
     make_model: Callable[..., icl.Model], prompts: icl.Prompts
 ) -> None:
     model, config = make_model("hooked-llama"), icl.FinetuneConfig(lora=Lora())
-    with pytest.raises(
-        icl.UnsupportedModelError, match=r"expected a model with a module for each projection, .* Hooked"
-    ):
+    with pytest.raises(icl.UnsupportedModelError, match=r"a model with a module for each projection, .* Hooked"):
         icl.finetune(model, prompts, lr=0.01, config=config, progress=False)
