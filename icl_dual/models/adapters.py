@@ -110,6 +110,20 @@ def check_no_adapters(architecture: str, *models: nn.Module) -> None:
         )
 
 
+def check_no_adapter_files(name: str, folder: Path) -> None:
+    """Check that a model's folder holds no adapter.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if (folder / CONFIG).exists():
+        raise UnsupportedModelError(
+            f"{name}: expected a model without adapters, got an adapter in {folder}: merge it into its model first "
+            "(merge_and_unload, save_pretrained), or load its model, and pass this folder to "
+            "icl_dual.WeightDelta.from_adapter"
+        )
+
+
 def adapter_states(*models: nn.Module) -> list[tuple[str, ...]]:
     """Return which adapters of which layers act now, and how strongly; empty for a model without adapters."""
     names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")

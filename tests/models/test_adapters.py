@@ -169,6 +169,11 @@ def test_models_of_peft_are_to_be_merged_first(llama: icl.Model, make_hf_model: 
         icl.Model(bridge)
 
 
+def test_an_adapters_folder_is_no_models(folder: Path) -> None:
+    with pytest.raises(icl.UnsupportedModelError, match=r"got an adapter in .*: merge it into its model first"):
+        icl.load_model(folder)
+
+
 def test_switching_an_adapter_on_or_off_changes_the_fingerprint(make_model: Callable[..., icl.Model]) -> None:
     """Put into the modules after the bridge was made, where nothing could refuse it."""
     model = make_model("llama")
