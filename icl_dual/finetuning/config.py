@@ -164,7 +164,8 @@ class FinetuneConfig:
         """Return whether every demonstration gets a step of its own, and no step depends on the others' number."""
         return self == FinetuneConfig(self.loss, self.method, self.trained) and self.method != "full-batch"
 
-    def batches(self, n_demonstrations: int) -> list[range]:
+    @checked
+    def batches(self, n_demonstrations: Count) -> list[range]:
         """Return the demonstrations of each step, over all epochs.
 
         Example:
@@ -175,7 +176,8 @@ class FinetuneConfig:
         starts = range(0, n_demonstrations, size)
         return [range(start, min(start + size, n_demonstrations)) for start in starts] * self.epochs
 
-    def check_demonstrations(self, n_demonstrations: int) -> None:
+    @checked
+    def check_demonstrations(self, n_demonstrations: Count) -> None:
         """Check that there are enough demonstrations for the batches and the warm-up.
 
         Raises:
