@@ -146,9 +146,8 @@ def test_folders_without_an_adapter_and_damaged_ones_are_refused(
 
 
 def test_an_untrained_adapter_is_refused(llama: icl.Model, make_hf_model: Callable, tmp_path: Path) -> None:
-    peft.get_peft_model(make_hf_model("llama"), peft.LoraConfig(target_modules=["k_proj"])).save_pretrained(
-        str(tmp_path)
-    )
+    untrained: Any = peft.get_peft_model(make_hf_model("llama"), peft.LoraConfig(target_modules=["k_proj"]))
+    untrained.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected an adapter that changes weights, got zeros in"):
         icl.WeightDelta.from_adapter(llama, tmp_path)
 
