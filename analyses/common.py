@@ -40,6 +40,7 @@ HEADINGS = (
     "# Momentum attention",
     "# The context as one change of weights",
     "# Token agreement",
+    "# Finetuning as people do it",
 )
 """How the pages begin that scripts write into their folders."""
 
@@ -381,8 +382,7 @@ def variant_parser() -> argparse.ArgumentParser:
 
 def lr_key(model: str, variant: icl.Cell | None = None) -> str:
     """What a model's learning rates are filed under: its name, and how a cell's finetuning differs from the paper's."""
-    variation = {} if variant is None else variant.variation
-    return ", ".join([model, *(variation[name] for name in ("loss", "method", "trained") if name in variation)])
+    return ", ".join([model, *({} if variant is None else variant.finetuning.variation).values()])
 
 
 def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:

@@ -8,7 +8,7 @@ from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, 
 from icl_dual.contexts import relabel
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.experiment import Experiment, run_experiment
-from icl_dual.finetuning import DivergedError, FinetuneConfig, WeightDelta, finetune, finetune_many
+from icl_dual.finetuning import DivergedError, FinetuneConfig, Lora, WeightDelta, finetune, finetune_many
 from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.massive_activations import MassiveActivations, find_massive_activations
 from icl_dual.metrics import Comparison, Metric, compare, compare_recordings, register_metric
@@ -78,6 +78,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "finetune",
     "finetune_many",
     "FinetuneConfig",
+    "Lora",
     "set_progress",
     # compare
     "compare",

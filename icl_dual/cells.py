@@ -14,8 +14,8 @@ import pandas as pd
 from icl_dual.arguments import Count, NameOrPath, Rate, Seed, checked
 from icl_dual.contexts import Context
 from icl_dual.field_docs import document_fields
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig, Lora
 from icl_dual.finetuning.replicas import REPLICAS, check_replicas
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import Control, control_name
 from icl_dual.recordings.recordings import Recordings
@@ -85,7 +85,7 @@ class Cell:
     finetuned_on: Literal["own", "context"] = "own"
     """The demonstrations that finetuning trains on: the task's `own`, or those in `context`."""
     finetuning: FinetuneConfig = PAPER_FINETUNING
-    """The loss, the method and the trained projections of finetuning."""
+    """The loss, the trained projections, the optimiser's steps and LoRA: how finetuning is done."""
     delta: Literal["finetuned", "random"] = "finetuned"
     """The change of weights in the finetuned setting: finetuning's, or one of the same norm in random directions."""
     replicas: int = REPLICAS
@@ -129,12 +129,18 @@ class Cell:
         given = {"replicas": 0, **settings}
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
         finetuning = given.pop("finetuning", flat)
+        lora = finetuning.get("lora") or {}
         known = {field.name for field in fields(cls)}
-        if unknown := sorted((given.keys() - known) | ({*finetuning} - {*vars(PAPER_FINETUNING)})):
+        of_finetuning = ({*finetuning} - {*vars(PAPER_FINETUNING)}) | ({*lora} - {*vars(Lora())})
+        if unknown := sorted((given.keys() - known) | of_finetuning):
             raise StudyError(
                 f"expected the settings of a cell, got {', '.join(map(repr, unknown))}, perhaps of a newer version: "
                 "install the version of icl-dual that saved them"
             )
+        if lora:
+            targets = lora.get("targets")
+            lora = Lora(**{**lora, "targets": None if targets is None else tuple(targets)})
+            finetuning = {**finetuning, "lora": lora}
         return cls(**given, finetuning=FinetuneConfig(**finetuning))
 
     @property
@@ -166,17 +172,14 @@ class Cell:
             "context": "{}",
             "context_task": "context of {}",
             "finetuned_on": "finetuned on {}",
-            "loss": "{} loss",
-            "method": "{}",
-            "trained": "{} trained",
             "delta": "{} delta",
             "scoring": "{} scoring",
         }
-        in_paper = {field.name: field.default for field in fields(self)} | vars(PAPER_FINETUNING)
-        values = {
-            name: getattr(self.finetuning if name in vars(PAPER_FINETUNING) else self, name) for name in descriptions
-        }
-        return {name: descriptions[name].format(value) for name, value in values.items() if value != in_paper[name]}
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        words = {name: descriptions[name].format(changed[name]) for name in descriptions if name in changed}
+        of_finetuning = self.finetuning.variation
+        after = {name: words.pop(name) for name in ("delta", "scoring") if name in words}
+        return words | of_finetuning | after
 
     @property
     def model_name(self) -> str:

@@ -13,6 +13,7 @@ from icl_dual.arguments import Count, Seed, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.field_docs import document_fields
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.replicas import (
     REPLICA_QUERIES,
     REPLICAS,
@@ -20,7 +21,7 @@ from icl_dual.finetuning.replicas import (
     check_replicas,
     finetune_with_replicas,
 )
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, WeightDelta
+from icl_dual.finetuning.weight_delta import WeightDelta
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model, NonFiniteError

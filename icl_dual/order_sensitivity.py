@@ -18,9 +18,9 @@ from icl_dual.arguments import Rate, Seed, checked
 from icl_dual.captures.capture import capture
 from icl_dual.contexts import draw_orders
 from icl_dual.field_docs import document_fields
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.models import Model
 from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar

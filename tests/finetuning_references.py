@@ -1,5 +1,6 @@
 """Slow references of finetuning on bare Hugging Face models, and what the tests of finetuning share."""
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -166,3 +167,65 @@ def cosines(delta: icl.WeightDelta, expected: icl.WeightDelta, kinds: str) -> to
     """By projection and layer, the cosine of ΔW with the expected one."""
     pairs = [(getattr(delta, f"W_{kind}").flatten(1), getattr(expected, f"W_{kind}").flatten(1)) for kind in kinds]
     return torch.stack([nn.functional.cosine_similarity(got.double(), wanted.double()) for got, wanted in pairs])
+
+
+def rate_factor(config: icl.FinetuneConfig, step: int, n_steps: int) -> float:
+    """The share of the learning rate at a step, counted from 0, by the formula of each schedule."""
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    progress = (step - config.warmup) / (n_steps - config.warmup)
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return factors[config.schedule]
+
+
+def slow_training(
+    hf_model: Any,
+    prompts: Prompts,
+    config: icl.FinetuneConfig,
+    lr: float,
+    moving: list[tuple[nn.Parameter, torch.Tensor]],
+) -> list[float]:
+    """The reference: torch's optimiser in the plain loop that one would write, on the Hugging Face model itself.
+
+    `moving` are the parameters, with 1 where they may move.
+    """
+    parameters = [parameter for parameter, _ in moving]
+    optimiser = {
+        "sgd": lambda: torch.optim.SGD(parameters, lr=lr, momentum=config.momentum),
+        "adam": lambda: torch.optim.Adam(parameters, lr=lr),
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=lr),
+    }[config.optimiser]()
+    losses, k, step = [], len(prompts.demonstrations), 0
+    n_steps = config.epochs * -(-k // config.batch_size)
+    for _ in range(config.epochs):
+        for first in range(0, k, config.batch_size):
+            demonstrations = prompts.demonstrations[first : first + config.batch_size]
+            batch = [torch.tensor([[*prompts.start, *tokens]]) for tokens in demonstrations]
+            batch_losses = [slow_loss(hf_model(ids).logits, ids, ids.shape[1] - 1) for ids in batch]
+            hf_model.zero_grad()
+            torch.stack(batch_losses).mean().backward()
+            for parameter, mask in moving:
+                parameter.grad = parameter.grad * mask if parameter.grad is not None else None
+            optimiser.param_groups[0]["lr"] = lr * rate_factor(config, step, n_steps)
+            optimiser.step()
+            losses += [loss.item() for loss in batch_losses]
+            step += 1
+    return losses
+
+
+def projection_weights(hf_model: Any, architecture: str) -> dict[str, torch.Tensor]:
+    """The projections' matrices of a bare Llama or GPT-2, `[layer d_out d_in]`."""
+    if architecture == "gpt2":
+        blocks = hf_model.transformer.h
+        fused = torch.stack([block.attn.c_attn.weight.detach().T for block in blocks])
+        outputs = torch.stack([block.attn.c_proj.weight.detach().T for block in blocks])
+        return {**dict(zip(("W_Q", "W_K", "W_V"), fused.split(32, dim=1), strict=True)), "W_O": outputs}
+    modules = [layer.self_attn for layer in hf_model.model.layers]
+    return {
+        f"W_{kind}": torch.stack([getattr(attn, f"{kind.lower()}_proj").weight.detach() for attn in modules])
+        for kind in "QKVO"
+    }
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()

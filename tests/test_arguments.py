@@ -68,6 +68,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         experiment.in_context,
         experiment.delta,
         experiment.delta.config,
+        icl.Lora(),
         experiment.compare(),
         experiment.recordings(),
         experiment.decompose(),

@@ -276,11 +276,16 @@ def test_the_guide_runs(run_page: Run) -> None:
         elif heading == "A model that was finetuned by other means":
             assert printed.splitlines() == ["key-value"]
             assert scope["delta_between"].W_V.flatten(1).any(dim=1).tolist() == [False, True]
+        elif heading == "Finetuning as most people do it":
+            by_adam, by_lora = printed.splitlines()
+            assert "adam, 3 epochs, batches of 2, linear schedule, warm-up 1, key-value trained" in by_adam
+            assert "adam, LoRA of v rank 2 alpha 4, key-value trained" in by_lora
+            assert torch.linalg.matrix_rank(scope["delta_lora"].W_V, rtol=1e-4).tolist() == [2, 2]
         elif heading == "Several finetunings at once":
             assert [line.split()[0] for line in printed.splitlines()] == ["0.0003", "0.001", "0.003"]
         elif heading == "Your own task":
             assert scope["parity"].prompt(scope["parity"].queries(1)[0]).startswith("Q: Is ")
-    assert len(ran) == 9
+    assert len(ran) == 10
 
 
 def test_the_page_on_precision_runs(run_page: Run) -> None:

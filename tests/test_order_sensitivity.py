@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import icl_dual as icl
 from icl_dual.contexts import draw_orders
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING
+from icl_dual.finetuning.config import PAPER_FINETUNING
 from icl_dual.order_sensitivity import PAIRS, overlap_cosine, token_overlap, total_variation
 from icl_dual.storage import load_tensors, save_tensors
 

@@ -18,7 +18,7 @@ import icl_dual as icl
 from icl_dual import study
 from icl_dual.contexts import Context
 from icl_dual.finetuning import Finetuned, Noise, replicas
-from icl_dual.finetuning.weight_delta import Method, Trained
+from icl_dual.finetuning.config import Method, Trained
 from icl_dual.models import Control
 from icl_dual.storage import load_tensors, save_tensors
 from icl_dual.tasks import Protocol
@@ -499,6 +499,7 @@ def test_controls_and_variants_have_names_and_folders_of_their_own(
             for trained in get_args(Trained)
             if trained != "key-value"
         ),
+        {"finetuning": icl.FinetuneConfig(optimiser="adam", epochs=2, batch_size=2)},
         {"delta": "random"},
         {"delta": "random", "finetuning": icl.FinetuneConfig(loss="label")},
         {"weights": "untrained", "context": "reordered"},

@@ -1,4 +1,4 @@
-"""Several finetunings in parallel: runs of SGD that share every forward and backward pass.
+"""Several finetunings in parallel: runs that share every forward and backward pass.
 
 A step on one demonstration takes about as long as reading the weights from memory does, so the runs are rows of one
 batch. All rows read the same weights W, and each run's change of them is kept apart and added at the projections:
@@ -6,6 +6,7 @@ batch. All rows read the same weights W, and each run's change of them is kept a
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_dual.arguments import checked
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
+from icl_dual.finetuning.lora import Adapters
+from icl_dual.finetuning.optimisers import make_optimiser, rate_factors, weight_decay
 from icl_dual.finetuning.sgd import (
     EXPLODED_WEIGHTS,
     DivergedError,
@@ -27,13 +31,7 @@ from icl_dual.finetuning.sgd import (
     train_only,
     with_untrained,
 )
-from icl_dual.finetuning.weight_delta import (
-    PAPER_FINETUNING,
-    FinetuneConfig,
-    Noise,
-    WeightDelta,
-    trained_weights,
-)
+from icl_dual.finetuning.weight_delta import Noise, WeightDelta, trained_weights
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.models.changes import projection_deltas_of
 from icl_dual.models.journal import exclusive
@@ -59,17 +57,18 @@ def finetune_many(
 ) -> Iterator[WeightDelta | DivergedError]:
     """Finetune a model several times: at several rates, on several seeds' demonstrations, or in several orders.
 
-    Runs of SGD go in parallel, as rows of one batch. Their deltas equal those of `finetune` up to rounding, which is
-    smaller here because no small change is added to a large weight. SGD amplifies rounding step by step, also that of
-    another number of threads: compare runs with each other in float64. Runs go one after another with other methods, in
-    the reference protocol in half precision, for a `HookedTransformer`, and for models with a rotary embedding that
-    depends on the sequence length (dynamic NTK, LongRoPE).
+    Runs go in parallel, as rows of one batch. Their deltas equal those of `finetune` up to rounding, which is smaller
+    here because no small change is added to a large weight. SGD amplifies rounding step by step, also that of another
+    number of threads: compare runs with each other in float64. Runs go one after another with methods other than `sgd`,
+    in the reference protocol in half precision, for a `HookedTransformer`, for models with a rotary embedding that
+    depends on the sequence length (dynamic NTK, LongRoPE), and where runs have different numbers of demonstrations
+    and steps are not all alike (batches, epochs, a schedule, momentum, Adam, LoRA).
 
     Args:
         model: the model to finetune; restored afterwards.
         prompts: by run, the prompts; their demonstrations are the training sequences.
         lrs: by run, the learning rate.
-        config: the loss, the method and the trained projections of all runs, as in `finetune`.
+        config: how to finetune, the same for all runs, as in `finetune`.
         noises: by run, the noise on the weights that it starts from, as in `finetune`; no noise by default.
         at_once: the most runs in parallel; each needs memory for its delta and its gradient. Halved where memory runs
             out.
@@ -100,9 +99,10 @@ def finetune_many(
     if at_once < 1:
         raise ValueError(f"expected at_once of at least 1, got {at_once}: pass 1 to finetune one after another")
     for run_prompts, lr in zip(prompts, lrs, strict=True):
-        check_arguments(model, run_prompts, lr)
+        check_arguments(model, run_prompts, lr, config)
     is_sequential = (
         config.method != "sgd"
+        or (not config.has_equal_steps and len({len(each.training_sequences) for each in prompts}) > 1)
         or any(rounds_changes(model, run_prompts) for run_prompts in prompts)
         or not model.supports_projection_deltas
         or model.rope_scaling_threshold is not None
@@ -196,13 +196,99 @@ class _Run:
     """The delta or the error; `None` while the run goes on."""
 
     @property
-    def n_steps(self) -> int:
-        """The number of all its steps."""
+    def position(self) -> int:
+        """Return the index of the next demonstration."""
+        return len(self.losses) % self.n_demonstrations
+
+    @property
+    def n_demonstrations(self) -> int:
+        """Return the number of demonstrations in an epoch."""
         return len(self.prompts.training_sequences)
 
 
+class _Steps:
+    """Takes the steps of several runs at once: optimisers of torch are elementwise, and each run has a rate of its own.
+
+    Args:
+        config: the optimiser, its schedule and its batches.
+        n_demonstrations: the number of demonstrations in an epoch of the longest run.
+        tensors: the tensors that change, each by run.
+    """
+
+    def __init__(self, config: FinetuneConfig, n_demonstrations: int, tensors: Sequence[Tensor]) -> None:
+        self.config, self.batches = config, config.batches(n_demonstrations)
+        self.rate_factors = rate_factors(config, len(self.batches))
+        self.n_steps, self.n_read = 0, 0
+        self.gradient_sums: list[Tensor] = []
+        self.directions: list[Tensor] = []
+        """What the optimiser steps on, at a rate of 1 and from zero: the steps of all runs, without their rates."""
+        self.optimiser: torch.optim.Optimizer | None = None
+        if config.optimiser != "sgd" or config.momentum:
+            self.directions = [torch.zeros_like(tensor) for tensor in tensors]
+            self.optimiser = make_optimiser(config, self.directions, 1.0)
+
+    def take(
+        self,
+        tensors: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        lrs: Float[Tensor, " run"],
+        weights: Sequence[Tensor] | None,
+    ) -> Float[Tensor, " run"]:
+        """Use the gradients of one demonstration of each run: a step after the last of each batch.
+
+        Args:
+            tensors: the tensors that change, each by run.
+            gradients: their gradients.
+            lrs: by run, the learning rate before the schedule.
+            weights: the weights that the tensors are changes of; `None` for tensors that are no changes.
+
+        Returns:
+            By run, the norm of the step, or 0 before a batch is complete.
+        """
+        batch = self.batches[self.n_steps]
+        self.n_read += 1
+        if len(batch) > 1:
+            sums = self.gradient_sums or [torch.zeros_like(gradient) for gradient in gradients]
+            gradients = self.gradient_sums = [s + g for s, g in zip(sums, gradients, strict=True)]
+        if self.n_read < len(batch):
+            return torch.zeros_like(lrs)
+        if len(batch) > 1:
+            gradients = [gradient / len(batch) for gradient in gradients]
+        rates = lrs * self.rate_factors[self.n_steps]
+        steps = self._directions(tensors, gradients, weights)
+        for tensor, step in zip(tensors, steps, strict=True):
+            tensor.sub_(step * rates.view(-1, *[1] * (step.ndim - 1)))
+        self.gradient_sums, self.n_read, self.n_steps = [], 0, self.n_steps + 1
+        return torch.stack([step.flatten(1).norm(dim=1) for step in steps]).norm(dim=0) * rates
+
+    def _directions(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], weights: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        """Return each run's step at a rate of 1, with the opposite sign, as a gradient has."""
+        if self.optimiser is None:
+            return gradients
+        for direction, gradient in zip(self.directions, gradients, strict=True):
+            direction.zero_()
+            direction.grad = gradient
+        self.optimiser.step()
+        steps = [-direction for direction in self.directions]
+        if decay := weight_decay(self.optimiser):
+            decayed = tensors if weights is None else [W + tensor for W, tensor in zip(weights, tensors, strict=True)]
+            steps = [step + decay * tensor for step, tensor in zip(steps, decayed, strict=True)]
+        return steps
+
+    def keep(self, kept: list[int]) -> None:
+        """Leave out all runs but those at some indices."""
+        self.gradient_sums = [gradient[kept] for gradient in self.gradient_sums]
+        for direction in self.directions:
+            direction.grad = None
+            direction.data = direction.data[kept]
+        for state in () if self.optimiser is None else self.optimiser.state.values():
+            state.update({name: value[kept] for name, value in state.items() if getattr(value, "ndim", 0)})
+
+
 class _ParallelRuns:
-    """Runs of SGD that share each pass, as rows of its batch. A run that has finished or diverged leaves the batch."""
+    """Runs that share each pass, as rows of its batch. A run that has finished or diverged leaves the batch."""
 
     def __init__(
         self,
@@ -220,16 +306,41 @@ class _ParallelRuns:
         self.weight_norm = total_norm(
             [weight.parameter.detach() for by_layer in weights.values() for weight in by_layer]
         )
-        self.deltas: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
+        self.offsets: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
         """By a delta's name and by layer, the difference of each active run's weights from the model's: the run's noise
-        and its steps so far."""
+        and its steps so far; with adapters, which are added to it, the noise alone."""
         for name, by_layer in weights.items():
             matrices = [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
-            self.deltas[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
+            self.offsets[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
         for index, run in enumerate(self.runs):
             for name, by_layer in self._noise(run).items():
-                for tensor, change in zip(self.deltas[name], by_layer, strict=True):
+                for tensor, change in zip(self.offsets[name], by_layer, strict=True):
                     tensor[index] = change
+        self.adapters: dict[str, list[Float[Tensor, "run _ _"]]] = {}
+        """With LoRA, the matrices A and B of each active run by the delta's name and `A` or `B`, and by layer."""
+        self.scaling = 0.0
+        if config.lora is not None:
+            adapters = Adapters(model, config, weights)
+            self.scaling = adapters.scaling
+            self.adapters = {
+                name: [matrix.detach().expand(len(self.runs), -1, -1).clone() for matrix in by_layer]
+                for name, by_layer in adapters.matrices().items()
+            }
+        self.steps = _Steps(config, max(run.n_demonstrations for run in self.runs), self._trained)
+
+    @property
+    def _trained(self) -> list[Float[Tensor, "run d_out *d_in"]]:
+        """Return the tensors that the steps change."""
+        return [tensor for by_layer in (self.adapters or self.offsets).values() for tensor in by_layer]
+
+    def _changes(self) -> dict[str, list[Float[Tensor, "run d_out *d_in"]]]:
+        """Return, by a delta's name and by layer, the difference of each active run's weights from the model's."""
+        changes = {name: list(by_layer) for name, by_layer in self.offsets.items()}
+        for name in changes:
+            if f"{name} A" in self.adapters:
+                layers = zip(changes[name], self.adapters[f"{name} A"], self.adapters[f"{name} B"], strict=True)
+                changes[name] = [offset + (B @ A) * self.scaling for offset, A, B in layers]
+        return changes
 
     def _noise(self, run: _Run) -> dict[str, list[Tensor]]:
         """Return the noise on a run's weights by a delta's name and by layer; nothing for a run without noise."""
@@ -237,9 +348,9 @@ class _ParallelRuns:
 
     def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
         """Take all steps of all runs and return each run's result."""
-        fingerprint, n_steps = self.model.fingerprint(), max(run.n_steps for run in self.runs)
+        fingerprint, longest = self.model.fingerprint(), max(run.n_demonstrations for run in self.runs)
         title = f"finetuning {len(self.runs)} in parallel"
-        with progress_bar(total=n_steps, desc=title, show=progress, unit="step") as bar:
+        with progress_bar(total=longest * self.config.epochs, desc=title, show=progress, unit="step") as bar:
             while self.active:
                 self._step()
                 self._remove_finished(fingerprint)
@@ -247,9 +358,9 @@ class _ParallelRuns:
         return [run.result for run in self.runs if run.result is not None]
 
     def _step(self) -> None:
-        """Take each active run's next step, along the gradient of its own row's loss."""
-        sequences = [(*run.prompts.start, *run.prompts.training_sequences[len(run.losses)]) for run in self.active]
-        tensors = [tensor.requires_grad_() for by_layer in self.deltas.values() for tensor in by_layer]
+        """Read each active run's next demonstration, and take a step along its own row's loss after each batch."""
+        sequences = [(*run.prompts.start, *run.prompts.training_sequences[run.position]) for run in self.active]
+        tensors = [tensor.requires_grad_() for tensor in self._trained]
         losses = self._losses(sequences)
         gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
         if any(gradient is None for gradient in gradients):
@@ -259,12 +370,19 @@ class _ParallelRuns:
             )
         lrs = torch.tensor([run.lr for run in self.active], dtype=losses.dtype, device=losses.device)
         with torch.no_grad():
-            norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0) * lrs
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.sub_(gradient * lrs.view(-1, *[1] * (gradient.ndim - 1)))
+            norms = self.steps.take(tensors, gradients, lrs, self._decayed)
         for run, loss, norm in zip(self.active, losses.tolist(), norms.tolist(), strict=True):
             run.losses.append(loss)
-            run.path_length += norm / self.weight_norm
+            # What a step of adapters changes is no sum of its parts: the change itself is computed each time.
+            run.path_length += math.inf if self.adapters else norm / self.weight_norm
+
+    @property
+    def _decayed(self) -> list[Tensor] | None:
+        """Return the weights that the trained tensors are changes of, as matrices; `None` for those of adapters."""
+        if self.adapters:
+            return None
+        by_layer = (weight for layers in self.weights.values() for weight in layers)
+        return [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
 
     def _losses(self, sequences: Sequence[tuple[int, ...]]) -> Float[Tensor, " run"]:
         """Return the mean cross-entropy of each active run's sequence over its targets; record queries and keys."""
@@ -276,14 +394,15 @@ class _ParallelRuns:
         read = (torch.tensor([[len(row) - 1] for row in sequences]) - distance).clamp_min(0).to(model.device)
         is_target = (distance <= n_targets[:, None]).to(model.device)
         by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
-        forward = partial(model.run, ids, read=read, projection_deltas=projection_deltas_of(self.deltas))
+        forward = partial(model.run, ids, read=read, projection_deltas=projection_deltas_of(self._changes()))
         logits = forward(
             on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach().cpu()),
             on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach().cpu()),
         )
         for name, layers in by_layer.items():
             for run, row, content in zip(self.active, sequences, torch.stack(layers, dim=1), strict=True):
-                getattr(run, name).append(content[:, : len(row)].clone())
+                if len(run.losses) < run.n_demonstrations:
+                    getattr(run, name).append(content[:, : len(row)].clone())
         targets = ids.gather(1, read + 1)
         # Flat: over an axis that is not the last, torch sums a vocabulary one by one, and loses digits.
         flat_logits = at_least_float32(logits.flatten(0, 1))
@@ -296,7 +415,7 @@ class _ParallelRuns:
 
     def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
         """Return how many of a sequence's last tokens the loss is the mean over."""
-        label_length = run.prompts.demonstration_label_lengths[len(run.losses)]
+        label_length = run.prompts.demonstration_label_lengths[run.position]
         return min(label_length if self.config.loss == "label" else len(row) - len(run.prompts.start), len(row) - 1)
 
     def _remove_finished(self, fingerprint: str) -> None:
@@ -304,21 +423,23 @@ class _ParallelRuns:
         for index, run in enumerate(self.active):
             change = run.path_length  # an upper bound of the change, which is computed only when the bound is exceeded
             if not change <= EXPLODED_WEIGHTS:
-                tensors = [tensor[index] for by_layer in self.deltas.values() for tensor in by_layer]
+                tensors = [tensor[index] for by_layer in self._changes().values() for tensor in by_layer]
                 change = total_norm(tensors) / self.weight_norm
-            run.result = divergence(self.model, run.losses, change, run.n_steps, run.lr)
-            if run.result is None and len(run.losses) == run.n_steps:
+            total = self.config.epochs * run.n_demonstrations
+            run.result = divergence(self.model, run.losses, change, total, run.lr)
+            if run.result is None and len(run.losses) == total:
                 run.result = self._weight_delta(index, run, fingerprint)
         kept = [index for index, run in enumerate(self.active) if run.result is None]
         if len(kept) < len(self.active):
             self.active = [self.active[index] for index in kept]
-            for by_layer in self.deltas.values():
+            for by_layer in (*self.offsets.values(), *self.adapters.values()):
                 by_layer[:] = [tensor.detach()[kept] for tensor in by_layer]
+            self.steps.keep(kept)
 
     def _weight_delta(self, index: int, run: _Run, fingerprint: str) -> WeightDelta:
         deltas = {
             name: torch.stack([tensor.detach()[index] for tensor in by_layer]).cpu()
-            for name, by_layer in self.deltas.items()
+            for name, by_layer in self._changes().items()
         }
         for name, by_layer in self._noise(run).items():  # drawn once more, which costs less than to keep it
             deltas[name] -= torch.stack(by_layer).cpu()

@@ -11,9 +11,10 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
-from icl_dual.finetuning.weight_delta import PAPER_FINETUNING, FinetuneConfig, Noise, WeightDelta
+from icl_dual.finetuning.weight_delta import Noise, WeightDelta
 from icl_dual.models import Model
 from icl_dual.prompts import Prompts
 

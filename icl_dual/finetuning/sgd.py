@@ -1,4 +1,4 @@
-"""The paper's finetuning, SGD on key and value projections, and the variants that other papers compare it with.
+"""The paper's finetuning, SGD on key and value projections, and the variants that it is compared with.
 
 The paper's (Dai et al., 2023): one demonstration a step, in the order of the in-context prompt, one epoch, plain SGD at
 a constant learning rate. Weights and biases of the key and value projections are trained, all others are frozen, and
@@ -8,7 +8,8 @@ run beside them.
 The variants (`FinetuneConfig`): the loss of the label word alone (Shen et al., 2024); one step on all demonstrations
 together, with the gradients that equations 7–9 read as the dual form; each layer trained by a loss of its own, so that
 no gradient comes from the layers above it, as no information does in a forward pass (layer-causal, Deutch et al.,
-2024); keys alone, values alone, or all of attention.
+2024); keys alone, values alone, or all of attention. Finetuning as most people do it is a variant, too: Adam or
+momentum, several epochs, batches, a schedule of the learning rate, and low-rank adapters (LoRA).
 """
 
 import math
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from icl_dual import dual
 from icl_dual.arguments import checked
+from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
+from icl_dual.finetuning.lora import Adapters, check_adaptable
+from icl_dual.finetuning.optimisers import make_optimiser, rate_factors, weight_decay
 from icl_dual.finetuning.weight_delta import (
-    PAPER_FINETUNING,
     Factors,
-    FinetuneConfig,
     Noise,
     WeightDelta,
     keep_values,
@@ -75,24 +77,28 @@ def finetune(
     Args:
         model: the model to finetune, with its momentum attention if it has any; restored afterwards.
         prompts: their demonstrations are the training sequences, each after the start token and without a separator.
-        lr: the learning rate of SGD.
-        config: the loss, the method and the trained projections. One step of `full-batch`, on the sum of the
-            demonstrations' losses, is to first order as long as all steps of `sgd` together. With `layer-causal`,
-            gradients stop at every layer's input, and each layer's output is read by the final norm and the
-            unembedding, which stay frozen.
+        lr: the learning rate, before the schedule.
+        config: the loss, the trained projections, the optimiser's steps and LoRA. One step of `full-batch`, on the sum
+            of the demonstrations' losses, is to first order as long as all steps of `sgd` together. With
+            `layer-causal`, gradients stop at every layer's input, and each layer's output is read by the final norm and
+            the unembedding, which stay frozen.
         noise: noise on the trained weights that finetuning starts from. The delta is the change from there on, without
             the noise.
-        factors: keep the outer products that the delta of keys and values is the sum of, and check that it is.
+        factors: keep the outer products that the delta of keys and values is the sum of, and check that it is. Only one
+            epoch of plain SGD makes such a sum.
         progress: show a progress bar.
 
     Raises:
-        ValueError: lr is not a positive number, there are no demonstrations, a demonstration has no token that can be
-            predicted, or factors=True where keys and values are not both trained.
+        ValueError: lr is not a positive number, there are no demonstrations, or fewer than in a batch, a demonstration
+            has no token that can be predicted, the warm-up is as long as all steps, or factors=True where keys and
+            values are not both trained by one epoch of plain SGD.
         PromptError: the prompts are incomplete, or the model cannot read them.
         DivergedError: the loss or the weights exploded or are not finite; says at which step and lr.
         NonFiniteError: activations overflow before the first step; names the layer.
-        UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), or the
-            last layer's output is not read by the final norm and the unembedding alone (`layer-causal`).
+        UnsupportedModelError: the outer products of a step do not sum to its gradient (says at which layer), the last
+            layer's output is not read by the final norm and the unembedding alone (`layer-causal`), or the model has
+            no module for each projection (`lora`).
+        ImportError: peft, which `lora` needs, is not installed.
         MemoryError: a demonstration does not fit in memory; the message has its size.
 
     Example:
@@ -108,12 +114,9 @@ def finetune(
         >>> with delta.applied(model):
         ...     finetuned = icl_dual.capture(model, prompts.zero_shot(), progress=False)
     """
-    check_arguments(model, prompts, lr)
-    if factors and config.trained not in ("key-value", "attention"):
-        raise ValueError(
-            f"expected keys and values to be trained where factors are kept, got trained={config.trained!r}: set "
-            "trained to 'key-value' or 'attention', or factors=False"
-        )
+    check_arguments(model, prompts, lr, config)
+    if factors:
+        _check_factors(config)
     try:
         return _finetune(model, prompts, lr, config, noise, factors=factors, progress=progress)
     except (RuntimeError, MemoryError) as error:
@@ -132,31 +135,45 @@ def _finetune(
     factors: bool,
     progress: bool,
 ) -> WeightDelta:
-    weights, rounded = trained_weights(model, config.trained), rounds_changes(model, prompts)
-    is_beside = is_half(model.storage_dtype) and not rounded
-    trained = _zero_changes(weights) if is_beside else weights
-    parameters = _parameters(trained)
-    projection_deltas = _deltas_beside(trained) if is_beside else None
+    weights = trained_weights(model, config.trained)
+    adapters = None if config.lora is None else Adapters(model, config, weights)
+    rounded = adapters is None and rounds_changes(model, prompts)
+    is_beside = is_half(model.storage_dtype) and not rounded and (adapters is None or noise is not None)
+    started = _zero_changes(weights) if is_beside else weights
+    parameters = _parameters(started) if adapters is None else adapters.parameters()
+    projection_deltas = _added(
+        _deltas_beside(started) if is_beside else {}, {} if adapters is None else adapters.projection_deltas()
+    )
     losses: list[float] = []
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
-    recorder = _FactorRecorder(model, lr, trained) if factors else None
+    recorder = _FactorRecorder(model, started) if factors else None
+    sequences = list(zip(prompts.training_sequences, prompts.demonstration_label_lengths, strict=True))
+    total = config.epochs * len(sequences)
     with model.journal.block() as undo:
-        before = keep_values(parameters, undo)
+        before = keep_values(_parameters(started), undo)
         train_only(model, parameters, undo)
         exact_float32(undo)
-        changes = None if noise is None else noise.changes(weights)
-        descent = _GradientDescent(
-            trained, before, changes, lr, total_norm(_parameters(weights)), full_batch=config.method == "full-batch"
+        noise_changes = None if noise is None else _of_parameters(started, noise.changes(weights))
+        descent = _Descent(
+            config,
+            lr,
+            len(sequences),
+            parameters=_parameters(started),
+            before=before,
+            noise=noise_changes,
+            weight_norm=total_norm(_parameters(weights)),
+            beside=_matrices(weights) if is_beside else None,
+            adapters=adapters,
         )
-        steps = zip(prompts.training_sequences, prompts.demonstration_label_lengths, strict=True)
-        total = len(prompts.training_sequences)
         for step, (tokens, label_length) in enumerate(
-            progress_bar(steps, total=total, desc=f"finetuning, lr {lr:g}", show=progress, unit="step"), start=1
+            progress_bar(sequences * config.epochs, desc=f"finetuning, lr {lr:g}", show=progress, unit="step"), start=1
         ):
             n_targets = label_length if config.loss == "label" else len(tokens)
             for parameter in parameters:
                 parameter.grad = None
+            if recorder is not None:
+                recorder.rate = descent.rate
             loss, q, k = _backward(
                 model,
                 prompts.start,
@@ -168,14 +185,16 @@ def _finetune(
                 is_first=step == 1,
             )
             losses.append(loss)
-            training["q"].append(q)
-            training["k"].append(k)
+            if step <= len(sequences):
+                training["q"].append(q)
+                training["k"].append(k)
             if recorder is not None:
                 recorder.check(step)
-            change = descent.step(last=step == total)
+            change = descent.step()
             if (error := divergence(model, losses, change, total, lr)) is not None:
                 raise error
-        deltas = _deltas(model, trained, descent.changes())
+        changes = _deltas(started, descent.changes()) if adapters is None else adapters.changes()
+        deltas = with_untrained(model, {name: change.cpu() for name, change in changes.items()})
     return WeightDelta(
         model=model.name,
         fingerprint=fingerprint,
@@ -225,8 +244,30 @@ def _deltas_beside(trained: dict[str, list[Weight]]) -> dict[ProjectionName, Pro
     return projection_deltas_of({name: [w.parameter for w in by_layer] for name, by_layer in trained.items()})
 
 
+def _added(
+    first: dict[ProjectionName, ProjectionDelta], second: dict[ProjectionName, ProjectionDelta]
+) -> dict[ProjectionName, ProjectionDelta] | None:
+    """Return the sums of what two dictionaries add to projections; `None` for nothing."""
+
+    def delta_of(layer: int, kind: ProjectionName, x: Tensor) -> Tensor:
+        return first[kind](layer, kind, x) + second[kind](layer, kind, x)
+
+    return {**first, **second, **dict.fromkeys(first.keys() & second.keys(), delta_of)} or None
+
+
 def _parameters(weights: dict[str, list[Weight]]) -> list[nn.Parameter]:
     return [weight.parameter for by_layer in weights.values() for weight in by_layer]
+
+
+def _matrices(weights: dict[str, list[Weight]]) -> list[Tensor]:
+    """Return weights and biases as matrices and vectors, views of the parameters where possible."""
+    return [weight.to_matrix(weight.parameter.detach()) for by_layer in weights.values() for weight in by_layer]
+
+
+def _of_parameters(weights: dict[str, list[Weight]], matrices: dict[str, list[Tensor]]) -> list[Tensor]:
+    """Return matrices and vectors in the shapes of the parameters that they belong to."""
+    pairs = ((name, weight, at) for name, by_layer in weights.items() for at, weight in enumerate(by_layer))
+    return [weight.from_matrix(matrices[name][at]) for name, weight, at in pairs]
 
 
 def divergence(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:
@@ -251,13 +292,15 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
     )
 
 
-def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
+def check_arguments(model: Model, prompts: Prompts, lr: float, config: FinetuneConfig) -> None:
     """Check that a model can be finetuned on the prompts' demonstrations at a learning rate.
 
     Raises:
         PromptError: the prompts are incomplete, or the model cannot read them.
-        ValueError: lr is not a positive number, there are no demonstrations, one has no token to predict, or the model
-            was loaded inside of `torch.inference_mode()`.
+        ValueError: lr is not a positive number, there are no demonstrations, or fewer than in a batch, one has no token
+            to predict, the warm-up is as long as all steps, or the model was loaded inside of
+            `torch.inference_mode()`.
+        UnsupportedModelError: the model has no module for each projection, which LoRA needs.
     """
     check_prompts(model, prompts)
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -274,32 +317,61 @@ def check_arguments(model: Model, prompts: Prompts, lr: float) -> None:
             f"expected demonstrations of at least 2 tokens, the start token included, got {short[0]}: nothing comes "
             "before its only token, which cannot be predicted"
         )
+    config.check_demonstrations(len(prompts.training_sequences))
+    if config.lora is not None:
+        check_adaptable(model)
 
 
-class _GradientDescent:
-    """Takes a step along each demonstration's gradient, or one step along the sum of all of them.
+def _check_factors(config: FinetuneConfig) -> None:
+    """Raise a ValueError unless the delta of keys and values is a sum of outer products."""
+    if config.trained not in ("key-value", "attention"):
+        raise ValueError(
+            f"expected keys and values to be trained where factors are kept, got trained={config.trained!r}: set "
+            "trained to 'key-value' or 'attention', or factors=False"
+        )
+    if not config.is_plain_sgd or config.epochs > 1:
+        others = {"optimiser", "momentum", "lora", "epochs"} & config.variation.keys()
+        raise ValueError(
+            "expected one epoch of plain SGD where factors are kept, else the delta is no sum of outer products "
+            f"of training tokens, got {', '.join(f'{name}={getattr(config, name)!r}' for name in sorted(others))}: "
+            "leave these out, or set factors=False"
+        )
+
+
+class _Descent:
+    """Takes the optimiser's steps along the gradients of batches of demonstrations.
 
     Args:
-        trained: the parameters to step on, by name and by layer.
+        config: the optimiser, its schedule and its batches.
+        lr: the learning rate, before the schedule.
+        n_demonstrations: the number of demonstrations in an epoch.
+        parameters: the parameters that change, or that adapters run beside.
         before: copies of their values.
-        noise: by name and by layer, changes of the parameters to start from; `None` for none.
-        lr: the learning rate.
+        noise: changes of these parameters to start from; `None` for none.
         weight_norm: the norm of the weights that change.
-        full_batch: whether to take one step along the sum of all gradients.
+        beside: the weights that the parameters are changes of; `None` where the parameters are the weights.
+        adapters: the adapters that are trained instead of the parameters.
     """
 
     def __init__(
         self,
-        trained: dict[str, list[Weight]],
-        before: list[Tensor],
-        noise: dict[str, list[Tensor]] | None,
+        config: FinetuneConfig,
         lr: float,
-        weight_norm: float,
+        n_demonstrations: int,
         *,
-        full_batch: bool,
+        parameters: list[nn.Parameter],
+        before: list[Tensor],
+        noise: list[Tensor] | None,
+        weight_norm: float,
+        beside: list[Tensor] | None,
+        adapters: Adapters | None,
     ) -> None:
-        self.parameters, self.lr, self.full_batch = _parameters(trained), lr, full_batch
+        self.lr, self.config = lr, config
+        self.batches = config.batches(n_demonstrations)
+        self.rate_factors = rate_factors(config, len(self.batches))
         self.weight_norm, self.path_length = weight_norm, 0.0
+        self.adapters, self.beside = adapters, beside if adapters is None else None
+        self.parameters = parameters
         # Half precision would round small steps to nothing: they are taken on float32 copies, as in mixed precision.
         self.is_rounded = any(is_half(parameter.dtype) for parameter in self.parameters)
         self.stepped = (
@@ -309,44 +381,62 @@ class _GradientDescent:
         )
         self.start = before
         if noise is not None:
-            changes = [
-                weight.from_matrix(change)
-                for name, by_layer in trained.items()
-                for weight, change in zip(by_layer, noise[name], strict=True)
-            ]
             with torch.no_grad():
-                for stepped, change in zip(self.stepped, changes, strict=True):
+                for stepped, change in zip(self.stepped, noise, strict=True):
                     stepped.add_(change)
             self._round()
             self.start = [stepped.detach().clone() for stepped in self.stepped]
+        if adapters is not None:
+            self.parameters = self.stepped = adapters.parameters()
+            self.is_rounded = False
         self.gradient_sums: list[Tensor] = []
-        self.optimizer = torch.optim.SGD(self.stepped, lr=lr, foreach=True)
+        self.n_steps, self.n_read = 0, 0
+        self.optimiser = make_optimiser(config, self.stepped, lr)
 
-    def step(self, *, last: bool) -> float:
-        """Use the gradients that a demonstration has left at the parameters.
+    @property
+    def rate(self) -> float:
+        """Return the factor of a demonstration's gradient in the current step: the rate, and the share in the batch."""
+        share = 1.0 if self.config.method == "full-batch" else 1 / len(self.batches[self.n_steps])
+        return self.lr * self.rate_factors[self.n_steps] * share
+
+    def step(self) -> float:
+        """Use the gradients that a demonstration has left at the parameters: a step after the last of each batch.
 
         Returns:
-            The norm of the change of the weights so far, or an upper bound of it, in units of the weights' norm.
+            The norm of the change of the weights so far, or an upper bound of it, in units of the weights' norm; 0
+            before a batch is complete.
         """
         gradients = [
             torch.zeros_like(stepped) if parameter.grad is None else parameter.grad.to(stepped)
             for stepped, parameter in zip(self.stepped, self.parameters, strict=True)
         ]
-        # The path's length bounds the change and needs no difference of all weights, which is taken only beyond it.
-        self.path_length += self.lr * total_norm(gradients) / self.weight_norm
-        if self.full_batch:
-            sums = self.gradient_sums
-            self.gradient_sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
-            if not last:
-                return 0.0
-            gradients = self.gradient_sums
-        for parameter, gradient in zip(self.stepped, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self._round()
-        if self.path_length <= EXPLODED_WEIGHTS:
+        batch = self.batches[self.n_steps]
+        if self.config.is_plain_sgd:
+            # The path's length bounds the change and needs no difference of all weights, which is taken only beyond it.
+            self.path_length += self.rate * total_norm(gradients) / self.weight_norm
+        sums = self.gradient_sums
+        self.gradient_sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
+        self.n_read += 1
+        if self.n_read < len(batch):
+            return 0.0
+        is_mean = len(batch) > 1 and self.config.method != "full-batch"
+        for parameter, gradient in zip(self.stepped, self.gradient_sums, strict=True):
+            parameter.grad = gradient / len(batch) if is_mean else gradient
+        self._take_step(self.lr * self.rate_factors[self.n_steps])
+        self.gradient_sums, self.n_read, self.n_steps = [], 0, self.n_steps + 1
+        if self.config.is_plain_sgd and self.path_length <= EXPLODED_WEIGHTS:
             return self.path_length
-        return total_norm(self.changes()) / self.weight_norm
+        changes = self.changes() if self.adapters is None else list(self.adapters.changes().values())
+        return total_norm(changes) / self.weight_norm
+
+    def _take_step(self, lr: float) -> None:
+        self.optimiser.param_groups[0]["lr"] = lr
+        self.optimiser.step()
+        if self.beside is not None and (decay := weight_decay(self.optimiser)):
+            with torch.no_grad():  # of the weights; the optimiser's own decay is that of their change alone
+                for stepped, weight in zip(self.stepped, self.beside, strict=True):
+                    stepped.sub_(weight, alpha=lr * decay)
+        self._round()
 
     def changes(self) -> list[Tensor]:
         """Return the change of each parameter since the start, before it was rounded, in float32 at least."""
@@ -362,8 +452,10 @@ class _GradientDescent:
 class _FactorRecorder:
     """Records the projections' input and the error signal at their output for every training token, step by step."""
 
-    def __init__(self, model: Model, lr: float, trained: dict[str, list[Weight]]) -> None:
-        self.model, self.lr = model, lr
+    def __init__(self, model: Model, trained: dict[str, list[Weight]]) -> None:
+        self.model = model
+        self.rate = 0.0
+        """The factor of the next demonstration's gradient."""
         self.projections: dict[ProjectionName, list[Weight]] = {"K": trained["W_K"], "V": trained["W_V"]}
         self.x: list[list[Tensor]] = [[] for _ in range(model.n_layers)]
         self.errors: dict[ProjectionName, list[list[Tensor]]] = {
@@ -380,7 +472,7 @@ class _FactorRecorder:
         """Record a layer's input and error signal from a step's backward pass."""
         if kind == "K":  # keys and values are projected from the same input
             self.x[layer].append(at_least_float32(x[0]).cpu())
-        self.errors[kind][layer].append(-self.lr * at_least_float32(gradient[0]).cpu())
+        self.errors[kind][layer].append(-self.rate * at_least_float32(gradient[0]).cpu())
 
     def check(self, step: int) -> None:
         """Check that a step's outer products sum to its gradient, before any rounding of the weights.
@@ -392,7 +484,7 @@ class _FactorRecorder:
             for layer, weight in enumerate(by_layer):
                 parameter_gradient = weight.parameter.grad
                 assert parameter_gradient is not None
-                expected = -self.lr * at_least_float32(weight.to_matrix(parameter_gradient)).cpu()
+                expected = -self.rate * at_least_float32(weight.to_matrix(parameter_gradient)).cpu()
                 error = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - expected).norm()
                 if not error <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * expected.norm():
                     raise UnsupportedModelError(
@@ -502,14 +594,13 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
     return nn.utils.get_total_norm([at_least_float32(tensor.detach()) for tensor in tensors]).item()
 
 
-def _deltas(model: Model, trained: dict[str, list[Weight]], changes: list[Tensor]) -> dict[str, Any]:
-    """Return the change of each trained weight as matrices by layer, and zero for the untrained."""
+def _deltas(trained: dict[str, list[Weight]], changes: list[Tensor]) -> dict[str, Tensor]:
+    """Return the change of each trained weight as matrices by layer."""
     remaining = iter(changes)
-    deltas = {
+    return {
         name: torch.stack([weight.to_matrix(next(remaining)).cpu() for weight in by_layer])
         for name, by_layer in trained.items()
     }
-    return with_untrained(model, deltas)
 
 
 def with_untrained(model: Model, deltas: dict[str, Tensor]) -> dict[str, Any]:

@@ -8,53 +8,26 @@ block, saved, replaced by a random direction of the same norm, and taken between
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icl_dual.arguments import Seed, checked
+from icl_dual.arguments import NameOrPath, Seed, checked
 from icl_dual.field_docs import document_fields
-from icl_dual.models import Model, ProjectionName, Weight
+from icl_dual.finetuning.config import PROJECTIONS_TRAINED, FinetuneConfig, Trained
+from icl_dual.models import Model, Weight
 from icl_dual.models.changes import add_changes
-from icl_dual.models.finetuned import weights_beyond_projections, wrap_finetuned
+from icl_dual.models.finetuned import weights_beyond_projections, wrap_adapter, wrap_finetuned
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.results import check_axes, check_count, check_values, compare_by_value
 from icl_dual.storage import CLASS, Saved
 from icl_dual.torch_utils import at_least_float32, is_half
-
-Loss = Literal["all", "label"]
-"""The tokens of a demonstration that the loss is the mean cross-entropy of: `all`, or its `label` word alone."""
-Method = Literal["sgd", "full-batch", "layer-causal"]
-"""The optimisation methods. `sgd`: one step for each demonstration. `full-batch`: one step on the sum of all
-demonstrations' losses. `layer-causal`: one step for each demonstration, each layer on a loss of its own, read from its
-output through the final norm and the unembedding."""
-Trained = Literal["key-value", "key", "value", "attention"]
-"""The projections of attention that are trained; `attention` is all four."""
-
-
-@checked
-@document_fields
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How to finetune: the loss, the optimisation method and the trained projections. The default is the paper's.
-
-    >>> FinetuneConfig(loss="label")
-    FinetuneConfig(loss='label', method='sgd', trained='key-value')
-
-    Raises:
-        ValueError: an option is not one of those listed.
-    """
-
-    loss: Loss = "all"
-    """The mean cross-entropy of `all` tokens of a demonstration (the released code's), or of its `label` word alone."""
-    method: Method = "sgd"
-    """The optimisation method: `sgd`, `full-batch` or `layer-causal`."""
-    trained: Trained = "key-value"
-    """The projections that are trained: `key-value` (the paper's), `key`, `value`, or all of `attention`."""
 
 
 @checked
@@ -100,17 +73,6 @@ class Noise:
         return changes
 
 
-PAPER_FINETUNING = FinetuneConfig()
-"""The finetuning of Dai et al. (2023)."""
-
-PROJECTIONS_TRAINED: dict[Trained, tuple[ProjectionName, ...]] = {
-    "key-value": ("K", "V"),
-    "key": ("K",),
-    "value": ("V",),
-    "attention": ("Q", "K", "V", "O"),
-}
-"""The projections that each option trains."""
-
 DELTA_FIELDS = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O")
 """The fields of a `WeightDelta` that hold changes of weights and biases."""
 
@@ -152,9 +114,10 @@ class WeightDelta(Saved):
     fingerprint: str
     """The fingerprint of the model's weights before finetuning, and before `noise`."""
     lr: float | None
-    """The learning rate; `None` where it is unknown (`WeightDelta.between`)."""
+    """The learning rate before the schedule; `None` where it is unknown (`between`, `from_adapter`)."""
     config: FinetuneConfig | None
-    """The loss, the method and the trained projections; `None` where they are unknown (`WeightDelta.between`)."""
+    """How it was finetuned: the loss, the trained projections, the optimiser's steps and LoRA; `None` where this is
+    unknown (`between`, `from_adapter`)."""
     W_K: Float[Tensor, "layer d_kv d_model"]
     """ΔW_K; d_kv is n_key_value_heads·d_head, heads in order."""
     W_V: Float[Tensor, "layer d_kv d_model"]
@@ -166,10 +129,11 @@ class WeightDelta(Saved):
     demonstrations: list[list[int]]
     """The token ids of each training sequence, in the order of the steps; empty where they are unknown."""
     losses: Float[Tensor, " step"]
-    """The mean cross-entropy of each demonstration before its own step, in nats; empty where it is unknown."""
+    """The mean cross-entropy of each demonstration before its own step, in nats, epoch after epoch; empty where it is
+    unknown."""
     training_q: Float[Tensor, "layer train_token head d_head"] | None = None
     """The queries W_Q x of each step's start token and demonstration, before rotation, recorded before the step changed
-    any weight, in the order of the steps; `None` where they are unknown."""
+    any weight, in the order of the first epoch's steps; `None` where they are unknown."""
     training_k: Float[Tensor, "layer train_token kv_head d_head"] | None = None
     """The keys W_K x of the tokens of `training_q`, before rotation; `None` where they are unknown."""
     W_Q: Float[Tensor, "layer d_q d_model"] | None = None
@@ -195,7 +159,9 @@ class WeightDelta(Saved):
         check_values(self, "factors/residual", low=0, nan=True)
         check_values(self, "demonstrations", low=0)
         check_values(self, "factors/steps", low=0, high=len(self.demonstrations) - 1)
-        check_count("losses", len(self.losses), "demonstrations", len(self.demonstrations))
+        epochs = 1 if self.config is None else self.config.epochs
+        of_epochs = "demonstrations" if epochs == 1 else f"demonstrations in {epochs} epochs"
+        check_count("losses", len(self.losses), of_epochs, epochs * len(self.demonstrations))
         self._check_head_lengths(axes)
         self._check_trained()
         n_tokens, n_start = sum(map(len, self.demonstrations)), len(self.demonstrations)  # each has start tokens
@@ -227,10 +193,15 @@ class WeightDelta(Saved):
         norms = ", ".join(f"‖Δ{name}‖={delta.norm():.3g}" for name, delta in matrices.items() if delta is not None)
         if self.config is None:
             return f"WeightDelta({self.model!r}, finetuned elsewhere, {self.trained} changed, {norms})"
+        changed = self.config.variation
+        steps = [words for name, words in changed.items() if name not in ("loss", "method", "trained")]
+        if "method" in changed or "optimiser" not in changed:
+            steps.insert(0, self.config.method)
         noise = "" if self.noise is None else f"noise of {self.noise.size:.3g} with seed {self.noise.seed}, "
         return (
-            f"WeightDelta({self.model!r}, lr={self.lr}, {self.config.method}, {self.trained} trained, {noise}"
-            f"{len(self.losses)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, {norms})"
+            f"WeightDelta({self.model!r}, lr={self.lr}, {', '.join(steps)}, {self.trained} trained, {noise}"
+            f"{len(self.demonstrations)} demonstrations, mean loss {self.losses.mean():.3f} before each one's step, "
+            f"{norms})"
         )
 
     @property
@@ -283,7 +254,54 @@ class WeightDelta(Saved):
                 f"expected tuned to have other weights than {model.name!r}, got the same weights: pass the model as "
                 "it was before, and a copy that was finetuned apart from it"
             )
-        if not changed & {"W_Q", "b_Q", "W_O", "b_O"}:
+        return cls._of_unknown_training(model, deltas, rounded=True)
+
+    @classmethod
+    @checked
+    def from_adapter(
+        cls, model: Model, folder: str | PathLike[str], *, base: NameOrPath | None = None
+    ) -> "WeightDelta":
+        """Return the delta that a saved LoRA adapter of peft makes: ΔW = B A · alpha / rank.
+
+        How the adapter was trained is unknown to the delta, as in `between`. Reading it needs peft: `pip install
+        'icl-dual[peft]'`.
+
+        Args:
+            model: the model that the adapter was trained on.
+            folder: the adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+            base: the name under which the adapter knows its model (`base_model_name_or_path`), where this is not the
+                model's own.
+
+        Returns:
+            ΔW in float32 at least, of keys and values where nothing else changes, else of all four projections.
+
+        Raises:
+            ImportError: peft is not installed.
+            AssetError: the folder holds no adapter, or a damaged one.
+            UnsupportedModelError: the model is not behind a bridge.
+            ValueError: the adapter belongs to another model, changes a weight that is not of attention's projections
+                (names it) or no weight at all, or does more than add a matrix to weights.
+        """
+        change = wrap_adapter(model, Path(folder), base)
+        others = [name for name, weight in weights_beyond_projections(change).items() if weight.any()]
+        if others:
+            raise ValueError(
+                f"expected an adapter of attention's projections only, which are all that a delta holds, got {folder} "
+                f"with a change of {others[0]!r} ({len(others)} such weights): merge it into its model "
+                "(merge_and_unload, save_pretrained), load that, and compare by icl_dual.compare(..., delta=None)"
+            )
+        deltas = {
+            name: torch.stack([weight.to_matrix(weight.parameter.detach()) for weight in by_layer])
+            for name, by_layer in trained_weights(change, "attention").items()
+        }
+        if not any(delta.any() for delta in deltas.values()):
+            raise ValueError(f"expected an adapter that changes weights, got zeros in {folder}: train it first")
+        return cls._of_unknown_training(model, deltas, rounded=False)
+
+    @classmethod
+    def _of_unknown_training(cls, model: Model, deltas: dict[str, Tensor], *, rounded: bool) -> "WeightDelta":
+        """Return a delta of keys and values where nothing else changed, else of all four projections."""
+        if not any((deltas[name] != 0).any() for name in deltas if name[-1] in "QO"):
             deltas = {name: delta for name, delta in deltas.items() if name[-1] in "KV"}
         return cls(
             model=model.name,
@@ -293,7 +311,7 @@ class WeightDelta(Saved):
             **{"b_K": None, "b_V": None, **deltas},
             demonstrations=[],
             losses=torch.empty(0, dtype=torch.float64),
-            rounded=True,
+            rounded=rounded,
         )
 
     @checked

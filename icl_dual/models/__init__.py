@@ -16,6 +16,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `mlp` | changes of MLPs that run beside the weights |
 | `stream` | vectors that runs add to the residual stream |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
+| `adapters` | adapters of peft: models that have them, and the change of weights that a saved one makes |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |
 | `bridge` | the backend for `TransformerBridge` (transformer-lens 3.9 to 4.x) |

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from icl_dual import dual
+from icl_dual.models.adapters import check_no_adapters
 from icl_dual.models.backend import (
     Backend,
     Hook,
@@ -85,6 +86,7 @@ class BridgeBackend(Backend):
                 f"{cfg.architecture}: expected a decoder-only causal language model, got "
                 f"{type(bridge.original_model).__name__}: use a model that AutoModelForCausalLM loads"
             )
+        check_no_adapters(cfg.architecture, bridge, bridge.original_model)
         required = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
         hooks = frozenset(bridge.hook_dict)
         for layer in range(cfg.n_layers):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformer_lens.model_bridge import BlockBridge, TransformerBridge
 from transformers import PreTrainedModel
 
+from icl_dual.models.adapters import is_peft_model, load_adapter_weights
 from icl_dual.models.bridge import boot
 from icl_dual.models.hooked import is_hooked_transformer
 from icl_dual.models.model import Model
@@ -65,6 +67,11 @@ def _wrapped(model: Model, tuned: Any) -> Model:
         return tuned
     if isinstance(tuned, TransformerBridge) or is_hooked_transformer(tuned):
         return _with_arithmetic_of(model, tuned, options)
+    if is_peft_model(tuned):
+        raise ValueError(
+            f"expected tuned as a model without adapters, got a {type(tuned).__name__}: merge them first "
+            "(merge_and_unload), or pass the adapter's folder to icl_dual.WeightDelta.from_adapter"
+        )
     if not isinstance(tuned, PreTrainedModel):
         raise ValueError(
             "expected tuned as an icl_dual.Model, a TransformerBridge or a Hugging Face PreTrainedModel, got "
@@ -86,6 +93,26 @@ def _wrapped(model: Model, tuned: Any) -> Model:
     tokenizer = model.backend.tokenizer
     bridge = boot(model.architecture, hf_model, tokenizer, model.device, hf_model.dtype)
     return _with_arithmetic_of(model, bridge, options)
+
+
+def wrap_adapter(model: Model, folder: Path, base: str | None) -> Model:
+    """Return a `Model` of the weights that a saved adapter adds to a model, and zero elsewhere.
+
+    Args:
+        model: the model that the adapter belongs to.
+        folder: the adapter's folder.
+        base: the name under which the adapter knows the model; the model's own by default.
+
+    Raises:
+        ImportError: peft is not installed.
+        AssetError: the folder holds no adapter, or a damaged one.
+        UnsupportedModelError: the model is not behind a bridge.
+        ValueError: the adapter does more than add matrices to weights, or belongs to another model; says how.
+    """
+    hf_model = load_adapter_weights(model, folder, base)
+    hf_model.config.architectures = [model.architecture]
+    bridge = boot(model.architecture, hf_model, model.backend.tokenizer, "cpu", hf_model.dtype)
+    return Model(bridge, name=model.name)
 
 
 def _with_arithmetic_of(model: Model, wrapped: Any, options: dict[str, Any]) -> Model:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from icl_dual import assets
 from icl_dual.arguments import NameOrPath, checked
+from icl_dual.models.adapters import check_no_adapter_files, merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
@@ -23,6 +24,7 @@ from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 
 
+@merged_only
 @checked
 @transformers_bars()
 def load_model(
@@ -68,6 +70,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
+    check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from icl_dual.arguments import Index, checked
+from icl_dual.models.adapters import adapter_states, is_peft_model
 from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
@@ -434,7 +435,7 @@ class Model:
 
     @exclusive
     def fingerprint(self) -> str:
-        """Return the precision and a short hash of the weights and of η.
+        """Return the precision and a short hash of the weights, of η, and of which adapters of peft are on.
 
         Two models with different weights (for example with a delta applied), or with different η, have different
         fingerprints. The hash reads `FINGERPRINT_ELEMENTS` elements of each parameter, evenly spread over it, or one of
@@ -453,6 +454,8 @@ class Model:
             digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())
+        if states := adapter_states(self.wrapped, getattr(self.wrapped, "original_model", self.wrapped)):
+            digest.update(repr(states).encode())
         dtypes = dict.fromkeys(map(dtype_name, (self.dtype, self.storage_dtype)))
         return ":".join([*dtypes, digest.hexdigest()[:16]])
 
@@ -494,6 +497,9 @@ def _backend_of(wrapped: Any, arithmetic: torch.dtype | None) -> Backend:
         got, advice = repr(wrapped), "load it with icl_dual.load_model"
     elif isinstance(wrapped, Model):
         advice = "it is wrapped already, use it directly"
+    elif is_peft_model(wrapped):
+        advice = "merge it first, with merge_and_unload(), and boot the merged model, or pass the adapter's folder to "
+        advice += "icl_dual.WeightDelta.from_adapter"
     elif isinstance(wrapped, PreTrainedModel):
         advice = "boot it with TransformerBridge.boot_transformers(name, hf_model=…, tokenizer=…)"
     else:

@@ -18,7 +18,7 @@ from torch import nn
 
 import icl_dual as icl
 from icl_dual.finetuning import Noise, parallel, sgd
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained
+from icl_dual.finetuning.config import Loss, Method, Trained
 from icl_dual.prompts import Prompts
 
 
@@ -274,3 +274,59 @@ def test_losses_over_a_large_vocabulary_lose_no_digits(
     targets = torch.tensor(row[len(prompts.start) :])
     for got, row_logits in zip(losses.tolist(), logits[:, len(prompts.start) - 1 : -1].double(), strict=True):
         assert got == pytest.approx(nn.functional.cross_entropy(row_logits, targets).item(), abs=1e-5)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "batches of SGD": {"epochs": 2, "batch_size": 3, "schedule": "cosine"},
+    "momentum": {"momentum": 0.9, "schedule": "linear", "warmup": 2},
+    "adamw": {"optimiser": "adamw", "epochs": 2, "trained": "attention"},
+    "LoRA": {"lora": icl.Lora(rank=2, targets=("v",)), "epochs": 2},
+    "LoRA by adamw": {"lora": icl.Lora(rank=2), "optimiser": "adamw", "trained": "attention", "batch_size": 2},
+}
+"""Settings under which steps depend on each other, or on the number of demonstrations."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_other_steps_at_once_are_as_one_by_one(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At rates of their own, from noise and without."""
+    model = make_model("gpt2", torch.float64)
+    before, run_prompts = snapshot(model), several(model, task)
+    prompts, noises = [run_prompts[0], run_prompts[3], run_prompts[0]], [None, Noise(1), None]
+    config = icl.FinetuneConfig(**STEPS[name])
+    lr = 1e-3 if config.optimiser == "adamw" else LR
+    rows: list[int] = []
+    run = icl.Model.run
+
+    def count_rows(self: icl.Model, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        rows.append(len(tokens))
+        return run(self, tokens, **options)
+
+    monkeypatch.setattr(icl.Model, "run", count_rows)
+    equal_to_one_by_one(model, prompts, [lr, 2 * lr, lr / 3], 1e-7, config=config, noises=noises)
+    assert same(model, before)
+    n_read = 4 * config.epochs
+    assert rows == [3] * n_read + [1] * 3 * n_read
+
+
+@pytest.mark.parametrize("name", ["adamw", "LoRA", "batches of SGD"])
+def test_a_run_that_diverges_leaves_other_steps_as_they_were(
+    make_model: Callable[..., icl.Model], task: icl.Task, name: str
+) -> None:
+    model, config = make_model("gpt2", torch.float64), icl.FinetuneConfig(**STEPS[name])
+    prompts = several(model, task)[0]
+    lr = 1e-3 if config.optimiser == "adamw" else LR
+    first, diverged, last = icl.finetune_many(model, [prompts] * 3, [lr, 1e6, 2 * lr], config=config, progress=False)
+    assert isinstance(diverged, icl.DivergedError)
+    for got, rate in ((first, lr), (last, 2 * lr)):
+        expected = icl.finetune(model, prompts, lr=rate, config=config, progress=False)
+        assert isinstance(got, icl.WeightDelta)
+        torch.testing.assert_close(got.W_V, expected.W_V, rtol=1e-7, atol=1e-12)
+
+
+def test_runs_of_other_lengths_go_one_by_one_where_steps_depend_on_it(
+    make_model: Callable[..., icl.Model], task: icl.Task
+) -> None:
+    model, config = make_model("gpt2", torch.float64), icl.FinetuneConfig(schedule="linear")
+    equal_to_one_by_one(model, several(model, task), [LR] * 4, 0.0, config=config)

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.finetuning import Noise, sgd
-from icl_dual.finetuning.weight_delta import Loss, Method, Trained, trained_weights
+from icl_dual.finetuning.config import Loss, Method, Trained
+from icl_dual.finetuning.weight_delta import trained_weights
 from icl_dual.models import tiny_model
 from icl_dual.prompts import Prompts
 

@@ -13,7 +13,7 @@ from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.finetuning import Noise
-from icl_dual.finetuning.weight_delta import Method, Trained
+from icl_dual.finetuning.config import Method, Trained
 from icl_dual.models import tiny_model
 from icl_dual.prompts import Prompts
 from icl_dual.storage import save_tensors
