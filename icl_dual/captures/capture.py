@@ -261,7 +261,7 @@ def capture(
     query_prefix = common_query_prefix(prompts)
     check_rope_scaling(model, prompts, query_prefix)
     with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
-        _check_pass(model, prompts)
+        check_pass(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
         rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
         first_row = rows[0] if "full_prompt" in fields else None
@@ -318,7 +318,7 @@ def check_capture_arguments(fields: Collection[Field], batch_size: int) -> None:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}: 1 runs one query at a time")
 
 
-def _check_pass(model: Model, prompts: Prompts) -> None:
+def check_pass(model: Model, prompts: Prompts) -> None:
     """Compare the shared-prefix pass with plain forward passes: once, and at every capture with foreign hooks.
 
     The effect of such a hook may depend on the prompt and on where the prompt is split. So these prompts are compared,

@@ -13,6 +13,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `precision` | half-precision weights that run in float32, TF32 switched off, names of precisions |
 | `overflow` | where activations first overflow |
 | `changes` | changes of projections that run beside the weights |
+| `direct_path` | from attention's outputs to logits, past all later layers |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
 | `backend` | the interface between `Model` and a TransformerLens class |
@@ -43,6 +44,7 @@ from icl_dual.models.backend import (  # noqa: E402
     Weight,
 )
 from icl_dual.models.controls import Control, control_model, control_name, control_provenance  # noqa: E402 - the version is checked first
+from icl_dual.models.direct_path import DirectPath  # noqa: E402 - the version is checked first
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
 from icl_dual.models.momentum import MOMENTUM_TAG, momentum_attention  # noqa: E402
@@ -53,6 +55,7 @@ __all__ = [
     "MOMENTUM_TAG",
     "Attention",
     "Control",
+    "DirectPath",
     "Model",
     "NonFiniteError",
     "OnAttention",
