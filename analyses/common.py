@@ -38,6 +38,7 @@ HEADINGS = (
     "# What is left of the paper's claims",
     "# Stability along the learning rate",
     "# Momentum attention",
+    "# Which document an answer comes from",
 )
 """How the pages begin that scripts write into their folders."""
 

@@ -17,7 +17,7 @@ the model computed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -35,12 +35,16 @@ from icl_dual.models.journal import exclusive
 from icl_dual.models.tokenization import Tokens
 from icl_dual.momentum import decay_matrix
 from icl_dual.progress import progress_bar
+from icl_dual.prompt_view import TokenView
 from icl_dual.prompts import Prompts
 from icl_dual.results import ROUNDING, check_axes, check_values
 from icl_dual.sourced_prompts import SourcedPrompt, source_index
 from icl_dual.storage import Saved
 from icl_dual.texts import PromptError
 from icl_dual.torch_utils import at_least_float32, checked_index
+
+Quantity = Literal["mass", "norm", "share", "logit_effect"]
+"""A field of `SourceAttention` with a number for each source."""
 
 WEIGHTS_AT_ONCE = 1 << 24
 """How many attention weights are in memory at a time: 64 MiB in float32."""
@@ -154,6 +158,78 @@ class SourceAttention(Saved):
         if self.z is None or self.W_O is None:
             raise ValueError("expected a capture with z, got one without: call capture_sources with terms=True")
         return self.z, self.W_O
+
+    @checked
+    def values(self, quantity: Quantity, logit: int = 0) -> Float[Tensor, "prompt position layer head source"]:
+        """Return one of the quantities by source.
+
+        Args:
+            quantity: `mass`, `norm`, `share` or `logit_effect`.
+            logit: which of `logit_tokens`, for `logit_effect`.
+
+        Raises:
+            ValueError: the capture has no effects on logits.
+            IndexError: it has no such logit.
+        """
+        if quantity != "logit_effect":
+            return getattr(self, quantity)
+        if self.logit_effect is None:
+            raise ValueError("expected a capture with logit_effect, got one without: pass logits= to capture_sources")
+        return self.logit_effect[..., checked_index("logit", logit, self.logit_effect.shape[-1])]
+
+    @checked
+    def show(
+        self,
+        layer: int,
+        head: int,
+        *,
+        prompt: int = 0,
+        position: int = -1,
+        quantity: Quantity = "mass",
+        logit: int = 0,
+    ) -> TokenView:
+        """Return one prompt with its tokens coloured by the number of their source at one layer and head.
+
+        A capture of `SourcedPrompt.by_token()` has a number for each token.
+
+        Args:
+            layer: the layer, out of `layers`.
+            head: the head's index.
+            prompt: the prompt's index.
+            position: the index in `positions` of the position that attends.
+            quantity: the number: `mass`, `norm`, `share` or `logit_effect`.
+            logit: which of `logit_tokens`, for `logit_effect`.
+
+        Returns:
+            The view: `print` it, or let Jupyter display it.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: the layer was not captured, or the capture has no effects on logits.
+
+        Example:
+            >>> import icl_dual
+            >>> from icl_dual.models import tiny_model
+            >>> model = tiny_model()
+            >>> parts = [("document", "The box is red. "), ("question", "Is it?")]
+            >>> captured = icl_dual.capture_sources(model, icl_dual.prompt_from_parts(parts, model), progress=False)
+            >>> print(captured.show(1, 0, quantity="share").title)
+            share at layer 1, head 0, for the token at position 22 of prompt 0
+        """
+        if layer not in self.layers:
+            raise ValueError(f"expected a layer out of those captured, {list(self.layers)}, got {layer}: capture it")
+        values = self.values(quantity, logit)
+        prompt = checked_index("prompt", prompt, len(self.tokens))
+        position = checked_index("position", position, len(self.positions[prompt]))
+        head = checked_index("head", head, values.shape[3])
+        by_source = values[prompt, position, self.layers.index(layer), head].tolist()
+        at = self.positions[prompt][position]
+        return TokenView(
+            f"{quantity} at layer {layer}, head {head}, for the token at position {at} of prompt {prompt}",
+            self.texts[prompt],
+            tuple(self.names[source] for source in self.sources[prompt]),
+            tuple(by_source[source] for source in self.sources[prompt]),
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: a row for each prompt, position, layer, head and source.

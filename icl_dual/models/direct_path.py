@@ -110,11 +110,11 @@ def direct_path(
 
 def _measured(norm: nn.Module, d_model: int, where: str, tolerance: float) -> FrozenNorm:
     """Return a norm as a linear map with a frozen scale, measured on vectors."""
-    copied: Any = copy.deepcopy(norm).float().cpu()
+    copied: Any = copy.deepcopy(norm).double().cpu()
 
     def apply(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return copied.forward(x.float()[None, None])[0, 0].double()
+            return copied.forward(x.double()[None, None])[0, 0].double()
 
     bias, sample = apply(torch.zeros(d_model)), _sample(d_model)
     alternating = torch.ones(d_model, dtype=torch.float64)
