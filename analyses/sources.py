@@ -38,6 +38,7 @@ import icl_dual as icl
 from icl_dual.prompt_view import TokenView
 from icl_dual.statistics import Interval, bootstrap, paired_test, proportion, ranks
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
+from icl_dual.torch_utils import pad_right
 
 N_DOCUMENTS, PROMPTS_IN_CELL, QUOTED = 3, 10, slice(6, 14)
 DOCUMENTS = [f"document {number + 1}" for number in range(N_DOCUMENTS)]
@@ -123,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="packaged model, hub id, folder or .gguf file (%(default)s)",
     )
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help="of facts, news (both)")
-    add("--prompts", type=at_least(PROMPTS_IN_CELL), default=120, help="prompts a task (%(default)s)")
+    add("--prompts", type=at_least(PROMPTS_IN_CELL), default=100, help="prompts a task (%(default)s)")
     add("--seed", type=count, default=1, help="draw of the prompts (%(default)s)")
     add("--device", type=device, default="cpu", help="(%(default)s)")
     add("--out", type=output_folder, default="figures/sources", help="folder for all output (%(default)s)")
@@ -146,12 +147,12 @@ def first_token(model: icl.Model, case: Case, answer: str) -> int:
     return answered[len(question)]
 
 
-def log_prob(model: icl.Model, prompt: icl.SourcedPrompt, token: int) -> float:
-    """Return the log-probability of a token after a prompt, in nats."""
-    tokens = torch.tensor([prompt.tokens], device=model.device)
+def log_probs(model: icl.Model, prompts: Sequence[icl.SourcedPrompt], token: int) -> Tensor:
+    """Return the log-probability of a token after each of some prompts, in nats."""
+    tokens = pad_right([prompt.tokens for prompt in prompts], device=model.device)
+    last = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
     with torch.no_grad():
-        logits = model.run(tokens, read=torch.full_like(tokens[:, :1], len(prompt) - 1))
-    return logits[0, 0].double().log_softmax(-1)[token].item()
+        return model.run(tokens, read=last)[:, 0].double().log_softmax(-1)[:, token].cpu()
 
 
 def run(model: icl.Model, cases: Sequence[Case]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,20 +165,20 @@ def run(model: icl.Model, cases: Sequence[Case]) -> tuple[dict[str, Tensor], dic
     captured = icl.capture_sources(model, prompts, logits=tokens, terms=False, progress=False)
     assert captured.logit_effect is not None
     effect = captured.logit_effect[:, 0].sum(2)
-    answers = [answer for answer, *_ in tokens]
-    whole = [log_prob(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    without = [
-        [log_prob(model, prompt.without(name), answer) for name in DOCUMENTS]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    ablated = torch.stack(
+        [
+            log_probs(model, [prompt, *map(prompt.without, DOCUMENTS)], answer)
+            for prompt, (answer, *_) in zip(prompts, tokens, strict=True)
+        ]
+    )
     tensors = {
         "mass": captured.mass[:, 0].mean(2),
         "norm": captured.norm[:, 0].mean(2),
         "share": captured.share[:, 0].sum(2),
         "effect": effect[..., 0],
         "contrast": effect[..., 0] - effect[..., 1:].mean(-1),
-        "log_prob": torch.tensor(whole),
-        "log_prob_without": torch.tensor(without),
+        "log_prob": ablated[:, 0],
+        "log_prob_without": ablated[:, 1:],
         "target": torch.tensor([case.target for case in cases]),
     }
     about = {
@@ -334,7 +335,9 @@ def draw(cells: Sequence[Result], args: argparse.Namespace) -> None:
     finish(fig, axes, f"Documents ranked as by ablation; dotted: at random. {about}", args.out / "agreement")
 
     for result in cells:
-        view = {name: tuple(value) if isinstance(value, list) else value for name, value in result.about["view"].items()}
+        view = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in result.about["view"].items()
+        }
         ax = icl.plots.source_tokens(TokenView(**view))
         ax.set_title(icl.plots.literal(f"{TASKS[result.task][0]}: {view['title']}"), fontsize="small")
         assert ax.figure is not None

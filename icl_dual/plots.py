@@ -297,9 +297,7 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
 
 
 @checked
-def sources(
-    captured: SourceAttention, quantity: Quantity = "mass", *, logit: int = 0, ax: Axes | None = None
-) -> Axes:
+def sources(captured: SourceAttention, quantity: Quantity = "mass", *, logit: int = 0, ax: Axes | None = None) -> Axes:
     """Draw by layer what each source has: means over prompts and positions, with bands of ±1.96 standard errors.
 
     Mass and norm are means over heads; shares of the attention output and effects on a logit are summed over heads.

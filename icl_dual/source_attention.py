@@ -238,7 +238,9 @@ class SourceAttention(Saved):
         """
         columns = {"mass": self.mass, "norm": self.norm, "share": self.share}
         if self.logit_effect is not None:
-            columns |= {f"logit_effect {index}": by_token for index, by_token in enumerate(self.logit_effect.unbind(-1))}
+            columns |= {
+                f"logit_effect {index}": by_token for index, by_token in enumerate(self.logit_effect.unbind(-1))
+            }
         n_prompts, n_positions, n_layers, n_heads, n_sources = self.mass.shape
         prompt, position, layer, head, source = torch.meshgrid(
             *(torch.arange(n) for n in (n_prompts, n_positions, n_layers, n_heads, n_sources)), indexing="ij"
@@ -317,7 +319,10 @@ def capture_sources(
     together = [prompts] if isinstance(prompts, SourcedPrompt) else list(prompts)
     _check_prompts(model, together)
     positions_by_prompt = _positions(together, positions)
-    chosen = tuple(checked_index("layers", layer, model.n_layers) for layer in (range(model.n_layers) if layers is None else layers))
+    chosen = tuple(
+        checked_index("layers", layer, model.n_layers)
+        for layer in (range(model.n_layers) if layers is None else layers)
+    )
     if not chosen:
         raise ValueError("expected at least one layer, got none: leave out layers= for all")
     logit_tokens = _logit_tokens(model, logits, len(together))
@@ -387,8 +392,14 @@ def _logit_tokens(model: Model, logits: Sequence[Any] | None, n_prompts: int) ->
 def _as_prompts(prompt: SourcedPrompt) -> Prompts:
     """Return a prompt as a query, its last token, after all others: what the pass is checked on."""
     *before, last = prompt.tokens
-    return Prompts(start=tuple(before[:1]), demonstrations=(tuple(before[1:]),) if before[1:] else (),
-        demonstration_label_lengths=(0,) if before[1:] else (), queries=((last,),), labels=((last,),), gold=(0,))
+    return Prompts(
+        start=tuple(before[:1]),
+        demonstrations=(tuple(before[1:]),) if before[1:] else (),
+        demonstration_label_lengths=(0,) if before[1:] else (),
+        queries=((last,),),
+        labels=((last,),),
+        gold=(0,),
+    )
 
 
 class _Recorder:

@@ -330,7 +330,12 @@ def prompt_from_query(prompts: Prompts, query: int = 0) -> SourcedPrompt:
     names = {START: START_TOKEN, SEPARATOR: "separators"}
     by_token = [names.get(segment, f"demonstration {segment + 1}") for segment in prompts.segments.tolist()]
     by_token += ["query"] * len(suffix)
-    order = (START_TOKEN, "query", "separators", *(f"demonstration {n + 1}" for n in range(len(prompts.demonstrations))))
+    order = (
+        START_TOKEN,
+        "query",
+        "separators",
+        *(f"demonstration {n + 1}" for n in range(len(prompts.demonstrations))),
+    )
     present = tuple(name for name in order if name in set(by_token))
     tokens = prompts.prefix + suffix
     return SourcedPrompt(

@@ -115,7 +115,9 @@ def test_every_number_equals_loops_over_the_attention_matrix(
 ) -> None:
     monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", 23)
     prompt, tokens, positions = prompt_of(), (7, 200), (-1, 30, 2)
-    got = icl.capture_sources(make_model(architecture, dtype), prompt, positions=positions, logits=tokens, progress=False)
+    got = icl.capture_sources(
+        make_model(architecture, dtype), prompt, positions=positions, logits=tokens, progress=False
+    )
     with torch.no_grad():
         reference = Reference(make_hf_model(architecture, dtype), prompt)
         assert got.positions == ((59, 30, 2),)
@@ -183,7 +185,9 @@ def test_in_context_learning_is_one_case_of_it(task: icl.Task) -> None:
     zero_shot = icl.capture(model, prompts.zero_shot(), fields=fields, progress=False)
     in_context = icl.capture(model, prompts, fields=fields, progress=False)
     split = icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
-    got = icl.capture_sources(model, [icl.prompt_from_query(prompts, 0), icl.prompt_from_query(prompts, 1)], progress=False)
+    got = icl.capture_sources(
+        model, [icl.prompt_from_query(prompts, 0), icl.prompt_from_query(prompts, 1)], progress=False
+    )
     assert got.z is not None
     groups = {"start token": "start"} | {name: name for name in got.names[1:]}
     for name, group in groups.items():
@@ -292,7 +296,8 @@ def test_an_output_that_is_not_its_contributions_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "reason"), [("gpt", "a norm after each residual sum"), ("granite", "outputs of layers that are scaled")]
+    ("architecture", "reason"),
+    [("gpt", "a norm after each residual sum"), ("granite", "outputs of layers that are scaled")],
 )
 def test_logits_without_a_linear_direct_path_are_refused(
     make_model: Callable[..., icl.Model], architecture: str, reason: str

@@ -182,7 +182,9 @@ class BridgeBackend(Backend):
             },
         )
         bridge, names = self.wrapped, self.wrapped.adapter.component_mapping
-        after_attention = [getattr(block.submodules.get("ln1_post"), "original_component", None) for block in bridge.blocks]
+        after_attention = [
+            getattr(block.submodules.get("ln1_post"), "original_component", None) for block in bridge.blocks
+        ]
         final = bridge.ln_final.original_component if "ln_final" in names else None
         unembed: Any = bridge.unembed.original_component
         W_U = unembed.weight.detach()

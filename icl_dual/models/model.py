@@ -372,7 +372,9 @@ class Model:
             UnsupportedModelError: the path is not linear with the norms' scales frozen, or the model scales its logits.
         """
         with torch.no_grad():
-            return direct_path(self.backend.direct_path_parts(), tokens, self.unembed, f"{self.name} ({self.architecture})")
+            return direct_path(
+                self.backend.direct_path_parts(), tokens, self.unembed, f"{self.name} ({self.architecture})"
+            )
 
     @checked
     @exclusive
