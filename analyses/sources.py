@@ -51,15 +51,21 @@ SCORES = {
 }
 """What ranks documents, by name. Contributions are the last four."""
 
-PEOPLE = (
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a text."""
+    return tuple(text.split())
+
+
+PEOPLE = words(
     "Anna Boris Carla David Elena Felix Grace Henry Irene James Karen Lewis Maria Nadia Oscar Peter Quinn Rosa Simon "
     "Tanya Ursula Victor Wendy Xavier"
-).split()
-CITIES = (
+)
+CITIES = words(
     "Paris London Berlin Madrid Rome Vienna Moscow Tokyo Boston Chicago Dublin Athens Oslo Cairo Delhi Lisbon Toronto "
     "Sydney Prague Milan Denver Seattle Miami Houston"
-).split()
-JOBS = "baker teacher nurse painter lawyer farmer pilot doctor singer writer plumber dentist".split()
+)
+JOBS = words("baker teacher nurse painter lawyer farmer pilot doctor singer writer plumber dentist")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def facts(n: int, seed: int) -> list[Case]:
     rng = random.Random(seed)
     cases = []
     for number in range(n):
-        people, cities, jobs = (rng.sample(words, N_DOCUMENTS) for words in (PEOPLE, CITIES, JOBS))
+        people, cities, jobs = (rng.sample(names, N_DOCUMENTS) for names in (PEOPLE, CITIES, JOBS))
         documents = [
             f"{person} works as a {job} and lives in {city}."
             for person, city, job in zip(people, cities, jobs, strict=True)
@@ -96,14 +102,14 @@ def news(n: int, seed: int) -> list[Case]:
     """Return beginnings of AG News stories, one of which is quoted up to a word: the answer is the next word."""
     rng = random.Random(seed)
     stories = [example.fields[0][1].split() for example in icl.load_task("agnews").queries(20 * n)]
-    stories = [words[:24] for words in stories if len(words) >= 24 and words[QUOTED.stop].isalpha()]
+    stories = [story[:24] for story in stories if len(story) >= 24 and story[QUOTED.stop].isalpha()]
     cases = []
     for number in range(n):
         chosen = rng.sample(stories, N_DOCUMENTS)
         target = number % N_DOCUMENTS
         question = f"Question: Quote the news.\nAnswer: {' '.join(chosen[target][QUOTED])}"
-        answers = tuple(f" {words[QUOTED.stop]}" for words in chosen)
-        cases.append(Case(tuple(" ".join(words) for words in chosen), question, answers, target))
+        answers = tuple(f" {story[QUOTED.stop]}" for story in chosen)
+        cases.append(Case(tuple(" ".join(story) for story in chosen), question, answers, target))
     return cases
 
 
@@ -352,12 +358,12 @@ def verdict(table: pd.DataFrame, task: str) -> str:
         difference = f"{100 * row['difference from mass']:+.0f} points [{100 * row['difference low']:+.0f}, "
         difference += f"{100 * row['difference high']:+.0f}]"
         if row["difference low"] > 0:
-            words = "more often than attention mass"
+            direction = "more often than attention mass"
         elif row["difference high"] < 0:
-            words = "less often than attention mass"
+            direction = "less often than attention mass"
         else:
-            words = "no more and no less often than attention mass, within the interval"
-        sentences.append(f"`{row['score']}` puts the document first that ablation does {words} ({difference})")
+            direction = "no more and no less often than attention mass, within the interval"
+        sentences.append(f"`{row['score']}` puts the document first that ablation does {direction} ({difference})")
     return "; ".join(sentences) + "."
 
 

@@ -433,7 +433,7 @@ class _Recorder:
             self.fields["logit_effect"] = torch.zeros((*shape, len(logit_tokens[0])), dtype=self.dtype)
         self.residuals = torch.zeros(len(layers), dtype=torch.float64)
         self.outputs: dict[int, Float[Tensor, "row d_model"]] = {}
-        """By layer, the sum of the contributions at the block's recorded rows, until the model's own output is there."""
+        """By layer, the sum of contributions at the block's recorded rows, until the model's own output is there."""
 
     def _direct_paths(self) -> list[DirectPath]:
         """Return the direct path to the logits of each prompt's tokens."""
@@ -531,9 +531,9 @@ class _Recorder:
         relative = ((computed - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max().item()
         if not relative <= (tolerance := LAYER_TOLERANCE[self.model.dtype]):
             raise UnsupportedModelError(
-                f"{self.model.name} ({self.model.architecture}), layer {layer}: expected contributions that sum to the "
-                f"attention output to {tolerance:.0e}, got a difference of {relative:.1e}: its attention does more than "
-                "softmax over scaled scores and a linear W_O, or a hook changes it"
+                f"{self.model.name} ({self.model.architecture}), layer {layer}: expected contributions that sum to "
+                f"the attention output to {tolerance:.0e}, got a difference of {relative:.1e}: its attention does more "
+                "than softmax over scaled scores and a linear W_O, or a hook changes it"
             )
         self.residuals[at] = max(self.residuals[at].item(), relative)
         norm = self.paths[self.n_run].after_attention[layer] if self.paths else None

@@ -277,10 +277,10 @@ def test_bad_arguments_are_refused() -> None:
         icl.capture_sources(model, prompt, logits=[257], progress=False)
     with pytest.raises(ValueError, match="one for each of 1 prompts"):
         icl.capture_sources(model, prompt, logits=[[1], [2]], progress=False)
-    with pytest.raises(PromptError, match="the name of a source, one of 'start token', .* got 'answer'"):
+    with pytest.raises(PromptError, match=r"the name of a source, one of 'start token', .* got 'answer'"):
         icl.capture_sources(model, prompt, progress=False).source_index("answer")
     too_large = SourcedPrompt((1, 999), ("a",), (0, 0), ("x", "y"))
-    with pytest.raises(PromptError, match="token ids from 0 to 256, .* got 999"):
+    with pytest.raises(PromptError, match=r"token ids from 0 to 256, .* got 999"):
         icl.capture_sources(model, too_large, progress=False)
 
 

@@ -152,7 +152,7 @@ class BatchLimit:
 
 
 class BlockCallbacks(NamedTuple):
-    """What `run_prefix` calls at every layer of every block; a block that does not fit in memory runs again, smaller."""
+    """Called by `run_prefix` at every layer of every block; a block that does not fit in memory runs again, shorter."""
 
     on_attention: Callable[[PrefixCache, int, Attention], None]
     """Called with the cache of the tokens before the block, the layer and its attention; z is of the whole prompt."""

@@ -1,8 +1,8 @@
 """The direct path from a layer's attention output to logits: norms with their scale frozen, then the unembedding.
 
-A norm (RMS or layer norm) divides by a scale that depends on all that enters it. With the scale frozen at the value that
-it has in a run, it is a linear map, and the logit is a sum of one term for each part of the residual stream. Norms are
-measured on vectors rather than read by name: their gain, their ε and whether they subtract the mean.
+A norm (RMS or layer norm) divides by a scale that depends on all that enters it. With the scale frozen at the value
+that it has in a run, it is a linear map, and the logit is a sum of one term for each part of the residual stream. Norms
+are measured on vectors rather than read by name: their gain, their ε and whether they subtract the mean.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from icl_dual.models.backend import DirectPathParts, UnsupportedModelError
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-"""Largest relative difference of norms and logits from their linear form: of float32 and wider, and of half precision."""
+"""Largest relative difference of norms and logits from their linear form: of float32 or wider, of half precision."""
 
 SMALL = 1e-3
 """The length of the vector, relative to another, from which a norm's ε is measured."""
@@ -123,7 +123,7 @@ def _measured(norm: nn.Module, d_model: int, where: str, tolerance: float) -> Fr
         unit = alternating - alternating.mean() if centred else alternating
         of_one, of_small = ((apply(size * alternating) - bias) / unit for size in (1.0, SMALL))
         mean_square = unit.square().mean().item()
-        # An output grows with the input's size s as s / √(s² m + ε): the ratio of two squared is (m + ε) s² / (s² m + ε).
+        # Outputs grow with the input's size s as s / √(s² m + ε): the squared ratio of two is (m + ε) s² / (s² m + ε).
         ratio = float((of_small @ of_one) / (of_one @ of_one).clamp_min(1e-30)) ** 2
         eps = max(0.0, mean_square * SMALL**2 * (1 - ratio) / max(ratio - SMALL**2, 1e-30))
         measured = FrozenNorm(of_one * (mean_square + eps) ** 0.5, bias, eps, centred)
