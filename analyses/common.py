@@ -41,6 +41,7 @@ HEADINGS = (
     "# The context as one change of weights",
     "# Token agreement",
     "# Finetuning as people do it",
+    "# Which document an answer comes from",
 )
 """How the pages begin that scripts write into their folders."""
 

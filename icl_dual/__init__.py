@@ -45,6 +45,8 @@ from icl_dual.progress import set_progress
 from icl_dual.prompt_view import show_prompt
 from icl_dual.prompts import PromptError, Prompts, build_prompts
 from icl_dual.recordings import RecordingError, Recordings, load_recordings
+from icl_dual.source_attention import SourceAttention, capture_sources
+from icl_dual.sourced_prompts import SourcedPrompt, find_spans, prompt_from_parts, prompt_from_query, prompt_from_text
 from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import Task, TaskError
@@ -69,6 +71,11 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "build_prompts",
     "Prompts",
     "Chat",
+    "prompt_from_parts",
+    "prompt_from_text",
+    "prompt_from_query",
+    "find_spans",
+    "SourcedPrompt",
     "show_prompt",
     # run
     "run_experiment",
@@ -92,6 +99,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     # decompose
     "decompose",
     "compare_updates",
+    "capture_sources",
     "summarise",
     "measure_order_sensitivity",
     "build_exact_patch",
@@ -124,6 +132,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "Recordings",
     "MassiveActivations",
     "Decomposition",
+    "SourceAttention",
     "UpdateComparison",
     "DeltaSummary",
     "OrderSensitivity",

@@ -616,9 +616,9 @@ def _split(layer: _LayerInputs, positions: _Positions, W_O: Float[Tensor, "head 
     sink = rule.with_sink(dual.AttentionPart(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
     z_0 = reduce(dual.merge, (sink, start, query))
     weights, lse = _demo_weights(layer, positions, z_0)
-    delta_icl = _weighted_values(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
+    delta_icl = dual.weighted_values(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
     decay_weights = None if eta is None else decay_matrix(eta, positions.recorded, positions.demo)
-    demo_momentum = None if decay_weights is None else _weighted_values(decay_weights, demo_v)
+    demo_momentum = None if decay_weights is None else dual.weighted_values(decay_weights, demo_v)
     added = delta_icl if demo_momentum is None else delta_icl + demo_momentum
     share = _demo_shares(weights, decay_weights, demo_v, z_0.z, added, W_O, positions.demo_groups)
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, start, query)], dim=-1)
@@ -692,7 +692,7 @@ def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Re
     demo_visible = rule.visible(positions.recorded[None], positions.demo[None])
     query_visible = rule.visible(positions.recorded[:, None], positions.query).unsqueeze(1)
     weights = dual.shared_scores(q, demo_k, 1.0).mul_(demo_visible)
-    update = _weighted_values(weights, demo_v)
+    update = dual.weighted_values(weights, demo_v)
     output = update + (dual.scores(q[:, None], query_k, 1.0) * query_visible @ query_v.transpose(1, 2)).flatten(1, 2)
     logits = weights * rule.scale + rule.bias(positions.recorded[None], positions.demo[None])[0]
     return Relaxation(
@@ -702,14 +702,6 @@ def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Re
         output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
         rank_agreement=ranks.spearman(logits, weights.abs_(), demo_visible).T,
     )
-
-
-def _weighted_values(
-    weights: Float[Tensor, "head query demo_pos"], v: Float[Tensor, "demo_pos kv_head d_head"]
-) -> Float[Tensor, "query head d_head"]:
-    """Return the demonstrations' values, weighted and summed by each head."""
-    summed = weights.unflatten(0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
-    return summed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
 def _residuals(

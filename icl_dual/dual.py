@@ -585,6 +585,25 @@ def _by_head(z: Tensor, lse: Tensor, shape: torch.Size) -> AttentionPart:
 
 
 @checked
+def weighted_values(
+    weights: Float[Tensor, "head row key"], v: Float[Tensor, "key kv_head d_head"]
+) -> Float[Tensor, "row head d_head"]:
+    """Return the values that rows share, weighted and summed by each query head.
+
+    Args:
+        weights: the weight of each key in each row, by query head.
+        v: values, by key-value head.
+
+    >>> import torch
+    >>> weights, v = torch.ones(4, 2, 3), torch.ones(3, 2, 5)  # 4 heads, 2 rows, 3 keys of 2 key-value heads
+    >>> weighted_values(weights, v).shape
+    torch.Size([2, 4, 5])
+    """
+    summed = weights.unflatten(0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
+    return summed.view(*weights.shape[:2], -1).transpose(0, 1)
+
+
+@checked
 def add_sink(part: AttentionPart, sink: Float[Tensor, " head"]) -> AttentionPart:
     """Return a group with a sink added to it: a learned score per head that has a share of the softmax and no value.
 
@@ -729,6 +748,44 @@ class AttentionRule(NamedTuple):
         if bias is not None:
             bias = bias.to(q.device, torch.promote_types(q.dtype, torch.float32))
         return attend(q, k, v, self.scale, self.softcap, bias, causal)
+
+    @checked
+    def weights(
+        self,
+        q: Float[Tensor, "row head d_head"],
+        k: Float[Tensor, "key kv_head d_head"],
+        rows: Int[Tensor, " row"],
+        keys: Int[Tensor, " key"],
+    ) -> Float[Tensor, "head row key"]:
+        """Return each key's share of each row's softmax over all of these keys and the sink.
+
+        Shares sum to 1 over the keys, or with a sink to less: the rest is the sink's. The keys that a row sees must be
+        among them, in any order.
+
+        Args:
+            q: queries as scored, one in each row.
+            k: keys as scored, the same for all rows.
+            rows: the position of each query.
+            keys: the position of each key.
+
+        Returns:
+            The shares by query head, computed in place in one tensor: there are many of them.
+
+        >>> import torch
+        >>> rule, keys = AttentionRule(scale=1.0, softcap=None, window=None), torch.arange(4)
+        >>> rule.weights(torch.zeros(1, 1, 3), torch.zeros(4, 1, 3), torch.tensor([1]), keys)
+        tensor([[[0.5000, 0.5000, 0.0000, 0.0000]]])
+        """
+        scores = shared_scores(q, k, self.scale, self.softcap)
+        if self.slopes is not None or bool(keys.max() > rows.min()) or self._hides(rows[None], keys[None]):
+            scores += self.bias(rows[None], keys[None])[0].to(scores)
+        largest = scores.amax(-1, keepdim=True)
+        if self.sink is not None:
+            largest = torch.maximum(largest, self.sink.to(scores)[:, None, None])
+        total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+        if self.sink is not None:
+            total += (self.sink.to(scores)[:, None, None] - largest).exp()
+        return scores.div_(total)
 
     def _hides(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> bool:
         """Return whether the window hides a key from a row."""

@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from icl_dual.arguments import Finite, checked
+from icl_dual.arguments import Count, Finite, checked
 from icl_dual.massive_activations import MassiveActivations
 from icl_dual.metrics import catalogue
 from icl_dual.metrics.catalogue import Drawing
 from icl_dual.metrics.comparison import Comparison
+from icl_dual.prompt_view import TokenView
+from icl_dual.source_attention import Quantity, SourceAttention
 from icl_dual.statistics.intervals import Interval
 
 LAYERWISE = tuple(catalogue.figures())
@@ -290,6 +293,72 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
     ax.set(xlabel="layer", ylabel="largest norm / median norm")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+@checked
+def sources(captured: SourceAttention, quantity: Quantity = "mass", *, logit: int = 0, ax: Axes | None = None) -> Axes:
+    """Draw by layer what each source has: means over prompts and positions, with bands of ±1.96 standard errors.
+
+    Mass and norm are means over heads; shares of the attention output and effects on a logit are summed over heads.
+
+    Args:
+        captured: attention by source.
+        quantity: `mass`, `norm`, `share` or `logit_effect`.
+        logit: which of the capture's `logit_tokens`, for `logit_effect`.
+        ax: the Axes to draw on; new Axes with a legend where not given.
+
+    Returns:
+        The Axes drawn on.
+
+    Raises:
+        ValueError: the capture has no effects on logits.
+    """
+    values = captured.values(quantity, logit).flatten(0, 1)
+    by_source = values.mean(2) if quantity in ("mass", "norm") else values.sum(2)
+    series = {name: by_source[..., index] for index, name in enumerate(captured.names)}
+    labels = {
+        "mass": "share of the softmax",
+        "norm": "norm of the contribution",
+        "share": "share of the attention output",
+        "logit_effect": "direct effect on the logit",
+    }
+    ax = by_layer(series, ylabel=labels[quantity], ax=ax)
+    if captured.layers != tuple(range(len(captured.layers))):
+        ax.set_xticks(range(len(captured.layers)), [str(layer) for layer in captured.layers])
+    return ax
+
+
+@checked
+def source_tokens(view: TokenView, *, width: Count = 90, ax: Axes | None = None) -> Axes:
+    """Draw a prompt's text, each token on the colour of its number: blue above 0, red below, white at 0.
+
+    Args:
+        view: for example what `SourceAttention.show` returns.
+        width: the number of characters of a line.
+        ax: the Axes to draw on; new Axes where not given.
+
+    Returns:
+        The Axes drawn on.
+    """
+    places, row, column = [], 0, 0
+    for text, colour in zip(view.texts, view.colours(), strict=True):
+        for piece in text.splitlines(keepends=True):
+            visible = piece.rstrip("\n")
+            if column and column + len(visible) > width:
+                row, column = row + 1, 0
+            places.append((visible, row, column, colour))
+            row, column = (row + 1, 0) if piece.endswith("\n") else (row, column + len(visible))
+    n_rows = row + 1
+    if ax is None:
+        ax = plt.figure(figsize=(0.085 * width, 0.6 + 0.22 * n_rows), layout="constrained").subplots()
+    for text, row, column, colour in places:
+        ax.add_patch(Rectangle((column, row), len(text), 1, facecolor=colour, edgecolor="none"))
+        for index, character in enumerate(text):  # one by one: every character has its column in any font
+            ax.text(column + index + 0.5, row + 0.5, literal(character), ha="center", va="center", fontsize=7)
+    ax.set(xlim=(0, width), ylim=(n_rows, 0))
+    ax.set_title(literal(view.title), fontsize="small")
+    ax.axis("off")
     return ax
 
 

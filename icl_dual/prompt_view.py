@@ -1,6 +1,7 @@
-"""`show_prompt`: the tokens that a model reads, by segment, as text or in colour."""
+"""`show_prompt`: the tokens that a model reads, by segment, as text or in colour; `TokenView`: coloured by a number."""
 
 import html
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,55 @@ class PromptView:
                     f'border: {border}">{content}</span>'
                 )
         return "".join([*parts, "</pre>"])
+
+
+@dataclass(frozen=True, repr=False)
+class TokenView:
+    """A prompt's tokens with a number each. Printed, it has a line for each source; in Jupyter, tokens are coloured."""
+
+    title: str
+    """What prompt and what numbers they are."""
+    texts: tuple[str, ...]
+    """The text of each token."""
+    sources: tuple[str, ...]
+    """The source of each token."""
+    values: tuple[float, ...]
+    """The number of each token's source, by which tokens are coloured: blue above 0, red below."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self.sources))
+        lines, first = [], 0
+        for source, run in itertools.groupby(self.sources):
+            end = first + len(list(run))
+            text = _visible("".join(self.texts[first:end]))
+            lines.append(f"{source:<{width}}  {self.values[first]:+.3f}  {text}")
+            first = end
+        return "\n".join([self.title, *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{html.escape(self.title)}</p>", '<pre style="white-space: pre-wrap; line-height: 1.8">']
+        for text, source, value, colour in zip(self.texts, self.sources, self.values, self.colours(), strict=True):
+            red, green, blue = (round(255 * part) for part in colour)
+            content = html.escape(_visible(text)) + text.count("\n") * "\n"
+            parts.append(
+                f'<span title="{html.escape(source)}: {value:+.4f}" style="color: black; '
+                f'background: rgb({red}, {green}, {blue})">{content}</span>'
+            )
+        return "".join([*parts, "</pre>"])
+
+    def colours(self) -> list[tuple[float, float, float]]:
+        """Return the colour of each token, as red, green and blue from 0 to 1: white at 0, deepest at the largest."""
+        largest = max((abs(value) for value in self.values), default=0.0) or 1.0
+        return [_shade(value / largest) for value in self.values]
+
+
+def _shade(value: float) -> tuple[float, float, float]:
+    """Return white at 0, blue at 1 and red at −1, light enough for black text."""
+    deep = (0.35, 0.6, 0.9) if value > 0 else (0.95, 0.45, 0.35)
+    red, green, blue = (1 - abs(value) * (1 - part) for part in deep)
+    return red, green, blue
 
 
 @checked

@@ -386,6 +386,25 @@ def test_the_page_on_prompts_runs(run_page: Run) -> None:
     assert ran == ["Look at a prompt", "Tokens of the whole text", "Start tokens", "Chats"]
 
 
+def test_the_page_on_sources_runs(run_page: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page("docs/sources.md"):
+        ran.append(heading)
+        if heading == "Name the sources":
+            assert printed.startswith("SourcedPrompt(")
+        elif heading == "Capture":
+            assert scope["captured"].residual < 1e-5
+            effects = scope["captured"].logit_effect[0, 0, ..., 0].sum((0, 1))
+            by_name = dict(zip(scope["captured"].names, effects.tolist(), strict=True))
+            assert max(scope["documents"], key=lambda name: by_name[name]) == "document 2"
+        elif heading == "Look at it":
+            assert "at layer" in printed
+            assert plt.gcf().axes
+        elif heading == "Ablation":
+            assert max(scope["falls"], key=lambda name: scope["falls"][name]) == "document 2"
+    assert ran == ["Name the sources", "Capture", "Look at it", "Ablation", "In-context learning is one case"]
+
+
 def test_the_page_on_extensions_runs(run_page_on_first_layers: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -458,6 +477,17 @@ def test_the_page_on_patches_runs(run_page: Run) -> None:
 
 
 def test_no_page_has_code_that_is_not_run() -> None:
-    names = ("guide", "tasks", "prompts", "studies", "stability", "precision", "extending", "momentum", "patch")
+    names = (
+        "guide",
+        "tasks",
+        "prompts",
+        "sources",
+        "studies",
+        "stability",
+        "precision",
+        "extending",
+        "momentum",
+        "patch",
+    )
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE

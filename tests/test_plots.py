@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 import icl_dual as icl
 from icl_dual.metrics.stability import Stability
+from icl_dual.models import tiny_model
 from icl_dual.statistics.intervals import Interval
 
 
@@ -275,4 +276,41 @@ def test_a_title_may_be_a_formula_and_ordinary_names_are_drawn_as_they_are() -> 
     ax = icl.plots.by_layer({"ΔW_FT": torch.rand(4, 3)}, ylabel="$x^2$")
     assert ax.get_ylabel() == "$x^2$"
     assert ax.get_legend_handles_labels()[1] == ["ΔW_FT"]
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def captured_sources() -> icl.SourceAttention:
+    model = tiny_model()
+    parts = [("document", "It costs $5 or $6.\n"), ("_question", "How much? ")]
+    return icl.capture_sources(
+        model, icl.prompt_from_parts(parts, model), positions=(-1, -2), logits=[3], progress=False
+    )
+
+
+@pytest.mark.parametrize("quantity", ["mass", "norm", "share", "logit_effect"])
+def test_sources_draws_a_line_for_each_source(captured_sources: icl.SourceAttention, quantity: Any) -> None:
+    ax = icl.plots.sources(captured_sources, quantity)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [icl.plots.literal(name) for name in captured_sources.names]
+    values = captured_sources.values(quantity)[0].nan_to_num()
+    by_layer = values.mean(2) if quantity in ("mass", "norm") else values.sum(2)
+    lines = [np.asarray(line.get_ydata()) for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 2][:3]
+    np.testing.assert_allclose(np.stack(lines), by_layer.mean(0).T.numpy(), rtol=1e-5, atol=1e-6)
+    plt.close("all")
+
+
+def test_source_tokens_draws_every_character_on_the_colour_of_its_token(
+    captured_sources: icl.SourceAttention, tmp_path: Path
+) -> None:
+    view = captured_sources.show(1, 0)
+    ax = icl.plots.source_tokens(view, width=12)
+    drawn = "".join(text.get_text().replace("\\$", "$") for text in ax.texts)
+    assert drawn == "<s>It costs $5 or $6.How much? "
+    patches = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    colours = [colour for colour, text in zip(view.colours(), view.texts, strict=True) if text != "\n"]
+    visible = [patch.get_facecolor()[:3] for patch in patches if patch.get_width()]
+    assert visible == [pytest.approx(colour) for colour in colours]
+    assert all(patch.get_x() + patch.get_width() <= 12 for patch in patches)
+    ax.get_figure().savefig(tmp_path / "tokens.png")
     plt.close("all")

@@ -151,7 +151,20 @@ class BatchLimit:
         self.warned = True
 
 
-def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple[PrefixCache, FullPromptPass | None]:
+class BlockCallbacks(NamedTuple):
+    """Called by `run_prefix` at every layer of every block; a block that does not fit in memory runs again, shorter."""
+
+    on_attention: Callable[[PrefixCache, int, Attention], None]
+    """Called with the cache of the tokens before the block, the layer and its attention; z is of the whole prompt."""
+    on_output: Callable[[int, int, Tensor], None]
+    """Called with the position of the block's first token, the layer and attention's output `[1 pos d_model]`."""
+    on_residual: Callable[[int, int, Tensor], None]
+    """Called with that position, the layer and the residual stream after it `[1 pos d_model]`."""
+
+
+def run_prefix(
+    model: Model, prefix: Tokens, row: Tokens | None = None, callbacks: BlockCallbacks | None = None
+) -> tuple[PrefixCache, FullPromptPass | None]:
     """Run what the queries share once: in blocks that each run after the ones before, or whole with a row after it.
 
     Args:
@@ -159,6 +172,7 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
         prefix: the tokens that all queries share.
         row: the first query's own tokens, where its full-prompt pass is kept. Causality keeps them out of the prefix,
             so that one pass serves as cache and as full-prompt pass.
+        callbacks: called at every layer of every block; not with a row.
 
     Returns:
         The cache of the prefix, and the full-prompt pass where a row was given.
@@ -167,19 +181,20 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
         MemoryError: a single token, or the prompt that must run whole, does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    cache = empty_cache(model)
+    cache, block_size = empty_cache(model), PREFIX_BLOCK
     if row is not None or (prefix and model.rope_scaling_threshold is not None):
         # Long-context scaling rotates keys by the length of what runs: there, the prefix must run whole.
-        return _run_whole(model, prefix, row, cache)
-    block_size = PREFIX_BLOCK
+        if callbacks is None:
+            return _run_whole(model, prefix, row, cache)
+        block_size = len(prefix)
     while cache.n_pos < len(prefix):
         tokens = torch.tensor([prefix[cache.n_pos : cache.n_pos + block_size]], device=model.device)
         try:
-            block = _run_block(model, tokens, cache)
+            block = _run_block(model, tokens, cache, callbacks)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if block_size == 1:
+            if block_size == 1 or model.rope_scaling_threshold is not None:
                 raise _memory_error(model, PREFIX_PART, tokens, cache, error) from error
             block_size = (block_size + 1) // 2
             continue
@@ -187,7 +202,9 @@ def run_prefix(model: Model, prefix: Tokens, row: Tokens | None = None) -> tuple
     return cache, None
 
 
-def _run_block(model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache) -> PrefixCache:
+def _run_block(
+    model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache, callbacks: BlockCallbacks | None = None
+) -> PrefixCache:
     """Return the cache of one block of prefix tokens, run after the ones before."""
     block = PrefixCache([], [], [], [], 0.0)
 
@@ -195,12 +212,17 @@ def _run_block(model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache) -
         block.keys.append(attention.k[0])
         block.values.append(attention.v[0])
         block.states.append(None if attention.momentum is None else attention.momentum.state[0])
+        if callbacks is not None:
+            callbacks.on_attention(cache, layer, attention)
 
     def on_residual(layer: int, residual: Tensor) -> None:
         block.norms.append(norms_of(residual[0]))
+        if callbacks is not None:
+            callbacks.on_residual(cache.n_pos, layer, residual)
 
+    on_output = None if callbacks is None else partial(callbacks.on_output, cache.n_pos)
     logit_positions = torch.zeros_like(tokens[:, :1])
-    _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_residual=on_residual)
+    _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual)
     return replace(block, residual=residual)
 
 

@@ -15,6 +15,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 | `changes` | changes of projections that run beside the weights |
 | `mlp` | changes of MLPs that run beside the weights |
 | `stream` | vectors that runs add to the residual stream |
+| `direct_path` | from attention's outputs to logits, past all later layers |
 | `finetuned` | finetuned copies of a model: wrapped alike, and compared weight by weight |
 | `adapters` | adapters of peft: models that have them, and the change of weights that a saved one makes |
 | `tiny` | `tiny_model`: random weights, for examples and tests |
@@ -48,6 +49,7 @@ from icl_dual.models.backend import (  # noqa: E402
     Weight,
 )
 from icl_dual.models.controls import Control, control_model, control_name, control_provenance  # noqa: E402 - the version is checked first
+from icl_dual.models.direct_path import DirectPath  # noqa: E402 - the version is checked first
 from icl_dual.models.loading import load_model  # noqa: E402
 from icl_dual.models.mlp import LowRank  # noqa: E402
 from icl_dual.models.model import Model  # noqa: E402
@@ -59,6 +61,7 @@ __all__ = [
     "MOMENTUM_TAG",
     "Attention",
     "Control",
+    "DirectPath",
     "LowRank",
     "MlpForm",
     "MlpPart",

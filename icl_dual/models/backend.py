@@ -126,6 +126,21 @@ class Projection(NamedTuple):
         return None if self.b is None else self.b.to_matrix(self.b.parameter.detach())
 
 
+class DirectPathParts(NamedTuple):
+    """The modules between attention's outputs and the logits."""
+
+    after_attention: list[nn.Module | None]
+    """The norm between attention and the residual stream, by layer; `None` where there is none."""
+    final: nn.Module | None
+    """The norm before the unembedding; `None` where there is none."""
+    W_U: Float[Tensor, "d_vocab d_model"]
+    """The unembedding."""
+    b_U: Float[Tensor, " d_vocab"] | None
+    """The unembedding's bias; `None` for a model without."""
+    cap: float | None
+    """The bound c of c·tanh(logit / c); `None` where logits are not capped."""
+
+
 class Backend(ABC):
     """Reads weights, hooks and attention rules from one TransformerLens model.
 
@@ -235,6 +250,14 @@ class Backend(ABC):
     @abstractmethod
     def unembed(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream: final norm, then unembedding."""
+
+    @abstractmethod
+    def direct_path_parts(self) -> DirectPathParts:
+        """Return the modules between attention's outputs and the logits.
+
+        Raises:
+            UnsupportedModelError: what attention writes is not added to the residual stream as it is, or after a norm.
+        """
 
     @abstractmethod
     def reinitialised(self, seed: int) -> "Backend":
@@ -376,6 +399,16 @@ def check_unsupported(where: str, present_by_feature: dict[str, bool]) -> None:
             raise UnsupportedModelError(
                 f"{where}: expected a causal language model with softmax attention over scaled scores, got "
                 f"{feature}: its attention cannot be split exactly, use another model"
+            )
+
+
+def check_direct_path(where: str, present_by_feature: dict[str, bool]) -> None:
+    """Raise an UnsupportedModelError where a model has a feature that no direct path to the logits goes through."""
+    for feature, present in present_by_feature.items():
+        if present:
+            raise UnsupportedModelError(
+                f"{where}: expected attention outputs that are added to the residual stream, got {feature}: their "
+                "direct effect on logits is not linear in them, leave out logits="
             )
 
 

@@ -19,6 +19,7 @@ from icl_dual import dual
 from icl_dual.models.adapters import check_no_adapters
 from icl_dual.models.backend import (
     Backend,
+    DirectPathParts,
     Hook,
     MlpForm,
     MlpPart,
@@ -32,6 +33,7 @@ from icl_dual.models.backend import (
     UnsupportedModelError,
     Weight,
     callback_hook,
+    check_direct_path,
     check_unsupported,
 )
 from icl_dual.models.journal import Undo
@@ -171,6 +173,31 @@ class BridgeBackend(Backend):
             if name in bridge.adapter.component_mapping:
                 residual = getattr(bridge, name)(residual)
         return bridge.adapter.apply_output_logits_transform(bridge.unembed(residual))
+
+    def direct_path_parts(self) -> DirectPathParts:
+        """Return the norms by the bridge's names for them, and the unembedding of the Hugging Face model."""
+        config: Any = self.original.config
+        before = getattr(config, "do_layer_norm_before", True) and self.architecture != "OpenAIGPTLMHeadModel"
+        check_direct_path(
+            self.architecture,
+            {
+                "a norm after each residual sum": not before,
+                "a residual stream that is normed": getattr(config, "apply_residual_connection_post_layernorm", False),
+                "outputs of layers that are scaled": getattr(config, "residual_multiplier", 1.0) != 1.0,
+            },
+        )
+        bridge, names = self.wrapped, self.wrapped.adapter.component_mapping
+        after_attention = [
+            getattr(block.submodules.get("ln1_post"), "original_component", None) for block in bridge.blocks
+        ]
+        final = bridge.ln_final.original_component if "ln_final" in names else None
+        unembed: Any = bridge.unembed.original_component
+        W_U = unembed.weight.detach()
+        if "project_out" in names and bridge.project_out.original_component is not None:
+            W_U = W_U @ bridge.project_out.original_component.weight.detach()
+        cap = getattr(config, "final_logit_softcapping", None)
+        bias = getattr(unembed, "bias", None)
+        return DirectPathParts(after_attention, final, W_U, None if bias is None else bias.detach(), cap)
 
     def reinitialised(self, seed: int) -> "BridgeBackend":
         """Return a bridge to a new Hugging Face model, initialised by transformers."""

@@ -19,6 +19,7 @@ from icl_dual import dual
 from icl_dual.models.backend import (
     HOOK_LEVEL,
     Backend,
+    DirectPathParts,
     Hook,
     OnGradient,
     OnResidual,
@@ -163,6 +164,15 @@ class HookedBackend(Backend):
         normed = residual if cfg.normalization_type is None else self.wrapped.ln_final(residual)
         logits, cap = self.wrapped.unembed(normed), cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def direct_path_parts(self) -> DirectPathParts:
+        """Return the class's norms, where its configuration has any, and its unembedding."""
+        model, cfg = self.wrapped, self.wrapped.cfg
+        has_post_norms = cfg.use_normalization_before_and_after
+        after_attention = [block.ln1_post if has_post_norms else None for block in model.blocks]
+        final = None if cfg.normalization_type is None else model.ln_final
+        cap = cfg.output_logits_soft_cap if cfg.output_logits_soft_cap > 0 else None
+        return DirectPathParts(after_attention, final, model.W_U.detach().T, model.b_U.detach(), cap)
 
     def reinitialised(self, seed: int) -> "HookedBackend":
         """Return a new model, initialised by its class for the same configuration."""

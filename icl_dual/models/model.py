@@ -31,6 +31,7 @@ from icl_dual.models.backend import (
 )
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.changes import WeightChanges, projection_deltas_of
+from icl_dual.models.direct_path import DirectPath, direct_path
 from icl_dual.models.foreign_hooks import foreign_hooks, remove_hook
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.journal import Undo, exclusive, journal_of
@@ -387,6 +388,22 @@ class Model:
             exact_float32(undo)
             self.backend.upcast(undo)
             return self.backend.unembed(residual)
+
+    @checked
+    @exclusive
+    def direct_path(self, tokens: Sequence[Index]) -> DirectPath:
+        """Return how attention's outputs reach the logits of tokens directly, with the scale of norms frozen.
+
+        Args:
+            tokens: the ids of the tokens.
+
+        Raises:
+            UnsupportedModelError: the path is not linear with the norms' scales frozen, or the model scales its logits.
+        """
+        with torch.no_grad():
+            return direct_path(
+                self.backend.direct_path_parts(), tokens, self.unembed, f"{self.name} ({self.architecture})"
+            )
 
     @checked
     @exclusive
