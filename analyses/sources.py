@@ -7,6 +7,7 @@ goes on where it was.
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="packaged model, hub id, folder or .gguf file (%(default)s)",
     )
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help="of facts, news (both)")
-    add("--prompts", type=at_least(PROMPTS_IN_CELL), default=100, help="prompts a task (%(default)s)")
+    add("--prompts", type=at_least(5), default=100, help="prompts a task (%(default)s)")
     add("--seed", type=count, default=1, help="draw of the prompts (%(default)s)")
     add("--device", type=device, default="cpu", help="(%(default)s)")
     add("--out", type=output_folder, default="figures/sources", help="folder for all output (%(default)s)")
@@ -231,7 +232,7 @@ class Result:
 def results(args: argparse.Namespace) -> Iterator[Result]:
     """Run the cells that are not finished, and yield each task's prompts together."""
     model: icl.Model | None = None
-    n_cells = args.prompts // PROMPTS_IN_CELL
+    n_cells = math.ceil(args.prompts / PROMPTS_IN_CELL)
     tasks = list(dict.fromkeys(args.tasks))
     with tqdm(total=n_cells * len(tasks), unit="cell") as bar:
         for task in tasks:
@@ -251,7 +252,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
                 cells.append((tensors, metadata["about"]))
                 bar.update()
             about = cells[0][1] | {"residual": max(about["residual"] for _, about in cells)}
-            joined = {name: torch.cat([tensors[name] for tensors, _ in cells]) for name in cells[0][0]}
+            joined = {name: torch.cat([tensors[name] for tensors, _ in cells])[: args.prompts] for name in cells[0][0]}
             yield Result(task, joined, about)
 
 

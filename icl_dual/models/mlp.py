@@ -16,12 +16,14 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models.backend import MlpPart
 from icl_dual.models.journal import Undo
 from icl_dual.models.tokenization import Tokens
+from icl_dual.results import compare_by_value
 from icl_dual.torch_utils import at_least_float32
 
 if TYPE_CHECKING:
     from icl_dual.models.model import Model
 
 
+@compare_by_value
 @document_fields
 class LowRank(NamedTuple):
     """A change of one matrix at every layer, ΔW = Σ_r left_r ⊗ right_r. ΔW itself is never computed."""

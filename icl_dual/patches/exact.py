@@ -50,11 +50,13 @@ from icl_dual.models import LowRank, MlpForm, MlpPart, Model, UnsupportedModelEr
 from icl_dual.models.journal import exclusive
 from icl_dual.models.mlp import MlpChanges
 from icl_dual.models.tokenization import Tokens
-from icl_dual.patches.patch import Patch
+from icl_dual.patches.patch import Patch, check_tokens
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.results import check_values
 from icl_dual.torch_utils import at_least_float32, checked_index
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class ExactPatch(Patch):
@@ -70,6 +72,11 @@ class ExactPatch(Patch):
     residual: float
     """The largest relative difference, over layers, between the residual stream of the patched query and the in-context
     one, at the recorded position."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tokens(self, "query", "prompt")
+        check_values(self, "residual", low=0)
 
     @property
     def position(self) -> int:

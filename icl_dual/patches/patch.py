@@ -10,13 +10,18 @@ from torch import Tensor
 
 from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
-from icl_dual.models import LowRank, Model
+from icl_dual.models import LowRank, Model, MlpPart
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.mlp import MlpChanges, add_mlp_changes
 from icl_dual.models.precision import fingerprinted_precision
+from icl_dual.results import check_axes, check_count, check_values
 from icl_dual.storage import Saved
 
+CHANGED_PARTS: tuple[MlpPart, ...] = ("gate", "in", "out")
+"""The parts of an MLP that have a matrix to change."""
 
+
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class Patch(Saved):
@@ -27,11 +32,29 @@ class Patch(Saved):
     fingerprint: str
     """The fingerprint of the model's weights that the patch was built for; it begins with their precision."""
     factors: dict[str, LowRank]
-    """The changes of projections: `in` of the input projection, `gate` of the gate's, `out` of the down projection."""
+    """The changes of projections: `in` of the input projection, `gate` of the gate's, `out` of the down projection.
+    All have the same rank, filled up with zeros where one needs less."""
     bias: Float[Tensor, "layer d_model"] | None
     """The change of the bias of the down projection; `None` where there is none."""
     scale: Float[Tensor, "layer d_model"] | None
     """The change of the scale of the norm after the MLP; `None` where there is none."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.factors.keys() - {*CHANGED_PARTS}):
+            raise ValueError(f"expected factors by some of {CHANGED_PARTS}, got {unknown}: leave these out")
+        check_values(self, "factors", "bias", "scale")
+        self._check_widths(check_axes(self))
+
+    def _check_widths(self, axes: dict[str, int]) -> None:
+        """Check that the factors of all parts, the bias and the scale are of one MLP."""
+        vector = "scale" if self.bias is None else "bias"
+        widths = {"d_model": (vector, axes["d_model"])} if "d_model" in axes else {}
+        for part, low_rank in self.factors.items():
+            written, read = ("d_model", "d_hidden") if part == "out" else ("d_hidden", "d_model")
+            for side, width, factor in zip(low_rank._fields, (written, read), low_rank, strict=True):
+                path, length = f"factors/{part}/{side}", factor.shape[1]
+                source, expected = widths.setdefault(width, (path, length))
+                check_count(f"elements of {width} in {path}", length, source, expected)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r}, {self.precision}, rank={self.rank}, norm={self.norm:.3g})"
@@ -117,3 +140,15 @@ def check_model(model: Model, name: str, fingerprint: str) -> None:
             f"expected a patch of these weights of {model.name!r} (fingerprint {current}), got one of "
             f"{fingerprint}: is a delta or another patch applied, or was it built for another model?"
         )
+
+
+def check_tokens(result: object, *fields: str) -> None:
+    """Check that fields of a result hold token ids, at least one each.
+
+    Raises:
+        ValueError: a field has none, or a negative one; names the field.
+    """
+    check_values(result, *fields, low=0)
+    for name in fields:
+        if not getattr(result, name):
+            raise ValueError(f"expected {name} with at least one token id, got none: take it from the prompt that ran")

@@ -24,9 +24,10 @@
 In both, lower layers that are changed change the input of those above, as in any change of a model's weights.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,7 +48,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
 from icl_dual.prompts import PromptError, Prompts, check_prompts
-from icl_dual.results import check_axes, check_values
+from icl_dual.results import check_axes, check_range, check_values
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import at_least_float32, checked_index, pad_right
 
@@ -88,8 +89,17 @@ class AttentionRun(Saved):
     inserted."""
 
     def __post_init__(self) -> None:
-        check_axes(self, query=("prompts.queries", len(self.prompts.queries)))
+        axes = check_axes(self, query=("prompts.queries", len(self.prompts.queries)))
         check_values(self, "logits", "in_context_logits", "factors")
+        check_layers(self.layers, axes.get("layer"))
+        check_range("prompts/labels", self.prompts.labels, low=0, high=axes["d_vocab"] - 1)
+        is_relaxed = self.change == "relaxed"
+        if self.option not in get_args(Scale if is_relaxed else InsertedTokens):
+            options = get_args(Scale if is_relaxed else InsertedTokens)
+            raise ValueError(f"expected option with {self.change} as one of {options}, got {self.option!r}: correct it")
+        if is_relaxed != (self.factors is not None):
+            got = "none" if self.factors is None else "some"
+            raise ValueError(f"expected factors with relaxed attention alone, got {got} with {self.change}: correct it")
 
     def __repr__(self) -> str:
         return (
@@ -306,6 +316,17 @@ def run_inserted(
         logits=logits,
         in_context_logits=delta_icl.logits,
     )
+
+
+def check_layers(layers: Sequence[int], n_layers: int | None) -> None:
+    """Check that `layers` of a result are in ascending order, and of a model's layers where their number is known.
+
+    Raises:
+        ValueError: a layer is negative, not one of the model's, or not above the one before it.
+    """
+    check_range("layers", layers, low=0, high=math.inf if n_layers is None else n_layers - 1)
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"expected layers in ascending order, got {tuple(layers)}: sort them")
 
 
 def checked_layers(model: Model, prompts: Prompts, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icl_dual.arguments import Count, Finite, checked
 from icl_dual.field_docs import document_fields
+from icl_dual.results import check_axes, check_range, check_values
 from icl_dual.storage import Saved
 
 WELL_CONDITIONED = 1e-7
@@ -21,6 +22,7 @@ OVERSAMPLING = 8
 """How many random vectors more than the rank are taken to span the columns of a matrix."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class RidgeStatistics(Saved):
@@ -39,6 +41,11 @@ class RidgeStatistics(Saved):
     """TᵀH = Σ_i t_i ⊗ h_i."""
     n_rows: int
     """The number of rows."""
+
+    def __post_init__(self) -> None:
+        check_axes(self)
+        check_values(self, "n_rows", low=0)
+        check_sums(self, "gram", "cross")
 
     def __repr__(self) -> str:
         return f"RidgeStatistics({self.n_rows} rows, {self.cross.shape[1]} → {self.cross.shape[0]})"
@@ -119,6 +126,20 @@ class RidgeStatistics(Saved):
                 f"{len(values)}, got 0: pass a positive one, or add more rows"
             )
         return self.cross @ vectors[:, in_rows] / (values[in_rows] + ridge), vectors[:, in_rows]
+
+
+def check_sums(result: object, *fields: str) -> None:
+    """Check that sums over rows, HᵀH as `gram` among them, are finite and in float64, and squares not below 0.
+
+    Raises:
+        ValueError: a sum is not finite or of another dtype, or HᵀH has a negative number on its diagonal.
+    """
+    for name in fields:
+        if (dtype := getattr(result, name).dtype) != torch.float64:
+            raise ValueError(f"expected {name} in float64, got {str(dtype).removeprefix('torch.')}: sum the rows again")
+    check_values(result, *fields)
+    gram: Tensor = getattr(result, "gram")
+    check_range("the diagonal of gram", gram.diagonal(dim1=-2, dim2=-1), low=0)
 
 
 def range_of(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out k"]:

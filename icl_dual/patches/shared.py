@@ -43,8 +43,9 @@ from icl_dual.models.journal import exclusive
 from icl_dual.patches.exact import common_form
 from icl_dual.patches.patch import Patch
 from icl_dual.patches.queries import LayerRows, run_over_queries
-from icl_dual.patches.ridge import RidgeStatistics, by_singular_value, range_of
+from icl_dual.patches.ridge import RidgeStatistics, by_singular_value, check_sums, range_of
 from icl_dual.prompts import Prompts, check_prompts
+from icl_dual.results import check_axes, check_values
 from icl_dual.storage import Saved
 
 RELATIVE_RIDGE = 1e-3
@@ -57,6 +58,7 @@ SharedMethod = Literal["ridge", "mean", "thought-matrix", "random"]
 """How a shared patch came about."""
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class SharedPatch(Patch):
@@ -68,6 +70,14 @@ class SharedPatch(Patch):
     """λ by layer; `None` but for ridge regression."""
     n_queries: int
     """The number of queries that it was fitted to; of a random patch, those of the patch that it is as large as."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_values(self, "ridge", low=0)
+        check_values(self, "n_queries", low=1)
+        if (self.method == "ridge") != (self.ridge is not None):
+            got = "none" if self.ridge is None else "one"
+            raise ValueError(f"expected ridge with the method 'ridge' alone, got {got} with {self.method!r}: correct it")
 
     @checked
     def truncated(self, rank: Count) -> "SharedPatch":
@@ -82,6 +92,7 @@ class SharedPatch(Patch):
         return replace(self, factors=factors)
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class SharedStatistics(Saved):
@@ -99,11 +110,17 @@ class SharedStatistics(Saved):
     cross: Float[Tensor, "layer d_model d_hidden"]
     """TᵀH = Σ_i t_i ⊗ h_i, where t is what the down projection lacks."""
     thought: Float[Tensor, "layer d_model d_hidden"]
-    """Σ_i t_i ⊗ h_i / ‖h_i‖²."""
+    """Σ_i t_i ⊗ h_i / ‖h_i‖²; not finite where an h_i is zero."""
     lack: Float[Tensor, "layer d_model"]
     """Σ_i of what the block's output lacks."""
     n_queries: int
     """The number of queries."""
+
+    def __post_init__(self) -> None:
+        check_axes(self)
+        check_values(self, "n_queries", low=1)
+        check_sums(self, "gram", "cross", "lack")
+        check_values(self, "thought", nan=True, infinite=True)
 
     def __repr__(self) -> str:
         return f"SharedStatistics({self.model!r}, {self.n_queries} queries, {self.cross.shape[0]} layers)"

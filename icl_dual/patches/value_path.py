@@ -35,9 +35,10 @@ from icl_dual.models.changes import add_changes
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.patches.exact import relative_difference
-from icl_dual.patches.patch import check_model
-from icl_dual.patches.relaxed import checked_layers, delta_icl_at
+from icl_dual.patches.patch import check_model, check_tokens
+from icl_dual.patches.relaxed import check_layers, checked_layers, delta_icl_at
 from icl_dual.prompts import Prompts
+from icl_dual.results import check_axes, check_count, check_range, check_values
 from icl_dual.storage import Saved
 from icl_dual.torch_utils import at_least_float32, checked_index
 
@@ -70,6 +71,23 @@ class ValuePatch(Saved):
     residual: float
     """The largest relative difference, over layers, between the attention output of the patched query and the
     in-context one, at the recorded position."""
+
+    def __post_init__(self) -> None:
+        n_layers = check_axes(self)["layer"]
+        check_values(self, "factors")
+        check_values(self, "residual", low=0)
+        check_tokens(self, "query", "prompt")
+        check_layers(self.layers, n_layers)
+        unchanged = [layer for layer in range(n_layers) if layer not in self.layers]
+        for side, factor in self.factors._asdict().items():
+            check_range(f"factors/{side} of layers that do not change", factor[unchanged], low=0, high=0)
+        check_count("positions", len(self.positions), "query", len(self.query))
+        check_range("positions", self.positions, low=0, high=len(self.prompt) - 1)
+        if (at_positions := tuple(self.prompt[position] for position in self.positions)) != self.query:
+            raise ValueError(
+                f"expected query as the tokens of prompt at positions, {at_positions}, got {self.query}: take all "
+                "three from one run"
+            )
 
     def __repr__(self) -> str:
         precision = fingerprinted_precision(self.fingerprint)

@@ -152,10 +152,10 @@ def test_a_folder_without_a_model_is_one_line_before_anything_is_computed(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(control_tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})  # has fewer rows
-    options = [action.option_strings[-1] for action in parser_of(script)._actions if action.option_strings]
+    options = {a.option_strings[-1]: a for a in parser_of(script)._actions if a.option_strings}
     arguments = ["--model", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]
     arguments += ["--lr", "0.001"] * ("--lr" in options and script != "stability")
-    arguments += ["--tasks", "mr"] * ("--tasks" in options)
+    arguments += ["--tasks", "mr"] * ("--tasks" in options and not options["--tasks"].choices)
     assert importlib.import_module(script).main(arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
