@@ -11,6 +11,7 @@ import torch
 from common import TITLES, short
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from outputs import write_figure
 from torch import Tensor
 
@@ -246,6 +247,7 @@ def draw_stream(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
             ax.set_title(task_title(task))
             ax.spines[["top", "right"]].set_visible(False)
         axes[-1, 0].set_xlabel("layer")
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         fig.supylabel("cosine with the in-context change", fontsize=7)
         _finish(fig, axes[0, 0], f"What each change writes into the residual stream\n{title}", path)
 

@@ -15,10 +15,10 @@ Each number has its null, as in `icl_dual.updates`: the change with the same sin
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import pandas as pd
 import torch
@@ -26,19 +26,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_dual.arguments import Count, Seed, checked
-from icl_dual.captures.capture import Capture, Field, capture
+from icl_dual.captures.capture import Capture, Field
 from icl_dual.captures.pairing import check_fields
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning import WeightDelta
 from icl_dual.models import LowRank, Model
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.stream import StreamChange, add_stream_change
+from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.patch import Patch
-from icl_dual.prompts import Prompts
+from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.results import ROUNDING, check_axes, check_values
+from icl_dual.scoring import WITH_BASELINE
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index
 
 EFFECT_FIELDS: tuple[Field, ...] = ("stream", "next_log_probs")
 """The fields of `capture` that `compare_effects` needs."""
@@ -138,48 +140,69 @@ def build_function_vector(in_context: Capture, layer: int) -> FunctionVector:
 
 @checked
 @exclusive
-def capture_each(
-    model: Model, prompts: Prompts, changes: Sequence[Change], *, fields: Collection[Field] = EFFECT_FIELDS
-) -> Capture:
+def capture_each(model: Model, prompts: Prompts, changes: Sequence[Change]) -> Capture:
     """Capture each query with a change of its own, such as its exact patch.
+
+    Each query runs alone and whole. `capture` runs what queries share once, and the rest after it: that is the same but
+    for rounding, which an exact patch with a large change of a norm's scale (Gemma's) blows up.
 
     Args:
         model: the model; it comes back as it was.
         prompts: the queries, without demonstrations for exact patches.
         changes: one change for each query.
-        fields: the fields of the capture to keep, of those in `EFFECT_FIELDS`.
 
     Returns:
-        One capture of all queries. Its fingerprint is a hash of those of the changed models.
+        One capture of all queries with the fields `EFFECT_FIELDS`. Its fingerprint is a hash of those of the changed
+        models.
 
     Raises:
-        ValueError: there are not as many changes as queries, or a field is none of `EFFECT_FIELDS`.
+        ValueError: there are not as many changes as queries; a label word has several tokens; or the prompts are under
+            the reference protocol, or their rule of scoring needs a baseline.
     """
     if len(changes) != len(prompts.queries):
         raise ValueError(
             f"expected one change for each of {len(prompts.queries)} queries, got {len(changes)}: pass as many changes "
             "as queries"
         )
-    if others := set(fields) - set(EFFECT_FIELDS):
+    if prompts.protocol != "answer" or prompts.scoring in WITH_BASELINE or max(map(len, prompts.labels)) > 1:
         raise ValueError(
-            f"expected fields out of {EFFECT_FIELDS}, got {sorted(others)}: capture the queries one by one for others"
+            "expected prompts under the answer protocol with label words of one token, scored without a baseline, got "
+            f"{prompts} with labels {prompts.labels} and scoring {prompts.scoring!r}: capture the queries one by one"
         )
-    captures = []
-    for query, change in enumerate(changes):
+    check_prompts(model, prompts)
+    streams, log_probs, fingerprints = [], [], []
+    for suffix, change in zip(prompts.suffixes, changes, strict=True):
         with change.applied(model):
-            captures.append(capture(model, _only(prompts, query), fields=fields, progress=False))
-    names = (*fields, "label_log_probs") + ("label_baselines",) * (captures[0].label_baselines is not None)
-    together = {name: torch.cat([getattr(captured, name) for captured in captures]) for name in names}
-    digest = hashlib.sha256("".join(captured.fingerprint for captured in captures).encode()).hexdigest()[:16]
-    precision = captures[0].fingerprint.rpartition(":")[0]
-    residual = max(captured.residual for captured in captures)
-    return replace(captures[0], prompts=prompts, fingerprint=f"{precision}:{digest}", residual=residual, **together)
+            stream, next_log_probs = _run_whole(model, (*prompts.prefix, *suffix))
+            fingerprints.append(model.fingerprint())
+        streams.append(stream)
+        log_probs.append(next_log_probs)
+    digest = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16]
+    together = torch.stack(log_probs)
+    fields: dict[str, Any] = dict.fromkeys(get_args(Field))
+    fields |= {"stream": torch.stack(streams), "next_log_probs": together}
+    return Capture(
+        model=model.name,
+        fingerprint=f"{fingerprints[0].rpartition(':')[0]}:{digest}",
+        hooks=model.foreign_hooks(),
+        prompts=prompts,
+        label_log_probs=together[:, [label[0] for label in prompts.labels]],
+        residual=0.0,
+        **fields,
+    )
 
 
-def _only(prompts: Prompts, query: int) -> Prompts:
-    """Return prompts with one query alone."""
-    by_query = {name: getattr(prompts, name)[query : query + 1] for name in ("queries", "gold", "zero_shot_queries")}
-    return replace(prompts, **by_query)
+def _run_whole(model: Model, tokens: Tokens) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, " d_vocab"]]:
+    """Return the streams and the next token's log-probabilities at the last token of a plain pass, on the CPU."""
+    streams: list[Tensor] = []
+
+    def keep(layer: int, stream: Tensor) -> None:
+        streams.append(at_least_float32(stream[0, -1]).cpu())
+
+    ids = torch.tensor([tokens], device=model.device)
+    with torch.no_grad():
+        logits = model.run(ids, read=torch.tensor([[len(tokens) - 1]], device=model.device), on_residual=keep)
+    return torch.stack(streams), at_least_float32(logits[0, 0]).log_softmax(-1).cpu()
 
 
 class _Directions(NamedTuple):
@@ -325,11 +348,11 @@ def compare_effects(
         >>> alone, fields = prompts.zero_shot(), icl_dual.EFFECT_FIELDS
         >>> zero_shot = icl_dual.capture(model, alone, fields=fields, progress=False)
         >>> in_context = icl_dual.capture(model, prompts, fields=fields, progress=False)
-        >>> patches = [icl_dual.build_exact_patch(model, prompts, query) for query in range(6)]
-        >>> patched = icl_dual.capture_each(model, alone, patches)
+        >>> with icl_dual.build_shared_patch(model, prompts).applied(model):
+        ...     patched = icl_dual.capture(model, alone, fields=fields, progress=False)
         >>> comparison = icl_dual.compare_effects(zero_shot=zero_shot, reference=in_context, changed=patched)
-        >>> comparison.kl.max().item() < 1e-6, comparison.cosine.min().item() > 0.999
-        (True, True)
+        >>> comparison.cosine.shape, comparison.kl.shape
+        (torch.Size([6, 2]), torch.Size([6]))
     """
     _check_captures(zero_shot, reference, changed)
     assert zero_shot.stream is not None

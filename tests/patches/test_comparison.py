@@ -93,9 +93,11 @@ def test_exact_patches_do_what_the_context_does(
     alone = hand_made.zero_shot()
     patches = [icl.build_exact_patch(model, hand_made, query) for query in range(len(alone.queries))]
     one_token = replace(alone, labels=((20,), (21,)))  # a label of two tokens runs longer rows than the patch is for
-    patched = replace(icl.capture_each(model, one_token, patches), prompts=alone)
-    got = icl.compare_effects(**settings, changed=patched)
+    patched = icl.capture_each(model, one_token, patches)
+    ends = {name: capture(model, replace(c.prompts, labels=one_token.labels)) for name, c in settings.items()}
+    got = icl.compare_effects(**ends, changed=patched)
     assert got.kl.max() < 1e-9
+    assert got.agreement.all()
     assert got.cosine.min() > 1 - 1e-6
     assert got.angles.nan_to_num().max() < 0.1
     torch.testing.assert_close(got.norm_ratio, torch.ones_like(got.norm_ratio), atol=1e-5, rtol=1e-5)
@@ -245,8 +247,8 @@ def test_what_does_not_belong_together_is_refused(
         icl.compare_weights(shared, replace(shared, fingerprint="float64:0"))
     with pytest.raises(ValueError, match="expected one change for each of 6 queries, got 1"):
         icl.capture_each(model, hand_made.zero_shot(), [shared])
-    with pytest.raises(ValueError, match=r"expected fields out of \('stream', 'next_log_probs'\), got \['z'\]"):
-        icl.capture_each(model, hand_made.zero_shot(), [shared] * 6, fields=("z",))
+    with pytest.raises(ValueError, match="label words of one token"):
+        icl.capture_each(model, hand_made.zero_shot(), [shared] * 6)
     vector = icl.build_function_vector(settings["reference"], 0)
     with pytest.raises(IndexError, match="layer"):
         icl.build_function_vector(settings["reference"], 2)
