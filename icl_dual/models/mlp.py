@@ -85,8 +85,11 @@ class MlpChanges:
     def check(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> None:
         """Check that a run is of the query, or of a part of it, at the query's positions.
 
+        With a change of a norm's scale it must be of the whole: such a change may be 10⁷ times the scale. It would blow
+        up the rounding by which a run in parts differs from the whole, layer by layer.
+
         Raises:
-            ValueError: it is of other tokens, or at other positions.
+            ValueError: it is of other tokens, at other positions, or of a part where it must be of the whole.
         """
         if self.query is None:
             return
@@ -97,6 +100,12 @@ class MlpChanges:
                 f"expected the query that the patch was built for, {list(self.query)} at positions 0 to "
                 f"{len(query) - 1}, got {tokens.tolist()} at positions {positions.tolist()}: an exact patch is for one "
                 "query at one position, build another one for this query"
+            )
+        if self.scale is not None and len(positions) < len(query):
+            raise ValueError(
+                f"expected all {len(query)} tokens of the query in one run, got those at positions "
+                f"{positions.tolist()}: the patch changes norms' scales so much that it is exact in a whole run alone, "
+                "use model.run on patch.query, or icl_dual.capture_each"
             )
 
     def apply(self, layer: int, part: MlpPart, x: Tensor, output: Tensor) -> Tensor | None:

@@ -88,8 +88,3 @@ def test_stories_are_quoted_up_to_the_answer(monkeypatch: pytest.MonkeyPatch) ->
         model = tiny_model()
         answer = script.first_token(model, case, case.answers[case.target])
         assert answer == model.encode(case.answers[case.target])[0]
-
-
-def test_fewer_prompts_than_a_cell_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--prompts", "9"]) == 2
-    assert "a whole number of at least 10" in capsys.readouterr().err

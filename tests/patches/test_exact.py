@@ -330,6 +330,18 @@ def test_an_mlp_that_writes_zeros_is_refused_where_a_norm_follows(make_model: To
         icl.build_exact_patch(model, prompts)
 
 
+def test_a_run_in_parts_is_refused_where_a_scale_changes(make_model: ToyModel, prompts: icl.Prompts) -> None:
+    model = make_model("gemma3-window")
+    patch, alone = icl.build_exact_patch(model, prompts), prompts.zero_shot()
+    tokens = torch.tensor([patch.query])
+    with patch.applied(model):
+        model.run(tokens)
+        with pytest.raises(ValueError, match=r"expected all \d+ tokens of the query in one run, got"):
+            model.run(tokens[:, :-1])
+        with pytest.raises(ValueError, match=r"expected (all \d+ tokens of )?the query"):
+            icl.capture(model, alone, progress=False)
+
+
 def test_mixtures_of_experts_are_refused(models_by_architecture: ToyModel, prompts: icl.Prompts) -> None:
     with pytest.raises(
         icl.UnsupportedModelError, match=r"GptOss.*layer 0: .*got a mixture of experts: the query alone may"
