@@ -18,8 +18,11 @@ from icl_dual.metrics import catalogue
 from icl_dual.metrics.catalogue import Drawing
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.prompt_view import TokenView
-from icl_dual.source_attention import Quantity, SourceAttention
+from icl_dual.source_attention import QUANTITY_TITLES, Quantity, SourceAttention
 from icl_dual.statistics.intervals import Interval
+
+FONT: dict[str, Any] = {"fontsize": 7, "family": "monospace"}
+"""The font of a prompt's text."""
 
 LAYERWISE = tuple(catalogue.figures())
 """The figures of the paper's metrics: each draws a metric with others beside it (`Drawing.beside`)."""
@@ -317,13 +320,7 @@ def sources(captured: SourceAttention, quantity: Quantity = "mass", *, logit: in
     values = captured.values(quantity, logit).flatten(0, 1)
     by_source = values.mean(2) if quantity in ("mass", "norm") else values.sum(2)
     series = {name: by_source[..., index] for index, name in enumerate(captured.names)}
-    labels = {
-        "mass": "share of the softmax",
-        "norm": "norm of the contribution",
-        "share": "share of the attention output",
-        "logit_effect": "direct effect on the logit",
-    }
-    ax = by_layer(series, ylabel=labels[quantity], ax=ax)
+    ax = by_layer(series, ylabel=QUANTITY_TITLES[quantity], ax=ax)
     if captured.layers != tuple(range(len(captured.layers))):
         ax.set_xticks(range(len(captured.layers)), [str(layer) for layer in captured.layers])
     return ax
@@ -355,7 +352,7 @@ def source_tokens(view: TokenView, *, width: Count = 90, ax: Axes | None = None)
     for text, row, column, colour in places:
         ax.add_patch(Rectangle((column, row), len(text), 1, facecolor=colour, edgecolor="none"))
         for index, character in enumerate(text):  # one by one: every character has its column in any font
-            ax.text(column + index + 0.5, row + 0.5, literal(character), ha="center", va="center", fontsize=7)
+            ax.text(column + index + 0.5, row + 0.5, literal(character), ha="center", va="center", **FONT)
     ax.set(xlim=(0, width), ylim=(n_rows, 0))
     ax.set_title(literal(view.title), fontsize="small")
     ax.axis("off")

@@ -45,6 +45,13 @@ from icl_dual.torch_utils import at_least_float32, checked_index
 
 Quantity = Literal["mass", "norm", "share", "logit_effect"]
 """A field of `SourceAttention` with a number for each source."""
+QUANTITY_TITLES: dict[Quantity, str] = {
+    "mass": "share of the softmax",
+    "norm": "norm of the contribution",
+    "share": "share of the attention output",
+    "logit_effect": "direct effect on the logit",
+}
+"""Each quantity in words, for figures."""
 
 WEIGHTS_AT_ONCE = 1 << 24
 """How many attention weights are in memory at a time: 64 MiB in float32."""
@@ -214,7 +221,7 @@ class SourceAttention(Saved):
             >>> parts = [("document", "The box is red. "), ("question", "Is it?")]
             >>> captured = icl_dual.capture_sources(model, icl_dual.prompt_from_parts(parts, model), progress=False)
             >>> print(captured.show(1, 0, quantity="share").title)
-            share at layer 1, head 0, for the token at position 22 of prompt 0
+            share of the attention output at layer 1, head 0, for the token at position 22 of prompt 0
         """
         if layer not in self.layers:
             raise ValueError(f"expected a layer out of those captured, {list(self.layers)}, got {layer}: capture it")
@@ -223,9 +230,9 @@ class SourceAttention(Saved):
         position = checked_index("position", position, len(self.positions[prompt]))
         head = checked_index("head", head, values.shape[3])
         by_source = values[prompt, position, self.layers.index(layer), head].tolist()
-        at = self.positions[prompt][position]
+        title, at = QUANTITY_TITLES[quantity], self.positions[prompt][position]
         return TokenView(
-            f"{quantity} at layer {layer}, head {head}, for the token at position {at} of prompt {prompt}",
+            f"{title} at layer {layer}, head {head}, for the token at position {at} of prompt {prompt}",
             self.texts[prompt],
             tuple(self.names[source] for source in self.sources[prompt]),
             tuple(by_source[source] for source in self.sources[prompt]),
