@@ -91,7 +91,7 @@ class SourceAttention(Saved):
     """The norm of each source's contribution z_G W_O."""
     share: Float[Tensor, "prompt position layer head source"]
     """The projection of each contribution on the attention output without b_O, divided by its squared norm. Sums to 1
-    over heads and sources; may be negative."""
+    over heads and sources; may be negative, and is NaN where the output is 0."""
     residuals: Float[Tensor, " layer"]
     """The largest relative difference, over prompts and positions, of the sum of all contributions and b_O from the
     model's own attention output."""
@@ -114,6 +114,7 @@ class SourceAttention(Saved):
             position=("positions", len(self.positions[0]) if self.positions else 0),
             layer=("layers", len(self.layers)),
             source=("names", len(self.names)),
+            logit=("logit_tokens", len(self.logit_tokens[0]) if self.logit_tokens else 0),
         )
         check_values(self, "mass", "sink_mass", low=-ROUNDING, high=1 + ROUNDING)
         check_values(self, "norm", "residuals", low=0)
