@@ -25,6 +25,7 @@ import icl_dual as icl
 from icl_dual import dual
 from icl_dual.arguments import checked
 from icl_dual.models import tiny_model
+from icl_dual.patches import Patch
 
 PLAIN = (str, int, float, bool, types.NoneType)
 
@@ -56,6 +57,12 @@ def make_examples(folder: Path) -> dict[type, Any]:
     experiment = icl.run_experiment(model, prompts, lr=0.01, fields=fields, factors=True, replicas=0, progress=False)
     cell = icl.Cell(model=model.name, task="toy", k=2, seed=1, lr=0.01, n_queries=2, replicas=0)
     W = torch.eye(3)
+    exact, statistics = icl.build_exact_patch(model, prompts), icl.sum_statistics(model, prompts)
+    streams = {
+        name: icl.capture(model, these, fields=(*icl.EFFECT_FIELDS, "attn_out"), progress=False)
+        for name, these in (("zero_shot", prompts.zero_shot()), ("reference", prompts))
+    }
+    sourced = icl.prompt_from_parts([("document", "Seen. "), ("question", "Is it?")], model)
     part = dual.AttentionPart(torch.ones(1, 2, 3), torch.zeros(1, 2))
     interval = icl.statistics.Interval(0.5, 0.4, 0.6, 3)
     instances = [
@@ -78,6 +85,15 @@ def make_examples(folder: Path) -> dict[type, Any]:
         icl.measure_order_sensitivity(
             model, task, demonstrations, task.queries(2), n_orders=2, lr=0.01, progress=False
         ),
+        Patch(exact.model, exact.fingerprint, exact.factors, exact.bias, exact.scale),
+        exact,
+        statistics,
+        statistics.ridge_patch(),
+        icl.build_function_vector(streams["reference"], 0),
+        icl.compare_effects(**streams, changed=streams["reference"], rank=2),
+        icl.compare_weights(exact, exact, rank=1),
+        sourced,
+        icl.capture_sources(model, sourced, logits=[1], progress=False),
         icl.build_value_patch(model, prompts),
         icl.run_relaxed(model, prompts),
         icl.generate_patched(model, prompts, n_tokens=1),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.order_sensitivity import measure_order_sensitivity
+from icl_dual.patches import Patch, RidgeStatistics
 from icl_dual.results import BaseResult, check_axes, same_values
 from icl_dual.storage import Saved, load_tensors, saved
 from icl_dual.updates import summarise
@@ -34,7 +35,9 @@ NAMES = sorted(cls.__name__ for cls in saved_classes())
 
 
 @pytest.fixture(scope="module")
-def results(llama: icl.Model, task: icl.Task, prompts: icl.Prompts) -> dict[str, Any]:
+def results(
+    llama: icl.Model, task: icl.Task, prompts: icl.Prompts, models_by_architecture: Callable[[str], icl.Model]
+) -> dict[str, Any]:
     """A valid result of every class, by the class's name."""
     experiment = icl.run_experiment(llama, prompts, lr=0.05, replicas=2, fields=ALL, factors=True, progress=False)
     orders = measure_order_sensitivity(
@@ -65,8 +68,27 @@ def results(llama: icl.Model, task: icl.Task, prompts: icl.Prompts) -> dict[str,
         ),
         icl.compare_weights(experiment.delta, experiment.delta.randomised(1), rank=2),
         icl.build_function_vector(experiment.in_context, 0),
+        icl.capture_sources(llama, icl.prompt_from_query(prompts), logits=[5, 6], progress=False),
+        *patches(llama, models_by_architecture("gemma3-window"), prompts),
     ]
     return {type(value).__name__: value for value in values}
+
+
+def patches(llama: icl.Model, gemma: icl.Model, prompts: icl.Prompts) -> list[Any]:
+    """One of each result of `icl_dual.patches` that is of weights or runs; `Patch` changes all that a patch may."""
+    statistics, of_gemma = icl.sum_statistics(llama, prompts), icl.build_exact_patch(gemma, prompts)
+    wide = icl.draw_random_patch(icl.build_exact_patch(llama, prompts), seed=1)
+    bias = icl.build_mean_patch(gemma, prompts).bias
+    return [
+        Patch(gemma.name, of_gemma.fingerprint, of_gemma.factors | {"out": wide.factors["out"]}, bias, of_gemma.scale),
+        icl.build_exact_patch(llama, prompts),
+        statistics,
+        statistics.ridge_patch(),
+        RidgeStatistics(statistics.gram[0], statistics.cross[0], statistics.n_queries),
+        icl.build_value_patch(llama, prompts, layers=(0, 2)),
+        icl.run_relaxed(llama, prompts, scale="fitted"),
+        icl.generate_patched(llama, prompts, n_tokens=2, forms=("beside", "cached")),
+    ]
 
 
 def parts(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -131,6 +153,7 @@ def test_results_compare_by_value(results: dict[str, Any], name: str, tmp_path: 
         ("Decomposition", "attention_inputs"),
         ("Comparison", "stability"),
         ("UpdateComparison", "demonstrations"),
+        ("ValuePatch", "factors"),
     ],
 )
 def test_nested_results_compare_by_value(results: dict[str, Any], result: str, field: str) -> None:
@@ -178,25 +201,33 @@ def test_prompts_tasks_and_examples_compare(prompts: icl.Prompts, task: icl.Task
 
 FREE_AXES = {("next_log_probs", 1), ("context_scores/FT", 2), ("context_scores/ZSL", 2), ("W_O", 3), ("vector", 0)}
 """Axes of tensors that no other field has: d_vocab, the zero-shot context, and d_model of a model without biases."""
+FREE_AXES_OF = {
+    "AttentionRun": {("factors", 2)},
+    "RidgeStatistics": {("cross", 0)},
+    "SharedPatch": {("factors/out/left", 1), ("factors/out/right", 1)},
+    "ValuePatch": {("factors/left", 1), ("factors/right", 1)},
+}
+"""The same of one class: heads, and d_out and d_in of a matrix that changes alone."""
 MAY_BE_NAN = (
-    *("icl_share", "relaxation", "per_layer", "per_query", "stability", "cosine", "angles", "norm_ratio"),
-    *("effective_rank", "demonstrations_K", "demonstrations_V"),
+    *("share", "relaxation", "per_layer", "per_query", "stability", "cosine", "angles", "norm_ratio"),
+    *("effective_rank", "demonstrations_K", "demonstrations_V", "thought"),
 )
 """Parts of the names of fields that are undefined in some results."""
 
 
-def corruptions(path: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a tensor in a damaged file may be, each with what is wrong."""
+def corruptions(name: str, path: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a tensor in a damaged file of a class may be, each with what is wrong."""
+    free_axes = FREE_AXES | FREE_AXES_OF.get(name, set())
     yield "one axis more", tensor[None]
     yield "another dtype", tensor.to(torch.int16 if tensor.is_floating_point() else torch.float32)
     for axis, length in enumerate(tensor.shape):
-        if length and (path, axis) not in FREE_AXES:
+        if length and (path, axis) not in free_axes:
             yield f"axis {axis} too short", tensor.narrow(axis, 0, length - 1)
     wrong = tensor.clone()
     if tensor.numel() and not tensor.is_floating_point():
         wrong.view(-1)[-1] = -7
         yield "a negative index", wrong
-    elif tensor.numel() and not any(name in path for name in MAY_BE_NAN):
+    elif tensor.numel() and not any(part in path for part in MAY_BE_NAN):
         wrong.view(-1)[-1] = torch.nan
         yield "NaN", wrong
 
@@ -251,7 +282,7 @@ def test_a_damaged_tensor_is_refused_by_name(results: dict[str, Any], name: str,
         tensors = dict(some_parts(result))
     assert load(result) == result
     for path, tensor in tensors.items():
-        for what, wrong in corruptions(path, tensor):
+        for what, wrong in corruptions(name, path, tensor):
             with pytest.raises(icl.AssetError):
                 load(result, {path: wrong})
             with pytest.raises(ValueError, match="expected") as raised:
@@ -325,6 +356,30 @@ def _as_json(value: Any) -> Any:
         ("OrderSensitivity", "orders", [[0, 1, 2]], "axis order as orders"),
         ("Experiment", "steps", [0, 1], "expected as many steps as demonstrations in context"),
         ("Experiment", "replica_names", ["other"], "expected replica_names by"),
+        ("ExactPatch", "query", [], "expected query with at least one token id, got none"),
+        ("ExactPatch", "prompt", [-1], "expected prompt of at least 0, got -1"),
+        ("ExactPatch", "residual", float("inf"), "expected residual of at least 0, got inf"),
+        ("SharedPatch", "method", "mean", "expected ridge with the method 'ridge' alone, got one with 'mean'"),
+        ("SharedPatch", "n_queries", 0, "expected n_queries of at least 1, got 0"),
+        ("SharedStatistics", "n_queries", 0, "expected n_queries of at least 1, got 0"),
+        ("RidgeStatistics", "n_rows", -1, "expected n_rows of at least 0, got -1"),
+        ("ValuePatch", "layers", [2, 0], "expected layers in ascending order, got (2, 0)"),
+        ("ValuePatch", "layers", [0, 1, 2, 3], "expected layers of factors from 0 to 2, got 3"),
+        ("ValuePatch", "layers", [0], "expected factors/left of layers that do not change from 0 to 0"),
+        ("ValuePatch", "positions", [0], "expected as many positions as query"),
+        ("ValuePatch", "query", [0], "expected as many positions as query"),
+        ("ValuePatch", "prompt", [0], "expected positions from 0 to 0"),
+        ("ValuePatch", "prompt", [7] * 500, "expected query as the tokens of prompt at positions"),
+        ("ValuePatch", "residual", float("nan"), "expected residual of at least 0, got nan"),
+        ("AttentionRun", "layers", [0, 0], "expected layers in ascending order, got (0, 0)"),
+        ("AttentionRun", "layers", [0, 3], "expected layers of factors from 0 to 2, got 3"),
+        ("AttentionRun", "option", "query", "expected option with relaxed as one of"),
+        ("AttentionRun", "change", "inserted", "expected option with inserted as one of"),
+        ("AttentionRun", "prompts/labels", [[1], [5000]], "expected prompts/labels from 0 to"),
+        ("Generation", "prompted", [1], "expected as many prompted as steps in margins (2), got 1"),
+        ("Generation", "generated/beside", [1], "expected as many tokens in generated/beside as prompted (2), got 1"),
+        ("Generation", "generated/cached", [1, -1], "expected generated/cached of at least 0, got -1"),
+        ("Generation", "generated/naive", [1, 2], "expected errors by"),
     ],
 )  # fmt: skip
 def test_contradicting_values_are_refused_by_name(
@@ -357,6 +412,22 @@ def test_contradicting_values_are_refused_by_name(
         ("Recordings", "segments", lambda it: it.segments + 9, "expected segments of training steps"),
         ("Recordings", "attn_out", lambda it: {"ICL": it.attn_out["ICL"]}, "expected attn_out by .*, got .'ICL',"),
         ("Recordings", "attn_out", lambda it: it.attn_out["ICL"], "expected attn_out"),
+        ("Patch", "factors", lambda it: it.factors | {"up": it.factors["in"]}, "expected factors by some of .*'up'"),
+        ("Patch", "factors", lambda it: it.factors | {"out": it.factors["in"]}, "expected as many elements of d_model"),
+        ("SharedPatch", "ridge", lambda it: None, "expected ridge with the method 'ridge' alone, got none"),
+        ("SharedPatch", "ridge", lambda it: -it.ridge, "expected ridge of at least 0, got -"),
+        ("SharedStatistics", "lack", lambda it: it.lack.float(), "expected lack in float64, got float32"),
+        ("SharedStatistics", "gram", lambda it: -it.gram, "expected the diagonal of gram of at least 0, got -"),
+        ("RidgeStatistics", "gram", lambda it: it.gram.float(), "expected gram in float64, got float32"),
+        ("RidgeStatistics", "gram", lambda it: -it.gram, "expected the diagonal of gram of at least 0, got -"),
+        ("AttentionRun", "factors", lambda it: None, "expected factors with relaxed attention alone, got none"),
+        ("Generation", "margins", lambda it: -it.margins - 1, "expected margins of at least 0, got -"),
+        (
+            "Generation",
+            "errors",
+            lambda it: it.errors | {"cached": it.errors["cached"] * torch.nan},
+            "expected errors/cached and largest/cached with NaN at the same steps",
+        ),
         ("Comparison", "predictions", lambda it: it.predictions | {"FT": 1 - it.predictions["FT"]}, "expected rec2ftp"),
     ],
 )

@@ -55,6 +55,7 @@ class Change(Protocol):
         ...
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class FunctionVector(Saved):
@@ -77,6 +78,7 @@ class FunctionVector(Saved):
     def __repr__(self) -> str:
         return f"FunctionVector({self.model!r}, layer {self.layer}, norm={self.vector.norm():.3g})"
 
+    @checked
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """Yield the model with the vector; afterwards it is as it was, bit for bit, also after an exception.
@@ -254,6 +256,7 @@ def _angles(a: _Directions, b: _Directions, side: str, rank: int) -> Float[Tenso
     return torch.nn.functional.pad(known, (0, rank - known.shape[-1]), value=torch.nan)
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class EffectComparison(Saved):
@@ -420,6 +423,7 @@ def _check_captures(zero_shot: Capture, reference: Capture, changed: Capture) ->
             )
 
 
+@checked
 @document_fields
 @dataclass(frozen=True, repr=False, eq=False)
 class WeightComparison(Saved):

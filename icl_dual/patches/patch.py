@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
-from icl_dual.models import LowRank, Model, MlpPart
+from icl_dual.models import LowRank, MlpPart, Model
 from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.mlp import MlpChanges, add_mlp_changes
 from icl_dual.models.precision import fingerprinted_precision

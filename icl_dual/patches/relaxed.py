@@ -319,12 +319,13 @@ def run_inserted(
 
 
 def check_layers(layers: Sequence[int], n_layers: int | None) -> None:
-    """Check that `layers` of a result are in ascending order, and of a model's layers where their number is known.
+    """Check that `layers` of a result are in ascending order, and among those of its `factors` where it has these.
 
     Raises:
-        ValueError: a layer is negative, not one of the model's, or not above the one before it.
+        ValueError: a layer is negative, not one of the factors', or not above the one before it.
     """
-    check_range("layers", layers, low=0, high=math.inf if n_layers is None else n_layers - 1)
+    name, last = ("layers", math.inf) if n_layers is None else ("layers of factors", n_layers - 1)
+    check_range(name, layers, low=0, high=last)
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"expected layers in ascending order, got {tuple(layers)}: sort them")
 

@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -128,7 +129,7 @@ class RidgeStatistics(Saved):
         return self.cross @ vectors[:, in_rows] / (values[in_rows] + ridge), vectors[:, in_rows]
 
 
-def check_sums(result: object, *fields: str) -> None:
+def check_sums(result: Any, *fields: str) -> None:
     """Check that sums over rows, HᵀH as `gram` among them, are finite and in float64, and squares not below 0.
 
     Raises:
@@ -138,8 +139,7 @@ def check_sums(result: object, *fields: str) -> None:
         if (dtype := getattr(result, name).dtype) != torch.float64:
             raise ValueError(f"expected {name} in float64, got {str(dtype).removeprefix('torch.')}: sum the rows again")
     check_values(result, *fields)
-    gram: Tensor = getattr(result, "gram")
-    check_range("the diagonal of gram", gram.diagonal(dim1=-2, dim2=-1), low=0)
+    check_range("the diagonal of gram", result.gram.diagonal(dim1=-2, dim2=-1), low=0)
 
 
 def range_of(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d_out k"]:

@@ -77,7 +77,9 @@ class SharedPatch(Patch):
         check_values(self, "n_queries", low=1)
         if (self.method == "ridge") != (self.ridge is not None):
             got = "none" if self.ridge is None else "one"
-            raise ValueError(f"expected ridge with the method 'ridge' alone, got {got} with {self.method!r}: correct it")
+            raise ValueError(
+                f"expected ridge with the method 'ridge' alone, got {got} with {self.method!r}: correct it"
+            )
 
     @checked
     def truncated(self, rank: Count) -> "SharedPatch":
@@ -120,7 +122,6 @@ class SharedStatistics(Saved):
         check_axes(self)
         check_values(self, "n_queries", low=1)
         check_sums(self, "gram", "cross", "lack")
-        check_values(self, "thought", nan=True, infinite=True)
 
     def __repr__(self) -> str:
         return f"SharedStatistics({self.model!r}, {self.n_queries} queries, {self.cross.shape[0]} layers)"
