@@ -58,10 +58,10 @@ def make_examples(folder: Path) -> dict[type, Any]:
     cell = icl.Cell(model=model.name, task="toy", k=2, seed=1, lr=0.01, n_queries=2, replicas=0)
     W = torch.eye(3)
     exact, statistics = icl.build_exact_patch(model, prompts), icl.sum_statistics(model, prompts)
-    streams = {
-        name: icl.capture(model, these, fields=(*icl.EFFECT_FIELDS, "attn_out"), progress=False)
-        for name, these in (("zero_shot", prompts.zero_shot()), ("reference", prompts))
-    }
+    zero_shot, in_context = (
+        icl.capture(model, these, fields=(*icl.EFFECT_FIELDS, "attn_out"), progress=False)
+        for these in (prompts.zero_shot(), prompts)
+    )
     sourced = icl.prompt_from_parts([("document", "Seen. "), ("question", "Is it?")], model)
     part = dual.AttentionPart(torch.ones(1, 2, 3), torch.zeros(1, 2))
     interval = icl.statistics.Interval(0.5, 0.4, 0.6, 3)
@@ -89,8 +89,8 @@ def make_examples(folder: Path) -> dict[type, Any]:
         exact,
         statistics,
         statistics.ridge_patch(),
-        icl.build_function_vector(streams["reference"], 0),
-        icl.compare_effects(**streams, changed=streams["reference"], rank=2),
+        icl.build_function_vector(in_context, 0),
+        icl.compare_effects(zero_shot=zero_shot, reference=in_context, changed=in_context, rank=2),
         icl.compare_weights(exact, exact, rank=1),
         sourced,
         icl.capture_sources(model, sourced, logits=[1], progress=False),
