@@ -392,8 +392,9 @@ def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
     try:
         return chosen[name][task]
     except KeyError:
-        options = variant.variation.keys() & {"loss", "method", "trained"} if variant else ()
-        flags = "".join(f" --{option} {getattr(variant.finetuning, option)}" for option in sorted(options))
+        finetuning = variant.finetuning if variant else icl.FinetuneConfig()
+        options = [option for option in ("loss", "method", "trained") if option in finetuning.variation]
+        flags = "".join(f" --{option} {getattr(finetuning, option)}" for option in options)
         known = "; ".join(f"{of} on {', '.join(tasks)}" for of, tasks in chosen.items())
         raise icl.StudyError(
             f"no learning rate was chosen for {name!r} on {task} (only for {known}): pass --lr, or choose one on "

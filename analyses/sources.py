@@ -342,20 +342,22 @@ def draw(cells: Sequence[Result], args: argparse.Namespace) -> None:
     finish(fig, axes, f"Documents ranked as by ablation; dotted: at random. {about}", args.out / "agreement")
 
     for result in cells:
-        view = {
+        view: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in result.about["view"].items()
         }
         ax = icl.plots.source_tokens(TokenView(**view))
         ax.set_title(icl.plots.literal(f"{TASKS[result.task][0]}: {view['title']}"), fontsize="small")
-        assert ax.figure is not None
-        write_figure(ax.get_figure(root=True), args.out / f"prompt_{result.task}", "png", "pdf")
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        write_figure(figure, args.out / f"prompt_{result.task}", "png", "pdf")
 
 
 def verdict(table: pd.DataFrame, task: str) -> str:
     """Return whether contributions rank documents as ablation does more often than attention mass, from a table."""
     of_task = table[(table["task"] == task) & (table["measure"] == "same document first") & (table["score"] != "mass")]
     sentences = []
-    for row in of_task.to_dict("records"):
+    rows: Any = of_task
+    for row in rows.to_dict("records"):
         difference = f"{100 * row['difference from mass']:+.0f} points [{100 * row['difference low']:+.0f}, "
         difference += f"{100 * row['difference high']:+.0f}]"
         if row["difference low"] > 0:

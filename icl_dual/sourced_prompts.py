@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from icl_dual.arguments import checked
 from icl_dual.models import Model
@@ -293,7 +293,7 @@ def _located(text: str, name: str, places: Places) -> list[Span]:
             )
         return spans
     is_span = isinstance(places, tuple) and len(places) == 2 and all(isinstance(end, int) for end in places)
-    spans = [places] if is_span else list(places)
+    spans = cast(list[Span], [places] if is_span else list(places))
     for begin, end in spans or [(0, 0)]:
         if not 0 <= begin < end <= len(text):
             raise PromptError(

@@ -63,6 +63,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         for these in (prompts.zero_shot(), prompts)
     )
     sourced = icl.prompt_from_parts([("document", "Seen. "), ("question", "Is it?")], model)
+    captured = icl.capture_sources(model, sourced, logits=[1], progress=False)
     part = dual.AttentionPart(torch.ones(1, 2, 3), torch.zeros(1, 2))
     interval = icl.statistics.Interval(0.5, 0.4, 0.6, 3)
     instances = [
@@ -93,7 +94,8 @@ def make_examples(folder: Path) -> dict[type, Any]:
         icl.compare_effects(zero_shot=zero_shot, reference=in_context, changed=in_context, rank=2),
         icl.compare_weights(exact, exact, rank=1),
         sourced,
-        icl.capture_sources(model, sourced, logits=[1], progress=False),
+        captured,
+        captured.show(0, 0),
         icl.build_value_patch(model, prompts),
         icl.run_relaxed(model, prompts),
         icl.generate_patched(model, prompts, n_tokens=1),

@@ -291,7 +291,9 @@ def captured_sources() -> icl.SourceAttention:
 @pytest.mark.parametrize("quantity", ["mass", "norm", "share", "logit_effect"])
 def test_sources_draws_a_line_for_each_source(captured_sources: icl.SourceAttention, quantity: Any) -> None:
     ax = icl.plots.sources(captured_sources, quantity)
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    legend = ax.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == [icl.plots.literal(name) for name in captured_sources.names]
     values = captured_sources.values(quantity)[0].nan_to_num()
     by_layer = values.mean(2) if quantity in ("mass", "norm") else values.sum(2)
@@ -312,5 +314,5 @@ def test_source_tokens_draws_every_character_on_the_colour_of_its_token(
     visible = [patch.get_facecolor()[:3] for patch in patches if patch.get_width()]
     assert visible == [pytest.approx(colour) for colour in colours]
     assert all(patch.get_x() + patch.get_width() <= 12 for patch in patches)
-    ax.get_figure().savefig(tmp_path / "tokens.png")
+    plt.gcf().savefig(tmp_path / "tokens.png")
     plt.close("all")

@@ -32,6 +32,8 @@ def prompt_of(n_tokens: int = 60, seed: int = 0, names: tuple[str, ...] = NAMES)
 class Reference:
     """A plain pass of a Hugging Face model with eager attention, and attention by source in loops over tokens."""
 
+    stream: torch.Tensor
+
     def __init__(self, hf_model: PreTrainedModel, prompt: SourcedPrompt) -> None:
         self.prompt, self.values, self.outputs, self.written = prompt, {}, {}, []
         model: Any = hf_model

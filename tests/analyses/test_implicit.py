@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import implicit as script
 import implicit_tables as tables
@@ -42,7 +43,7 @@ def test_every_change_has_every_metric_and_the_context_is_the_reference(frame: p
     changes = set(frame["change"])
     assert {*tables.STYLES, tables.ranked(2)} - {tables.SHARED, "another task's patch"} == changes
     assert len(frame) == len(changes) * 3
-    of_context = frame[frame["change"] == tables.CONTEXT].set_index(["task", "metric"])["value"]
+    of_context: Any = frame[frame["change"] == tables.CONTEXT].set_index(["task", "metric"])["value"]
     assert of_context["sst2", "kl"] == 0
     assert of_context["sst2", "agreement"] == 1
 

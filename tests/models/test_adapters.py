@@ -170,7 +170,7 @@ def test_models_of_peft_are_to_be_merged_first(llama: icl.Model, make_hf_model: 
 
 def test_an_adapters_folder_is_no_models(folder: Path) -> None:
     with pytest.raises(icl.UnsupportedModelError, match=r"got an adapter in .*: merge it into its model first"):
-        icl.load_model(folder)
+        icl.load_model(str(folder))
 
 
 def test_switching_an_adapter_on_or_off_changes_the_fingerprint(make_model: Callable[..., icl.Model]) -> None:

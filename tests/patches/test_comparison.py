@@ -94,7 +94,9 @@ def test_exact_patches_do_what_the_context_does(
     patches = [icl.build_exact_patch(model, hand_made, query) for query in range(len(alone.queries))]
     one_token = replace(alone, labels=((20,), (21,)))  # a label of two tokens runs longer rows than the patch is for
     patched = icl.capture_each(model, one_token, patches)
-    ends = {name: capture(model, replace(c.prompts, labels=one_token.labels)) for name, c in settings.items()}
+    ends: dict[str, Any] = {
+        name: capture(model, replace(c.prompts, labels=one_token.labels)) for name, c in settings.items()
+    }
     got = icl.compare_effects(**ends, changed=patched)
     assert got.kl.max() < 1e-9
     assert got.agreement.all()
