@@ -324,7 +324,7 @@ def prompt_from_query(prompts: Prompts, query: int = 0) -> SourcedPrompt:
         >>> task = icl_dual.Task("films", "{text}:", ("bad", "good"), rows)
         >>> prompts = icl_dual.build_prompts(tiny_model(), task, task.demonstrations(2, seed=1), task.queries(3))
         >>> icl_dual.prompt_from_query(prompts)
-        SourcedPrompt(35 tokens: start token 1, query 8, separators 2, demonstration 1 12, demonstration 2 12)
+        SourcedPrompt(36 tokens: start token 1, query 8, separators 2, demonstration 1 12, demonstration 2 13)
     """
     suffix = prompts.suffixes[checked_index("query", query, len(prompts.queries))]
     names = {START: START_TOKEN, SEPARATOR: "separators"}

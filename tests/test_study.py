@@ -791,7 +791,12 @@ def test_cells_of_the_version_before_are_complete(
     (expected,) = icl.run_study([cell], tmp_path, tasks=[task], models=[mine], progress=False)
     as_version_0_1(tmp_path / cell.name)
     settings = json.loads((tmp_path / cell.name / "metadata.json").read_text())["settings"]
-    assert (settings["loss"], settings["method"], settings["trained"]) == dataclasses.astuple(cell.finetuning)
+    finetuning = cell.finetuning
+    assert [settings[name] for name in ("loss", "method", "trained")] == [
+        finetuning.loss,
+        finetuning.method,
+        finetuning.trained,
+    ]
     assert "finetuning" not in settings
     stamp = (tmp_path / cell.name).stat().st_mtime_ns
     (result,) = icl.run_study([cell], tmp_path, progress=False)

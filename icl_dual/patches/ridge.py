@@ -32,7 +32,7 @@ class RidgeStatistics(Saved):
     Example:
         >>> H, T = torch.eye(2, dtype=torch.float64), torch.tensor([[2.0], [4.0]], dtype=torch.float64)
         >>> statistics = RidgeStatistics.empty(d_in=2, d_out=1).with_rows(H, T)
-        >>> statistics.solve(1.0)
+        >>> statistics.solve(1.0).round(decimals=9)
         tensor([[1., 2.]], dtype=torch.float64)
     """
 

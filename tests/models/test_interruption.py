@@ -154,6 +154,8 @@ def test_a_call_interrupted_at_any_instruction_leaves_the_model_as_it_was(
     assert torch.equal(call(model), expected)
 
 
+# Python drops what is raised in a callback of its garbage collector, such as hypothesis has, and prints it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timers that raise signals")
 def test_timer_interrupts_leave_the_model_as_it_was() -> None:
     model, rng = tiny_model(), random.Random(0)
