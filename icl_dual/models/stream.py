@@ -49,6 +49,11 @@ class StreamChange:
         return add
 
 
+def has_norm_after_attention(model: "Model", layer: int) -> bool:
+    """Return whether a layer's attention output passes a norm before it is added to the residual stream."""
+    return any(name.startswith(f"blocks.{layer}.ln1_post.") for name in model.backend.hook_points)
+
+
 def add_stream_change(model: "Model", change: StreamChange, undo: Undo) -> None:
     """Add a vector in every run, until the block ends. Inside the block the model has another fingerprint."""
     on_device = StreamChange(change.layer, change.vector.to(model.device))

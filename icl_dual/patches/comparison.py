@@ -27,12 +27,12 @@ from torch import Tensor
 
 from icl_dual.arguments import Count, Seed, checked
 from icl_dual.captures.capture import Capture, Field
-from icl_dual.captures.pairing import check_fields
+from icl_dual.captures.pairing import check_demonstrations, check_fields
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning import WeightDelta
-from icl_dual.models import LowRank, Model
+from icl_dual.models import LowRank, Model, UnsupportedModelError
 from icl_dual.models.journal import Undo, exclusive
-from icl_dual.models.stream import StreamChange, add_stream_change
+from icl_dual.models.stream import StreamChange, add_stream_change, has_norm_after_attention
 from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.patch import Patch
 from icl_dual.prompts import Prompts, check_prompts
@@ -88,11 +88,19 @@ class FunctionVector(Saved):
 
         Raises:
             ValueError: the vector belongs to another model, or to other weights of it.
+            UnsupportedModelError: the model has a norm between attention and the residual stream (Gemma 2 and 3, OLMo
+                2). The vector is the mean of what enters that norm, so its scale is not the stream's.
         """
         if (self.model, self.fingerprint) != (here := (model.name, model.fingerprint())):
             raise ValueError(
                 f"expected a function vector of {here}, got one of {(self.model, self.fingerprint)}: capture this "
                 "model in context, and build it again"
+            )
+        if has_norm_after_attention(model, self.layer):
+            raise UnsupportedModelError(
+                f"expected a model that adds attention's output to the residual stream as it is, got {model.name!r} "
+                f"({model.architecture}), which norms it first, so that a function vector has another scale than the "
+                "stream: compare patches or finetunings instead"
             )
         with model.journal.block() as undo:
             _add(model, self, undo)
@@ -109,7 +117,8 @@ def _add(model: Model, vector: FunctionVector, undo: Undo) -> None:
 def build_function_vector(in_context: Capture, layer: int) -> FunctionVector:
     """Return the mean attention output of one layer over in-context prompts, at the recorded token.
 
-    This is the function vector of Todd et al. (2024) with all heads of a layer in the place of selected heads.
+    This is the function vector of Todd et al. (2024) with all heads of a layer in the place of selected heads. It can
+    be applied to models that add attention's output to the residual stream without a norm in between.
 
     Args:
         in_context: a capture of queries after demonstrations, with the field `attn_out`.
@@ -117,7 +126,7 @@ def build_function_vector(in_context: Capture, layer: int) -> FunctionVector:
 
     Raises:
         IndexError: there is no such layer.
-        ValueError: the capture lacks `attn_out`.
+        ValueError: the capture lacks `attn_out`, or is of queries without demonstrations.
 
     Example:
         >>> import icl_dual
@@ -134,6 +143,7 @@ def build_function_vector(in_context: Capture, layer: int) -> FunctionVector:
         6
     """
     check_fields(("attn_out",), in_context=in_context)
+    check_demonstrations(in_context)
     assert in_context.attn_out is not None
     index = checked_index("layer", layer, in_context.attn_out.shape[1])
     mean = in_context.attn_out[:, index].mean(0)
@@ -332,14 +342,15 @@ def compare_effects(
     Args:
         zero_shot: a capture of the queries without demonstrations and without the change, with the fields
             `EFFECT_FIELDS`.
-        reference: a capture of the same queries in context, or with another change.
+        reference: a capture of the same queries in context, with zero_shot's weights; or without demonstrations, with
+            another change.
         changed: a capture of the zero-shot queries with the change: made inside of its `applied`, or by `capture_each`.
         rank: how many leading directions over queries to compare by their principal angles.
         seed: the seed of the null's random directions.
 
     Raises:
-        ValueError: a capture is of another model or other queries, or lacks a field; or the rank is not between 1 and
-            d_model.
+        ValueError: a capture is of another model or other queries, in another precision or with other hooks, or lacks a
+            field; the reference in context is of other weights than zero_shot; or the rank is not between 1 and d_model.
 
     Example:
         >>> import icl_dual
@@ -404,12 +415,29 @@ def _kl(reference: Capture, changed: Capture) -> Float[Tensor, " query"]:
 
 
 def _check_captures(zero_shot: Capture, reference: Capture, changed: Capture) -> None:
-    """Raise a ValueError unless captures are of one model and the same queries, with the fields that are compared."""
+    """Raise a ValueError unless captures are of one model and the same queries, with the fields that are compared.
+
+    The change's weights differ from zero_shot's; what a context does is known for zero_shot's weights alone.
+    """
     captures = {"zero_shot": zero_shot, "reference": reference, "changed": changed}
     check_fields(EFFECT_FIELDS, **captures)
     names = {name: captured.model for name, captured in captures.items()}
     if len(set(names.values())) > 1:
         raise ValueError(f"expected captures of one model, got {names}: capture all with one model")
+    precisions = {name: captured.fingerprint.rpartition(":")[0] for name, captured in captures.items()}
+    if len(set(precisions.values())) > 1:
+        raise ValueError(f"expected captures in one precision, got {precisions}: capture all with one model")
+    hooks = {name: captured.hooks for name, captured in captures.items()}
+    if len(set(hooks.values())) > 1:
+        raise ValueError(
+            f"expected captures with the same hooks on the model, got others ({hooks}; empty: none): capture all with "
+            "your own hooks on, or all without"
+        )
+    if reference.prompts.demonstrations and reference.fingerprint != zero_shot.fingerprint:
+        raise ValueError(
+            f"expected reference, which has demonstrations, of the same weights as zero_shot, got "
+            f"{reference.fingerprint} and {zero_shot.fingerprint}: capture both without the change"
+        )
     if zero_shot.prompts.demonstrations:
         raise ValueError(
             f"expected zero_shot to be without demonstrations, got {zero_shot.prompts}: capture prompts.zero_shot()"

@@ -1,5 +1,6 @@
 """Changes compared by what they write and answer, and as matrices: against slow references and known cases."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from toys import ARCHITECTURES
 
 import icl_dual as icl
-from icl_dual.models import LowRank, tiny_model
+from icl_dual.models import LowRank, UnsupportedModelError, tiny_model
+from icl_dual.models.stream import has_norm_after_attention
 
 capture = partial(icl.capture, fields=(*icl.EFFECT_FIELDS, "attn_out"), progress=False)
 
@@ -235,16 +238,25 @@ def test_what_does_not_belong_together_is_refused(
     changed: icl.Capture,
     shared: icl.SharedPatch,
 ) -> None:
+    all_three = {**settings, "changed": changed}
     for arguments, message in (
         ({"changed": changed.first(3)}, "expected changed of the same queries as zero_shot, got"),
         ({"reference": settings["reference"].first(3)}, "expected reference of the same queries as zero_shot, got"),
         ({"zero_shot": settings["reference"]}, "expected zero_shot to be without demonstrations, got"),
         ({"changed": replace(changed, model="other")}, "expected captures of one model, got"),
+        ({"zero_shot": replace(settings["zero_shot"], fingerprint="float64:0")}, "expected reference, which has dem"),
+        ({"reference": replace(settings["reference"], fingerprint="float64:0")}, "expected reference, which has dem"),
+        ({"zero_shot": changed}, "expected reference, which has demonstrations, of the same weights as zero_shot"),
+        ({"changed": replace(changed, fingerprint="bfloat16:float64:0")}, "expected captures in one precision, got"),
+        *(
+            ({name: replace(c, hooks="other")}, "expected captures with the same hooks")
+            for name, c in all_three.items()
+        ),
         ({"changed": replace(changed, stream=None)}, "expected changed captured with the fields"),
         ({"rank": 33}, "expected a rank from 1 to d_model = 32, got 33"),
     ):
         with pytest.raises(ValueError, match=message):
-            icl.compare_effects(**{**settings, "changed": changed, **arguments})
+            icl.compare_effects(**{**all_three, **arguments})
     with pytest.raises(ValueError, match="expected two changes of one model, got"):
         icl.compare_weights(shared, replace(shared, fingerprint="float64:0"))
     with pytest.raises(ValueError, match="expected one change for each of 6 queries, got 1"):
@@ -258,3 +270,29 @@ def test_what_does_not_belong_together_is_refused(
         pass
     with pytest.raises(ValueError, match="'attn_out'"):
         icl.build_function_vector(replace(settings["reference"], attn_out=None), 0)
+    with pytest.raises(ValueError, match="expected in_context's prompts to have demonstrations, got none"):
+        icl.build_function_vector(settings["zero_shot"], 0)
+
+
+def test_a_reference_without_demonstrations_may_have_other_weights(
+    settings: dict[str, Any], changed: icl.Capture
+) -> None:
+    itself = icl.compare_effects(zero_shot=settings["zero_shot"], reference=changed, changed=changed)
+    assert itself.kl.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_function_vector_is_refused_where_a_norm_follows_attention(
+    architecture: str, models_by_architecture: Callable[[str], icl.Model]
+) -> None:
+    model = models_by_architecture(architecture)
+    has_norm = [norm is not None for norm in model.backend.direct_path_parts().after_attention]
+    assert [has_norm_after_attention(model, layer) for layer in range(model.n_layers)] == has_norm
+    vector = icl.FunctionVector(model.name, model.fingerprint(), 0, torch.zeros(model.d_model))
+    if has_norm[0]:
+        with pytest.raises(UnsupportedModelError, match="which norms it first"), vector.applied(model):
+            pass
+        assert not model.stream_changes
+    else:
+        with vector.applied(model):
+            assert model.stream_changes
