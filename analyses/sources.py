@@ -107,6 +107,8 @@ def news(n: int, seed: int) -> list[Case]:
     cases = []
     for number in range(n):
         chosen = rng.sample(stories, N_DOCUMENTS)
+        while len({story[QUOTED.stop] for story in chosen}) < N_DOCUMENTS:  # else several would answer alike
+            chosen = rng.sample(stories, N_DOCUMENTS)
         target = number % N_DOCUMENTS
         question = f"Question: Quote the news.\nAnswer: {' '.join(chosen[target][QUOTED])}"
         answers = tuple(f" {story[QUOTED.stop]}" for story in chosen)

@@ -333,6 +333,8 @@ def capture_sources(
     )
     if not chosen:
         raise ValueError("expected at least one layer, got none: leave out layers= for all")
+    if len({*chosen}) < len(chosen):
+        raise ValueError(f"expected layers with each layer once, got {list(layers or ())}: leave the repeated ones out")
     logit_tokens = _logit_tokens(model, logits, len(together))
     with torch.no_grad(), progress_bar(total=len(together), show=progress, unit="prompt") as bar:
         check_pass(model, _as_prompts(max(together, key=len)))
@@ -384,12 +386,16 @@ def _logit_tokens(model: Model, logits: Sequence[Any] | None, n_prompts: int) ->
     if not logits:
         return ()
     by_prompt = [tuple(tokens) for tokens in logits] if isinstance(logits[0], Sequence) else [tuple(logits)] * n_prompts
+    if not all(by_prompt):
+        raise ValueError(
+            "expected at least one token in each list of logits, got none: leave out logits=, or pass token ids"
+        )
     if len(by_prompt) != n_prompts or len({len(tokens) for tokens in by_prompt}) > 1:
         raise ValueError(
             f"expected logits as one list of tokens, or one for each of {n_prompts} prompts with as many tokens each, "
             f"got {len(by_prompt)} lists of {sorted({len(tokens) for tokens in by_prompt})} tokens: pass token ids"
         )
-    if (largest := max(max(tokens, default=0) for tokens in by_prompt)) >= model.d_vocab:
+    if (largest := max(map(max, by_prompt))) >= model.d_vocab:
         raise ValueError(
             f"expected logits as token ids from 0 to {model.d_vocab - 1}, the vocabulary of {model.name}, got {largest}"
             ": tokenise with this model's tokenizer"
@@ -429,7 +435,7 @@ class _Recorder:
         index = torch.tensor(layers, device=W_O.device)
         self.W_O, self.b_O = at_least_float32(W_O[index]), None if b_O is None else at_least_float32(b_O[index])
         # ‖z W_O‖ = ‖z Rᵀ‖ with the triangular factor R of each head's W_Oᵀ = Q R.
-        self.R = torch.linalg.qr(self.W_O.double().mT).R.to(self.dtype)
+        self.R = torch.stack([torch.linalg.qr(W.double().mT, mode="r").R.to(self.dtype) for W in self.W_O])
         self.paths = self._direct_paths()
         shape = (len(positions), len(positions[0]), len(layers), model.n_heads, len(names))
         self.fields = {name: torch.zeros(shape, dtype=self.dtype) for name in ("mass", "norm", "share")}
@@ -470,6 +476,7 @@ class _Recorder:
 
     def on_attention(self, cache: PrefixCache, layer: int, attention: Attention) -> None:
         """Split the attention of a layer at the recorded positions of a block."""
+        self.outputs.pop(layer, None)  # of a block that did not fit in memory
         first = cache.n_pos
         columns, rows = self._columns(first, attention.q.shape[1])
         if layer not in self.layers or not len(columns):

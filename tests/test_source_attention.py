@@ -249,6 +249,20 @@ def test_a_result_saves_loads_and_becomes_a_table(tmp_path: Path) -> None:
     assert "2 prompts of 4 sources, 2 positions, 2 layers of 4 heads, 2 logits" in repr(got)
 
 
+def test_half_precision_storage_is_split_as_float32_splits_the_same_weights() -> None:
+    stored = tiny_model(dtype=torch.bfloat16, arithmetic=torch.float32)
+    plain = tiny_model()
+    state = {
+        name: tensor.to(torch.bfloat16).float() for name, tensor in plain.wrapped.original_model.state_dict().items()
+    }
+    plain.wrapped.original_model.load_state_dict(state)
+    got, expected = (
+        icl.capture_sources(model, prompt_of(), logits=[3], terms=False, progress=False) for model in (stored, plain)
+    )
+    assert got.logit_effect is not None
+    torch.testing.assert_close(got.logit_effect, expected.logit_effect, rtol=1e-5, atol=1e-6)
+
+
 def test_terms_are_left_out_where_they_are_not_requested() -> None:
     got = icl.capture_sources(tiny_model(), prompt_of(), terms=False, progress=False)
     assert got.z is None
@@ -267,6 +281,10 @@ def test_bad_arguments_are_refused() -> None:
         icl.capture_sources(model, prompt, positions=[], progress=False)
     with pytest.raises(ValueError, match="expected at least one layer"):
         icl.capture_sources(model, prompt, layers=[], progress=False)
+    with pytest.raises(ValueError, match=r"expected layers with each layer once, got \[1, -1\]"):
+        icl.capture_sources(model, prompt, layers=[1, -1], progress=False)
+    with pytest.raises(ValueError, match="expected at least one token in each list of logits"):
+        icl.capture_sources(model, prompt, logits=[[]], progress=False)
     with pytest.raises(PromptError, match="at most 512 tokens, the context of tiny, got one of 513"):
         icl.capture_sources(model, prompt_of(513), progress=False)
     with pytest.raises(PromptError, match="sources of the same names"):

@@ -72,7 +72,7 @@ class DirectPath:
 
 
 def direct_path(
-    parts: DirectPathParts, tokens: Sequence[int], unembed: Callable[[Tensor], Tensor], where: str
+    parts: DirectPathParts, tokens: Sequence[int], unembed: Callable[[Tensor], Tensor], dtype: torch.dtype, where: str
 ) -> DirectPath:
     """Return the direct path to the logits of tokens, in float64, checked against the model's own logits.
 
@@ -80,13 +80,14 @@ def direct_path(
         parts: the modules on the path.
         tokens: the ids of the tokens.
         unembed: returns the model's logits `[1 1 d_vocab]` of a residual stream `[1 1 d_model]`.
+        dtype: what the model computes in.
         where: the model, for errors.
 
     Raises:
         UnsupportedModelError: a norm is neither an RMS norm nor a layer norm, or the model's logits are not the
             unembedding of the normed residual stream, as where they are scaled.
     """
-    d_model, dtype = parts.W_U.shape[1], parts.W_U.dtype
+    d_model = parts.W_U.shape[1]
     tolerance = HALF_TOLERANCE if dtype.itemsize < 4 else TOLERANCE
     final = None if parts.final is None else _measured(parts.final, d_model, where, tolerance)
     after_attention = tuple(
@@ -98,7 +99,7 @@ def direct_path(
     logits = rows @ (sample if final is None else final(sample))
     logits = logits if parts.b_U is None else logits + parts.b_U[list(tokens)].double().cpu()
     logits = logits if parts.cap is None else parts.cap * torch.tanh(logits / parts.cap)
-    expected = unembed(sample.to(parts.W_U)[None, None])[0, 0, list(tokens)].double().cpu()
+    expected = unembed(sample.to(parts.W_U.device, dtype)[None, None])[0, 0, list(tokens)].double().cpu()
     difference = (logits - expected).abs().max()
     if not difference <= tolerance * max(1.0, expected.abs().max()):
         raise UnsupportedModelError(

@@ -139,6 +139,8 @@ class Model:
         """The changes of projections that every run adds beside the weights (`changed_projections`)."""
         self.mlp_changes: tuple[MlpChanges, ...] = ()
         """The changes of MLPs that every run adds beside the weights (`add_mlp_changes`)."""
+        self.run_checks: tuple[Callable[[Tensor, Tensor], None], ...] = ()
+        """Functions called before every run, with token ids and positions: a ValueError refuses the run."""
         self.stream_changes: tuple[StreamChange, ...] = ()
         """The vectors that every run adds to the residual stream (`add_stream_change`)."""
         if momentum is not None:
@@ -327,8 +329,10 @@ class Model:
         positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
             _check_no_gaps(self.name, positions)
+        for check in self.run_checks:
+            check(tokens, positions)
         for changes in self.mlp_changes:
-            changes.check(tokens, positions)
+            changes.check(tokens, positions, self.name, after_cache=on_attention is not None)
         for layer in range(self.n_layers):
             eta = self.eta(layer) if add_momentum else None
             if on_attention is not None or eta is not None:
@@ -401,9 +405,8 @@ class Model:
             UnsupportedModelError: the path is not linear with the norms' scales frozen, or the model scales its logits.
         """
         with torch.no_grad():
-            return direct_path(
-                self.backend.direct_path_parts(), tokens, self.unembed, f"{self.name} ({self.architecture})"
-            )
+            where = f"{self.name} ({self.architecture})"
+            return direct_path(self.backend.direct_path_parts(), tokens, self.unembed, self.dtype, where)
 
     @checked
     @exclusive
