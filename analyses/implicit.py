@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import implicit_tables as tables
 import pandas as pd
@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 import icl_dual as icl
 from icl_dual.finetuning import Method
+from icl_dual.models.stream import has_norm_after_attention
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 
 EXACT_QUERIES = 2
@@ -48,6 +49,9 @@ EXACT_QUERIES = 2
 
 VECTOR_QUERIES, VECTOR_LAYERS = 8, 5
 """How many of the fitted queries choose the function vector's layer, and out of how many layers."""
+
+ALWAYS = ("models", "tasks", "seeds", "k", "train_queries", "queries")
+"""The options that the page's command always has."""
 
 ANGLES = 4
 """How many leading directions are compared by their principal angles."""
@@ -89,13 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="draws of the demonstrations (%(default)s)")
     add("--k", type=positive, default=8, help="demonstrations (%(default)s)")
-    add("--train-queries", type=positive, default=100, help="queries that patches are fitted to (%(default)s)")
-    add("--queries", type=positive, default=100, help="held-out queries that changes are run on (%(default)s)")
+    add("--train-queries", type=positive, default=32, help="queries that patches are fitted to (%(default)s)")
+    add("--queries", type=positive, default=24, help="held-out queries that changes are run on (%(default)s)")
     add(
         "--ranks",
         type=positive,
         nargs="+",
-        default=[1, 2, 4, 8, 16, 32, 64],
+        default=[1, 2, 4, 8, 16],
         help="ranks of the shared patch, besides the full one (%(default)s)",
     )
     add("--lr", type=rate, help="finetuning's learning rate (chosen by analyses/select_lr.py for model and task)")
@@ -269,6 +273,13 @@ class Bench:
         )
         return {name: values for name, values in vars(effect).items() if isinstance(values, Tensor)}
 
+    def vector_effect(self, of: "Bench") -> dict[str, Tensor]:
+        """Return what the function vector of a run of this model does; nothing where a norm follows attention, so that
+        the vector has another scale than the stream."""
+        if any(has_norm_after_attention(self.model, layer) for layer in range(self.model.n_layers)):
+            return {}
+        return self.effect(of.function_vector.applied(self.model))
+
     def exact_effect(self) -> dict[str, Tensor]:
         """Return what exact patches do, each to the query that it was built for; nothing where a label word has several
         tokens, of which the patch is for the first."""
@@ -288,39 +299,53 @@ class Bench:
         return {"kl": result.kl.double(), "agreement": agreement, "correct": result.correct.double()}
 
 
-def changes(
-    bench: Bench, benches: Mapping[Run, Bench], ranks: Sequence[int]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield each change by its name, with a function that returns its effect."""
+class Change(NamedTuple):
+    """A change of the model that is run on the held-out queries."""
+
+    name: str
+    effect: Callable[[], dict[str, Tensor]]
+    """Returns what the change does."""
+    other: Bench | None = None
+    """The run that the change is of, where it is another one than that of the queries."""
+
+    def settings(self, bench: Bench) -> dict[str, Any]:
+        """Return what the effect was made with: the settings of the run, and of the other."""
+        return bench.settings if self.other is None else {**bench.settings, "other": self.other.settings}
+
+
+def changes(bench: Bench, benches: Mapping[Run, Bench], ranks: Sequence[int]) -> Iterator[Change]:
+    """Yield each change of a run."""
     run = bench.run
     alone = [of for of in benches if of.model == run.model and of != run]
     prompts = [of for of in alone if of.task == run.task]
     tasks = [of for of in alone if of.seed == run.seed]
 
-    def of(change: Callable[[], Any]) -> Callable[[], Any]:
+    def of(change: Callable[[], Any]) -> Callable[[], dict[str, Tensor]]:
         return lambda: bench.effect(change().applied(bench.model))
 
-    yield CONTEXT, lambda: bench.effect(None)
-    yield ZERO_SHOT, lambda: bench.compared(bench.zero_shot, bench.in_context, bench.zero_shot)
+    yield Change(CONTEXT, lambda: bench.effect(None))
+    yield Change(ZERO_SHOT, lambda: bench.compared(bench.zero_shot, bench.in_context, bench.zero_shot))
     full = bench.shared.rank
     for rank in [*sorted({rank for rank in ranks if rank < full}), full]:
-        yield tables.ranked(rank), of(lambda rank=rank: bench.shared.truncated(rank))
-    yield "mean patch", of(lambda: bench.mean)
-    yield "thought matrix", of(lambda: bench.thought_matrix)
+        yield Change(tables.ranked(rank), of(lambda rank=rank: bench.shared.truncated(rank)))
+    yield Change("mean patch", of(lambda: bench.mean))
+    yield Change("thought matrix", of(lambda: bench.thought_matrix))
     if prompts:
-        yield "another prompt's patch", of(lambda: benches[_after(prompts, run)].shared)
-    if tasks:
-        yield "another task's patch", of(lambda: benches[_after(tasks, run)].shared)
-    yield "random patch", of(lambda: icl.draw_random_patch(bench.shared, seed=run.seed))
-    yield "FT", of(lambda: bench.finetuned("sgd"))
-    yield LAYER_CAUSAL, of(lambda: bench.finetuned("layer-causal"))
-    yield "function vector", of(lambda: bench.function_vector)
-    if tasks:
-        yield "another task's FT", of(lambda: benches[_after(tasks, run)].finetuned("sgd"))
-        yield "another task's function vector", of(lambda: benches[_after(tasks, run)].function_vector)
-    yield tables.EXACT, bench.exact_effect
+        of_prompt = benches[_after(prompts, run)]
+        yield Change("another prompt's patch", of(lambda: of_prompt.shared), of_prompt)
+    of_task = benches[_after(tasks, run)] if tasks else None
+    if of_task:
+        yield Change("another task's patch", of(lambda: of_task.shared), of_task)
+    yield Change("random patch", of(lambda: icl.draw_random_patch(bench.shared, seed=run.seed)))
+    yield Change("FT", of(lambda: bench.finetuned("sgd")))
+    yield Change(LAYER_CAUSAL, of(lambda: bench.finetuned("layer-causal")))
+    yield Change("function vector", lambda: bench.vector_effect(bench))
+    if of_task:
+        yield Change("another task's FT", of(lambda: of_task.finetuned("sgd")), of_task)
+        yield Change("another task's function vector", lambda: bench.vector_effect(of_task), of_task)
+    yield Change(tables.EXACT, bench.exact_effect)
     for name, scale in RELAXED.items():
-        yield name, lambda scale=scale: bench.relaxed_effect(scale)
+        yield Change(name, lambda scale=scale: bench.relaxed_effect(scale))
 
 
 def _after(runs: Sequence[Run], run: Run) -> Run:
@@ -340,18 +365,19 @@ def run_all(runs: Sequence[Run], args: argparse.Namespace) -> dict[Run, Effects]
         bench.__dict__.pop("statistics", None)  # hundreds of MB
     for run in tqdm(runs, desc="changes", unit="run"):
         bench = benches[run]
-        for name, effect in changes(bench, benches, args.ranks):
-            folder = bench.folder / "effects" / name.replace(" ", "-").replace("'", "")
+        for change in changes(bench, benches, args.ranks):
+            folder = bench.folder / "effects" / change.name.replace(" ", "-").replace("'", "")
+            settings = {"settings": change.settings(bench)}
             if folder.exists():
                 values, metadata = load_tensors(folder)
-                check_same_settings(folder, {"settings": bench.settings}, metadata)
+                check_same_settings(folder, settings, metadata)
             else:
                 started = time.process_time()
-                values = {name: value.contiguous() for name, value in effect().items()}
-                about = {"settings": bench.settings, "seconds": time.process_time() - started, "about": _about(bench)}
-                save_tensors(folder, values, about)
+                values = {name: value.contiguous() for name, value in change.effect().items()}
+                seconds = time.process_time() - started
+                save_tensors(folder, values, {**settings, "seconds": seconds, "about": _about(bench)})
             if values:
-                effects[run][name] = values
+                effects[run][change.name] = values
         bench.__dict__.pop("in_context", None)
     return effects
 
@@ -393,7 +419,6 @@ def _effect_folders(folder: Path) -> list[Path]:
 
 
 def write_page(markdown_tables: Mapping[str, pd.DataFrame], runs: Sequence[Run], args: argparse.Namespace) -> None:
-    always = ("models", "tasks", "seeds", "k", "train_queries", "queries")
     of_effects = {
         run: [load_tensors(path)[1] for path in _effect_folders(args.out / "cells" / run.name)] for run in runs
     }
@@ -405,7 +430,7 @@ def write_page(markdown_tables: Mapping[str, pd.DataFrame], runs: Sequence[Run],
     )
     fill = {name: markdown(frame, disable_numparse=True) for name, frame in markdown_tables.items()}
     fill |= {
-        "command": command_line(__file__, make_parser(), args, always=always),
+        "command": command_line(__file__, make_parser(), args, always=ALWAYS),
         "models": models,
         "versions": ", ".join(f"{name} {number}" for name, number in origins[runs[0].model]["versions"].items()),
         "minutes": f"{seconds / 60:.0f}",

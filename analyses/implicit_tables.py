@@ -168,7 +168,6 @@ def matrix_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for (pair, matrix, model), by_metric in values.items():
         of = {metric: np.nanmean(numbers) for metric, numbers in by_metric.items()}
-        cells = rows.setdefault((pair, matrix), {"pair": pair, "matrix": matrix})
         angles = [f"{of[side]:.0f}° ({of[side + '_random']:.0f}°)" for side in ("left_angles", "right_angles")]
         cells = rows.setdefault((pair, matrix), {"pair": pair, "matrix": matrix})
         cosine = f"{of['cosine']:.2f} ({of['cosine_random']:.2f})"

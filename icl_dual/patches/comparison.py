@@ -350,7 +350,8 @@ def compare_effects(
 
     Raises:
         ValueError: a capture is of another model or other queries, in another precision or with other hooks, or lacks a
-            field; the reference in context is of other weights than zero_shot; or the rank is not between 1 and d_model.
+            field; the reference has demonstrations and other weights than zero_shot; or the rank is not between 1 and
+            d_model.
 
     Example:
         >>> import icl_dual

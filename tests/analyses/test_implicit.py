@@ -69,11 +69,53 @@ def test_held_out_queries_are_none_of_those_fitted_to(arguments: tuple[str, ...]
 def test_changes_of_other_tasks_are_run_where_there_are_several(arguments: tuple[str, ...], out: Path) -> None:
     runs = script.plan(script.parse([*arguments, "--tasks", "sst2", "subj", "--ranks", "1", "2", "7"]))
     benches = {run: script.Bench(run, out / "cells") for run in runs}
-    names = [name for name, _ in script.changes(benches[runs[0]], benches, [7, 2, 1])]
+    names = [change.name for change in script.changes(benches[runs[0]], benches, [7, 2, 1])]
     assert [name for name in names if tables.rank_of(name)] == [tables.ranked(1), tables.ranked(2)], "two queries"
     others = {"another task's patch", "another task's FT", "another task's function vector", "another prompt's patch"}
     assert others <= set(names)
     assert {"exact patch", *script.RELAXED} <= set(names)
+
+
+def test_what_is_taken_from_another_run_is_saved_with_that_run(arguments: tuple[str, ...], out: Path) -> None:
+    settings = []
+    for tasks in (("sst2", "mr"), ("sst2", "agnews")):
+        runs = script.plan(script.parse([*arguments, "--tasks", *tasks, "--seeds", "1"]))
+        bench, other = (script.Bench(run, out / "cells") for run in runs)
+        by_name = {
+            change.name: change.settings(bench)
+            for change in script.changes(bench, {bench.run: bench, other.run: other}, [1])
+        }
+        assert by_name["mean patch"] == bench.settings
+        for name in ("another task's patch", "another task's FT", "another task's function vector"):
+            assert by_name[name] == {**bench.settings, "other": other.settings}
+        settings.append(by_name)
+    assert settings[0]["FT"] == settings[1]["FT"]
+    assert settings[0]["another task's patch"] != settings[1]["another task's patch"]
+
+
+def test_effects_of_another_run_list_are_refused(
+    out: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The cell of seed 2 holds the patch of seed 1, the next one in a list of two.
+    folder = next((out / "cells").glob("*_seed2")) / "effects" / "another-prompts-patch"
+    assert load_tensors(folder)[1]["settings"]["other"]["seed"] == 1
+    assert script.main([*arguments, "--seeds", "2", "3", "--out", str(out)]) == 1
+    assert "expected a result made with" in capsys.readouterr().err
+
+
+def test_a_function_vector_is_left_out_where_a_norm_follows_attention(
+    out: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run, _) = script.plan(script.parse(arguments))
+    bench = script.Bench(run, out / "cells")
+    monkeypatch.setattr(script, "has_norm_after_attention", lambda model, layer: True)
+    assert bench.vector_effect(bench) == {}
+
+
+def test_the_committed_run_is_that_of_the_defaults() -> None:
+    page = (script.DATA.parents[1] / "figures" / "implicit" / "README.md").read_text()
+    args = script.parse([])
+    assert script.command_line("analyses/implicit.py", script.make_parser(), args, always=script.ALWAYS) in page
 
 
 def test_another_prompt_and_another_task_are_the_next_and_the_last_begins_again(arguments: tuple[str, ...]) -> None:
