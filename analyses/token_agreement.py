@@ -34,12 +34,14 @@ from common import (
     short,
 )
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
+from scipy import stats
 
 import icl_dual as icl
 from icl_dual.patches.generation import Form, Generation, generate_patched
 from icl_dual.progress import progress_bar
-from icl_dual.statistics import bootstrap, proportion, wilson
+from icl_dual.statistics import Interval, bootstrap, proportion
 from icl_dual.storage import check_same_settings, load_tensors
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -47,6 +49,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "bfloat16": ("naive", "stable", "beside", "cached"),
 }
 """The forms that are run, by precision."""
+RESAMPLES = 2000
+"""The number of bootstrap resamples."""
+
 TITLES_BY_FORM = {
     "naive": "naive",
     "stable": "stable",
@@ -172,7 +177,8 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
         # Where all agree, or none does, a bootstrap has no width.
         share = proportion(shares) if shares.min() == shares.max() else bootstrap(shares)
         others = group[group["first other token"].notna()]
-        n_same = sum(map(int, group["first other token"].fillna(group["tokens"]).tolist()))
+        n_same = group["first other token"].fillna(group["tokens"]).to_numpy(dtype=float)
+        n_counted = n_same + group["first other token"].notna().to_numpy()
         within = (others["margin there"] <= 2 * others["largest logit error there"]).sum()
         summaries.append(
             {
@@ -180,7 +186,7 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
                 "precision": precision,
                 "form": TITLES_BY_FORM[form],
                 "tokens that agree, %": share.format(1, scale=100.0),
-                "next token agrees, %": wilson(n_same, n_same + len(others)).format(1, scale=100.0),
+                "next token agrees, %": ratio(n_same, n_counted).format(1, scale=100.0),
                 "prompts with all tokens, %": proportion(is_whole.astype(float)).format(1, scale=100.0),
                 "logit error, median": f"{group['median relative error'].median():.1e}",
                 "largest": f"{group['largest relative error'].max():.1e}",
@@ -189,6 +195,26 @@ def table(frame: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(summaries)
+
+
+def ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval:
+    """Return Σ part / Σ whole over prompts, with a bootstrap over prompts: the tokens of a prompt depend on each other.
+
+    Where all prompts have the same share, a bootstrap has no width, and the interval is Wilson's over prompts.
+    """
+    shares = part / whole
+    if shares.min() == shares.max():
+        return proportion(shares[None])
+    low, high = stats.bootstrap(
+        (part, whole),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(float(part.sum() / whole.sum()), float(low), float(high), n_queries=len(part))
 
 
 def ties(generations: dict[tuple[str, str], list[Generation]]) -> str:
@@ -277,8 +303,8 @@ tokens and prompts, and the largest; then the largest absolute error of a single
 prompts with another token at which the prompted model's two best logits are closer to each other than twice the largest
 error of a logit there. Of the prompted model's tokens, these two are equal at {ties(generations)}.
 
-Brackets are 95 % intervals: of tokens that agree, a bootstrap over prompts, or Wilson's where all prompts have the same
-share; of next tokens and of prompts, Wilson's.
+Brackets are 95 % intervals: of tokens and of next tokens that agree, a bootstrap over prompts, or Wilson's over prompts
+where all have the same share; of prompts, Wilson's.
 
 That the tokens agree in float32 is so by construction, for any weights. It is no evidence that in-context learning
 descends a gradient.

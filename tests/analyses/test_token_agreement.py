@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import token_agreement
@@ -57,3 +58,17 @@ def test_what_is_done_needs_no_model_and_other_settings_are_refused(
     capsys.readouterr()
     assert token_agreement.main([*arguments, "--seed", "7"]) == 1
     assert "error: expected a result made with settings=" in capsys.readouterr().err
+
+
+def test_the_interval_of_next_tokens_is_over_prompts() -> None:
+    # Ten prompts agree for 20 tokens, ten fail at the first: a few independent prompts, not 210 independent tokens.
+    part, whole = np.repeat([20.0, 0.0], 10), np.repeat([20.0, 1.0], 10)
+    got = token_agreement.ratio(part, whole)
+    assert got.value == pytest.approx(200 / 210)
+    rng = np.random.default_rng(1)
+    draws = [rng.integers(20, size=20) for _ in range(2000)]
+    expected = np.quantile([part[prompts].sum() / whole[prompts].sum() for prompts in draws], (0.025, 0.975))
+    np.testing.assert_allclose((got.low, got.high), expected, atol=0.01)
+    same = token_agreement.ratio(np.full(20, 20.0), np.full(20, 20.0))
+    assert (same.value, same.n_queries) == (1, 20)
+    assert same.low < 0.9, "Wilson's for 20 prompts, not for 400 tokens"
