@@ -27,22 +27,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of a saved adapter."""
 
+HARMLESS = frozenset(
+    {
+        "task_type", "auto_mapping", "parent_library", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+        "use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
+        "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    }
+)  # fmt: skip
+"""The settings of an adapter that adds B A to weights and does nothing else, with any value."""
+
 ADDITIVE: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "peft_type": ("LORA",),
         "bias": ("none",),
-        "lora_bias": (False,),
-        "use_dora": (False,),
-        "alora_invocation_tokens": (None,),
-        "modules_to_save": (None, []),
-        "target_parameters": (None, []),
-        "trainable_token_indices": (None, [], {}),
-        "layer_replication": (None,),
         "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-        "megatron_config": (None,),
     }
 )
-"""The settings of an adapter that adds B A to weights and does nothing else; a setting may be left out."""
+"""The settings that have some values only in such an adapter; all others are off in it, or left out."""
+
+BEYOND_PROJECTIONS = frozenset({"modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"})
+"""The settings with which an adapter changes other weights than attention's projections."""
 
 
 def import_peft(purpose: str) -> ModuleType:
@@ -152,13 +158,7 @@ def load_adapter_weights(model: "Model", folder: Path, base: str | None) -> Any:
             f"expected a model behind a TransformerBridge for an adapter of peft, got {model.name!r}, a "
             f"{type(model.wrapped).__name__}: load it with icl_dual.load_model"
         )
-    for name, allowed in ADDITIVE.items():
-        if name in settings and settings[name] not in allowed:
-            raise ValueError(
-                f"expected an adapter that adds a low-rank matrix to weights, got {folder} with {name}="
-                f"{settings[name]!r}: merge it into its model (merge_and_unload), and pass both models to "
-                "icl_dual.WeightDelta.between"
-            )
+    _check_additive(folder, settings)
     _check_base(model, folder, settings.get("base_model_name_or_path"), base)
     zeros = _zero_twin(original)
     try:
@@ -167,7 +167,11 @@ def load_adapter_weights(model: "Model", folder: Path, base: str | None) -> Any:
         raise AssetError(
             f"expected an adapter's weights in {folder / WEIGHTS}, got: {error}: save the adapter again"
         ) from error
-    weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    weights = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in weights.items()
+        if not name.endswith(".base_layer.weight")  # the model's own embeddings, which peft saves with their adapter
+    }
     try:
         peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), zeros)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:  # peft finds none of the targets in the model
@@ -191,7 +195,32 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise AssetError(f"expected JSON in {folder / CONFIG}, got: {error}: save the adapter again") from error
     if not isinstance(settings, dict):
         raise AssetError(f"expected a table in {folder / CONFIG}, got something else: save the adapter again")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise AssetError(
+            f"expected base_model_name_or_path as text in {folder / CONFIG}, got {base!r}: write the name of the "
+            "adapter's model there"
+        )
     return settings
+
+
+def _check_additive(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError where an adapter's settings do more than add B A to weights, or are unknown."""
+    refused = [
+        name
+        for name, value in settings.items()
+        if name not in HARMLESS and value not in ADDITIVE.get(name, (None, False, [], {}))
+    ]
+    if not refused:
+        return
+    if BEYOND_PROJECTIONS.isdisjoint(refused):
+        advice = "(merge_and_unload), and pass both models to icl_dual.WeightDelta.between"
+    else:  # which `between` refuses too
+        advice = "(merge_and_unload, save_pretrained), load that, and compare by icl_dual.compare(..., delta=None)"
+    raise ValueError(
+        f"expected an adapter that adds a low-rank matrix to weights, got {folder} with {refused[0]}="
+        f"{settings[refused[0]]!r}: merge it into its model {advice}"
+    )
 
 
 def _other_model(model: "Model", folder: Path, reason: str) -> ValueError:

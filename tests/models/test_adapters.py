@@ -120,16 +120,50 @@ def test_an_adapter_that_names_another_model_is_refused_until_told_that_it_is_th
     assert icl.WeightDelta.from_adapter(llama, folder) == renamed
 
 
+def test_an_adapter_of_the_unembedding_is_refused_by_its_name(
+    llama: icl.Model, make_hf_model: Callable, tmp_path: Path
+) -> None:
+    adapted(make_hf_model("llama"), ["v_proj", "lm_head"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(name.endswith("lm_head.base_layer.weight") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=r"of attention's projections only, .* a change of 'lm_head.weight' \(1 such"):
+        icl.WeightDelta.from_adapter(llama, tmp_path)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"use_dora": True}, {"bias": "all"}, {"peft_type": "LOHA"}, {"init_lora_weights": "pissa"}], ids=str
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"kasa_config": {"beta": 1e-4}},
+        {"use_qalora": True},
+        {"use_bdlora": {"nblocks": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"use_variant_of_the_future": True},
+    ],
+    ids=str,
 )
 def test_adapters_that_do_more_than_add_a_matrix_are_refused(
     llama: icl.Model, folder: Path, settings: dict[str, Any]
 ) -> None:
     change_settings(folder, **settings)
     (name, value) = next(iter(settings.items()))
-    with pytest.raises(ValueError, match=rf"expected an adapter that adds a low-rank matrix .* with {name}={value!r}"):
+    with pytest.raises(ValueError, match="expected an adapter that adds a low-rank matrix") as error:
         icl.WeightDelta.from_adapter(llama, folder)
+    assert f" with {name}={value!r}: merge it into its model (merge_and_unload" in str(error.value)
+    assert ("WeightDelta.between" in str(error.value)) == (name != "modules_to_save"), "which would refuse it too"
+
+
+def test_settings_that_only_say_how_an_adapter_was_trained_change_nothing(
+    llama: icl.Model, make_hf_model: Callable, folder: Path, tmp_path: Path
+) -> None:
+    expected = icl.WeightDelta.from_adapter(llama, folder)
+    velora = peft.tuners.lora.config.VeloraConfig()
+    adapted(make_hf_model("llama"), ["k_proj", "v_proj"], lora_dropout=0.5, velora_config=velora).save_pretrained(
+        tmp_path / "other"
+    )
+    assert icl.WeightDelta.from_adapter(llama, tmp_path / "other") == expected
 
 
 def test_folders_without_an_adapter_and_damaged_ones_are_refused(
@@ -137,6 +171,10 @@ def test_folders_without_an_adapter_and_damaged_ones_are_refused(
 ) -> None:
     with pytest.raises(icl.AssetError, match=r"got .*nowhere without adapter_config.json and adapter_model.safet"):
         icl.WeightDelta.from_adapter(llama, tmp_path / "nowhere")
+    change_settings(folder, base_model_name_or_path=3)
+    with pytest.raises(icl.AssetError, match=r"base_model_name_or_path as text in .*adapter_config.json, got 3: write"):
+        icl.WeightDelta.from_adapter(llama, folder)
+    change_settings(folder, base_model_name_or_path=None)
     (folder / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(icl.AssetError, match=r"expected an adapter's weights in .*adapter_model.safetensors, got"):
         icl.WeightDelta.from_adapter(llama, folder)
