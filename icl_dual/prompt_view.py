@@ -2,13 +2,14 @@
 
 import html
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from icl_dual.arguments import checked
 from icl_dual.models import Model
-from icl_dual.models.tokenization import Tokens
+from icl_dual.models.tokenization import Tokens, decoded_pieces
 from icl_dual.prompts import SEPARATOR, START, PromptError, Prompts
 
 QUERY = "query"
@@ -105,9 +106,12 @@ class TokenView:
         return "".join([*parts, "</pre>"])
 
     def colours(self) -> list[tuple[float, float, float]]:
-        """Return the colour of each token, as red, green and blue from 0 to 1: white at 0, deepest at the largest."""
-        largest = max((abs(value) for value in self.values), default=0.0) or 1.0
-        return [_shade(value / largest) for value in self.values]
+        """Return the colour of each token, as red, green and blue from 0 to 1.
+
+        It is white at 0 and deepest at the largest number, and grey where the number is NaN or infinite.
+        """
+        largest = max((abs(value) for value in self.values if math.isfinite(value)), default=0.0) or 1.0
+        return [_shade(value / largest) if math.isfinite(value) else (0.85, 0.85, 0.85) for value in self.values]
 
 
 def _shade(value: float) -> tuple[float, float, float]:
@@ -190,22 +194,9 @@ def _runs(prompts: Prompts) -> Iterator[tuple[int, Tokens]]:
 
 def _segment(tokenizer: Any, source: int | str, tokens: Tokens, spanning: set[int]) -> Segment:
     """Return a segment with the text of its tokens; those that are one character together have one text."""
-    texts, marks, first = [], [], 0
-    for end in range(1, len(tokens) + 1):
-        text = _decoded(tokenizer, tokens[first:end])
-        if text.endswith("\ufffd") and end < len(tokens) and end - first < 4:
-            continue  # the first bytes of a character
-        texts.append(text)
-        marks.append(any(at in spanning for at in range(first, end)))
-        first = end
-    return Segment(source, tuple(texts), tuple(marks))
-
-
-def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the text of tokens within a text: at its beginning, many tokenizers leave a space out."""
-    before = tokenizer("a", add_special_tokens=False).input_ids
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return tokenizer.decode([*before, *tokens], **options).removeprefix(tokenizer.decode(before, **options))
+    pieces = list(decoded_pieces(tokenizer, tokens))
+    marks = tuple(not spanning.isdisjoint(positions) for _, positions in pieces)
+    return Segment(source, tuple(text for text, _ in pieces), marks)
 
 
 def _tokens(segment: Segment) -> Iterator[tuple[str, bool]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from icl_dual.models import Model
-from icl_dual.models.tokenization import Cut, TokenisedText, Tokens, common_length
+from icl_dual.models.tokenization import Cut, TokenisedText, Tokens, common_length, n_repeated
 from icl_dual.texts import ChatText, Demonstration, PlainText, PromptError, PromptText
 
 CHUNK = 64
@@ -193,10 +193,8 @@ class Segmenter:
         remaining = iter(texts)
         while chunk := list(itertools.islice(remaining, CHUNK)):
             for text in self.model.tokenise(chunk):
-                n_repeated = next(
-                    n for n in range(len(self.start), -1, -1) if text.tokens[:n] == self.start[-n or len(self.start) :]
-                )
-                yield _Sequence(self.start + text.tokens[n_repeated:], text, len(self.start))
+                n = n_repeated(self.model.tokenizer, self.start, text.tokens)
+                yield _Sequence(self.start + text.tokens[n:], text, len(self.start))
 
     def _answered(
         self,

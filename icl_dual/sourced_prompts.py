@@ -11,9 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from icl_dual.arguments import checked
+from icl_dual.arguments import Index, checked
 from icl_dual.models import Model
-from icl_dual.models.tokenization import TokenisedText, Tokens, template_start, tokenise
+from icl_dual.models.tokenization import (
+    TokenisedText,
+    Tokens,
+    decoded_pieces,
+    n_repeated,
+    template_start,
+    tokenise,
+)
 from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.texts import PromptError
 from icl_dual.torch_utils import checked_index
@@ -62,6 +69,8 @@ class SourcedPrompt:
                 f"expected one source and one text for each token, got {len(self.tokens)} tokens, {len(self.sources)} "
                 f"sources and {len(self.texts)} texts: pass three tuples of one length"
             )
+        if not self.tokens:
+            raise PromptError("expected a prompt with at least one token, got none: give it text")
         if repeated := [name for name, n in Counter(self.names).items() if n > 1]:
             raise PromptError(f"expected names of sources that differ, got {repeated[0]!r} twice: rename one")
         if unknown := sorted(set(self.sources) - set(range(len(self.names)))):
@@ -163,14 +172,14 @@ def source_index(names: Sequence[str], name: str) -> int:
         PromptError: there is no source of this name.
     """
     if name not in names:
-        shown = ", ".join(map(repr, names[:12])) + " …" * (len(names) > 12)
-        raise PromptError(f"expected the name of a source, one of {shown}, got {name!r}: check its spelling")
+        names_text = ", ".join(map(repr, names[:12])) + " …" * (len(names) > 12)
+        raise PromptError(f"expected the name of a source, one of {names_text}, got {name!r}: check its spelling")
     return names.index(name)
 
 
 @checked
 def prompt_from_parts(
-    parts: Sequence[tuple[str, str]], tokenizer: Model | Any, *, start: str | Sequence[int] | None = None
+    parts: Sequence[tuple[str, str]], tokenizer: Model | Any, *, start: str | Sequence[Index] | None = None
 ) -> SourcedPrompt:
     """Return the prompt that named texts make one after another, tokenised as one text.
 
@@ -178,8 +187,9 @@ def prompt_from_parts(
         parts: the name and the text of each part, in order. Parts of one name are one source, such as the pieces of a
             template. Texts are joined as they are, with nothing between them.
         tokenizer: the model that will read the prompt, or its tokenizer.
-        start: the text or tokens before the text, which are not repeated where the text begins with them; the source
-            `start token`. By default what the tokenizer's own template puts in front: none, one or several tokens.
+        start: the text or tokens before the text; the source `start token`. They are not repeated where the text begins
+            with all of them, or with the last of them and these are special tokens. By default what the tokenizer's own
+            template puts in front: none, one or several tokens.
 
     Returns:
         The prompt. White space in one token with the text after it belongs to the source of that text.
@@ -212,7 +222,7 @@ def prompt_from_text(
     sources: Mapping[str, Places],
     tokenizer: Model | Any,
     *,
-    start: str | Sequence[int] | None = None,
+    start: str | Sequence[Index] | None = None,
 ) -> SourcedPrompt:
     """Return the prompt of a text, in which regular expressions or ranges of characters name sources.
 
@@ -279,12 +289,13 @@ def _located(text: str, name: str, places: Places) -> list[Span]:
     if isinstance(places, str | re.Pattern):
         try:
             pattern = re.compile(places)
-        except re.error as error:
+            matches = list(pattern.finditer(text))
+        except (re.error, TypeError) as error:  # a TypeError for an expression of bytes
             raise PromptError(
                 f"expected a regular expression for {name!r}, got {places!r} ({error}): correct it, or escape text "
                 "with re.escape"
             ) from error
-        spans = [match.span(min(pattern.groups, 1)) for match in pattern.finditer(text)]
+        spans = [match.span(min(pattern.groups, 1)) for match in matches]
         spans = [span for span in spans if span[0] < span[1]]
         if not spans:
             raise PromptError(
@@ -364,17 +375,14 @@ def _prompt(
     for index, (_, end) in pieces:
         sources += [index] * (_n_before(tokenised, end) - len(sources))
     start_tokens = _start_tokens(tokenizer, start)
-    n_repeated = next(
-        n for n in range(len(start_tokens), -1, -1) if tokenised.tokens[:n] == start_tokens[len(start_tokens) - n :]
-    )
-    texts = _decoded(tokenizer, start_tokens) + _texts(tokenizer, tokenised)[n_repeated:]
+    n = n_repeated(tokenizer, start_tokens, tokenised.tokens)
     if start_tokens:
         names, sources = (START_TOKEN, *names), [index + 1 for index in sources]
     return SourcedPrompt(
-        start_tokens + tokenised.tokens[n_repeated:],
+        start_tokens + tokenised.tokens[n:],
         names,
-        (0,) * len(start_tokens) + tuple(sources[n_repeated:]),
-        texts,
+        (0,) * len(start_tokens) + tuple(sources[n:]),
+        _decoded(tokenizer, start_tokens) + _texts(tokenizer, tokenised)[n:],
     )
 
 
@@ -413,7 +421,9 @@ def _texts(tokenizer: Any, tokenised: TokenisedText) -> tuple[str, ...]:
 
 
 def _decoded(tokenizer: Any, tokens: Tokens) -> tuple[str, ...]:
-    """Return the text of each token by itself; its id without a tokenizer."""
+    """Return the text of each token, a character's for the first of its tokens; ids without a tokenizer."""
     if tokenizer is None:
         return tuple(f"<{token}>" for token in tokens)
-    return tuple(tokenizer.decode([token]) for token in tokens)
+    return tuple(
+        piece for text, (_, *later) in decoded_pieces(tokenizer, tokens) for piece in (text, *("" for _ in later))
+    )

@@ -11,6 +11,7 @@ from helpers import make_rows
 from tokenizer_families import FAMILIES
 
 import icl_dual as icl
+from icl_dual.prompt_view import TokenView
 
 SHOWN_SPACE = str.maketrans({"␣": " ", "⏎": "\n"})
 
@@ -96,3 +97,13 @@ def test_the_reference_protocol_shows_its_appended_label(
     prompts = icl.build_prompts(model_of("gpt2"), reference_task, demonstrations, queries)
     view = icl.show_prompt(prompts)
     assert "".join(view.segments[-2].texts).endswith("Label: no")
+
+
+def test_tokens_without_a_finite_number_are_grey() -> None:
+    values = (float("nan"), 0.0, 2.0, float("inf"), -1.0)
+    colours = TokenView("numbers", tuple("abcde"), ("s",) * 5, values).colours()
+    assert colours[0] == colours[3] == (0.85, 0.85, 0.85)
+    assert [colours[at] for at in (1, 2, 4)] == TokenView(
+        "numbers", tuple("bce"), ("s",) * 3, (0.0, 2.0, -1.0)
+    ).colours()
+    assert TokenView("numbers", ("a",), ("s",), (float("nan"),)).colours() == [(0.85, 0.85, 0.85)]

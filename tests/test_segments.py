@@ -370,6 +370,8 @@ def test_start_overrides_what_the_template_puts_in_front(model_of: Callable[[str
     for start in ("", [2, 1]):
         other = build(start=start)
         assert (other.demonstrations, other.queries) == (usual.demonstrations, usual.queries)
+    after_word = build(start=[2, usual.zero_shot().queries[0][0]])
+    assert after_word.zero_shot().queries == usual.zero_shot().queries, "the first word stays in the text"
     captured = icl.capture(model, build(start=()), fields=icl.DECOMPOSE_FIELDS, progress=False)
     zero_shot = icl.capture(model, build(start=()).zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
     assert icl.decompose(model, zero_shot=zero_shot, in_context=captured).groups[1] == "start"

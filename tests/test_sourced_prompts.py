@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -67,6 +68,21 @@ def test_the_start_token_is_not_repeated_and_is_a_source_of_its_own() -> None:
     assert prompt.sources == (0, 1)
 
 
+@pytest.mark.parametrize(("text", "start"), [("old times", "hello"), ("lo", "hello"), ("<s>red", "the <s>r")])
+def test_words_that_begin_like_the_end_of_the_start_stay_in_the_text(text: str, start: str) -> None:
+    prompt = icl.prompt_from_parts([("a", text)], tiny_model(), start=start)
+    assert prompt.text == start + text
+    assert "".join(prompt.texts[slice(*prompt.spans("a")[0])]) == text
+
+
+def test_special_tokens_that_end_the_start_are_not_repeated(model_of: Callable[[str], icl.Model]) -> None:
+    model = model_of("chatglm")
+    for text in ("The box", "<sop>The box", "[gMASK]<sop>The box"):
+        assert icl.prompt_from_parts([("a", text)], model).text == "[gMASK]<sop>The box"
+    assert icl.prompt_from_parts([("a", "<s>red")], tiny_model(), start="the <s>").text == "the <s>red"
+    assert icl.prompt_from_parts([("a", "hello you")], tiny_model(), start="hello").text == "hello you", "all of it"
+
+
 def test_expressions_and_ranges_name_sources_and_the_rest_is_one() -> None:
     text = "Review: fine. Label: good\nReview: dull. Label: bad\n"
     sources = {"label": r"Label: (\w+)", "first": (8, 13), "pairs": [(0, 6), (26, 32)]}
@@ -84,6 +100,7 @@ def test_expressions_and_ranges_name_sources_and_the_rest_is_one() -> None:
     [
         ({"a": "purple"}, "expected an expression for 'a' that matches in the text, got 'purple' without a match"),
         ({"a": "("}, "expected a regular expression for 'a'"),
+        ({"a": re.compile(b"red")}, "expected a regular expression for 'a', got .*b'red'.* a bytes pattern"),
         ({"a": (0, 3), "b": (2, 5)}, "without a common character, got 'a' and 'b' on 'd' at character 2"),
         ({"a": (0, 5), "b": (0, 5)}, "got 'a' and 'b' on 'red b'"),
         ({"a": (3, 3)}, r"characters of 'a' from 0 to 7, at least one, got \(3, 3\)"),
@@ -148,6 +165,15 @@ def test_inconsistent_fields_are_refused() -> None:
         SourcedPrompt((1,), ("a",), (1,), ("x",))
 
 
+def test_prompts_without_tokens_and_negative_start_tokens_are_refused() -> None:
+    with pytest.raises(PromptError, match="a prompt with at least one token, got none: give it text"):
+        SourcedPrompt((), (), (), ())
+    with pytest.raises(PromptError, match="a prompt with at least one token, got none: give it text"):
+        icl.prompt_from_text("", {}, tiny_model(), start=[])
+    with pytest.raises(ValueError, match=r"expected start\[0\] .*at least 0, got -5"):
+        icl.prompt_from_text("red", {}, tiny_model(), start=[-5])
+
+
 def test_a_query_of_prompts_has_the_groups_of_its_decomposition(task: icl.Task) -> None:
     prompts = icl.build_prompts(tiny_model(), task, task.demonstrations(2, seed=1), task.queries(2))
     prompt = icl.prompt_from_query(prompts, 1)
@@ -159,6 +185,23 @@ def test_a_query_of_prompts_has_the_groups_of_its_decomposition(task: icl.Task) 
     assert icl.prompt_from_query(prompts.zero_shot()).names[-1] == "query"
     with pytest.raises(IndexError, match="query from 0 to 1, got 2"):
         icl.prompt_from_query(prompts, 2)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
+def test_the_texts_of_a_query_join_to_the_text_that_the_model_reads(
+    model_of: Callable[[str], icl.Model], family: str
+) -> None:
+    model = model_of(family)
+    rows = [{"text": f"评论 the film  was 😀 é {row}", "label": row % 2} for row in range(12)]
+    task = icl.Task("toy", "{text} Label:", ("bad", "good"), rows)
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(2))
+    prompt = icl.prompt_from_query(prompts)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    expected = model.tokenizer.decode(prompt.tokens[len(prompts.start) :], **options)
+    assert "".join(prompt.texts[len(prompts.start) :]).removeprefix(" ") == expected.removeprefix(" ")
+    assert "😀 é" in expected
+    at = next(at for at, text in enumerate(prompt.texts) if text.endswith("😀"))
+    assert prompt.texts[at + 1] == "", "a later token of the character"
 
 
 @pytest.mark.parametrize("family", ["llama2", "gpt2"])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,6 +125,48 @@ def template_start(tokenizer: Any) -> list[int]:
         f"expected a tokenizer that puts tokens before and after the tokens of a text, got {whole} for {text!r}, which "
         f"has the tokens {bare}: pass start= to icl_dual.build_prompts"
     )
+
+
+def n_repeated(tokenizer: Any, start: Tokens, tokens: Tokens) -> int:
+    """Return how many first tokens of a text repeat start tokens, and are left out behind them.
+
+    A text that begins with all start tokens repeats them. Where it begins with the last of them only, it does if these
+    are special tokens: others are words of the text.
+
+    Args:
+        tokenizer: the tokenizer, which says what tokens are special.
+        start: the start tokens.
+        tokens: the tokens of the text.
+    """
+    if tokens[: len(start)] == start:
+        return len(start)
+    overlaps = [n for n in range(len(start) - 1, 0, -1) if tokens[:n] == start[-n:]]
+    special = _special_tokens(tokenizer) if overlaps else set[int]()
+    return next((n for n in overlaps if special.issuperset(tokens[:n])), 0)
+
+
+def _special_tokens(tokenizer: Any) -> set[int]:
+    """Return the special tokens of a tokenizer: those with a role, such as the start token, and all others."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
+
+
+def decoded_pieces(tokenizer: Any, tokens: Tokens) -> Iterator[tuple[str, range]]:
+    """Yield the text of each token within a text, and its position; tokens that are one character together are one.
+
+    Args:
+        tokenizer: the tokenizer that made the tokens.
+        tokens: the tokens.
+    """
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = tokenizer("a", add_special_tokens=False).input_ids  # at a text's beginning, many tokenizers omit a space
+    text_before, first = tokenizer.decode(before, **options), 0
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode([*before, *tokens[first:end]], **options).removeprefix(text_before)
+        if text.endswith("\ufffd") and end < len(tokens) and end - first < 4:
+            continue  # the first bytes of a character
+        yield text, range(first, end)
+        first = end
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
