@@ -338,7 +338,11 @@ def check_pass(model: Model, prompts: Prompts) -> None:
         arbitrary = arbitrary_prompts(model, prompts.start)
         prefix, rows = arbitrary.prefix, arbitrary.queries
     try:
-        model.pass_residual, model.pass_hooks = measure_pass(model, prefix, rows), hooks
+        with model.journal.block() as undo:
+            undo.set(model, "mlp_changes", ())  # which do not touch attention, and may refuse these prompts
+            undo.set(model, "run_checks", ())
+            residual = measure_pass(model, prefix, rows)
+        model.pass_residual, model.pass_hooks = residual, hooks
     except (RuntimeError, IndexError) as error:
         if is_out_of_memory(error):
             raise MemoryError(

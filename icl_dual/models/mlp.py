@@ -65,16 +65,20 @@ class MlpChanges:
     """What is added to the scale of the norms after the MLPs."""
     query: Tokens | None = None
     """The only token ids that may run, at positions 0, 1, …; `None` for any."""
+    model: str = ""
+    """The name of the model that may run the query: momentum changes it. Empty without a query."""
     bias_part: MlpPart = "out"
     """The part to whose output the bias is added: the last one of the MLP."""
 
     def to(self, device: torch.device) -> "MlpChanges":
-        """Return the changes on a device."""
-        factors = {
-            part: LowRank(*(factor.to(device) for factor in low_rank)) for part, low_rank in self.factors.items()
-        }
-        bias, scale = (None if change is None else change.to(device) for change in (self.bias, self.scale))
-        return MlpChanges(factors, bias, scale, self.query, self.bias_part)
+        """Return a copy of the changes on a device.
+
+        How products of matrices round depends on where these lie in memory: a copy of a file's lies as fresh ones do.
+        """
+        copied = functools.partial(torch.Tensor.to, device=device, copy=True)
+        factors = {part: LowRank(*map(copied, low_rank)) for part, low_rank in self.factors.items()}
+        bias, scale = (None if change is None else copied(change) for change in (self.bias, self.scale))
+        return replace(self, factors=factors, bias=bias, scale=scale)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor of the changes."""
@@ -82,30 +86,47 @@ class MlpChanges:
             yield from low_rank
         yield from (change for change in (self.bias, self.scale) if change is not None)
 
-    def check(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]) -> None:
+    def check(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"], name: str, *, after_cache: bool
+    ) -> None:
         """Check that a run is of the query, or of a part of it, at the query's positions.
 
-        With a change of a norm's scale it must be of the whole: such a change may be 10⁷ times the scale. It would blow
-        up the rounding by which a run in parts differs from the whole, layer by layer.
+        With a change of a norm's scale it must be of the whole, in one row: such a change may be 10⁷ times the scale.
+        It would blow up the rounding by which a run in parts or of several rows differs, layer by layer.
+
+        Args:
+            tokens: the token ids that run.
+            positions: their positions.
+            name: the name of the model that runs them.
+            after_cache: whether they may read tokens that ran before them.
 
         Raises:
-            ValueError: it is of other tokens, at other positions, or of a part where it must be of the whole.
+            ValueError: it is of other tokens, at other positions, without the tokens before them, of another model, or
+                of a part or of several rows where it must be of the whole in one row.
         """
         if self.query is None:
             return
-        query = torch.tensor(self.query, device=tokens.device)
-        fits = bool((positions < len(query)).all()) and bool((tokens == query[positions]).all())
-        if not fits:
+        if name != self.model:
+            raise ValueError(
+                f"expected a run of {self.model!r}, which the patch was built for, got one of {name!r}: leave the "
+                "`with` block that changes the model inside of the patch's, or build the patch inside of it"
+            )
+        first, last = int(positions[0]), int(positions[-1])
+        part = torch.tensor(self.query[first : last + 1], device=tokens.device)
+        has_prefix = first == 0 or after_cache
+        if not (
+            has_prefix and positions.tolist() == list(range(first, first + len(part))) and bool((tokens == part).all())
+        ):
             raise ValueError(
                 f"expected the query that the patch was built for, {list(self.query)} at positions 0 to "
-                f"{len(query) - 1}, got {tokens.tolist()} at positions {positions.tolist()}: an exact patch is for one "
-                "query at one position, build another one for this query"
+                f"{len(self.query) - 1}, got {tokens.tolist()} at positions {positions.tolist()}: an exact patch is "
+                "for one query at one position, build another one for this query"
             )
-        if self.scale is not None and len(positions) < len(query):
+        if self.scale is not None and (len(part) < len(self.query) or len(tokens) > 1):
             raise ValueError(
-                f"expected all {len(query)} tokens of the query in one run, got those at positions "
-                f"{positions.tolist()}: the patch changes norms' scales so much that it is exact in a whole run alone, "
-                "use model.run on patch.query, or icl_dual.capture_each"
+                f"expected all {len(self.query)} tokens of the query in one run of one row, got {len(tokens)} at "
+                f"positions {positions.tolist()}: the patch changes norms' scales so much that it is exact in this run "
+                "alone, use model.run on [patch.query], or icl_dual.capture_each"
             )
 
     def apply(self, layer: int, part: MlpPart, x: Tensor, output: Tensor) -> Tensor | None:

@@ -36,7 +36,8 @@ Dherin et al. (2025, arXiv 2507.16003 and 2512.11255) showed this for MLPs with 
 weights and any context. It is no evidence that the model descends a gradient.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,8 @@ class ExactPatch(Patch):
     """The token ids of the zero-shot prompt, start token included. The last one is at the recorded position."""
     prompt: tuple[int, ...]
     """The token ids of the in-context prompt."""
+    stream: Float[Tensor, "layer d_model"]
+    """The in-context residual stream after each layer, at the last token of `prompt`."""
     residual: float
     """The largest relative difference, over layers, between the residual stream of the patched query and the in-context
     one, at the recorded position."""
@@ -76,6 +79,7 @@ class ExactPatch(Patch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tokens(self, "query", "prompt")
+        check_values(self, "stream")
         check_values(self, "residual", low=0)
 
     @property
@@ -83,9 +87,49 @@ class ExactPatch(Patch):
         """The position in `query` at which the patch is exact: the last one."""
         return len(self.query) - 1
 
+    @checked
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[Model]:
+        """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.
+
+        The query runs once, to check that the patch is exact. A large change of a norm's scale blows up rounding, so it
+        may not be exact on another machine.
+
+        Raises:
+            ValueError: the patch belongs to another model, to other weights of it, or to another precision; or it does
+                not give the in-context residual stream. Runs inside the block raise one for a query that the patch does
+                not fit.
+        """
+        with super().applied(model):
+            _check_exact(model, self)
+            yield model
+
     def changes(self) -> MlpChanges:
         """Return the changes as a run of the model takes them; they refuse other tokens and positions."""
-        return MlpChanges(self.factors, self.bias, self.scale, self.query)
+        return MlpChanges(self.factors, self.bias, self.scale, self.query, self.model)
+
+
+@exclusive
+def _check_exact(model: Model, patch: ExactPatch) -> None:
+    """Check that the query of an applied patch has the in-context residual stream.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    residuals: list[float] = []
+
+    def compare(layer: int, stream: Tensor) -> None:
+        residuals.append(relative_difference(last_token(stream), patch.stream[layer].to(stream.device)))
+
+    tokens = torch.tensor([patch.query], device=model.device)
+    with torch.no_grad():
+        model.run(tokens, read=torch.tensor([[patch.position]], device=model.device), on_residual=compare)
+    if not all(residual <= TOLERANCE[model.dtype] for residual in residuals):
+        raise ValueError(
+            f"expected a patch that gives the in-context residual stream, got relative differences of up to "
+            f"{max(residuals):.1g} ({patch.residual:.1g} where it was built): the model has other hooks, or this "
+            "machine rounds in another way, build the patch here"
+        )
 
 
 @checked
@@ -155,6 +199,7 @@ def build_exact_patch(model: Model, prompts: Prompts, query: int = 0) -> ExactPa
         scale=torch.stack(patcher.scale) if patcher.scale else None,
         query=alone,
         prompt=prompt,
+        stream=torch.stack(recorder.streams),
         residual=max(patcher.residuals),
     )
 
@@ -168,6 +213,39 @@ def prompt_pair(prompts: Prompts, query: int) -> tuple[Tokens, Tokens]:
 def last_token(activations: Tensor) -> Float[Tensor, " d"]:
     """Return the last token's activation in a pass over one row, in float32 at least."""
     return at_least_float32(activations.detach().flatten(0, -2)[-1])  # OPT lays all tokens along one axis
+
+
+def checked_input(model: Model, layer: int, part: MlpPart, x: Float[Tensor, " d_in"]) -> Float[Tensor, " d_in"]:
+    """Return the input of a projection, on which a change of its weights must be able to act.
+
+    Raises:
+        ValueError: it is zero, or so small that x / ‖x‖² overflows.
+    """
+    if not (x.double() / x.double().square().sum()).to(x).isfinite().all():
+        name = "the down projection" if part == "out" else "the MLP"
+        raise ValueError(
+            f"{model.name}, layer {layer}: expected an input of {name} other than zero, got one of norm "
+            f"{x.double().norm().item():.3g} at the recorded position: no change of weights acts on it, use another "
+            "query"
+        )
+    return x
+
+
+def checked_ratio(
+    model: Model, layer: int, lack: Float[Tensor, " d_model"], normalised: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """Return the change of a norm's scale that adds `lack`: lack / normalised, and 0 where nothing lacks.
+
+    Raises:
+        ValueError: the norm gives zero in a dimension where something lacks.
+    """
+    ratio = torch.where(lack == 0, torch.zeros_like(lack), lack / normalised)
+    if not ratio.isfinite().all():
+        raise ValueError(
+            f"{model.name}, layer {layer}: expected what the MLP writes to be other than zero in every dimension, got "
+            "zeros at the recorded position: no change of the norm's scale acts on them, use another query"
+        )
+    return ratio
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
@@ -190,8 +268,6 @@ class Recorder:
         """u: the residual stream before the layer, plus what attention writes."""
         self.outputs: dict[tuple[int, MlpPart], Float[Tensor, " d_out"]] = {}
         """The output of each part of the MLP, by layer and part."""
-        self.hidden: dict[int, Float[Tensor, " d_hidden"]] = {}
-        """h: the input of the down projection."""
         self.streams: list[Float[Tensor, " d_model"]] = []
         """The residual stream after the layer."""
 
@@ -201,7 +277,7 @@ class Recorder:
         Raises:
             UnsupportedModelError: the layers' outputs are not u + m.
         """
-        for recorded in (self.middle, self.outputs, self.hidden, self.streams):
+        for recorded in (self.middle, self.outputs, self.streams):
             recorded.clear()
 
         def keep_middle(layer: int, middle: Tensor) -> None:
@@ -209,8 +285,6 @@ class Recorder:
 
         def keep_mlp(layer: int, part: MlpPart, x: Tensor, output: Tensor) -> None:
             self.outputs[layer, part] = last_token(output)
-            if part == "out":
-                self.hidden[layer] = last_token(x)
 
         def keep_stream(layer: int, stream: Tensor) -> None:
             self.streams.append(last_token(stream))
@@ -300,7 +374,7 @@ class _Patcher:
         if part == "out" and shift == "bias":
             self.bias.append(lack)
         elif part == shift == "scale":
-            self.scale.append(self._ratio(layer, lack, last_token(x)))
+            self.scale.append(checked_ratio(self.model, layer, lack, last_token(x)))
         else:
             return None
         return self._apply(layer, part, x, output)
@@ -312,29 +386,12 @@ class _Patcher:
 
     def _patch_matrix(self, layer: int, part: MlpPart, x: Tensor, output: Tensor, change: Tensor) -> Tensor | None:
         """Change a matrix by change ⊗ x / ‖x‖², x being its input at the last token."""
-        read = last_token(x).double()
+        read = checked_input(self.model, layer, part, last_token(x)).double()
         right = (read / read.square().sum()).to(change)
-        if not right.isfinite().all():
-            name = "the down projection" if part == "out" else "the MLP"
-            raise ValueError(
-                f"{self.model.name}, layer {layer}: expected an input of {name} other than zero, got one of norm "
-                f"{read.norm().item():.3g} at the recorded position: no change of weights acts on it, use another query"
-            )
         left_by_layer, right_by_layer = self.factors.setdefault(part, ([], []))
         left_by_layer.append(change)
         right_by_layer.append(right)
         return self._apply(layer, part, x, output)
-
-    def _ratio(self, layer: int, lack: Tensor, normalised: Tensor) -> Tensor:
-        """Return the change of the scale that adds `lack`."""
-        ratio = torch.where(lack == 0, torch.zeros_like(lack), lack / normalised)
-        if not ratio.isfinite().all():
-            raise ValueError(
-                f"{self.model.name}, layer {layer}: expected what the MLP writes to be other than zero in every "
-                "dimension, got zeros at the recorded position: no change of the norm's scale acts on them, use "
-                "another query"
-            )
-        return ratio
 
     def _apply(self, layer: int, part: MlpPart, x: Tensor, output: Tensor) -> Tensor | None:
         """Return a part's output with the layer's changes, by the code that runs when the patch is applied."""

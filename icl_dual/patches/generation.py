@@ -36,7 +36,7 @@ from icl_dual.models.backend import MlpPart
 from icl_dual.models.journal import exclusive
 from icl_dual.models.mlp import MlpChanges
 from icl_dual.models.tokenization import Tokens
-from icl_dual.patches.exact import Recorder, last_token, prompt_pair
+from icl_dual.patches.exact import Recorder, checked_input, checked_ratio, last_token, prompt_pair
 from icl_dual.patches.patch import check_tokens
 from icl_dual.prompts import PromptError, Prompts, check_prompts
 from icl_dual.results import check_axes, check_count, check_names, check_values
@@ -133,6 +133,8 @@ def generate_patched(
     Raises:
         IndexError: there is no such query.
         PromptError: the prompts are incomplete, or they do not fit into the model's context with the generated tokens.
+        ValueError: a patch is applied and `forms` has naive or stable; or the input of an MLP is zero at a recorded
+            position, or what it writes in a dimension before a norm, so that no change of its weights acts.
         UnsupportedModelError: the model's MLPs are mixtures of experts or have no hooks, its blocks are not sums of a
             residual stream, attention and an MLP, or it computes in another precision than that of its weights.
 
@@ -154,7 +156,7 @@ def generate_patched(
     check_prompts(model, prompts)
     index = checked_index("query", query, len(prompts.queries))
     prompt, alone = prompt_pair(prompts, index)
-    if len(prompt) + n_tokens > model.n_ctx:
+    if len(prompt) + n_tokens - 1 > model.n_ctx:  # the last token does not run
         raise PromptError(
             f"expected at most {model.n_ctx} tokens, the context of {model.name}, got a prompt of {len(prompt)} and "
             f"n_tokens={n_tokens}: generate fewer, or use fewer or shorter demonstrations"
@@ -163,6 +165,12 @@ def generate_patched(
         raise UnsupportedModelError(
             f"expected a model that computes in the precision of its weights, got {model.name} in {model.precision}: "
             "load it without arithmetic"
+        )
+    if model.mlp_changes and {"naive", "stable"} & set(forms):
+        raise ValueError(
+            f"expected a model without a patch for the forms naive and stable, which compute with the weights alone, "
+            f"got {model.name} with {len(model.mlp_changes)} applied: leave the `with` block, or pass forms without "
+            "these two"
         )
     context = _Context(model, prompt)
     with torch.no_grad():
@@ -301,11 +309,11 @@ class _Inversion:
         matrix = vector = None
         if part in form.inputs:
             change = self.rounded(self.context.outputs[layer, part] - last_token(output))
-            matrix = change, self.reading(last_token(x))
+            matrix = change, self.reading(checked_input(self.model, layer, part, last_token(x)))
         elif part == form.shift == "out":
-            matrix = lack, self.reading(last_token(x))
+            matrix = lack, self.reading(checked_input(self.model, layer, part, last_token(x)))
         elif part == form.shift == "scale":
-            vector = self.ratio(lack, last_token(x))
+            vector = self.ratio(layer, lack, last_token(x))
         elif part == "out" and form.shift == "bias":
             vector = lack
         else:
@@ -326,9 +334,9 @@ class _Inversion:
         x = x.double()
         return (x / x.square().sum()).to(self.middle)
 
-    def ratio(self, lack: Tensor, normalised: Tensor) -> Tensor:
+    def ratio(self, layer: int, lack: Tensor, normalised: Tensor) -> Tensor:
         """Return the change of a scale that adds `lack`."""
-        return lack / normalised
+        return checked_ratio(self.model, layer, lack, normalised)
 
     def _written(
         self,
@@ -367,6 +375,6 @@ class _NaiveInversion(_Inversion):
         x = self.rounded(x)
         return x / x.square().sum()
 
-    def ratio(self, lack: Tensor, normalised: Tensor) -> Tensor:
+    def ratio(self, layer: int, lack: Tensor, normalised: Tensor) -> Tensor:
         """Return the rounded quotient."""
-        return lack / self.rounded(normalised)
+        return checked_ratio(self.model, layer, lack, self.rounded(normalised))

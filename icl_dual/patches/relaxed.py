@@ -412,6 +412,7 @@ def _run_after(
             read=last[:, None],
             on_attention=on_attention,
             momentum_states=cache.states,
+            predicting=last,
         )[:, 0].to(logits)
     return logits
 
@@ -420,8 +421,8 @@ def merge_cache(model: Model, cache: PrefixCache, layer: int, attention: Attenti
     """Return a batch's softmax attention over its own tokens, from a position on, and over cached tokens before it."""
     rule, (q, k, v, *_) = model.attention_rules[layer], attention
     positions = first + torch.arange(q.shape[1], device=q.device)[None]
-    own = rule.with_sink(rule.attend(q, k, v, positions, positions))
-    return dual.merge(own, cache.attend(rule, layer, q, positions)) if cache.n_pos else own
+    of_batch = rule.with_sink(rule.attend(q, k, v, positions, positions))
+    return dual.merge(of_batch, cache.attend(rule, layer, q, positions)) if cache.n_pos else of_batch
 
 
 def _in_context_logits(
@@ -444,8 +445,8 @@ def _relaxed(
     recorded = cache.n_pos + last[:, None]
     last_q = at_least_float32(q[index, last])
     before = torch.arange(cache.n_pos, device=q.device)[None]
-    own = cache.n_pos + torch.arange(q.shape[1], device=q.device)[None]
-    parts = ((before, cache.keys[layer][None], cache.values[layer][None]), (own, k, v))
+    after = cache.n_pos + torch.arange(q.shape[1], device=q.device)[None]
+    parts = ((before, cache.keys[layer][None], cache.values[layer][None]), (after, k, v))
     return sum(
         (
             dual.act_unformed(

@@ -70,7 +70,15 @@ class RidgeStatistics(Saved):
         return replace(self, gram=self.gram + h.mT @ h, cross=self.cross + t.mT @ h, n_rows=self.n_rows + len(h))
 
     def __add__(self, other: "RidgeStatistics") -> "RidgeStatistics":
-        """Return the sums over the rows of both."""
+        """Return the sums over the rows of both.
+
+        Raises:
+            ValueError: their rows have other widths.
+        """
+        if self.cross.shape != other.cross.shape:
+            raise ValueError(
+                f"expected sums over rows of the same widths, got {self!r} and {other!r}: sum rows of one regression"
+            )
         return RidgeStatistics(self.gram + other.gram, self.cross + other.cross, self.n_rows + other.n_rows)
 
     @checked

@@ -11,7 +11,7 @@ output lacks: its in-context output minus its own. Three changes of weights are 
 | thought matrix | ΔW = strength · Σ_i t_i ⊗ h_i / ‖h_i‖² | Mazzawi et al., 2025 |
 
 For ridge regression, λ = relative_ridge · ‖HᵀH‖² / tr(HᵀH). With strength 1 / n, the thought matrix of n queries is the
-mean of the changes that are exact for one query each.
+mean of the changes of rank one, each fitted to one query.
 
 Layers come in sequence. Each reads, at the recorded token, the in-context stream: what the layers below would give if
 their patches were exact. So every layer's change is fitted in the same pass, and queries cost one in-context and one
@@ -29,6 +29,7 @@ to the stream as it is. Llama's projections and the RMSNorms of Gemma and OLMo h
 to the architecture.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -149,8 +150,16 @@ class SharedStatistics(Saved):
                 hidden activations.
 
         Raises:
-            ValueError: relative_ridge is negative, or it is 0 and HᵀH of a layer is singular.
+            ValueError: relative_ridge is negative, or it is 0 and HᵀH of a layer is singular; or the input of a down
+                projection is zero for all queries.
         """
+        if relative_ridge < 0:
+            raise ValueError(f"expected relative_ridge of at least 0, got {relative_ridge}: pass a positive one")
+        if (zero := (self.gram == 0).flatten(1).all(dim=1)).any():
+            raise ValueError(
+                f"{self.model}, layer {int(zero.nonzero()[0])}: expected inputs of the down projection other than "
+                f"zero, got zeros for all {self.n_queries} queries: no change of its weights acts on them, use others"
+            )
         layers = [RidgeStatistics(*sums, self.n_queries) for sums in zip(self.gram, self.cross, strict=True)]
         ridges = [layer.scaled_ridge(relative_ridge) for layer in layers]
         factors = [layer.factors(ridge) for layer, ridge in zip(layers, ridges, strict=True)]
@@ -195,7 +204,7 @@ class SharedStatistics(Saved):
         """Return a patch, in the model's precision and in float32 at least."""
         arithmetic: torch.dtype = getattr(torch, self.fingerprint.split(":")[0])
         dtype = torch.promote_types(arithmetic, torch.float32)
-        stacked = [torch.stack(sides).to(dtype) for sides in zip(*factors, strict=True)]
+        stacked = [_stacked(sides).to(dtype) for sides in zip(*factors, strict=True)]
         return SharedPatch(
             model=self.model,
             fingerprint=self.fingerprint,
@@ -206,6 +215,12 @@ class SharedStatistics(Saved):
             ridge=ridge,
             n_queries=self.n_queries,
         )
+
+
+def _stacked(factors: Sequence[Float[Tensor, "d _"]]) -> Float[Tensor, "layer d rank"]:
+    """Return factors of all layers; where one has fewer columns, zeros follow."""
+    rank = max(factor.shape[1] for factor in factors)
+    return torch.stack([torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors])
 
 
 @checked
@@ -336,7 +351,7 @@ def build_thought_matrix(
         model: the model; a bridge with dense MLPs.
         prompts: the demonstrations, and the queries to sum over.
         strength: the factor λ of the sum; by default 1 divided by the number of queries, which gives the mean of the
-            queries' exact changes.
+            changes of rank one, each fitted to one query.
         batch_size: the largest number of queries to run at once.
 
     Returns:

@@ -21,10 +21,11 @@ of MLPs (`icl_dual.patches.exact`), this holds by construction.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual.arguments import checked
@@ -110,7 +111,8 @@ class ValuePatch(Saved):
         `positions`: the patch is for no other prompt.
 
         Raises:
-            ValueError: the patch belongs to another model, to other weights of it, or to another precision.
+            ValueError: the patch belongs to another model, to other weights of it, or to another precision. Runs inside
+                the block raise one for other tokens or positions.
         """
         with model.journal.block() as undo:
             _apply(model, self, undo)
@@ -123,6 +125,25 @@ def _apply(model: Model, patch: ValuePatch, undo: Undo) -> None:
     check_model(model, patch.model, patch.fingerprint)
     left, right = patch.factors
     add_changes(model, {"W_O": left @ right.mT}, undo)
+    undo.set(model, "run_checks", (*model.run_checks, partial(_check_run, model, patch)))
+
+
+def _check_run(
+    model: Model, patch: ValuePatch, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, " pos"]
+) -> None:
+    """Check that a run is of the patch's query at its positions, by the model that it was built for.
+
+    Raises:
+        ValueError: it is of other tokens, at other positions, or of another model: momentum changes a model's name.
+    """
+    query = torch.tensor(patch.query, device=tokens.device)
+    fits = tokens.shape[1] == len(query) and bool((tokens == query).all()) and positions.tolist() == [*patch.positions]
+    if not fits or model.name != patch.model:
+        raise ValueError(
+            f"expected the query that the patch of {patch.model!r} was built for, {list(patch.query)} at positions "
+            f"{list(patch.positions)}, got {tokens.tolist()} at positions {positions.tolist()} of {model.name!r}: pass "
+            "[patch.query] and positions=patch.positions to model.run, or build another patch"
+        )
 
 
 @checked

@@ -72,10 +72,21 @@ def test_a_part_of_an_mlp_can_be_replaced() -> None:
     ids=["whole", "part", "rows"],
 )
 def test_the_query_and_its_parts_pass_the_check(tokens: list[list[int]], positions: list[int]) -> None:
-    MlpChanges({}, query=(7, 8, 9)).check(torch.tensor(tokens), torch.tensor(positions))
+    changes = MlpChanges({}, query=(7, 8, 9), model="tiny")
+    changes.check(torch.tensor(tokens), torch.tensor(positions), "tiny", after_cache=positions[0] > 0)
 
 
-@pytest.mark.parametrize(("tokens", "positions"), [([[8, 9]], [0, 1]), ([[7, 8]], [1, 2]), ([[9, 9]], [2, 3])])
-def test_other_tokens_and_positions_do_not(tokens: list[list[int]], positions: list[int]) -> None:
+@pytest.mark.parametrize("after_cache", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "positions"), [([[8, 9]], [0, 1]), ([[7, 8]], [1, 2]), ([[9, 9]], [2, 3]), ([[7, 9]], [0, 2])]
+)
+def test_other_tokens_and_positions_do_not(tokens: list[list[int]], positions: list[int], after_cache: bool) -> None:
+    changes = MlpChanges({}, query=(7, 8, 9), model="tiny")
     with pytest.raises(ValueError, match=r"expected the query .* \[7, 8, 9\] at positions 0 to 2, got"):
-        MlpChanges({}, query=(7, 8, 9)).check(torch.tensor(tokens), torch.tensor(positions))
+        changes.check(torch.tensor(tokens), torch.tensor(positions), "tiny", after_cache=after_cache)
+
+
+def test_later_tokens_without_those_before_them_do_not() -> None:
+    changes = MlpChanges({}, query=(7, 8, 9), model="tiny")
+    with pytest.raises(ValueError, match=r"expected the query .* got \[\[8, 9\]\] at positions \[1, 2\]"):
+        changes.check(torch.tensor([[8, 9]]), torch.tensor([1, 2]), "tiny", after_cache=False)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import icl_dual as icl
-from icl_dual.models import tiny_model
+from icl_dual.models import momentum_attention, tiny_model
 
 FAMILIES = {
     "gpt2": {"in": "mlp.c_fc", "bias": "mlp.c_proj"},
@@ -278,8 +278,18 @@ def test_a_capture_of_the_query_alone_has_the_in_context_label_scores(hand_made:
         ([[0, 10, 11, 12, 20]], None),
         ([[0, 10, 11, 12]], [0, 2, 3, 4]),
         ([[10, 11, 12]], None),
+        ([[11, 12]], [2, 3]),
+        ([[0, 12]], [0, 3]),
     ],
-    ids=["another query", "another row", "a longer one", "another position", "without the start token"],
+    ids=[
+        "another query",
+        "another row",
+        "a longer one",
+        "another position",
+        "without the start token",
+        "without the tokens before it",
+        "with a gap",
+    ],
 )
 def test_other_queries_and_positions_are_refused(
     hand_made: icl.Prompts, tokens: list[list[int]], positions: list[int] | None
@@ -336,8 +346,10 @@ def test_a_run_in_parts_is_refused_where_a_scale_changes(make_model: ToyModel, p
     tokens = torch.tensor([patch.query])
     with patch.applied(model):
         model.run(tokens)
-        with pytest.raises(ValueError, match=r"expected all \d+ tokens of the query in one run, got"):
+        with pytest.raises(ValueError, match=r"expected all \d+ tokens of the query in one run of one row, got 1 at"):
             model.run(tokens[:, :-1])
+        with pytest.raises(ValueError, match=r"expected all \d+ tokens of the query in one run of one row, got 2 at"):
+            model.run(tokens.repeat(2, 1))
         with pytest.raises(ValueError, match=r"expected (all \d+ tokens of )?the query"):
             icl.capture(model, alone, progress=False)
 
@@ -406,6 +418,60 @@ def test_queries_that_are_not_there_and_prompts_that_do_not_fit_are_refused(hand
         icl.PromptError, match="expected prompts of at most 512 tokens, the context of tiny, got one of"
     ):
         icl.build_exact_patch(model, replace(hand_made, queries=((7,) * 603, (8,))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_patch_that_is_not_exact_where_it_is_applied_is_refused(hand_made: icl.Prompts, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    patch = icl.build_exact_patch(model, hand_made)
+    apply(patch, model)
+    fingerprint = model.fingerprint()
+    for stream in (patch.stream * 1.5, patch.stream.index_fill(0, torch.tensor([1]), 0)):
+        with pytest.raises(ValueError, match=r"expected a patch that gives the in-context residual stream, got rel"):
+            apply(replace(patch, stream=stream), model)
+    assert model.fingerprint() == fingerprint
+    assert model.mlp_changes == ()
+
+
+def test_a_patch_is_refused_in_a_model_with_other_hooks(hand_made: icl.Prompts) -> None:
+    model = tiny_model()
+    patch = icl.build_exact_patch(model, hand_made)
+    model.wrapped.add_hook("blocks.0.attn.hook_out", lambda output, hook: output * 0.5)
+    with pytest.raises(ValueError, match=r"expected a patch that gives the in-context .*: the model has other hooks"):
+        apply(patch, model)
+
+
+def test_momentum_inside_the_block_is_refused(hand_made: icl.Prompts) -> None:
+    model = tiny_model(dtype=torch.float64)
+    patch = icl.build_exact_patch(model, hand_made)
+    with (
+        patch.applied(model),
+        momentum_attention(model, 0.5),
+        pytest.raises(
+            ValueError, match=r"expected a run of 'tiny', which the patch was built for, got one of 'tiny [+]"
+        ),
+    ):
+        model.run(torch.tensor([patch.query]))
+    with momentum_attention(model, 0.5):
+        patch = icl.build_exact_patch(model, hand_made)
+        in_context = last_logits(model, patch.prompt)
+        with patch.applied(model):
+            assert relative_error(last_logits(model, patch.query), in_context) < 1e-12
+
+
+def test_the_first_capture_may_be_inside_the_block(hand_made: icl.Prompts) -> None:
+    """The check of the pass, which runs other prompts, comes with the first capture."""
+    model = tiny_model(dtype=torch.float64)
+    prompts = hand_made.first(1)
+    patch = icl.build_exact_patch(model, prompts)
+    with patch.applied(model):
+        assert model.pass_residual is None
+        patched = icl.capture(model, prompts.zero_shot())
+        assert model.mlp_changes
+        with pytest.raises(ValueError, match="expected the query that the patch was built for"):
+            model.run(torch.tensor([[0, 13, 14]]))
+    expected = icl.capture(model, prompts).label_log_probs
+    torch.testing.assert_close(patched.label_log_probs, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_another_change_of_weights_stays_below_the_patch(hand_made: icl.Prompts) -> None:

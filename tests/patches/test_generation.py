@@ -1,6 +1,7 @@
 """Generation with a patch for each token: against plain generation, and against weights with the patch in them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.models import tiny_model
-from icl_dual.patches.generation import FORMS, Generation, generate_patched
+from icl_dual.patches.generation import FORMS, Form, Generation, generate_patched
 
 ToyModel = Callable[..., icl.Model]
-PATCHED = ("naive", "stable", "beside")
+PATCHED: tuple[Form, ...] = ("naive", "stable", "beside")
 MATRICES = {
     "gpt2": {"in": "mlp.c_fc"},
     "llama": {"gate": "mlp.gate_proj", "in": "mlp.up_proj", "out": "mlp.down_proj"},
@@ -157,10 +158,49 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(icl.ArgumentError, match="expected forms"):
         generate_patched(model, PROMPTS, forms=("clever",))  # pyright: ignore[reportArgumentType]
     with pytest.raises(icl.PromptError, match=rf"expected at most {model.n_ctx} tokens, .* got a prompt of 11 and n_t"):
-        generate_patched(model, PROMPTS, n_tokens=model.n_ctx - 10)
+        generate_patched(model, PROMPTS, n_tokens=model.n_ctx - 9)
     upcast = tiny_model(dtype=torch.bfloat16, arithmetic=torch.float32)
     with pytest.raises(icl.UnsupportedModelError, match="computes in the precision of its weights, got tiny in bfloat"):
         generate_patched(upcast, PROMPTS)
+
+
+def test_the_last_token_may_lie_after_the_context() -> None:
+    model = tiny_model()
+    query = (10,) * (model.n_ctx - len(PROMPTS.prefix))
+    full = replace(PROMPTS, queries=(query,), gold=(0,))
+    assert generate_patched(model, full, n_tokens=1, forms=("cached",)).agreement("cached") == 1
+    with pytest.raises(icl.PromptError, match=f"got a prompt of {model.n_ctx} and n_tokens=2"):
+        generate_patched(model, full, n_tokens=2)
+
+
+@pytest.mark.parametrize("form", ["naive", "stable"])
+def test_forms_that_compute_with_the_weights_alone_are_refused_inside_a_patch(form: Form) -> None:
+    model = tiny_model(dtype=torch.float64)
+    with icl.build_shared_patch(model, PROMPTS).applied(model):
+        with pytest.raises(ValueError, match="expected a model without a patch for the forms naive and stable"):
+            generate_patched(model, PROMPTS, n_tokens=1, forms=("beside", form))
+        assert generate_patched(model, PROMPTS, n_tokens=1, forms=("beside",)).errors["beside"].item() < 1e-12
+
+
+@pytest.mark.parametrize("form", PATCHED)
+def test_inputs_of_zero_are_refused(make_model: ToyModel, form: Form) -> None:
+    model = tiny_model()
+    model.wrapped.blocks[1].ln2.original_component.weight.data.zero_()
+    with pytest.raises(ValueError, match="layer 1: expected an input of the MLP other than zero, got one of norm 0"):
+        generate_patched(model, PROMPTS, n_tokens=1, forms=(form,))
+    assert generate_patched(model, PROMPTS, n_tokens=1, forms=("cached",)).agreement("cached") == 1
+    model = make_model("gemma3-window")
+    model.wrapped.blocks[2].mlp.out.original_component.weight.data[5] = 0
+    with pytest.raises(ValueError, match="layer 2: expected what the MLP writes to be other than zero in every dim"):
+        generate_patched(model, PROMPTS, n_tokens=1, forms=(form,))
+
+
+@pytest.mark.parametrize("form", PATCHED)
+def test_zeros_before_a_norm_are_no_change_where_nothing_lacks(make_model: ToyModel, form: Form) -> None:
+    model = make_model("gemma3-window")
+    model.wrapped.blocks[2].mlp.out.original_component.weight.data[5] = 0
+    result = generate_patched(model, PROMPTS.zero_shot(), n_tokens=1, forms=(form,))
+    assert result.errors[form].item() < 1e-6
 
 
 def test_a_mixture_of_experts_is_refused(models_by_architecture: ToyModel) -> None:

@@ -250,6 +250,19 @@ def test_bad_arguments_are_refused(tiny: icl.Model, run: Callable[..., Attention
         run(tiny, reference)
 
 
+def test_a_function_vector_acts_at_each_querys_last_token(tiny: icl.Model) -> None:
+    """Queries of different lengths run in one batch, padded."""
+    vector = icl.build_function_vector(icl.capture(tiny, PROMPTS, fields=("attn_out",), progress=False), 0)
+    with vector.applied(tiny):
+        in_context = torch.stack(
+            [tiny.run(torch.tensor([[*PROMPTS.prefix, *suffix]]))[0, -1].detach() for suffix in PROMPTS.suffixes]
+        )
+        runs = run_inserted(tiny, PROMPTS), run_relaxed(tiny, PROMPTS, layers=[])
+    for run in runs:
+        torch.testing.assert_close(run.in_context_logits, in_context, rtol=1e-4, atol=1e-5)
+        assert run.relative_error.max() < 1e-5
+
+
 def test_one_query_has_no_others_to_fit_to(tiny: icl.Model) -> None:
     with pytest.raises(ValueError, match="expected at least 2 queries for scale='held-out', got 1"):
         run_relaxed(tiny, PROMPTS.first(1), scale="held-out")

@@ -93,6 +93,13 @@ def test_a_ridge_that_is_negative_or_no_number_is_refused(ridge: float, n_rows: 
         sums(draw(0, n_rows, 6), draw(1, n_rows, 4)).solve(ridge)
 
 
+@pytest.mark.parametrize(("d_in", "d_out"), [(3, 1), (1, 1), (2, 3)])
+def test_sums_over_rows_of_other_widths_do_not_add_up(d_in: int, d_out: int) -> None:
+    statistics = RidgeStatistics.empty(d_in=2, d_out=1)
+    with pytest.raises(ValueError, match=f"expected sums over rows of the same widths, got .* {d_in} → {d_out}"):
+        _ = statistics + RidgeStatistics.empty(d_in=d_in, d_out=d_out)
+
+
 def test_arguments_of_the_wrong_kind_or_width_are_refused() -> None:
     with pytest.raises(icl.ArgumentError, match="expected d_in"):
         RidgeStatistics.empty(d_in=0, d_out=4)

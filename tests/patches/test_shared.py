@@ -332,6 +332,8 @@ def test_a_zero_hidden_activation_has_no_thought_matrix(hand_made: icl.Prompts) 
     assert statistics.mean_patch().norm > 0
     with pytest.raises(ValueError, match="layer 1: expected inputs of the down projection other than zero, got"):
         statistics.thought_matrix()
+    with pytest.raises(ValueError, match="layer 1: expected inputs of the down projection other than zero, got zeros"):
+        statistics.ridge_patch()
 
 
 def test_a_truncated_patch_is_the_closest_of_its_rank(hand_made: icl.Prompts, tmp_path: Path) -> None:
@@ -356,12 +358,29 @@ def test_mixtures_of_experts_are_refused(models_by_architecture: ToyModel, hand_
         icl.build_shared_patch(models_by_architecture("gptoss-window"), hand_made)
 
 
-@pytest.mark.parametrize("relative_ridge", [0.0, -0.1])
-def test_no_ridge_with_fewer_queries_than_hidden_activations_is_refused(
-    hand_made: icl.Prompts, relative_ridge: float
-) -> None:
+def test_no_ridge_with_fewer_queries_than_hidden_activations_is_refused(hand_made: icl.Prompts) -> None:
     with pytest.raises(ValueError, match="expected ridge"):
-        icl.build_shared_patch(tiny_model(), hand_made, relative_ridge=relative_ridge)
+        icl.build_shared_patch(tiny_model(), hand_made, relative_ridge=0.0)
+
+
+def test_a_negative_ridge_is_refused_by_the_name_and_number_of_the_argument(hand_made: icl.Prompts) -> None:
+    with pytest.raises(ValueError, match=r"expected relative_ridge of at least 0, got -0\.5"):
+        icl.build_shared_patch(tiny_model(), hand_made, relative_ridge=-0.5)
+
+
+def test_layers_with_fewer_directions_are_filled_up_with_zeros(hand_made: icl.Prompts) -> None:
+    """With a λ that is small against HᵀH, directions without rows are left out, and layers differ in their number."""
+    sums = icl.sum_statistics(tiny_model(dtype=torch.float64), hand_made)
+    gram, cross = sums.gram.clone(), sums.cross.clone()
+    h, t = draw(0, gram.shape[1]), draw(1, cross.shape[1])
+    gram[1], cross[1] = torch.outer(h, h), torch.outer(t, h)  # the same query four times
+    patch = replace(sums, gram=gram, cross=cross).ridge_patch(1e-9)
+    left, right = patch.factors["out"]
+    assert left.shape[-1] == right.shape[-1] == len(hand_made.queries)
+    assert torch.linalg.matrix_rank(left @ right.mT, rtol=1e-6).tolist() == [len(hand_made.queries), 1]
+    torch.testing.assert_close(left[1] @ right[1].mT, torch.outer(t, h) / h.square().sum(), rtol=1e-7, atol=1e-9)
+    same = sums.ridge_patch(1e-9).factors["out"]
+    assert torch.equal(left[0], same.left[0])
 
 
 def test_arguments_of_the_wrong_kind_are_refused(hand_made: icl.Prompts) -> None:

@@ -142,6 +142,39 @@ def test_bad_arguments_are_refused() -> None:
         patched_logits(tiny_model(dtype=torch.float64), patch)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "positions"),
+    [
+        ([[0, 10, 11, 12]], None),
+        ([[0, 13, 14]], [0, 10, 11]),
+        ([[0, 10, 11, 13]], [0, 10, 11, 12]),
+        ([[0, 10, 11, 12], [0, 13, 14, 12]], [0, 10, 11, 12]),
+    ],
+    ids=["from position 0", "another query", "another token", "another row"],
+)
+def test_other_tokens_and_positions_are_refused(tokens: list[list[int]], positions: list[int] | None) -> None:
+    model = tiny_model()
+    patch = build_value_patch(model, PROMPTS)
+    at = None if positions is None else torch.tensor(positions)
+    message = (
+        r"expected the query that the patch of 'tiny' was built for, \[0, 10, 11, 12\] at positions \[0, 10, 11, 12\]"
+    )
+    with patch.applied(model), pytest.raises(ValueError, match=message):
+        model.run(torch.tensor(tokens), positions=at)
+    model.run(torch.tensor(tokens), positions=at)
+
+
+def test_momentum_inside_the_block_is_refused() -> None:
+    model = tiny_model()
+    patch = build_value_patch(model, replace(PROMPTS, start=()))
+    with (
+        patch.applied(model),
+        momentum_attention(model, 0.1),
+        pytest.raises(ValueError, match=r"the patch of 'tiny' was built for.* of 'tiny [+] momentum"),
+    ):
+        model.run(torch.tensor([patch.query]), positions=torch.tensor(patch.positions))
+
+
 def test_heads_that_write_zeros_are_refused() -> None:
     model = tiny_model()
     model.wrapped.blocks[1].attn.v.original_component.weight.data.zero_()
