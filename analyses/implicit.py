@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -345,7 +345,7 @@ def changes(bench: Bench, benches: Mapping[Run, Bench], ranks: Sequence[int]) ->
         yield Change("another task's function vector", lambda: bench.vector_effect(of_task), of_task)
     yield Change(tables.EXACT, bench.exact_effect)
     for name, scale in RELAXED.items():
-        yield Change(name, lambda scale=scale: bench.relaxed_effect(scale))
+        yield Change(name, partial(bench.relaxed_effect, scale))
 
 
 def _after(runs: Sequence[Run], run: Run) -> Run:
