@@ -192,7 +192,8 @@ def prompt_from_parts(
             template puts in front: none, one or several tokens.
 
     Returns:
-        The prompt. White space in one token with the text after it belongs to the source of that text.
+        The prompt. White space in one token with text before or after it belongs to the source of that text, and a
+        token of white space alone to the source of its first character.
 
     Raises:
         PromptError: there is no part, a part has no token, its name is `start token`, or a token covers characters of

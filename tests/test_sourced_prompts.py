@@ -52,6 +52,22 @@ def test_white_space_belongs_to_the_text_in_one_token_with_it() -> None:
     assert prompt.texts == ("red", " box")
 
 
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [(("a", "\nb"), [("a\n", "x"), ("b", "y")]), (("b\n", "\na"), [("b", "x"), ("\n\n", "x"), ("a", "y")])],
+)
+def test_white_space_belongs_to_the_text_before_in_one_token_with_it_and_alone_to_its_first_character(
+    parts: tuple[str, str], expected: list[tuple[str, str]]
+) -> None:
+    merges = [("a", "Ċ"), ("Ċ", "Ċ")]
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "Ċ": 2, "aĊ": 3, "ĊĊ": 4}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    prompt = icl.prompt_from_parts(list(zip("xy", parts, strict=True)), fast, start="")
+    sources = [prompt.names[source] for source in prompt.sources]
+    assert list(zip(prompt.texts, sources, strict=True)) == expected
+
+
 def test_a_border_within_a_token_is_refused_with_its_text_and_position() -> None:
     with pytest.raises(
         PromptError, match=r"a border within ' box', token 1 of the text, after character 6 \('red bo'\)"
