@@ -46,9 +46,9 @@ class Patch(Saved):
         self._check_widths(check_axes(self))
 
     def _check_widths(self, axes: dict[str, int]) -> None:
-        """Check that the factors of all parts, the bias and the scale are of one MLP."""
-        vector = "scale" if self.bias is None else "bias"
-        widths = {"d_model": (vector, axes["d_model"])} if "d_model" in axes else {}
+        """Check that the factors of all parts, and the fields with an axis `d_model`, are of one MLP."""
+        vectors = (name for name in ("bias", "scale", "stream") if getattr(self, name, None) is not None)
+        widths = {"d_model": (next(vectors), axes["d_model"])} if "d_model" in axes else {}
         for part, low_rank in self.factors.items():
             written, read = ("d_model", "d_hidden") if part == "out" else ("d_hidden", "d_model")
             for side, width, factor in zip(low_rank._fields, (written, read), low_rank, strict=True):
