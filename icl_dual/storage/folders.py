@@ -136,7 +136,7 @@ def check_writable(
             if not os.access(target, os.W_OK):
                 raise PermissionError(errno.EACCES, "Permission denied")
             if files is not None:
-                _check_files(target, files)
+                check_replaceable(target, files, None)
         clean_scratch(place)
         with _scratch(place) as scratch:
             (scratch / "probe").write_bytes(bytes(4096))
@@ -260,6 +260,19 @@ def check_replaceable(folder: Path, files: Collection[str], metadata: Mapping[st
     Raises:
         AssetError: the folder holds other files, or another result.
     """
+    for _ in range(_ATTEMPTS):
+        before = _identity(folder)
+        try:
+            return _check_replaceable(folder, files, metadata)
+        except (AssetError, FileNotFoundError):
+            if before is not None and _identity(folder) == before:
+                raise
+            # Another process has replaced it meanwhile: what was read may be of neither folder.
+    raise OSError(errno.EBUSY, "other processes keep replacing it")
+
+
+def _check_replaceable(folder: Path, files: Collection[str], metadata: Mapping[str, Any] | None) -> None:
+    """Check a folder that stays the same meanwhile."""
     if not folder.exists() or not _files(folder):
         return
     _check_files(folder, files)
@@ -331,6 +344,15 @@ def _swap(scratch: Path, target: Path) -> None:
         with suppress(FileNotFoundError):  # another process has set it aside just now
             target.rename(aside)
     raise OSError(errno.EBUSY, "other processes keep replacing it")
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Return what tells a folder from another one that takes its name later; `None` where it is missing."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _put_back(aside: Path, folder: Path) -> None:

@@ -235,6 +235,34 @@ def test_threads_that_write_one_folder_at_once_end_with_one_of_theirs(tmp_path: 
     assert names(tmp_path) == ["cell"]
 
 
+@pytest.mark.parametrize("read", ["_files", "read_json"])
+def test_a_folder_that_another_process_replaces_while_it_is_checked_is_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    folder, n_gone = tmp_path / "cell", 0
+    save_tensors(folder, {"x": torch.zeros(1)}, {"class": "X"})
+    reading = getattr(folders, read)
+
+    def while_it_is_gone(path: Path) -> object:
+        nonlocal n_gone
+        if n_gone < 3 and path.parts[: len(folder.parts)] == folder.parts:
+            n_gone += 1
+            folder.rename(tmp_path / "gone")
+            try:
+                # `_files` lists the folder that was there when it began.
+                return sorted(path.iterdir()) if path == folder else reading(path)
+            finally:
+                (tmp_path / "gone").rename(folder)
+        return reading(path)
+
+    monkeypatch.setattr(folders, read, while_it_is_gone)
+    save_tensors(folder, {"x": torch.ones(1)}, {"class": "X"})
+    assert n_gone == 3
+    assert load_tensors(folder)[0]["x"] == 1
+    with pytest.raises(icl.AssetError, match="with a saved X"):
+        save_tensors(folder, {"x": torch.ones(1)}, {"class": "Y"})
+
+
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
