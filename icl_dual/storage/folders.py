@@ -394,6 +394,8 @@ def _is_in_use(scratch: Path) -> bool:
     try:
         lock.acquire(timeout=0)
         lock.release()
+        if {path.name for path in _children(scratch)} <= {_LOCK}:  # deleted meanwhile; the lock made it again
+            shutil.rmtree(scratch, ignore_errors=True)
     except Timeout:
         return True
     except FileNotFoundError:

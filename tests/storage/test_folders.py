@@ -215,6 +215,21 @@ def test_scratch_in_use_stays_and_other_scratch_goes(tmp_path: Path) -> None:
     assert not locked.exists()
 
 
+def test_asking_for_a_lock_leaves_no_scratch_that_its_process_deletes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between_renames(tmp_path, "cell", pid=os.getpid())
+    acquire = FileLock.acquire
+
+    def acquire_late(lock: FileLock, *args, **kwargs) -> object:
+        shutil.rmtree(Path(lock.lock_file).parent, ignore_errors=True)
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
+    recover(tmp_path / "cell")
+    assert names(tmp_path) == []
+
+
 def test_threads_that_write_one_folder_at_once_end_with_one_of_theirs(tmp_path: Path) -> None:
     errors: list[BaseException] = []
 
