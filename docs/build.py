@@ -71,7 +71,7 @@ def module_page(name: str) -> str:
     """Return the page of a module. A package's page has its docstring alone: what it exports is its modules'."""
     is_package = module_path(name).name == "__init__.py"
     options = "    options:\n      members: false\n" if is_package else ""
-    return f"# {name}\n\n::: icl_dual.{name}\n{options}"
+    return f"# icl_dual.{name}\n\n::: icl_dual.{name}\n{options}"
 
 
 def modules_page() -> str:
@@ -265,8 +265,8 @@ def formula(match: re.Match[str]) -> str:
     from latex2mathml.converter import convert
 
     if match.group(1):
-        return f'<div class="formula">{convert(match.group(1).strip(), display="block")}</div>'
-    return convert(match.group(2))
+        return f'<div style="overflow-x: auto">{convert(match.group(1).strip(), display="block")}</div>'
+    return f"<span>{convert(match.group(2))}</span>"  # math alone, at the begin of a line, would be a block
 
 
 class Links(HTMLParser):

@@ -261,12 +261,12 @@ with torch.no_grad():
     expected, unpatched = model.run(in_context)[0, -1], model.run(alone)[0, -1]
     with patch.applied(model):
         patched = model.run(alone)[0, -1]
-errors = {
+relative_errors = {
     name: float((logits - expected).norm() / expected.norm())
     for name, logits in {"patched": patched, "unpatched": unpatched}.items()
 }
-print("relative error, patched below 1e-5:", errors["patched"] < 1e-5)
-print(f"relative error, unpatched: {errors['unpatched']:.1f}")
+print("relative error, patched below 1e-5:", relative_errors["patched"] < 1e-5)
+print(f"relative error, unpatched: {relative_errors['unpatched']:.1f}")
 
 # %% [markdown]
 # This is so by construction, for any weights and any context, and for this one token. It is no evidence for gradient
