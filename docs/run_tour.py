@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 SCRIPT = Path(__file__).with_name("tour.py")
@@ -41,6 +40,8 @@ def read_script() -> NotebookNode:
 
 def run() -> NotebookNode:
     """Return the script as a notebook with its outputs."""
+    from nbclient import NotebookClient
+
     notebook = read_script()
     NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False).execute()
     # The version of Python and the order of execution are of this run only.

@@ -1,16 +1,14 @@
 """The tour: script and notebook hold the same code, outputs are clean, and the code runs and prints what they say."""
 
 import re
-import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import run_tour
 
 import icl_dual as icl
 
@@ -19,27 +17,16 @@ PATHS = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|content)/|[A-Z]:\\\\")
 
 
 @pytest.fixture(scope="module")
-def tour() -> Iterator[ModuleType]:
-    """The script that runs the tour."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "docs")
-        import run_tour
-
-        yield run_tour
-        sys.modules.pop("run_tour")
-
-
-@pytest.fixture(scope="module")
-def notebook(tour: ModuleType) -> nbformat.NotebookNode:
-    return nbformat.read(tour.NOTEBOOK, as_version=4)
+def notebook() -> nbformat.NotebookNode:
+    return nbformat.read(run_tour.NOTEBOOK, as_version=4)
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_script_and_notebook_hold_the_same_cells(tour: ModuleType, notebook: nbformat.NotebookNode) -> None:
-    expected = [(cell.cell_type, cell.source, cell.id) for cell in tour.read_script().cells]
+def test_script_and_notebook_hold_the_same_cells(notebook: nbformat.NotebookNode) -> None:
+    expected = [(cell.cell_type, cell.source, cell.id) for cell in run_tour.read_script().cells]
     assert [(cell.cell_type, cell.source, cell.id) for cell in notebook.cells] == expected, "run docs/run_tour.py"
 
 
@@ -58,11 +45,11 @@ def test_outputs_have_no_error_no_warning_and_no_path(notebook: nbformat.Noteboo
     assert not PATHS.search(str([notebook.metadata, [cell.metadata for cell in notebook.cells]]))
 
 
-def test_the_notebook_has_figures_a_table_and_is_small(tour: ModuleType, notebook: nbformat.NotebookNode) -> None:
+def test_the_notebook_has_figures_a_table_and_is_small(notebook: nbformat.NotebookNode) -> None:
     data = [output.data for output in outputs(notebook) if output.output_type != "stream"]
     assert sum("image/png" in formats for formats in data) >= 6
     assert any("text/html" in formats for formats in data)
-    assert tour.NOTEBOOK.stat().st_size < 2_000_000
+    assert run_tour.NOTEBOOK.stat().st_size < 2_000_000
 
 
 def test_the_badge_opens_the_notebook_where_the_repository_has_an_address(notebook: nbformat.NotebookNode) -> None:
@@ -73,7 +60,6 @@ def test_the_badge_opens_the_notebook_where_the_repository_has_an_address(notebo
 
 
 def test_the_code_runs_and_prints_the_lines_of_the_notebook(
-    tour: ModuleType,
     notebook: nbformat.NotebookNode,
     few_layers: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,12 +73,12 @@ def test_the_code_runs_and_prints_the_lines_of_the_notebook(
     capsys.readouterr()
     lines = []
     try:
-        for code in tour.code(notebook):
+        for code in run_tour.code(notebook):
             exec(compile(code, "docs/tour.py", "exec"), scope)
-            lines.append(tour.without_numbers(capsys.readouterr().out))
+            lines.append(run_tour.without_numbers(capsys.readouterr().out))
     finally:
         icl.set_progress(True)
-    assert lines == tour.printed(notebook)
+    assert lines == run_tour.printed(notebook)
     assert scope["errors"].shape == (20, 3), "the linear layer's error signals"
     assert scope["decomposition"].residual < 1e-5
     assert [*scope["comparisons"]] == ["right labels", "flipped labels", "untrained model"]
