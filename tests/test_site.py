@@ -4,10 +4,10 @@ import ast
 import re
 from pathlib import Path
 
+import build_site
 import pytest
 from test_structure import MODULES
 
-import build
 from icl_dual.metrics import formulas
 from icl_dual.metrics.catalogue import BUILT_IN, Metric
 
@@ -16,8 +16,8 @@ METRICS = (ROOT / "docs" / "metrics.md").read_text()
 
 
 def test_what_is_generated_is_up_to_date() -> None:
-    outdated = [str(path.relative_to(ROOT)) for path, text in build.written().items() if path.read_text() != text]
-    assert outdated == [], "run python docs/build.py --write"
+    outdated = [str(path.relative_to(ROOT)) for path, text in build_site.written().items() if path.read_text() != text]
+    assert outdated == [], "run python docs/build_site.py --write"
 
 
 def test_every_public_module_has_a_page_and_no_other() -> None:
@@ -30,11 +30,11 @@ def test_every_public_module_has_a_page_and_no_other() -> None:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    paths = [path for _, _, path in build.navigation()]
+    paths = [path for _, _, path in build_site.navigation()]
     pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
-    assert pages | {"README.md", "CONTRIBUTING.md", build.TOUR} <= {*paths}
+    assert pages | {"README.md", "CONTRIBUTING.md", build_site.TOUR} <= {*paths}
     assert len(paths) == len({*paths})
-    assert all((ROOT / path).exists() for path in paths if path != build.TOUR)
+    assert all((ROOT / path).exists() for path in paths if path != build_site.TOUR)
 
 
 def test_llms_txt_names_every_page_and_what_one_reads_it_for() -> None:
@@ -42,7 +42,7 @@ def test_llms_txt_names_every_page_and_what_one_reads_it_for() -> None:
     assert lines[0] == "# icl_dual"
     assert lines[2].startswith("> ")
     links = [match for line in lines if (match := re.fullmatch(r"- \[.+\]\((.+?)\)(: .+)?", line))]
-    assert len(links) == len(build.navigation())
+    assert len(links) == len(build_site.navigation())
     for match in links:
         assert (ROOT / match[1]).is_file(), match[1]
         assert match[2] or match[1] in ("README.md", "CONTRIBUTING.md", "docs/index.md", "figures/README.md")
@@ -80,26 +80,26 @@ def test_examples_of_docstrings_become_sections() -> None:
     """
     return 1
 '''
-    changed = build.with_examples(source)
+    changed = build_site.with_examples(source)
     docstring = ast.get_docstring(ast.parse(changed).body[0])  # type: ignore[arg-type]
     assert docstring == "Return 1.\n\nExamples:\n    >>> f()\n    1\n\nText.\n\nExamples:\n    >>> f()\n    1"
 
 
 def test_examples_of_all_docstrings_change_headings_and_indentation_only() -> None:
-    for name in build.modules():
-        source = build.module_path(name).read_text()
+    for name in build_site.modules():
+        source = build_site.module_path(name).read_text()
         before, after = (
             [line.strip() for line in text.splitlines() if line.strip() not in ("Example:", "Examples:")]
-            for text in (source, build.with_examples(source))
+            for text in (source, build_site.with_examples(source))
         )
         assert before == after, name
 
 
 def test_formulas_outside_of_code_are_found() -> None:
     text = "A $x_1$ and `$y$`, for $5 or 6$:\n\n$$a\n= b$$\n\n```sh\necho $HOME $PATH\n```\n"
-    pieces = build.CODE.split(text)
+    pieces = build_site.CODE.split(text)
     prose = "".join(piece for at, piece in enumerate(pieces) if at % 2 == 0)
-    matches = [match[1] or match[2] for match in build.FORMULA.finditer(prose)]
+    matches = [match[1] or match[2] for match in build_site.FORMULA.finditer(prose)]
     assert matches == ["x_1", "5 or 6", "a\n= b"]
 
 
@@ -107,8 +107,8 @@ def test_links_of_the_built_site_are_checked(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "a").mkdir()
     (tmp_path / "index.html").write_text('<a href="a/#there">1</a><a href="b.html">2</a><img src="https://x.org/y">')
     (tmp_path / "a" / "index.html").write_text('<h2 id="here"></h2><a href="../">3</a><a href="#here">4</a>')
-    monkeypatch.setattr(build, "SITE", tmp_path)
-    assert build.broken_links() == ["index.html links to a/#there", "index.html links to b.html"]
+    monkeypatch.setattr(build_site, "SITE", tmp_path)
+    assert build_site.broken_links() == ["index.html links to a/#there", "index.html links to b.html"]
 
 
 def test_a_link_to_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_link_to_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / folder).mkdir()
     for name in ("README.md", "CONTRIBUTING.md", "llms.txt"):
         (tmp_path / name).write_text("[figures](figures/)" if name == "README.md" else "")
-    monkeypatch.setattr(build, "ROOT", tmp_path)
-    monkeypatch.setattr(build, "STAGED", tmp_path / "pages")
+    monkeypatch.setattr(build_site, "ROOT", tmp_path)
+    monkeypatch.setattr(build_site, "STAGED", tmp_path / "pages")
     with pytest.raises(FileNotFoundError, match=r"expected links to files, got a link to .*figures"):
-        build.stage()
+        build_site.stage()

@@ -1,7 +1,7 @@
 """Build the documentation site from the pages of the repository, by mkdocs and by Zensical.
 
-    python docs/build.py            # stage the pages, build them by both, check every link of the result
-    python docs/build.py --write    # first write what is generated in the repository
+    python docs/build_site.py            # stage the pages, build them by both, check every link of the result
+    python docs/build_site.py --write    # first write what is generated in the repository
 
 Generated and committed are a page for each module (`docs/api/`), their part of the navigation in `mkdocs.yml`, the
 range and null of each metric in `docs/metrics.md`, and `llms.txt`. The pages link to files outside of `docs/`, such as
@@ -32,7 +32,7 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\s](?:[^$\n]*[^$\s])?)\$", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)\s#]+)")
 NOTEBOOK, TOUR = "docs/tour.ipynb", "docs/tour.md"
 """The tour in the repository, and as a page of the site."""
-MODULES_BEGIN = "  # The modules, written by docs/build.py.\n"
+MODULES_BEGIN = "  # The modules, written by docs/build_site.py.\n"
 HEADINGS = {
     "arguments": "Arguments and results",
     "dual": "Mathematics",
