@@ -16,7 +16,11 @@ METRICS = (ROOT / "docs" / "metrics.md").read_text()
 
 
 def test_what_is_generated_is_up_to_date() -> None:
-    outdated = [str(path.relative_to(ROOT)) for path, text in build_site.written().items() if path.read_text() != text]
+    outdated = [
+        str(path.relative_to(ROOT))
+        for path, text in build_site.written().items()
+        if not path.exists() or path.read_text() != text
+    ]
     assert outdated == [], "run python docs/build_site.py --write"
 
 
@@ -53,7 +57,7 @@ def test_every_metric_has_its_section(metric: Metric) -> None:
     (section,) = re.findall(rf"^### {re.escape(metric.name)}\n(.*?)(?=^##|\Z)", METRICS, flags=re.MULTILINE | re.DOTALL)
     facts, *definition = section.strip().split("\n\n")
     assert re.fullmatch(r"Range: \S+ to \S+\. .*Interval: .*", facts)
-    text = "\n\n".join(definition)
+    text = " ".join(" ".join(definition).split())
     assert len(text.partition("*Against it:*")[0]) > 20, "it has a definition"
     assert len(text.partition("*Against it:*")[2].partition("*Code:*")[0]) > 5, "what is known against it"
     assert text.partition("*Code:*")[2].strip(), "it has its code"
