@@ -53,6 +53,8 @@ def modules() -> list[str]:
     paths = [path.relative_to(ROOT / "icl_dual").with_suffix("") for path in (ROOT / "icl_dual").rglob("*.py")]
     parts = [path.parts[:-1] if path.name == "__init__" else path.parts for path in paths]
     public = [names for names in parts if names and not any(name.startswith("_") for name in names)]
+    if unlisted := sorted({names[0] for names in public} - {*order}):
+        raise SystemExit(f"expected every module in the table of CONTRIBUTING.md, got {unlisted}: add them there")
     return [".".join(names) for names in sorted(public, key=lambda names: (order.index(names[0]), names))]
 
 
