@@ -50,7 +50,8 @@ def modules() -> list[str]:
     """Return the names of all modules below `icl_dual`, without the package's: as in the table of CONTRIBUTING.md."""
     table = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
     order = [name.rstrip("/") for row in table for name in re.findall(r"`(\w+/?)`", row)]
-    paths = [path.relative_to(ROOT / "icl_dual").with_suffix("") for path in (ROOT / "icl_dual").rglob("*.py")]
+    files = [path for path in (ROOT / "icl_dual").rglob("*.py") if (path.parent / "__init__.py").exists()]
+    paths = [path.relative_to(ROOT / "icl_dual").with_suffix("") for path in files]
     parts = [path.parts[:-1] if path.name == "__init__" else path.parts for path in paths]
     public = [names for names in parts if names and not any(name.startswith("_") for name in names)]
     if unlisted := sorted({names[0] for names in public} - {*order}):
