@@ -1,17 +1,17 @@
 """The duality between attention and gradient descent, on plain tensors.
 
 1. A linear layer trained by gradient descent is the untrained layer plus linear attention over what it was trained on
-   (equations 7–9 of Dai et al., 2023): (W_0 + Σ_i e_i ⊗ x_i) x = W_0 x + Σ_i e_i (x_iᵀ x).
-2. Attention without softmax and scale is therefore a linear layer: F̃(q) = (W_ZSL + ΔW_ICL) q, with
-   ΔW_ICL = Σ_i v_i ⊗ k_i over the demonstrations (11–12). Finetuning adds ΔW_FT instead (13).
+    (equations 7–9 of Dai et al., 2023): (W_0 + Σ_i e_i ⊗ x_i) x = W_0 x + Σ_i e_i (x_iᵀ x).
+2. Attention without softmax and scale is therefore a linear layer: F̃(q) = (W_ZSL + ΔW_ICL) q, with ΔW_ICL = Σ_i v_i ⊗
+    k_i over the demonstrations (11–12). Finetuning adds ΔW_FT instead (13).
 3. Softmax attention itself splits exactly by groups of keys. For one query row with scores s_j,
 
-       z_G = Σ_{j∈G} softmax_G(s)_j v_j        attention restricted to the group G
-       lse_G = log Σ_{j∈G} exp(s_j)            the group's weight, up to a common factor
+        z_G = Σ_{j∈G} softmax_G(s)_j v_j        attention restricted to the group G
+        lse_G = log Σ_{j∈G} exp(s_j)            the group's weight, up to a common factor
 
-   and attention over two groups is z = z_0 + w (z_demo − z_0), where w = σ(lse_demo − lse_0) is the second group's
-   share of the softmax. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning adds
-   to the zero-shot attention z_0: equation 11 without its relaxation.
+    and attention over two groups is z = z_0 + w (z_demo − z_0), where w = σ(lse_demo − lse_0) is the second group's
+    share of the softmax. With the demonstrations as that group, ΔICL = w (z_demo − z_0) is what in-context learning
+    adds to the zero-shot attention z_0: equation 11 without its relaxation.
 4. Two updates are compared by their singular value decompositions, and with an update of random directions.
 
 Keys and values keep their own number of heads (`kv_head`), which groups of query heads share.

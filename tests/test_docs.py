@@ -151,6 +151,11 @@ def test_the_commands_are_the_two_promised() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["docs/metrics.md", "docs/faq.md"])
+def test_pages_that_repeat_numbers_say_what_the_model_is(name: str) -> None:
+    assert "SmolLM2-135M-Instruct, Q4_1, dequantised" in text_of(name)
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/findings.md"])
 def test_pages_with_numbers_say_what_the_models_are(name: str) -> None:
     text = text_of(name)
@@ -476,8 +481,54 @@ def test_the_page_on_patches_runs(run_page: Run) -> None:
     assert len(ran) >= 5
 
 
+def test_the_page_on_getting_started_runs(run_page_on_first_layers: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page_on_first_layers("docs/getting_started.md"):
+        ran.append(heading)
+        if heading == "Your data":
+            assert printed.startswith("Task('reviews', ")
+            assert sum(scope["task"].pool_sizes.values()) == 60
+        elif heading == "Run and compare":
+            assert "SimAOU" in printed
+        elif heading == "A figure, and a result to keep":
+            assert Path("simaou.pdf").stat().st_size > 5_000
+            assert "SimAOU" in Path("comparison.csv").read_text()
+    assert ran == ["Your data", "Your model", "Run and compare", "A figure, and a result to keep"]
+
+
+def test_the_page_on_the_idea_runs(run_page_on_first_layers: Run) -> None:
+    ran = {heading: printed for heading, _, printed in run_page_on_first_layers("docs/idea.md")}
+    assert ran == {"Dual form": "True\n", "Exact split": "True\n"}
+
+
+def test_the_page_on_metrics_runs(run_page_on_first_layers: Run) -> None:
+    (_, scope, general), (heading, _, inflated) = run_page_on_first_layers("docs/metrics.md")
+    value, shape, baselines = general.splitlines()
+    assert re.fullmatch(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]", value)
+    assert shape == "torch.Size([6, 2])"
+    assert baselines.startswith("('SimAOU random update', ")
+    assert {*scope["comparison"].per_layer} <= {*metrics()}
+    assert heading == "SimAOU"
+    assert [float(line) for line in inflated.splitlines()] == pytest.approx([0.25, 0], abs=0.011)
+
+
+def test_the_page_of_questions_runs(run_page_on_first_layers: Run) -> None:
+    ran = {}
+    for heading, scope, printed in run_page_on_first_layers("docs/faq.md"):
+        ran[heading] = printed
+        assert scope["model"].momentum is None
+    momentum, similar, error_signal = ran.values()
+    assert momentum == "tiny + momentum η=0.1\n"
+    assert similar.count("tensor(") == 2
+    assert error_signal == "True True\n"
+
+
 def test_no_page_has_code_that_is_not_run() -> None:
     names = (
+        "getting_started",
+        "idea",
+        "metrics",
+        "faq",
         "guide",
         "tasks",
         "prompts",
