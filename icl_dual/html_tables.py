@@ -64,7 +64,8 @@ def sparkline(values: Sequence[float | int], along: str) -> str:
     label = html.escape(f"{len(values)} values by {along}, from {number(low)} to {number(high)}")
     return (
         f'<svg role="img" aria-label="{label}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="currentColor" '
-        f'stroke-linecap="round"><title>{label}</title>{zero}<path d="{"".join(path)}" stroke-width="1.3"/></svg>'
+        f'stroke-linecap="round" style="vertical-align: middle"><title>{label}</title>{zero}'
+        f'<path d="{"".join(path)}" stroke-width="1.3"/></svg>'
     )
 
 
@@ -80,7 +81,7 @@ def _row(line: Line) -> str:
     graphic = sparkline(line.values, line.along)
     along = f"{html.escape(line.along)} {graphic}".strip() if graphic else ""
     texts = "".join(f"<td>{text}</td>" for text in (html.escape(line.axes), *cells, along))
-    return f'<tr><th scope="row">{html.escape(line.name)}</th>{texts}</tr>'
+    return f'<tr><th scope="row" style="text-align: left">{html.escape(line.name)}</th>{texts}</tr>'
 
 
 def _at_most(values: Sequence[float | int], n: int) -> Sequence[float | int]:

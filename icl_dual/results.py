@@ -116,12 +116,13 @@ def tensors_table(result: object) -> str:
         >>> "<td>layer=2 head=3 d_head=4</td><td>2</td><td>2</td>" in tensors_table(Heads(torch.ones(2, 3, 4)))
         True
     """
-    lines = [_line(path, hint.dim_str.split(), value) for path, hint, value in _annotated(type(result), result, "")]
+    annotated = _annotated(type(result), result, "")
+    lines = [tensor_line(path, hint.dim_str.split(), value) for path, hint, value in annotated]
     return lines_table(repr(result), lines)
 
 
-def _line(name: str, axes: Sequence[str], tensor: Tensor) -> Line:
-    """Return a tensor as a row of a table."""
+def tensor_line(name: str, axes: Sequence[str], tensor: Tensor) -> Line:
+    """Return a tensor as a row of a table, by the rules of `tensors_table`."""
     sizes = " ".join(f"{axis}={size}" for axis, size in zip(axes, tensor.shape, strict=True))
     has_tokens = any(axis.endswith(("pos", "token")) for axis in axes)
     if not axes or has_tokens or not tensor.is_floating_point():

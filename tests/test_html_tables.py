@@ -97,7 +97,7 @@ def experiment(llama: icl.Model, prompts: icl.Prompts) -> icl.Experiment:
 
 def test_numbers_are_norms_of_vectors_and_means_over_the_rest(experiment: icl.Experiment) -> None:
     decomposition = experiment.decompose()
-    table = rows(decomposition._repr_html_())
+    table = rows(tensors_table(decomposition))
     n_queries, n_layers, n_heads = decomposition.mass.shape[:3]
     norms = [
         sum(decomposition.delta_icl[q, layer, h].norm().item() for q in range(n_queries) for h in range(n_heads))
@@ -107,6 +107,11 @@ def test_numbers_are_norms_of_vectors_and_means_over_the_rest(experiment: icl.Ex
     expected = [f"{value:.3g}" for value in (sum(norms) / n_layers, min(norms), max(norms))]
     assert table["delta_icl"][:4] == [f"query={n_queries} layer={n_layers} head={n_heads} d_head=8", *expected]
     assert table["delta_icl"][4].strip() == "layer"
+    curated = rows(decomposition._repr_html_())
+    assert curated["‖ΔICL‖"] == table["delta_icl"]
+    assert curated["direct share"][1] == f"{decomposition.direct_share.nanmean(0).nanmean():.3g}"
+    direct = decomposition.direct.norm(dim=-1).mean(0)
+    assert curated["‖direct‖"][1:4] == [f"{value:.3g}" for value in (direct.mean(), direct.min(), direct.max())]
     norms = experiment.delta.W_V.flatten(1).norm(dim=1)
     assert table.keys() >= {"mass", "relaxation/update_cosine", "residuals/split", "W_O"}
     assert rows(experiment.delta._repr_html_())["W_V"][1] == f"{norms.mean():.3g}"
