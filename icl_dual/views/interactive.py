@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import os
 import string
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import checked
 from icl_dual.captures.capture import Capture
 from icl_dual.decomposition import Decomposition
 from icl_dual.field_docs import document_fields
@@ -53,7 +54,7 @@ class InteractiveView:
         )
 
     @checked
-    def save(self, path: NameOrPath) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the view as one HTML file, which works from the disk without a network.
 
         Args:

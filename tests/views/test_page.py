@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interactive_view import find_browser
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, ViewportSize, sync_playwright
 from viewed import captured_pair, random_terms
 
 import icl_dual as icl
@@ -31,8 +31,9 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Opened]:
     """Open a view, or the HTML around one, from disk with the network off; no request and no error may follow."""
     requests, errors, contexts = [], [], []
 
-    def open_page(view: InteractiveView | str, **options: Any) -> Page:
-        context = browser.new_context(offline=True, **{"viewport": {"width": 1280, "height": 800}} | options)
+    def open_page(view: InteractiveView | str, width: int = 1280, color_scheme: Any = None) -> Page:
+        viewport: ViewportSize = {"width": width, "height": 800}
+        context = browser.new_context(offline=True, viewport=viewport, color_scheme=color_scheme)
         contexts.append(context)
         path = tmp_path / f"{len(contexts)}.html"
         path.write_text(view if isinstance(view, str) else view.page, encoding="utf-8")
@@ -61,8 +62,9 @@ def view(decomposition: icl.Decomposition, llama: icl.Model, prompts: icl.Prompt
     return icl.view(decomposition, QUERY, zero_shot=captured_pair(llama, prompts)["zero_shot"])
 
 
-def number(text: str) -> float:
+def number(text: str | None) -> float:
     """The number that a text ends with."""
+    assert text
     return float(re.split(r"[ ,]", text.strip())[-1].replace("\u2212", "-"))
 
 
@@ -99,10 +101,12 @@ def test_a_click_on_a_head_shows_the_numbers_of_this_head(
         assert selected(page).startswith(f"layer {layer}, head {head}:")
         frame = decomposition.by_token(QUERY, layer, head)
         expected = [
-            [float(frame[name][piece.first : piece.last + 1].sum()) for name in ("icl_share", "weight")]
+            [frame[name].to_numpy()[piece.first : piece.last + 1].sum() for name in ("icl_share", "weight")]
             for piece in view.terms.pieces
         ]
-        torch.testing.assert_close(torch.tensor(token_numbers(page)), torch.tensor(expected), atol=1e-5, rtol=6e-3)
+        torch.testing.assert_close(
+            torch.tensor(token_numbers(page)), torch.tensor(expected).float(), atol=1e-5, rtol=6e-3
+        )
         sums = table(page, "icl-sums")
         for group, name in enumerate(decomposition.groups[1:], start=1):  # this model has no sink
             mass = decomposition.mass[QUERY, layer, head, group].item()
@@ -285,7 +289,7 @@ def test_text_can_be_read_on_every_colour_and_signs_without_colour(opened: Opene
 
 @pytest.mark.parametrize("width", [360, 700])
 def test_narrow_windows_need_no_sideways_scrolling(opened: Opened, view: InteractiveView, width: int) -> None:
-    page = opened(view, viewport={"width": width, "height": 700})
+    page = opened(view, width=width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     cell(page, 2, 3).click()
     assert selected(page).startswith("layer 2, head 3")

@@ -63,7 +63,7 @@ def test_tokens_have_the_weights_and_contributions_of_plain_attention(
             by_head.append((weights * is_demo)[:, None] * (values - z_0) @ W_O[layer, head])
             expected = [weights[piece.first : piece.last + 1].sum() for piece in terms.pieces]
             np.testing.assert_allclose(weight.values[layer, head], expected, atol=1e-6)
-        direct = sum(added.sum(0) for added in by_head)
+        direct = np.sum([added.sum(0) for added in by_head], axis=0)
         for head, added in enumerate(by_head):
             shares = added @ direct / (direct @ direct)
             expected = [shares[piece.first : piece.last + 1].sum() for piece in terms.pieces]
