@@ -117,6 +117,10 @@ def test_pieces_are_the_text_in_order_and_characters_of_several_tokens_are_one(
     characters = {piece.text for piece in terms.pieces if piece.last > piece.first}
     assert {"评", "论"} <= characters, "of several tokens each in this vocabulary"
     assert not any("\ufffd" in piece.text for piece in terms.pieces)
+    for numbers in terms.quantities:
+        for group, name in enumerate(terms.groups):
+            units = [piece.unit for piece in terms.pieces if piece.group == group]
+            torch.testing.assert_close(numbers.values[..., units].sum(-1), numbers.sums[..., group], msg=name)
 
 
 def test_a_capture_by_token_has_its_numbers_by_token_and_sums_by_source(llama: icl.Model, prompts: icl.Prompts) -> None:
