@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from icl_dual import assets
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import NameOrPath, checked, near_misses
 from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.rows import Rows, TaskError
 from icl_dual.tasks import Protocol, Task, field_names
@@ -182,8 +182,8 @@ def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, pr
         return task_from_yaml(name, source)
     if name not in _registered:
         raise TaskError(
-            f"expected a task out of {list(_registered)}, got {name!r}: choose one of these, or make your own with "
-            "icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
+            f"expected a task out of {list(_registered)}, got {name!r}{near_misses(name, _registered)}: choose one of "
+            "these, or make your own with icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
         )
     registered = _registered[name]
     if isinstance(registered, Task):

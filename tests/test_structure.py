@@ -37,6 +37,8 @@ LAYERS = (
     ("provenance", "study"),
     ("pretraining",),
     ("plots",),
+    ("scripts",),
+    ("cli",),
 )
 """What stands above may be imported by what stands below, and never the other way."""
 
