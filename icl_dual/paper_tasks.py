@@ -89,6 +89,9 @@ PAPER_K = {name: task.k for name, task in _PAPER_TASKS.items()}
 PAPER_LABELS = {name: task.label_words for name, task in _PAPER_TASKS.items()}
 """The label words of the paper's tasks, in the order of label indices."""
 
+PAPER_TEMPLATES = {name: task.template for name, task in _PAPER_TASKS.items()}
+"""The paper's templates, by task."""
+
 TaskFactory = Callable[[str | PathLike[str] | None, Protocol], Task]
 """Makes a task from a source of rows and a protocol, as `load_task` takes them."""
 

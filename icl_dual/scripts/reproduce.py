@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def plan(args: argparse.Namespace, model: str) -> list[icl.Cell]:
     """Return the cells of a model: one for each task and seed."""
 
-    def of_preset(name: str, task: str) -> float | None:
+    def of_preset(name: str, task: str) -> float | int | None:
         return PRESETS[args.preset][name][PAPER["tasks"].index(task)] if args.preset else None
 
     def rate(task: str) -> float:
@@ -286,8 +286,8 @@ Protocol: `{cell.protocol}` (recorded {paper_tables.RECORDED[cell.protocol]}). F
     write_text(out / "README.md", text)
 
 
-def write(args: argparse.Namespace) -> None:
-    """Run the cells that are not finished, and write all tables and figures."""
+def write(args: argparse.Namespace) -> Results:
+    """Run the cells that are not finished, write all tables and figures, and return the finished cells."""
     model = random_model(args.preset, args.rehearse, args.out / "models") if args.rehearse else args.model
     results = icl.run_study(
         plan(args, model),
@@ -308,6 +308,7 @@ def write(args: argparse.Namespace) -> None:
         chat_form.write(results, args.out, device=args.device, **precision(args))
     write_readme(results, args, args.out)
     print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")
+    return results
 
 
 STOPPED = "Finished cells stay in {out}/cells; the same command goes on from them."
