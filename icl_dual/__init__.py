@@ -52,6 +52,7 @@ from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load
 from icl_dual.tasks import Task, TaskError
 from icl_dual.texts import Chat
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
+from icl_dual.views import InteractiveView, view
 
 __version__ = version("icl-dual")
 
@@ -100,6 +101,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "decompose",
     "compare_updates",
     "capture_sources",
+    "view",
     "summarise",
     "measure_order_sensitivity",
     "build_exact_patch",
@@ -133,6 +135,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "MassiveActivations",
     "Decomposition",
     "SourceAttention",
+    "InteractiveView",
     "UpdateComparison",
     "DeltaSummary",
     "OrderSensitivity",

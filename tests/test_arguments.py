@@ -96,6 +96,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         sourced,
         captured,
         captured.show(0, 0),
+        icl.view(captured),
         icl.build_value_patch(model, prompts),
         icl.run_relaxed(model, prompts),
         icl.generate_patched(model, prompts, n_tokens=1),

@@ -27,6 +27,7 @@ LAYERS = (
     ("massive_activations",),
     ("decomposition",),
     ("source_attention",),
+    ("views",),
     ("finetuning",),
     ("patches",),
     ("updates", "order_sensitivity"),
