@@ -68,7 +68,7 @@ def near_misses(name: str, known: Iterable[str]) -> str:
         >>> near_misses("sst3", ("sst2", "sst5", "mr")), near_misses("nosuch", ("sst2", "mr"))
         (" (did you mean 'sst5' or 'sst2'?)", '')
     """
-    matches = difflib.get_close_matches(name, list(known))
+    matches = difflib.get_close_matches(name, list(dict.fromkeys(known)))
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 

@@ -29,7 +29,7 @@ def make_parser() -> ScriptParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = ScriptParser(prog="icl-dual", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"icl-dual {icl.__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in MODULES:
         module.add_commands(subparsers)
     for command in dict.fromkeys(subparsers.choices.values()):
@@ -51,8 +51,13 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the arguments of a command."""
-    return make_parser().parse_args(argv)
+    """Read the arguments of a command; without one, show the help and end with exit status 2."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

@@ -99,7 +99,8 @@ def write_tables(results: Sequence[icl.CellResult], out: Path) -> None:
     headline = pd.concat(summaries, ignore_index=True)
     headline = headline[["seed", *(name for name in headline.columns if name != "seed")]]
     write_csv(out / "metrics.csv", headline, float_format="%.6g")
-    write_text(out / "metrics.md", markdown(headline, floatfmt=".3f") + "\n")
+    texts = [f"Seed {result.cell.seed}:\n\n```text\n{result.comparison}\n```\n" for result in results]
+    write_text(out / "metrics.md", "\n".join(texts))
     numbers = pd.concat([result.to_frame() for result in results])
     numbers["model"] = numbers["model"].map(short)
     write_csv(out / "results.csv", numbers, float_format="%.6g")
@@ -108,13 +109,13 @@ def write_tables(results: Sequence[icl.CellResult], out: Path) -> None:
 def write_figure(results: Sequence[icl.CellResult], out: Path) -> None:
     """Draw the metrics by layer, with what they are held against, and how often each label is predicted."""
     comparisons = [result.comparison for result in results]
-    fig, rows = panels(2, rows=2, sharex=False, height=2.9)
+    fig, rows = panels(2, rows=2, sharex=False, sharey="none", height=3.2)
     axes = [ax for row in rows for ax in row]
     for metric, ax in zip(LAYERWISE, axes, strict=False):
         icl.plots.layers(comparisons, metric, ax=ax)
-        ax.legend(fontsize=7)
     icl.plots.label_counts(comparisons, results[0].provenance["label_words"], ax=axes[-1])
-    axes[-1].legend(fontsize=7)
+    for ax in axes:  # below, where it covers no data
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)
     cell = results[0].cell
     title = f"{model_title(cell.model)} on {cell.task}, k = {cell.k}, lr = {cell.lr:g}, {cell.n_queries} queries"
     finish(fig, [], title, out / "comparison")
@@ -145,7 +146,7 @@ k = {k}, {n_queries} queries, seeds {seeds}, learning rate {lr:g}, {replicas} re
 def write_page(results: Sequence[icl.CellResult], task: icl.Task, out: Path) -> None:
     """Write the page that says how table and figure were made."""
     cell, provenance = results[0].cell, results[0].provenance
-    accuracies = pd.DataFrame({"seed": result.cell.seed, **result.comparison.accuracy} for result in results)
+    accuracies = pd.DataFrame({"seed": str(result.cell.seed), **result.comparison.accuracy} for result in results)
     text = PAGE.format(
         heading=HEADINGS[0],
         model=markdown_text(model_title(cell.model)),

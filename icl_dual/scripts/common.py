@@ -431,7 +431,7 @@ def file_stem(name: str) -> str:
 
 
 def panels(
-    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all"] = "row"
+    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all", "none"] = "row"
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
     size = max(7.5, 1.2 + 2.6 * n), 0.8 + height * rows

@@ -179,7 +179,7 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path, capsys
         (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999", 1),
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to ", 1),
         (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of ", 1),
-        (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3' (did you mean 'smollm2-135m'?): check its spelling", 2),
+        (("--lr", "0.001", "--model", "smollm3"), "'smollm3' (did you mean 'smollm2-135m'?): check its spelling", 2),
         (
             ("--lr", "0.001", "--protocol", "reference", "--balanced"),
             "expected balanced=False under the reference protocol, got balanced=True",
