@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -280,25 +280,22 @@ class ScriptParser(argparse.ArgumentParser):
         self._dependent, self._check_arguments = dependent, check
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, after defaults that depend on them are set."""
+        """Parse arguments after defaults that depend on them are set; refuse unknown ones with the near misses."""
         if self._dependent is not None:
             self.set_defaults(**self._dependent(super().parse_known_args(args)[0]))
-        parsed, rest = super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = [near_misses(word.split("=")[0], self._option_string_actions) for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(map(''.join, zip(unknown, near, strict=True)))}")
         if self._check_arguments is not None:
             try:
                 self._check_arguments(parsed)
             except argparse.ArgumentTypeError as error:
                 self.error(str(error))
-        return parsed, rest
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """End the script with exit status 2 and one line on stderr."""
-        start = "unrecognized arguments: "
-        if message.startswith(start):
-            options = list(_option_names(self))
-            words = message.removeprefix(start).split()
-            near = [near_misses(word.split("=")[0], options) if word.startswith("--") else "" for word in words]
-            message = start + " ".join(map("".join, zip(words, near, strict=True)))
         self.exit(2, f"error: {one_line(message)}\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -308,15 +305,6 @@ class ScriptParser(argparse.ArgumentParser):
             near = near_misses(str(value), known)
             message = f"expected one of {', '.join(known)}, got {value!r}{near}: check its spelling"
             raise argparse.ArgumentError(action, message)
-
-
-def _option_names(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the names of a parser's options and of those of its commands."""
-    for action in parser._actions:
-        yield from (name for name in action.option_strings if name.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _option_names(command)
 
 
 def script_parser(description: str | None, *parents: argparse.ArgumentParser, **options: Any) -> ScriptParser:
