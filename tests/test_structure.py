@@ -59,8 +59,13 @@ def area(module: str) -> str | None:
     return parts[1] if parts[0] == "icl_dual" and len(parts) > 1 else None
 
 
-def test_every_module_imports_without_a_warning() -> None:
-    code = "; ".join(f"import {name}" for name in MODULES)
+LOADED_ON_USE = ("scipy.stats", "gguf", "peft", "anywidget", "ipywidgets")
+"""What takes long to import or is optional: loaded by what uses it."""
+
+
+def test_every_module_imports_without_a_warning_and_icl_dual_loads_nothing_that_few_use() -> None:
+    imports = "; ".join(f"import {name}" for name in MODULES)
+    code = f"import sys, icl_dual; assert not sys.modules.keys() & {{*{LOADED_ON_USE}}}; {imports}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
