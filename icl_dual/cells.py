@@ -1,6 +1,8 @@
 """`Cell` and `CellResult`: one comparison of a model on a task, by its settings and as it was saved."""
 
 import hashlib
+import html
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,10 +18,13 @@ from icl_dual.contexts import Context
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig, Lora
 from icl_dual.finetuning.replicas import REPLICAS, check_replicas
+from icl_dual.html_tables import Line, lines_table, number
+from icl_dual.metrics.catalogue import metrics
 from icl_dual.metrics.comparison import Comparison
 from icl_dual.models import Control, control_name
 from icl_dual.recordings.recordings import Recordings
 from icl_dual.scoring import Scoring
+from icl_dual.statistics.frames import html_table
 from icl_dual.storage import METADATA, TENSORS, load_tensors
 from icl_dual.tasks import Protocol, Split
 
@@ -207,6 +212,9 @@ class CellResult:
     def __repr__(self) -> str:
         return f"CellResult({self.folder.name!r}, {self.comparison!r})"
 
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.folder.name)}</p>{self.comparison._repr_html_()}"
+
     def recordings(self) -> Recordings:
         """Return what the metrics were computed from, for a cell that was run with `keep_recordings=True`.
 
@@ -225,6 +233,23 @@ class CellResult:
         for position, key in enumerate(keys):
             frame.insert(position, key, getattr(self.cell, key))
         return frame
+
+
+class CellResults(list[CellResult]):
+    """The finished cells of a study, in order: a list that Jupyter shows as a table."""
+
+    def _repr_html_(self) -> str:
+        headlines = [metric.name for metric in metrics().values() if metric.headline]
+        by_query = [result.comparison.by_query() for result in self]
+        means = {
+            name: [float(values[name].nanmean()) if name in values else math.nan for values in by_query]
+            for name in headlines
+        }
+        names = [result.folder.name for result in self]
+        texts = {name: [number(value) for value in by_cell] for name, by_cell in means.items()}
+        lines = [Line(name, f"cell={len(by_cell)}", "cell", by_cell) for name, by_cell in means.items()]
+        caption = f"{len(self)} cells, means over queries"
+        return lines_table(caption, lines) + html_table(pd.DataFrame({"cell": names} | texts))
 
 
 @checked

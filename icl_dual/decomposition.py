@@ -32,10 +32,11 @@ from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
 from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.field_docs import document_fields
+from icl_dual.html_tables import lines_table
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.momentum import decay_matrix
 from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths
-from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
+from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value, tensor_line
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import NOT_SAVED, Saved
@@ -425,6 +426,18 @@ class Decomposition(Saved):
         cls, tensors: dict[str, Tensor], metadata: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {_OLD_NAMES.get(name, name): tensor for name, tensor in tensors.items()}, metadata
+
+    def _repr_html_(self) -> str:
+        lines = [
+            tensor_line("demonstration mass", ("query", "layer", "head"), self.demonstration_mass),
+            tensor_line("‖ΔICL‖", ("query", "layer", "head", "d_head"), self.delta_icl),
+            tensor_line("‖direct‖", ("query", "layer", "d_model"), self.direct),
+            tensor_line("‖inherited‖", ("query", "layer", "d_model"), self.inherited),
+            tensor_line("direct share", ("query", "layer"), self.direct_share),
+            tensor_line("cos(ΔW_ICL q, ΔICL)", ("query", "layer", "head"), self.relaxation.update_cosine),
+            tensor_line("residual of the split", ("layer",), self.residuals.split),
+        ]
+        return lines_table(repr(self), lines)
 
     def __repr__(self) -> str:
         n_queries, n_layers, n_heads = self.mass.shape[:3]

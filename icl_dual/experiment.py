@@ -22,6 +22,7 @@ from icl_dual.finetuning.replicas import (
     finetune_with_replicas,
 )
 from icl_dual.finetuning.weight_delta import WeightDelta
+from icl_dual.html_tables import Line, lines_table
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
 from icl_dual.models import Model, NonFiniteError
@@ -208,6 +209,20 @@ class Experiment(Saved):
                     f"{missing}: run the experiment with fields=icl_dual.{group}, or with "
                     "fields=icl_dual.METRIC_FIELDS + icl_dual.DECOMPOSE_FIELDS for all methods"
                 )
+
+    def _repr_html_(self) -> str:
+        lines = []
+        for name in ("zero_shot", "in_context", "finetuned"):
+            counts = getattr(self, name).predictions.bincount(minlength=len(self.in_context.prompts.labels))
+            lines.append(Line(f"predictions, {name}", f"label={len(counts)}", "label", counts.tolist()))
+        lines += [
+            Line("loss before each step", f"step={len(self.delta.losses)}", "step", self.delta.losses.tolist()),
+            *(
+                Line(f"‖Δ{name}‖", f"layer={len(delta)}", "layer", delta.norm(dim=(1, 2)).tolist())
+                for name, delta in (("W_K", self.delta.W_K), ("W_V", self.delta.W_V))
+            ),
+        ]
+        return lines_table(repr(self), lines)
 
     def __repr__(self) -> str:
         prompts = self.in_context.prompts

@@ -1,9 +1,13 @@
-"""Progress bars: one wrapper around tqdm for every module, and one switch that silences them all."""
+"""Progress bars: one wrapper around tqdm for every module, and one switch that silences them all.
+
+A terminal shows a bar, a notebook a widget, and a pipe or a file a line from time to time.
+"""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -12,6 +16,12 @@ from icl_dual.arguments import checked
 
 SILENCING_VARIABLE = "TQDM_DISABLE"
 """The environment variable that silences every bar, tqdm's own: any value but `0`, `false` or nothing."""
+
+SECONDS_BETWEEN_LINES = 10
+"""The least time between two lines of a bar that is written into a pipe or a file."""
+
+_IS_WIDGET = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+"""Whether bars are widgets, as in notebooks. Importing `tqdm.notebook` to compare the class would import ipywidgets."""
 
 _enabled = True
 
@@ -41,13 +51,32 @@ def progress_enabled() -> bool:
 def progress_bar(iterable: Iterable | None = None, *, show: bool = True, leave: bool = False, **options: Any) -> tqdm:
     """Return a tqdm bar that obeys `set_progress` and `TQDM_DISABLE`.
 
+    Where stderr is neither a terminal nor a notebook's, the bar is written as lines, without control characters.
+
     Args:
         iterable: what to iterate over; `None` for a bar that is updated by hand.
         show: whether the caller wants a bar.
         leave: keep the finished bar on the screen.
         options: tqdm's own, such as `total`, `desc` and `unit`.
     """
+    if not _IS_WIDGET and not (sys.stderr is None or sys.stderr.isatty()):
+        options = {"file": _Lines(sys.stderr), "mininterval": SECONDS_BETWEEN_LINES} | options
     return tqdm(iterable, disable=not (show and progress_enabled()), leave=leave, **options)
+
+
+class _Lines:
+    """A stream for tqdm that writes each state of a bar as a line of its own, and nothing that moves a cursor."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.replace("\x1b[A", "").strip()
+        if line:
+            self.stream.write(f"{line}\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ between settings are of the tokens that both have.
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -27,6 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from icl_dual.arguments import Count, checked
+from icl_dual.html_tables import Line, lines_table
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens
 from icl_dual.results import check_range
@@ -127,6 +129,25 @@ class Prompts:
             f"tokens, after {len(self.demonstrations)} demonstrations in {len(self.prefix)} tokens, "
             + "".join(f"{note}, " for note in notes if note)
             + f"protocol={self.protocol!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        counts = Counter(self.gold)
+        lengths = {"demonstration": self.demonstrations, "query": self.queries, "label": self.labels}
+        return lines_table(
+            repr(self),
+            [
+                *(
+                    Line(f"tokens of each {axis}", f"{axis}={len(texts)}", axis, [len(tokens) for tokens in texts])
+                    for axis, texts in lengths.items()
+                ),
+                Line(
+                    "queries of each label",
+                    f"label={len(self.labels)}",
+                    "label",
+                    [counts[label] for label in range(len(self.labels))],
+                ),
+            ],
         )
 
     @property

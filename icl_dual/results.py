@@ -15,6 +15,8 @@ import torch
 from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor
 
+from icl_dual.html_tables import Line, lines_table
+
 Class = TypeVar("Class", bound=type)
 
 ROUNDING = 1e-3
@@ -91,6 +93,48 @@ class BaseResult:
 
     def __post_init__(self) -> None:
         check_axes(self)
+
+    def _repr_html_(self) -> str:
+        return tensors_table(self)
+
+
+def tensors_table(result: object) -> str:
+    """Return a result as an HTML table for notebooks: its `repr`, and a row for each of its tensors.
+
+    A number is the norm over axes of vectors (`d_head`, `d_model`, …) and the mean over the others, along the layers
+    or, without layers, the first axis. What is undefined is left out of means. Of integers, and of tensors with an axis
+    of tokens, which may be padded, the axes alone are listed.
+
+    Args:
+        result: a dataclass or named tuple, with tensors that are annotated by jaxtyping.
+
+    Example:
+        >>> from jaxtyping import Float
+        >>> @dataclasses.dataclass
+        ... class Heads:
+        ...     z: Float[Tensor, "layer head d_head"]
+        >>> "<td>layer=2 head=3 d_head=4</td><td>2</td><td>2</td>" in tensors_table(Heads(torch.ones(2, 3, 4)))
+        True
+    """
+    annotated = _annotated(type(result), result, "")
+    lines = [tensor_line(path, hint.dim_str.split(), value) for path, hint, value in annotated]
+    return lines_table(repr(result), lines)
+
+
+def tensor_line(name: str, axes: Sequence[str], tensor: Tensor) -> Line:
+    """Return a tensor as a row of a table, by the rules of `tensors_table`."""
+    sizes = " ".join(f"{axis}={size}" for axis, size in zip(axes, tensor.shape, strict=True))
+    has_tokens = any(axis.endswith(("pos", "token")) for axis in axes)
+    if not axes or has_tokens or not tensor.is_floating_point():
+        return Line(name, sizes)
+    along = axes.index("layer") if "layer" in axes else 0
+    vectors = [at for at, axis in enumerate(axes) if axis.startswith("d_") and axis != "d_vocab" and at != along]
+    others = [at for at in range(len(axes)) if at != along and at not in vectors]
+    values = tensor.detach().double()
+    values = values.norm(dim=vectors, keepdim=True) if vectors else values
+    values = values.masked_fill(values.isinf(), torch.nan)
+    values = values.nanmean(dim=others, keepdim=True) if others else values
+    return Line(name, sizes, axes[along], values.flatten().tolist())
 
 
 def check_axes(result: object, /, **lengths: tuple[str, int]) -> dict[str, int]:

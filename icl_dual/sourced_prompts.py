@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from icl_dual.arguments import Index, checked
+from icl_dual.html_tables import Line, lines_table
 from icl_dual.models import Model
 from icl_dual.models.tokenization import (
     TokenisedText,
@@ -82,6 +83,13 @@ class SourcedPrompt:
                 f"expected sources with at least one token each, got none for {empty[0]!r}: leave this source out, or "
                 "give it text of its own"
             )
+
+    def _repr_html_(self) -> str:
+        counts = Counter(self.sources)
+        by_source = [counts[index] for index in range(len(self.names))]
+        return lines_table(
+            repr(self), [Line("tokens of each source", f"source={len(self.names)}", "source", by_source)]
+        )
 
     def __repr__(self) -> str:
         counts = Counter(self.sources)

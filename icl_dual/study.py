@@ -20,7 +20,7 @@ import torch
 from icl_dual.arguments import checked
 from icl_dual.assets import check_model_name, local_files
 from icl_dual.captures.capture import Capture, capture
-from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, StudyError, load_cell, read_settings
+from icl_dual.cells import CELL_FILES, RECORDINGS, Cell, CellResult, CellResults, StudyError, load_cell, read_settings
 from icl_dual.contexts import matching_training_steps, relabel
 from icl_dual.experiment import Experiment, Setting, add_replicas, capture_replicas, capture_settings
 from icl_dual.finetuning.replicas import Finetuned, finetune_with_replicas
@@ -347,7 +347,7 @@ def run_study(
             model, origin = current[cell.model_name]
             results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings, origin)
             bar.update()
-    return [results[cell] for cell in plan.folders]
+    return CellResults(results[cell] for cell in plan.folders)
 
 
 @checked

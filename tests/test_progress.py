@@ -1,5 +1,6 @@
 """Progress bars show when wanted and are silent when not: asked, switched off, or told by the environment."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import nbclient
+import nbformat
 import pytest
 from transformers.utils import logging as transformers_logging
 
 import icl_dual as icl
+from icl_dual import progress
 from icl_dual.progress import datasets_bars, progress_bar, progress_enabled, transformers_bars
 
 LIBRARY = Path(icl.__file__).parent
@@ -96,6 +100,68 @@ def test_a_script_writes_nothing_to_stderr_when_the_environment_silences_bars(va
     assert not done.stdout
     assert ("finetuning" in done.stderr) == shows
     assert bool(done.stderr) == shows
+
+
+def test_a_pipe_gets_lines_from_time_to_time_and_no_control_characters(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in progress_bar(range(3000), desc="counting", leave=True):
+        assert step >= 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2, "at the beginning and at the end: the steps in between took no ten seconds"
+    assert "0/3000" in lines[0]
+    assert "3000/3000" in lines[1]
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    with progress_bar(total=3, desc="outer", miniters=1) as outer:
+        for _ in progress_bar(range(2), desc="inner", miniters=1):
+            outer.update()
+    err = capfd.readouterr().err
+    assert [line.split(":")[0] for line in err.splitlines()] == ["outer", "inner", "outer", "inner", "outer", "inner"]
+    assert not set(err) & set("\r\x1b")
+
+
+def test_a_terminal_gets_a_bar_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert list(progress_bar(range(3), desc="counting")) == [0, 1, 2]
+    assert "\rcounting" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress_bar(range(3), show=False)) == [0, 1, 2]
+
+
+NOTEBOOK = [
+    """
+from icl_dual.progress import progress_bar
+import icl_dual as icl
+for _ in progress_bar(range(3), desc="counting", leave=True):
+    pass
+""",
+    """
+for _ in progress_bar(range(3), desc="fleeting"):
+    pass
+""",
+    """
+icl.set_progress(False)
+for _ in progress_bar(range(3), desc="silent", leave=True):
+    pass
+""",
+]
+
+
+def test_a_notebook_shows_bars_as_widgets_and_nothing_on_stderr() -> None:
+    """Run in a real kernel."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in NOTEBOOK])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    kept, fleeting, silent = (cell.outputs for cell in notebook.cells)
+    assert [output.output_type for output in (*kept, *fleeting)] == ["display_data"] * 2, "and no stream"
+    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"].state
+    states = {name: widget["state"] for name, widget in widgets.items()}
+    children = states[kept[0].data["application/vnd.jupyter.widget-view+json"]["model_id"]]["children"]
+    parts = [states[child.removeprefix("IPY_MODEL_")] for child in children]
+    assert "counting:\u2007100%" in parts[0]["value"]
+    assert (parts[1]["value"], parts[1]["max"], parts[1]["bar_style"]) == (3, 3, "success")
+    assert silent == []
 
 
 def test_transformers_bars_are_silenced_within_the_block_only() -> None:

@@ -436,3 +436,13 @@ def test_contradictions_made_by_hand_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         with_value(results[name], field, change(results[name])).__post_init__()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_show_themselves_in_notebooks(results: dict[str, Any], name: str) -> None:
+    page = results[name]._repr_html_()
+    assert "<table" in page
+    without_graphics = re.sub(r"<svg.*?</svg>", "", page)
+    assert re.search(r"<t[hd][^>]*>[^<]+</t[hd]>", without_graphics)
+    assert page.count("<svg") == page.count("</svg>")
+    assert len(page) < 100_000

@@ -26,6 +26,7 @@ from icl_dual.arguments import Seed, checked
 from icl_dual.captures.capture import Capture
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import WeightDelta
+from icl_dual.html_tables import Line, lines_table
 from icl_dual.metrics.batch import Batch, random_streams
 from icl_dual.metrics.catalogue import ABSENT, Metric, metrics
 from icl_dual.metrics.formulas import Rec2FTP, rec2ftp
@@ -287,7 +288,14 @@ class Comparison(Saved):
         return f"Comparison({len(self.gold)} queries, {settings}{by_rule}, Rec2FTP={self.rec2ftp}, {stability})"
 
     def _repr_html_(self) -> str:
-        return f"{html_table(self._printed())}<p>{html.escape(self._stability_in_words())}</p>"
+        headlines = [metric.name for metric in metrics().values() if metric.headline]
+        lines = [
+            Line(name, f"query={len(values)} layer={values.shape[1]}", "layer", values.double().nanmean(0).tolist())
+            for name, values in self.per_layer.items()
+            if name in headlines
+        ]
+        by_layer = lines_table("By layer, mean over queries", lines) if lines else ""
+        return f"{html_table(self._printed())}{by_layer}<p>{html.escape(self._stability_in_words())}</p>"
 
     def __str__(self) -> str:
         frame = self._printed()

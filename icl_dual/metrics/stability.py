@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_dual.field_docs import document_fields
-from icl_dual.results import check_axes, check_values, compare_by_value
+from icl_dual.results import check_axes, check_values, compare_by_value, tensors_table
 
 
 @document_fields
@@ -96,6 +96,9 @@ class Stability:
         """Return how far replicas move a metric down and up at each layer: at most 0, and at least 0."""
         shifts = self.layer_shifts[metric].nan_to_num(nan=0.0, posinf=torch.inf)
         return shifts.amin(0).clamp(max=0), shifts.amax(0).clamp(min=0)
+
+    def _repr_html_(self) -> str:
+        return tensors_table(self)
 
     def __repr__(self) -> str:
         diverged = f", {len(self.diverged)} diverged" if self.diverged else ""

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import html
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -122,6 +122,7 @@ def view(
     sources: SourcedPrompt | None = None,
     position: int = -1,
     tokenizer: Model | Any = None,
+    title: str | None = None,
 ) -> InteractiveView:
     """Return an interactive view of one prompt: tokens coloured by what they contribute at a chosen layer and head.
 
@@ -138,6 +139,7 @@ def view(
         position: of a capture by source, the index in its `positions` of the position that attends.
         tokenizer: the tokenizer that made the tokens, or the model that has it; needed for decompositions where the
             prompts have none. Of a capture by source, it names the tokens of logits.
+        title: the heading; by default the model's name and what prompt it is.
 
     Returns:
         The view. Jupyter shows it, `save("page.html")` writes it as one page that works without a network, and
@@ -162,15 +164,17 @@ def view(
     if isinstance(result, Decomposition):
         if sources is not None or position != -1:
             raise ValueError(
-                "expected sources and position with a SourceAttention only, got a Decomposition: leave out"
+                "expected sources and position with a SourceAttention only, got a Decomposition: leave them out"
             )
-        return InteractiveView(decomposition_terms(result, query, zero_shot, tokenizer))
-    if zero_shot is not None:
+        terms = decomposition_terms(result, query, zero_shot, tokenizer)
+    elif zero_shot is not None:
         raise ValueError(
             "expected zero_shot with a Decomposition only, got a SourceAttention: capture the zero-shot prompt, and "
             "view it by itself"
         )
-    return InteractiveView(source_terms(result, query, position, sources, tokenizer))
+    else:
+        terms = source_terms(result, query, position, sources, tokenizer)
+    return InteractiveView(terms if title is None else replace(terms, title=title))
 
 
 def _file(name: str) -> str:

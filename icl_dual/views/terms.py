@@ -290,8 +290,8 @@ def _without_demonstrations(
     rest = 1 - decomposition.demonstration_mass[query].double().unsqueeze(-1)
     values = weights.values[..., [piece.unit for piece in own]] / rest
     return Pane(
-        "In context, without the demonstrations (z₀)",
-        "Attention weights of the same pass, divided by what the demonstrations leave of the softmax.",
+        "Attention weight in context, without the demonstrations (z₀)",
+        "Of the in-context pass: weights divided by what the demonstrations leave of the softmax.",
         tuple(Piece(p.text, p.first, p.last, p.group, at) for at, p in enumerate(own)),
         values,
     )
@@ -334,8 +334,8 @@ def _zero_shot_run(decomposition: Decomposition, query: int, zero_shot: Capture,
         for layer, rule in enumerate(inputs.rules)
     ]
     return Pane(
-        "Zero-shot run",
-        "Attention weights of the run without demonstrations, at the same layer and head.",
+        "Attention weight in the zero-shot run",
+        "Of the run without demonstrations, at the same layer and head.",
         pieces,
         _by_piece(torch.stack(weights), pieces),
     )

@@ -30,8 +30,9 @@ function element(tag, attributes = {}, ...children) {
 /** A number with 3 significant digits and a sign that can be read without colour. */
 function format(value, signed) {
   if (!Number.isFinite(value)) return "undefined";
+  if (value === 0) return "0";
   const size = Math.abs(value);
-  const digits = size !== 0 && (size < 1e-3 || size >= 1e4) ? size.toExponential(2) : size.toPrecision(3);
+  const digits = size < 1e-3 || size >= 1e4 ? size.toExponential(2) : size.toPrecision(3);
   const text = digits.replace("e-", `e${MINUS}`).replace("e+", "e");
   return value < 0 ? MINUS + text : signed && value > 0 ? "+" + text : text;
 }
@@ -100,7 +101,7 @@ function mount(data, el, selection) {
   // The grid of layers and heads
   const gridTable = element("table", { role: "grid", class: "icl-grid", "aria-labelledby": `${id}-grid-title` });
   gridTable.append(
-    element("thead", {}, element("tr", { role: "row" }, element("td", {}),
+    element("thead", {}, element("tr", { role: "row" }, element("th", { role: "columnheader", "aria-label": "layer" }),
       ...Array.from({ length: nHeads }, (_, h) => element("th", { scope: "col", role: "columnheader" }, String(h))))),
   );
   const cells = [];
@@ -130,11 +131,9 @@ function mount(data, el, selection) {
   });
 
   // The prompt: one stop of the tab key, arrow keys move between tokens
+  const scroller = element("div", { class: "icl-scroll" }, gridTable);
   const tokens = element("div", { role: "listbox", class: "icl-tokens", "aria-labelledby": `${id}-tokens-title`, "aria-orientation": "horizontal" });
-  function tokenElement(pieces, index) {
-    const span = element("bdi", { class: "icl-token" }, visible(pieces.text[index]));
-    return span;
-  }
+  const tokenElement = (pieces, index) => element("bdi", { class: "icl-token" }, visible(pieces.text[index]));
   const tokenElements = data.pieces.text.map((_, index) => {
     const span = tokenElement(data.pieces, index);
     span.setAttribute("role", "option");
@@ -187,7 +186,7 @@ function mount(data, el, selection) {
       { class: "icl-columns" },
       element("section", { class: "icl-left" },
         element("h3", { id: `${id}-grid-title` }, "Layers (rows) and heads (columns)"),
-        element("div", { class: "icl-scroll" }, gridTable),
+        scroller,
         element("p", { class: "icl-note icl-grid-note" })),
       element("section", { class: "icl-middle" },
         element("h3", { id: `${id}-tokens-title` }, "In context"), legend, tokens, note, tableDetails),
@@ -255,11 +254,10 @@ function mount(data, el, selection) {
       span.setAttribute("aria-label", `${spoken(data.pieces.text[index])}, ${span.title}`);
       span.setAttribute("aria-selected", String(index === state.piece));
       span.tabIndex = index === state.focusPiece ? 0 : -1;
-      span.classList.toggle("icl-recorded", index === nPieces - 1);
+      span.classList.toggle("icl-recorded", data.pieces.first[index] <= data.recorded && data.recorded <= data.pieces.last[index]);
     });
-    const unsigned = q.signed ? [] : null;
-    legend.replaceChildren(...legendItems(most, unsigned === null));
-    note.textContent = q.note + (data.byPiece ? " Click a token, or press Enter on it, to see it in every head; Escape ends that." : "");
+    legend.replaceChildren(...legendItems(most, q.signed));
+    note.textContent = q.note + " The framed token attends." + (data.byPiece ? " Click a token, or press Enter on it, to see it in every head; Escape ends that." : "");
     const paneMost = panes.map((pane) => largest(pane.pieces.text.map((_, i) => unitValue(pane, at, i))));
     panes.forEach((pane, p) => paneElements[p].spans.forEach((span, index) => {
       const value = unitValue(pane, at, index);
@@ -268,13 +266,13 @@ function mount(data, el, selection) {
     }));
   }
 
-  function legendItems(most, unsigned) {
+  function legendItems(most, signed) {
     const swatch = (value) => {
       const box = element("span", { class: "icl-swatch" });
       paint(box, value, most);
-      return element("span", { class: "icl-legend-item" }, box, format(value, !unsigned));
+      return element("span", { class: "icl-legend-item" }, box, format(value, signed));
     };
-    return (unsigned ? [0, most / 2, most] : [-most, -most / 2, 0, most / 2, most]).map(swatch);
+    return (signed ? [-most, -most / 2, 0, most / 2, most] : [0, most / 2, most]).map(swatch);
   }
 
   function row(...values) {
@@ -322,8 +320,8 @@ function mount(data, el, selection) {
     const q = quantities[state.quantity], at = cell();
     const groups = q.grid.length === 1 ? data.groups[q.grid[0]] : "all demonstrations";
     const order = tokenElements.map((_, i) => i).sort((a, b) => Math.abs(unitValue(q, at, data.pieces.unit[b]) || 0) - Math.abs(unitValue(q, at, data.pieces.unit[a]) || 0));
-    const top = data.byPiece ? `; largest: “${spoken(data.pieces.text[order[0]])}” ${format(unitValue(q, at, data.pieces.unit[order[0]]), q.signed)}` : "";
-    status.textContent = `Layer ${data.layers[state.row]}, head ${state.head}. ${q.title} of ${groups}: ${format(sum(q.grid.map((g) => groupValue(q, at, g))), q.signed)}${top}.`;
+    const top = data.byPiece ? `; largest token “${spoken(data.pieces.text[order[0]])}” ${format(unitValue(q, at, data.pieces.unit[order[0]]), q.signed)}` : "";
+    status.textContent = `Layer ${data.layers[state.row]}, head ${state.head}: ${q.title} of ${groups} ${format(sum(q.grid.map((g) => groupValue(q, at, g))), q.signed)}${top}.`;
   }
 
   function draw() {
@@ -374,10 +372,16 @@ function mount(data, el, selection) {
     if (rowIndex >= 0) state.row = rowIndex;
     if (Number.isInteger(head) && head >= 0 && head < nHeads) state.head = head;
     draw();
+    scrollToChosen();
   }
+  function scrollToChosen() {
+    const box = cells[cell()];
+    scroller.scrollTop = box.offsetTop - scroller.clientHeight / 2;
+    scroller.scrollLeft = box.offsetLeft - scroller.clientWidth / 2;
+  }
+  el.replaceChildren(root);
   follow();
   selection.set(data.layers[state.row], state.head);
-  el.replaceChildren(root);
   return follow;
 }
 

@@ -17,7 +17,9 @@ def test_names_in_html_are_text_and_no_formulas() -> None:
 def test_sentences_in_html_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Comparison, "_printed", lambda self: pd.DataFrame({"metric": ["<i>"]}))
     monkeypatch.setattr(Comparison, "_stability_in_words", lambda self: "<b> is unstable")
-    page = Comparison._repr_html_(object.__new__(Comparison))
+    comparison = object.__new__(Comparison)
+    object.__setattr__(comparison, "per_layer", {})
+    page = comparison._repr_html_()
     assert "<b>" not in page
     assert "<i>" not in page
     assert page.endswith("<p>&lt;b&gt; is unstable</p>")
