@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -67,7 +67,7 @@ def progress_bar(iterable: Iterable | None = None, *, show: bool = True, leave: 
 class _Lines:
     """A stream for tqdm that writes each state of a bar as a line of its own, and nothing that moves a cursor."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> None:
