@@ -405,6 +405,20 @@ def test_the_page_on_sources_runs(run_page: Run) -> None:
     assert ran == ["Name the sources", "Capture", "Look at it", "Ablation", "In-context learning is one case"]
 
 
+def test_the_page_on_views_runs(run_page_on_first_layers: Run, tmp_path: Path) -> None:
+    scopes = {}
+    for heading, scope, printed in run_page_on_first_layers("docs/view.md"):
+        assert not printed, heading
+        scopes = scope
+    assert len(scopes["view"].terms.panes) == 2, "zero-shot beside in context"
+    titles = [numbers.title for numbers in scopes["by_logit"].terms.quantities]
+    labels = [scopes["model"].tokenizer.decode(list(label)) for label in scopes["prompts"].labels]
+    assert titles[:2] == [f"direct effect on the logit of {label!r}" for label in labels]
+    for page in ("prompt.html", "logits.html"):
+        assert "<title>" in (tmp_path / page).read_text(encoding="utf-8")
+    assert (scopes["widget"].layer, scopes["widget"].head) == (29, 7)
+
+
 def test_the_page_on_extensions_runs(run_page_on_first_layers: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tasks, "_registered", dict(paper_tasks._registered))
     ran = []
@@ -482,6 +496,7 @@ def test_no_page_has_code_that_is_not_run() -> None:
         "tasks",
         "prompts",
         "sources",
+        "view",
         "studies",
         "stability",
         "precision",
