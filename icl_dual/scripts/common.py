@@ -279,7 +279,7 @@ class ScriptParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self._dependent, self._check_arguments = dependent, check
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse arguments after defaults that depend on them are set; refuse unknown ones with the near misses."""
         if self._dependent is not None:
             self.set_defaults(**self._dependent(super().parse_known_args(args)[0]))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_quiet_shows_no_progress_and_the_switch_is_as_before(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work(args: argparse.Namespace) -> None:
-        cli.commands.logging.getLogger("icl_dual.assets").info("fetching a package")
+        logging.getLogger("icl_dual.assets").info("fetching a package")
         for _ in progress_bar(range(2), desc="working", leave=True):
             pass
 

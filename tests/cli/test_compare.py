@@ -71,13 +71,12 @@ def test_the_numbers_are_those_of_an_experiment_by_hand(out: Path, tiny_model: s
     for seed in (1, 2):
         prompts = icl.build_prompts(model, task, task.demonstrations(2, seed), task.queries())
         comparison = icl.run_experiment(model, prompts, lr=0.01, replicas=2, progress=False).compare(seed=seed)
-        of_seed = results[results["seed"] == seed]
-        values = of_seed[of_seed["layer"].isna()].set_index("metric")["value"]
-        expected = comparison.overall().set_index("metric")["value"]
+        values = results.query(f"seed == {seed} and layer.isna()").set_index("metric")["value"]
+        expected = dict(zip(comparison.overall()["metric"], comparison.overall()["value"], strict=True))
         for name in ("ICL accuracy", "SimAOU", "SimAM after FT", "Kendall"):
             assert values[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-        headline = pd.read_csv(out / "metrics.csv").query(f"seed == {seed}").set_index("metric")
-        assert headline.loc["SimAOU", "value"] == pytest.approx(expected["SimAOU"], rel=1e-4)
+        headline = pd.read_csv(out / "metrics.csv").query(f"seed == {seed}").set_index("metric")["value"]
+        assert headline["SimAOU"] == pytest.approx(expected["SimAOU"], rel=1e-4)
         assert f"SimAOU         {expected['SimAOU']:.3f}" in (out / "metrics.md").read_text()
 
 
