@@ -49,8 +49,8 @@ def test_every_module_with_commands_is_registered() -> None:
 @pytest.mark.parametrize("name", PARSERS)
 def test_each_command_has_examples_that_are_commands(name: str, folder: Path) -> None:
     parser = PARSERS[name]
-    _, _, examples = (parser.epilog or "").partition("examples:\n")
-    commands = [line.strip() for line in examples.splitlines() if line.strip().startswith("icl-dual ")]
+    lines = map(str.strip, (parser.epilog or "").splitlines())
+    commands = [line for line in lines if line.startswith("icl-dual ")]
     assert commands
     for command in commands:
         args = cli.parse(shlex.split(command)[1:])
