@@ -24,7 +24,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import (
+from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
+from processes import run_child, sampled_memory
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import icl_dual as icl
+from icl_dual import assets
+from icl_dual.finetuning import REPLICAS
+from icl_dual.scripts.common import (
     ScriptError,
     device,
     finish,
@@ -34,19 +42,10 @@ from common import (
     output_folder,
     positive,
     rate,
-    run_child,
     run_script,
-    sampled_memory,
     script_parser,
 )
-from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
-from outputs import markdown, markdown_text, write_text
-from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-import icl_dual as icl
-from icl_dual import assets
-from icl_dual.finetuning import REPLICAS
+from icl_dual.scripts.outputs import markdown, markdown_text, write_text
 
 SAME = {"W_K": 1e-2, "W_V": 1e-2}
 """Relative differences that are rounding; 1e-4 where not given. Deltas are small differences of large weights."""

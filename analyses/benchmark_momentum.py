@@ -14,12 +14,13 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from common import at_least, output_folder, positive, run_child, run_script, sampled_memory, script_parser
-from outputs import markdown, write_text
+from processes import run_child, sampled_memory
 
 from icl_dual import pretraining
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.momentum import decaying_sum
+from icl_dual.scripts.common import at_least, output_folder, positive, run_script, script_parser
+from icl_dual.scripts.outputs import markdown, write_text
 
 ETAS: dict[str, float | str] = {"vanilla": 0.0, "η fixed": 0.5, "η learned": "learned"}
 

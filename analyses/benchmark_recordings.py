@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from common import ScriptError, output_folder, positive, run_child, run_script, script_parser
-from outputs import markdown, write_text
+from processes import run_child
 
 import icl_dual as icl
 from icl_dual.prompts import SEPARATOR, START
 from icl_dual.recordings import SETTINGS, write_recordings
+from icl_dual.scripts.common import ScriptError, output_folder, positive, run_script, script_parser
+from icl_dual.scripts.outputs import markdown, write_text
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

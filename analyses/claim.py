@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common import TITLES, output_file, run_script, script_parser
 from control_tables import read_interval
 from matplotlib.axes import Axes
-from outputs import read_csv, write_figure
 
 import icl_dual as icl
+from icl_dual.scripts.common import TITLES, output_file, run_script, script_parser
+from icl_dual.scripts.outputs import read_csv, write_figure
 from icl_dual.statistics import Interval
 
 ROWS = {

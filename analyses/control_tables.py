@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import TITLES
 from jaxtyping import Float
-from paper_tables import ACCURACY_ROWS, Results, by_query, by_replica, interval_of, style
 from torch import Tensor
 
 import icl_dual as icl
 from icl_dual.metrics.comparison import difference_of_shifts, estimate
 from icl_dual.order_sensitivity import PAIRS
+from icl_dual.scripts.common import TITLES
+from icl_dual.scripts.paper_tables import ACCURACY_ROWS, Results, by_query, by_replica, interval_of, style
 from icl_dual.statistics import Interval, Paired, paired_test
 
 CLAIM = "ICL and FT"

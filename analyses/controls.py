@@ -14,7 +14,12 @@ from pathlib import Path
 
 import control_tables
 import pandas as pd
-from common import (
+from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
+from tqdm.auto import tqdm
+
+import icl_dual as icl
+from icl_dual.contexts import draw_orders
+from icl_dual.scripts.common import (
     DATA,
     TITLES,
     cell_parser,
@@ -29,13 +34,8 @@ from common import (
     precision,
     run_script,
 )
-from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
-from outputs import markdown, markdown_text, write_csv, write_text
-from paper_tables import interval_of, replicas_note
-from tqdm.auto import tqdm
-
-import icl_dual as icl
-from icl_dual.contexts import draw_orders
+from icl_dual.scripts.outputs import markdown, markdown_text, write_csv, write_text
+from icl_dual.scripts.paper_tables import interval_of, replicas_note
 from icl_dual.statistics import Interval
 from icl_dual.storage import check_same_settings, load_tensors
 

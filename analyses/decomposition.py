@@ -14,7 +14,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from common import (
+from matplotlib.axes import Axes
+from torch import Tensor
+from tqdm import tqdm
+
+import icl_dual as icl
+from icl_dual.scripts.common import (
     DATA,
     TITLES,
     cell_parser,
@@ -31,12 +36,7 @@ from common import (
     run_script,
     short,
 )
-from matplotlib.axes import Axes
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
-from torch import Tensor
-from tqdm import tqdm
-
-import icl_dual as icl
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from icl_dual.statistics import summary_frame
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 

@@ -20,9 +20,8 @@ import contenders
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import finish, model_name, output_folder, positive, run_child, run_script, script_parser
 from contenders import Race
-from outputs import markdown, write_csv, write_text
+from processes import run_child
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
@@ -30,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icl_dual as icl
 from icl_dual import assets
+from icl_dual.scripts.common import finish, model_name, output_folder, positive, run_script, script_parser
+from icl_dual.scripts.outputs import markdown, write_csv, write_text
 
 QUERIES, DEMONSTRATIONS, LAYERS = (16, 32, 64, 128, 256), (0, 4, 8, 16, 32), (6, 12, 18, 24, 30)
 MEMORY_QUERIES = (64, 128, 256, 512, 1024)

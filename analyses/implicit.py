@@ -19,7 +19,14 @@ from typing import Any, Literal, NamedTuple
 import implicit_tables as tables
 import pandas as pd
 import torch
-from common import (
+from implicit_tables import CONTEXT, LAYER_CAUSAL, ZERO_SHOT, Effects
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import icl_dual as icl
+from icl_dual.finetuning import Method
+from icl_dual.models.stream import has_norm_after_attention
+from icl_dual.scripts.common import (
     DATA,
     command_line,
     count,
@@ -34,14 +41,7 @@ from common import (
     script_parser,
     short,
 )
-from implicit_tables import CONTEXT, LAYER_CAUSAL, ZERO_SHOT, Effects
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
-from torch import Tensor
-from tqdm.auto import tqdm
-
-import icl_dual as icl
-from icl_dual.finetuning import Method
-from icl_dual.models.stream import has_norm_after_attention
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 
 EXACT_QUERIES = 2

@@ -8,14 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from common import TITLES, short
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from outputs import write_figure
 from torch import Tensor
 
 import icl_dual as icl
+from icl_dual.scripts.common import TITLES, short
+from icl_dual.scripts.outputs import write_figure
 from icl_dual.statistics import Interval, bootstrap
 
 Effects = dict[str, dict[str, Tensor]]

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import (
+import icl_dual as icl
+from icl_dual.scripts.common import (
     ScriptError,
     count,
     device,
@@ -22,8 +23,6 @@ from common import (
     run_script,
     script_parser,
 )
-
-import icl_dual as icl
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 """The names of the program, in the order in which they are tried."""

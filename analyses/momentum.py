@@ -22,7 +22,11 @@ from typing import Any, Literal
 
 import momentum_tables
 import torch
-from common import (
+from tqdm.auto import tqdm
+
+import icl_dual as icl
+from icl_dual import pretraining
+from icl_dual.scripts.common import (
     command_line,
     count,
     device,
@@ -34,10 +38,6 @@ from common import (
     run_script,
     script_parser,
 )
-from tqdm.auto import tqdm
-
-import icl_dual as icl
-from icl_dual import pretraining
 from icl_dual.storage import check_same_settings, read_json, write_json
 
 MAPPING = "label mapping"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import DATA, TITLES, finish, model_title
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 
 import icl_dual as icl
+from icl_dual.scripts.common import DATA, TITLES, finish, model_title
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from icl_dual.statistics import Interval, Paired, bootstrap, over_seeds, paired_test
 
 SHOWN = (1, 2, 4, 8, 15)

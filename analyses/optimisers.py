@@ -8,8 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-import paper_tables
-from common import (
+
+import icl_dual as icl
+from icl_dual.scripts import paper_tables
+from icl_dual.scripts.common import (
     TITLES,
     cell_parser,
     command_line,
@@ -20,9 +22,7 @@ from common import (
     run_script,
     short,
 )
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
-
-import icl_dual as icl
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 
 LORA = icl.Lora(rank=8, alpha=16)
 

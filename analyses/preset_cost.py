@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from common import DATA, TITLES, output_file, run_script, script_parser
-from outputs import markdown, write_text
-from paper_tables import find_cells
 
 import icl_dual as icl
 from icl_dual.metrics import KENDALL_QUERIES
+from icl_dual.scripts.common import DATA, TITLES, output_file, run_script, script_parser
+from icl_dual.scripts.outputs import markdown, write_text
+from icl_dual.scripts.paper_tables import find_cells
 
 A100_TFLOPS = {"bfloat16": 312.0, "float32": 19.5}
 """NVIDIA's data sheet, dense, without TF32."""

@@ -6,8 +6,8 @@ is stable is chosen: over replicas of its finetuning, no metric's spread exceeds
 none of the first few is, the best is chosen and said to be unstable.
 
 The whole grid goes to figures/lr_selection/, with what was checked and what stability cost in accuracy; the choice goes
-to analyses/data/default_lr.json, which reproduce.py and controls.py read. Measured rows are kept, so a stopped run goes
-on where it was.
+to icl_dual/scripts/data/default_lr.json, which reproduce.py and controls.py read. Measured rows are kept, so a stopped
+run goes on where it was.
 """
 
 import argparse
@@ -21,7 +21,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from common import (
+
+import icl_dual as icl
+from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
+from icl_dual.scripts.common import (
     at_least,
     file_stem,
     lr_key,
@@ -32,10 +35,7 @@ from common import (
     script_parser,
     variant_parser,
 )
-from outputs import markdown_text, read_csv, write_csv, write_figure, write_text
-
-import icl_dual as icl
-from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
+from icl_dual.scripts.outputs import markdown_text, read_csv, write_csv, write_figure, write_text
 from icl_dual.statistics import MIN_QUERIES
 from icl_dual.storage import read_json
 

@@ -17,7 +17,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import (
+from torch import Tensor
+from tqdm import tqdm
+
+import icl_dual as icl
+from icl_dual.prompt_view import TokenView
+from icl_dual.scripts.common import (
     at_least,
     command_line,
     count,
@@ -31,12 +36,7 @@ from common import (
     script_parser,
     short,
 )
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_figure, write_text
-from torch import Tensor
-from tqdm import tqdm
-
-import icl_dual as icl
-from icl_dual.prompt_view import TokenView
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_figure, write_text
 from icl_dual.statistics import Interval, bootstrap, paired_test, proportion, ranks
 from icl_dual.storage import check_same_settings, load_tensors, save_tensors
 from icl_dual.torch_utils import pad_right

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import paper_tables
-from common import (
+
+import icl_dual as icl
+from icl_dual.scripts import paper_tables
+from icl_dual.scripts.common import (
     TITLES,
     cell_parser,
     command_line,
@@ -26,9 +28,7 @@ from common import (
     run_script,
     short,
 )
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
-
-import icl_dual as icl
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 
 METRICS = ("SimAOU", "SimAM after FT", "SimAM after FT without massive tokens", "SimAMΔ")
 RATES = (1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.5e-3, 2e-3)

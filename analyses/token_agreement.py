@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import (
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from scipy import stats
+
+import icl_dual as icl
+from icl_dual.patches.generation import Form, Generation, generate_patched
+from icl_dual.progress import progress_bar
+from icl_dual.scripts.common import (
     TITLES,
     at_least,
     command_line,
@@ -33,14 +40,7 @@ from common import (
     script_parser,
     short,
 )
-from matplotlib.axes import Axes
-from numpy.typing import NDArray
-from outputs import markdown, markdown_code, markdown_text, write_csv, write_text
-from scipy import stats
-
-import icl_dual as icl
-from icl_dual.patches.generation import Form, Generation, generate_patched
-from icl_dual.progress import progress_bar
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from icl_dual.statistics import Interval, bootstrap, proportion
 from icl_dual.storage import check_same_settings, load_tensors
 

@@ -11,6 +11,7 @@ What a value may be beyond its type is annotated by the constraints of `annotate
 Unknown and missing arguments stay Python's own TypeErrors. Values that a function returns are not checked.
 """
 
+import difflib
 import functools
 import inspect
 import itertools
@@ -58,6 +59,17 @@ NameOrPath = Annotated[str, PathAllowed()]
 
 CHECKED_CLASSES: set[str] = set()
 """The dataclasses and named tuples that are checked, by module and name."""
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """Return the known names that are spelled like a name, as words to follow it in an error; empty without any.
+
+    Example:
+        >>> near_misses("sst3", ("sst2", "sst5", "mr")), near_misses("nosuch", ("sst2", "mr"))
+        (" (did you mean 'sst5' or 'sst2'?)", '')
+    """
+    matches = difflib.get_close_matches(name, list(dict.fromkeys(known)))
+    return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
 def checked(target: Checked) -> Checked:

@@ -22,6 +22,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from icl_dual.arguments import near_misses
 from icl_dual.progress import datasets_bars
 from icl_dual.storage import AssetError, atomic_folder, first_line
 
@@ -191,7 +192,8 @@ def check_model_name(name: str) -> None:
     if not (name in PACKAGED_MODELS or is_local or is_hub_id):
         raise AssetError(
             f"expected name as one of {sorted(PACKAGED_MODELS)}, an existing folder, an existing .gguf file, or a hub "
-            f"id like 'openai-community/gpt2', got {name!r}: check its spelling, or its path"
+            f"id like 'openai-community/gpt2', got {name!r}{near_misses(name, PACKAGED_MODELS)}: check its spelling, "
+            "or its path"
         )
 
 

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from icl_dual import assets
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import NameOrPath, checked, near_misses
 from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.rows import Rows, TaskError
 from icl_dual.tasks import Protocol, Task, field_names
@@ -88,6 +88,9 @@ PAPER_K = {name: task.k for name, task in _PAPER_TASKS.items()}
 
 PAPER_LABELS = {name: task.label_words for name, task in _PAPER_TASKS.items()}
 """The label words of the paper's tasks, in the order of label indices."""
+
+PAPER_TEMPLATES = {name: task.template for name, task in _PAPER_TASKS.items()}
+"""The paper's templates, by task."""
 
 TaskFactory = Callable[[str | PathLike[str] | None, Protocol], Task]
 """Makes a task from a source of rows and a protocol, as `load_task` takes them."""
@@ -182,8 +185,8 @@ def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, pr
         return task_from_yaml(name, source)
     if name not in _registered:
         raise TaskError(
-            f"expected a task out of {list(_registered)}, got {name!r}: choose one of these, or make your own with "
-            "icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
+            f"expected a task out of {list(_registered)}, got {name!r}{near_misses(name, _registered)}: choose one of "
+            "these, or make your own with icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
         )
     registered = _registered[name]
     if isinstance(registered, Task):

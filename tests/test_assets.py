@@ -98,9 +98,10 @@ def test_two_processes_can_fetch_at_once(tmp_path: Path, index: Path, monkeypatc
 def test_unknown_models_are_refused_with_what_is_possible(name: str) -> None:
     with pytest.raises(
         icl.AssetError,
-        match=r"expected name as one of \['gemma3-270m', 'smollm2-135m'\], .* got '.*': check its spelling",
-    ):
+        match=r"expected name as one of \['gemma3-270m', 'smollm2-135m'\], .* got '.*'.*: check its spelling",
+    ) as refused:
         assets.model_files(name)
+    assert ("did you mean 'smollm2-135m'?" in str(refused.value)) == (name == "smollm3")
 
 
 def test_hub_models_that_cannot_be_had_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

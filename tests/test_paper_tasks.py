@@ -58,8 +58,11 @@ def test_the_papers_tasks_have_real_rows(
 
 
 def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(icl.TaskError, match=r"expected a task out of \['sst2', 'sst5', .*\], got 'sst3': choose"):
+    known = r"expected a task out of \['sst2', 'sst5', .*\], got"
+    with pytest.raises(icl.TaskError, match=rf"{known} 'sst3' \(did you mean 'sst5' or 'sst2'\?\): choose"):
         icl.load_task("sst3")
+    with pytest.raises(icl.TaskError, match=rf"{known} 'nosuch': choose"):
+        icl.load_task("nosuch")
 
 
 def test_pickles_hold_plain_rows_or_are_refused() -> None:

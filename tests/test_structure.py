@@ -38,6 +38,8 @@ LAYERS = (
     ("provenance", "study"),
     ("pretraining",),
     ("plots",),
+    ("scripts",),
+    ("cli",),
 )
 """What stands above may be imported by what stands below, and never the other way."""
 
@@ -57,8 +59,13 @@ def area(module: str) -> str | None:
     return parts[1] if parts[0] == "icl_dual" and len(parts) > 1 else None
 
 
-def test_every_module_imports_without_a_warning() -> None:
-    code = "; ".join(f"import {name}" for name in MODULES)
+LOADED_ON_USE = ("scipy.stats", "gguf", "peft", "anywidget", "ipywidgets")
+"""What takes long to import or is optional: loaded by what uses it."""
+
+
+def test_every_module_imports_without_a_warning_and_icl_dual_loads_nothing_that_few_use() -> None:
+    imports = "; ".join(f"import {name}" for name in MODULES)
+    code = f"import sys, icl_dual; assert not sys.modules.keys() & {{*{LOADED_ON_USE}}}; {imports}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -77,13 +84,16 @@ def test_imports_go_down_the_table_only(path: Path) -> None:
     rank = {name: index for index, names in enumerate(LAYERS) for name in names}
     relative = path.relative_to(ROOT)
     importing_area = relative.parts[0].removesuffix(".py")
-    if importing_area == "__init__":
+    if importing_area in ("__init__", "__main__"):
         return
     assert importing_area in rank, (
         f"{importing_area} has no place in LAYERS: add it there, and to the table in CONTRIBUTING.md"
     )
     for module, name in imports(path):
         imported_area = area(module) or (name if module == "icl_dual" else None)
+        if imported_area == "":  # the package as its users import it
+            assert importing_area in ("scripts", "cli"), f"{relative} imports the whole package"
+            continue
         if imported_area is not None and imported_area != importing_area:
             assert rank[imported_area] <= rank[importing_area], (
                 f"{relative} imports {imported_area}, which stands below it"

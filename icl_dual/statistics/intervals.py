@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # `scipy.stats` takes a third of a second, and is loaded on first use
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from icl_dual.arguments import Count, Finite, Index, Seed, checked
@@ -164,7 +164,7 @@ def wilson(successes: float | int, n: int) -> Interval:
     share = successes / n if n else np.nan
     if n < MIN_QUERIES:
         return Interval(share, np.nan, np.nan, n)
-    z = float(stats.norm.ppf(_TAILS[1]))
+    z = float(scipy.stats.norm.ppf(_TAILS[1]))
     centre, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((centre + side) / (1 + z**2 / n) for side in (-half, half))
     # Rounding must not keep the ends from the value of none or all.
@@ -278,7 +278,7 @@ def paired_test(a: Table, b: Table, *, shifts: Shifts | None = None, seed: Seed 
         # A swap that leaves one of the two without scores shows no difference.
         return np.where(np.minimum(*n) > 0, means[0] - means[1], 0.0)
 
-    test = stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (np.arange(n_all, dtype=float), n_all + np.arange(n_all, dtype=float)),
         difference,
         permutation_type="samples",
@@ -312,9 +312,9 @@ def over_seeds(a: Float[np.ndarray, "_"], b: Float[np.ndarray, "_"]) -> Paired:
     value, n = float(differences.mean()), len(differences)
     low = high = p = np.nan
     if n > 1:
-        half = stats.t.ppf(_TAILS[1], n - 1) * stats.sem(differences)
+        half = scipy.stats.t.ppf(_TAILS[1], n - 1) * scipy.stats.sem(differences)
         low, high = float(value - half), float(value + half)
-        p = float(stats.ttest_rel(a, b).pvalue) if half else float(value == 0)
+        p = float(scipy.stats.ttest_rel(a, b).pvalue) if half else float(value == 0)
     return Paired(Interval(value, low, high, 1, n), p, tuple(differences.tolist()))
 
 

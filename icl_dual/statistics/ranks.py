@@ -7,9 +7,9 @@ faster than torch.
 import math
 
 import numpy as np
+import scipy  # `scipy.stats` takes a third of a second, and is loaded on first use
 import torch
 from jaxtyping import Bool, Float, Shaped
-from scipy import stats
 from torch import Tensor
 
 from icl_dual import dual
@@ -112,6 +112,6 @@ def _centred_ranks(
     in_order = x.gather(-1, order)
     tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
     if tied.any():
-        ranks[tied] = torch.from_numpy(stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit")).to(ranks)
+        ranks[tied] = torch.from_numpy(scipy.stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit")).to(ranks)
     ranks -= (known.sum(-1, keepdim=True) + 1) / 2
     return ranks if hidden is None else ranks.masked_fill_(hidden, 0.0)

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import common
 import control_tables
+import processes
 import pytest
 
 import icl_dual as icl
+from icl_dual.scripts import common
 
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
-    path.stem for path in Path(common.__file__).parent.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+    path.stem for path in (ROOT / "analyses").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
 )
 NOT_NUMBERS = ("x", "", "nan", "1.5.2")
 NO_OUTPUTS = ("a_file/below", "a_file/far/below", "x" * 300, "to_nothing")
@@ -164,12 +166,12 @@ def test_a_folder_without_a_model_is_one_line_before_anything_is_computed(
 
 
 def test_headings_are_those_of_the_pages_that_scripts_write() -> None:
-    folder = Path(common.__file__).parent
-    templates = [*folder.glob("*.py"), *folder.glob("data/*_page.md")]
+    scripts = ROOT / "icl_dual" / "scripts"
+    templates = [*(ROOT / "analyses").glob("*.py"), *scripts.glob("*.py"), *scripts.glob("data/*_page.md")]
     texts = [path.read_text(encoding="utf-8") for path in templates if path.name != "common.py"]
     for heading in common.HEADINGS:
         assert any(f'f"""{heading}' in text or text.startswith(heading) for text in texts), heading
-    for page in folder.parent.glob("figures/**/README.md"):
+    for page in ROOT.glob("figures/**/README.md"):
         assert common.output_folder(str(page.parent)) == page.parent
 
 
@@ -188,7 +190,7 @@ def test_a_disk_that_is_full_while_drawing_leaves_no_half_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claim = importlib.import_module("claim")
-    table = Path(common.__file__).parents[1] / "figures" / "controls" / "controls.csv"
+    table = ROOT / "figures" / "controls" / "controls.csv"
     arguments = ["--controls", str(table), "--out", str(tmp_path / "claim")]
     (tmp_path / "claim.png").write_bytes(b"the old one")
     with full_disk(6000):
@@ -225,6 +227,6 @@ def test_what_is_missing_is_no_traceback(error: Exception, capsys: pytest.Captur
 def test_a_process_that_fails_is_said_by_its_last_line(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nif len(sys.argv) < 3: sys.exit('a warning\\nerror: too few')")
-    assert common.run_child(str(script), "a", "b") == "['a', 'b']\n"
+    assert processes.run_child(str(script), "a", "b") == "['a', 'b']\n"
     with pytest.raises(common.ScriptError, match=r"expected .*script\.py a to end well, got too few$"):
-        common.run_child(str(script), "a")
+        processes.run_child(str(script), "a")

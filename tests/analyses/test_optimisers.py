@@ -5,7 +5,8 @@ from pathlib import Path
 import optimisers
 import pandas as pd
 import pytest
-from paper_tables import find_cells
+
+from icl_dual.scripts.paper_tables import find_cells
 
 
 def test_every_way_has_a_row_with_the_metrics_of_its_cell(

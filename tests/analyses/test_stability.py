@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import stability
-from paper_tables import find_cells
+
+from icl_dual.scripts.paper_tables import find_cells
 
 
 @pytest.fixture(scope="module")

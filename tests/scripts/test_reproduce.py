@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import reproduce as script
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import icl_dual as icl
+from icl_dual.scripts import reproduce as script
+from icl_dual.scripts.common import DATA
 
 ANALYSES = Path(__file__).parents[2] / "analyses"
 SST5 = ["terrible", "bad", "neutral", "good", "great"]
@@ -178,7 +179,7 @@ def test_a_model_without_a_chosen_rate_says_how_to_choose(tmp_path: Path, capsys
         (("--lr", "0.001", "--queries", "999999"), "evaluation queries, got 999999", 1),
         (("--lr", "0.001", "--k", "999999"), "expected k from 0 to ", 1),
         (("--lr", "0.001", "--k", "2000"), "at most 8192 tokens, the context of ", 1),
-        (("--lr", "0.001", "--model", "smollm3"), "got 'smollm3': check its spelling", 2),
+        (("--lr", "0.001", "--model", "smollm3"), "'smollm3' (did you mean 'smollm2-135m'?): check its spelling", 2),
         (
             ("--lr", "0.001", "--protocol", "reference", "--balanced"),
             "expected balanced=False under the reference protocol, got balanced=True",
@@ -279,7 +280,7 @@ def test_presets_that_are_none_are_said(
 
 def test_the_papers_tables_have_the_papers_means() -> None:
     """The paper prints the mean of each row in brackets: a check on the transcription."""
-    models = json.loads((ANALYSES / "data" / "paper.json").read_text())["models"]
+    models = json.loads((DATA / "paper.json").read_text())["models"]
     means = {
         "Rec2FTP": (85.56, 89.39),
         "SimAOU": (0.186, 0.225),

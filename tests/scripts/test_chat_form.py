@@ -3,13 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-import chat_form
 import pandas as pd
 import pytest
 import torch
 from helpers import make_rows
 
 import icl_dual as icl
+from icl_dual.scripts import chat_form
 
 TEMPLATE = (
     "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}\n{% endfor %}"

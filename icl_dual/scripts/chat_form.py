@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from common import TITLES
-from outputs import markdown, write_csv, write_text
 from transformers import AutoTokenizer
 
 import icl_dual as icl
 from icl_dual.assets import model_files
 from icl_dual.metrics import estimate
+from icl_dual.scripts.common import TITLES
+from icl_dual.scripts.outputs import markdown, write_csv, write_text
 from icl_dual.statistics import paired_test
 from icl_dual.storage import check_same_settings, load_tensors
 

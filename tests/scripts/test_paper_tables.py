@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import paper_tables
 import pytest
 import released
 import torch
@@ -20,6 +19,7 @@ from scipy import stats
 import icl_dual as icl
 from icl_dual.metrics.catalogue import layer_metrics
 from icl_dual.metrics.formulas import rec2ftp
+from icl_dual.scripts import paper_tables
 from icl_dual.statistics.intervals import bootstrap, widened
 from icl_dual.storage.folders import SCRATCH, _host
 

@@ -7,15 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import outputs
 import pandas as pd
-import paper_tables
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import icl_dual as icl
+from icl_dual.scripts import outputs, paper_tables
 
 MARKUP = (
     *("a|b", "<b>bold</b>", "<script>", "R&D &amp; &#42;", "$x$ and $y$", "_u_", "__x__", "a_b_", "*e*", "**s**"),

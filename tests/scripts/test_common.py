@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
 import controls
 import decomposition
 import momentum
 import pytest
-import reproduce
 
 import icl_dual as icl
+from icl_dual.scripts import common, reproduce
 
 ROOT = Path(__file__).parents[2]
 ANALYSES = ROOT / "analyses"

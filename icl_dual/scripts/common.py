@@ -1,37 +1,33 @@
-"""What the scripts share: how they run, their options, the tasks' titles and learning rates, and figures' layout."""
+"""What scripts and commands share: how they run, options, tasks' titles and learning rates, and figures' layout."""
 
 import argparse
 import hashlib
 import io
 import math
-import os
 import shlex
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from outputs import one_line, write_figure
 
 import icl_dual as icl
+from icl_dual.arguments import near_misses
 from icl_dual.assets import check_model_name, describe_model
 from icl_dual.finetuning import REPLICAS, Loss, Method, Trained
 from icl_dual.models.precision import precision_name
+from icl_dual.scripts.outputs import one_line, write_figure
 from icl_dual.storage import check_writable, read_json
 
 DATA = Path(__file__).parent / "data"
+"""The folder of the paper's values, chosen learning rates, and texts of pages."""
 TITLES = {"sst2": "SST2", "sst5": "SST5", "mr": "MR", "subj": "Subj", "agnews": "AGNews", "cb": "CB"}
-
+"""The paper's names of its tasks, by their names here."""
 
 HEADINGS = (
     "# How these were made",
@@ -56,24 +52,26 @@ ERRORS = (ValueError, OSError, ImportError, MemoryError, icl.AssetError, icl.Div
 
 def run_script(
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
-    body: Callable[[argparse.Namespace], None],
+    body: Callable[[argparse.Namespace], object],
     argv: Sequence[str] | None = None,
     *,
     stopped: str = "",
 ) -> int:
-    """Run a script and return its exit code.
+    """Run a script or command and return its exit code.
 
     That is 0; 1 after an error that the user can mend; 2 after arguments that the parser refuses; 130 after Ctrl-C.
+    Such an error is one line, after its traceback where the arguments have `debug`. Figures need no display.
 
     Args:
         parse: reads `argv` (by default the process's own arguments).
         body: what the script does with its arguments.
         argv: the arguments, without the script's name.
-        stopped: what Ctrl-C leaves behind, with the arguments' names in braces.
+        stopped: what Ctrl-C leaves behind, with the arguments' names in braces; an argument `stopped` comes first.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Δ is no reason to stop
+    plt.switch_backend("Agg")
     try:
         args = parse(argv)
     except SystemExit as stop:  # argparse has said why, or has shown the help
@@ -82,28 +80,15 @@ def run_script(
         _check_device(getattr(args, "device", "cpu"))
         body(args)
     except ERRORS as error:
+        if getattr(args, "debug", False):
+            traceback.print_exc()
         print(f"error: {one_line(str(error).strip()) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped. {stopped.format(**vars(args))}".rstrip(), file=sys.stderr)
+        left = getattr(args, "stopped", stopped).format(**vars(args))
+        print(f"\nstopped. {left}".rstrip(), file=sys.stderr)
         return 130
     return 0
-
-
-def run_child(script: str, *arguments: str, **environment: str) -> str:
-    """Return what a script prints in a process of its own.
-
-    Raises:
-        ScriptError: it failed; gives the last line that it wrote.
-    """
-    command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **environment})
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ScriptError(
-            f"expected {shlex.join(map(str, command[1:]))} to end well, got {last.removeprefix('error: ')}"
-        )
-    return done.stdout
 
 
 def command_line(
@@ -275,29 +260,39 @@ def _check_writable(folder: Path) -> None:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-@contextmanager
-def sampled_memory() -> Iterator[list[int]]:
-    """This process's resident memory in bytes, first before and then every two milliseconds."""
-    import psutil  # an extra: only memory needs it
-
-    process, done = psutil.Process(), threading.Event()
-    memory = [process.memory_info().rss]
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            memory.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        done.set()
-        thread.join()
-
-
 class ScriptParser(argparse.ArgumentParser):
-    """A parser that refuses arguments in one line: what was expected, what was given, what to do."""
+    """A parser that refuses arguments in one line: what was expected, what was given, what to do.
+
+    Args:
+        options: those of `argparse.ArgumentParser`.
+        dependent: returns defaults that depend on the arguments, such as those of a preset.
+        check: raises an `argparse.ArgumentTypeError` for arguments that contradict each other; it may change them.
+    """
+
+    def __init__(
+        self,
+        *,
+        dependent: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None,
+        check: Callable[[argparse.Namespace], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self._dependent, self._check_arguments = dependent, check
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse arguments after defaults that depend on them are set; refuse unknown ones with the near misses."""
+        if self._dependent is not None:
+            self.set_defaults(**self._dependent(super().parse_known_args(args)[0]))
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = [near_misses(word.split("=")[0], self._option_string_actions) for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(map(''.join, zip(unknown, near, strict=True)))}")
+        if self._check_arguments is not None:
+            try:
+                self._check_arguments(parsed)
+            except argparse.ArgumentTypeError as error:
+                self.error(str(error))
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """End the script with exit status 2 and one line on stderr."""
@@ -306,18 +301,26 @@ class ScriptParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Refuse what is none of an option's choices."""
         if action.choices is not None and value not in action.choices:
-            known = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"expected one of {known}, got {value!r}: check its spelling")
+            known = list(map(str, action.choices))
+            near = near_misses(str(value), known)
+            message = f"expected one of {', '.join(known)}, got {value!r}{near}: check its spelling"
+            raise argparse.ArgumentError(action, message)
 
 
-def script_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def script_parser(description: str | None, *parents: argparse.ArgumentParser, **options: Any) -> ScriptParser:
     """Return a parser that shows a script's docstring as it is; its first options are the parents'."""
-    return ScriptParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents)
+    return ScriptParser(description=description, parents=parents, **options)
 
 
-def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> ScriptParser:
     """Return a parser with the options that settle a script's cells."""
     parser = script_parser(description, *parents)
+    add_cell_options(parser)
+    return parser
+
+
+def add_cell_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that settle a script's cells."""
     add = parser.add_argument
     add(
         "--model",
@@ -349,6 +352,12 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
         default=REPLICAS,
         help="repeats of the finetuning that show how stable its numbers are; 0: none (%(default)s)",
     )
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the device and the precision."""
+    add = parser.add_argument
     add("--device", type=device, default="cpu", help="(%(default)s)")
     add(
         "--dtype",
@@ -357,7 +366,6 @@ def cell_parser(description: str | None, *parents: argparse.ArgumentParser) -> a
         help="number format of the weights (%(default)s)",
     )
     add("--arithmetic", choices=("float32",), help="number format to compute in (that of the weights)")
-    return parser
 
 
 def precision(args: argparse.Namespace) -> dict[str, Any]:
@@ -411,7 +419,7 @@ def file_stem(name: str) -> str:
 
 
 def panels(
-    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all"] = "row"
+    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all", "none"] = "row"
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
     size = max(7.5, 1.2 + 2.6 * n), 0.8 + height * rows
