@@ -154,22 +154,28 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
 
 
 def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> None:
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    fig, axes = plt.subplots(1, 4, figsize=(icl.plots.PAGE_WIDTH, 2.6))
+    measured: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#0072B2"}
     for ax, (axis, of_axis) in zip(axes, points.groupby("axis", sort=False), strict=False):
-        ax.plot(of_axis["x"], of_axis["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
-        ax.plot(of_axis["x"], of_axis["seconds"], "o", color="C0", label="measured")
+        ax.plot(
+            of_axis["x"],
+            of_axis["flops"] / 1e9 / rate,
+            color="0.4",
+            linestyle="--",
+            label="time: FLOPs at the bare prefix's rate",
+        )
+        ax.plot(of_axis["x"], of_axis["seconds"], label="time, measured", **measured)
         ax.set_xlabel(str(axis))
-        ax.set_ylabel("seconds")
+        ax.set_ylabel("time (s)" if ax is axes[0] else "")
         ax.set_ylim(0)
     ax = axes[-1]
-    ax.plot(peak["queries"], peak["peak_mb"], "o", color="C0", label="peak")
-    ax.plot(peak["queries"], peak["kept_mb"], color="0.5", label="what is kept of it")
+    ax.plot(peak["queries"], peak["peak_mb"], label="memory, peak", **measured | {"marker": "s", "color": "#D55E00"})
+    ax.plot(peak["queries"], peak["kept_mb"], color="0.4", linestyle=":", label="memory of the result")
     ax.set_xlabel("queries")
-    ax.set_ylabel("memory, MB")
-    ax.legend(frameon=False)
+    ax.set_ylabel("memory (MB)")
     ax.set_ylim(0)
     fixed = ", ".join(f"{n} {what}" for what, n in DEFAULT.items())
-    finish(fig, list(axes), f"What a capture costs as one of these grows: {fixed}, all layers", path)
+    finish(fig, list(axes), f"What a capture costs as one of these grows, the others fixed: {fixed}, all layers", path)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
