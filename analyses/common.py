@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import logging
 import math
 import os
 import shlex
@@ -412,6 +413,7 @@ def file_stem(name: str) -> str:
 
 
 plt.style.use(icl.plots.STYLE)  # scripts are programs: their figures have one style
+logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the dates of fonts that PDFs embed
 
 MAX_COLUMNS = 3
 """More panels than these in a single row of a page are too narrow to be read: they go on in a second row."""
@@ -494,7 +496,8 @@ def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: 
         if spare is not None:
             spare.legend(by_label.values(), by_label.keys(), loc="center left", bbox_to_anchor=(0, 0.5))
         else:
-            widest = 0.55 + 0.056 * max(map(len, by_label))  # inches: the line, and 7 pt of text
+            spacing = {"handlelength": 2, "columnspacing": 1.2} if width < 4 else {}
+            widest = (0.4 if spacing else 0.6) + 0.05 * max(map(len, by_label))  # inches: the line, and 7 pt of text
             ncols = max(1, min(len(by_label), int(width / widest)))
-            fig.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=ncols)
+            fig.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=ncols, **spacing)
     write_figure(fig, path, *kinds, dpi=200)

@@ -176,20 +176,16 @@ IN_FIGURE = {
 }
 """The names of rows in the figure, where they differ from those in the tables."""
 
-FAMILY_MARKERS = dict(zip(KINDS, "Do^sPv", strict=True))
-"""The marker of each family of controls."""
-
-PLAIN = {
-    "SimAOU": "SimAOU\n(cosine)",
-    "SimAOU unnormalised": "SimAOU, not\nnormalised (cosine)",
-    "SimAM after FT": "SimAM after FT\n(cosine)",
-    "SimAMΔ": "SimAMΔ\n(cosine)",
-    "Kendall": "Kendall, training\nqueries (τ)",
-    "Kendall on keys": "Kendall, training\nkeys (τ)",
-    "Rec2FTP": "Rec2FTP\n(share)",
+PANELS = {
+    "SimAOU": ("SimAOU", "cosine"),
+    "SimAOU unnormalised": ("SimAOU, un-\nnormalised", "cosine"),
+    "SimAM after FT": ("SimAM\nafter FT", "cosine"),
+    "SimAMΔ": ("SimAMΔ", "cosine"),
+    "Kendall": ("Kendall,\nqueries", "Kendall's τ"),
+    "Kendall on keys": ("Kendall,\nkeys", "Kendall's τ"),
+    "Rec2FTP": ("Rec2FTP", "share"),
 }
-"""The titles of metrics in the figure, with units."""
-
+"""The title and the unit of each metric in the figure. Kendall is by finetuning's queries, or by its keys."""
 
 FAMILY_NAMES = {
     "claim": "the claim",
@@ -226,12 +222,13 @@ def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
         _draw_controls(ax, {row["what is compared"]: row for row in of_metric}, names)
         for border in rows["kind"].ne(rows["kind"].shift()).to_numpy().nonzero()[0][1:]:
             ax.axhline(border - 0.5, color="0.7", linewidth=0.6)
-        ax.set_title(icl.plots.literal(PLAIN.get(metric, metric)), fontsize=8)
+        name, unit = PANELS.get(metric, (metric, ""))
+        ax.set(title=icl.plots.literal(name), xlabel=unit)
     for ax in axes.flat:
         ax.set_yticks(range(len(names)), [icl.plots.literal(IN_FIGURE.get(name, name)) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
     for ax in axes.flat[len(metrics) :]:
-        ax.axis("off")
+        ax.remove()
     finish(fig, list(axes.flat[: len(metrics)]), title, path)
 
 
@@ -245,13 +242,14 @@ def _draw_controls(ax: Axes, rows: Mapping[str, Mapping[Any, Any]], names: Seque
         if name not in rows:
             continue
         estimate, kind = control_tables.read_interval(rows[name]), rows[name]["kind"]
-        style = {"color": "black", "marker": FAMILY_MARKERS[kind], "markersize": 3.2, "linestyle": "none"}
+        look = icl.plots.series_style(KINDS.index(kind))
+        style = {"color": look["color"], "marker": look["marker"], "markersize": 3.5, "linestyle": "none"}
         style |= {} if estimate.known else {"markerfacecolor": "white"}
         ax.plot([estimate.value], [at], label=FAMILY_NAMES[kind], **style)
-        ax.hlines([at], [estimate.low], [estimate.high], color="black", linewidth=0.9)
+        ax.hlines([at], [estimate.low], [estimate.high], color=look["color"], linewidth=0.9)
         if estimate.unstable:
-            ax.plot([estimate.value], [at], linestyle="none", marker="x", markersize=6, color="#D55E00", label=UNSTABLE)
-    icl.plots.explain_line(ax, "95 % interval over queries and seeds", color="black", linewidth=0.9)
+            ax.plot([estimate.value], [at], linestyle="none", marker="x", markersize=6, color="black", label=UNSTABLE)
+    icl.plots.explain_line(ax, "95 % interval over queries and seeds", color="0.4", linewidth=0.9)
     ax.grid(axis="y", color="0.93")
     ax.set_axisbelow(True)
 

@@ -20,7 +20,7 @@ import contenders
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from common import finish, model_name, output_folder, positive, run_child, run_script, script_parser
+from common import finish, model_name, model_title, output_folder, positive, run_child, run_script, script_parser
 from contenders import Race
 from outputs import markdown, write_csv, write_text
 from torch import Tensor
@@ -153,7 +153,8 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "GFLOP", "seconds", "GFLOP/s", "kept, MB"])
 
 
-def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> None:
+def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, model: str, path: Path) -> None:
+    """Draw seconds along each axis beside those that FLOPs make expect, and memory along queries."""
     fig, axes = plt.subplots(1, 4, figsize=(icl.plots.PAGE_WIDTH, 2.6))
     measured: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#0072B2"}
     for ax, (axis, of_axis) in zip(axes, points.groupby("axis", sort=False), strict=False):
@@ -175,7 +176,8 @@ def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> N
     ax.set_ylabel("memory (MB)")
     ax.set_ylim(0)
     fixed = ", ".join(f"{n} {what}" for what, n in DEFAULT.items())
-    finish(fig, list(axes), f"What a capture costs as one of these grows, the others fixed: {fixed}, all layers", path)
+    heading = f"What a capture costs as one of these grows, the others fixed: {fixed}, all layers"
+    finish(fig, list(axes), f"{heading}\n{model_title(model)}", path)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -198,7 +200,7 @@ def write(args: argparse.Namespace) -> None:
     write_csv(args.out / "growth.csv", points)
     peak = memory(args.model, task)
     write_csv(args.out / "memory.csv", peak)
-    draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.out / "growth")
+    draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.model, args.out / "growth")
     print(markdown(cost, floatfmt=".2f"))
     print(markdown(points))
 

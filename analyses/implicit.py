@@ -471,7 +471,7 @@ def write(args: argparse.Namespace) -> None:
     write_csv(args.out / "matrices.csv", markdown_tables["matrices"])
     for model in dict.fromkeys(args.models):
         name = file_stem(short(model))
-        title = f"{model_title(model)}, k = {args.k}, {args.queries} queries a task, {len(args.seeds)} seeds"
+        title = f"{model_title(model)}\nk = {args.k}, {args.queries} queries × {len(args.seeds)} seeds"
         of_model = {run: by_name for run, by_name in effects.items() if run.model == model}
         tables.draw_ranks(of_model, title, args.out / f"rank_{name}")
         tables.draw_stream(of_model, title, args.out / f"stream_{name}")

@@ -216,8 +216,9 @@ def _draw_metric(ax: Axes, seeds: Sequence[Effects], metric: str) -> None:
         error = np.nan_to_num([[estimate.value - estimate.low], [estimate.high - estimate.value]])
         style = {"color": colour, "marker": marker, "markersize": 3.5, "elinewidth": 0.8, "linestyle": "none"}
         ax.errorbar(len(x) + 0.2 + 0.55 * index, estimate.value, error, label=IN_FIGURE.get(name, name), **style)
-    ax.set_xticks(range(len(x)), [str(rank) for rank in x])
-    icl.plots.explain_band(ax, "95 % interval over queries and seeds")
+    labels = [str(rank) if (len(x) - 1 - at) % 2 == 0 else "" for at, rank in enumerate(x)]
+    ax.set_xticks(range(len(x)), labels)
+    icl.plots.explain_band(ax, "95 % interval")
 
 
 def draw_stream(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
@@ -232,14 +233,12 @@ def draw_stream(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
             layers = np.arange(len(means["cosine"]))
             if label == SHARED:
                 band = 2 * means["cosine_random_std"]
-                ax.fill_between(
-                    layers, -band, band, color="0.85", linewidth=0, zorder=0, label="null: ±2 standard deviations"
-                )
+                ax.fill_between(layers, -band, band, color="0.85", linewidth=0, zorder=0, label="null, ±2 deviations")
                 values = torch.stack([by_name[name]["cosine"] for by_name in seeds]).double()
                 error = 1.96 * icl.plots.crossed_error(values)
                 low, high = means["cosine"] - error, means["cosine"] + error
                 ax.fill_between(layers, low, high, color=colour, alpha=0.25, linewidth=0)
-                ax.collections[-1].set_label("shared patch: ±1.96 standard errors")
+                ax.collections[-1].set_label("±1.96 standard errors")
             style = {"color": colour, "linestyle": line, "marker": marker, "linewidth": 0.9}
             every = (index % 5, 5)
             ax.plot(layers, means["cosine"], markevery=every, label=IN_FIGURE.get(label, label), **style)

@@ -259,7 +259,8 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     if args.lr or args.preset:
         rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
     loss = "all tokens" if cell.finetuning.loss == "all" else "the label word"
-    bands = "bands: ±1.96 standard errors over queries, seeds averaged; dotted: range over replicas of the finetuning"
+    bands = "bands: ±1.96 standard errors over queries, and over seeds where there are several; "
+    bands += "dotted: range over replicas of the finetuning; SimAM as a difference, after less before finetuning"
     accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
     title = f"{markdown_text(model_title(cell.model))} ({markdown_code(short(cell.model))}, {provenance['model']})"
     text = f"""# How these were made

@@ -245,7 +245,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         released_zeros=True,
         drawing=Drawing(
             "finetuning",
-            axis_label="SimAM after − before FT (cosine)",
+            axis_label="SimAM after − before\nFT (cosine)",
             figure="SimAM",
             minus="SimAM before FT",
             beside=("SimAM random update",),

@@ -31,13 +31,17 @@ PAGE_WIDTH, COLUMN_WIDTH = 6.9, 88 / 25.4
 """The widths of a figure over a page and over a column of a journal, in inches."""
 
 _FILE = Path(__file__).with_name("paper.mplstyle")
-CYCLE: tuple[dict[str, Any], ...] = tuple(
-    mpl.rc_params_from_file(_FILE, fail_on_error=True, use_default_template=False)["axes.prop_cycle"]
-)
-"""Colour and line style of the first series, in order; from the style file."""
+_CYCLE = mpl.rc_params_from_file(_FILE, fail_on_error=True, use_default_template=False)["axes.prop_cycle"].by_key()
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""The markers of the first series, in order."""
+PALETTE: tuple[str, ...] = tuple(to_hex(f"#{color}".replace("##", "#")) for color in _CYCLE["color"])
+"""The colours of series, in order; from the style file."""
+
+LINESTYLES = ("-", "--", "-.", ":")
+"""The line styles of series, in order."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
+"""The markers of series, in order. Their number and those of colours and line styles have no common factor: series
+repeat none of their pairs for long."""
 
 BAND_ALPHA = 0.2
 """The opacity of bands."""
@@ -61,16 +65,15 @@ def literal(text: str) -> str:
 def series_style(index: Index) -> dict[str, Any]:
     """Return colour, line style and marker of a series, as arguments of `Axes.plot`.
 
-    The first 49 series differ in colour or marker, and neighbours differ in all three.
+    The first 13 series have different markers, and the first 52 differ in line style or marker.
 
     Args:
         index: the place of the series, from 0.
     """
-    turn, n = index // len(CYCLE), len(CYCLE)
     return {
-        "color": to_hex(CYCLE[index % n]["color"]),
-        "linestyle": CYCLE[(index + turn) % n]["linestyle"],
-        "marker": MARKERS[(index + turn) % len(MARKERS)],
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINESTYLES[index % len(LINESTYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
     }
 
 
@@ -78,7 +81,7 @@ def series_style(index: Index) -> dict[str, Any]:
 def resolved(color: str) -> str:
     """Return a matplotlib colour, with `C0`, `C1`, … as the colours of this style whatever style is in use."""
     number = re.fullmatch(r"C(\d+)", color)
-    return color if number is None else to_hex(CYCLE[int(number[1]) % len(CYCLE)]["color"])
+    return color if number is None else PALETTE[int(number[1]) % len(PALETTE)]
 
 
 @checked

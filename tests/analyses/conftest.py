@@ -1,8 +1,11 @@
 """What the tests of scripts share: a tiny model that scripts load from its folder, and where the scripts are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import readable
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -19,3 +22,18 @@ def tiny_model(
     hf_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_fit_for_a_paper() -> Iterator[None]:
+    """Every figure that a script writes under test is one that a paper can print."""
+    save = Figure.savefig
+
+    def checked(fig: Figure, *arguments: Any, **options: Any) -> None:
+        save(fig, *arguments, **options)
+        if options.get("format") == "png":
+            assert readable.problems(fig) == [], fig.get_suptitle()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", checked)
+        yield
