@@ -40,9 +40,9 @@ def labels(fig: Figure) -> Iterator[str]:
     """Axes without a label of their own, of the outer Axes of their row or column, or of the figure."""
     for ax in panels(fig):
         for name in ("x", "y"):
-            others = [other for other in panels(fig) if _same_line(ax, other, name)]
-            texts = [getattr(other, f"get_{name}label")() for other in [ax, *others]]
-            ticks = [text.get_text() for text in getattr(ax, f"get_{name}ticklabels")()]
+            line = [ax, *(other for other in panels(fig) if _same_line(ax, other, name))]
+            texts = [getattr(other, f"get_{name}label")() for other in line]
+            ticks = [text.get_text() for other in line for text in getattr(other, f"get_{name}ticklabels")()]
             is_named = any(any(letter.isalpha() for letter in tick) and "mathdefault" not in tick for tick in ticks)
             if not any(texts) and not is_named and not getattr(fig, f"get_sup{name}label")():
                 yield f"{ax.get_title()!r}: no {name} label"
