@@ -64,7 +64,8 @@ def alike(fig: Figure) -> Iterator[str]:
     """Two series of the same Axes that differ by their hue alone."""
     for ax in fig.axes:
         lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-        for one, other in itertools.combinations(lines, 2):
+        first_of_series = {str(line.get_label()): line for line in reversed(lines)}  # a label is a series
+        for one, other in itertools.combinations(reversed(first_of_series.values()), 2):
             if _look(one) == _look(other) and abs(luminance(one.get_color()) - luminance(other.get_color())) < CONTRAST:
                 yield f"{one.get_label()!r} and {other.get_label()!r} differ by hue alone"
         bars = [bars for bars in ax.containers if isinstance(bars, BarContainer) and len(bars.patches)]
