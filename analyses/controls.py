@@ -342,8 +342,9 @@ def write(args: argparse.Namespace) -> None:
     }
     for name, frame in (tables | {"controls": estimates}).items():
         write_csv(args.out / f"{name}.csv", frame, float_format="%.6g")
-    draw(estimates, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
-    draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
+    tasks = ", ".join(TITLES[task] for task in args.tasks)
+    draw(estimates, f"The paper's metrics and their controls, mean over {tasks}\n{describe(args)}", args.out / "controls")
+    draw_demonstrations(runs, f"From no demonstration to all\n{describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(markdown(tables["claims"]))
     print(f"\nTables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")
