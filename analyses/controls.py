@@ -343,7 +343,8 @@ def write(args: argparse.Namespace) -> None:
     for name, frame in (tables | {"controls": estimates}).items():
         write_csv(args.out / f"{name}.csv", frame, float_format="%.6g")
     tasks = ", ".join(TITLES[task] for task in args.tasks)
-    draw(estimates, f"The paper's metrics and their controls, mean over {tasks}\n{describe(args)}", args.out / "controls")
+    heading = f"The paper's metrics and their controls, mean over {tasks}"
+    draw(estimates, f"{heading}\n{describe(args)}", args.out / "controls")
     draw_demonstrations(runs, f"From no demonstration to all\n{describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(markdown(tables["claims"]))

@@ -220,7 +220,7 @@ def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
     fig, rows = panels(n, 2, height=1.5)
     labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "Spearman's ρ of the weights"}
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, cells):
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
             icl.plots.heads(result.tensors[name], limits=(-1, 1), ax=ax)
             label_outer(ax)
         colour_bar(fig, axes, f"{label}\n({icl.plots.BELOW_ZERO})")
@@ -228,7 +228,7 @@ def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
 
     fig, rows = panels(n, 4, height=1.3)
     for axes, (name, label) in zip(rows, UPDATE_LABELS.items(), strict=True):
-        for ax, result in columns(axes, cells):
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
             pair = (
                 result.tensors[kind].flatten(3).mean(-1) if "angles" in kind else result.tensors[kind]
                 for kind in (name, f"{name}_random")
@@ -238,9 +238,9 @@ def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
     finish(fig, rows[0], f"The changes of weights ΔW_ICL and ΔW_FT compared\n{about}", args.out / "updates")
 
     fig, rows = panels(n, 2, height=1.4)
-    labels = {"norm": "Frobenius norm", "effective_rank": "effective rank (directions)"}
+    labels = {"norm": "Frobenius norm", "effective_rank": "effective rank"}
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, cells):
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
             series = {f"ΔW_{kind}": result.tensors[f"{name}_{kind}"][None] for kind in "KV"}
             icl.plots.by_layer(series, ylabel=label, ax=ax)
             ax.set_yscale("log" if name == "norm" else "linear")
@@ -275,11 +275,10 @@ def colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
     fig.colorbar(axes[0].images[0], ax=axes, label=label)
 
 
-def columns(axes: list[Axes], cells: list[Result]) -> Iterator[tuple[Axes, Result]]:
-    """Each task's Axes, with the task's title over the first row."""
+def columns(axes: list[Axes], cells: list[Result], *, is_first: bool = True) -> Iterator[tuple[Axes, Result]]:
+    """Yield each task's Axes, with the task's title over those of the first quantity."""
     for ax, result in zip(axes, cells, strict=True):
-        spec = ax.get_subplotspec()
-        if spec is not None and spec.is_first_row():
+        if is_first:
             ax.set_title(TITLES[result.task])
         yield ax, result
 

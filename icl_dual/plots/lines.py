@@ -159,7 +159,7 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
             on.plot(np.arange(n), ratios.amax((0, 2)), label=literal(setting), **style)
         on.axhline(massive.ratio, color="0.5", linestyle=":", linewidth=0.8, label=f"massive: above {massive.ratio:g}")
         on.set_yscale("log")
-        _finish(on, ylabel="largest residual norm (× median)", zero=False)
+        _finish(on, ylabel="largest residual norm (× median)")
     return on
 
 
@@ -278,8 +278,9 @@ def _mean_by_layer(values: Float[Tensor, "seed query layer"], ax: Axes, index: i
     ax.fill_between(layer, mean - error, mean + error, color=style["color"], alpha=BAND_ALPHA, linewidth=0)
 
 
-def _finish(ax: Axes, *, ylabel: str, zero: bool = True) -> None:
-    if zero:
+def _finish(ax: Axes, *, ylabel: str) -> None:
+    low, high = ax.dataLim.intervaly
+    if low <= 0 <= high:  # elsewhere, the line would widen the range
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set(xlabel="layer", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
