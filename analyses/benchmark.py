@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import contenders
 import matplotlib.pyplot as plt
@@ -229,28 +230,57 @@ def table(result: dict) -> pd.DataFrame:
     return pd.DataFrame(rows).dropna(axis=1, how="all")
 
 
+LABELS = {
+    "floor": "bare arithmetic: prefix and queries",
+    "floor_shared": "bare arithmetic: also shared query tokens once",
+    "bare": "bare in-context run, keeps nothing",
+    "ours": "ours: capture",
+    "ours_decomposed": "ours: capture for the decomposition",
+    "ours_hooked": "ours: capture on a HookedTransformer",
+    "tl_prefix": "TransformerLens by hand, cached prefix",
+    "nnsight_prefix": "nnsight, cached prefix",
+    "nnsight_prompts": "nnsight, prompt by prompt",
+    "tl_filtered": "TransformerLens, filtered cache",
+    "tl_full": "TransformerLens, full cache",
+    "hf_outputs": "transformers, output_attentions",
+}
+"""The contenders in the figure."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ours": {"color": "#0072B2", "marker": "o"},
+    "without recording": {"color": "0.4", "marker": "D", "markerfacecolor": "white"},
+    "other tools": {"color": "#D55E00", "marker": "s"},
+}
+"""The kinds of contenders in the figure, with their looks."""
+
+
 def draw(result: dict, path: Path) -> None:
-    """Each contender's time as a bar, in multiples of ours."""
+    """Draw each contender's time as a dot with its range over turns, in multiples of ours."""
     names = [name for name in (*BATCHED, *PROMPT_BY_PROMPT) if name in result["medians_s"]]
     names = [name for name in names if name not in {*FINETUNING, "floor_zero_shot"}]
-    names.sort(key=lambda name: -result["medians_s"][name])
-    fig, ax = plt.subplots(figsize=(7.5, 0.6 + 0.32 * len(names)), layout="constrained")
-    medians = np.array([result["medians_s"][name] for name in names]) / result["medians_s"]["ours"]
-    colors = [
-        "C0" if name.startswith("ours") else "0.6" if name in {"floor", "floor_shared", "bare"} else "C1"
-        for name in names
-    ]
-    bars = ax.barh(names, medians, color=colors)
-    ax.axvline(1.0, color="0.3", linewidth=0.8)
-    log = bool(medians.max() > 10 * medians.min())
-    if log:
-        ax.set_xscale("log")
-    ax.set_xlabel("time, in multiples of ours" + " (log scale)" * log)
-    ax.bar_label(bars, labels=[f" {value:.2f}" for value in medians])
-    ax.margins(x=0.12)
+    names.sort(key=lambda name: result["medians_s"][name])
+    fig, ax = plt.subplots(figsize=(icl.plots.PAGE_WIDTH, 1.3 + 0.17 * len(names)))
+    for at, name in enumerate(names):
+        kind = "ours" if name.startswith("ours") else "other tools"
+        kind = "without recording" if name in {"floor", "floor_shared", "bare"} else kind
+        value = result["medians_s"][name] / result["medians_s"]["ours"]
+        turns = np.array(result["seconds"][name]) / statistics.median(result["seconds"][name]) * value
+        ax.plot([value], [at], linestyle="none", label=kind, markersize=4.5, **KINDS[kind])
+        ax.hlines([at], [turns.min()], [turns.max()], color=KINDS[kind]["color"], linewidth=1.2)
+        ax.annotate(f"{value:.2f}", (turns.max(), at), xytext=(6, 0), textcoords="offset points", va="center")
+    icl.plots.explain_line(ax, f"range over {len(result['seconds']['ours'])} turns", color="0.4", linewidth=1.2)
+    ax.axvline(1.0, color="0.6", linewidth=0.6, zorder=0)
+    ax.set_xscale("log")
+    ax.margins(x=0.1)
+    ax.set_yticks(range(len(names)), [icl.plots.literal(LABELS.get(name, name)) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", color="0.93")
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("median time (× ours), logarithmic")
     setting = result["setting"]
     heading = f"{setting['queries']} {setting['task'].upper()} queries after {setting['k']} demonstrations"
-    finish(fig, [ax], f"{heading}, {model_title(setting['model'])}, {setting['dtype']}", path)
+    finish(fig, [ax], f"Time of a capture: {heading}\n{model_title(setting['model'])}, {setting['dtype']}", path)
 
 
 def model_or_random(text: str) -> str:

@@ -30,9 +30,6 @@ ROWS = {
 COLUMNS = ("metric", "what is compared", "task", "value", "low", "high", "queries")
 """The columns that are read."""
 
-MARKERS = "os^"
-"""One marker a task, so that tasks are told apart without colour."""
-
 
 def read(table: Path) -> dict[str, dict[str, Interval]]:
     """Return SimAOU with its interval by row of the figure and task."""
@@ -55,10 +52,6 @@ def read(table: Path) -> dict[str, dict[str, Interval]]:
 def draw(estimates: dict[str, dict[str, Interval]], ax: Axes) -> Axes:
     """Draw a row for each comparison and a marker for each task."""
     icl.plots.dots(estimates, ax=ax)
-    tasks = list(next(iter(estimates.values())))
-    for line in ax.get_lines():
-        if line.get_label() in tasks:
-            line.set_marker(MARKERS[tasks.index(str(line.get_label()))])
     ax.set(xlabel="SimAOU (cosine)")
     return ax
 
@@ -74,11 +67,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def write(args: argparse.Namespace) -> None:
     """Draw the figure and write it as .png and .pdf."""
     estimates = read(args.controls)
-    with plt.rc_context({"font.size": 7}):
-        fig, ax = plt.subplots(figsize=(88 / 25.4, 2.2), layout="constrained")  # a column of a journal: 88 mm
-        draw(estimates, ax)
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        write_figure(fig, args.out, "png", "pdf", dpi=300)
+    fig, ax = plt.subplots(figsize=(icl.plots.COLUMN_WIDTH, 2.2))
+    draw(estimates, ax)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, columnspacing=1.2, handlelength=2)
+    write_figure(fig, args.out, "png", "pdf", dpi=300)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import control_tables
+import matplotlib.pyplot as plt
 import pandas as pd
 from control_tables import CLAIM, CONTEXTS, FAMILIES, MODELS, VARIANTS, WEIGHTS, Runs
+from matplotlib.axes import Axes
 from tqdm.auto import tqdm
 
 import icl_dual as icl
@@ -27,6 +30,8 @@ from icl_dual.scripts.common import (
     count,
     default_lr,
     finish,
+    label_outer,
+    legend_beside,
     model_title,
     output_folder,
     panels,
@@ -161,27 +166,92 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
     return by_task
 
 
+IN_FIGURE = {
+    CLAIM: "ICL and finetuning (the claim)",
+    "paper's random baseline": "random vector or scores (the paper's)",
+    "random updates for both": "two random updates (inflation)",
+    "ICL and ZSL": "ICL and zero-shot (before finetuning)",
+    "ICL's answers dealt at random": "ICL's answers, shuffled over queries",
+    "both on flipped labels": "both ICL and FT on flipped labels",
+}
+"""The names of rows in the figure, where they differ from those in the tables."""
+
+PANELS = {
+    "SimAOU": ("SimAOU", "cosine"),
+    "SimAOU unnormalised": ("SimAOU, un-\nnormalised", "cosine"),
+    "SimAM after FT": ("SimAM\nafter FT", "cosine"),
+    "SimAMΔ": ("SimAMΔ", "cosine"),
+    "Kendall": ("Kendall,\nqueries", "Kendall's τ"),
+    "Kendall on keys": ("Kendall,\nkeys", "Kendall's τ"),
+    "Rec2FTP": ("Rec2FTP", "share"),
+}
+"""The title and the unit of each metric in the figure. Kendall is by finetuning's queries, or by its keys."""
+
+FAMILY_NAMES = {
+    "claim": "the claim",
+    "nulls": "nulls by formula",
+    "models": "models that learned nothing",
+    "weights": "random change of weights",
+    "contexts": "contexts not finetuned on",
+    "variants": "variants (no controls)",
+}
+"""The families of rows, in the legend."""
+
+UNSTABLE = "unstable over finetuning replicas"
+
+SETTINGS = {"ICL": "in context", "FT": "finetuned"}
+"""The settings whose accuracy depends on the number of demonstrations, in words."""
+
+
 def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
-    """All controls of all metrics: a panel a metric, a row a control, families apart."""
-    scores = scores.query("not metric.str.contains('without massive tokens')")  # these stay in the table
+    """Draw the mean over tasks of every metric and control: a panel a metric, a row a control, families apart.
+
+    The interval of the claim is a band over all rows: a control within it does not differ. Tasks, and metrics without
+    massive tokens, are in the table.
+    """
+    scores = scores.query("not metric.str.contains('without massive tokens') and task == 'mean'")
     rows = scores.drop_duplicates("what is compared").sort_values(
         "kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable"
     )
-    names, metrics = rows["what is compared"].tolist(), scores["metric"].unique()
-    in_a_row = -(-len(metrics) // 2)
-    fig, axes = panels(in_a_row, rows=2, height=0.2 * len(names) + 0.6, sharex=False, sharey="all")
-    for metric, ax in zip(metrics, (ax for row in axes for ax in row), strict=False):
-        estimates: dict[str, dict[str, Interval]] = {name: {} for name in names}
-        for row in scores.query("metric == @metric and task != 'mean'").to_dict("records"):
-            interval = control_tables.read_interval(row)
-            estimates[row["what is compared"]][TITLES[row["task"]]] = interval
-        icl.plots.dots(estimates, ax=ax)
+    names, metrics = rows["what is compared"].tolist(), list(scores["metric"].unique())
+    columns = -(-len(metrics) // 2)
+    size = icl.plots.PAGE_WIDTH, 1.4 + 2 * (0.35 + 0.135 * len(names))
+    fig, axes = plt.subplots(2, columns, figsize=size, sharey=True, squeeze=False)
+    for metric, ax in zip(metrics, axes.flat, strict=False):
+        of_metric = scores.query("metric == @metric").to_dict("records")
+        _draw_controls(ax, {row["what is compared"]: row for row in of_metric}, names)
         for border in rows["kind"].ne(rows["kind"].shift()).to_numpy().nonzero()[0][1:]:
-            ax.axhline(border - 0.5, color="0.7", linewidth=0.8)
-        ax.set_title(icl.plots.literal(metric))
-    for ax in axes[1][len(metrics) - in_a_row :]:
+            ax.axhline(border - 0.5, color="0.7", linewidth=0.6)
+        name, unit = PANELS.get(metric, (metric, ""))
+        ax.set(title=icl.plots.literal(name), xlabel=unit)
+    for ax in axes.flat:
+        ax.set_yticks(range(len(names)), [icl.plots.literal(IN_FIGURE.get(name, name)) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
+    for ax in axes.flat[len(metrics) :]:
         ax.remove()
-    finish(fig, axes[0], title, path)
+    finish(fig, list(axes.flat[: len(metrics)]), title, path)
+
+
+def _draw_controls(ax: Axes, rows: Mapping[str, Mapping[Any, Any]], names: Sequence[str]) -> None:
+    """Draw the rows of one metric, and the claim's interval over all of them."""
+    claim = control_tables.read_interval(rows[CLAIM])
+    if claim.known:
+        ax.axvspan(claim.low, claim.high, color="#56B4E9", alpha=0.35, linewidth=0, label="95 % interval of the claim")
+    ax.axvline(0, color="0.8", linewidth=0.6, zorder=0)
+    for at, name in enumerate(names):
+        if name not in rows:
+            continue
+        estimate, kind = control_tables.read_interval(rows[name]), rows[name]["kind"]
+        look = icl.plots.series_style(KINDS.index(kind))
+        style = {"color": look["color"], "marker": look["marker"], "markersize": 3.5, "linestyle": "none"}
+        style |= {} if estimate.known else {"markerfacecolor": "white"}
+        ax.plot([estimate.value], [at], label=FAMILY_NAMES[kind], **style)
+        ax.hlines([at], [estimate.low], [estimate.high], color=look["color"], linewidth=0.9)
+        if estimate.unstable:
+            ax.plot([estimate.value], [at], linestyle="none", marker="x", markersize=6, color="black", label=UNSTABLE)
+    icl.plots.explain_line(ax, "95 % interval over queries and seeds", color="0.4", linewidth=0.9)
+    ax.grid(axis="y", color="0.93")
+    ax.set_axisbelow(True)
 
 
 def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
@@ -195,17 +265,18 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
             return {k: interval_of(name, results) for k, results in by_k.items()}
 
         none = {0: interval_of("ZSL accuracy", runs[CLAIM][task])}
-        accuracies = {setting: none | estimates(f"{setting} accuracy") for setting in ("ICL", "FT")}
-        columns = {CLAIM: "SimAOU", "random update of FT's size": "SimAOU random update"}
+        accuracies = {text: none | estimates(f"{setting} accuracy") for setting, text in SETTINGS.items()}
+        columns = {"SimAOU of ICL and finetuning": "SimAOU", "of a random update of FT's size": "SimAOU random update"}
         likeness = {name: estimates(column) for name, column in columns.items()}
         icl.plots.curves(accuracies, ylabel="accuracy", ax=top)
-        icl.plots.curves(likeness, ylabel="SimAOU", ax=bottom)
+        icl.plots.curves(likeness, ylabel="SimAOU (cosine)", ax=bottom)
+        top.axhline(none[0].value, color="black", linestyle=":", linewidth=0.8, label="zero-shot")
         top.set_title(TITLES[task])
-        bottom.set_xlabel("demonstrations")
+        bottom.set_xlabel("demonstrations, k")
     for row in axes:
-        row[0].legend(frameon=False, fontsize="small")
         for ax in row:
-            ax.label_outer()
+            label_outer(ax)
+        legend_beside(row[-1])
     finish(fig, [], title, path)
 
 
@@ -271,8 +342,10 @@ def write(args: argparse.Namespace) -> None:
     }
     for name, frame in (tables | {"controls": estimates}).items():
         write_csv(args.out / f"{name}.csv", frame, float_format="%.6g")
-    draw(estimates, f"The paper's metrics and their controls: {describe(args)}", args.out / "controls")
-    draw_demonstrations(runs, f"From no demonstration to all: {describe(args)}", args.out / "demonstrations")
+    tasks = ", ".join(TITLES[task] for task in args.tasks)
+    heading = f"The paper's metrics and their controls, mean over {tasks}"
+    draw(estimates, f"{heading}\n{describe(args)}", args.out / "controls")
+    draw_demonstrations(runs, f"From no demonstration to all\n{describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(markdown(tables["claims"]))
     print(f"\nTables and figures are in {args.out}/; the page that explains them is {args.out}/README.md")

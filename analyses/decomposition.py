@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from icl_dual.scripts.common import (
     count,
     default_lr,
     finish,
+    label_outer,
     model_title,
     output_folder,
     panels,
@@ -192,74 +195,90 @@ def by_layer(cells: list[Result]) -> pd.DataFrame:
 
 
 def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
-    n, about = len(cells), f"{model_title(args.model)}, protocol {args.protocol}, {n_queries(args)}, seed {args.seed}"
+    n, about = len(cells), describe(cells, args)
 
     fig, (axes,) = panels(n)
     for ax, result in columns(axes, cells):
-        label = "w, mean over queries" * (ax is axes[-1])
-        icl.plots.heads(result.tensors["demonstration_mass"], label=label, ax=ax)
-        ax.label_outer()
-    finish(fig, axes, f"Share of the softmax that demonstrations take, {about}", args.out / "demonstration_mass")
+        icl.plots.heads(result.tensors["demonstration_mass"], ax=ax)
+        label_outer(ax)
+    colour_bar(fig, axes, "softmax share w, mean over queries")
+    finish(fig, [], f"The softmax share of the demonstrations\n{about}", args.out / "demonstration_mass")
 
     fig, (axes,) = panels(n)
     for ax, result in columns(axes, cells):
         series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
         icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
-        ax.set_ylim(-1.2, 2.2)  # where both parts cancel, shares leave every scale: layers.csv has them
-        ax.label_outer()
-    finish(fig, axes, f"Direct and inherited update of the attention output, {about}", args.out / "direct_inherited")
+        # Where both parts cancel, shares leave every linear scale: beyond ±2 the scale is logarithmic.
+        ax.set_yscale("symlog", linthresh=2, linscale=2)
+        ax.yaxis.set_major_locator(FixedLocator([-100, -10, -2, -1, 0, 1, 2, 10, 100]))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
+        label_outer(ax)
+    heading = "Direct and inherited shares of the change of the attention output; logarithmic beyond ±2"
+    finish(fig, axes, f"{heading}\n{about}", args.out / "direct_inherited")
 
-    fig, rows = panels(n, 2)
-    labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "ρ of the weights"}
+    fig, rows = panels(n, 2, height=1.5)
+    labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "Spearman's ρ of the weights"}
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, cells):
-            colorbar_label = label * (ax is axes[-1])
-            icl.plots.heads(result.tensors[name], label=colorbar_label, limits=(-1, 1), ax=ax)
-            ax.label_outer()
-    finish(fig, rows[0], f"The linear relaxation against the exact split, {about}", args.out / "relaxation")
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
+            icl.plots.heads(result.tensors[name], limits=(-1, 1), ax=ax)
+            label_outer(ax)
+        colour_bar(fig, axes, f"{label}\n({icl.plots.BELOW_ZERO})")
+    finish(fig, [], f"The linear relaxation against the exact split\n{about}", args.out / "relaxation")
 
-    fig, rows = panels(n, 4)
-    labels = {
-        "cosine": "Frobenius cosine",
-        "action_cosine": "cosine of the action on q",
-        "left_angles": "left angles (degrees)",
-        "right_angles": "right angles (degrees)",
-    }
-    for axes, (name, label) in zip(rows, labels.items(), strict=True):
-        for ax, result in columns(axes, cells):
+    fig, rows = panels(n, 4, height=1.3)
+    for axes, (name, label) in zip(rows, UPDATE_LABELS.items(), strict=True):
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
             pair = (
                 result.tensors[kind].flatten(3).mean(-1) if "angles" in kind else result.tensors[kind]
                 for kind in (name, f"{name}_random")
             )
             icl.plots.against_null(*pair, ylabel=label, ax=ax)
-            if "angles" in name:
-                ax.set_ylim(30, 90)
-            ax.label_outer()
-    finish(fig, rows[0], f"ΔW_ICL against ΔW_FT, {about}", args.out / "updates")
+            label_outer(ax)
+    finish(fig, rows[0], f"The changes of weights ΔW_ICL and ΔW_FT compared\n{about}", args.out / "updates")
 
-    fig, rows = panels(n, 2)
-    for axes, name, label in zip(rows, ("norm", "effective_rank"), ("Frobenius norm", "effective rank"), strict=True):
-        for ax, result in columns(axes, cells):
+    fig, rows = panels(n, 2, height=1.4)
+    labels = {"norm": "Frobenius norm", "effective_rank": "effective rank"}
+    for axes, (name, label) in zip(rows, labels.items(), strict=True):
+        for ax, result in columns(axes, cells, is_first=axes is rows[0]):
             series = {f"ΔW_{kind}": result.tensors[f"{name}_{kind}"][None] for kind in "KV"}
             icl.plots.by_layer(series, ylabel=label, ax=ax)
             ax.set_yscale("log" if name == "norm" else "linear")
-            ax.label_outer()
-    finish(
-        fig,
-        rows[0],
-        f"Size and effective rank of finetuning's update, {model_title(args.model)}, seed {args.seed}",
-        args.out / "delta",
-    )
+            label_outer(ax)
+    heading = "Size and effective rank of finetuning's change of key and value weights"
+    finish(fig, rows[0], f"{heading}\n{about}", args.out / "delta")
 
     write_prompt(cells[0], args)
     write_delta_demonstrations(cells[0], args)
 
 
-def columns(axes: list[Axes], cells: list[Result]) -> Iterator[tuple[Axes, Result]]:
-    """Each task's Axes, with the task's title over the first row."""
+UPDATE_LABELS = {
+    "cosine": "Frobenius\ncosine",
+    "action_cosine": "cosine of the\nactions on q",
+    "left_angles": "principal angles,\noutputs (degrees)",
+    "right_angles": "principal angles,\ninputs (degrees)",
+}
+"""The comparisons of ΔW_ICL and ΔW_FT that are drawn, with units. The angles are those between the spans of the left
+singular vectors (outputs) and of the right ones (inputs)."""
+
+
+def describe(cells: list[Result], args: argparse.Namespace) -> str:
+    """Return the model and how the cells were run, in two lines."""
+    rates = {result.task: default_lr(args.model, result.task) if args.lr is None else args.lr for result in cells}
+    ks = {result.task: icl.PAPER_K[result.task] if args.k is None else args.k for result in cells}
+    each = "; ".join(f"{TITLES[task]} k = {ks[task]}, lr {rates[task]:g}" for task in rates)
+    return f"{model_title(args.model)}, protocol {args.protocol}, {n_queries(args)}, seed {args.seed}\n{each}"
+
+
+def colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
+    """Draw the colour bar of maps that share their scale."""
+    fig.colorbar(axes[0].images[0], ax=axes, label=label)
+
+
+def columns(axes: list[Axes], cells: list[Result], *, is_first: bool = True) -> Iterator[tuple[Axes, Result]]:
+    """Yield each task's Axes, with the task's title over those of the first quantity."""
     for ax, result in zip(axes, cells, strict=True):
-        spec = ax.get_subplotspec()
-        if spec is not None and spec.is_first_row():
+        if is_first:
             ax.set_title(TITLES[result.task])
         yield ax, result
 
@@ -269,36 +288,35 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
     groups: list[str] = result.about["groups"]
     first = groups.index("separators")
     names = ["separators", *(shorten(text) for text in result.about["demonstrations"])]
-    fig, (above, below) = plt.subplots(
-        2, 1, figsize=(10, 2.8 + 0.2 * len(names)), layout="constrained", height_ratios=[1, 0.12 * len(names)]
-    )
-    one = {name: result.tensors[name][:1] for name in ("demonstration_mass", "direct_share", "icl_share")}
+    size = icl.plots.PAGE_WIDTH, 2.4 + 0.135 * len(names)
+    fig, (above, below) = plt.subplots(2, 1, figsize=size, height_ratios=[1, 0.09 * len(names)], sharex=True)
+    of_first = {name: result.tensors[name][:1] for name in ("demonstration_mass", "direct_share", "icl_share")}
     series = {
-        "softmax share w, mean over heads": one["demonstration_mass"].mean(-1),
-        "direct share": one["direct_share"],
+        "softmax share w of the demonstrations, mean over heads": of_first["demonstration_mass"].mean(-1),
+        "direct share of h_ICL − h_ZSL": of_first["direct_share"],
     }
-    icl.plots.by_layer(series, ax=above)
-    above.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    icl.plots.by_layer(series, ylabel="share", ax=above)
+    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     above.set_xlabel("")
-    icl.plots.demonstrations(one["icl_share"][0, :, first:], names, label="share of ΔICL", ax=below)
-    for ax in (above, below):
-        ax.set_xlim(-0.5, len(one["icl_share"][0]) - 0.5)
+    icl.plots.demonstrations(of_first["icl_share"][0, :, first:], names, label="share of ΔICL", ax=below)
+    below.set_xlim(-0.5, len(of_first["icl_share"][0]) - 0.5)
     heading = f"Demonstrations' shares of ΔICL by layer: “{shorten(result.about['first_query'], 70)}”"
-    finish(fig, [below], f"{heading}\n{model_title(args.model)}, {TITLES[result.task]}", args.out / "prompt")
+    finish(fig, [], f"{heading}\n{describe([result], args)}", args.out / "prompt")
 
 
 def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None:
     names = [shorten(text) for text in result.about["demonstrations"]]
-    fig, axes = plt.subplots(1, 2, figsize=(13, 2 + 0.2 * len(names)), layout="constrained", sharey=True)
+    size = icl.plots.PAGE_WIDTH, 1.2 + 0.135 * len(names)
+    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for ax, kind in zip(axes, "KV", strict=True):
         shares = result.tensors[f"demonstrations_{kind}"]
         icl.plots.demonstrations(shares, names, label=f"share of ΔW_{kind}", ax=ax)
         ax.set_title(f"ΔW_{kind}")
-    heading = f"Demonstrations' shares of ΔW, {model_title(args.model)}, {TITLES[result.task]}, seed {args.seed}"
-    finish(fig, [axes[0]], heading, args.out / "delta_demonstrations")
+    heading = "Demonstrations' shares of finetuning's change of key and value weights"
+    finish(fig, [], f"{heading}\n{describe([result], args)}", args.out / "delta_demonstrations")
 
 
-def shorten(text: str, length: int = 44) -> str:
+def shorten(text: str, length: int = 32) -> str:
     """The beginning of a text, and its label, which comes last."""
     text, _, label = text.rpartition(" → ")
     return (text if len(text) <= length else text[: length - 1].rstrip() + "…") + " → " + label

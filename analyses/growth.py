@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icl_dual as icl
 from icl_dual import assets
-from icl_dual.scripts.common import finish, model_name, output_folder, positive, run_script, script_parser
+from icl_dual.scripts.common import finish, model_name, model_title, output_folder, positive, run_script, script_parser
 from icl_dual.scripts.outputs import markdown, write_csv, write_text
 
 QUERIES, DEMONSTRATIONS, LAYERS = (16, 32, 64, 128, 256), (0, 4, 8, 16, 32), (6, 12, 18, 24, 30)
@@ -154,23 +154,31 @@ def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "GFLOP", "seconds", "GFLOP/s", "kept, MB"])
 
 
-def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, path: Path) -> None:
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+def draw(points: pd.DataFrame, peak: pd.DataFrame, rate: float, model: str, path: Path) -> None:
+    """Draw seconds along each axis beside those that FLOPs make expect, and memory along queries."""
+    fig, axes = plt.subplots(1, 4, figsize=(icl.plots.PAGE_WIDTH, 2.6))
+    measured: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#0072B2"}
     for ax, (axis, of_axis) in zip(axes, points.groupby("axis", sort=False), strict=False):
-        ax.plot(of_axis["x"], of_axis["flops"] / 1e9 / rate, color="0.5", label="FLOPs at the bare prefix's rate")
-        ax.plot(of_axis["x"], of_axis["seconds"], "o", color="C0", label="measured")
+        ax.plot(
+            of_axis["x"],
+            of_axis["flops"] / 1e9 / rate,
+            color="0.4",
+            linestyle="--",
+            label="time: FLOPs at the bare prefix's rate",
+        )
+        ax.plot(of_axis["x"], of_axis["seconds"], label="time, measured", **measured)
         ax.set_xlabel(str(axis))
-        ax.set_ylabel("seconds")
+        ax.set_ylabel("time (s)" if ax is axes[0] else "")
         ax.set_ylim(0)
     ax = axes[-1]
-    ax.plot(peak["queries"], peak["peak_mb"], "o", color="C0", label="peak")
-    ax.plot(peak["queries"], peak["kept_mb"], color="0.5", label="what is kept of it")
+    ax.plot(peak["queries"], peak["peak_mb"], label="memory, peak", **measured | {"marker": "s", "color": "#D55E00"})
+    ax.plot(peak["queries"], peak["kept_mb"], color="0.4", linestyle=":", label="memory of the result")
     ax.set_xlabel("queries")
-    ax.set_ylabel("memory, MB")
-    ax.legend(frameon=False)
+    ax.set_ylabel("memory (MB)")
     ax.set_ylim(0)
     fixed = ", ".join(f"{n} {what}" for what, n in DEFAULT.items())
-    finish(fig, list(axes), f"What a capture costs as one of these grows: {fixed}, all layers", path)
+    heading = f"What a capture costs as one of these grows, the others fixed: {fixed}, all layers"
+    finish(fig, list(axes), f"{heading}\n{model_title(model)}", path)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -193,7 +201,7 @@ def write(args: argparse.Namespace) -> None:
     write_csv(args.out / "growth.csv", points)
     peak = memory(args.model, task)
     write_csv(args.out / "memory.csv", peak)
-    draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.out / "growth")
+    draw(points, peak, cost.loc[cost["step"] == "bare prefix", "GFLOP/s"].item(), args.model, args.out / "growth")
     print(markdown(cost, floatfmt=".2f"))
     print(markdown(points))
 

@@ -470,7 +470,8 @@ def write(args: argparse.Namespace) -> None:
     write_csv(args.out / "stream.csv", tables.stream(effects), float_format="%.5g")
     write_csv(args.out / "matrices.csv", markdown_tables["matrices"])
     for model in dict.fromkeys(args.models):
-        name, title = file_stem(short(model)), model_title(model)
+        name = file_stem(short(model))
+        title = f"{model_title(model)}\nk = {args.k}, {args.queries} queries × {len(args.seeds)} seeds"
         of_model = {run: by_name for run, by_name in effects.items() if run.model == model}
         tables.draw_ranks(of_model, title, args.out / f"rank_{name}")
         tables.draw_stream(of_model, title, args.out / f"stream_{name}")

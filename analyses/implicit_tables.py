@@ -9,13 +9,11 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import icl_dual as icl
-from icl_dual.scripts.common import TITLES, short
-from icl_dual.scripts.outputs import write_figure
+from icl_dual.scripts.common import TITLES, finish, short
 from icl_dual.statistics import Interval, bootstrap
 
 Effects = dict[str, dict[str, Tensor]]
@@ -26,9 +24,6 @@ SHARED = "shared patch"
 
 METRICS = {"kl": "KL to ICL (nats)", "agreement": "agreement with ICL", "correct": "accuracy"}
 """The answers' metrics, by the name of their tensor."""
-
-WIDTH = 88 / 25.4
-"""The width of figures: one column of a journal, in inches."""
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
@@ -52,7 +47,13 @@ STYLES: dict[str, tuple[str, Any, str]] = {
 }
 """Colour, line style and marker of each change."""
 
-FONTS: dict[Any, Any] = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7, "legend.fontsize": 7}
+IN_FIGURE = {
+    CONTEXT: "in context (ICL)",
+    "FT": "finetuned",
+    LAYER_CAUSAL: "finetuned, layer-causal",
+    "random patch": "random patch (null)",
+}
+"""The names of changes in figures, where they differ from those in the tables."""
 
 
 def task_title(task: str) -> str:
@@ -176,79 +177,76 @@ def matrix_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def draw_ranks(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
-    """Draw accuracy and KL against the rank of the shared patch, a column for each task, other changes as lines."""
+    """Draw accuracy and KL against the rank of the shared patch, a column for each task, other changes beside."""
     grouped = {task: seeds for (_, task), seeds in by_task(effects).items()}
-    with plt.rc_context(FONTS):
-        fig, axes = plt.subplots(
-            2, len(grouped), figsize=(WIDTH, 4.6), layout="constrained", squeeze=False, sharex=True, sharey="row"
-        )
-        for column, (task, seeds) in enumerate(grouped.items()):
-            for row, metric in enumerate(("correct", "kl")):
-                _draw_metric(axes[row, column], seeds, metric)
-            axes[0, column].set_title(task_title(task))
-            axes[1, column].set_xlabel("rank of the shared patch")
-        for row, label in enumerate(("accuracy", "KL to ICL (nats)")):
-            axes[row, 0].set_ylabel(label)
-        axes[1, 0].set_yscale("log")
-        _finish(fig, axes[0, 0], f"Held-out queries, run with a changed model\n{title}", path)
+    fig, axes = plt.subplots(
+        2, len(grouped), figsize=(icl.plots.COLUMN_WIDTH, 4.9), squeeze=False, sharex=True, sharey="row"
+    )
+    for column, (task, seeds) in enumerate(grouped.items()):
+        for row, metric in enumerate(("correct", "kl")):
+            _draw_metric(axes[row, column], seeds, metric)
+        axes[0, column].set_title(task_title(task))
+        axes[1, column].set_xlabel("rank  |  other changes")
+    for row, label in enumerate(("accuracy", "KL to ICL (nats)")):
+        axes[row, 0].set_ylabel(label)
+    axes[1, 0].set_yscale("log")
+    finish(fig, list(axes.flat), f"Held-out queries, run with a changed model\n{title}", path)
 
 
 def _draw_metric(ax: Axes, seeds: Sequence[Effects], metric: str) -> None:
-    """Draw a metric of the shared patch along the rank, and of other changes as lines with their intervals beside."""
+    """Draw a metric of the shared patch along the rank, and to the right other changes, with their intervals."""
     names = names_of(seeds)
     ranks = {rank: name for name in names if (rank := rank_of(name)) is not None}
     colour, line, marker = STYLES[SHARED]
     curve = [interval(seeds, name, metric) for name in ranks.values()]
     x = list(ranks)
-    ax.plot(
-        x, [point.value for point in curve], color=colour, linestyle=line, marker=marker, ms=3, lw=1.3, label=SHARED
-    )
-    ax.fill_between(x, [p.low for p in curve], [p.high for p in curve], color=colour, alpha=0.2, linewidth=0)
+    ax.plot([str(rank) for rank in x], [point.value for point in curve], color=colour, linestyle=line, marker=marker)
+    ax.lines[-1].set_label("shared patch, by rank")
+    low, high = [point.low for point in curve], [point.high for point in curve]
+    ax.fill_between(range(len(x)), low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.axvline(len(x) - 0.4, color="0.8", linewidth=0.6)
     others = [name for name in STYLES if name in names and name != ranked(1)]
     for index, name in enumerate(others):
         estimate = interval(seeds, name, metric)
         if metric == "kl" and name == CONTEXT:
             continue  # it is 0 by definition, which a logarithmic axis has no place for
         colour, line, marker = STYLES[name]
-        at = max(x) * 1.6 * 1.35**index
-        ax.axhline(estimate.value, color=colour, linestyle=line, linewidth=0.8, zorder=1)
-        error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-        style = {"color": colour, "marker": marker, "ms": 3.5, "elinewidth": 0.7}
-        ax.errorbar(at, estimate.value, np.nan_to_num(error), linestyle=line, linewidth=0.8, label=name, **style)
-    ax.set_xscale("log", base=2)
-    ticks = x[::-2]
-    ax.set_xticks(ticks, [str(rank) for rank in ticks])
-    ax.minorticks_off()
-    ax.spines[["top", "right"]].set_visible(False)
+        if name in (CONTEXT, ZERO_SHOT):
+            ax.axhline(estimate.value, color=colour, linestyle=line, linewidth=0.6, zorder=1)
+        error = np.nan_to_num([[estimate.value - estimate.low], [estimate.high - estimate.value]])
+        style = {"color": colour, "marker": marker, "markersize": 3.5, "elinewidth": 0.8, "linestyle": "none"}
+        ax.errorbar(len(x) + 0.2 + 0.55 * index, estimate.value, error, label=IN_FIGURE.get(name, name), **style)
+    labels = [str(rank) if (len(x) - 1 - at) % 2 == 0 else "" for at, rank in enumerate(x)]
+    ax.set_xticks(range(len(x)), labels)
+    icl.plots.explain_band(ax, "95 % interval")
 
 
 def draw_stream(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
     """Draw by layer the cosine of what each change writes with the in-context change, a panel for each task."""
     grouped = {task: seeds for (_, task), seeds in by_task(effects).items()}
-    with plt.rc_context(FONTS):
-        size = WIDTH, 1.4 + 1.5 * len(grouped)
-        fig, axes = plt.subplots(len(grouped), 1, figsize=size, layout="constrained", squeeze=False, sharex=True)
-        for ax, (task, seeds) in zip(axes[:, 0], grouped.items(), strict=True):
-            for index, (label, name) in enumerate(_drawn_changes(seeds)):
-                means = _stream_means(seeds, name)
-                colour, line, marker = STYLES[label]
-                layers = np.arange(len(means["cosine"]))
-                if label == SHARED:
-                    band = 2 * means["cosine_random_std"]
-                    ax.fill_between(
-                        layers, -band, band, color="0.85", linewidth=0, zorder=0, label="null, ±2 deviations"
-                    )
-                every = (index % 5, 5)
-                ax.plot(
-                    layers, means["cosine"], color=colour, linestyle=line, marker=marker, markevery=every, ms=3, lw=0.9
-                )
-                ax.plot([], [], color=colour, linestyle=line, marker=marker, ms=3, lw=0.9, label=label)
-            ax.set_title(task_title(task))
-            ax.spines[["top", "right"]].set_visible(False)
-        axes[-1, 0].set_xlabel("layer")
-        axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-        fig.supylabel("cosine with the in-context change", fontsize=7)
-        _finish(fig, axes[0, 0], f"What each change writes into the residual stream\n{title}", path)
+    size = icl.plots.COLUMN_WIDTH, 2.2 + 1.5 * len(grouped)
+    fig, axes = plt.subplots(len(grouped), 1, figsize=size, squeeze=False, sharex=True)
+    for ax, (task, seeds) in zip(axes[:, 0], grouped.items(), strict=True):
+        for index, (label, name) in enumerate(_drawn_changes(seeds)):
+            means = _stream_means(seeds, name)
+            colour, line, marker = STYLES[label]
+            layers = np.arange(len(means["cosine"]))
+            if label == SHARED:
+                band = 2 * means["cosine_random_std"]
+                ax.fill_between(layers, -band, band, color="0.85", linewidth=0, zorder=0, label="null, ±2 deviations")
+                values = torch.stack([by_name[name]["cosine"] for by_name in seeds]).double()
+                error = 1.96 * icl.plots.crossed_error(values)
+                low, high = means["cosine"] - error, means["cosine"] + error
+                ax.fill_between(layers, low, high, color=colour, alpha=0.25, linewidth=0)
+                ax.collections[-1].set_label("±1.96 standard errors")
+            style = {"color": colour, "linestyle": line, "marker": marker, "linewidth": 0.9}
+            every = (index % 5, 5)
+            ax.plot(layers, means["cosine"], markevery=every, label=IN_FIGURE.get(label, label), **style)
+        ax.set_title(task_title(task))
+    axes[-1, 0].set_xlabel("layer")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.supylabel("cosine with the in-context change", fontsize=7.5)
+    finish(fig, list(axes.flat), f"What each change writes into the residual stream\n{title}", path)
 
 
 def _drawn_changes(seeds: Sequence[Effects]) -> Iterator[tuple[str, str]]:
@@ -259,11 +257,3 @@ def _drawn_changes(seeds: Sequence[Effects]) -> Iterator[tuple[str, str]]:
         name = ranked(full) if label == SHARED and full is not None else label
         if name in names and label != CONTEXT:
             yield label, name
-
-
-def _finish(fig: Figure, ax: Axes, title: str, path: Path) -> None:
-    """Title, one legend below all Axes, and both files."""
-    fig.suptitle(icl.plots.literal(title), wrap=True)
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.2)
-    write_figure(fig, path, "png", "pdf", dpi=300)

@@ -104,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="parts to run (%(default)s)")
     add("--device", type=device, default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
     add("--jobs", type=positive, help="trainings at a time, which share the cores (a core each; on a GPU, 1)")
+    add("--redraw", action="store_true", help="only draw the figures again from the tables in --out")
     add("--out", type=output_folder, default="figures/momentum", help="folder for all output (%(default)s)")
     return parser
 
@@ -295,6 +296,9 @@ def _check_inputs(args: argparse.Namespace, runs: list[Run]) -> None:
 
 def write(args: argparse.Namespace) -> None:
     """Train, ask and measure what is not finished, and write all tables and figures."""
+    if args.redraw:
+        momentum_tables.redraw(args.out, args.model)
+        return
     runs = plan(args)
     if RANK == 0:
         _check_inputs(args, runs["text"])

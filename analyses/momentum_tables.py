@@ -14,8 +14,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import icl_dual as icl
+from icl_dual import pretraining
 from icl_dual.scripts.common import DATA, TITLES, finish, model_title
-from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
+from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, read_csv, write_csv, write_text
 from icl_dual.statistics import Interval, Paired, bootstrap, over_seeds, paired_test
 
 SHOWN = (1, 2, 4, 8, 15)
@@ -137,76 +138,129 @@ def spread(values: Sequence[float]) -> Interval:
     return interval if len(numbers) >= ENOUGH else replace(interval, low=np.nan, high=np.nan)
 
 
-def draw_losses(cells: CellsByPart, ax: Axes) -> None:
-    for index, eta in enumerate(dict.fromkeys(one["eta"] for one in cells.get("text", []))):
-        runs = [one["losses"] for one in cells["text"] if one["eta"] == eta]
-        step = [number for number, _ in runs[0]]
-        ax.plot(step, np.mean([[loss for _, loss in run] for run in runs], axis=0), color=f"C{index}", linewidth=1)
-        ax.lines[-1].set_label(eta_name(eta))
-    ax.set(xlabel="step", ylabel="training loss, nats", title="text")
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+LEARNED = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
+"""The look of a learned η, which has no place on the scale of fixed ones."""
+
+SEEDS_BAND = "95 % interval over seeds (5 or more)"
+"""What bands over seeds are, in legends."""
+
+
+def draw_losses(cells: CellsByPart, out: Path) -> None:
+    """Draw the training loss of the decoders trained on text: means over seeds."""
+    by_eta: dict[Any, list[list[list[float]]]] = {}
+    for one in cells["text"]:
+        by_eta.setdefault(one["eta"], []).append(one["losses"])
+    fixed = sorted(eta for eta in by_eta if eta != "learned")
+    looks = dict(zip(fixed, icl.plots.ordered(len(fixed)), strict=True)) if fixed else {}
+    fig, ax = plt.subplots(figsize=(icl.plots.COLUMN_WIDTH, 2.8))
+    for index, eta in enumerate([*fixed, *(["learned"] if "learned" in by_eta else [])]):
+        losses = np.array([[loss for _, loss in run] for run in by_eta[eta]])
+        steps = [number for number, _ in by_eta[eta][0]]
+        style = LEARNED if eta == "learned" else {**icl.plots.series_style(index), "color": looks[eta]}
+        ax.plot(steps, losses.mean(0), label=eta_name(eta), markevery=(index, 20), **style)
+    ax.set(xlabel="training step", ylabel="training loss (nats a token)")
+    finish(fig, [ax], "Training loss of decoders on text, mean over seeds", out / "losses")
 
 
 def draw_curve(frame: pd.DataFrame, data: str, measure: str, ax: Axes) -> None:
-    """A measure against η, with the learned one as a line."""
+    """Draw a measure against η, with the learned η as a line with its interval."""
     chosen: dict[Any, list[float]] = {}
     for one in frame.query("data == @data and measure == @measure").to_dict("records"):
         chosen.setdefault(one["eta"], []).append(one["value"])
     learned = chosen.pop("learned", None)
     fixed = {eta: spread(values) for eta, values in sorted(chosen.items())}
-    icl.plots.curves({"fixed": fixed}, ylabel=measure, ax=ax)
+    icl.plots.curves({"η fixed": fixed}, ax=ax)
     if learned:
-        ax.axhline(float(np.mean(learned)), color="C1", linestyle="--", label="learned")
-    ax.legend(frameon=False)
-    ax.set(xlabel="η", title=data)
+        estimate = spread(learned)
+        style = {"color": LEARNED["color"], "linestyle": LEARNED["linestyle"]}
+        ax.axhline(estimate.value, label="η learned", **style)
+        if estimate.known:
+            ax.axhspan(estimate.low, estimate.high, color=style["color"], alpha=0.15, linewidth=0)
+    ax.set(xlabel="η (0: vanilla attention)")
 
 
 def draw_shots(frame: pd.DataFrame, ceiling: Sequence[float], ax: Axes) -> None:
-    """The label mapping's accuracy as demonstrations grow, below the best there can be."""
+    """Draw the label mapping's accuracy as demonstrations grow, below the best there can be."""
     chosen = frame.query("data == 'label mapping'")
-    lines: dict[str, dict[int, Interval]] = {}
+    lines: dict[Any, dict[int, Interval]] = {}
     for eta, measure in chosen[["eta", "measure"]].drop_duplicates().itertuples(index=False):
         values = chosen.query("eta == @eta and measure == @measure")["value"].tolist()
-        lines.setdefault(eta_name(eta), {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
-    icl.plots.curves(lines, ylabel="accuracy", ax=ax)
-    ax.plot(ceiling, color="0.6", linestyle=":", label="ceiling")
-    ax.legend(frameon=False, ncols=2, fontsize="small", loc="lower right")
-    ax.set(xlabel="demonstrations", title="label mapping", ylim=(0, 1))
+        lines.setdefault(eta, {})[int(measure.rsplit(" ", 1)[1])] = spread(values)
+    learned = lines.pop("learned", None)
+    fixed = {eta_name(eta): lines[eta] for eta in sorted(lines)}
+    icl.plots.curves(fixed, ylabel="accuracy", is_ordered=True, ax=ax)
+    if learned:
+        ax.plot(list(learned), [estimate.value for estimate in learned.values()], label="η learned", **LEARNED)
+    ax.plot(ceiling, color="0.5", linestyle=":", label="best possible")
+    ax.set(xlabel="demonstrations", ylim=(0, 1))
 
 
-def draw_trained(cells: CellsByPart, frame: pd.DataFrame, out: Path) -> None:
-    """Two panels for each of what was trained on."""
-    parts = [part for part in ("text", "mapping") if cells.get(part)]
-    fig, axes = plt.subplots(len(parts), 2, figsize=(9.5, 3.5 * len(parts)), layout="constrained", squeeze=False)
-    for part, (left, right) in zip(parts, axes, strict=True):
-        if part == "text":
-            draw_losses(cells, left)
-            draw_curve(frame, "text", f"perplexity, {list(cells['text'][0]['perplexity'])[-1]}", right)
-        else:
-            draw_shots(frame, cells["mapping"][0]["ceiling"], left)
-            draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", right)
-    finish(fig, [], "Decoders trained with and without momentum attention", out / "momentum")
+def draw_trained(frame: pd.DataFrame, ceiling: Sequence[float], out: Path) -> None:
+    """Draw perplexity against η, accuracy against demonstrations, and accuracy against η, of what there is."""
+    validation = [m for m in frame["measure"].drop_duplicates() if str(m).startswith("perplexity, val")]
+    has_mapping = bool(frame["data"].eq("label mapping").any())
+    widths = [1.0] * bool(validation) + [1.35, 1.0] * has_mapping
+    fig, axes = plt.subplots(1, len(widths), figsize=(icl.plots.PAGE_WIDTH, 2.9), width_ratios=widths, squeeze=False)
+    left = list(axes[0])
+    if validation:
+        ax = left.pop(0)
+        length = validation[-1].rsplit(" ", 1)[1]
+        draw_curve(frame, "text", validation[-1], ax)
+        ax.set(title="text", ylabel=f"perplexity of held-out\ntext ({length} tokens)")
+    if has_mapping:
+        draw_shots(frame, ceiling, left[0])
+        left[0].set_title("label mapping")
+        draw_curve(frame, "label mapping", f"accuracy after {SHOWN[-1]}", left[1])
+        left[1].set(title="label mapping", ylabel=f"accuracy after\n{SHOWN[-1]} demonstrations")
+    for ax in axes[0]:
+        _rename_band(ax)
+    finish(fig, list(axes[0]), "Decoders trained from scratch with and without momentum attention", out / "momentum")
+
+
+def _rename_band(ax: Axes) -> None:
+    """Say in the legend that bands are over seeds, of which few have none."""
+    for band in ax.collections:
+        if band.get_label() == icl.plots.INTERVAL:
+            band.set_label(SEEDS_BAND)
 
 
 def draw_eta(learned: Float[torch.Tensor, "seed layer head"], out: Path) -> None:
-    fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    """Draw the η that heads learned: means over seeds."""
+    fig, ax = plt.subplots(figsize=(icl.plots.COLUMN_WIDTH, 2.6))
     icl.plots.heads(learned, label="η, mean over seeds", limits=(0, float(learned.mean(0).max())), ax=ax)
-    finish(fig, [], "η that heads learned, on text", out / "learned_eta")
+    finish(fig, [], f"η that heads learned on text, {len(learned)} seeds", out / "learned_eta")
 
 
 def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
+    """Draw the pretrained model's accuracy against the η that it is given, a panel for each task."""
     tasks = list(frame["task"].drop_duplicates())
-    fig, axes = plt.subplots(
-        1, len(tasks), figsize=(max(5.5, 3 * len(tasks) + 0.5), 3.4), layout="constrained", squeeze=False
-    )
+    size = min(icl.plots.PAGE_WIDTH, 1.2 + 1.9 * len(tasks)), 2.7
+    fig, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
         lines: dict[str, dict[float, Interval]] = {}
         for one in frame.query("task == @task").to_dict("records"):
-            lines.setdefault(f"{one['k']} demonstrations", {})[one["eta"]] = one["accuracy"]
+            label = f"{one['k']} demonstrations" if one["k"] else "zero-shot"
+            lines.setdefault(label, {})[one["eta"]] = one["accuracy"]
         icl.plots.curves(lines, ylabel="accuracy" if ax is axes[0][0] else "", ax=ax)
-        ax.set(xlabel="η", title=task, ylim=(0, 1))
-    finish(fig, list(axes[0]), f"{model_title(model)} given momentum at every layer", out / "intervention")
+        ax.set(xlabel="η at every layer", title=task, ylim=(0, 1))
+    heading = "A pretrained model given momentum attention without training"
+    finish(fig, list(axes[0]), f"{heading}\n{model_title(model)}, protocol answer", out / "intervention")
+
+
+def redraw(out: Path, model: str) -> None:
+    """Draw the figures again from the tables of a folder, without cells; losses and learned η are only in cells."""
+    frame = read_csv(out / "runs.csv", dtype={"eta": object})
+    frame["eta"] = [eta if eta == "learned" else float(eta) for eta in frame["eta"]]
+    draw_trained(frame, best_accuracies(), out)
+    rows = read_csv(out / "intervention.csv")
+    rows["accuracy"] = [Interval(row["value"], row["low"], row["high"], 0) for row in rows.to_dict("records")]
+    draw_added(rows, model, out)
+
+
+def best_accuracies() -> list[float]:
+    """Return the best accuracy of the label mapping there can be, by the number of demonstrations."""
+    data = pretraining.LabelMapping()
+    return [data.best_accuracy(n) for n in range(data.n_pairs)]
 
 
 def conclusions(differences: pd.DataFrame) -> list[str]:
@@ -234,8 +288,11 @@ def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
         write_csv(out / "runs.csv", frame)
         apart = differences(frame)
         write_csv(out / "differences.csv", apart)
-        draw_trained(cells, frame, out)
+        draw_trained(frame, cells["mapping"][0]["ceiling"] if cells.get("mapping") else [], out)
+        if cells.get("text"):
+            draw_losses(cells, out)
         sections += ["## Does momentum help?", *conclusions(apart), "![perplexity and accuracy](momentum.png)"]
+        sections += ["![training loss](losses.png)"] if cells.get("text") else []
         sections += section(apart, "Perplexity", lambda name: name.startswith("perplexity"), 2)
         if cells.get("mapping"):
             best = ", ".join(f"{cells['mapping'][0]['ceiling'][n]:.3f} after {n}" for n in SHOWN)

@@ -15,28 +15,34 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
 from icl_dual.scripts.common import (
+    TITLES,
     at_least,
     file_stem,
+    finish,
+    label_outer,
     lr_key,
     model_name,
+    model_title,
     output_folder,
+    panels,
     rate,
     run_script,
     script_parser,
     variant_parser,
 )
-from icl_dual.scripts.outputs import markdown_text, read_csv, write_csv, write_figure, write_text
-from icl_dual.statistics import MIN_QUERIES
+from icl_dual.scripts.outputs import markdown_text, read_csv, write_csv, write_text
+from icl_dual.statistics import MIN_QUERIES, Interval, proportion
 from icl_dual.storage import read_json
 
 DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
@@ -47,6 +53,9 @@ STABLE = "stable"
 CHECKED = 6
 """The most rates of a task with stability measured, from the best."""
 
+ZERO_SHOT = 0.0
+"""The rate of the row that holds the zero-shot accuracy, which no choice considers."""
+
 GRID = [digit * 10.0**exponent for exponent in (-4, -3, -2, -1) for digit in (1, 2, 5)]
 
 
@@ -54,9 +63,14 @@ def measure(model: icl.Model, prompts: icl.Prompts, delta: icl.WeightDelta | icl
     if isinstance(delta, icl.DivergedError):
         return {"accuracy": float("nan"), "cross_entropy": float("nan")}
     with delta.applied(model):
-        tuned = icl.capture(model, prompts.zero_shot(), fields=())
-    of_gold = tuned.label_log_probs.log_softmax(-1)[range(len(tuned.gold)), tuned.gold]
-    return {"accuracy": tuned.accuracy, "cross_entropy": -of_gold.mean().item()}
+        return measure_zero_shot(model, prompts)
+
+
+def measure_zero_shot(model: icl.Model, prompts: icl.Prompts) -> dict[str, float]:
+    """Return the accuracy and cross-entropy of the gold label, without demonstrations."""
+    run = icl.capture(model, prompts.zero_shot(), fields=())
+    of_gold = run.label_log_probs.log_softmax(-1)[range(len(run.gold)), run.gold]
+    return {"accuracy": run.accuracy, "cross_entropy": -of_gold.mean().item()}
 
 
 class Grid:
@@ -79,7 +93,8 @@ class Grid:
 
     def ranked(self, task: str) -> list[dict[str, Any]]:
         """Return a task's rates from the best; those that diverged are left out."""
-        rows = [row for (of, _), row in self.rows.items() if of == task and not math.isnan(row["accuracy"])]
+        rates = [row for (of, lr), row in self.rows.items() if of == task and lr != ZERO_SHOT]
+        rows = [row for row in rates if not math.isnan(row["accuracy"])]
         return sorted(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))
 
     def unchecked(self, task: str) -> dict[str, Any] | None:
@@ -123,24 +138,33 @@ def given_up(ranked: Sequence[dict[str, Any]]) -> str:
     return f"{best['lr']:g} is the best rate and unstable ({best['unstable']}), as are the next that were checked"
 
 
-def draw(grid: Grid, chosen: dict[str, float], path: Path) -> None:
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for task, lr in chosen.items():
+def accuracy_of(row: Mapping[str, Any]) -> Interval:
+    """Return a rate's accuracy with its interval over selection queries (Wilson's)."""
+    n_right = round(row["accuracy"] * row["n"])
+    right = np.repeat([1.0, 0.0], [n_right, row["n"] - n_right])
+    is_unstable = isinstance(row["unstable"], str) and row["unstable"] != STABLE
+    return replace(proportion(right[None]), unstable=is_unstable)
+
+
+def draw(grid: Grid, chosen: dict[str, float], title: str, path: Path) -> None:
+    """Draw accuracy against the rate, a panel for each task, with the zero-shot accuracy where it was measured."""
+    fig, (axes,) = panels(len(chosen))
+    for (task, lr), ax in zip(chosen.items(), axes, strict=True):
         rows = sorted(grid.ranked(task), key=lambda row: row["lr"])
-        (line,) = ax.plot(
-            [row["lr"] for row in rows], [row["accuracy"] for row in rows], marker=".", label=icl.plots.literal(task)
-        )
-        color = line.get_color()
-        unstable = [row for row in rows if isinstance(row["unstable"], str) and row["unstable"] != STABLE]
-        ax.plot([row["lr"] for row in unstable], [row["accuracy"] for row in unstable], "x", color=color)
-        best = [row["accuracy"] for row in rows if row["lr"] == lr]
-        ax.plot([lr], best, marker="o", markersize=9, fillstyle="none", color=color)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="accuracy after finetuning")
-    n_queries = {row["n"] for row in grid.rows.values()}.pop()
-    how = f"{n_queries} selection queries a task; chosen rates ringed, unstable ones crossed out"
-    ax.set_title(f"{icl.plots.literal(path.name)}\n{how}", fontsize="medium")
-    ax.legend(frameon=False, ncols=2)
-    write_figure(fig, path, "png")
+        estimates = {float(row["lr"]): accuracy_of(row) for row in rows}
+        icl.plots.curves({"after finetuning": estimates}, ylabel="accuracy", ax=ax)
+        ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "linestyle": "none", "color": "black"}
+        ax.plot([lr], [estimates[lr].value], label="the chosen rate", **ring)
+        if (zero_shot := grid.rows.get((task, ZERO_SHOT))) is not None:
+            estimate = accuracy_of(zero_shot)
+            ax.axhline(estimate.value, color="black", linestyle=":", linewidth=0.9, label="zero-shot")
+            ax.axhspan(estimate.low, estimate.high, color="black", alpha=0.08, linewidth=0)
+        ax.set(xscale="log", xlabel="learning rate", ylim=(-0.03, 1.03))
+        ax.set_title(TITLES[task])
+        label_outer(ax)
+    n_queries, k = ({row[name] for row in grid.rows.values()} for name in ("n", "k"))
+    about = f"{n_queries.pop()} selection queries a task, k = {' or '.join(map(str, sorted(k)))}, seed 0"
+    finish(fig, axes, f"Accuracy along the learning rate, {title}\n{about}", path, kinds=("png",))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -156,6 +180,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=REPLICAS,
         help="repeats of the finetuning for its stability (%(default)s)",
     )
+    add("--zero-shot", action="store_true", help="measure the zero-shot accuracy of tables made without it, too")
     add("--out", type=output_folder, default="figures/lr_selection", help="folder for the grid (%(default)s)")
     return parser.parse_args(argv)
 
@@ -163,14 +188,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def select(grid: Grid, task_name: str, model: Callable[[], icl.Model], args: argparse.Namespace) -> None:
     """Measure a task's rates that were not measured before, then the stability of the best."""
     todo = [lr for lr in args.lrs if (task_name, lr) not in grid.rows]
-    if not todo and grid.unchecked(task_name) is None:
+    is_needed = (task_name, ZERO_SHOT) not in grid.rows and (args.zero_shot or bool(todo))
+    if not todo and not is_needed and grid.unchecked(task_name) is None:
         return
     task, k, config = icl.load_task(task_name), icl.PAPER_K[task_name], finetuning(args)
     queries = task.queries(args.queries, split="selection")
     prompts = icl.build_prompts(model(), task, task.demonstrations(k, seed=0), queries)
-    deltas = icl.finetune_many(model(), [prompts] * len(todo), todo, config=config)
+    about = {"model": args.model, "task": task_name, "k": k, "n": len(queries)}
+    if is_needed:
+        grid.add(about | {"lr": ZERO_SHOT} | measure_zero_shot(model(), prompts) | {"unstable": None})
+    deltas = icl.finetune_many(model(), [prompts] * len(todo), todo, config=config) if todo else []
     for lr, delta in zip(todo, deltas, strict=True):
-        row = {"model": args.model, "task": task_name, "k": k, "lr": lr, "n": len(queries)}
+        row = about | {"lr": lr}
         grid.add(row | measure(model(), prompts, delta) | {"unstable": None})
     while (row := grid.unchecked(task_name)) is not None:
         grid.add(row | {"unstable": unstable_metrics(model(), prompts, row["lr"], config, args.replicas)})
@@ -191,7 +220,9 @@ def write(args: argparse.Namespace) -> None:
         ranked = grid.ranked(task)
         chosen[task] = choose(ranked)["lr"]
         words.append(f"- {task}: {given_up(ranked)}")
-    draw(grid, chosen, table.with_suffix(""))
+    variation = name.partition(", ")[2]
+    title = model_title(args.model) + (f", finetuning: {variation}" if variation else "")
+    draw(grid, chosen, title, table.with_suffix(""))
     page = "\n".join([f"# Learning rates of {markdown_text(name)}", "", *words])
     write_text(table.with_suffix(".md"), page + "\n")
     known = read_json(DEFAULT_LR) if DEFAULT_LR.exists() else {}

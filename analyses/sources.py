@@ -10,6 +10,7 @@ import argparse
 import math
 import random
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from icl_dual.scripts.common import (
     count,
     device,
     finish,
+    label_outer,
     model_name,
     model_title,
     output_folder,
@@ -51,6 +53,15 @@ SCORES = {
     "contrast": "the same, less the mean effect on the logits of what the other documents would answer",
 }
 """What ranks documents, by name. Contributions are the last four."""
+
+SCORE_TITLES = {
+    "mass": "attention mass",
+    "norm": "norm of the contribution",
+    "share": "share of the attention output",
+    "effect": "effect on the answer's logit",
+    "contrast": "effect less that on other answers",
+}
+"""The names of scores in the figure."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -312,8 +323,12 @@ def by_prompt(cells: Sequence[Result]) -> pd.DataFrame:
 def draw(cells: Sequence[Result], args: argparse.Namespace) -> None:
     """Draw quantities by layer, agreement with ablation, and one prompt token by token."""
     about = f"{model_title(args.model)}, {len(cells[0].drops)} prompts a task, seed {args.seed}"
-    fig, rows = panels(len(cells), 3, sharey="row")
-    labels = {"mass": "share of the softmax", "share": "share of the output", "effect": "effect on the logit"}
+    fig, rows = panels(len(cells), 3, height=1.35)
+    labels = {
+        "mass": "share of\nthe softmax",
+        "share": "share of the\nattention output",
+        "effect": "direct effect on\nthe answer's logit",
+    }
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
         for ax, result in zip(axes, cells, strict=True):
             values, target = result.tensors[name], result.tensors["target"]
@@ -325,30 +340,38 @@ def draw(cells: Sequence[Result], args: argparse.Namespace) -> None:
                 "question": values[..., names.index("question")],
             }
             series |= {name: values[..., names.index(name)] for name in ("start token",) if name in names}
-            icl.plots.by_layer(series, ylabel=label, ax=ax)
-            ax.label_outer()
+            icl.plots.by_layer(series, ylabel=label, over="prompts", ax=ax)
+            label_outer(ax)
             if name == "mass":
                 ax.set_title(TASKS[result.task][0])
-    finish(fig, rows[0], f"Attention by source at the position that predicts the answer, {about}", args.out / "layers")
+    heading = "Attention by source at the position that predicts the answer, by layer"
+    finish(fig, rows[0], f"{heading}\n{about}", args.out / "layers")
 
     measures = ["same document first", "Kendall's τ"]
-    fig, (axes,) = panels(len(measures), height=2.9, sharex=False)
+    fig, (axes,) = panels(len(measures), height=2.0, sharex=False)
     for ax, measure in zip(axes, measures, strict=True):
         estimates = {
-            score: {TASKS[result.task][0]: estimate(measure, agreement(result, score)[measure]) for result in cells}
+            SCORE_TITLES.get(score, score): {
+                TASKS[result.task][0]: estimate(measure, agreement(result, score)[measure]) for result in cells
+            }
             for score in SCORES
         }
         icl.plots.dots(estimates, ax=ax)
-        ax.set_title(f"{measure} as by ablation")
-        ax.axvline(1 / N_DOCUMENTS if measure == measures[0] else 0, color="0.5", linestyle=":", linewidth=0.8)
-    finish(fig, axes, f"Documents ranked as by ablation; dotted: at random. {about}", args.out / "agreement")
+        chance = 1 / N_DOCUMENTS if measure == measures[0] else 0
+        ax.axvline(chance, color="0.3", linestyle=":", linewidth=1, label="at random")
+        ax.set_xlabel({"same document first": "share of prompts", "Kendall's τ": "Kendall's τ"}[measure])
+        ax.set_title(measure)
+        label_outer(ax, keep_x=True)
+    heading = f"Agreement of scores with ablation on the order of {N_DOCUMENTS} documents"
+    finish(fig, axes, f"{heading}\n{about}", args.out / "agreement")
 
     for result in cells:
         view: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in result.about["view"].items()
         }
         ax = icl.plots.source_tokens(TokenView(**view))
-        ax.set_title(icl.plots.literal(f"{TASKS[result.task][0]}: {view['title']}"), fontsize="small")
+        heading = f"{TASKS[result.task][0]}: {view['title']} (blue: above 0; red and underlined: below)"
+        ax.set_title(icl.plots.literal(textwrap.fill(heading, 110)), fontsize=8, fontweight="normal")
         figure = ax.get_figure(root=True)
         assert figure is not None
         write_figure(figure, args.out / f"prompt_{result.task}", "png", "pdf")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 import icl_dual as icl
@@ -19,9 +20,9 @@ from icl_dual.scripts.common import (
     command_line,
     count,
     finish,
+    legend_beside,
     model_title,
     output_folder,
-    panels,
     positive,
     precision,
     rate,
@@ -91,26 +92,43 @@ def values_by_replica(results: Sequence[icl.CellResult]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+PANELS = {
+    "accuracy": {"after finetuning": "FT accuracy", "zero-shot": "ZSL accuracy"},
+    "SimAM (cosine)": {
+        "after finetuning": "SimAM after FT",
+        "the same, without massive tokens": "SimAM after FT without massive tokens",
+        "zero-shot (before finetuning)": "SimAM before FT",
+    },
+    "similarity of changes (cosine)": {
+        "SimAOU": "SimAOU",
+        "SimAMΔ": "SimAMΔ",
+        "SimAOU of a random update": "SimAOU random update",
+    },
+}
+"""The panels of a column from the top: the y axis's text, then the metric of each curve by its name in the legend."""
+
+
 def draw(results: Sequence[icl.CellResult], title: str, path: Path) -> None:
-    """Draw each metric along the rate, a column for each task and number of demonstrations."""
+    """Draw metrics along the rate, with the zero-shot values, a column for each task and number of demonstrations."""
     columns = list(dict.fromkeys((result.cell.task, result.cell.k) for result in results))
-    fig, axes = panels(len(columns), rows=2, sharex=False)
-    groups = (METRICS[1:3], (METRICS[0], METRICS[3]))
+    size = icl.plots.PAGE_WIDTH, 0.9 + 1.6 * len(PANELS)
+    fig, axes = plt.subplots(len(PANELS), len(columns), figsize=size, squeeze=False, sharex="col", sharey="row")
     for index, (task, k) in enumerate(columns):
         chosen = [result for result in results if (result.cell.task, result.cell.k) == (task, k)]
-        for names, ax in zip(groups, (row[index] for row in axes), strict=True):
+        intervals = {result.cell.lr: result.comparison.intervals() for result in chosen}
+        for ax, (label, metrics) in zip(axes[:, index], PANELS.items(), strict=True):
             estimates = {
-                name: {result.cell.lr: result.comparison.intervals()[name] for result in chosen} for name in names
+                text: {lr: of_cell[name] for lr, of_cell in intervals.items() if name in of_cell}
+                for text, name in metrics.items()
             }
-            icl.plots.curves(estimates, ylabel="cosine", ax=ax)
-            ax.set(xscale="log", xlabel="learning rate")
+            icl.plots.curves(estimates, ylabel=label if index == 0 else "", ax=ax)
+            ax.set(xscale="log")
             ax.minorticks_off()
-            rates = [result.cell.lr for result in chosen]
-            ax.set_xticks(rates, [f"{lr:g}" for lr in rates], rotation=60, fontsize="small")
-            low, high = ax.get_ylim()
-            ax.set_ylim(low - 0.35 * (high - low), high)  # the legend is below the curves
-            ax.legend(frameon=False, fontsize="small", loc="lower left")
-        axes[0][index].set_title(f"{TITLES[task]}, {k} demonstrations")
+            ax.set_xticks(list(intervals), [f"{lr:g}" for lr in intervals], rotation=60)
+        axes[0, index].set_title(f"{TITLES[task]}, k = {k}")
+        axes[-1, index].set_xlabel("learning rate")
+    for ax in axes[:, -1]:
+        legend_beside(ax)
     finish(fig, [], title, path)
 
 

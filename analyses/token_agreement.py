@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -34,7 +34,6 @@ from icl_dual.scripts.common import (
     model_name,
     model_title,
     output_folder,
-    panels,
     positive,
     run_script,
     script_parser,
@@ -59,8 +58,6 @@ TITLES_BY_FORM = {
     "cached": "no patch: prompted, cached",
     "unpatched": "no patch: query alone",
 }
-STYLES = {"naive": "-", "stable": "--", "beside": ":", "cached": "-.", "unpatched": "-"}
-"""How each form's line is drawn: lines of forms that agree lie on each other."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -229,32 +226,33 @@ def ties(generations: dict[tuple[str, str], list[Generation]]) -> str:
 
 def draw(generations: dict[tuple[str, str], list[Generation]], title: str, path: Path) -> None:
     """Draw agreement and logit error along the generated tokens, a column for each model and precision."""
-    fig, axes = panels(len(generations), rows=2)
+    columns = len(generations)
+    size = icl.plots.PAGE_WIDTH if columns > 1 else icl.plots.COLUMN_WIDTH, 5.0
+    fig, axes = plt.subplots(2, columns, figsize=size, squeeze=False, sharex=True, sharey="row")
     for column, ((model, precision), by_prompt) in enumerate(generations.items()):
-        above, below = axes[0][column], axes[1][column]
-        above.set_title(f"{short(model)}, {precision}", fontsize="medium")
+        above, below = axes[0, column], axes[1, column]
+        above.set_title(f"{icl.plots.literal(short(model))}\n{precision}", fontsize=8)
         for form in by_prompt[0].generated:
-            color, label = f"C{list(TITLES_BY_FORM).index(form)}", TITLES_BY_FORM[form]
+            index = list(TITLES_BY_FORM).index(form)
+            style = {**icl.plots.series_style(index), "label": TITLES_BY_FORM[form]}
             same = np.array([np.equal(result.generated[form], result.prompted) for result in by_prompt])
             steps = np.arange(1, same.shape[1] + 1)
-            above.plot(steps, same.mean(0), STYLES[form], color=color, label=label)
+            every = (index % 4, 4)
+            above.plot(steps, same.mean(0), markevery=every, **style)
+            error = 1.96 * same.std(0) / np.sqrt(len(same))
+            above.fill_between(
+                steps, same.mean(0) - error, same.mean(0) + error, color=style["color"], alpha=0.12, lw=0
+            )
             errors = torch.stack([result.errors[form] for result in by_prompt])
             low, median, high = errors.double().nanquantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
-            below.plot(steps, median, STYLES[form], color=color, label=label, marker=".", markersize=3)
-            below.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        _label(above, below, is_first=not column)
-    # The forms differ between precisions: one legend of all.
-    handles = {text: handle for ax in axes[0] for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[1][0].legend(handles.values(), handles.keys(), frameon=False, fontsize="x-small", loc="upper right")
-    finish(fig, [], title, path)
-
-
-def _label(above: Axes, below: Axes, *, is_first: bool) -> None:
-    above.set_ylim(-0.03, 1.03)
-    below.set(yscale="log", xlabel="generated token")
-    if is_first:
-        above.set_ylabel("share of prompts with\nthe prompted token")
-        below.set_ylabel("relative logit error")
+            below.plot(steps, median, markevery=every, **style)
+            below.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        above.set_ylim(-0.03, 1.03)
+        below.set(yscale="log", xlabel="generated token")
+    icl.plots.explain_band(axes[0, 0], "bands: ±1.96 standard errors (above), 5 to 95 % (below) of prompts")
+    axes[0, 0].set_ylabel("share of prompts with\nthe prompted token")
+    axes[1, 0].set_ylabel("relative logit error\n(median of prompts)")
+    finish(fig, list(axes.flat), title, path)
 
 
 def describe(args: argparse.Namespace) -> str:

@@ -1,14 +1,19 @@
 import dataclasses
 import html
 import io
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import readable
 import torch
 from helpers import draw
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import icl_dual as icl
@@ -23,11 +28,19 @@ def comparison(llama: icl.Model, task: icl.Task, tmp_path_factory: pytest.TempPa
     return icl.run_cell(llama, task, cell, tmp_path_factory.mktemp("cells") / "cell", progress=False).comparison
 
 
+def legend_texts(ax: Axes) -> list[str]:
+    """What the legend of Axes says, from the top."""
+    legend = ax.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
 @pytest.mark.parametrize(
     ("metric", "drawn"),
     [
         ("SimAOU", ["SimAOU", "SimAOU unnormalised", "SimAOU inflation null", "SimAOU random"]),
-        ("SimAM", ["SimAM after FT", "SimAM before FT", "SimAM random"]),
+        ("SimAM after FT", ["SimAM after FT"]),
+        ("SimAM before FT", ["SimAM before FT"]),
         ("Kendall", ["Kendall", "Kendall on keys", "Kendall random"]),
         ("SimAM random update", ["SimAM random update"]),
     ],
@@ -39,9 +52,60 @@ def test_layers_draws_the_means_on_the_axes_it_is_given(
     assert icl.plots.layers([comparison, comparison], metric, ax=ax) is ax
     lines = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3]
     for name, line in zip(drawn, lines, strict=True):
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), comparison.per_layer[name].mean(0))
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), comparison.per_layer[name].mean(0), rtol=1e-5)
     fig.savefig(tmp_path / "figure.png")
     plt.close(fig)
+
+
+def test_simam_is_drawn_as_its_change_by_finetuning(comparison: icl.Comparison) -> None:
+    ax = icl.plots.layers(comparison, "SimAM")
+    lines = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3]
+    for name, line in zip(("SimAM after FT", "SimAM random update"), lines, strict=True):
+        change = (comparison.per_layer[name] - comparison.per_layer["SimAM before FT"]).double()
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), change.mean(0), atol=1e-6)
+    without = {name: values for name, values in comparison.per_layer.items() if name != "SimAM before FT"}
+    with pytest.raises(ValueError, match="expected comparisons with 'SimAM', got at least one without"):
+        icl.plots.layers(dataclasses.replace(comparison, per_layer=without), "SimAM")
+    plt.close("all")
+
+
+def slow_crossed_error(values: torch.Tensor) -> list[float]:
+    """Two-way clusters from sums of residuals, number by number."""
+    n_seeds, n_queries, n_layers = values.shape
+    errors = []
+    for layer in range(n_layers):
+        table = values[:, :, layer].tolist()
+        mean = sum(map(sum, table)) / (n_seeds * n_queries)
+        queries = [sum(row[query] for row in table) / n_seeds for query in range(n_queries)]
+        seeds = [sum(row) / n_queries for row in table]
+        variance = sum((q - mean) ** 2 for q in queries) / (n_queries - 1) / n_queries
+        if n_seeds > 1:
+            rest = [table[s][q] - queries[q] - seeds[s] + mean for s in range(n_seeds) for q in range(n_queries)]
+            pairs = sum(r**2 for r in rest) / (len(rest) - 1) / len(rest)
+            variance += max(0.0, sum((s - mean) ** 2 for s in seeds) / (n_seeds - 1) / n_seeds - pairs)
+        errors.append(variance**0.5)
+    return errors
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2, 4])
+def test_the_crossed_error_is_that_of_two_way_clusters(n_seeds: int) -> None:
+    values = draw(3, n_seeds, 6, 5).double() + torch.arange(n_seeds)[:, None, None]
+    expected = slow_crossed_error(values)
+    np.testing.assert_allclose(icl.plots.crossed_error(values), expected)
+
+
+def test_bands_widen_where_seeds_differ(comparison: icl.Comparison) -> None:
+    def half_width(shift: float) -> np.ndarray:
+        moved = comparison.per_layer | {"SimAOU": comparison.per_layer["SimAOU"] + shift}
+        ax = icl.plots.layers([comparison, dataclasses.replace(comparison, per_layer=moved)], "SimAOU")
+        (band,) = ax.collections[0].get_paths()
+        edges = np.asarray(band.vertices)
+        plt.close("all")
+        return np.array([np.ptp(edges[edges[:, 0] == layer, 1]) / 2 for layer in range(3)])
+
+    alike, apart = half_width(0.0), half_width(0.2)
+    assert (apart > alike).all()
+    np.testing.assert_allclose(apart**2 - alike**2, (1.96 * 0.1) ** 2, rtol=1e-3)
 
 
 def test_layers_draws_the_range_of_the_means_over_replicas(comparison: icl.Comparison) -> None:
@@ -54,7 +118,9 @@ def test_layers_draws_the_range_of_the_means_over_replicas(comparison: icl.Compa
     def edges(comparisons: list[icl.Comparison]) -> list[list[float]]:
         ax = icl.plots.layers(comparisons, "SimAOU")
         mean = comparison.per_layer["SimAOU"].mean(0).numpy()
-        dotted = [line for line in ax.get_lines() if line.get_color() == "C0" and line.get_linestyle() == ":"]
+        dotted = [line for line in ax.get_lines() if line.get_label() == "_replicas"]
+        explained = ax.get_legend_handles_labels()[1].count("range over finetuning replicas")
+        assert explained == bool(dotted)
         plt.close("all")
         return [(np.asarray(line.get_ydata()) - mean).tolist() for line in dotted]
 
@@ -69,10 +135,11 @@ def test_unstable_estimates_are_crosses(comparison: icl.Comparison) -> None:
     stable, unstable = Interval(0.3, 0.1, 0.6, 9, spread=0.1), Interval(0.5, 0.2, 0.6, 9, spread=0.3, unstable=True)
     ax = icl.plots.dots({"claim": {"a": stable}, "control": {"a": unstable}})
     crosses = [np.asarray(line.get_xdata()).tolist() for line in ax.get_lines() if line.get_marker() == "x"]
-    assert crosses == [[0.5]]
+    assert crosses == [[0.5], []], "the cross, and its line in the legend"
+    assert "unstable: replicas differ more than the interval" in ax.get_legend_handles_labels()[1]
     ax = icl.plots.curves({"SimAOU": {0.1: stable, 0.2: unstable}})
     crosses = [np.asarray(line.get_xydata()).tolist() for line in ax.get_lines() if line.get_marker() == "x"]
-    assert crosses == [[[0.2, 0.5]]]
+    assert crosses == [[[0.2, 0.5]], []]
     plt.close("all")
 
 
@@ -96,28 +163,33 @@ def test_unknown_metrics_are_refused(comparison: icl.Comparison) -> None:
 
 
 def test_the_figures_legends_are_the_catalogues(comparison: icl.Comparison) -> None:
+    blue, orange = icl.plots.resolved("C0"), icl.plots.resolved("C1")
     expected = {
         "SimAOU": [
-            ("ICL and FT", "C0", "-"),
-            ("unnormalised", "C2", "--"),
-            ("random updates for both", "0.3", "-."),
-            ("ICL and random", "0.5", ":"),
+            ("finetuning", blue, "-"),
+            ("finetuning, not normalised", orange, "--"),
+            ("two random updates (inflation)", "0.3", "-."),
+            ("random vector (the paper's)", "0.5", ":"),
         ],
-        "SimAM": [("ICL and FT", "C0", "-"), ("ICL and ZSL (before FT)", "C1", "--"), ("ICL and random", "0.5", ":")],
+        "SimAM": [("finetuning", blue, "-"), ("random update of FT's size", "0.5", ":")],
         "Kendall": [
-            ("ICL and FT, by its queries", "C0", "-"),
-            ("by its keys", "C2", "--"),
-            ("ICL and random", "0.5", ":"),
+            ("by queries of finetuning", blue, "-"),
+            ("by keys of finetuning", orange, "--"),
+            ("random scores (the paper's)", "0.5", ":"),
         ],
     }
-    labels = {"SimAOU": "SimAOU (cosine)", "SimAM": "SimAM (cosine)", "Kendall": "Kendall's τ"}
+    labels = {
+        "SimAOU": "SimAOU (cosine)",
+        "SimAM": "SimAM after − before\nFT (cosine)",
+        "Kendall": "Kendall's τ with ICL attention",
+    }
     assert tuple(expected) == icl.plots.LAYERWISE
     for figure, lines in expected.items():
         ax = icl.plots.layers(comparison, figure)
         drawn = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
         assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in drawn] == lines
         assert ax.get_ylabel() == labels[figure]
-        assert ax.get_legend() is not None
+        assert legend_texts(ax) == [*(label for label, _, _ in lines), "±1.96 standard errors over queries"]
     plt.close("all")
 
 
@@ -130,9 +202,8 @@ def test_a_metric_that_comparisons_lack_is_left_out_or_refused(comparison: icl.C
         for lacking in (names[1:], {*names, "Kendall random"})
     )
     ax = icl.plots.layers([comparison, keyless], "Kendall")
-    legend = ax.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["ICL and FT, by its queries", "ICL and random"]
+    band = "±1.96 standard errors over queries and seeds"
+    assert legend_texts(ax) == ["by queries of finetuning", "random scores (the paper's)", band]
     with pytest.raises(ValueError, match=r"expected comparisons with 'Kendall', got at least one without: .*delta"):
         icl.plots.layers([comparison, without], "Kendall")
     plt.close("all")
@@ -144,9 +215,7 @@ def test_by_layer_draws_means_and_leaves_undefined_values_out() -> None:
     lines = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 3]
     for line, expected in zip(lines, ([2, 2, 5], [4, 4, 10]), strict=True):
         np.testing.assert_allclose(np.asarray(line.get_ydata()), expected)
-    legend = ax.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert legend_texts(ax) == ["a", "b", "±1.96 standard errors over queries"]
     plt.close("all")
 
 
@@ -157,17 +226,15 @@ def test_dots_draws_rows_from_the_top_hollow_where_there_is_no_interval() -> Non
     assert [label.get_text() for label in ax.get_yticklabels()] == ["claim", "control"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]
     drawn = {
-        (line.get_markerfacecolor() == "white"): np.asarray(line.get_xdata()).tolist()
+        (line.get_markerfacecolor() == "white", line.get_marker()): np.asarray(line.get_xdata()).tolist()
         for line in ax.get_lines()
-        if line.get_marker() == "o" and len(np.asarray(line.get_xdata()))
+        if len(np.asarray(line.get_xdata())) == 1
     }
-    assert drawn[False] == [0.3]
-    assert drawn[True][-1] == 0.5
+    assert drawn == {(False, "o"): [0.3], (True, "s"): [0.5]} | {(True, "o"): drawn.get((True, "o"), [])}
+    assert all(np.isnan(x) for x in drawn[True, "o"])
     bars = [np.asarray(path.vertices)[:, 0].tolist() for of in ax.collections for path in of.get_paths()]
     assert [0.1, 0.6] in bars
-    legend = ax.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert legend_texts(ax) == ["a", "b", "95 % interval", "too few for an interval"]
     plt.close("all")
 
 
@@ -207,7 +274,7 @@ def test_massive_activations_draws_the_largest_ratio_by_layer_of_each_setting() 
     massive = icl.MassiveActivations(model="toy", queries=((1, 2, 3, 4, 5),) * 4, norms=norms, ratio=20)
     ax = icl.plots.massive_activations(massive)
     assert ax.get_yscale() == "log"
-    *lines, limit = ax.get_lines()
+    *lines, limit = (line for line in ax.get_lines() if not str(line.get_label()).startswith("_"))
     assert [line.get_label() for line in lines] == ["ZSL", "ICL", "FT"]
     for line, of_setting in zip(lines, norms.values(), strict=True):
         expected = [of_setting[:, layer].max() / np.median(of_setting[:, layer]) for layer in range(3)]
@@ -275,7 +342,7 @@ def test_names_in_figures_are_text_and_no_formulas(comparison: icl.Comparison) -
 def test_a_title_may_be_a_formula_and_ordinary_names_are_drawn_as_they_are() -> None:
     ax = icl.plots.by_layer({"ΔW_FT": torch.rand(4, 3)}, ylabel="$x^2$")
     assert ax.get_ylabel() == "$x^2$"
-    assert ax.get_legend_handles_labels()[1] == ["ΔW_FT"]
+    assert ax.get_legend_handles_labels()[1][0] == "ΔW_FT"
     plt.close("all")
 
 
@@ -291,10 +358,9 @@ def captured_sources() -> icl.SourceAttention:
 @pytest.mark.parametrize("quantity", ["mass", "norm", "share", "logit_effect"])
 def test_sources_draws_a_line_for_each_source(captured_sources: icl.SourceAttention, quantity: Any) -> None:
     ax = icl.plots.sources(captured_sources, quantity)
-    legend = ax.get_legend()
-    assert legend is not None
-    labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == [icl.plots.literal(name) for name in captured_sources.names]
+    labels = legend_texts(ax)
+    assert labels[:-1] == [icl.plots.literal(name) for name in captured_sources.names]
+    assert labels[-1] == "±1.96 standard errors over prompts and positions"
     values = captured_sources.values(quantity)[0].nan_to_num()
     by_layer = values.mean(2) if quantity in ("mass", "norm") else values.sum(2)
     lines = [np.asarray(line.get_ydata()) for line in ax.get_lines() if len(np.asarray(line.get_xdata())) == 2][:3]
@@ -316,3 +382,97 @@ def test_source_tokens_draws_every_character_on_the_colour_of_its_token(
     assert all(patch.get_x() + patch.get_width() <= 12 for patch in patches)
     plt.gcf().savefig(tmp_path / "tokens.png")
     plt.close("all")
+
+
+def every_picture(comparison: icl.Comparison, captured: icl.SourceAttention) -> Iterator[tuple[str, Axes]]:
+    """New Axes of every function that draws."""
+    interval, unstable = Interval(0.5, 0.4, 0.6, 9), Interval(0.7, 0.2, 0.9, 9, unstable=True)
+    names = [f"series {number}" for number in range(9)]
+    norms = {name: 1 + draw(at, 4, 3, 5).abs() for at, name in enumerate(("ZSL", "ICL", "FT"))}
+    massive = icl.MassiveActivations(model="toy", queries=((1, 2, 3, 4, 5),) * 4, norms=norms, ratio=20)
+    values = draw(0, 4, 3, 2)
+    for figure in icl.plots.LAYERWISE:
+        yield figure, icl.plots.layers([comparison, comparison], figure)
+    yield "by_layer", icl.plots.by_layer({name: draw(at, 4, 3) for at, name in enumerate(names)}, ylabel="share")
+    yield "against_null", icl.plots.against_null(values, values - 1, ylabel="cosine")
+    yield "massive_activations", icl.plots.massive_activations(massive)
+    yield "sources", icl.plots.sources(captured, "share")
+    rows = {"claim": dict.fromkeys(names, interval), "control": dict.fromkeys(names, unstable)}
+    ax = icl.plots.dots(rows)
+    ax.set_xlabel("cosine")
+    yield "dots", ax
+    for is_ordered in (False, True):
+        lines = {name: {1: interval, 2: unstable} for name in names}
+        ax = icl.plots.curves(lines, ylabel="accuracy", is_ordered=is_ordered)
+        ax.set_xlabel("demonstrations")
+        yield f"curves, ordered: {is_ordered}", ax
+    yield "label_counts", icl.plots.label_counts(comparison, ("no", "perhaps"))
+    yield "heads", icl.plots.heads(values, label="cosine", limits=(-1, 1))
+    yield "demonstrations", icl.plots.demonstrations(values[0], ("one", "two"), label="share")
+    yield "source_tokens", icl.plots.source_tokens(captured.show(1, 0))
+
+
+def test_every_figure_is_fit_for_a_paper(comparison: icl.Comparison, captured_sources: icl.SourceAttention) -> None:
+    with plt.rc_context({"font.size": 4, "lines.marker": "o", "figure.figsize": (12, 9)}):  # whatever style is in use
+        for name, ax in every_picture(comparison, captured_sources):
+            figure = ax.get_figure(root=True)
+            assert figure is not None
+            figure.savefig(io.BytesIO(), format="png")
+            assert readable.problems(figure) == [], name
+            plt.close(figure)
+
+
+def test_a_style_that_tells_series_apart_by_hue_alone_is_noticed() -> None:
+    ax = icl.plots.by_layer({"a": torch.rand(4, 3), "b": torch.rand(4, 3)}, ylabel="share")
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    assert not list(readable.alike(figure))
+    for line in ax.get_lines():
+        line.set(linestyle="-", marker="o")
+    assert list(readable.alike(figure)) == ["'a' and 'b' differ by hue alone"]
+    ax.legend(loc="center")
+    figure.set_size_inches(9, 3)
+    ax.set_xlabel("")
+    ax.text(0, 0, "small", fontsize=5)
+    figure.savefig(io.BytesIO(), format="png")
+    found = " ".join(readable.problems(figure))
+    for problem in ("9.00 in wide", "'small' in 5.0 pt", "no x label", "a legend over the area of data"):
+        assert problem in found
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("n", [2, 13, 52])
+def test_series_differ_in_more_than_their_colour(n: int) -> None:
+    looks = [icl.plots.series_style(index) for index in range(n)]
+    assert len({(look["linestyle"], look["marker"]) for look in looks}) == n
+    assert len({(look["color"], look["marker"]) for look in looks}) == n
+    for one, other in itertools.pairwise(looks):
+        assert one["marker"] != other["marker"]
+        assert one["color"] != other["color"]
+
+
+def test_ordered_colours_go_from_light_to_dark() -> None:
+    luminances = [readable.luminance(color) for color in icl.plots.ordered(6)]
+    assert all(one > other + 0.02 for one, other in itertools.pairwise(luminances))
+    assert len(icl.plots.ordered(1)) == 1
+
+
+def test_negative_cells_and_tokens_have_a_mark(captured_sources: icl.SourceAttention) -> None:
+    values = torch.tensor([[[0.5, -0.5], [-0.1, 0.2]]])
+    marks = [np.asarray(line.get_xydata()).tolist() for line in icl.plots.heads(values, limits=(-1, 1)).get_lines()]
+    assert sorted(marks[0]) == [[0, 1], [1, 0]], "layer across, head upwards"
+    assert not icl.plots.heads(values, limits=(0, 1)).get_lines()
+    view = captured_sources.show(1, 0)
+    negative = [text for text, value in zip(view.texts, view.values, strict=True) if value < 0 and text.strip()]
+    assert len(icl.plots.source_tokens(view).get_lines()) == len(negative)
+    plt.close("all")
+
+
+def test_the_style_is_one_file_that_matplotlib_finds() -> None:
+    with plt.style.context(icl.plots.STYLE):
+        assert plt.rcParams["figure.figsize"][0] <= icl.plots.COLUMN_WIDTH + 0.01
+        assert min(plt.rcParams[f"{name}tick.labelsize"] for name in "xy") >= readable.FONT_SIZE
+        cycle = plt.rcParams["axes.prop_cycle"].by_key()
+    looks = [icl.plots.series_style(index) for index in range(len(cycle["color"]))]
+    assert [look["color"].upper() for look in looks] == [f"#{color}".replace("##", "#") for color in cycle["color"]]
+    assert [look["linestyle"] for look in looks] == cycle["linestyle"]

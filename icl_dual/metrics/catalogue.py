@@ -67,6 +67,8 @@ class Drawing:
     """The y axis's text; the metric's name where empty."""
     figure: str = ""
     """The name that `plots.layers` takes for the metric with others beside it; the metric's own name where empty."""
+    minus: str = ""
+    """The name of a metric that is subtracted query by query where the figure is drawn; none where empty."""
     beside: tuple[str, ...] = ()
     """Names of the metrics that are drawn beside it, in the legend's order; without them, a registered metric is drawn
     with its baselines."""
@@ -229,7 +231,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         undefined=_NO_SCORES,
         released="ZSL SimAM",
         released_zeros=True,
-        drawing=Drawing("ICL and ZSL (before FT)", color="C1", linestyle="--"),
+        drawing=Drawing("before FT", color="C1", linestyle="--"),
         from_finetuning=False,
     ),
     Metric(
@@ -242,10 +244,11 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         released="SimAM",
         released_zeros=True,
         drawing=Drawing(
-            "ICL and FT",
-            axis_label="SimAM (cosine)",
+            "finetuning",
+            axis_label="SimAM after − before\nFT (cosine)",
             figure="SimAM",
-            beside=("SimAM before FT", "SimAM random"),
+            minus="SimAM before FT",
+            beside=("SimAM random update",),
         ),
     ),
     Metric(
@@ -255,7 +258,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         undefined=_NO_SCORES,
         released="Random SimAM",
         released_zeros=True,
-        drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        drawing=Drawing("random vector (the paper's)", color="0.5", linestyle=":"),
         from_finetuning=False,
     ),
     Metric(
@@ -263,6 +266,7 @@ _OF_QUERY_TOKENS: tuple[Metric, ...] = (
         lambda batch: mean_over_heads(sim_am(batch.m_in_context, batch.m_zero_shot + batch.random_m_update)),
         range=_COSINE,
         undefined=_NO_SCORES,
+        drawing=Drawing("random update of FT's size", color="0.5", linestyle=":", minus="SimAM before FT"),
     ),
     Metric(
         "SimAMΔ",
@@ -355,7 +359,7 @@ BUILT_IN: tuple[Metric, ...] = (
         released="SimAOU",
         released_zeros=True,
         drawing=Drawing(
-            "ICL and FT",
+            "finetuning",
             axis_label="SimAOU (cosine)",
             beside=("SimAOU unnormalised", "SimAOU inflation null", "SimAOU random"),
         ),
@@ -367,7 +371,7 @@ BUILT_IN: tuple[Metric, ...] = (
         undefined=_NO_UPDATE,
         released="Random SimAOU",
         released_zeros=True,
-        drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        drawing=Drawing("random vector (the paper's)", color="0.5", linestyle=":"),
         from_finetuning=False,
     ),
     Metric("SimAOU random update", lambda batch: batch.output_nulls["update"], range=_COSINE, undefined=_NO_UPDATE),
@@ -376,7 +380,7 @@ BUILT_IN: tuple[Metric, ...] = (
         lambda batch: batch.output_nulls["inflation"],
         range=_COSINE,
         undefined=_NO_UPDATE,
-        drawing=Drawing("random updates for both", color="0.3", linestyle="-."),
+        drawing=Drawing("two random updates (inflation)", color="0.3", linestyle="-."),
     ),
     Metric(
         "SimAOU unnormalised",
@@ -385,7 +389,7 @@ BUILT_IN: tuple[Metric, ...] = (
         baselines=("SimAOU unnormalised random",),
         null=0.0,
         undefined=_NO_UPDATE,
-        drawing=Drawing("unnormalised", color="C2", linestyle="--"),
+        drawing=Drawing("finetuning, not normalised", color="C1", linestyle="--"),
     ),
     Metric(
         "SimAOU unnormalised random",
@@ -408,8 +412,8 @@ BUILT_IN: tuple[Metric, ...] = (
         undefined=_NO_RANKS,
         released="token-level kendall",
         drawing=Drawing(
-            "ICL and FT, by its queries",
-            axis_label="Kendall's τ",
+            "by queries of finetuning",
+            axis_label="Kendall's τ with ICL attention",
             beside=("Kendall on keys", "Kendall random"),
         ),
     ),
@@ -422,7 +426,7 @@ BUILT_IN: tuple[Metric, ...] = (
         null=0.0,
         undefined=_NO_RANKS,
         released="token-level random_kendall",
-        drawing=Drawing("ICL and random", color="0.5", linestyle=":"),
+        drawing=Drawing("random scores (the paper's)", color="0.5", linestyle=":"),
         from_finetuning=False,
     ),
     Metric(
@@ -434,7 +438,7 @@ BUILT_IN: tuple[Metric, ...] = (
         baselines=("Kendall random",),
         null=0.0,
         undefined=_NO_RANKS,
-        drawing=Drawing("by its keys", color="C2", linestyle="--"),
+        drawing=Drawing("by keys of finetuning", color="C1", linestyle="--"),
     ),
     Metric(
         "Kendall by demonstration",
@@ -548,7 +552,8 @@ def register_metric(metric: Metric) -> Metric:
             f"expected a metric name that is not taken, got {metric.name!r}: choose another, or remove the metric that "
             "you registered with icl_dual.metrics.unregister_metric"
         )
-    if unknown := [name for name in (*metric.baselines, *metric.drawing.beside) if name not in known]:
+    drawn = (*metric.drawing.beside, *filter(None, [metric.drawing.minus]))
+    if unknown := [name for name in (*metric.baselines, *drawn) if name not in known]:
         raise ValueError(
             f"expected registered metrics as baselines and beside {metric.name!r}, got {unknown}: register these first"
         )

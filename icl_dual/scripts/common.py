@@ -3,9 +3,11 @@
 import argparse
 import hashlib
 import io
+import logging
 import math
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -418,19 +420,92 @@ def file_stem(name: str) -> str:
     return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{stem.encode()[-120:].decode(errors='ignore')}"
 
 
+plt.style.use(icl.plots.STYLE)  # scripts are programs: their figures have one style
+logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns of the dates of fonts that PDFs embed
+
+MAX_COLUMNS = 3
+"""More panels than these in a single row of a page are too narrow to be read: they go on in a second row."""
+
+
 def panels(
-    n: int, rows: int = 1, *, height: float = 2.6, sharex: bool = True, sharey: Literal["row", "all", "none"] = "row"
+    n: int, rows: int = 1, *, height: float = 1.7, sharex: bool = True, sharey: Literal["row", "all"] = "row"
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer."""
-    size = max(7.5, 1.2 + 2.6 * n), 0.8 + height * rows
-    fig, axes = plt.subplots(rows, n, figsize=size, layout="constrained", squeeze=False, sharex=sharex, sharey=sharey)
-    return fig, [list(row) for row in axes]
+    """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer.
+
+    A single row of many tasks is broken into several, and its free place holds the legend.
+
+    Args:
+        n: the number of columns.
+        rows: the number of rows.
+        height: the height of a row, in inches.
+        sharex: whether Axes share x.
+        sharey: which Axes share y.
+    """
+    columns = MAX_COLUMNS if rows == 1 and n > MAX_COLUMNS else n
+    grid_rows = -(-n // columns) if rows == 1 else rows
+    width = icl.plots.COLUMN_WIDTH if n == 1 else min(icl.plots.PAGE_WIDTH, 1.2 + 2.2 * columns)
+    size = width, 0.9 + height * grid_rows
+    share: Literal["row", "all"] = "all" if grid_rows > rows else sharey
+    fig, axes = plt.subplots(grid_rows, columns, figsize=size, squeeze=False, sharex=sharex, sharey=share)
+    if grid_rows == rows:
+        return fig, [list(row) for row in axes]
+    flat = list(axes.flat)
+    for spare in flat[n:]:
+        spare.axis("off")
+    return fig, [flat[:n]]
 
 
-def finish(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
-    """Title, one legend for all Axes where the first has labels, and both files."""
-    fig.suptitle(icl.plots.literal(title), wrap=True)
-    handles, labels = axes[0].get_legend_handles_labels() if axes else ([], [])
-    if labels:
-        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    write_figure(fig, path, "png", "pdf")
+def label_outer(ax: Axes, *, keep_x: bool = False) -> None:
+    """Remove the labels of Axes inside a grid; those with nothing below keep theirs.
+
+    Args:
+        ax: the Axes.
+        keep_x: whether its x ticks keep their labels, as those that differ from panel to panel do.
+    """
+    spec, xlabel = ax.get_subplotspec(), ax.get_xlabel()
+    assert spec is not None
+    ax.label_outer()
+    others = [other.get_subplotspec() for other in ax.figure.axes if other.axison]
+    is_last = not any(
+        other.colspan.start == spec.colspan.start and other.rowspan.start > spec.rowspan.start
+        for other in others
+        if other is not None and other.get_gridspec() is spec.get_gridspec()
+    )
+    ax.tick_params(labelbottom=is_last or keep_x)
+    ax.set_xlabel(xlabel if is_last else "")
+
+
+def legend_beside(ax: Axes) -> None:
+    """Put the legend of Axes to their right, where no data is."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: Sequence[str] = ("png", "pdf")) -> None:
+    """Title, one legend for all Axes where these have labels, and the files.
+
+    The legend is in the free place of a broken row, and else below all Axes: never over data.
+
+    Args:
+        fig: the figure.
+        axes: the Axes that the legend explains.
+        title: what is drawn, of which model, and how it was run; broken into lines that fit.
+        path: where to, without ending.
+        kinds: the endings.
+    """
+    width = fig.get_size_inches()[0]
+    lines = [textwrap.fill(line, int(width * 17)) for line in title.split("\n")]  # 8 pt: 17 characters an inch
+    fig.suptitle(icl.plots.literal("\n".join(lines)))
+    by_label: dict[Any, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            by_label.setdefault(label, handle)
+    if by_label:
+        spare = next((ax for ax in fig.axes if not ax.axison and ax not in axes), None)
+        if spare is not None:
+            spare.legend(by_label.values(), by_label.keys(), loc="center left", bbox_to_anchor=(0, 0.5))
+        else:
+            spacing = {"handlelength": 2, "columnspacing": 1.2} if width < 4 else {}
+            widest = (0.4 if spacing else 0.6) + 0.05 * max(map(len, by_label))  # inches: the line, and 7 pt of text
+            ncols = max(1, min(len(by_label), int(width / widest)))
+            fig.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=ncols, **spacing)
+    write_figure(fig, path, *kinds, dpi=200)

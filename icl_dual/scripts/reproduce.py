@@ -26,6 +26,7 @@ from icl_dual.scripts.common import (
     count,
     default_lr,
     finish,
+    label_outer,
     model_title,
     output_folder,
     panels,
@@ -180,24 +181,34 @@ def label_counts(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
 
 
+FIGURES = {
+    "SimAOU": "SimAOU: the changes of the attention output by ICL and by finetuning, by layer",
+    "SimAM": "SimAM: how much finetuning brings attention closer to that of ICL, by layer",
+    "Kendall": "Kendall: the order in which ICL and finetuning attend to the demonstrations' tokens, by layer",
+}
+"""What each figure of a metric shows."""
+
+
 def write_figures(results: Results, out: Path) -> None:
     """Draw each metric by layer, and how often each label is predicted."""
     tasks = [task for task in TITLES if any(result.cell.task == task for result in results)]
+    by_task = {task: [result for result in results if result.cell.task == task] for task in tasks}
+    about = f"{describe(results)}\n{describe_cells(results)}"
     for metric in LAYERWISE:
         fig, (axes,) = panels(len(tasks))
-        for task, ax in zip(tasks, axes, strict=True):
-            icl.plots.layers([r.comparison for r in results if r.cell.task == task], metric, ax=ax)
+        for (task, of_task), ax in zip(by_task.items(), axes, strict=True):
+            icl.plots.layers([result.comparison for result in of_task], metric, ax=ax)
             ax.set_title(TITLES[task])
-            ax.label_outer()
-        finish(fig, axes, f"{metric} by layer, {describe(results)}", out / metric.lower())
+            label_outer(ax)
+        finish(fig, axes, f"{FIGURES.get(metric, metric)}\n{about}", out / metric.lower())
     fig, (axes,) = panels(len(tasks), sharex=False)  # each task has labels of its own
-    for task, ax in zip(tasks, axes, strict=True):
-        chosen = [result for result in results if result.cell.task == task]
-        icl.plots.label_counts([r.comparison for r in chosen], chosen[0].provenance["label_words"], ax=ax)
-        ax.tick_params(axis="x", rotation=30)
+    for (task, of_task), ax in zip(by_task.items(), axes, strict=True):
+        label_words = of_task[0].provenance["label_words"]
+        icl.plots.label_counts([result.comparison for result in of_task], label_words, ax=ax)
+        ax.tick_params(axis="x", rotation=0 if len(label_words) < 4 else 30)
         ax.set_title(TITLES[task])
-        ax.label_outer()
-    finish(fig, axes, f"Predicted labels, {describe(results)}", out / "label_counts")
+        label_outer(ax, keep_x=True)
+    finish(fig, axes, f"Labels: the gold ones, and those predicted in each setting\n{about}", out / "label_counts")
 
 
 def describe(results: Results) -> str:
@@ -205,6 +216,15 @@ def describe(results: Results) -> str:
     model, seeds = model_title(results[0].cell.model), sorted({result.cell.seed for result in results})
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return f"{model}, protocol {results[0].cell.protocol}, {n_queries(results)}, {which}"
+
+
+def describe_cells(results: Results) -> str:
+    """Return the number of demonstrations and the learning rate of each task."""
+    texts = {result.cell.task: f"k = {result.cell.k}, lr {result.cell.lr:g}" for result in results}
+    of_task = {title: texts[task] for task, title in TITLES.items() if task in texts}
+    if len(set(of_task.values())) == 1:
+        return next(iter(of_task.values()))
+    return "; ".join(f"{title} {text}" for title, text in of_task.items())
 
 
 def n_queries(results: Results) -> str:
@@ -258,7 +278,8 @@ def write_readme(results: Results, args: argparse.Namespace, out: Path) -> None:
     if args.lr or args.preset:
         rates = "given by hand" if args.lr else "the paper's, which it chose on its validation queries"
     loss = "all tokens" if cell.finetuning.loss == "all" else "the label word"
-    bands = "bands: ±1.96 standard errors over queries, seeds averaged; dotted: range over replicas of the finetuning"
+    bands = "bands: ±1.96 standard errors over queries, and over seeds where there are several; "
+    bands += "dotted: range over replicas of the finetuning; SimAM as a difference, after less before finetuning"
     accuracy, metrics = (paper_tables.file_name(table, cell.protocol) for table in paper_tables.TABLES)
     title = f"{markdown_text(model_title(cell.model))} ({markdown_code(short(cell.model))}, {provenance['model']})"
     text = f"""# How these were made

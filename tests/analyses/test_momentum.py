@@ -57,7 +57,9 @@ def out(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_table_and_figure_is_written(out: Path) -> None:
-    figures = {f"{name}.{kind}" for name in ("momentum", "learned_eta", "intervention") for kind in ("png", "pdf")}
+    figures = {
+        f"{name}.{kind}" for name in ("momentum", "losses", "learned_eta", "intervention") for kind in ("png", "pdf")
+    }
     tables = {"README.md", "runs.csv", "differences.csv", "intervention.csv"}
     assert {path.name for path in out.iterdir()} == {*figures, *tables, "cells", "models"}
     page = (out / "README.md").read_text()

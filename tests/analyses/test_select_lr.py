@@ -36,8 +36,9 @@ def test_a_grid_is_measured_once_and_the_choice_is_kept(
     assert run(tiny_model, out, *options) == 0
     (table,) = out.glob("*.csv")
     rows = pd.read_csv(table)
-    assert rows["lr"].tolist() == [0.001, 0.01, 1e9]
-    records = rows.to_dict("records")
+    assert rows["lr"].tolist() == [select_lr.ZERO_SHOT, 0.001, 0.01, 1e9]
+    zero_shot, *records = rows.to_dict("records")
+    assert 0 <= zero_shot["accuracy"] <= 1
     assert [math.isnan(row["accuracy"]) for row in records] == [False, False, True], "the last diverged"
     assert any(isinstance(row["unstable"], str) for row in records)
     (chosen,) = json.loads(default_lr.read_text()).values()

@@ -158,7 +158,10 @@ def test_a_registered_metric_is_compared_tabled_saved_and_drawn(recordings: icl.
         assert list(loaded.per_layer) == list(comparison.per_layer)
         ax = icl.plots.layers(loaded, ALIGNMENT.name)
         drawn = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-        assert [(line.get_label(), line.get_color()) for line in drawn] == [("ICL", "C3"), ("ICL and random", "0.5")]
+        assert [(line.get_label(), line.get_color()) for line in drawn] == [
+            ("ICL", icl.plots.resolved("C3")),
+            ("random vector (the paper's)", "0.5"),
+        ]
         np.testing.assert_allclose(np.asarray(drawn[0].get_ydata()), expected.mean(0))
         assert ax.get_ylabel() == "cosine"
         plt.close("all")
@@ -485,9 +488,12 @@ def test_a_registered_metric_is_drawn_with_its_baselines(recordings: icl.Recordi
     with registered(baseline, metric):
         comparison = icl.compare_recordings(recordings)
         ax = icl.plots.layers(comparison, "mine")
-        assert lines_of(ax) == [("mine", "C0", "-"), ("mine at random", "0.5", ":"), ("SimAOU random", "0.5", ":")]
+        baselines = [("mine at random", "0.5", ":"), ("SimAOU random", "0.5", ":")]
+        assert lines_of(ax) == [("mine", icl.plots.resolved("C0"), "-"), *baselines]
         alone = icl.plots.layers(comparison, "SimAMΔ")
-        assert lines_of(alone) == [("SimAMΔ", "C0", "-")], "pictures of built-in metrics are what they were"
+        assert lines_of(alone) == [("SimAMΔ", icl.plots.resolved("C0"), "-")], (
+            "pictures of built-in metrics are what they were"
+        )
     plt.close("all")
 
 
@@ -495,7 +501,7 @@ def test_a_metric_that_is_not_registered_now_is_drawn_from_what_was_saved(record
     with registered(ALIGNMENT):
         comparison = icl.compare_recordings(recordings)
     ax = icl.plots.layers(comparison, ALIGNMENT.name)
-    assert lines_of(ax) == [(ALIGNMENT.name, "C0", "-")]
+    assert lines_of(ax) == [(ALIGNMENT.name, icl.plots.resolved("C0"), "-")]
     assert ax.get_ylabel() == ALIGNMENT.name
     without = icl.compare_recordings(recordings)
     with pytest.raises(ValueError, match=rf"got '{ALIGNMENT.name}': .*register_metric"):
