@@ -16,22 +16,22 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 import psutil
 import torch
-from common import (
-    at_least,
-    command_line,
-    model_name,
-    model_title,
-    output_file,
-    run_child,
-    run_script,
-    script_parser,
-)
-from outputs import markdown, write_text
+from processes import run_child
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import icl_dual as icl
 from icl_dual import assets
+from icl_dual.scripts.common import (
+    at_least,
+    command_line,
+    model_name,
+    model_title,
+    output_file,
+    run_script,
+    script_parser,
+)
+from icl_dual.scripts.outputs import markdown, write_text
 
 RUNS = ("plain pass", "last position", "all positions")
 SHORTEST = 200

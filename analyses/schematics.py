@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-from common import output_folder, run_script, script_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from outputs import write_figure
 
 import icl_dual as icl
+from icl_dual.scripts.common import output_folder, run_script, script_parser
+from icl_dual.scripts.outputs import write_figure
 
 Point = tuple[float, float]
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import interactive_view
 import pytest
-from common import ScriptError
 from PIL import Image
+
+from icl_dual.scripts.common import ScriptError
 
 
 def test_the_script_writes_a_page_and_its_picture(few_layers: str, tmp_path: Path) -> None:
