@@ -74,9 +74,9 @@ def test_the_numbers_are_those_of_an_experiment_by_hand(out: Path, tiny_model: s
         values = results.query(f"seed == {seed} and layer.isna()").set_index("metric")["value"]
         expected = dict(zip(comparison.overall()["metric"], comparison.overall()["value"], strict=True))
         for name in ("ICL accuracy", "SimAOU", "SimAM after FT", "Kendall"):
-            assert values[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+            assert float(values[name]) == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
         headline = pd.read_csv(out / "metrics.csv").query(f"seed == {seed}").set_index("metric")["value"]
-        assert headline["SimAOU"] == pytest.approx(expected["SimAOU"], rel=1e-4)
+        assert float(headline["SimAOU"]) == pytest.approx(expected["SimAOU"], rel=1e-4)
         assert f"SimAOU         {expected['SimAOU']:.3f}" in (out / "metrics.md").read_text()
 
 
