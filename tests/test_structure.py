@@ -35,6 +35,7 @@ LAYERS = (
     ("experiment",),
     ("cells",),
     ("provenance", "study"),
+    ("grids",),
     ("pretraining",),
     ("plots",),
 )
