@@ -25,13 +25,14 @@ before any cell runs. It imports optional packages within its function.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from icl_dual.arguments import checked
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.worker import Outcome
 
 
+@runtime_checkable
 class Report(Protocol):
     """What an engine tells the driver while it runs, in the driver's process."""
 
@@ -53,9 +54,12 @@ class Summary:
 
     @classmethod
     def of(cls, outcomes: Iterable[Outcome]) -> "Summary":
-        """Return the summary of outcomes; of several of one cell, the last counts."""
-        last = {outcome.id: outcome for outcome in outcomes}
-        return cls(tuple(last.values()))
+        """Return the summary of outcomes: of several of one cell, that of the worker that computed it, or the last."""
+        final: dict[str, Outcome] = {}
+        for outcome in outcomes:
+            if outcome.id not in final or final[outcome.id].state != "done":
+                final[outcome.id] = outcome
+        return cls(tuple(final.values()))
 
     @property
     def done(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from icl_dual.arguments import Count
+from icl_dual.arguments import Count, checked
 from icl_dual.grids.engines import Report, Summary
 from icl_dual.grids.grid import GridError
 from icl_dual.grids.planning import Machine, Plan, PlannedCell, Resources
@@ -34,6 +34,7 @@ MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
 
 
+@checked
 def run_ray(
     worker: Worker, plan: Plan, report: Report, *, address: str | None = None, workers: Count | None = None
 ) -> Summary:
@@ -69,6 +70,8 @@ def run_ray(
 @contextmanager
 def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
     """Connect to a cluster within a block, unless this process is connected already."""
+    if address is not None:
+        check_reachable(address)
     if ray.is_initialized():
         yield
         return
@@ -77,7 +80,6 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
         options |= {"num_cpus": Machine.here().cpus, "object_store_memory": OBJECT_STORE_BYTES}
         options |= {"address": "local", "include_dashboard": False}
     else:
-        check_reachable(address)
         options |= {"address": address}
     try:
         ray.init(**options)
@@ -267,7 +269,7 @@ class _Run:
         """Start another actor in place of a lost one, for the cell that it ran and those after it."""
         if slot.running is None:
             slot.failed_starts += 1
-            if slot.failed_starts >= MAX_FAILED_STARTS:
+            if slot.failed_starts >= MAX_FAILED_STARTS or getattr(error, "actor_init_failed", False):
                 raise GridError(
                     f"expected workers to start on the nodes of the cluster, got {_last_line(error)}: install the same "
                     "versions of icl-dual and Ray on every node"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from icl_dual.arguments import Count
+from icl_dual.arguments import Count, checked
 from icl_dual.grids.engines import Report, Summary
 from icl_dual.grids.grid import GridError
 from icl_dual.grids.planning import Plan, PlannedCell, Resources
@@ -17,6 +17,7 @@ from icl_dual.grids.worker import Outcome, Worker
 _POLL_S = {"local": 0.2, "slurm": 5.0}
 
 
+@checked
 def run_slurm(
     worker: Worker,
     plan: Plan,
@@ -56,7 +57,7 @@ def run_slurm(
     arrays: dict[Resources, list[list[str]]] = {}
     for needs, ids in in_jobs(plan.cells, cells_per_job):
         arrays.setdefault(needs, []).append(ids)
-    run = _Run(submitit, worker, report, _POLL_S[cluster])
+    run = _Run(submitit, worker, report, cluster)
     try:
         for needs, jobs in arrays.items():
             options = _options(needs, minutes, jobs_at_once) | dict(parameters or {})
@@ -132,9 +133,9 @@ class _Submitted(NamedTuple):
 class _Run:
     """The jobs of a run."""
 
-    def __init__(self, submitit: ModuleType, worker: Worker, report: Report, poll_s: float) -> None:
+    def __init__(self, submitit: ModuleType, worker: Worker, report: Report, cluster: str) -> None:
         self.errors = (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError)
-        self.worker, self.report, self.poll_s = worker, report, poll_s
+        self.worker, self.report, self.is_local = worker, report, cluster == "local"
         self.jobs: list[_Submitted] = []
         self.begun: set[str] = set()
 
@@ -164,12 +165,14 @@ class _Run:
                     for cell_id in submitted.cell_ids:
                         self.report.begin(cell_id)
             if self.jobs:
-                time.sleep(self.poll_s)
+                time.sleep(_POLL_S["local" if self.is_local else "slurm"])
         return Summary.of(outcomes)
 
     def _collect(self, submitted: _Submitted) -> list[Outcome]:
         """Return the outcomes of a job that ended; a job that was lost is submitted again, and has none yet."""
         try:
+            if self.is_local and not submitted.job.paths.result_pickle.exists():  # submitit waits for 15 s for it
+                raise self.errors[0](f"no result in {submitted.job.paths.stderr}")
             outcomes: list[Outcome] = submitted.job.result()
         except self.errors as error:
             if submitted.losses < self.worker.max_lost:
