@@ -38,6 +38,7 @@ LAYERS = (
     ("grids",),
     ("pretraining",),
     ("plots",),
+    ("cli",),
 )
 """What stands above may be imported by what stands below, and never the other way."""
 

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,17 +127,13 @@ class Files:
 
     def delete(self, path: str) -> None:
         """Delete a file, or nothing where there is none."""
-        try:
+        with suppress(FileNotFoundError):
             retried(self._opened[0].rm_file, self._path(path))
-        except FileNotFoundError:
-            pass
 
     def delete_folder(self, path: str) -> None:
         """Delete everything below a path, or nothing where there is none."""
-        try:
+        with suppress(FileNotFoundError):
             retried(self._opened[0].rm, self._path(path), recursive=True)
-        except FileNotFoundError:
-            pass
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the files and folders in a folder; none where it is missing."""
@@ -156,7 +153,7 @@ class Files:
 
     def read_many(self, paths: list[str]) -> dict[str, bytes | Exception]:
         """Return the bytes of many files by path, or the error of each that cannot be read; object stores at once."""
-        if self.local is not None:
+        if self.local is not None or not paths:
             return {path: self._read_or_error(path) for path in paths}
         by_full_path = {self._path(path): path for path in paths}
         contents = retried(self._opened[0].cat, list(by_full_path), on_error="return")

@@ -216,7 +216,7 @@ class Grid:
             if name == PLAIN:
                 problems.append(Problem(("controls", name), f"expected a control under another name than {PLAIN!r}"))
             problems += [
-                Problem(("controls", name, key), f"expected a setting of a cell, got {key!r}: {_nearest(key, known)}")
+                Problem(("controls", name, key), f"expected a setting of a cell, got {key!r}: {advise(key, known)}")
                 for key in settings
                 if key not in known
             ]
@@ -256,14 +256,14 @@ _COMMON = ("n_queries", "balanced", "split", "source", "reference_k_mismatch", "
 
 
 @checked
-def check_names(grid: Grid) -> None:
-    """Check that every model's name can be loaded, without loading or fetching any.
+def check_names(grid: Grid, passed: Sequence[str] = ()) -> None:
+    """Check that every model's name can be loaded, without loading or fetching any, except those that are passed in.
 
     Raises:
         GridError: names that are no model's; the message lists them.
     """
     problems = []
-    for model in grid.models:
+    for model in set(grid.models) - set(passed):
         try:
             check_model_name(model)
         except AssetError as error:
@@ -277,13 +277,13 @@ def finetuning_of(table: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Finet
     known, of_lora = set(vars(PAPER_FINETUNING)), set(vars(Lora()))
     settings, lora = dict(table), table.get("lora")
     problems = [
-        Problem((*key, name), f"expected a setting of finetuning, got {name!r}: {_nearest(name, known)}")
+        Problem((*key, name), f"expected a setting of finetuning, got {name!r}: {advise(name, known)}")
         for name in settings
         if name not in known
     ]
     if isinstance(lora, Mapping):
         problems += [
-            Problem((*key, "lora", name), f"expected a setting of lora, got {name!r}: {_nearest(name, of_lora)}")
+            Problem((*key, "lora", name), f"expected a setting of lora, got {name!r}: {advise(name, of_lora)}")
             for name in lora
             if name not in of_lora
         ]
@@ -368,7 +368,7 @@ def _text(control: str, error: ValueError) -> str:
     return text if control == PLAIN else f"control {control!r}: {text}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def advise(name: str, known: Iterable[str]) -> str:
     """Return advice about an unknown name: the most similar known one, or all of them."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else f"use one of {', '.join(sorted(known))}"

@@ -84,20 +84,21 @@ class Plan:
 
 
 @checked
-def plan(grid: Grid, results: Results, *, shard: tuple[Index, Count] = (0, 1)) -> Plan:
+def plan(grid: Grid, results: Results, *, shard: tuple[Index, Count] = (0, 1), models: Sequence[str] = ()) -> Plan:
     """Return the cells of a grid that are to run, after checking the grid against the results.
 
     Args:
         grid: the grid.
         results: the results, new or of the same grid before, or of another one with other cells.
         shard: the index of a part, from 0, and the number of parts: cells are divided in order.
+        models: the names of models of your own, which are passed to the worker.
 
     Raises:
         GridError: the name of a model is unknown, or there is no such shard.
         SettingsError: a finished cell has other settings than the cell of its id now.
         AssetError: the results are of another version, or cannot be read.
     """
-    check_names(grid)
+    check_names(grid, models)
     cells = in_shard(grid.cells(), shard)
     results.check_settings(cells)
     status = results.status(cells)
@@ -161,7 +162,7 @@ class Machine(NamedTuple):
                     amounts = [f"{n / 1e9:.1f} GB" if what == "memory" else str(n) for n in (there, needed)]
                     raise GridError(
                         f"expected cells that need at most the {what} of {name} ({amounts[0]}), got {cell.id}, which "
-                        f"needs {amounts[1]}: use a larger machine, or set memory_gb or cpus in the grid to what it needs"
+                        f"needs {amounts[1]}: use a larger machine, or correct memory_gb and cpus in the grid"
                     )
 
 

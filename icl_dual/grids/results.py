@@ -179,17 +179,17 @@ class Results:
         Raises:
             AssetError: it is missing, damaged or of another version.
         """
-        return self.manifests([cell_id], errors={})[cell_id]
+        return self.manifests([cell_id])[cell_id]
 
     def manifests(self, cell_ids: Iterable[str], errors: dict[str, AssetError] | None = None) -> dict[str, Manifest]:
-        """Return the manifests of cells; those that cannot be read are put into `errors`, or raise where it is empty."""
+        """Return the manifests of cells; those that cannot be read go into `errors`, if it is given."""
         paths = {f"cells/{cell_id}/{MANIFEST}": cell_id for cell_id in cell_ids}
         manifests = {}
         for path, content in self.files.read_many(list(paths)).items():
             try:
                 manifests[paths[path]] = Manifest.read(paths[path], content, f"{self.files.url}/{path}")
             except AssetError as error:
-                if errors is None or len(paths) == 1:
+                if errors is None:
                     raise
                 errors[paths[path]] = error
         return manifests

@@ -144,9 +144,8 @@ class Worker:
                 folder = Path(scratch) / "cell"
                 result = self._runner_of(cell).run(cell.cell, folder)
                 self.results.check_origin(result)
-                about = {
-                    "seconds": round(time.perf_counter() - started, 3), "peak_memory": peak_memory(), "worker": process_name()
-                }  # fmt: skip
+                seconds = round(time.perf_counter() - started, 3)
+                about = {"seconds": seconds, "peak_memory": peak_memory(), "worker": process_name()}
                 is_first = self.results.publish(cell, folder, about)
         except Exception as error:
             return self._failed(cell.id, error, started, is_of_cell=True)
