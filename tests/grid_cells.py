@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 import icl_dual as icl
 from icl_dual.cells import CellResult
 from icl_dual.grids import Grid, Results
@@ -58,10 +61,24 @@ class CopiedCells(CellRunner):
 
 
 def save_tiny(folder: Path) -> str:
-    """Save the tiny model into a folder that `load_model` reads, and return its name."""
-    model = tiny_model()
-    model.wrapped.original_model.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    """Save a tiny model into a folder that `load_model` reads, and return its name."""
+    tokenizer = tiny_model().tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
