@@ -15,7 +15,7 @@ from icl_dual.grids import Grid, Results
 from icl_dual.models import tiny_model
 from icl_dual.study import CellRunner
 
-ROWS = [{"text": f"film number {i}", "label": i % 2} for i in range(40)]
+ROWS = [{"text": f"film number {i}", "label": i % 2} for i in range(70)]
 TASK = icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS)
 
 

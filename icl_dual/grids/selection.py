@@ -12,6 +12,7 @@ from icl_dual.cells import CellResult, StudyError
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.grid import Grid, GridCell
 from icl_dual.grids.results import Results
+from icl_dual.statistics import MIN_QUERIES
 
 Rule = Literal["stable", "best", "paper-on-evaluation-data"]
 """How to choose. `stable`: by accuracy on held-out queries, the first with stable metrics. `best`: by accuracy on
@@ -120,6 +121,12 @@ def _check_rule(grid: Grid, rule: Rule) -> None:
         raise StudyError(
             f"expected a grid with split={split!r} for the rule {rule!r}, got another: change split, which decides on "
             "which queries rates are chosen"
+        )
+    few = [n for cell in grid.cells() if (n := cell.cell.n_queries) is not None and n < MIN_QUERIES]
+    if rule == "stable" and few:
+        raise StudyError(
+            f"expected a grid with at least {MIN_QUERIES} queries for the rule 'stable', got n_queries={few[0]}: without "
+            "an interval over queries, nothing is unstable"
         )
     if rule == "stable" and not all(cell.cell.replicas for cell in grid.cells()):
         raise StudyError(
