@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import ray
+from engine_runs import Events, contents, run_here, small_grid, worker_of
+from grid_cells import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
-from tiny_grids import Events, contents, run_here, save_tiny_model, tiny_grid, tiny_worker
 
 from icl_dual.grids import GridError, Resources, plan
 from icl_dual.grids.engines import ray as engine
@@ -37,9 +38,9 @@ def cluster() -> Iterator[Cluster]:
 def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker_has_a_cell(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    grid = tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=3, memory_gb=0.1)
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=3)
     expected = run_here(grid, tmp_path / "here")
-    worker = tiny_worker(grid, tmp_path / "ray")
+    worker = worker_of(grid, tmp_path / "ray")
     node = cluster.add_node(**{**NODE, "num_cpus": 1})
     claim = worker._claims.take(grid.cells()[2].id)
     assert claim is not None
@@ -77,8 +78,8 @@ def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker
 def test_a_cell_larger_than_any_node_is_refused_at_once(
     cluster: Cluster, tmp_path: Path, settings: dict[str, Any], match: str
 ) -> None:
-    grid = tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=1, **settings)
-    worker, events, started = tiny_worker(grid, tmp_path / "ray"), Events(), time.monotonic()
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1, **settings)
+    worker, events, started = worker_of(grid, tmp_path / "ray"), Events(), time.monotonic()
     with pytest.raises(GridError, match=match):
         run_ray(worker, plan(grid, worker.results), events)
     assert time.monotonic() - started < 10
@@ -89,9 +90,9 @@ def test_a_cell_larger_than_any_node_is_refused_at_once(
 def test_an_address_without_a_cluster_is_refused_in_15_seconds(
     tmp_path: Path, listens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "CONNECTION_S", 3)
-    grid = tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=1)
-    worker = tiny_worker(grid, tmp_path / "ray")
+    monkeypatch.setattr(engine, "ANSWER_S", 2)
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
+    worker = worker_of(grid, tmp_path / "ray")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if listens:
@@ -102,7 +103,7 @@ def test_an_address_without_a_cluster_is_refused_in_15_seconds(
 
 
 def test_models_stay_behind(tmp_path: Path, llama: Any) -> None:
-    worker = tiny_worker(tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=1), tmp_path, models=[llama])
+    worker = worker_of(small_grid(save_tiny(tmp_path / "model"), n_seeds=1), tmp_path, models=[llama])
     with pytest.raises(GridError, match="expected a worker without models to send to another process"):
         worker.__getstate__()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_grids import Events, contents, run_here, save_tiny_model, tiny_grid, tiny_worker
+from engine_runs import Events, contents, run_here, small_grid, worker_of
+from grid_cells import grid_of, save_tiny
 
 from icl_dual.grids import GridCell, GridError, PlannedCell, Resources, Results, plan
 from icl_dual.grids.engines.slurm import in_jobs, run_slurm
@@ -30,9 +31,9 @@ def signal_job(results: Results, n_cells: int, number: signal.Signals) -> thread
 
 
 def test_a_job_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None:
-    grid = tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=2)
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=2)
     expected = run_here(grid, tmp_path / "here")
-    worker, events, log = tiny_worker(grid, tmp_path / "slurm"), Events(), tmp_path / "logs"
+    worker, events, log = worker_of(grid, tmp_path / "slurm"), Events(), tmp_path / "logs"
     thread = signal_job(worker.results, 1, signal.SIGUSR2)
     summary = run_slurm(worker, plan(grid, worker.results), events, cluster="local", logs=log)
     thread.join()
@@ -45,7 +46,7 @@ def test_a_job_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None
 
 
 def test_jobs_have_neighbours_of_one_model_and_equal_needs() -> None:
-    grid = tiny_grid(["first", "second"], n_seeds=5)
+    grid = grid_of(models=["first", "second"], seeds=[*range(5)])
     small, large = Resources(1, 0, None), Resources(2, 0, 10**9)
 
     def needs(cell: GridCell) -> Resources:
@@ -61,8 +62,8 @@ def test_jobs_have_neighbours_of_one_model_and_equal_needs() -> None:
 def test_without_slurm_or_with_unknown_parameters_nothing_is_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = tiny_grid([save_tiny_model(tmp_path / "model")], n_seeds=1)
-    worker, events = tiny_worker(grid, tmp_path / "slurm"), Events()
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
+    worker, events = worker_of(grid, tmp_path / "slurm"), Events()
     monkeypatch.setenv("PATH", "")
     cells, logs = plan(grid, worker.results), tmp_path / "logs"
     with pytest.raises(GridError, match=r'expected SLURM and parameters .*, got .*"srun".*: run on a machine with'):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, cast
 
 from icl_dual.arguments import Count, checked
 from icl_dual.grids.engines import Report, Summary
@@ -19,8 +19,18 @@ from icl_dual.grids.grid import GridError
 from icl_dual.grids.planning import Machine, Plan, PlannedCell, Resources
 from icl_dual.grids.worker import Outcome, Worker
 
-CONNECTION_S = 5
-"""The seconds in which an address must accept a connection, and then answer as Ray does."""
+CONNECTION_S = 3
+"""The seconds in which the machine at an address must accept a connection."""
+
+ANSWER_S = 10
+"""The seconds in which it must then answer as a Ray cluster does."""
+
+_CONNECT = """
+import sys, ray
+print("imported", flush=True)
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+ray.shutdown()
+"""
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """The shared memory of a local cluster, in bytes, near the least that Ray takes: outcomes of cells are small."""
@@ -89,33 +99,31 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
 
 
 def check_reachable(address: str) -> None:
-    """Check that a Ray cluster answers at an address, within about 15 seconds.
+    """Check that a Ray cluster answers at an address, within 15 seconds.
 
-    Ray itself ends the process that tries an address at which nothing answers, so another process tries it first.
+    Ray itself ends the process that connects to an address at which nothing answers, so another process tries first.
 
     Raises:
         GridError: nothing answers, or something other than a Ray cluster of this version.
     """
     advice = "start a cluster with `ray start --head`, or leave the address out for a local one"
-    host, _, port = address.partition("://")[2 if "://" in address else 0].rpartition(":")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTION_S).close()
         except (OSError, OverflowError) as error:
             raise GridError(f"expected a Ray cluster at address {address!r}, got {error}: {advice}") from error
-    limits = {
-        "RAY_gcs_rpc_server_connect_timeout_s": str(CONNECTION_S - 2),
-        "RAY_gcs_server_request_timeout_seconds": str(CONNECTION_S),
-        "RAY_gcs_rpc_server_reconnect_timeout_s": str(CONNECTION_S),
-    }
-    script = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
-    command = [sys.executable, "-c", script, address]
-    try:
-        subprocess.run(command, env=os.environ | limits, capture_output=True, check=True, text=True, timeout=60)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        lines = str(error.stderr or "").strip().splitlines()
-        reason = next((line for line in reversed(lines) if "Error:" in line), "no answer of a cluster")
-        raise GridError(f"expected a Ray cluster at address {address!r}, got {reason}: {advice}") from error
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _CONNECT, address], stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            cast(IO[str], process.stdout).readline()  # Ray is imported
+            errors = process.communicate(timeout=ANSWER_S)[1].strip().splitlines()
+            reason = next((line for line in reversed(errors) if "Error:" in line), "no answer of a cluster")
+        except subprocess.TimeoutExpired:
+            reason = f"no answer of a cluster in {ANSWER_S} s"
+            process.kill()
+    if process.returncode:
+        raise GridError(f"expected a Ray cluster at address {address!r}, got {reason}: {advice}")
 
 
 def _alive(ray: ModuleType) -> list[Machine]:
