@@ -7,7 +7,6 @@ threads and by two with one. Numbers go to standard output; docs/grids.md quotes
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 
 import icl_dual as icl
 from icl_dual.grids import Grid, GridCell, Results, Worker, collect, run_grid
+from icl_dual.grids.worker import peak_memory
 from icl_dual.models import tiny_model
 from icl_dual.storage import to_json
 
@@ -63,7 +63,7 @@ def measure_cells(folder: Path, n_cells: int) -> None:
 
 def measure_inner(what: str, folder: Path, n_cells: int) -> None:
     """Time one of the two in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     grid, results = many(n_cells), Results(folder / "many")
     expanded = time.perf_counter() - started
@@ -73,10 +73,10 @@ def measure_inner(what: str, folder: Path, n_cells: int) -> None:
         table = collect(results, folder / "many.parquet", grid)
         text = f"{table.n_cells} cells, {table.n_rows} rows, {table.path.stat().st_size / 1e6:.0f} MB"
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     print(
         f"{what}: {text}: {seconds:.2f} s ({cpu:.2f} s of CPU, {expanded:.2f} s to expand the grid), peak "
-        f"{peak / 2**20:.2f} GiB ({before / 2**20:.2f} GiB after the import)"
+        f"{peak / 2**30:.2f} GiB ({before / 2**30:.2f} GiB after the import)"
     )
 
 

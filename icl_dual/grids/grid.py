@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -200,7 +201,7 @@ class Grid:
         if isinstance(of_control.get("context_task"), Mapping):
             of_control["context_task"] = of_control["context_task"].get(axes["task"])
         cell = Cell(**{**axes, **common, **of_control})
-        cell.finetuning.check_demonstrations(cell.k)
+        _check_demonstrations(cell.finetuning, cell.k)
         if cell.reference_k_mismatch and cell.protocol != "reference":
             raise StudyError(
                 "expected reference_k_mismatch with the protocol 'reference' only, got "
@@ -304,6 +305,11 @@ def in_words(problems: Sequence[Problem], where: Mapping[tuple[str, ...], str] |
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"expected a grid that can be run, got {len(lines)} problems:", *lines])
+
+
+@cache
+def _check_demonstrations(config: FinetuneConfig, k: int) -> None:
+    config.check_demonstrations(k)
 
 
 def _id(cell: Cell, precision: str) -> str:

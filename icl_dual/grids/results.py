@@ -198,14 +198,12 @@ class Results:
     def status(self, cells: Iterable[GridCell]) -> Status:
         """Return how far cells are, from the names in the storage alone."""
         ids = [cell.id for cell in cells]
-        done, failed = set(self.finished()), set(self.failed_ids())
+        done = set(self.finished())
+        failed = set(self.failed_ids()) - done
         running = set(self.claims()) - done - failed
-        return Status(
-            tuple(name for name in ids if name in done),
-            tuple(name for name in ids if name in running),
-            tuple(name for name in ids if name in failed - done),
-            tuple(name for name in ids if name not in done | failed | running),
-        )
+        over = done | failed | running
+        groups = (done, running, failed, set(ids) - over)
+        return Status(*(tuple(name for name in ids if name in group) for group in groups))
 
     def claims(self) -> dict[str, ClaimInfo]:
         """Return the claims of workers, by cell."""

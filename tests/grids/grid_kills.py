@@ -2,8 +2,8 @@
 
 python grid_kills.py FOLDER KILLS SEED [PROCESSES]: run a grid of the tiny model into FOLDER, and kill the driver with
 SIGKILL at KILLS random instants, with one driver and with two at once; then let it go on to its end. With PROCESSES,
-the driver is a new interpreter whose local engine has that many processes. Ends with an assertion error where anything that
-was finished is computed again or has changed, where more than the cells in flight are computed again, or where a result
+the driver is a new interpreter with as many processes of the local engine. Ends with an assertion error where anything
+finished is computed again or has changed, where more than the cells in flight are computed again, or where a result
 differs from that of a study that was never stopped.
 """
 
