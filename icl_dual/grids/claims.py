@@ -14,6 +14,7 @@ import platform
 import secrets
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -128,6 +129,14 @@ def claimed(files: Files) -> dict[str, ClaimInfo]:
         for (cell_id, number), content in zip(numbers.items(), contents.values(), strict=True)
         if isinstance(content, bytes)
     }
+
+
+def delete_claims(files: Files, cell_ids: Collection[str]) -> None:
+    """Delete the claims of finished cells, which workers that were killed at their very end have left."""
+    finished = set(cell_ids)
+    for name in files.names(FOLDER):
+        if name.removesuffix(".json").rpartition(".")[0] in finished:
+            files.delete(f"{FOLDER}/{name}")
 
 
 class Claim:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from icl_dual.arguments import Count, Index, Rate, checked
-from icl_dual.grids.claims import TTL_S
+from icl_dual.grids.claims import TTL_S, delete_claims
 from icl_dual.grids.engines import Summary
 from icl_dual.grids.grid import Grid, GridError
 from icl_dual.grids.planning import in_shard, plan
@@ -61,6 +61,7 @@ def run_grid(
         AssetError: the results are of another version, or the storage cannot be read.
     """
     planned = plan(grid, results, shard=shard, models=[model.name for model in models])
+    delete_claims(results.files, planned.done)
     worker = Worker(grid, results, tasks=tasks, models=models, ttl=ttl, max_lost=max_lost)
     run = getattr(importlib.import_module(f"icl_dual.grids.engines.{engine}"), f"run_{engine}")
     with Progress(planned.n_cells, len(planned.done), len(planned.failed), show=progress) as report:

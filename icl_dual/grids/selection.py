@@ -125,8 +125,8 @@ def _check_rule(grid: Grid, rule: Rule) -> None:
     few = [n for cell in grid.cells() if (n := cell.cell.n_queries) is not None and n < MIN_QUERIES]
     if rule == "stable" and few:
         raise StudyError(
-            f"expected a grid with at least {MIN_QUERIES} queries for the rule 'stable', got n_queries={few[0]}: without "
-            "an interval over queries, nothing is unstable"
+            f"expected a grid with at least {MIN_QUERIES} queries for the rule 'stable', got n_queries={few[0]}: with "
+            "fewer there is no interval to be stable within"
         )
     if rule == "stable" and not all(cell.cell.replicas for cell in grid.cells()):
         raise StudyError(
