@@ -1,5 +1,6 @@
 """The Ray engine, on one real cluster for all tests."""
 
+import logging
 import socket
 import time
 from collections import deque
@@ -28,7 +29,7 @@ def cluster() -> Iterator[Cluster]:
     """A cluster of a head node with one CPU, which this process is connected to."""
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield cluster
     finally:
         ray.shutdown()
@@ -86,6 +87,20 @@ def test_a_cell_larger_than_any_node_is_refused_at_once(
     assert not events.begun
 
 
+def test_where_every_node_that_fits_was_lost_the_run_waits_for_one_and_then_stops(cluster: Cluster) -> None:
+    slot = engine._Slot(Resources(64, 0, None), deque())
+    run = object.__new__(engine._Run)
+    run.ray, run.remaining, run.last_fit = ray, {"cell"}, time.monotonic()
+    run.pending = {"the start of an actor": slot}
+    run._check_nodes()
+    run.last_fit -= engine.NODE_WAIT_S
+    with pytest.raises(GridError, match=r"for the 1 cells that remain, got 1 CPU\(s\), .* for 120 s after others"):
+        run._check_nodes()
+    slot.running = "cell", False
+    run._check_nodes()
+    assert time.monotonic() - run.last_fit < engine.NODE_WAIT_S
+
+
 @pytest.mark.parametrize("listens", [False, True])
 def test_an_address_without_a_cluster_is_refused_in_15_seconds(
     tmp_path: Path, listens: bool, monkeypatch: pytest.MonkeyPatch
@@ -114,10 +129,11 @@ needs = st.builds(Resources, st.integers(1, 9), st.integers(0, 3), st.none() | s
 
 @given(needs, amounts)
 def test_as_many_workers_fit_on_a_node_as_can_be_taken_from_it_one_by_one(needs: Resources, node: Machine) -> None:
-    count, left = 0, node
-    while all(there is None or (needed or 0) <= there for needed, there in zip(needs, left, strict=True)):
+    wanted = [needed or 0 for needed in needs]
+    count, left = 0, [100 if there is None else there for there in node]  # as much as is never used up
+    while all(needed <= there for needed, there in zip(wanted, left, strict=True)):
         count += 1
-        left = Machine(*(there and there - (needed or 0) for needed, there in zip(needs, left, strict=True)))
+        left = [there - needed for needed, there in zip(wanted, left, strict=True)]
     assert engine.n_workers(needs, node) == count
 
 

@@ -69,5 +69,5 @@ def test_without_slurm_or_with_unknown_parameters_nothing_is_submitted(
     with pytest.raises(GridError, match=r'expected SLURM and parameters .*, got .*"srun".*: run on a machine with'):
         run_slurm(worker, cells, events, logs=logs)
     with pytest.raises(GridError, match=r"expected SLURM and parameters .*, got .*slurm_partitions"):
-        run_slurm(worker, cells, events, cluster="local", logs=logs, parameters={"slurm_partitions": "gpu"})
+        run_slurm(worker, cells, events, cluster="local", logs=logs, slurm_partitions="gpu")
     assert not events.begun

@@ -1,5 +1,6 @@
 """The Ray engine: cells on the nodes of a Ray cluster, by actors that keep their model loaded."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -57,9 +58,9 @@ def run_ray(
         worker: what runs the cells; its results are storage that every node reaches.
         plan: the cells.
         report: what is told of cells that begin and end.
-        address: the address of a cluster, such as `10.0.0.1:6379`, `ray://10.0.0.1:10001` or `auto` for the one that
-            runs on this machine; `None` for a local cluster that ends with the run. In a process that is connected by
-            `ray.init` already, that connection is used.
+        address: the address of a cluster, such as `10.0.0.1:6379`, `ray://10.0.0.1:10001` (which needs `ray[client]`)
+            or `auto` for the one that runs on this machine; `None` for a local cluster that ends with the run. In a
+            process that is connected by `ray.init` already, that connection is used.
         workers: the number of actors; by default as many as fit on the nodes of the cluster. On a cluster that adds
             nodes on demand, give the number that it is to grow to.
 
@@ -85,7 +86,7 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"num_cpus": Machine.here().cpus, "object_store_memory": OBJECT_STORE_BYTES}
         options |= {"address": "local", "include_dashboard": False}
@@ -155,9 +156,8 @@ def check_fits(cells: Iterable[PlannedCell], nodes: Sequence[Machine]) -> None:
     """
     for needs, cell in {cell.resources: cell for cell in cells}.items():
         if not any(n_workers(needs, node) for node in nodes):
-            kinds = "; ".join(_in_words(node) for node in dict.fromkeys(nodes)) or "no node"
             raise GridError(
-                f"expected cells that fit on a node of the cluster ({kinds}), got {cell.id}, which needs "
+                f"expected cells that fit on a node of the cluster ({_kinds(nodes)}), got {cell.id}, which needs "
                 f"{_in_words(needs)}: add a larger node, or set cpus or memory_gb in the grid to what it needs"
             )
 
@@ -165,6 +165,10 @@ def check_fits(cells: Iterable[PlannedCell], nodes: Sequence[Machine]) -> None:
 def _in_words(amounts: Resources | Machine) -> str:
     memory = "unknown memory" if amounts.memory is None else f"{amounts.memory / 1e9:.1f} GB"
     return f"{amounts.cpus} CPU(s), {amounts.gpus} GPU(s), {memory}"
+
+
+def _kinds(nodes: Iterable[Machine]) -> str:
+    return "; ".join(dict.fromkeys(map(_in_words, nodes))) or "no node"
 
 
 class CellActor:
@@ -324,10 +328,9 @@ class _Run:
         if has_work or any(n_workers(needs, node) for needs in waiting for node in nodes):
             self.last_fit = time.monotonic()
         elif time.monotonic() - self.last_fit > NODE_WAIT_S:
-            kinds = "; ".join(map(_in_words, dict.fromkeys(nodes))) or "no node"
             raise GridError(
-                f"expected a node for the {len(self.remaining)} cells that remain, got {kinds} for {NODE_WAIT_S:.0f} s "
-                "after others were lost: run the grid again when the cluster has more"
+                f"expected a node for the {len(self.remaining)} cells that remain, got {_kinds(nodes)} for "
+                f"{NODE_WAIT_S:.0f} s after others were lost: run the grid again when the cluster has more"
             )
 
 

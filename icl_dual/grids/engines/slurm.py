@@ -28,7 +28,7 @@ def run_slurm(
     cells_per_job: Count = 8,
     minutes: Count = 60,
     jobs_at_once: Count = 256,
-    parameters: Mapping[str, Any] | None = None,
+    **parameters: Any,
 ) -> Summary:
     """Run the cells of a plan in job arrays on SLURM, an array for each kind of resources.
 
@@ -44,7 +44,7 @@ def run_slurm(
         cells_per_job: the most cells that a job runs, one after the other.
         minutes: the time limit of a job.
         jobs_at_once: the most jobs of an array that SLURM runs at once.
-        parameters: further parameters of submitit's executor, such as `slurm_partition` or `slurm_account`.
+        parameters: further parameters of submitit's executor, such as `slurm_partition="gpu"` or `mem_gb=64`.
 
     Raises:
         GridError: submitit or SLURM is not installed, a parameter is unknown, or SLURM refuses a job, for example as no
@@ -60,7 +60,7 @@ def run_slurm(
     run = _Run(submitit, worker, report, cluster)
     try:
         for needs, jobs in arrays.items():
-            options = _options(needs, minutes, jobs_at_once) | dict(parameters or {})
+            options = _options(needs, minutes, jobs_at_once) | parameters
             run.submit(_executor(submitit, logs, cluster, options), jobs)
         return run.outcomes()
     finally:
