@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
 
-from icl_dual.grids import GridError, Resources, plan
+from icl_dual.grids import GridError, Plan, Resources, plan
 from icl_dual.grids.engines import ray as engine
 from icl_dual.grids.engines.ray import run_ray
 from icl_dual.grids.planning import Machine
@@ -115,6 +116,13 @@ def test_an_address_without_a_cluster_is_refused_in_15_seconds(
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(GridError, match=f"expected a Ray cluster at address '{address}', got .*: start a cluster"):
             run_ray(worker, plan(grid, worker.results), Events(), address=address)
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(small_grid("gpt2", n_seeds=1), tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(GridError, match=r"expected Ray .*: pip install 'icl-dual\[ray\]'"):
+        run_ray(worker, Plan((), 0, (), ()), Events())
 
 
 def test_models_stay_behind(tmp_path: Path, llama: Any) -> None:

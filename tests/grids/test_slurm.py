@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from engine_runs import Events, contents, run_here, small_grid, worker_of
 from grid_cells import grid_of, save_tiny
 
-from icl_dual.grids import GridCell, GridError, PlannedCell, Resources, Results, plan
+from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results, plan
 from icl_dual.grids.engines.slurm import in_jobs, run_slurm
 
 
@@ -71,3 +72,10 @@ def test_without_slurm_or_with_unknown_parameters_nothing_is_submitted(
     with pytest.raises(GridError, match=r"expected SLURM and parameters .*, got .*slurm_partitions"):
         run_slurm(worker, cells, events, cluster="local", logs=logs, slurm_partitions="gpu")
     assert not events.begun
+
+
+def test_without_submitit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(small_grid("gpt2", n_seeds=1), tmp_path)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(GridError, match=r"expected submitit .*: pip install 'icl-dual\[slurm\]'"):
+        run_slurm(worker, Plan((), 0, (), ()), Events())
