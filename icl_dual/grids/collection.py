@@ -135,7 +135,7 @@ def to_xarray(frame: pd.DataFrame) -> Any:
     """
     import xarray
 
-    overall, by_layer = frame[frame["layer"].isna()], frame[frame["layer"].notna()]
+    overall, by_layer = frame.query("layer.isna()"), frame.query("layer.notna()")
     parts = [_dataset(overall, AXES, dict(zip(VALUES, VALUES, strict=True)))]
     if len(by_layer):
         names = {name: f"{name}_by_layer" for name in VALUES if name not in ("low", "high")}
@@ -151,4 +151,5 @@ def _dataset(frame: pd.DataFrame, axes: Iterable[str], names: dict[str, str]) ->
             f"expected cells that differ in {', '.join(axes[:-1])}, got two that do not ({first} is one): pass a part "
             "of the table"
         )
-    return frame.set_index(axes)[list(names)].astype("float64").rename(columns=names).to_xarray()
+    numbers: Any = frame.set_index(axes)[list(names)]
+    return numbers.astype("float64").rename(columns=names).to_xarray()

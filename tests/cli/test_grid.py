@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 import icl_dual as icl
-from icl_dual import grids, study
+from icl_dual import study
 from icl_dual.cli.grid import add_commands
 from icl_dual.grids import GridError, Results
+from icl_dual.grids import grid as grid_module
 
 TEXT = """models = ["tiny"]
 tasks = ["films"]
@@ -29,7 +30,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(study, "load_model", lambda name, **_: tiny_model())
     monkeypatch.setattr(study, "check_model_name", lambda name: None)
-    monkeypatch.setattr(grids.grid, "check_model_name", lambda name: None)
+    monkeypatch.setattr(grid_module, "check_model_name", lambda name: None)
     icl.register_task(icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS))
     (tmp_path / "grid.toml").write_text(TEXT)
     parser = argparse.ArgumentParser()

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 from grid_cells import grid_of
@@ -8,7 +9,10 @@ from icl_dual.grids import Grid, GridError
 
 
 def test_a_grid_is_every_combination_with_and_without_each_control() -> None:
-    controls = {"flipped": {"context": "flipped labels"}, "untrained": {"weights": "untrained"}}
+    controls: dict[str, dict[str, Any]] = {
+        "flipped": {"context": "flipped labels"},
+        "untrained": {"weights": "untrained"},
+    }
     grid = Grid(
         models=["a/x", "b/y"],
         tasks=["sst2", "mr"],
@@ -23,7 +27,8 @@ def test_a_grid_is_every_combination_with_and_without_each_control() -> None:
     for model, seed, protocol in itertools.product(("a/x", "b/y"), (1, 2), ("answer", "reference")):
         for task, k, lr in (("sst2", 2, 0.1), ("sst2", 4, 0.1), ("mr", 3, 0.01), ("mr", 3, 0.001)):
             for settings in ({}, *controls.values()):
-                cell = icl.Cell(model, task, k=k, seed=seed, lr=lr, protocol=protocol, **settings)
+                axes: dict[str, Any] = {"k": k, "seed": seed, "lr": lr, "protocol": protocol}
+                cell = icl.Cell(model, task, **axes, **settings)
                 expected |= {(cell.name, cell), (f"{cell.name}_bfloat16-storage-float32-arithmetic", cell)}
     assert {(cell.id, cell.cell) for cell in grid.cells()} == expected
     assert len(grid.cells()) == len(expected) == 192

@@ -109,7 +109,7 @@ def test_storage_that_fails_now_and_then_is_tried_again(
     results: Results, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fs = results.files._opened[0]
-    calls = dict.fromkeys(("pipe_file", "cat_file", "exists", "ls", "find"), 0)
+    calls: dict[str, int] = dict.fromkeys(("pipe_file", "cat_file", "exists", "ls", "find"), 0)
 
     def failing_first(name: str):
         operation = getattr(fs, name)
