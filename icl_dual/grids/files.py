@@ -157,9 +157,10 @@ class Files:
             return {path: self._read_or_error(path) for path in paths}
         by_full_path = {self._path(path): path for path in paths}
         contents = retried(self._opened[0].cat, list(by_full_path), on_error="return")
-        again = {path: self._read_or_error(by_full_path[path])
-                 for path, data in contents.items() if isinstance(data, Exception)}  # fmt: skip
-        return {by_full_path[path]: again[path] if path in again else data for path, data in contents.items()}
+        return {
+            by_full_path[path]: self._read_or_error(by_full_path[path]) if isinstance(data, Exception) else data
+            for path, data in contents.items()
+        }
 
     def _read_or_error(self, path: str) -> bytes | Exception:
         try:
