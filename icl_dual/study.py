@@ -335,17 +335,12 @@ def run_study(
     """
     check_arithmetic(dtype, arithmetic)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
-    results, runs = dict(plan.finished), _Runs(progress)
-    current: dict[str, tuple[Model, dict[str, Any]]] = {}
+    results, kept = dict(plan.finished), _Kept(plan.models, device, dtype, arithmetic, progress)
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
         for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
-            if cell.model_name not in current:
-                current.clear()
-                current[cell.model_name] = _make_model(cell, plan.models.get(cell.model), device, dtype, arithmetic)
-                plan.check_same_model(*current[cell.model_name])
-            model, origin = current[cell.model_name]
-            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], runs, keep_recordings, origin)
+            model, origin = kept.model(cell, plan.check_same_model)
+            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], kept.runs, keep_recordings, origin)
             bar.update()
     return CellResults(results[cell] for cell in plan.folders)
 
@@ -570,6 +565,82 @@ def _check_model(cell: Cell, models: Mapping[str, Model]) -> None:
         check_model_name(cell.model)
     except AssetError as error:
         raise AssetError(f"{error}, or pass a Model of this name as run_study(models=[model])") from error
+
+
+class _Kept:
+    """The model of the last cell, and the runs that the next one may share with it."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        device: str | torch.device,
+        dtype: torch.dtype,
+        arithmetic: torch.dtype | None,
+        progress: bool,
+    ) -> None:
+        self.models, self.device, self.dtype, self.arithmetic = models, device, dtype, arithmetic
+        self.runs = _Runs(progress)
+        self.current: dict[str, tuple[Model, dict[str, Any]]] = {}
+
+    def model(self, cell: Cell, check: Callable[[Model, dict[str, Any]], None]) -> tuple[Model, dict[str, Any]]:
+        """Return a cell's model and its origin: the last cell's, or one that is made, and checked, now."""
+        name = cell.model_name
+        if name not in self.current:
+            self.current.clear()
+            self.current[name] = _make_model(
+                cell, self.models.get(cell.model), self.device, self.dtype, self.arithmetic
+            )
+            check(*self.current[name])
+        return self.current[name]
+
+
+class CellRunner:
+    """Runs cells one at a time, as `run_study` does, for callers that choose the next cell themselves.
+
+    The model stays loaded while cells share it, and a control directly after the cell that it is a control of costs
+    only the run that differs.
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[Task] = (),
+        models: Sequence[Model] = (),
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        arithmetic: torch.dtype | None = None,
+        keep_recordings: bool = False,
+        progress: bool = True,
+    ) -> None:
+        check_arithmetic(dtype, arithmetic)
+        self._tasks, self._models = _Tasks(tasks, LocalFiles()), {model.name: model for model in models}
+        self._kept = _Kept(self._models, device, dtype, arithmetic, progress)
+        self._keep_recordings = keep_recordings
+
+    @checked
+    def check(self, cell: Cell) -> None:
+        """Check that a cell's rows can be drawn and that its model's name is known; no model is loaded.
+
+        Raises:
+            StudyError, TaskError, AssetError: as `run_study` does.
+        """
+        _check_model(cell, self._models)
+        self._tasks.draw(cell)
+
+    @checked
+    def run(self, cell: Cell, folder: str | PathLike[str]) -> CellResult:
+        """Run a cell and save it into a folder, new or of the same cell.
+
+        Raises:
+            StudyError, TaskError, AssetError, PromptError, SettingsError, DivergedError: as `run_study` does.
+        """
+        folder = Path(folder)
+        check_writable(folder, CELL_FILES)
+        _check_model(cell, self._models)
+        draw = self._tasks.draw(cell)
+        model, origin = self._kept.model(cell, lambda model, origin: None)
+        return _run_cell(model, cell, draw, folder, self._kept.runs, self._keep_recordings, origin)
 
 
 def _make_model(

@@ -299,6 +299,30 @@ def test_the_page_on_precision_runs(run_page: Run) -> None:
     assert not others
 
 
+def test_the_page_on_grids_runs(run_page_on_first_layers: Run) -> None:
+    ran = []
+    for heading, scope, printed in run_page_on_first_layers("docs/grids.md"):
+        ran.append(heading)
+        if heading == "A grid in a file":
+            ids = [cell.id for cell in scope["grid"].cells()]
+            assert scope["results"].finished() == sorted(ids)
+            assert "2 of 2 cells to run" in printed
+            assert "2 done, 0 running, 0 failed, 0 remaining" in printed
+            assert "line 3: expected a key of a grid, got 'sedes': did you mean 'seeds'?" in printed
+            assert "line 4: control 'both': expected context='own'" in printed
+        elif heading == "Results on any storage":
+            assert scope["result"].cell == scope["grid"].cells()[0].cell
+            assert printed == f"{scope['result'].comparison.accuracy}\n"
+        elif heading == "One table":
+            frames = [scope["results"].load(cell_id).to_frame() for cell_id in scope["results"].finished()]
+            pd.testing.assert_series_equal(scope["frame"]["value"], pd.concat(frames, ignore_index=True)["value"])
+            assert len(scope["over_layers"]) == 2
+        elif heading == "Choosing rates and seeds":
+            (choice,) = scope["selection"].choices
+            assert scope["evaluated"].rates == {"sst2": choice.lr}
+    assert ran == ["A grid in a file", "Results on any storage", "One table", "Choosing rates and seeds"]
+
+
 def test_the_page_on_studies_runs(run_page_on_first_layers: Run) -> None:
     ran = []
     for heading, scope, printed in run_page_on_first_layers("docs/studies.md"):

@@ -36,6 +36,7 @@ LAYERS = (
     ("experiment",),
     ("cells",),
     ("provenance", "study"),
+    ("grids",),
     ("pretraining",),
     ("plots",),
     ("scripts",),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import icl_dual as icl
-from icl_dual.cli import compare, doctor, models, reproduce, tasks, view
+from icl_dual.cli import compare, doctor, grid, models, reproduce, tasks, view
 from icl_dual.cli.commands import log_messages
 from icl_dual.progress import progress_enabled
 from icl_dual.scripts.common import ScriptParser, run_script
@@ -20,7 +20,7 @@ EPILOG = """examples:
 
 `icl-dual COMMAND --help` has the options and examples of a command.
 exit codes: 0 done, 1 an error that you can mend, 2 wrong arguments, 130 stopped by Ctrl-C"""
-MODULES = (reproduce, compare, view, models, tasks, doctor)
+MODULES = (reproduce, compare, view, grid, models, tasks, doctor)
 """The modules of commands, in the order of the help: `add_commands` of each adds its parsers."""
 
 

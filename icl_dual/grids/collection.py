@@ -1,0 +1,155 @@
+"""All finished cells as one tidy table in a parquet file, and as an xarray data set."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from icl_dual.arguments import Index, checked
+from icl_dual.field_docs import document_fields
+from icl_dual.grids.grid import Grid, GridError
+from icl_dual.grids.results import FRAME, Results, file_path
+from icl_dual.storage import AssetError, atomic_file
+
+AXES = ("model", "task", "k", "seed", "lr", "protocol", "precision", "variation", "metric")
+"""The columns that tell a number of all layers together from the others; those of layers have `layer` as well."""
+
+VALUES = ("value", "low", "high", "spread", "n")
+"""The columns of numbers: a mean, its 95 % interval, its range over replicas, and the number of queries."""
+
+_AT_ONCE = 100
+"""The number of cells that are in memory at a time: some 100,000 rows."""
+
+
+@checked
+@document_fields
+@dataclass(frozen=True)
+class Collection:
+    """The table of all finished cells, in a parquet file."""
+
+    path: Path
+    """The file."""
+    n_cells: Index
+    """The number of cells in it."""
+    n_rows: Index
+    """The number of rows: one for each cell, metric and layer, and one for all layers together."""
+    damaged: dict[str, str]
+    """The cells that are left out, since their files are damaged, with the error of each."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table."""
+        return pd.read_parquet(self.path)
+
+    def to_xarray(self) -> Any:
+        """Return the table as an xarray data set, as the function `to_xarray` does."""
+        return to_xarray(self.to_frame())
+
+
+@checked
+def collect(results: Results, path: str | PathLike[str], grid: Grid | None = None) -> Collection:
+    """Write the rows of all finished cells into one parquet file, which appears complete or not at all.
+
+    The columns are those of `CellResult.to_frame`, after the cell's id and with its precision. Each cell's rows were
+    saved when it was finished; their checksum is compared. Memory does not grow with the number of cells.
+
+    Args:
+        results: the results.
+        path: the file to write.
+        grid: the grid of which to take the cells; by default all that are there.
+
+    Raises:
+        GridError: no cell is finished.
+        SettingsError: a finished cell has other settings than the grid's cell of its id.
+        AssetError: the results are of another version, or the file cannot be written.
+    """
+    path, cell_ids, n_cells, n_rows = Path(path), results.finished(), 0, 0
+    if grid is not None:
+        results.check_settings(grid.cells())
+        known = {cell.id for cell in grid.cells()}
+        cell_ids = [cell_id for cell_id in cell_ids if cell_id in known]
+    if not cell_ids:
+        raise GridError(f"expected finished cells in {results.files.url}, got none: run the grid first")
+    damaged: dict[str, str] = {}
+    with atomic_file(path) as scratch:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for start in range(0, len(cell_ids), _AT_ONCE):
+                tables = _tables(results, cell_ids[start : start + _AT_ONCE], damaged)
+                if not tables:
+                    continue
+                table = pa.concat_tables(tables, promote_options="permissive")
+                writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
+                writer.write_table(table.select(writer.schema.names).cast(writer.schema))
+                n_cells, n_rows = n_cells + len(tables), n_rows + table.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is None:
+            raise AssetError(f"expected a cell that is not damaged, got none: {next(iter(damaged.values()))}")
+    return Collection(path, n_cells, n_rows, damaged)
+
+
+def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> list[pa.Table]:
+    """Return the rows of cells; of those that are damaged, the error goes into `damaged`."""
+    errors: dict[str, AssetError] = {}
+    manifests = results.manifests(cell_ids, errors)
+    if (of_other_version := next((error for error in errors.values() if "of format" in str(error)), None)) is not None:
+        raise of_other_version
+    paths = {file_path(manifest, FRAME): manifest for manifest in manifests.values()}
+    tables = []
+    for path, content in results.files.read_many(list(paths)).items():
+        manifest = paths[path]
+        try:
+            rows = results.checked_file(manifest, FRAME, content)
+        except AssetError as error:
+            errors[manifest.id] = error
+        else:
+            tables.append(pq.read_table(io.BytesIO(rows)))
+    damaged |= {cell_id: str(error) for cell_id, error in errors.items()}
+    return tables
+
+
+@checked
+def to_xarray(frame: pd.DataFrame) -> Any:
+    """Return the table of cells as an `xarray.Dataset`: numbers of all layers together, and the means by layer.
+
+    The package is optional: `pip install 'icl-dual[grid]'`.
+
+    Args:
+        frame: what `Collection.to_frame` returns, or a part of it.
+
+    Returns:
+        The variables `value`, `low`, `high`, `spread` and `n` with the axes model, task, k, seed, lr, protocol,
+        precision, variation and metric, and `value_by_layer`, `spread_by_layer` and `n_by_layer` with the axis layer,
+        too. What was not computed is NaN.
+
+    Raises:
+        ValueError: two cells have the same values of all axes: choose one finetuning, or one number of queries.
+        ImportError: xarray is not installed.
+    """
+    import xarray
+
+    overall, by_layer = frame.query("layer.isna()"), frame.query("layer.notna()")
+    parts = [_dataset(overall, AXES, dict(zip(VALUES, VALUES, strict=True)))]
+    if len(by_layer):
+        names = {name: f"{name}_by_layer" for name in VALUES if name not in ("low", "high")}
+        parts.append(_dataset(by_layer.astype({"layer": "int64"}), (*AXES, "layer"), names))
+    return xarray.merge(parts, join="outer")
+
+
+def _dataset(frame: pd.DataFrame, axes: Iterable[str], names: dict[str, str]) -> Any:
+    axes = list(axes)
+    if frame.duplicated(axes).any():
+        first = frame.loc[frame.duplicated(axes), "id"].iloc[0]
+        raise ValueError(
+            f"expected cells that differ in {', '.join(axes[:-1])}, got two that do not ({first} is one): pass a part "
+            "of the table"
+        )
+    numbers: Any = frame.set_index(axes)[list(names)]
+    return numbers.astype("float64").rename(columns=names).to_xarray()

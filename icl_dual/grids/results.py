@@ -1,0 +1,409 @@
+"""The results of a grid on any fsspec path: a folder a cell, with a manifest of the checksums of its files.
+
+    cells/<id>/manifest.json       the cell's settings and the SHA-256 of each of its files; the cell exists with it
+    cells/<id>/…                   what `run_cell` saves, and `frame.parquet`, its rows of the table of all cells
+    failures/<id>.json             the traceback of a cell that failed
+    claims/<id>.<number>.json      the worker that computes a cell now
+    origins/<name>.json            the weights and rows that all cells of a model or task must have
+
+Locally a cell's folder appears complete or not at all. On object stores its files are written under a name of their
+own, and then the manifest, if there is none yet: of two workers the first one's cell stays, and files never mix.
+"""
+
+import hashlib
+import io
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from icl_dual.arguments import checked
+from icl_dual.cells import Cell, CellResult, load_cell
+from icl_dual.field_docs import document_fields
+from icl_dual.grids.claims import ClaimInfo, claimed
+from icl_dual.grids.files import Files
+from icl_dual.grids.grid import GridCell
+from icl_dual.storage import (
+    AssetError,
+    atomic_folder,
+    check_same_settings,
+    finished_folders,
+    first_line,
+    to_json,
+)
+
+MANIFEST, FRAME = "manifest.json", "frame.parquet"
+"""The files in a cell's folder beside those of `run_cell`."""
+
+FORMAT = 1
+"""The version of the manifest's layout."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a finished cell without its numbers."""
+
+    id: str
+    """The cell's id."""
+    settings: Mapping[str, Any]
+    """The settings of the `Cell`, as JSON values."""
+    precision: str
+    """The precision."""
+    files: Mapping[str, str]
+    """The SHA-256 of each file, by its path in `folder`."""
+    folder: str
+    """The folder of the files within the cell's: empty, or of one attempt on an object store."""
+    seconds: float
+    """The seconds that the cell took, loading a model included."""
+    peak_memory: int
+    """The most memory that the worker's process had used by then, in bytes; 0 where it is not known."""
+    worker: str
+    """The machine and process that computed the cell."""
+    versions: Mapping[str, str]
+    """The versions of the packages."""
+    format: int = FORMAT
+    """The version of this layout."""
+
+    @classmethod
+    def read(cls, cell_id: str, content: bytes | Exception, where: str) -> "Manifest":
+        """Return the manifest in the bytes of a file.
+
+        Raises:
+            AssetError: it is missing, damaged or of another version.
+        """
+        advice = "run `rerun --failed` to have the cell made again"
+        try:
+            if isinstance(content, Exception):
+                raise content
+            values = json.loads(content)
+            if values["format"] != FORMAT:
+                raise AssetError(
+                    f"expected a manifest of format {FORMAT} in {where}, got format {values['format']!r} of icl-dual "
+                    f"{values.get('versions', {}).get('icl-dual')}: install that version, or choose other results"
+                )
+            manifest = cls(**values)
+            if manifest.id != cell_id or not manifest.files:
+                raise ValueError(f"that of {manifest.id!r}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise AssetError(
+                f"expected the manifest of a cell in {where}, got {first_line(error)}: {advice}"
+            ) from error
+        return manifest
+
+    @property
+    def cell(self) -> Cell:
+        """Return the settings."""
+        return Cell.from_settings(self.settings)
+
+
+@checked
+@document_fields
+@dataclass(frozen=True)
+class Failure:
+    """A cell that failed."""
+
+    id: str
+    """The cell's id."""
+    error: str
+    """The error in a sentence."""
+    traceback: str
+    """The whole traceback."""
+    worker: str
+    """The machine and process in which it failed."""
+
+
+@checked
+@document_fields
+@dataclass(frozen=True)
+class Status:
+    """How far a grid is."""
+
+    done: tuple[str, ...]
+    """The ids of the finished cells."""
+    running: tuple[str, ...]
+    """The ids of the cells that a worker computes, or computed when it was lost."""
+    failed: tuple[str, ...]
+    """The ids of the cells that failed."""
+    remaining: tuple[str, ...]
+    """The ids of all others."""
+
+    def __str__(self) -> str:
+        counts = {name: len(getattr(self, name)) for name in ("done", "running", "failed", "remaining")}
+        return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+class Results:
+    """The results of a grid in a folder or under any address that fsspec opens. It can be pickled.
+
+    Args:
+        url: a path, or an address such as `s3://bucket/prefix`.
+        options: the options of fsspec for the storage, such as `endpoint_url` for `s3://`.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Results(folder).finished()
+        []
+    """
+
+    @checked
+    def __init__(self, url: str | Path, options: Mapping[str, Any] | None = None) -> None:
+        self.files = Files(str(url), options)
+
+    def __repr__(self) -> str:
+        return f"Results({self.files.url!r})"
+
+    def finished(self) -> list[str]:
+        """Return the ids of all finished cells."""
+        if (root := self.files.local) is not None:
+            return [path.name for path in finished_folders(root / "cells") if (path / MANIFEST).exists()]
+        manifests = (path.split("/") for path in self.files.find("cells"))
+        return sorted(parts[0] for parts in manifests if parts[1:] == [MANIFEST])
+
+    @checked
+    def has(self, cell_id: str) -> bool:
+        """Return whether a cell is finished."""
+        return self.files.exists(f"cells/{cell_id}/{MANIFEST}")
+
+    @checked
+    def manifest(self, cell_id: str) -> Manifest:
+        """Return the manifest of a finished cell.
+
+        Raises:
+            AssetError: it is missing, damaged or of another version.
+        """
+        return self.manifests([cell_id])[cell_id]
+
+    def manifests(self, cell_ids: Iterable[str], errors: dict[str, AssetError] | None = None) -> dict[str, Manifest]:
+        """Return the manifests of cells; those that cannot be read go into `errors`, if it is given."""
+        paths = {f"cells/{cell_id}/{MANIFEST}": cell_id for cell_id in cell_ids}
+        manifests = {}
+        for path, content in self.files.read_many(list(paths)).items():
+            try:
+                manifests[paths[path]] = Manifest.read(paths[path], content, f"{self.files.url}/{path}")
+            except AssetError as error:
+                if errors is None:
+                    raise
+                errors[paths[path]] = error
+        return manifests
+
+    @checked
+    def status(self, cells: Iterable[GridCell]) -> Status:
+        """Return how far cells are, from the names in the storage alone."""
+        ids = [cell.id for cell in cells]
+        done = set(self.finished())
+        failed = set(self.failed_ids()) - done
+        running = set(self.claims()) - done - failed
+        over = done | failed | running
+        groups = (done, running, failed, set(ids) - over)
+        return Status(*(tuple(name for name in ids if name in group) for group in groups))
+
+    def claims(self) -> dict[str, ClaimInfo]:
+        """Return the claims of workers, by cell."""
+        return claimed(self.files)
+
+    def check_settings(self, cells: Iterable[GridCell]) -> None:
+        """Check that finished cells were made with the settings that cells of their ids have now.
+
+        Raises:
+            SettingsError: one has other settings; the message names them.
+            AssetError: the results are of another version.
+        """
+        by_id, finished = {cell.id: cell for cell in cells}, set(self.finished())
+        damaged: dict[str, AssetError] = {}
+        for cell_id, manifest in self.manifests([name for name in by_id if name in finished], damaged).items():
+            self.check_same(by_id[cell_id], manifest)
+        for error in damaged.values():
+            if "of format" in str(error):
+                raise error
+
+    def check_same(self, cell: GridCell, manifest: Manifest) -> None:
+        """Raise a SettingsError where a finished cell has other settings than the cell of its id."""
+        where = Path(f"{self.files.url.rstrip('/')}/cells/{cell.id}")
+        check_same_settings(where, asdict(cell.cell), asdict(manifest.cell))
+
+    # one cell
+
+    @checked
+    def load(self, cell_id: str) -> CellResult:
+        """Read a finished cell, after checking every file of it against its checksum.
+
+        The folder of the result is local, of cells in other storage a temporary one that is gone when this returns.
+
+        Raises:
+            AssetError: the cell is missing or damaged.
+        """
+        with self.opened(cell_id) as folder:
+            return load_cell(folder)
+
+    @contextmanager
+    def opened(self, cell_id: str) -> Iterator[Path]:
+        """Yield a local folder with the files of a finished cell, after checking each against its checksum."""
+        manifest = self.manifest(cell_id)
+        if (root := self.files.local) is not None:
+            self.verify(cell_id, manifest)
+            yield root / "cells" / cell_id / manifest.folder
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in manifest.files:
+                path = Path(scratch) / cell_id / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(self.read_file(manifest, name))
+            yield Path(scratch) / cell_id
+
+    def verify(self, cell_id: str, manifest: Manifest | None = None) -> None:
+        """Check every file of a finished cell against its checksum.
+
+        Raises:
+            AssetError: a file is missing or has other bytes than were saved.
+        """
+        manifest = manifest or self.manifest(cell_id)
+        for name in manifest.files:
+            self.read_file(manifest, name)
+
+    def read_file(self, manifest: Manifest, name: str) -> bytes:
+        """Return a file of a finished cell, after checking it.
+
+        Raises:
+            AssetError: it is missing or has other bytes than were saved.
+        """
+        path = file_path(manifest, name)
+        return self.checked_file(manifest, name, self.files.read_many([path])[path])
+
+    def checked_file(self, manifest: Manifest, name: str, content: bytes | Exception) -> bytes:
+        """Return the bytes that were read of a file, or raise an AssetError where they are not those saved."""
+        digest = "" if isinstance(content, Exception) else hashlib.sha256(content).hexdigest()
+        if isinstance(content, Exception) or digest != manifest.files[name]:
+            got = first_line(content) if isinstance(content, Exception) else f"other bytes (SHA-256 {digest[:12]}…)"
+            raise AssetError(
+                f"expected {self.files.url}/{file_path(manifest, name)} with the bytes that were saved (SHA-256 "
+                f"{manifest.files[name][:12]}…), got {got}: run `rerun --failed` to have the cell made again"
+            )
+        return content
+
+    def publish(self, cell: GridCell, folder: Path, about: Mapping[str, Any]) -> bool:
+        """Write a cell that `run_cell` saved in a local folder; return whether it is the first of its id.
+
+        Raises:
+            AssetError: the storage cannot be written.
+        """
+        result = load_cell(folder)
+        (folder / FRAME).write_bytes(_parquet(cell, result))
+        checksums = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files_in(folder)}
+        manifest = Manifest(
+            id=cell.id, settings=asdict(cell.cell), precision=cell.precision, files=checksums, folder="",
+            versions={"icl-dual": version("icl-dual"), **result.provenance["versions"]}, **about,
+        )  # fmt: skip
+        if self.has(cell.id):
+            return False
+        if (root := self.files.local) is not None:
+            with atomic_folder(root / "cells" / cell.id) as scratch:
+                shutil.copytree(folder, scratch, dirs_exist_ok=True)
+                (scratch / MANIFEST).write_text(to_json(asdict(manifest)), encoding="utf-8")
+            return True
+        return self._upload(replace(manifest, folder=f"attempt-{secrets.token_hex(6)}"), folder)
+
+    def _upload(self, manifest: Manifest, folder: Path) -> bool:
+        attempt = f"cells/{manifest.id}/{manifest.folder}"
+        is_first = False
+        try:
+            for name in manifest.files:
+                self.files.write(f"{attempt}/{name}", (folder / name).read_bytes())
+            text = to_json(asdict(manifest))
+            is_first = self.files.create(f"cells/{manifest.id}/{MANIFEST}", text.encode())
+        finally:
+            if not is_first:
+                self.files.delete_folder(attempt)
+        return is_first
+
+    @checked
+    def remove(self, cell_id: str) -> None:
+        """Delete a cell, its failure and its claims, so that it will be computed again."""
+        self.files.delete(f"cells/{cell_id}/{MANIFEST}")  # first: without it the cell does not exist
+        self.files.delete_folder(f"cells/{cell_id}")
+        self.files.delete(f"failures/{cell_id}.json")
+
+    # failures
+
+    def failed_ids(self) -> list[str]:
+        """Return the ids of the cells that failed."""
+        return [name.removesuffix(".json") for name in self.files.names("failures")]
+
+    def failures(self) -> dict[str, Failure]:
+        """Return the failures by cell."""
+        contents = self.files.read_many([f"failures/{name}.json" for name in self.failed_ids()])
+        failures = {}
+        for path, content in contents.items():
+            if isinstance(content, bytes):
+                failure = _failure(path.removeprefix("failures/").removesuffix(".json"), content)
+                failures[failure.id] = failure
+        return failures
+
+    def failure(self, cell_id: str) -> Failure | None:
+        """Return the failure of a cell, if it failed."""
+        content = self.files.read_many([f"failures/{cell_id}.json"]).popitem()[1]
+        return None if isinstance(content, Exception) else _failure(cell_id, content)
+
+    def record_failure(self, failure: Failure) -> None:
+        """Write the failure of a cell."""
+        self.files.write(f"failures/{failure.id}.json", to_json(asdict(failure)).encode())
+
+    # origins
+
+    def check_origin(self, result: CellResult) -> None:
+        """Check that a cell has the weights and rows of the other cells of its model and task.
+
+        Raises:
+            SettingsError: other weights, another tokenizer, or other rows were used before under the same name.
+        """
+        cell, provenance = result.cell, result.provenance
+        precision = provenance.get("precision", provenance["dtype"])
+        of_model = {name: provenance[name] for name in ("model", "fingerprint", "tokenizer") if name in provenance}
+        of_task = {"task": provenance["task"]}
+        self._check_origin(f"model {cell.model_name} {precision}", of_model)
+        self._check_origin(f"task {cell.task} {cell.protocol} {cell.source}", of_task)
+
+    def _check_origin(self, name: str, origin: Mapping[str, Any]) -> None:
+        path = f"origins/{name.split(' ')[0]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        content = to_json({"name": name, **origin}).encode()
+        if not self.files.create(path, content):
+            saved = json.loads(self.files.read(path))
+            check_same_settings(Path(f"{self.files.url}/{path}"), origin, saved)
+
+
+def file_path(manifest: Manifest, name: str) -> str:
+    """Return the path of a file of a finished cell below the results' address."""
+    return "/".join(filter(None, ("cells", manifest.id, manifest.folder, name)))
+
+
+def _failure(cell_id: str, content: bytes) -> Failure:
+    try:
+        return Failure(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        return Failure(cell_id, f"the record of its failure is damaged ({first_line(error)})", "", "")
+
+
+def _parquet(cell: GridCell, result: CellResult) -> bytes:
+    """Return the rows of a cell in the table of all cells."""
+    frame: pd.DataFrame = result.to_frame()
+    frame.insert(0, "id", cell.id)
+    frame.insert(7, "precision", cell.precision)
+    buffer = io.BytesIO()
+    frame.astype({"k": "int64", "seed": "int64", "n": "int64"}).to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,74 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from icl_dual.grids import Results
+from icl_dual.grids.claims import Claim, Claims, claimed, machine
+
+
+def test_of_many_workers_one_has_the_claim(results: Results) -> None:
+    with ThreadPoolExecutor(8) as workers:
+        claims = list(workers.map(lambda _: Claims(results.files).take("cell"), range(8)))
+    (claim,) = [claim for claim in claims if claim is not None]
+    assert list(claimed(results.files)) == ["cell"]
+    claim.give_up()
+    assert claimed(results.files) == {}
+    assert Claims(results.files).take("cell") is not None
+
+
+def of_another_machine(claim: Claim) -> Claim:
+    claim._owner["machine"] = "elsewhere"
+    return claim
+
+
+def test_a_claim_that_is_renewed_stays_and_one_that_is_not_is_taken_over_by_one(results: Results) -> None:
+    ttl = 0.4
+    claim = of_another_machine(Claim(results.files, "cell", 0, ttl))
+    assert claim.create()
+    other, third = Claims(results.files, ttl), Claims(results.files, ttl)
+    with claim:
+        deadline = time.monotonic() + 2 * ttl
+        while time.monotonic() < deadline:
+            assert other.take("cell") is None
+            time.sleep(0.05)
+    assert claimed(results.files) == {}
+    lost = of_another_machine(Claim(results.files, "cell", 0, ttl))
+    assert lost.create()
+    assert other.take("cell") is None
+    assert third.take("cell") is None
+    time.sleep(1.2 * ttl)
+    first = other.take("cell")
+    assert first is not None
+    assert first.number == 1
+    assert third.take("cell") is None
+    first.give_up()
+    assert claimed(results.files) == {}
+
+
+@pytest.mark.skipif(machine() is None, reason="processes of this machine cannot be told from others'")
+def test_the_claim_of_a_killed_process_of_this_machine_is_taken_over_at_once(results: Results) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    claim = Claim(results.files, "cell", 0, 60.0)
+    claim._owner["pid"] = process.pid
+    assert claim.create()
+    assert Claims(results.files).take("cell") is None
+    process.kill()  # and not waited for: a zombie is no worker
+    deadline = time.monotonic() + 5
+    while (after := Claims(results.files).take("cell")) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.communicate()
+    assert after is not None
+    assert json.loads(claimed(results.files)["cell"].content)["pid"] == os.getpid()
+
+
+def test_a_claim_that_was_written_by_half_is_one_until_it_is_old(results: Results) -> None:
+    results.files.write("claims/cell.0.json", b'{"machine": ')
+    claims = Claims(results.files, ttl=0.05)
+    assert claims.take("cell") is None
+    time.sleep(0.06)
+    assert claims.take("cell") is not None

@@ -1,0 +1,147 @@
+import errno
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import botocore.exceptions
+import pytest
+from grid_cells import content, corrupt, grid_of
+
+import icl_dual as icl
+from icl_dual.cells import METADATA, TENSORS
+from icl_dual.grids import Failure, Results, files
+from icl_dual.grids.files import Files, is_transient
+from icl_dual.grids.results import FRAME, MANIFEST
+from icl_dual.storage import to_json
+
+CELL = grid_of().cells()[0]
+ABOUT = {"seconds": 1.0, "peak_memory": 10**9, "worker": "test:1"}
+
+
+def publish(results: Results, study: Path, folder: Path) -> bool:
+    """Publish a cell of the study as a worker does: from a folder of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(study / CELL.id, folder)
+    return results.publish(CELL, folder, ABOUT)
+
+
+def test_a_published_cell_is_the_one_that_was_saved(results: Results, study: Path, tmp_path: Path) -> None:
+    assert results.finished() == []
+    assert publish(results, study, tmp_path / "cell")
+    assert results.finished() == [CELL.id]
+    assert content(results.load(CELL.id)) == content(icl.load_cell(study / CELL.id))
+    manifest = results.manifest(CELL.id)
+    assert manifest.cell == CELL.cell
+    assert set(manifest.files) == {METADATA, TENSORS, FRAME}
+
+
+def test_of_two_publications_the_first_stays(results: Results, study: Path, tmp_path: Path) -> None:
+    assert publish(results, study, tmp_path / "cell")
+    before = {path: results.files.read(f"cells/{path}") for path in results.files.find("cells")}
+    assert not publish(results, study, tmp_path / "cell")
+    if results.files.local is None:  # the other worker saw no manifest when it began to write
+        manifest = replace(results.manifest(CELL.id), folder="attempt-other")
+        assert not results._upload(manifest, tmp_path / "cell")
+    assert {path: results.files.read(f"cells/{path}") for path in results.files.find("cells")} == before
+
+
+@pytest.mark.parametrize("name", [METADATA, TENSORS, FRAME])
+def test_a_changed_byte_is_found_when_the_cell_is_read(
+    name: str, results: Results, study: Path, tmp_path: Path
+) -> None:
+    publish(results, study, tmp_path / "cell")
+    manifest = results.manifest(CELL.id)
+    corrupt(results, "/".join(filter(None, ("cells", CELL.id, manifest.folder, name))))
+    with pytest.raises(icl.AssetError, match=rf"{name} with the bytes that were saved .* got other bytes .* `rerun"):
+        results.load(CELL.id)
+
+
+def test_what_is_written_by_half_does_not_exist(results: Results, study: Path, tmp_path: Path) -> None:
+    publish(results, study, tmp_path / "cell")
+    results.files.delete(f"cells/{CELL.id}/{MANIFEST}")
+    assert results.finished() == []
+    with pytest.raises(icl.AssetError, match="expected the manifest of a cell"):
+        results.load(CELL.id)
+    results.files.write(f"cells/{CELL.id}/{MANIFEST}", b'{"format": 1, "id":')
+    with pytest.raises(icl.AssetError, match="expected the manifest of a cell"):
+        results.load(CELL.id)
+
+
+def test_results_of_another_version_are_refused(results: Results, study: Path, tmp_path: Path) -> None:
+    publish(results, study, tmp_path / "cell")
+    path = f"cells/{CELL.id}/{MANIFEST}"
+    text = results.files.read(path).replace(b'"format": 1', b'"format": 2')
+    results.files.write(path, text)
+    for use in (lambda: results.load(CELL.id), lambda: results.check_settings([CELL])):
+        with pytest.raises(icl.AssetError, match=r"format 1 in .*, got format 2 of icl-dual .*: install that version"):
+            use()
+
+
+def test_results_of_other_settings_are_refused(results: Results, study: Path, tmp_path: Path) -> None:
+    publish(results, study, tmp_path / "cell")
+    other = grid_of(n_queries=2)
+    with pytest.raises(icl.SettingsError, match=r"made with n_queries=2, got .*, made with n_queries=3"):
+        results.check_settings(other.cells())
+
+
+def test_all_cells_of_a_model_have_its_weights(results: Results, study: Path) -> None:
+    result = icl.load_cell(study / CELL.id)
+    results.check_origin(result)
+    results.check_origin(result)
+    changed = replace(result, provenance={**result.provenance, "fingerprint": "float32:other"})
+    with pytest.raises(icl.SettingsError, match="fingerprint='float32:other'"):
+        results.check_origin(changed)
+    with pytest.raises(icl.SettingsError, match="task='other'"):
+        results.check_origin(replace(result, provenance={**result.provenance, "task": "other"}))
+
+
+def test_failures_are_kept_with_their_tracebacks(results: Results) -> None:
+    failure = Failure("cell", "ValueError: no", "Traceback …\nValueError: no", "host:1")
+    results.record_failure(failure)
+    assert results.failures() == {"cell": failure}
+    results.files.write("failures/half.json", to_json({"id": "half"}).encode()[:-5])
+    assert "damaged" in results.failures()["half"].error
+    results.remove("cell")
+    assert results.failure("cell") is None
+
+
+def test_storage_that_fails_now_and_then_is_tried_again(
+    results: Results, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = results.files._opened[0]
+    calls: dict[str, int] = dict.fromkeys(("pipe_file", "cat_file", "exists", "ls", "find"), 0)
+
+    def failing_first(name: str):
+        operation = getattr(fs, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            if calls[name] % 3 != 0:  # two of three fail
+                error = OSError(errno.EIO, "Input/output error")
+                raise error if calls[name] % 3 == 1 else botocore.exceptions.EndpointConnectionError(endpoint_url="x")
+            return operation(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(files, "wait_random_exponential", lambda **_: lambda state: 0)
+    for name in calls:
+        monkeypatch.setattr(fs, name, failing_first(name))
+    assert publish(results, study, tmp_path / "cell")
+    results.record_failure(Failure("other", "e", "t", "w"))
+    assert results.status(grid_of().cells()).done == (CELL.id,)
+    assert results.failed_ids() == ["other"]
+    assert content(results.load(CELL.id)) == content(icl.load_cell(study / CELL.id))
+    assert all(count % 3 == 0 for count in calls.values())
+    assert sum(calls.values()) > 6
+
+
+def test_what_does_not_pass_is_not_tried_again() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert not any(map(is_transient, (full, FileNotFoundError(), PermissionError(), ValueError())))
+    assert not is_transient(botocore.exceptions.NoCredentialsError())
+    assert is_transient(OSError(errno.ESTALE, "Stale file handle"))
+
+
+def test_an_address_that_cannot_be_opened_is_refused_in_a_sentence() -> None:
+    with pytest.raises(icl.AssetError, match=r"an address that fsspec can open, got 'nowhere://x'"):
+        Files("nowhere://x").exists("a")

@@ -1,0 +1,81 @@
+"""The SLURM engine, by submitit's local executor: real job processes, signals and requeues, without SLURM."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from engine_runs import Events, contents, run_here, small_grid, worker_of
+from grid_cells import grid_of, save_tiny
+
+from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results, plan
+from icl_dual.grids.engines.slurm import in_jobs, run_slurm
+
+
+def signal_job(results: Results, n_cells: int, number: signal.Signals) -> threading.Thread:
+    """Return a thread that sends a signal to the only job's process when the results have a number of cells."""
+
+    def run() -> None:
+        while len(results.finished()) < n_cells:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if "submitit.core._submit" in process.cmdline():
+                os.kill(process.pid, number)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_job_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None:
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=2)
+    expected = run_here(grid, tmp_path / "here")
+    worker, events, log = worker_of(grid, tmp_path / "slurm"), Events(), tmp_path / "logs"
+    thread = signal_job(worker.results, 1, signal.SIGUSR2)
+    summary = run_slurm(worker, plan(grid, worker.results), events, cluster="local", logs=log)
+    thread.join()
+    assert set(summary.done) == {cell.id for cell in grid.cells()} == set(events.begun)
+    assert contents(worker.results) == expected
+    states = [outcome.state for outcome in events.ended]
+    assert states[0] == "already done", "the first cell was finished before the job was requeued"
+    assert states[-1] == "done"
+    assert "Requeued job" in next(log.glob("*_log.err")).read_text() + next(log.glob("*_log.out")).read_text()
+
+
+def test_jobs_have_neighbours_of_one_model_and_equal_needs() -> None:
+    grid = grid_of(models=["first", "second"], seeds=[*range(5)])
+    small, large = Resources(1, 0, None), Resources(2, 0, 10**9)
+
+    def needs(cell: GridCell) -> Resources:
+        return large if cell.cell.model == "second" else small
+
+    cells = [PlannedCell(cell, needs(cell)) for cell in grid.cells()]
+    jobs = in_jobs(cells, 4)
+    assert [len(ids) for _, ids in jobs] == [4, 4, 2, 4, 4, 2]
+    assert [resources for resources, _ in jobs] == [small] * 3 + [large] * 3
+    assert [cell_id for _, ids in jobs for cell_id in ids] == [cell.id for cell in cells]
+
+
+def test_without_slurm_or_with_unknown_parameters_nothing_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
+    worker, events = worker_of(grid, tmp_path / "slurm"), Events()
+    monkeypatch.setenv("PATH", "")
+    cells, logs = plan(grid, worker.results), tmp_path / "logs"
+    with pytest.raises(GridError, match=r'expected SLURM and parameters .*, got .*"srun".*: run on a machine with'):
+        run_slurm(worker, cells, events, logs=logs)
+    with pytest.raises(GridError, match=r"expected SLURM and parameters .*, got .*slurm_partitions"):
+        run_slurm(worker, cells, events, cluster="local", logs=logs, slurm_partitions="gpu")
+    assert not events.begun
+
+
+def test_without_submitit_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(small_grid("gpt2", n_seeds=1), tmp_path)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(GridError, match=r"expected submitit .*: pip install 'icl-dual\[slurm\]'"):
+        run_slurm(worker, Plan((), 0, (), ()), Events())

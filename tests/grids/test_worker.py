@@ -1,0 +1,158 @@
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+from grid_cells import TASK, CopiedCells, content, grid_of, without_model_files
+
+import icl_dual as icl
+from icl_dual import study as study_module
+from icl_dual.grids import Grid, GridError, Results, Worker, plan, reset_failed
+from icl_dual.grids import results as results_module
+from icl_dual.grids.claims import Claim, claimed
+from icl_dual.grids.planning import Machine, PlannedCell, Resources, in_shard
+from icl_dual.models import tiny_model
+
+GRID = grid_of()
+IDS = [cell.id for cell in GRID.cells()]
+
+
+def test_a_workers_cells_are_those_of_a_study_and_its_model_is_loaded_once(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    monkeypatch.setattr(study_module, "check_model_name", lambda name: None)
+    monkeypatch.setattr(study_module, "load_model", lambda name, **_: loads.append(name) or tiny_model())
+    results = Results(tmp_path)
+    worker = pickle.loads(pickle.dumps(Worker(GRID, results, tasks=[TASK])))
+    assert [worker.run(cell_id).state for cell_id in IDS] == ["done"] * 4
+    assert loads == ["tiny"]
+    for cell_id in IDS:
+        result = without_model_files(content(results.load(cell_id)))
+        assert result == content(icl.load_cell(study / cell_id))
+    assert claimed(results.files) == {}
+    assert [worker.run(cell_id).state for cell_id in IDS] == ["already done"] * 4
+
+
+def test_a_cell_that_raises_is_recorded_and_the_rest_goes_on(results: Results, copied: type[CopiedCells]) -> None:
+    copied.failing = [IDS[1]]
+    worker = Worker(GRID, results)
+    outcomes = [worker.run(cell_id) for cell_id in IDS]
+    assert [outcome.state for outcome in outcomes] == ["done", "failed", "done", "done"]
+    assert outcomes[1].error.startswith("DivergedError: expected finite weights")
+    assert "grid_cells.py" in outcomes[1].traceback
+    assert results.failures()[IDS[1]].traceback == outcomes[1].traceback
+    assert claimed(results.files) == {}
+    status = results.status(GRID.cells())
+    assert (status.failed, status.remaining, len(status.done)) == ((IDS[1],), (), 3)
+    assert worker.run(IDS[1]).state == "failed"
+    assert copied.runs.count(IDS[1]) == 1  # not run again by itself
+    copied.failing = []
+    assert reset_failed(GRID, results) == [IDS[1]]
+    assert plan(GRID, results, models=["tiny"]).ids == [IDS[1]]
+    assert worker.run(IDS[1]).state == "done"
+
+
+def test_a_damaged_cell_is_made_again(results: Results, copied: type[CopiedCells]) -> None:
+    worker = Worker(GRID, results)
+    for cell_id in IDS:
+        worker.run(cell_id)
+    manifest = results.manifest(IDS[2])
+    results.files.write("/".join(filter(None, ("cells", IDS[2], manifest.folder, "tensors.safetensors"))), b"half")
+    assert reset_failed(GRID, results) == [IDS[2]]
+    assert worker.run(IDS[2]).state == "done"
+    assert content(results.load(IDS[2])) == content(icl.load_cell(copied.study / IDS[2]))
+
+
+def test_a_cell_that_another_worker_computes_is_left_to_it(results: Results, copied: type[CopiedCells]) -> None:
+    worker = Worker(GRID, results, ttl=60.0)
+    claim = Claim(results.files, IDS[0], 0, 60.0)
+    assert claim.create()
+    assert worker.run(IDS[0]).state == "claimed"
+    assert copied.runs == []
+    assert results.status(GRID.cells()).running == (IDS[0],)
+    claim.give_up()
+    assert worker.run(IDS[0], wait=True).state == "done"
+
+
+def test_a_cell_in_which_workers_are_lost_again_and_again_fails(results: Results, copied: type[CopiedCells]) -> None:
+    claim = Claim(results.files, IDS[0], 0, 0.01)
+    claim._owner["machine"] = "elsewhere"
+    assert claim.create()
+    outcome = Worker(GRID, results, ttl=0.01, max_lost=1).run(IDS[0], wait=True)
+    assert outcome.state == "failed"
+    assert "got 1 workers lost in it" in outcome.error
+    assert copied.runs == []
+
+
+def test_other_settings_under_an_id_are_a_failure_that_is_not_recorded(
+    results: Results, copied: type[CopiedCells]
+) -> None:
+    Worker(GRID, results).run(IDS[0])
+    other = grid_of(n_queries=2)
+    assert Worker(other, results).run(IDS[0]).error.startswith("SettingsError: expected a result made with n_queries=2")
+    assert results.failures() == {}
+    with pytest.raises(icl.SettingsError, match="n_queries=2"):
+        plan(other, results, models=["tiny"])
+
+
+def test_a_full_disk_fails_the_cell_and_leaves_nothing_by_half(
+    tmp_path: Path, copied: type[CopiedCells], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(tmp_path / "results")
+    copytree = results_module.shutil.copytree
+
+    def fill(source: Path, target: Path, **_: bool) -> None:
+        (target / "metadata.json").write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target / "tensors.safetensors"))
+
+    worker = Worker(GRID, results)
+    worker.run(IDS[0])
+    monkeypatch.setattr(copied, "run", lambda self, cell, folder: (copytree(self.study / cell.name, folder),
+                                                                  icl.load_cell(folder))[1])  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(results_module.shutil, "copytree", fill)
+        outcome = worker.run(IDS[1])
+    assert outcome.state == "failed"
+    assert "No space left on device" in outcome.error
+    assert "free disk space" in outcome.error
+    assert results.finished() == [IDS[0]]
+    assert [path.name for path in (tmp_path / "results" / "cells").iterdir()] == [IDS[0]]
+    reset_failed(GRID, results)
+    assert worker.run(IDS[1]).state == "done"
+
+
+def test_a_worker_with_models_stays_in_its_process() -> None:
+    worker = Worker(GRID, Results("unused"), models=[tiny_model()])
+    with pytest.raises(GridError, match="expected a worker without models to send to another process"):
+        pickle.dumps(worker)
+
+
+def test_shards_are_all_cells_once() -> None:
+    cells = grid_of(seeds=[1, 2, 3, 4, 5, 6, 7]).cells()
+    shards = [in_shard(cells, (index, 4)) for index in range(4)]
+    assert [cell for shard in shards for cell in shard] == cells
+    assert {len(shard) for shard in shards} == {3, 4}
+    with pytest.raises(GridError, match="a shard from 0/4 to 3/4, got 4/4"):
+        in_shard(cells, (4, 4))
+
+
+def test_a_cell_that_is_larger_than_the_machine_is_refused_before_any_runs(tmp_path: Path) -> None:
+    large = grid_of(memory_gb=1e6)
+    with pytest.raises(GridError, match=rf"got {IDS[0]}, which needs 1000000.0 GB"):
+        Machine.here().check_fits(plan(large, Results(tmp_path), models=["tiny"]).cells)
+    cell = PlannedCell(GRID.cells()[0], Resources(3, 1, None))
+    with pytest.raises(GridError, match=r"the gpus of a node \(0\)"):
+        Machine(4, 0, None).check_fits([cell], "a node")
+
+
+def test_a_plan_says_what_remains_and_what_it_needs(results: Results, copied: type[CopiedCells]) -> None:
+    Worker(GRID, results).run(IDS[0])
+    planned = plan(GRID, results, models=["tiny"])
+    assert (planned.ids, planned.done, planned.n_cells) == (IDS[1:], (IDS[0],), 4)
+    peak = results.manifest(IDS[0]).peak_memory
+    assert peak > 10**8
+    assert {cell.resources for cell in planned.cells} == {Resources(1, 0, peak)}  # measured
+    assert str(planned).startswith("3 of 4 cells to run, 1 done, 0 failed\n  3 × tiny in float32: 1 CPU(s)")
+    with pytest.raises(GridError, match=r"expected name as one of .*'no-such'"):
+        plan(Grid(models=["no-such"], tasks=["sst2"]), results)
