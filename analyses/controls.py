@@ -225,7 +225,7 @@ def draw(scores: pd.DataFrame, title: str, path: Path) -> None:
         name, unit = PANELS.get(metric, (metric, ""))
         ax.set(title=icl.plots.literal(name), xlabel=unit)
     for ax in axes.flat:
-        ax.set_yticks(range(len(names)), [icl.plots.literal(IN_FIGURE.get(name, name)) for name in names])
+        ax.set_yticks(range(len(names)), [icl.plots.literal(IN_FIGURE.get(name) or name) for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
     for ax in axes.flat[len(metrics) :]:
         ax.remove()

@@ -75,10 +75,12 @@ def prompt_of(model: icl.Model, task: icl.Task, n_tokens: int) -> icl.SourcedPro
         rank = DOCUMENTS.index(name) if name in DOCUMENTS else None
         most = None if rank is None else (n_documents + rank) // len(DOCUMENTS)
         kept += list(run)[:most]
-    tokens, sources, texts = (
-        tuple(values[token] for token in kept) for values in (prompt.tokens, prompt.sources, prompt.texts)
+    return icl.SourcedPrompt(
+        tuple(prompt.tokens[token] for token in kept),
+        prompt.names,
+        tuple(prompt.sources[token] for token in kept),
+        tuple(prompt.texts[token] for token in kept),
     )
-    return icl.SourcedPrompt(tokens, prompt.names, sources, texts)
 
 
 def plain_pass(name: str) -> Callable[[icl.SourcedPrompt], object]:
@@ -131,8 +133,8 @@ def write(args: argparse.Namespace) -> None:
         printed = run_child(__file__, *options, OMP_NUM_THREADS="1")
         rows.append({"tokens": n_tokens, "run": run, **json.loads(printed.splitlines()[-1])})
     frame = pd.DataFrame(rows)
-    plain = frame[frame["run"] == RUNS[0]].set_index("tokens")["processor s"]
-    frame["of the plain pass"] = frame["processor s"] / frame["tokens"].map(plain)
+    plain = frame["processor s"].where(frame["run"] == RUNS[0]).groupby(frame["tokens"]).transform("max")
+    frame["of the plain pass"] = frame["processor s"] / plain
     table = markdown(frame, floatfmt=("", "", ".1f", ".0f", ".2f"))
     command = command_line(__file__, make_parser(), args, always=("model", "tokens"))
     text = f"""# Attention by source on long prompts

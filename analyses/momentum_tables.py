@@ -138,7 +138,7 @@ def spread(values: Sequence[float]) -> Interval:
     return interval if len(numbers) >= ENOUGH else replace(interval, low=np.nan, high=np.nan)
 
 
-LEARNED = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
+LEARNED: dict[str, Any] = {"color": "#D55E00", "linestyle": "--", "marker": "s"}
 """The look of a learned η, which has no place on the scale of fixed ones."""
 
 SEEDS_BAND = "95 % interval over seeds (5 or more)"
@@ -153,10 +153,11 @@ def draw_losses(cells: CellsByPart, out: Path) -> None:
     fixed = sorted(eta for eta in by_eta if eta != "learned")
     looks = dict(zip(fixed, icl.plots.ordered(len(fixed)), strict=True)) if fixed else {}
     fig, ax = plt.subplots(figsize=(icl.plots.COLUMN_WIDTH, 2.8))
-    for index, eta in enumerate([*fixed, *(["learned"] if "learned" in by_eta else [])]):
+    etas: list[Any] = [*fixed, *(["learned"] if "learned" in by_eta else [])]
+    for index, eta in enumerate(etas):
         losses = np.array([[loss for _, loss in run] for run in by_eta[eta]])
         steps = [number for number, _ in by_eta[eta][0]]
-        style = LEARNED if eta == "learned" else {**icl.plots.series_style(index), "color": looks[eta]}
+        style: dict[str, Any] = LEARNED if eta == "learned" else {**icl.plots.series_style(index), "color": looks[eta]}
         ax.plot(steps, losses.mean(0), label=eta_name(eta), markevery=(index, 20), **style)
     ax.set(xlabel="training step", ylabel="training loss (nats a token)")
     finish(fig, [ax], "Training loss of decoders on text, mean over seeds", out / "losses")
@@ -172,7 +173,7 @@ def draw_curve(frame: pd.DataFrame, data: str, measure: str, ax: Axes) -> None:
     icl.plots.curves({"η fixed": fixed}, ax=ax)
     if learned:
         estimate = spread(learned)
-        style = {"color": LEARNED["color"], "linestyle": LEARNED["linestyle"]}
+        style: dict[str, Any] = {"color": LEARNED["color"], "linestyle": LEARNED["linestyle"]}
         ax.axhline(estimate.value, label="η learned", **style)
         if estimate.known:
             ax.axhspan(estimate.low, estimate.high, color=style["color"], alpha=0.15, linewidth=0)

@@ -26,6 +26,7 @@ import pandas as pd
 import icl_dual as icl
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS
 from icl_dual.scripts.common import (
+    DATA,
     TITLES,
     at_least,
     file_stem,
@@ -45,7 +46,7 @@ from icl_dual.scripts.outputs import markdown_text, read_csv, write_csv, write_t
 from icl_dual.statistics import MIN_QUERIES, Interval, proportion
 from icl_dual.storage import read_json
 
-DEFAULT_LR = Path(__file__).parent / "data" / "default_lr.json"
+DEFAULT_LR = DATA / "default_lr.json"
 COLUMNS = ("model", "task", "k", "lr", "n", "accuracy", "cross_entropy", "unstable")
 STABLE = "stable"
 """The entry of the column `unstable` for a rate with no unstable metric; where it is empty, none was measured."""

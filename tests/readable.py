@@ -28,7 +28,7 @@ def sizes(fig: Figure) -> Iterator[str]:
         yield f"{width:.2f} in wide"
     for text in fig.findobj(Text):
         assert isinstance(text, Text)
-        if text.get_visible() and text.get_text().strip() and text.get_fontsize() < FONT_SIZE:
+        if text.get_visible() and text.get_text().strip() and float(text.get_fontsize()) < FONT_SIZE:
             yield f"{text.get_text()!r} in {text.get_fontsize()} pt"
 
 

@@ -471,7 +471,7 @@ def test_negative_cells_and_tokens_have_a_mark(captured_sources: icl.SourceAtten
 def test_the_style_is_one_file_that_matplotlib_finds() -> None:
     with plt.style.context(icl.plots.STYLE):
         assert plt.rcParams["figure.figsize"][0] <= icl.plots.COLUMN_WIDTH + 0.01
-        assert min(plt.rcParams[f"{name}tick.labelsize"] for name in "xy") >= readable.FONT_SIZE
+        assert min(plt.rcParams["xtick.labelsize"], plt.rcParams["ytick.labelsize"]) >= readable.FONT_SIZE
         cycle = plt.rcParams["axes.prop_cycle"].by_key()
     looks = [icl.plots.series_style(index) for index in range(len(cycle["color"]))]
     assert [look["color"].upper() for look in looks] == [f"#{color}".replace("##", "#") for color in cycle["color"]]

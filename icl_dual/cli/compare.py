@@ -96,7 +96,8 @@ def _json_value(value: Any) -> Any:
 def write_tables(results: Sequence[icl.CellResult], out: Path) -> None:
     """Write `metrics.csv` and `metrics.md`, the headline metrics, and `results.csv`, every number by layer."""
     summaries = {result.cell.seed: result.comparison.summary() for result in results}
-    headline = pd.concat(summaries, names=["seed", "row"]).reset_index().drop(columns="row")
+    headline = pd.concat([frame.assign(seed=seed) for seed, frame in summaries.items()], ignore_index=True)
+    headline.insert(0, "seed", headline.pop("seed"))
     write_csv(out / "metrics.csv", headline, float_format="%.6g")
     texts = [f"Seed {result.cell.seed}:\n\n```text\n{result.comparison}\n```\n" for result in results]
     write_text(out / "metrics.md", "\n".join(texts))

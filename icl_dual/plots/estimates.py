@@ -68,10 +68,10 @@ def _draw_points(ax: Axes, points: Sequence[tuple[float, Interval]], label: str,
     unknown = [(y, estimate) for y, estimate in points if not estimate.known]
     unstable = [(y, estimate) for y, estimate in known if estimate.unstable]
     ax.plot([estimate.value for _, estimate in known], [y for y, _ in known], label=label, **style)
-    hollow = style | {"markerfacecolor": "white"}
+    hollow: dict[str, Any] = style | {"markerfacecolor": "white"}
     ax.plot([estimate.value for _, estimate in unknown], [y for y, _ in unknown], **hollow)
     if unstable:
-        cross = {"linestyle": "none", "marker": "x", "markersize": 6, "color": "black", "zorder": 3}
+        cross: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 6, "color": "black", "zorder": 3}
         ax.plot([estimate.value for _, estimate in unstable], [y for y, _ in unstable], **cross)
     low, high = [estimate.low for _, estimate in known], [estimate.high for _, estimate in known]
     ax.hlines([y for y, _ in known], low, high, color=style["color"], linewidth=1.2)

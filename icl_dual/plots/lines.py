@@ -132,7 +132,10 @@ def against_null(
     _check_shape(values, "query layer head")
     _check_shape(null, "query layer head")
     with drawing(ax) as on:
-        styles = (series_style(0) | {"color": "0.5", "linestyle": ":", "marker": "D"}, series_style(0))
+        styles: tuple[dict[str, Any], ...] = (
+            series_style(0) | {"color": "0.5", "linestyle": ":", "marker": "D"},
+            series_style(0),
+        )
         for index, (label, tensor) in enumerate({"random directions": null, "ΔW_ICL and ΔW_FT": values}.items()):
             flat = tensor.transpose(0, 1).flatten(1).double()
             low, high = flat.nanquantile(torch.tensor([0.025, 0.975], dtype=flat.dtype), dim=1)
@@ -155,7 +158,7 @@ def massive_activations(massive: MassiveActivations, *, ax: Axes | None = None) 
     with drawing(ax) as on:
         for index, (setting, ratios) in enumerate(massive.ratios.items()):
             n = ratios.shape[1]
-            style = series_style(index) | {"markevery": mark_every(index, n)}
+            style: dict[str, Any] = series_style(index) | {"markevery": mark_every(index, n)}
             on.plot(np.arange(n), ratios.amax((0, 2)), label=literal(setting), **style)
         on.axhline(massive.ratio, color="0.5", linestyle=":", linewidth=0.8, label=f"massive: above {massive.ratio:g}")
         on.set_yscale("log")

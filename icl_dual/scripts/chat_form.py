@@ -51,7 +51,9 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
                 prompts = icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat())
                 prompts = prompts.zero_shot() if setting == "ZSL" else prompts
                 icl.capture(model, prompts, fields=()).save(path, about)
-            check_same_settings(path, about, load_tensors(path)[1])
+            saved = load_tensors(path)[1]
+            saved["settings"] = asdict(icl.Cell.from_settings(saved["settings"]))  # of an older version, too
+            check_same_settings(path, about, saved)
             by_setting[setting] = icl.Capture.load(path)
         by_cell[cell.name] = by_setting
     return by_cell

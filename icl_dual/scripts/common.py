@@ -428,7 +428,7 @@ MAX_COLUMNS = 3
 
 
 def panels(
-    n: int, rows: int = 1, *, height: float = 1.7, sharex: bool = True, sharey: Literal["row", "all"] = "row"
+    n: int, rows: int = 1, *, height: float = 1.7, sharex: bool = True, sharey: Literal["row", "all", "none"] = "row"
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer.
 
@@ -445,7 +445,7 @@ def panels(
     grid_rows = -(-n // columns) if rows == 1 else rows
     width = icl.plots.COLUMN_WIDTH if n == 1 else min(icl.plots.PAGE_WIDTH, 1.2 + 2.2 * columns)
     size = width, 0.9 + height * grid_rows
-    share: Literal["row", "all"] = "all" if grid_rows > rows else sharey
+    share: Literal["row", "all", "none"] = "all" if grid_rows > rows else sharey
     fig, axes = plt.subplots(grid_rows, columns, figsize=size, squeeze=False, sharex=sharex, sharey=share)
     if grid_rows == rows:
         return fig, [list(row) for row in axes]

@@ -15,7 +15,7 @@ from icl_dual.cli import tasks
 from icl_dual.progress import progress_bar, progress_enabled
 
 COMMANDS = Path(cli.__file__).parent
-PAGES = ("docs/command_line.md",)
+PAGES = ("docs/command_line.md", "docs/grids.md")
 ROOT = Path(__file__).parents[2]
 
 

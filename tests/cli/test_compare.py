@@ -71,11 +71,11 @@ def test_the_numbers_are_those_of_an_experiment_by_hand(out: Path, tiny_model: s
     for seed in (1, 2):
         prompts = icl.build_prompts(model, task, task.demonstrations(2, seed), task.queries())
         comparison = icl.run_experiment(model, prompts, lr=0.01, replicas=2, progress=False).compare(seed=seed)
-        values = results.query(f"seed == {seed} and layer.isna()").set_index("metric")["value"]
+        values = results.query(f"seed == {seed} and layer.isna()").set_index("metric")["value"].to_dict()
         expected = dict(zip(comparison.overall()["metric"], comparison.overall()["value"], strict=True))
         for name in ("ICL accuracy", "SimAOU", "SimAM after FT", "Kendall"):
             assert float(values[name]) == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-        headline = pd.read_csv(out / "metrics.csv").query(f"seed == {seed}").set_index("metric")["value"]
+        headline = pd.read_csv(out / "metrics.csv").query(f"seed == {seed}").set_index("metric")["value"].to_dict()
         assert float(headline["SimAOU"]) == pytest.approx(expected["SimAOU"], rel=1e-4)
         assert f"SimAOU         {expected['SimAOU']:.3f}" in (out / "metrics.md").read_text()
 
