@@ -9,6 +9,7 @@ import pytest
 import select_lr
 
 import icl_dual as icl
+from icl_dual.scripts import common
 
 
 @pytest.fixture
@@ -48,6 +49,11 @@ def test_a_grid_is_measured_once_and_the_choice_is_kept(
     assert list(out.glob("*.png"))
     monkeypatch.setattr(icl, "load_model", lambda name: pytest.fail("all of it was measured"))
     assert run(tiny_model, out, *options) == 0
+
+
+def test_the_choice_is_kept_where_scripts_read_it() -> None:
+    chosen = json.loads(select_lr.DEFAULT_LR.read_text())
+    assert common.default_lr("smollm2-135m", "sst2") == chosen["smollm2-135m"]["sst2"]
 
 
 @pytest.mark.usefixtures("few_demonstrations", "default_lr")

@@ -1,6 +1,7 @@
 """The same cells as a chat: only for models with a chat template, run once, compared query by query."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,9 @@ TEMPLATE = (
     "{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+OLD_SETTINGS = {"model", "task", "k", "seed", "lr", "n_queries", "protocol", "loss", "method", "trained"}
+"""The settings of a cell that version 0.1 saved."""
 
 
 @pytest.fixture
@@ -41,6 +45,12 @@ def test_a_cell_as_a_chat_is_its_rows_in_chat_form(
     assert frame[1]["chat"].startswith(f"{100 * expected.accuracy:.1f} ")
     assert f"accuracy is {100 * expected.accuracy:.1f} % as a chat" in (tmp_path / "chat.md").read_text()
     monkeypatch.setattr(icl, "load_model", lambda name, **options: pytest.fail("it was captured"))
+    for metadata in (tmp_path / "chats" / cell.name).glob("*/metadata.json"):
+        saved = json.loads(metadata.read_text())
+        saved["settings"] |= saved["settings"].pop("finetuning")  # as version 0.1 saved it: fewer settings, and flat
+        for name in {*saved["settings"]} - OLD_SETTINGS:
+            del saved["settings"][name]
+        metadata.write_text(json.dumps(saved | {"sha256": {}}))
     chat_form.write([result], tmp_path)
     other = dataclasses.replace(result, cell=dataclasses.replace(cell, balanced=True))
     with pytest.raises(icl.SettingsError, match="balanced"):
