@@ -183,11 +183,7 @@ def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, pr
         if protocol != "answer":
             raise TaskError(f"expected protocol='answer' for a YAML file, got {protocol!r}: leave protocol out")
         return task_from_yaml(name, source)
-    if name not in _registered:
-        raise TaskError(
-            f"expected a task out of {list(_registered)}, got {name!r}{near_misses(name, _registered)}: choose one of "
-            "these, or make your own with icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
-        )
+    check_task_name(name)
     registered = _registered[name]
     if isinstance(registered, Task):
         if source is not None:
@@ -204,6 +200,19 @@ def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, pr
             "and protocol, or a function that makes it for either protocol"
         )
     return task
+
+
+def check_task_name(name: str) -> None:
+    """Check that `load_task` knows a name, or may read it as a YAML file.
+
+    Raises:
+        TaskError: the task is unknown.
+    """
+    if name not in _registered and not name.endswith((".yaml", ".yml")):
+        raise TaskError(
+            f"expected a task out of {list(_registered)}, got {name!r}{near_misses(name, _registered)}: choose one of "
+            "these, or make your own with icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
+        )
 
 
 def _paper_task(name: str, source: str | PathLike[str] | None, protocol: Protocol) -> Task:

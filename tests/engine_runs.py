@@ -8,7 +8,7 @@ import torch
 from grid_cells import TASK, content, grid_of
 
 import icl_dual as icl
-from icl_dual.grids import Grid, Outcome, Results, Worker
+from icl_dual.grids import Grid, Outcome, Plan, Results, Worker, plan
 
 
 def small_grid(model: str, n_seeds: int, **changes: Any) -> Grid:
@@ -19,6 +19,11 @@ def small_grid(model: str, n_seeds: int, **changes: Any) -> Grid:
 def worker_of(grid: Grid, folder: Path, kind: Callable[..., Worker] = Worker, **options: Any) -> Worker:
     """Return a worker for the results in a folder, with one thread, which gives the same bits everywhere."""
     return kind(grid, Results(folder), tasks=[TASK], threads=1, **options)
+
+
+def plan_of(worker: Worker) -> Plan:
+    """Return the plan of a worker's grid."""
+    return plan(worker.grid, worker.results, tasks=[task.name for task in worker.tasks])
 
 
 class Events:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 
 import icl_dual as icl
 from icl_dual.cli import compare, doctor, grid, models, reproduce, tasks, view
-from icl_dual.cli.commands import log_messages
+from icl_dual.cli.commands import IncompleteError, log_messages
 from icl_dual.progress import progress_enabled
 from icl_dual.scripts.common import ScriptParser, run_script
 
@@ -61,11 +61,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a command, and print its result where `--json` requests it."""
+    """Run a command, and print its result where `--json` requests it, also that of one that is incomplete."""
+    incomplete: IncompleteError | None = None
     with _quiet(args.quiet), log_messages(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
-        result = args.run(args)
+        try:
+            result = args.run(args)
+        except IncompleteError as error:
+            result, incomplete = error.result, error
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))
+    if incomplete is not None:
+        raise incomplete
 
 
 @contextmanager

@@ -18,6 +18,14 @@ MOST_LABELS = 20
 """The largest number of different labels in a column that can be label words by themselves."""
 
 
+class IncompleteError(ValueError):
+    """A command did a part of its work, which `--json` prints before the error is shown."""
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def add_command(
     subparsers: Any,
     name: str,

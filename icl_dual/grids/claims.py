@@ -2,8 +2,8 @@
 
 The claims of a cell are numbered. Each is created only where it does not exist yet, which every storage that grids use
 does for one writer alone; the highest number holds. Its owner rewrites it while it works. A worker that sees the same
-bytes in it for `ttl` seconds of its own clock takes the cell over with the next number: no clocks are compared. Where
-the owner was a process of this machine that is gone, it does so at once.
+bytes in it for `ttl` seconds of its own clock, or the owner's where they are more, takes the cell over with the next
+number: no clocks are compared. Where the owner was a process of this machine that is gone, it does so at once.
 
 A worker that was taken over and comes back does no harm: results are complete and equal, and the first one stays.
 """
@@ -55,6 +55,11 @@ class ClaimInfo:
             owner = json.loads(self.content)
             return owner if isinstance(owner, dict) else {}
         return {}
+
+    def ttl(self, default: float) -> float:
+        """Return the seconds without a change after which the owner is lost, by the owner's word where it is there."""
+        ttl = self.owner.get("ttl")
+        return max(ttl, default) if isinstance(ttl, int | float) else default
 
     @property
     def is_of_lost_process(self) -> bool:
@@ -113,7 +118,7 @@ class Claims:
         if first != info:
             first, since = info, now
         self._first_read[cell_id] = (info, since)
-        return now - since > self.ttl
+        return now - since > info.ttl(self.ttl)
 
 
 def claimed(files: Files) -> dict[str, ClaimInfo]:
@@ -132,10 +137,10 @@ def claimed(files: Files) -> dict[str, ClaimInfo]:
 
 
 def delete_claims(files: Files, cell_ids: Collection[str]) -> None:
-    """Delete the claims of finished cells, which workers that were killed at their very end have left."""
-    finished = set(cell_ids)
+    """Delete the claims of cells that have ended, which workers that were killed at their very end have left."""
+    ended = set(cell_ids)
     for name in files.names(FOLDER):
-        if name.removesuffix(".json").rpartition(".")[0] in finished:
+        if name.removesuffix(".json").rpartition(".")[0] in ended:
             files.delete(f"{FOLDER}/{name}")
 
 
@@ -144,7 +149,9 @@ class Claim:
 
     def __init__(self, files: Files, cell_id: str, number: int, ttl: float) -> None:
         self.files, self.cell_id, self.number, self.ttl = files, cell_id, number, ttl
-        self._owner = {"machine": machine(), "host": platform.node(), "pid": os.getpid(), "key": secrets.token_hex(8)}
+        self._owner = {
+            "machine": machine(), "host": platform.node(), "pid": os.getpid(), "key": secrets.token_hex(8), "ttl": ttl,
+        }  # fmt: skip
         self._ended, self._thread, self._beat = threading.Event(), None, 0
 
     def create(self) -> bool:

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from icl_dual.arguments import Index, checked
 from icl_dual.field_docs import document_fields
-from icl_dual.grids.grid import Grid, GridError
-from icl_dual.grids.results import FRAME, Results, file_path
+from icl_dual.grids.grid import PLAIN, Grid, GridError
+from icl_dual.grids.results import FRAME, Results, VersionError, file_path
 from icl_dual.storage import AssetError, atomic_file
 
-AXES = ("model", "task", "k", "seed", "lr", "protocol", "precision", "variation", "metric")
+AXES = ("model", "task", "k", "seed", "lr", "protocol", "precision", "control", "metric")
 """The columns that tell a number of all layers together from the others; those of layers have `layer` as well."""
 
 VALUES = ("value", "low", "high", "spread", "n")
@@ -55,8 +55,9 @@ class Collection:
 def collect(results: Results, path: str | PathLike[str], grid: Grid | None = None) -> Collection:
     """Write the rows of all finished cells into one parquet file, which appears complete or not at all.
 
-    The columns are those of `CellResult.to_frame`, after the cell's id and with its precision. Each cell's rows were
-    saved when it was finished; their checksum is compared. Memory does not grow with the number of cells.
+    The columns are those of `CellResult.to_frame`, after the cell's id, with its precision and the name of its control:
+    the grid's name for it, or without a grid what the cell varies, or `plain`. Each cell's rows were saved when it was
+    finished; their checksum is compared. Memory does not grow with the number of cells.
 
     Args:
         results: the results.
@@ -69,10 +70,11 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
         AssetError: the results are of another version, or the file cannot be written.
     """
     path, cell_ids, n_cells, n_rows = Path(path), results.finished(), 0, 0
+    controls: dict[str, str] = {}
     if grid is not None:
         results.check_settings(grid.cells())
-        known = {cell.id for cell in grid.cells()}
-        cell_ids = [cell_id for cell_id in cell_ids if cell_id in known]
+        controls = {cell.id: cell.control for cell in grid.cells()}
+        cell_ids = [cell_id for cell_id in cell_ids if cell_id in controls]
     if not cell_ids:
         raise GridError(f"expected finished cells in {results.files.url}, got none: run the grid first")
     damaged: dict[str, str] = {}
@@ -80,9 +82,14 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
         writer: pq.ParquetWriter | None = None
         try:
             for start in range(0, len(cell_ids), _AT_ONCE):
-                tables = _tables(results, cell_ids[start : start + _AT_ONCE], damaged)
+                tables = [
+                    _with_control(table, controls.get(cell_id))
+                    for cell_id, table in _tables(results, cell_ids[start : start + _AT_ONCE], damaged).items()
+                ]
                 if not tables:
                     continue
+                for table in tables:
+                    _check_columns(table, tables[0] if writer is None else writer)
                 table = pa.concat_tables(tables, promote_options="permissive")
                 writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd")
                 writer.write_table(table.select(writer.schema.names).cast(writer.schema))
@@ -95,14 +102,29 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
     return Collection(path, n_cells, n_rows, damaged)
 
 
-def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> list[pa.Table]:
-    """Return the rows of cells; of those that are damaged, the error goes into `damaged`."""
+def _with_control(table: pa.Table, control: str | None) -> pa.Table:
+    """Return a cell's rows with the name of its control after what it varies."""
+    at = table.schema.get_field_index("variation")
+    name = control or table.column(at)[0].as_py() or PLAIN
+    return table.add_column(at + 1, "control", pa.repeat(name, table.num_rows))
+
+
+def _check_columns(table: pa.Table, first: pa.Table | pq.ParquetWriter) -> None:
+    if set(table.schema.names) != set(first.schema.names):
+        raise VersionError(
+            f"expected cells with the columns {', '.join(first.schema.names)}, got {table['id'][0].as_py()} with "
+            f"{', '.join(table.schema.names)}, of another version: run the grid into other results"
+        )
+
+
+def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> dict[str, pa.Table]:
+    """Return the rows of cells by id; of those that are damaged, the error goes into `damaged`."""
     errors: dict[str, AssetError] = {}
     manifests = results.manifests(cell_ids, errors)
-    if (of_other_version := next((error for error in errors.values() if "of format" in str(error)), None)) is not None:
+    if (of_other_version := next((e for e in errors.values() if isinstance(e, VersionError)), None)) is not None:
         raise of_other_version
     paths = {file_path(manifest, FRAME): manifest for manifest in manifests.values()}
-    tables = []
+    tables: dict[str, pa.Table] = {}
     for path, content in results.files.read_many(list(paths)).items():
         manifest = paths[path]
         try:
@@ -110,7 +132,7 @@ def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> l
         except AssetError as error:
             errors[manifest.id] = error
         else:
-            tables.append(pq.read_table(io.BytesIO(rows)))
+            tables[manifest.id] = pq.read_table(io.BytesIO(rows))
     damaged |= {cell_id: str(error) for cell_id, error in errors.items()}
     return tables
 
@@ -126,8 +148,8 @@ def to_xarray(frame: pd.DataFrame) -> Any:
 
     Returns:
         The variables `value`, `low`, `high`, `spread` and `n` with the axes model, task, k, seed, lr, protocol,
-        precision, variation and metric, and `value_by_layer`, `spread_by_layer` and `n_by_layer` with the axis layer,
-        too. What was not computed is NaN.
+        precision, control and metric, and `value_by_layer`, `spread_by_layer` and `n_by_layer` with the axis layer,
+        too. What was not computed is NaN. Where each control is one variation, `variation` is a coordinate of it.
 
     Raises:
         ValueError: two cells have the same values of all axes: choose one finetuning, or one number of queries.
@@ -140,7 +162,12 @@ def to_xarray(frame: pd.DataFrame) -> Any:
     if len(by_layer):
         names = {name: f"{name}_by_layer" for name in VALUES if name not in ("low", "high")}
         parts.append(_dataset(by_layer.astype({"layer": "int64"}), (*AXES, "layer"), names))
-    return xarray.merge(parts, join="outer")
+    data = xarray.merge(parts, join="outer")
+    variations = frame.groupby("control")["variation"].unique()
+    if variations.map(len).max() == 1:
+        of_control = [variations[name][0] for name in data["control"].values]
+        data = data.assign_coords(variation=("control", of_control))
+    return data
 
 
 def _dataset(frame: pd.DataFrame, axes: Iterable[str], names: dict[str, str]) -> Any:

@@ -11,11 +11,11 @@ from icl_dual.grids.claims import TTL_S, delete_claims
 from icl_dual.grids.engines import Summary
 from icl_dual.grids.grid import Grid, GridError
 from icl_dual.grids.planning import in_shard, plan
-from icl_dual.grids.results import Results
+from icl_dual.grids.results import DamagedError, Results
 from icl_dual.grids.worker import MAX_LOST, Outcome, Worker
 from icl_dual.models import Model
+from icl_dual.paper_tasks import registered_task
 from icl_dual.progress import progress_bar
-from icl_dual.storage import AssetError
 from icl_dual.tasks import Task
 
 Engine = Literal["local", "ray", "slurm"]
@@ -45,7 +45,7 @@ def run_grid(
         results: the results.
         engine: what runs the cells: `local`, `ray` or `slurm`.
         shard: the index of a part of the cells, from 0, and the number of parts.
-        tasks: tasks of your own that the grid names.
+        tasks: tasks of your own that the grid names; those given to `register_task` as objects are known.
         models: models of your own that the grid names, for the local engine in one process.
         ttl: the seconds after which the claim of a lost worker can be taken over.
         max_lost: the number of workers that may be lost in a cell, one after the other, before it counts as failed.
@@ -56,11 +56,19 @@ def run_grid(
         What came of each cell, with the errors of those that failed; those that failed before are not run again.
 
     Raises:
-        GridError: the name of a model is unknown, a cell is larger than the machine, or the engine cannot start.
+        GridError: the name of a model or task is unknown, a cell is larger than the machine, or the engine cannot
+            start.
         SettingsError: a finished cell has other settings than the cell of its id now.
-        AssetError: the results are of another version, or the storage cannot be read.
+        AssetError: the results are of another version, or the storage cannot be read or written.
     """
-    planned = plan(grid, results, shard=shard, models=[model.name for model in models])
+    passed = {task.name for task in tasks}
+    registered = [registered_task(name) for name in sorted(grid.task_names - passed)]  # other processes lack them
+    tasks = [*tasks, *(task for task in registered if task is not None)]
+    planned = plan(
+        grid, results, shard=shard, models=[model.name for model in models], tasks=[task.name for task in tasks]
+    )
+    if planned.cells:
+        results.check_writable()
     delete_claims(results.files, planned.done)
     worker = Worker(grid, results, tasks=tasks, models=models, ttl=ttl, max_lost=max_lost)
     run = getattr(importlib.import_module(f"icl_dual.grids.engines.{engine}"), f"run_{engine}")
@@ -78,15 +86,16 @@ def reset_failed(grid: Grid, results: Results, *, shard: tuple[Index, Count] = (
     """Delete the failures and the damaged cells of a grid, so that these cells run again; return their ids.
 
     Every file of every finished cell is read and checked.
+
+    Raises:
+        AssetError: the results are of another version, or a file cannot be read now; nothing is deleted.
     """
     status = results.status(in_shard(grid.cells(), shard))
     reset = list(status.failed)
     for cell_id in status.done:
         try:
             results.verify(cell_id)
-        except AssetError as error:
-            if "of format" in str(error):
-                raise
+        except DamagedError:
             reset.append(cell_id)
     for cell_id in reset:
         results.remove(cell_id)

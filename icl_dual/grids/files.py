@@ -1,6 +1,7 @@
 """Files on any fsspec path: retried where storage fails now and then, and created only where they do not exist yet."""
 
 import errno
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -22,8 +23,13 @@ _PERMANENT = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError,
 )  # fmt: skip
 _PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 _CLIENTS = ("aiohttp", "aiobotocore", "botocore", "google", "gcsfs", "requests", "urllib3")
 """The packages of storage clients, some of the errors of which are no OSError."""
+
+
+def _is_of_client(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in _CLIENTS
 
 
 def is_transient(error: BaseException) -> bool:
@@ -32,19 +38,34 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _PERMANENT_ERRNOS
-    is_of_client = type(error).__module__.split(".")[0] in _CLIENTS
-    return is_of_client and "Credentials" not in type(error).__name__ and "ParamValidation" not in type(error).__name__
+    return (
+        _is_of_client(error)
+        and "Credentials" not in type(error).__name__
+        and "ParamValidation" not in type(error).__name__
+    )
 
 
 def retried(operation: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
-    """Call an operation on storage, and again after a growing wait while its errors are of storage that may recover."""
+    """Call an operation on storage, and again after a growing wait while its errors are of storage that may recover.
+
+    Raises:
+        AssetError: the storage's client cannot reach it, or has no credentials. Errors of files are left as they are.
+    """
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.05, max=8),
         reraise=True,
     )
-    return retrying(operation, *args, **kwargs)
+    try:
+        return retrying(operation, *args, **kwargs)
+    except Exception as error:
+        if not _is_of_client(error):
+            raise
+        raise AssetError(
+            f"expected storage that answers, got {type(error).__name__}: {first_line(error)}: check its address, its "
+            "options and your credentials"
+        ) from error
 
 
 class Files:
@@ -113,13 +134,12 @@ class Files:
     def _create(self, path: str, data: bytes) -> None:
         if self.local is not None:
             (self.local / path).parent.mkdir(parents=True, exist_ok=True)
-            with (self.local / path).open("xb") as file:
-                file.write(data)
+            _create_locally(self.local / path, data)
             return
         try:
             self._opened[0].pipe_file(self._path(path), data, mode="create")
-        except OSError as error:
-            if error.errno == errno.EEXIST or any(
+        except Exception as error:
+            if getattr(error, "errno", None) == errno.EEXIST or any(
                 word in f"{error!r} {error.__cause__!r}" for word in ("PreconditionFailed", "pre-condition", "412")
             ):
                 raise FileExistsError(errno.EEXIST, "exists", path) from error
@@ -149,7 +169,13 @@ class Files:
         """Return the paths of all files below a folder, relative to it; none where it is missing."""
         fs, start = self._opened[0], self._path(folder)
         retried(fs.invalidate_cache)
-        return [path.removeprefix(start).lstrip("/") for path in retried(fs.find, start)]
+        try:
+            paths = retried(fs.find, start)
+        except FileNotFoundError as error:  # a bucket; a folder that is missing is empty
+            raise AssetError(
+                f"expected results at {self.url}, got {first_line(error)}: correct the address, or create it"
+            ) from error
+        return [path.removeprefix(start).lstrip("/") for path in paths]
 
     def read_many(self, paths: list[str]) -> dict[str, bytes | Exception]:
         """Return the bytes of many files by path, or the error of each that cannot be read; object stores at once."""
@@ -164,6 +190,22 @@ class Files:
 
     def _read_or_error(self, path: str) -> bytes | Exception:
         try:
-            return (self.local / path).read_bytes() if self.local is not None else self.read(path)
+            return retried((self.local / path).read_bytes) if self.local is not None else self.read(path)
         except OSError as error:
             return error
+
+
+def _create_locally(path: Path, data: bytes) -> None:
+    """Write a file unless it exists, so that it appears complete or not at all."""
+    scratch = path.with_name(f".icl_dual-{secrets.token_hex(6)}")
+    try:
+        scratch.write_bytes(data)
+        try:
+            path.hardlink_to(scratch)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("xb") as file:  # a file system without hard links: complete unless the process is killed
+                file.write(data)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -15,9 +15,9 @@ from icl_dual.cells import Cell, StudyError, folder_name
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig, Lora
 from icl_dual.finetuning.replicas import REPLICAS
-from icl_dual.paper_tasks import PAPER_K
+from icl_dual.paper_tasks import PAPER_K, check_task_name
 from icl_dual.scoring import Scoring
-from icl_dual.tasks import Protocol, Split
+from icl_dual.tasks import Protocol, Split, TaskError
 
 Precision = Literal[
     "float32", "float64", "bfloat16", "float16", "bfloat16 storage, float32 arithmetic",
@@ -146,6 +146,12 @@ class Grid:
         """Return the precisions, each once."""
         return tuple(dict.fromkeys((self.precision,) if isinstance(self.precision, str) else self.precision))
 
+    @property
+    def task_names(self) -> set[str]:
+        """Return the names of all tasks, also of those that only give demonstrations in context."""
+        names = {name for cell in self.cells() for name in (cell.cell.task, cell.cell.context_task)}
+        return {name for name in names if name is not None}
+
     def cells(self) -> list[GridCell]:
         """Return the cells, ordered so that neighbours share the model, and controls follow the cell they vary."""
         return list(self._cells)  # type: ignore[attr-defined]
@@ -257,18 +263,27 @@ _COMMON = ("n_queries", "balanced", "split", "source", "reference_k_mismatch", "
 
 
 @checked
-def check_names(grid: Grid, passed: Sequence[str] = ()) -> None:
-    """Check that every model's name can be loaded, without loading or fetching any, except those that are passed in.
+def check_names(grid: Grid, models: Sequence[str] = (), tasks: Sequence[str] = ()) -> None:
+    """Check that models and tasks of every name can be loaded, without loading or fetching any.
+
+    Args:
+        grid: the grid.
+        models: the names of models that are passed in, which are not checked.
+        tasks: the names of tasks that are passed in, which are not checked.
 
     Raises:
-        GridError: names that are no model's; the message lists them.
+        GridError: names that are no model's or task's; the message lists them.
     """
     problems = []
-    for model in set(grid.models) - set(passed):
-        try:
-            check_model_name(model)
-        except AssetError as error:
-            problems.append(Problem(("models",), str(error)))
+    for key, check, names in (
+        ("models", check_model_name, set(grid.models) - set(models)),
+        ("tasks", check_task_name, grid.task_names - set(tasks)),
+    ):
+        for name in sorted(names):
+            try:
+                check(name)
+            except (AssetError, TaskError) as error:
+                problems.append(Problem((key,), str(error)))
     if problems:
         raise GridError(in_words(problems), problems)
 

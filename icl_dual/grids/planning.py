@@ -18,6 +18,9 @@ from icl_dual.grids.results import Manifest, Results
 PROCESS_BYTES = 1.2e9
 """The memory of a process with torch and transformers before it loads a model, in bytes, measured with `ps`."""
 
+MARGIN = 1.2
+"""What is planned for a cell, in sizes of the memory that was measured: a limit at the measured size ends many."""
+
 WEIGHT_COPIES = 2.5
 """A cell's memory beyond that of the process, in sizes of the model's weights: themselves, gradients, replicas."""
 
@@ -30,7 +33,7 @@ class Resources(NamedTuple):
     gpus: int
     """The number of GPUs."""
     memory: int | None
-    """The memory in bytes, measured on a finished cell of the model or estimated from its files; `None`: unknown."""
+    """The memory in bytes, from what finished cells of the model took, or its files; `None`: unknown."""
 
 
 class PlannedCell(NamedTuple):
@@ -84,7 +87,14 @@ class Plan:
 
 
 @checked
-def plan(grid: Grid, results: Results, *, shard: tuple[Index, Count] = (0, 1), models: Sequence[str] = ()) -> Plan:
+def plan(
+    grid: Grid,
+    results: Results,
+    *,
+    shard: tuple[Index, Count] = (0, 1),
+    models: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+) -> Plan:
     """Return the cells of a grid that are to run, after checking the grid against the results.
 
     Args:
@@ -92,15 +102,16 @@ def plan(grid: Grid, results: Results, *, shard: tuple[Index, Count] = (0, 1), m
         results: the results, new or of the same grid before, or of another one with other cells.
         shard: the index of a part, from 0, and the number of parts: cells are divided in order.
         models: the names of models of your own, which are passed to the worker.
+        tasks: the names of tasks of your own, which are passed to the worker.
 
     Raises:
-        GridError: the name of a model is unknown, or there is no such shard.
+        GridError: the name of a model or task is unknown, or there is no such shard.
         SettingsError: a finished cell has other settings than the cell of its id now.
         AssetError: the results are of another version, or cannot be read.
     """
-    check_names(grid, models)
+    check_names(grid, models, tasks)
     cells = in_shard(grid.cells(), shard)
-    results.check_settings(cells)
+    results.check_settings(cells, recordings=grid.keep_recordings)
     status = results.status(cells)
     finished, over = {*status.done}, {*status.done, *status.failed}
     measured = _measured(results, [cell for cell in cells if cell.id in finished])
@@ -187,7 +198,7 @@ def _resources(grid: Grid, model: str, measured: int | None) -> Resources:
     gpus = 0 if grid.device.startswith("cpu") else 1
     if grid.memory_gb is not None:
         return Resources(grid.cpus, gpus, int(grid.memory_gb * 1e9))
-    return Resources(grid.cpus, gpus, measured or _estimate(model))
+    return Resources(grid.cpus, gpus, int(MARGIN * measured) if measured else _estimate(model))
 
 
 def _estimate(model: str) -> int | None:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,25 +26,39 @@ from typing import Any
 import pandas as pd
 
 from icl_dual.arguments import checked
-from icl_dual.cells import Cell, CellResult, load_cell
+from icl_dual.cells import RECORDINGS, Cell, CellResult, load_cell
 from icl_dual.field_docs import document_fields
-from icl_dual.grids.claims import ClaimInfo, claimed
+from icl_dual.grids.claims import FOLDER, ClaimInfo, claimed, delete_claims
 from icl_dual.grids.files import Files
 from icl_dual.grids.grid import GridCell
 from icl_dual.storage import (
+    METADATA,
     AssetError,
+    SettingsError,
     atomic_folder,
     check_same_settings,
     finished_folders,
     first_line,
     to_json,
+    writing,
 )
 
 MANIFEST, FRAME = "manifest.json", "frame.parquet"
 """The files in a cell's folder beside those of `run_cell`."""
 
+ATTEMPT = "attempt-"
+"""How the names of the folders begin in which workers write a cell's files on object stores."""
+
 FORMAT = 1
 """The version of the manifest's layout."""
+
+
+class DamagedError(AssetError):
+    """Files of a finished cell are missing, or are not those that were saved: the cell must be made again."""
+
+
+class VersionError(AssetError):
+    """Results have the layout of another version."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +91,30 @@ class Manifest:
         """Return the manifest in the bytes of a file.
 
         Raises:
-            AssetError: it is missing, damaged or of another version.
+            DamagedError: it is missing or damaged.
+            VersionError: it is of another version.
+            AssetError: it cannot be read now.
         """
-        advice = "run `rerun --failed` to have the cell made again"
+        if isinstance(content, Exception):
+            is_missing = isinstance(content, FileNotFoundError)
+            advice = "run the grid to have the cell made" if is_missing else "check the storage"
+            raise (DamagedError if is_missing else AssetError)(
+                f"expected the manifest of a cell in {where}, got {first_line(content)}: {advice}"
+            ) from content
         try:
-            if isinstance(content, Exception):
-                raise content
             values = json.loads(content)
             if values["format"] != FORMAT:
-                raise AssetError(
+                raise VersionError(
                     f"expected a manifest of format {FORMAT} in {where}, got format {values['format']!r} of icl-dual "
                     f"{values.get('versions', {}).get('icl-dual')}: install that version, or choose other results"
                 )
             manifest = cls(**values)
             if manifest.id != cell_id or not manifest.files:
                 raise ValueError(f"that of {manifest.id!r}")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise AssetError(
-                f"expected the manifest of a cell in {where}, got {first_line(error)}: {advice}"
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(
+                f"expected the manifest of a cell in {where}, got {first_line(error)}: run `rerun --failed` to have "
+                "the cell made again"
             ) from error
         return manifest
 
@@ -209,19 +229,28 @@ class Results:
         """Return the claims of workers, by cell."""
         return claimed(self.files)
 
-    def check_settings(self, cells: Iterable[GridCell]) -> None:
+    def check_settings(self, cells: Iterable[GridCell], *, recordings: bool = False) -> None:
         """Check that finished cells were made with the settings that cells of their ids have now.
 
+        Args:
+            cells: the cells.
+            recordings: whether finished cells must have recordings.
+
         Raises:
-            SettingsError: one has other settings; the message names them.
-            AssetError: the results are of another version.
+            SettingsError: one has other settings, or no recordings; the message names them.
+            AssetError: the results are of another version, or cannot be read.
         """
         by_id, finished = {cell.id: cell for cell in cells}, set(self.finished())
         damaged: dict[str, AssetError] = {}
         for cell_id, manifest in self.manifests([name for name in by_id if name in finished], damaged).items():
             self.check_same(by_id[cell_id], manifest)
+            if recordings and f"{RECORDINGS}/{METADATA}" not in manifest.files:
+                raise SettingsError(
+                    f"expected finished cells with recordings, got {cell_id} without, in {self.files.url}: set "
+                    "keep_recordings=False, or choose other results"
+                )
         for error in damaged.values():
-            if "of format" in str(error):
+            if not isinstance(error, DamagedError):
                 raise error
 
     def check_same(self, cell: GridCell, manifest: Manifest) -> None:
@@ -262,7 +291,8 @@ class Results:
         """Check every file of a finished cell against its checksum.
 
         Raises:
-            AssetError: a file is missing or has other bytes than were saved.
+            DamagedError: a file is missing or has other bytes than were saved.
+            AssetError: a file cannot be read now.
         """
         manifest = manifest or self.manifest(cell_id)
         for name in manifest.files:
@@ -272,17 +302,23 @@ class Results:
         """Return a file of a finished cell, after checking it.
 
         Raises:
-            AssetError: it is missing or has other bytes than were saved.
+            DamagedError: it is missing or has other bytes than were saved.
+            AssetError: it cannot be read now.
         """
         path = file_path(manifest, name)
         return self.checked_file(manifest, name, self.files.read_many([path])[path])
 
     def checked_file(self, manifest: Manifest, name: str, content: bytes | Exception) -> bytes:
-        """Return the bytes that were read of a file, or raise an AssetError where they are not those saved."""
+        """Return the bytes that were read of a file, or raise an error as `read_file` does."""
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise AssetError(
+                f"expected to read {self.files.url}/{file_path(manifest, name)}, got {first_line(content)}: check the "
+                "storage"
+            ) from content
         digest = "" if isinstance(content, Exception) else hashlib.sha256(content).hexdigest()
         if isinstance(content, Exception) or digest != manifest.files[name]:
             got = first_line(content) if isinstance(content, Exception) else f"other bytes (SHA-256 {digest[:12]}…)"
-            raise AssetError(
+            raise DamagedError(
                 f"expected {self.files.url}/{file_path(manifest, name)} with the bytes that were saved (SHA-256 "
                 f"{manifest.files[name][:12]}…), got {got}: run `rerun --failed` to have the cell made again"
             )
@@ -304,23 +340,30 @@ class Results:
         if self.has(cell.id):
             return False
         if (root := self.files.local) is not None:
-            with atomic_folder(root / "cells" / cell.id) as scratch:
+            with suppress(_PublishedError), atomic_folder(root / "cells" / cell.id) as scratch:
                 shutil.copytree(folder, scratch, dirs_exist_ok=True)
                 (scratch / MANIFEST).write_text(to_json(asdict(manifest)), encoding="utf-8")
-            return True
-        return self._upload(replace(manifest, folder=f"attempt-{secrets.token_hex(6)}"), folder)
+                if self.has(cell.id):  # another worker's, published while this one was copied
+                    raise _PublishedError
+                return True
+            return False
+        return self._upload(replace(manifest, folder=f"{ATTEMPT}{secrets.token_hex(6)}"), folder)
 
     def _upload(self, manifest: Manifest, folder: Path) -> bool:
-        attempt = f"cells/{manifest.id}/{manifest.folder}"
-        is_first = False
+        parent = f"cells/{manifest.id}"
         try:
             for name in manifest.files:
-                self.files.write(f"{attempt}/{name}", (folder / name).read_bytes())
-            text = to_json(asdict(manifest))
-            is_first = self.files.create(f"cells/{manifest.id}/{MANIFEST}", text.encode())
-        finally:
-            if not is_first:
-                self.files.delete_folder(attempt)
+                self.files.write(f"{parent}/{manifest.folder}/{name}", (folder / name).read_bytes())
+        except BaseException:
+            with suppress(Exception):
+                self.files.delete_folder(f"{parent}/{manifest.folder}")
+            raise
+        others = {name for name in self.files.names(parent) if name.startswith(ATTEMPT)} - {manifest.folder}
+        # Where this fails, the manifest may be there all the same: then its files must stay.
+        is_first = self.files.create(f"{parent}/{MANIFEST}", to_json(asdict(manifest)).encode())
+        with suppress(Exception):  # what workers have left that were killed, or come too late, costs only space
+            for name in others if is_first else [manifest.folder]:
+                self.files.delete_folder(f"{parent}/{name}")
         return is_first
 
     @checked
@@ -328,7 +371,19 @@ class Results:
         """Delete a cell, its failure and its claims, so that it will be computed again."""
         self.files.delete(f"cells/{cell_id}/{MANIFEST}")  # first: without it the cell does not exist
         self.files.delete_folder(f"cells/{cell_id}")
-        self.files.delete(f"failures/{cell_id}.json")
+        delete_claims(self.files, [cell_id])  # with them the workers that were lost count no more
+        self.files.delete(f"failures/{cell_id}.json")  # last: the cell runs again from now on
+
+    def check_writable(self) -> None:
+        """Check that files can be written and deleted, before anything is computed.
+
+        Raises:
+            AssetError: they cannot.
+        """
+        path = f"{FOLDER}/probe-{secrets.token_hex(6)}"
+        with writing(self.files.url):
+            self.files.create(path, b"")
+            self.files.delete(path)
 
     # failures
 
@@ -339,17 +394,17 @@ class Results:
     def failures(self) -> dict[str, Failure]:
         """Return the failures by cell."""
         contents = self.files.read_many([f"failures/{name}.json" for name in self.failed_ids()])
-        failures = {}
-        for path, content in contents.items():
-            if isinstance(content, bytes):
-                failure = _failure(path.removeprefix("failures/").removesuffix(".json"), content)
-                failures[failure.id] = failure
-        return failures
+        by_id = {path.removeprefix("failures/").removesuffix(".json"): content for path, content in contents.items()}
+        return {
+            cell_id: _failure(cell_id, content)
+            for cell_id, content in by_id.items()
+            if not isinstance(content, FileNotFoundError)  # deleted meanwhile
+        }
 
     def failure(self, cell_id: str) -> Failure | None:
         """Return the failure of a cell, if it failed."""
         content = self.files.read_many([f"failures/{cell_id}.json"]).popitem()[1]
-        return None if isinstance(content, Exception) else _failure(cell_id, content)
+        return None if isinstance(content, FileNotFoundError) else _failure(cell_id, content)
 
     def record_failure(self, failure: Failure) -> None:
         """Write the failure of a cell."""
@@ -366,15 +421,22 @@ class Results:
         cell, provenance = result.cell, result.provenance
         precision = provenance.get("precision", provenance["dtype"])
         of_model = {name: provenance[name] for name in ("model", "fingerprint", "tokenizer") if name in provenance}
-        of_task = {"task": provenance["task"]}
         self._check_origin(f"model {cell.model_name} {precision}", of_model)
-        self._check_origin(f"task {cell.task} {cell.protocol} {cell.source}", of_task)
+        for key, name in (("task", cell.task), ("context_task", cell.context_task)):
+            if name is not None:
+                self._check_origin(f"task {name} {cell.protocol} {cell.source}", {"task": provenance[key]})
 
     def _check_origin(self, name: str, origin: Mapping[str, Any]) -> None:
         path = f"origins/{name.split(' ')[0]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         content = to_json({"name": name, **origin}).encode()
         if not self.files.create(path, content):
-            saved = json.loads(self.files.read(path))
+            try:
+                saved = json.loads(self.files.read(path))
+            except ValueError as error:
+                raise AssetError(
+                    f"expected the origin of cells in {self.files.url}/{path}, got {first_line(error)}: delete this "
+                    "file"
+                ) from error
             check_same_settings(Path(f"{self.files.url}/{path}"), origin, saved)
 
 
@@ -383,7 +445,13 @@ def file_path(manifest: Manifest, name: str) -> str:
     return "/".join(filter(None, ("cells", manifest.id, manifest.folder, name)))
 
 
-def _failure(cell_id: str, content: bytes) -> Failure:
+class _PublishedError(Exception):
+    """Another worker has published the cell."""
+
+
+def _failure(cell_id: str, content: bytes | Exception) -> Failure:
+    if isinstance(content, Exception):
+        return Failure(cell_id, f"the record of its failure cannot be read ({first_line(content)})", "", "")
     try:
         return Failure(**json.loads(content))
     except (ValueError, TypeError) as error:

@@ -108,9 +108,11 @@ def select(
     Raises:
         StudyError: the rule does not fit the grid's queries, the grid has no replicas to judge stability by, or cells
             are neither finished nor diverged.
+        SettingsError: a finished cell has other settings than the grid's cell of its id, such as another split.
         AssetError: a cell is damaged.
     """
     _check_rule(grid, rule)
+    results.check_settings(grid.cells())
     candidates = _candidates(grid, results, seeds)
     return Selection(rule, tuple(_choose(ranked, rule, n_checked, seeds) for ranked in candidates))
 

@@ -23,7 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 import icl_dual as icl
+from icl_dual import grids
 from icl_dual.finetuning.replicas import REPLICA_QUERIES
+from icl_dual.grids.results import MANIFEST
 from icl_dual.metrics import KENDALL_QUERIES, estimate
 from icl_dual.scripts.common import (
     DATA,
@@ -319,8 +321,13 @@ def latex_text(text: str) -> str:
     return text
 
 
-def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
-    """Every finished cell in the folders given, or the cells that they are."""
+def find_cells(places: Sequence[str | Path]) -> list[icl.CellResult]:
+    """Every finished cell in the folders given, or the cells that they are; and of grids, wherever their results are.
+
+    A cell of a grid is checked against its checksums. A place with `://` is an address of a grid's results.
+    """
+    folders = [Path(place) for place in places if "://" not in str(place)]
+    in_grids = _cells_of_grids([str(place) for place in places if "://" in str(place)])
     for scratch in [path for folder in folders for path in folder.rglob(".*") if path.is_dir()]:
         finished_folders(scratch.parent)  # cells that a killed process had set aside come back
     paths = [
@@ -331,17 +338,28 @@ def find_cells(folders: Sequence[Path]) -> list[icl.CellResult]:
     ]
     # Kept recordings and exported ones have metadata, too.
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
-    if not cells:
-        raise icl.StudyError(f"expected finished cells in {', '.join(map(str, folders))}, found none")
+    if not cells and not in_grids:
+        raise icl.StudyError(f"expected finished cells in {', '.join(map(str, places))}, found none")
     results: dict[tuple, icl.CellResult] = {}
-    for path in dict.fromkeys(cells):
-        result = icl.load_cell(path)
+    for result in [*map(_load, dict.fromkeys(cells)), *in_grids]:
         provenance = result.provenance
         precision = provenance.get("precision", provenance["dtype"])
         same = results.setdefault((result.cell, provenance["model"], precision), result)
         if same is not result:
-            raise icl.StudyError(f"expected each cell once, got the same in {same.folder} and {path}")
+            raise icl.StudyError(f"expected each cell once, got the same in {same.folder} and {result.folder}")
     return list(results.values())
+
+
+def _load(folder: Path) -> icl.CellResult:
+    """A cell in a folder, after a check of its files where it is one of a grid."""
+    if (folder / MANIFEST).exists() and folder.parent.name == "cells":
+        return grids.Results(folder.parents[1]).load(folder.name)
+    return icl.load_cell(folder)
+
+
+def _cells_of_grids(addresses: Sequence[str]) -> list[icl.CellResult]:
+    by_address = [grids.Results(address) for address in addresses]
+    return [results.load(cell_id) for results in by_address for cell_id in results.finished()]
 
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
@@ -368,7 +386,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the script\'s arguments."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("cells", type=Path, nargs="*", help="finished cells, or folders that contain finished cells")
+    add(
+        "cells",
+        nargs="*",
+        help="finished cells, folders that contain some, or a grid's results, such as s3://bucket/grid",
+    )
     add("--out", type=output_folder, default="figures", help="folder for the tables of cells (%(default)s)")
     add(
         "--recordings",

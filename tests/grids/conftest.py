@@ -46,6 +46,12 @@ def s3_server() -> Iterator[dict[str, Any]]:
     server.stop()
 
 
+@pytest.fixture
+def local_results(tmp_path: Path) -> Results:
+    """Empty results in a local folder, for what does not depend on the storage."""
+    return Results(tmp_path / "results")
+
+
 @pytest.fixture(params=["local", "s3"])
 def results(request: pytest.FixtureRequest, tmp_path: Path) -> Results:
     """Empty results in a local folder, and on a real S3 server."""

@@ -26,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of the helpers
 
 import psutil
-from engine_runs import Events, contents, run_here, small_grid, worker_of
+from engine_runs import Events, contents, plan_of, run_here, small_grid, worker_of
 from grid_cells import save_tiny
 
 from icl_dual import study
-from icl_dual.grids import GridError, Results, Worker, plan
+from icl_dual.grids import GridError, Results, Worker
 from icl_dual.grids.claims import Claim
 from icl_dual.grids.engines.ray import OBJECT_STORE_BYTES, run_ray
 from icl_dual.grids.engines.slurm import run_slurm
@@ -117,7 +117,7 @@ def ray_node(folder: Path) -> None:
                 cluster.remove_node(node, allow_graceful=False)
 
         events = Events(on_end)
-        run_ray(worker, plan(grid, worker.results), events, address=cluster.address)
+        run_ray(worker, plan_of(worker), events, address=cluster.address)
         report(folder, expected, folder / "log")
         after = [outcome for outcome, end in zip(events.ended, ends, strict=True) if end > ends[len(ends) // 2]]
         spent, wall = sum(outcome.seconds for outcome in after), ends[-1] - ends[len(ends) // 2]
@@ -127,8 +127,8 @@ def ray_node(folder: Path) -> None:
 
 def drive(folder: Path, address: str) -> None:
     """Run the grid as a driver that can be killed."""
-    grid, worker = make(folder, 12, partial(NotingWorker, folder / "log"))
-    run_ray(worker, plan(grid, worker.results), Events(), address=address)
+    _, worker = make(folder, 12, partial(NotingWorker, folder / "log"))
+    run_ray(worker, plan_of(worker), Events(), address=address)
 
 
 def ray_driver(folder: Path, n_kills: int) -> None:
@@ -150,10 +150,10 @@ def ray_driver(folder: Path, n_kills: int) -> None:
 
 
 def ray_start(folder: Path) -> None:
-    grid, worker = make(folder, 1, UnreadableWorker)
+    _, worker = make(folder, 1, UnreadableWorker)
     started = time.perf_counter()
     try:
-        run_ray(worker, plan(grid, worker.results), Events())
+        run_ray(worker, plan_of(worker), Events())
     except GridError as error:
         print(f"after {time.perf_counter() - started:.1f} s: {error}")
     else:
@@ -178,7 +178,7 @@ def slurm(folder: Path) -> None:
         print("killed a job after 3 cells", flush=True)
 
     threading.Thread(target=kill, daemon=True).start()
-    run_slurm(worker, plan(grid, worker.results), Events(), cluster="local", cells_per_job=4, logs=folder / "logs")
+    run_slurm(worker, plan_of(worker), Events(), cluster="local", cells_per_job=4, logs=folder / "logs")
     report(folder, expected, folder / "log")
 
 

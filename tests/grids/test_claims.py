@@ -22,7 +22,7 @@ def test_of_many_workers_one_has_the_claim(results: Results) -> None:
 
 
 def of_another_machine(claim: Claim) -> Claim:
-    claim._owner["machine"] = "elsewhere"
+    claim._owner |= {"machine": "elsewhere", "pid": 2**22 + 1}  # no process has this number here
     return claim
 
 
@@ -48,6 +48,25 @@ def test_a_claim_that_is_renewed_stays_and_one_that_is_not_is_taken_over_by_one(
     assert third.take("cell") is None
     first.give_up()
     assert claimed(results.files) == {}
+
+
+def test_a_cell_is_taken_over_again_and_again_by_one_each_time(results: Results) -> None:
+    assert of_another_machine(Claim(results.files, "cell", 0, 0.01)).create()
+    for number in (1, 2):
+        others = [Claims(results.files, 0.01) for _ in range(2)]
+        assert [other.take("cell") for other in others] == [None] * 2
+        time.sleep(0.03)
+        (claim,) = filter(None, [other.take("cell") for other in others])
+        assert claim.number == number
+        results.files.write(f"claims/cell.{number}.json", json.dumps({"machine": "elsewhere", "ttl": 0.01}).encode())
+
+
+def test_an_owner_that_renews_its_claim_less_often_is_waited_for(results: Results) -> None:
+    assert of_another_machine(Claim(results.files, "cell", 0, 60.0)).create()
+    hasty = Claims(results.files, 0.01)
+    assert hasty.take("cell") is None
+    time.sleep(0.05)
+    assert hasty.take("cell") is None
 
 
 @pytest.mark.skipif(machine() is None, reason="processes of this machine cannot be told from others'")

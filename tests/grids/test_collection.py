@@ -1,4 +1,6 @@
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -6,17 +8,28 @@ import pytest
 from grid_cells import CopiedCells, corrupt, grid_of
 
 import icl_dual as icl
+from icl_dual import grids
 from icl_dual.grids import GridError, Results, Worker, collect, collection, to_xarray
 from icl_dual.grids.results import FRAME, file_path
+from icl_dual.scripts.paper_tables import find_cells
 
 GRID = grid_of()
 
 
 @pytest.fixture
-def finished(results: Results, copied: type[CopiedCells]) -> Results:
-    worker = Worker(GRID, results)
-    for cell in GRID.cells():
-        assert worker.run(cell.id).state == "done"
+def finished(local_results: Results, copied: type[CopiedCells]) -> Results:
+    """A grid that is finished in a local folder."""
+    worker = Worker(GRID, local_results)
+    assert {worker.run(cell.id).state for cell in GRID.cells()} == {"done"}
+    return local_results
+
+
+@pytest.fixture
+def finished_anywhere(finished: Results, results: Results) -> Results:
+    """The finished grid, in a local folder and on a real S3 server."""
+    if results.files.local is None:
+        for path in finished.files.find(""):
+            results.files.write(path, finished.files.read(path))
     return results
 
 
@@ -28,13 +41,16 @@ def test_the_table_has_the_rows_of_every_cell(
     frames = [icl.load_cell(path).to_frame() for path in sorted(study.iterdir())]
     frame = table.to_frame()
     expected = pd.concat(frames, ignore_index=True)
-    pd.testing.assert_frame_equal(frame.drop(columns=["id", "precision"]), expected, check_dtype=False)
+    pd.testing.assert_frame_equal(frame.drop(columns=["id", "precision", "control"]), expected, check_dtype=False)
     assert list(frame["id"].unique()) == finished.finished()
     assert set(frame["precision"]) == {"float32"}
+    controls = frame.groupby("id")["control"].first().to_dict()
+    assert controls == {cell.id: cell.control for cell in GRID.cells()}
     assert (table.n_cells, table.n_rows, table.damaged) == (4, len(expected), {})
 
 
-def test_damaged_cells_are_left_out_and_named(finished: Results, tmp_path: Path) -> None:
+def test_damaged_cells_are_left_out_and_named(finished_anywhere: Results, tmp_path: Path) -> None:
+    finished = finished_anywhere
     first, second = finished.finished()[:2]
     corrupt(finished, file_path(finished.manifest(first), FRAME))
     finished.files.write(f"cells/{second}/manifest.json", b"{")
@@ -42,6 +58,40 @@ def test_damaged_cells_are_left_out_and_named(finished: Results, tmp_path: Path)
     assert set(table.damaged) == {first, second}
     assert table.n_cells == 2
     assert set(table.to_frame()["id"]) == set(finished.finished()) - {first, second}
+
+
+def test_cells_with_other_columns_are_refused(
+    finished: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = finished.finished()[-1]
+    tables = collection._tables
+
+    def with_another(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> Any:
+        read = tables(results, cell_ids, damaged)
+        return {name: table.drop(["spread"]) if name == last else table for name, table in read.items()}
+
+    monkeypatch.setattr(collection, "_tables", with_another)
+    for at_once in (1, 100):
+        monkeypatch.setattr(collection, "_AT_ONCE", at_once)
+        with pytest.raises(icl.AssetError, match=rf"got {last} with .*, of another version"):
+            collect(finished, tmp_path / "table.parquet")
+    assert not (tmp_path / "table.parquet").exists()
+
+
+def test_tables_of_the_paper_read_a_grid_wherever_it_is(
+    finished_anywhere: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = finished_anywhere
+    place = finished.files.url
+    if finished.files.local is None:
+        monkeypatch.setattr(
+            grids.Results, "__init__", partialmethod(grids.Results.__init__, options=finished.files.options)
+        )
+    cells = [result.cell for result in find_cells([place])]
+    assert sorted(cell.name for cell in cells) == finished.finished()
+    corrupt(finished, file_path(finished.manifest(finished.finished()[0]), FRAME))
+    with pytest.raises(icl.AssetError, match="with the bytes that were saved"):
+        find_cells([place])
 
 
 def test_nothing_finished_is_an_error(results: Results, tmp_path: Path) -> None:
@@ -54,7 +104,10 @@ def test_the_data_set_has_each_number_at_its_axes(finished: Results, tmp_path: P
     frame = collect(finished, tmp_path / "table.parquet").to_frame()
     data = to_xarray(frame)
     assert data.sizes["seed"] == 2
-    axes = ["model", "task", "k", "seed", "lr", "protocol", "precision", "variation", "metric"]
+    assert dict(zip(data["control"].values, data["variation"].values, strict=True)) == {
+        "plain": "", "flipped labels": "flipped labels",
+    }  # fmt: skip
+    axes = ["model", "task", "k", "seed", "lr", "protocol", "precision", "control", "metric"]
     for row in frame.sample(60, random_state=0).to_dict("records"):
         at = {axis: row[axis] for axis in axes}
         is_overall = pd.isna(row["layer"])

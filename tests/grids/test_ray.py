@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import ray
-from engine_runs import Events, contents, run_here, small_grid, worker_of
+from engine_runs import Events, contents, plan_of, run_here, small_grid, worker_of
 from grid_cells import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.cluster_utils import Cluster
 
-from icl_dual.grids import GridError, Plan, Resources, plan
+from icl_dual.grids import GridError, Plan, Resources
 from icl_dual.grids.engines import ray as engine
 from icl_dual.grids.engines.ray import run_ray
 from icl_dual.grids.planning import Machine
@@ -59,7 +59,7 @@ def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker
 
     events = Events(on_end, on_begin)
     with claim:
-        summary = run_ray(worker, plan(grid, worker.results), events)
+        summary = run_ray(worker, plan_of(worker), events)
     assert set(summary.done) == {cell.id for cell in grid.cells()}
     assert contents(worker.results) == expected
     assert lost
@@ -83,7 +83,7 @@ def test_a_cell_larger_than_any_node_is_refused_at_once(
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1, **settings)
     worker, events, started = worker_of(grid, tmp_path / "ray"), Events(), time.monotonic()
     with pytest.raises(GridError, match=match):
-        run_ray(worker, plan(grid, worker.results), events)
+        run_ray(worker, plan_of(worker), events)
     assert time.monotonic() - started < 10
     assert not events.begun
 
@@ -115,7 +115,7 @@ def test_an_address_without_a_cluster_is_refused_in_15_seconds(
             server.listen()
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(GridError, match=f"expected a Ray cluster at address '{address}', got .*: start a cluster"):
-            run_ray(worker, plan(grid, worker.results), Events(), address=address)
+            run_ray(worker, plan_of(worker), Events(), address=address)
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import botocore.exceptions
 import pytest
@@ -10,8 +11,9 @@ from grid_cells import content, corrupt, grid_of
 import icl_dual as icl
 from icl_dual.cells import METADATA, TENSORS
 from icl_dual.grids import Failure, Results, files
-from icl_dual.grids.files import Files, is_transient
-from icl_dual.grids.results import FRAME, MANIFEST
+from icl_dual.grids import results as results_module
+from icl_dual.grids.files import Files, is_transient, retried
+from icl_dual.grids.results import FRAME, MANIFEST, file_path
 from icl_dual.storage import to_json
 
 CELL = grid_of().cells()[0]
@@ -45,15 +47,78 @@ def test_of_two_publications_the_first_stays(results: Results, study: Path, tmp_
     assert {path: results.files.read(f"cells/{path}") for path in results.files.find("cells")} == before
 
 
-@pytest.mark.parametrize("name", [METADATA, TENSORS, FRAME])
-def test_a_changed_byte_is_found_when_the_cell_is_read(
-    name: str, results: Results, study: Path, tmp_path: Path
+def test_of_two_that_publish_at_once_the_first_stays(study: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    results, copytree = Results(tmp_path / "results"), shutil.copytree
+
+    def copy_late(source: Path, target: Path, **options: bool) -> None:
+        copytree(source, target, **options)
+        if results.finished() == []:  # the other worker's whole publication
+            monkeypatch.undo()
+            assert publish(results, study, tmp_path / "other")
+
+    shutil.copytree(study / CELL.id, tmp_path / "cell")
+    monkeypatch.setattr(results_module.shutil, "copytree", copy_late)
+    before = {"seconds": 2.0, "peak_memory": 0, "worker": "late:1"}
+    assert not results.publish(CELL, tmp_path / "cell", before)
+    assert results.manifest(CELL.id).worker == "test:1"
+    results.verify(CELL.id)
+    assert [path.name for path in (tmp_path / "results" / "cells").iterdir()] == [CELL.id]
+
+
+def test_a_cell_stays_whole_where_storage_failed_after_it_had_written_the_manifest(
+    s3_server: dict[str, Any], study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    results = Results(f"s3://grid/{tmp_path.name}", s3_server)
+    create = results.files.create
+
+    def create_and_fail(path: str, data: bytes) -> bool:
+        create(path, data)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(results.files, "create", create_and_fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(results, study, tmp_path / "cell")
+    results.verify(CELL.id)
+
+
+def test_what_a_killed_worker_has_uploaded_is_deleted(s3_server: dict[str, Any], study: Path, tmp_path: Path) -> None:
+    results = Results(f"s3://grid/{tmp_path.name}", s3_server)
+    results.files.write(f"cells/{CELL.id}/attempt-killed/{METADATA}", b"{")
+    assert publish(results, study, tmp_path / "cell")
+    assert set(results.files.names(f"cells/{CELL.id}")) == {MANIFEST, results.manifest(CELL.id).folder}
+
+
+def test_a_file_is_created_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, write_bytes = Files(str(tmp_path)), Path.write_bytes
+
+    def fill(path: Path, data: bytes) -> int:
+        write_bytes(path, data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        with pytest.raises(OSError, match="No space left"):
+            folder.create("origins/model.json", b"{}")
+    assert folder.names("origins") == []
+    assert folder.create("origins/model.json", b"{}")
+    assert not folder.create("origins/model.json", b"[]")
+    with monkeypatch.context() as patch:  # a file system without hard links
+        patch.setattr(Path, "hardlink_to", lambda *_: exec("raise PermissionError(1, 'no links')"))
+        assert folder.create("origins/task.json", b"{}")
+        assert not folder.create("origins/task.json", b"[]")
+    assert folder.names("origins") == ["model.json", "task.json"]
+    assert folder.read("origins/task.json") == b"{}"
+
+
+def test_a_changed_byte_is_found_when_the_cell_is_read(results: Results, study: Path, tmp_path: Path) -> None:
     publish(results, study, tmp_path / "cell")
-    manifest = results.manifest(CELL.id)
-    corrupt(results, "/".join(filter(None, ("cells", CELL.id, manifest.folder, name))))
-    with pytest.raises(icl.AssetError, match=rf"{name} with the bytes that were saved .* got other bytes .* `rerun"):
-        results.load(CELL.id)
+    for name in (METADATA, TENSORS, FRAME):
+        path = file_path(results.manifest(CELL.id), name)
+        before = results.files.read(path)
+        corrupt(results, path)
+        with pytest.raises(icl.AssetError, match=rf"{name} with the bytes that were saved .* got other bytes .* `reru"):
+            results.load(CELL.id)
+        results.files.write(path, before)
 
 
 def test_what_is_written_by_half_does_not_exist(results: Results, study: Path, tmp_path: Path) -> None:
@@ -67,7 +132,8 @@ def test_what_is_written_by_half_does_not_exist(results: Results, study: Path, t
         results.load(CELL.id)
 
 
-def test_results_of_another_version_are_refused(results: Results, study: Path, tmp_path: Path) -> None:
+def test_results_of_another_version_are_refused(local_results: Results, study: Path, tmp_path: Path) -> None:
+    results = local_results
     publish(results, study, tmp_path / "cell")
     path = f"cells/{CELL.id}/{MANIFEST}"
     text = results.files.read(path).replace(b'"format": 1', b'"format": 2')
@@ -77,7 +143,8 @@ def test_results_of_another_version_are_refused(results: Results, study: Path, t
             use()
 
 
-def test_results_of_other_settings_are_refused(results: Results, study: Path, tmp_path: Path) -> None:
+def test_results_of_other_settings_are_refused(local_results: Results, study: Path, tmp_path: Path) -> None:
+    results = local_results
     publish(results, study, tmp_path / "cell")
     other = grid_of(n_queries=2)
     with pytest.raises(icl.SettingsError, match=r"made with n_queries=2, got .*, made with n_queries=3"):
@@ -93,9 +160,18 @@ def test_all_cells_of_a_model_have_its_weights(results: Results, study: Path) ->
         results.check_origin(changed)
     with pytest.raises(icl.SettingsError, match="task='other'"):
         results.check_origin(replace(result, provenance={**result.provenance, "task": "other"}))
+    in_context = replace(result, cell=replace(result.cell, context_task="mr"))
+    results.check_origin(replace(in_context, provenance={**result.provenance, "context_task": "first"}))
+    with pytest.raises(icl.SettingsError, match="task='second'"):
+        results.check_origin(replace(in_context, provenance={**result.provenance, "context_task": "second"}))
+    (path,) = (path for path in results.files.find("origins") if path.startswith("model"))
+    results.files.write(f"origins/{path}", b"{")
+    with pytest.raises(icl.AssetError, match=r"expected the origin of cells in .*: delete this file"):
+        results.check_origin(result)
 
 
-def test_failures_are_kept_with_their_tracebacks(results: Results) -> None:
+def test_failures_are_kept_with_their_tracebacks(local_results: Results) -> None:
+    results = local_results
     failure = Failure("cell", "ValueError: no", "Traceback …\nValueError: no", "host:1")
     results.record_failure(failure)
     assert results.failures() == {"cell": failure}
@@ -140,6 +216,14 @@ def test_what_does_not_pass_is_not_tried_again() -> None:
     assert not any(map(is_transient, (full, FileNotFoundError(), PermissionError(), ValueError())))
     assert not is_transient(botocore.exceptions.NoCredentialsError())
     assert is_transient(OSError(errno.ESTALE, "Stale file handle"))
+
+
+def test_storage_without_credentials_is_an_error_in_a_sentence() -> None:
+    def fail() -> None:
+        raise botocore.exceptions.NoCredentialsError()
+
+    with pytest.raises(icl.AssetError, match=r"expected storage that answers, got NoCredentialsError: .*credentials"):
+        retried(fail)
 
 
 def test_an_address_that_cannot_be_opened_is_refused_in_a_sentence() -> None:

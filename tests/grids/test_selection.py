@@ -88,6 +88,12 @@ def test_a_rule_is_of_one_kind_of_queries(rule: Rule, split: str, tmp_path: Path
         select(selection_grid(split=split), Results(tmp_path), rule=rule)
 
 
+def test_cells_of_other_queries_under_the_same_ids_are_refused(run: tuple[Grid, Results]) -> None:
+    _, results = run
+    with pytest.raises(icl.SettingsError, match="split='evaluation'"):
+        select(selection_grid(split="evaluation"), results, rule="paper-on-evaluation-data")
+
+
 def test_stability_needs_replicas(tmp_path: Path) -> None:
     with pytest.raises(icl.StudyError, match="set replicas, or use the rule 'best'"):
         select(selection_grid(replicas=0), Results(tmp_path), rule="stable")

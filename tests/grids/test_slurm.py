@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine_runs import Events, contents, run_here, small_grid, worker_of
+from engine_runs import Events, contents, plan_of, run_here, small_grid, worker_of
 from grid_cells import grid_of, save_tiny
 
-from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results, plan
+from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results
 from icl_dual.grids.engines.slurm import in_jobs, run_slurm
 
 
@@ -36,7 +36,7 @@ def test_a_job_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None
     expected = run_here(grid, tmp_path / "here")
     worker, events, log = worker_of(grid, tmp_path / "slurm"), Events(), tmp_path / "logs"
     thread = signal_job(worker.results, 1, signal.SIGUSR2)
-    summary = run_slurm(worker, plan(grid, worker.results), events, cluster="local", logs=log)
+    summary = run_slurm(worker, plan_of(worker), events, cluster="local", logs=log)
     thread.join()
     assert set(summary.done) == {cell.id for cell in grid.cells()} == set(events.begun)
     assert contents(worker.results) == expected
@@ -66,7 +66,7 @@ def test_without_slurm_or_with_unknown_parameters_nothing_is_submitted(
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
     worker, events = worker_of(grid, tmp_path / "slurm"), Events()
     monkeypatch.setenv("PATH", "")
-    cells, logs = plan(grid, worker.results), tmp_path / "logs"
+    cells, logs = plan_of(worker), tmp_path / "logs"
     with pytest.raises(GridError, match=r'expected SLURM and parameters .*, got .*"srun".*: run on a machine with'):
         run_slurm(worker, cells, events, logs=logs)
     with pytest.raises(GridError, match=r"expected SLURM and parameters .*, got .*slurm_partitions"):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from icl_dual.arguments import Count, checked
 from icl_dual.grids.engines import Report, Summary
 from icl_dual.grids.grid import GridError
@@ -45,8 +47,11 @@ def run_local(
             f"{needed / 1e9:.1f} GB each: use at most {int(machine.memory // needed)}"
         )
     if processes == 1:
-        worker.threads = threads or worker.threads
-        return Summary.of(_reported(worker, plan.ids, report))
+        worker.threads, before = threads or worker.threads, torch.get_num_threads()
+        try:
+            return Summary.of(_reported(worker, plan.ids, report))
+        finally:
+            torch.set_num_threads(before)
     worker.threads = threads or max(1, machine.cpus // processes)
     return Summary.of(_Processes(worker, plan.ids, report, min(processes, max(1, len(plan.ids)))).run())
 
