@@ -1,7 +1,7 @@
 """The docstrings of dataclass fields, shown by `help`.
 
 Python drops a string below a field. `document_fields` reads it from the source and adds an "Attributes" section to the
-class's docstring, with each field's type and text. The source is read when the docstring is first asked for, so that an
+class's docstring, with each field's type and text. The source is read when the docstring is first read, so that an
 import costs nothing; without a source file the docstring stays as it was written.
 """
 

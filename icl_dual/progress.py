@@ -107,7 +107,7 @@ def datasets_bars(datasets: Any) -> Iterator[None]:
 
 @contextmanager
 def _silenced(silence: bool, disable: Callable[[], None], enable: Callable[[], None]) -> Iterator[None]:
-    """Call `disable` before a block and `enable` after it, if asked to silence."""
+    """Call `disable` before a block and `enable` after it where bars are to be silenced."""
     if silence:
         disable()
     try:

@@ -129,7 +129,7 @@ def label_counts(
     It shows a model that predicts one label for every query, which an accuracy does not.
 
     Args:
-        comparisons: one comparison, or several of one task, whose queries are counted together.
+        comparisons: one comparison, or several of one task; their queries are counted together.
         label_words: the task's label words, in the order of label indices.
         ax: the Axes to draw on; new Axes where not given.
     """
