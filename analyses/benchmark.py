@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from contenders import BATCHED, FINETUNING, PROMPT_BY_PROMPT, RATES, Race
+from matplotlib.ticker import LogLocator, NullLocator
 from processes import run_child, sampled_memory
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -276,6 +277,8 @@ def draw(result: dict, path: Path) -> None:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(axis="y", color="0.93")
     ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("median time (× ours), logarithmic")
     setting = result["setting"]

@@ -6,6 +6,7 @@ with fewer demonstrations; and with the demonstrations in several orders. A stop
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -242,6 +243,10 @@ def _draw_controls(ax: Axes, rows: Mapping[str, Mapping[Any, Any]], names: Seque
         if name not in rows:
             continue
         estimate, kind = control_tables.read_interval(rows[name]), rows[name]["kind"]
+        if math.isnan(estimate.value):
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            ax.text(0.03, at, "undefined", transform=ax.get_yaxis_transform(), va="center", fontsize=7, bbox=ground)
+            continue
         look = icl.plots.series_style(KINDS.index(kind))
         style = {"color": look["color"], "marker": look["marker"], "markersize": 3.5, "linestyle": "none"}
         style |= {} if estimate.known else {"markerfacecolor": "white"}
@@ -344,7 +349,10 @@ def write(args: argparse.Namespace) -> None:
         write_csv(args.out / f"{name}.csv", frame, float_format="%.6g")
     tasks = ", ".join(TITLES[task] for task in args.tasks)
     heading = f"The paper's metrics and their controls, mean over {tasks}"
-    draw(estimates, f"{heading}\n{describe(args)}", args.out / "controls")
+    ks = sorted({result.cell.k for results in runs[CLAIM].values() for result in results})
+    rates = f"lr {args.lr:g}" if args.lr else "lr chosen for each task and way of finetuning"
+    about = f"{describe(args)}, k = {' or '.join(map(str, ks))}, {rates}"
+    draw(estimates, f"{heading}\n{about}", args.out / "controls")
     draw_demonstrations(runs, f"From no demonstration to all\n{describe(args)}", args.out / "demonstrations")
     write_page(tables, runs, orders, args)
     print(markdown(tables["claims"]))

@@ -473,7 +473,7 @@ def write(args: argparse.Namespace) -> None:
         name = file_stem(short(model))
         title = f"{model_title(model)}\nk = {args.k}, {args.queries} queries × {len(args.seeds)} seeds"
         of_model = {run: by_name for run, by_name in effects.items() if run.model == model}
-        tables.draw_ranks(of_model, title, args.out / f"rank_{name}")
+        tables.draw_ranks(behaviour[behaviour["model"] == short(model)], title, args.out / f"rank_{name}")
         tables.draw_stream(of_model, title, args.out / f"stream_{name}")
     write_page(markdown_tables, runs, args)
     print(markdown(markdown_tables["kl"], disable_numparse=True))

@@ -106,10 +106,14 @@ def behaviour_table(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return one metric with intervals: a row for each change, a column for each model and task."""
     rows: dict[str, dict[str, str]] = {}
     for row in frame.query("metric == @metric").to_dict(orient="records"):
-        estimate = Interval(row["value"], row["low"], row["high"], int(row["n_queries"]), int(row["n_seeds"]))
-        rows.setdefault(row["change"], {})[_column(row["model"], row["task"])] = estimate.format(2)
+        rows.setdefault(row["change"], {})[_column(row["model"], row["task"])] = _interval_of(row).format(2)
     table = pd.DataFrame([{METRICS[metric]: change} | cells for change, cells in rows.items()])
     return table.fillna("–")
+
+
+def _interval_of(row: Mapping[Any, Any]) -> Interval:
+    """Return the estimate in a row of `behaviour`."""
+    return Interval(row["value"], row["low"], row["high"], int(row["n_queries"]), int(row["n_seeds"]))
 
 
 def _column(model: str, task: str) -> str:
@@ -176,15 +180,21 @@ def matrix_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values())).fillna("–")
 
 
-def draw_ranks(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
-    """Draw accuracy and KL against the rank of the shared patch, a column for each task, other changes beside."""
-    grouped = {task: seeds for (_, task), seeds in by_task(effects).items()}
-    fig, axes = plt.subplots(
-        2, len(grouped), figsize=(icl.plots.COLUMN_WIDTH, 4.9), squeeze=False, sharex=True, sharey="row"
-    )
-    for column, (task, seeds) in enumerate(grouped.items()):
+def draw_ranks(frame: pd.DataFrame, title: str, path: Path) -> None:
+    """Draw accuracy and KL against the rank of the shared patch, a column for each task, and other changes.
+
+    Args:
+        frame: the rows of one model in `behaviour`.
+        title: the model, and how it was run.
+        path: where to, without ending.
+    """
+    tasks = list(frame["task"].unique())
+    size = icl.plots.COLUMN_WIDTH, 4.9
+    fig, axes = plt.subplots(2, len(tasks), figsize=size, squeeze=False, sharex=True, sharey="row")
+    for column, task in enumerate(tasks):
         for row, metric in enumerate(("correct", "kl")):
-            _draw_metric(axes[row, column], seeds, metric)
+            rows = frame.query("task == @task and metric == @metric").to_dict(orient="records")
+            _draw_metric(axes[row, column], {of["change"]: _interval_of(of) for of in rows}, metric)
         axes[0, column].set_title(task_title(task))
         axes[1, column].set_xlabel("rank  |  other changes")
     for row, label in enumerate(("accuracy", "KL to ICL (nats)")):
@@ -193,21 +203,20 @@ def draw_ranks(effects: Mapping[Any, Effects], title: str, path: Path) -> None:
     finish(fig, list(axes.flat), f"Held-out queries, run with a changed model\n{title}", path)
 
 
-def _draw_metric(ax: Axes, seeds: Sequence[Effects], metric: str) -> None:
+def _draw_metric(ax: Axes, estimates: Mapping[str, Interval], metric: str) -> None:
     """Draw a metric of the shared patch along the rank, and to the right other changes, with their intervals."""
-    names = names_of(seeds)
-    ranks = {rank: name for name in names if (rank := rank_of(name)) is not None}
+    ranks = {rank: name for name in estimates if (rank := rank_of(name)) is not None}
     colour, line, marker = STYLES[SHARED]
-    curve = [interval(seeds, name, metric) for name in ranks.values()]
+    curve = [estimates[name] for name in ranks.values()]
     x = list(ranks)
     ax.plot([str(rank) for rank in x], [point.value for point in curve], color=colour, linestyle=line, marker=marker)
     ax.lines[-1].set_label("shared patch, by rank")
     low, high = [point.low for point in curve], [point.high for point in curve]
     ax.fill_between(range(len(x)), low, high, color=colour, alpha=0.2, linewidth=0)
     ax.axvline(len(x) - 0.4, color="0.8", linewidth=0.6)
-    others = [name for name in STYLES if name in names and name != ranked(1)]
+    others = [name for name in STYLES if name in estimates and name != ranked(1)]
     for index, name in enumerate(others):
-        estimate = interval(seeds, name, metric)
+        estimate = estimates[name]
         if metric == "kl" and name == CONTEXT:
             continue  # it is 0 by definition, which a logarithmic axis has no place for
         colour, line, marker = STYLES[name]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import control_tables as tables
 import controls as script
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import as_saved_by_0_1
+from matplotlib.figure import Figure
 
 import icl_dual as icl
 
@@ -44,6 +46,19 @@ def cell_of(out: Path, variation: str) -> icl.CellResult:
     suffix = f"_{variation}" if variation else ""
     (folder,) = (out / "cells").glob(f"*tiny-llama_mr_k3_seed1_lr0.001_answer{suffix}")
     return icl.load_cell(folder)
+
+
+def test_a_mean_that_is_undefined_is_named_in_the_figure(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(script, "finish", lambda fig, *_: figures.append(fig))
+    scores = pd.read_csv(out / "controls.csv")
+    scores.loc[(scores["metric"] == "SimAOU") & (scores["what is compared"] == tables.CLAIM), "value"] = np.nan
+    script.draw(scores, "controls", out / "controls")
+    (fig,) = figures
+    named = {ax.get_title(): [text.get_text() for text in ax.texts] for ax in fig.axes}
+    assert named["SimAOU"] == ["undefined"]
+    assert set().union(*named.values()) == {"undefined"}
+    plt.close(fig)
 
 
 def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
