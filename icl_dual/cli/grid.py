@@ -61,7 +61,7 @@ def add_commands(subparsers: Any) -> None:
         parser = add_command(subparsers, name, function, summary=summary, examples=examples)
         parser.add_argument("grid", type=Path, help="TOML file of the grid")
         parser.add_argument("--results", required=True, help="folder, or address such as s3://bucket/prefix")
-        options = {"nargs": "+", "action": "extend", "type": _option, "metavar": "KEY=VALUE"}
+        options: dict[str, Any] = {"nargs": "+", "action": "extend", "type": _option, "metavar": "KEY=VALUE"}
         parser.add_argument("--storage", default=[], help="options of fsspec for the storage", **options)
         if name in ("run", "rerun", "plan"):
             parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="part I of N, from 0")

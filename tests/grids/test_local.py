@@ -89,7 +89,8 @@ def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path: Path) -> None
 
 
 def test_what_does_not_fit_the_machine_or_the_engine_is_refused(tmp_path: Path) -> None:
-    results, options = Results(tmp_path), {"tasks": [TASK], "models": [tiny_model()], "progress": False}
+    results = Results(tmp_path)
+    options: dict[str, Any] = {"tasks": [TASK], "models": [tiny_model()], "progress": False}
     with pytest.raises(GridError, match=r"expected cells that need at most the memory of this machine"):
         run_grid(grid_of(memory_gb=1e6), results, **options)
     with pytest.raises(GridError, match=r"expected processes that fit into .* got processes=100000 with 1.0 GB each"):
