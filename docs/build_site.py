@@ -12,6 +12,7 @@ become MathML, which browsers draw without any script.
 
 import argparse
 import ast
+import html
 import inspect
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import yaml
@@ -246,15 +248,41 @@ def with_examples(source: str) -> str:
 
 
 def stage_notebook(notebook: Path, target: Path) -> None:
-    """Write a notebook with its outputs as a page, and its figures beside it."""
+    """Write a notebook with its outputs as a page, and its figures and views as files next to it."""
+    import nbformat
     from nbconvert import MarkdownExporter
 
-    body, resources = MarkdownExporter().from_filename(str(notebook), {"output_files_dir": "tour_files"})
+    content = nbformat.read(notebook, as_version=4)
+    views = take_views(content)
+    body, resources = MarkdownExporter().from_notebook_node(content, {"output_files_dir": "tour_files"})
     target.write_text(for_site(body))
-    for name, content in resources["outputs"].items():
+    for name, content in (resources["outputs"] | views).items():
         file = target.parent / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
+
+
+SRCDOC = re.compile(r'srcdoc="([^"]*)"')
+"""The page inside of a frame, as the outputs of a notebook have it."""
+
+
+def take_views(notebook: Any) -> dict[str, bytes]:
+    """Return the pages that frames in a notebook's outputs hold, by file, and let the frames show the files instead.
+
+    A page is no Markdown. A frame's address is relative to `docs/tour/`, the folder of the notebook's page in the site.
+    """
+    files: dict[str, bytes] = {}
+
+    def to_file(match: re.Match[str]) -> str:
+        name = f"tour_files/view_{len(files)}.html"
+        files[name] = html.unescape(match[1]).encode()
+        return f'src="../{name}"'
+
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "text/html" in output.get("data", {}):
+                output.data["text/html"] = SRCDOC.sub(to_file, output.data["text/html"])
+    return files
 
 
 def for_site(text: str) -> str:

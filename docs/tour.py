@@ -209,6 +209,13 @@ print("z = z_0 + ΔICL at every layer and head:", bool(decomposition.residual < 
 decomposition
 
 # %% [markdown]
+# One query of it, token by token: choose a layer and a head in the grid. A notebook shows the view where it is trusted.
+# [Interactive view](view.md) has a picture, and says how to read it.
+
+# %%
+icl.view(decomposition, query=0, zero_shot=experiment.zero_shot)
+
+# %% [markdown]
 # The share of the softmax on demonstrations at every layer and head:
 
 # %%

@@ -1,11 +1,13 @@
 """The documentation site: what is generated is up to date, and every page and module has its place."""
 
 import ast
+import html
 import re
 from pathlib import Path
 
 import build_site
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_structure import MODULES
 
 from icl_dual.metrics import formulas
@@ -105,6 +107,16 @@ def test_formulas_outside_of_code_are_found() -> None:
     prose = "".join(piece for at, piece in enumerate(pieces) if at % 2 == 0)
     matches = [match[1] or match[2] for match in build_site.FORMULA.finditer(prose)]
     assert matches == ["x_1", "5 or 6", "a\n= b"]
+
+
+def test_views_of_the_tour_are_files_of_the_site() -> None:
+    page = "<p>a view</p>\n\n<script>`${1}`</script>"
+    frame = f'<iframe title="a view" srcdoc="{html.escape(page)}" style="border: 0"></iframe>'
+    outputs = [new_output("execute_result", {"text/html": text, "text/plain": ""}) for text in (frame, "<b>1</b>")]
+    notebook = new_notebook(cells=[new_markdown_cell("srcdoc"), new_code_cell("view", outputs=outputs)])
+    assert build_site.take_views(notebook) == {"tour_files/view_0.html": page.encode()}
+    shown = [output.data["text/html"] for output in notebook.cells[1].outputs]
+    assert shown == ['<iframe title="a view" src="../tour_files/view_0.html" style="border: 0"></iframe>', "<b>1</b>"]
 
 
 def test_links_of_the_built_site_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,8 @@ def write_figure(results: Sequence[icl.CellResult], out: Path) -> None:
     for metric, ax in zip(LAYERWISE, axes, strict=False):
         icl.plots.layers(comparisons, metric, ax=ax)
     icl.plots.label_counts(comparisons, results[0].provenance["label_words"], ax=axes[-1])
-    for ax in axes:  # below, where it covers no data
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8, frameon=False)
+    for ax in axes:
+        icl.plots.legend_below(ax)
     cell = results[0].cell
     title = f"{model_title(cell.model)} on {cell.task}, k = {cell.k}, lr = {cell.lr:g}, {cell.n_queries} queries"
     finish(fig, [], title, out / "comparison")

@@ -5,7 +5,7 @@ from typing import Any
 
 import icl_dual as icl
 from icl_dual.cli.commands import add_command, add_task_options, load_task
-from icl_dual.scripts.common import add_device_options, count, model_name, output_file, positive, precision
+from icl_dual.scripts.common import add_device_options, count, model_name, model_title, output_file, positive, precision
 
 EXAMPLES = """
 icl-dual view smollm2-135m --task sst2 --k 4 --out page.html
@@ -30,6 +30,8 @@ def add_commands(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Split the attention of one prompt, write its page, and return the file and what the split is of."""
     task = load_task(args)
+    if args.query >= (n_queries := task.pool_sizes["evaluation"]):
+        raise icl.TaskError(f"expected --query from 0 to {n_queries - 1}, got {args.query}: choose another query")
     demonstrations, query = task.demonstrations(args.k, args.seed), task.queries(args.query + 1)[args.query]
     model = icl.load_model(args.model, device=args.device, **precision(args))
     prompts = icl.build_prompts(model, task, demonstrations, [query])
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     in_context = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS)
     decomposition = icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    icl.view(decomposition, zero_shot=zero_shot, tokenizer=model).save(args.out)
+    title = f"{model_title(args.model)}: query {args.query} of {task.name} after {args.k} demonstrations"
+    icl.view(decomposition, zero_shot=zero_shot, tokenizer=model, title=title).save(args.out)
     size = args.out.stat().st_size / 1e6
     print(f"{decomposition}\n{args.out} ({size:.1f} MB) opens in any browser, without a network")
     captures = {"zero_shot": zero_shot, "in_context": in_context}

@@ -152,6 +152,11 @@ def test_wrong_names_and_folders_that_cannot_be_written_are_refused(
     assert re.search(message, refused(command, *arguments)[1])
 
 
+def test_a_query_that_does_not_exist_is_refused(films: Path, refused) -> None:
+    code, line = refused("view", "smollm2-135m", "--rows", str(films), "--label-column", "kind", "--query", "12")
+    assert (code, line) == (1, "error: expected --query from 0 to 11, got 12: choose another query")
+
+
 def test_a_view_is_the_page_of_the_same_decomposition(
     tiny_model: str, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +173,9 @@ def test_a_view_is_the_page_of_the_same_decomposition(
         for setting in (prompts.zero_shot(), prompts)
     )
     split = icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
-    assert page.read_text(encoding="utf-8") == icl.view(split, zero_shot=zero_shot, tokenizer=model).page
+    title = f"{Path(tiny_model).name}: query 3 of films after 2 demonstrations"
+    view = icl.view(split, zero_shot=zero_shot, tokenizer=model, title=title)
+    assert page.read_text(encoding="utf-8") == view.page
     assert result["query"] == task.prompt(query)
     assert result["gold"] == WORDS[query.label]
     assert result["residual"] < 1e-5

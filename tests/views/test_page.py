@@ -226,6 +226,8 @@ HOSTILE = (
     "👩‍🚀",
     "`${1}`",
     "",
+    "\u200b",
+    "a\u2028b",
 )
 
 
@@ -246,6 +248,7 @@ def test_tokens_cannot_break_the_page(opened: Opened) -> None:
     assert shown[4:6] == ["‹U+202e›abc", "‹U+0000›"], "controls of direction are spelled out"
     assert shown[6] == "⏎\n⏎\n"
     assert shown[7:11] == [*HOSTILE[7:10], "∅"]
+    assert shown[11:13] == ["‹U+200b›", "a‹U+2028›b"], "what has no width can be seen and clicked"
     assert page.title() == "</title><script>window.broken = 2</script>"
     assert page.get_by_role("rowheader", name="<b>bold</b>").count() == 1
 
