@@ -113,7 +113,7 @@ def test_a_function_vector_is_left_out_where_a_norm_follows_attention(
 
 
 def test_the_committed_run_is_that_of_the_defaults() -> None:
-    page = (script.DATA.parents[1] / "figures" / "implicit" / "README.md").read_text()
+    page = (Path(script.__file__).parents[1] / "figures" / "implicit" / "README.md").read_text()
     args = script.parse([])
     assert script.command_line("analyses/implicit.py", script.make_parser(), args, always=script.ALWAYS) in page
 
