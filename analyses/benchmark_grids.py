@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import icl_dual as icl
 from icl_dual.grids import Grid, GridCell, Results, Worker, collect, run_grid
 from icl_dual.grids.worker import peak_memory
 from icl_dual.models import tiny_model
+from icl_dual.scripts.common import output_folder, positive, run_script, script_parser
 from icl_dual.storage import to_json
 
 PARTS = ("cells", "overhead", "processes")
@@ -116,19 +118,24 @@ def measure_processes(folder: Path) -> None:
     print(f"processes: {seconds[1] / seconds[2]:.2f} × as fast")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=PARTS, help="cells, overhead, processes (all)")
-    parser.add_argument("--cells", type=int, default=10_000, help="finished cells (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="folder for the cells (a temporary one)")
-    parser.add_argument("--inner", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (all)")
+    add("--cells", type=positive, default=10_000, help="finished cells (%(default)s)")
+    add("--folder", type=output_folder, help="folder for the cells (a temporary one)")
+    add("--inner", choices=("status", "collect"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the parts that are named, or all."""
     if args.inner:
         measure_inner(args.inner, args.folder, args.cells)
         return
+    measures = {"overhead": measure_overhead, "processes": measure_processes}
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
-        measures = {"overhead": measure_overhead, "processes": measure_processes}
         for part in args.parts:
             if part == "cells":
                 measure_cells(folder, args.cells)
@@ -136,5 +143,9 @@ def main() -> None:
                 measures[part](folder)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_script(parse, run, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
