@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import AbstractArray
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import icl_dual as icl
 from icl_dual import dual
@@ -146,7 +147,7 @@ def right(hint: Any, examples: dict[type, Any]) -> Any:
     plain = {int: 1, float: 0.5, bool: True, str: "text", Any: None, Path: Path("folder"), torch.dtype: torch.float32}
     plain |= {
         torch.Tensor: torch.zeros(2),
-        Axes: None,
+        Axes: Figure().subplots(),
         torch.Generator: torch.Generator(),
         object: None,
         types.NoneType: None,

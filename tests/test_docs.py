@@ -261,7 +261,7 @@ def test_the_guide_runs(run_page: Run) -> None:
             assert printed.splitlines()[0].startswith("ZSL: position 0 ")
             assert "SimAM after FT without massive tokens" in printed
             axes = plt.gca()
-            assert axes.get_ylabel() == "largest norm / median norm"
+            assert axes.get_ylabel() == "largest residual norm (× median)"
         elif heading == "Decomposition":
             assert scope["split"].residual < 2e-6
             assert "Residuals(split=" in printed
@@ -563,6 +563,12 @@ def test_the_page_of_questions_runs(run_page_on_first_layers: Run) -> None:
     assert error_signal == "True True\n"
 
 
+def test_the_page_on_figures_runs(run_page_on_first_layers: Run, tmp_path: Path) -> None:
+    ((_, scope, _),) = run_page_on_first_layers("docs/figures.md")
+    assert scope["ax"].get_ylabel() == "accuracy"
+    assert (tmp_path / "accuracy.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_no_page_has_code_that_is_not_run() -> None:
     names = (
         "getting_started",
@@ -575,8 +581,10 @@ def test_no_page_has_code_that_is_not_run() -> None:
         "sources",
         "view",
         "studies",
+        "grids",
         "stability",
         "precision",
+        "figures",
         "extending",
         "momentum",
         "patch",
