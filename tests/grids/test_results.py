@@ -81,6 +81,26 @@ def test_a_cell_stays_whole_where_storage_failed_after_it_had_written_the_manife
     results.verify(CELL.id)
 
 
+def test_a_cell_exists_only_when_all_its_files_are_there(
+    s3_server: dict[str, Any], study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(f"s3://grid/{tmp_path.name}", s3_server)
+    write, written = results.files.write, []
+
+    def write_two(path: str, data: bytes) -> None:
+        assert results.finished() == []
+        if len(written) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        write(path, data)
+        written.append(path)
+
+    monkeypatch.setattr(results.files, "write", write_two)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(results, study, tmp_path / "cell")
+    assert len(written) == 2
+    assert results.files.find("cells") == []
+
+
 def test_what_a_killed_worker_has_uploaded_is_deleted(s3_server: dict[str, Any], study: Path, tmp_path: Path) -> None:
     results = Results(f"s3://grid/{tmp_path.name}", s3_server)
     results.files.write(f"cells/{CELL.id}/attempt-killed/{METADATA}", b"{")
@@ -102,6 +122,18 @@ def test_a_file_is_created_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert folder.names("origins") == []
     assert folder.create("origins/model.json", b"{}")
     assert not folder.create("origins/model.json", b"[]")
+    create, failures = files._create_locally, [OSError(errno.EIO, "Input/output error")]
+
+    def create_and_fail_once(path: Path, data: bytes) -> None:
+        create(path, data)
+        raise failures.pop()
+
+    with monkeypatch.context() as patch:  # written, but reported as failed
+        patch.setattr(files, "wait_random_exponential", lambda **_: lambda state: 0)
+        patch.setattr(files, "_create_locally", create_and_fail_once)
+        assert folder.create("origins/again.json", b"{}")
+    assert failures == []
+    folder.delete("origins/again.json")
     with monkeypatch.context() as patch:  # a file system without hard links
         patch.setattr(Path, "hardlink_to", lambda *_: exec("raise PermissionError(1, 'no links')"))
         assert folder.create("origins/task.json", b"{}")
