@@ -9,7 +9,7 @@ import icl_dual as icl
 from icl_dual import study as study_module
 from icl_dual.grids import Failure, Grid, GridError, Results, Worker, files, plan, reset_failed
 from icl_dual.grids import results as results_module
-from icl_dual.grids.claims import Claim, claimed
+from icl_dual.grids.claims import Claim, Claims, claimed
 from icl_dual.grids.planning import MARGIN, Machine, PlannedCell, Resources, in_shard
 from icl_dual.models import tiny_model
 
@@ -108,6 +108,23 @@ def test_a_cell_that_another_worker_computes_is_left_to_it(local_results: Result
     assert results.status(GRID.cells()).running == (IDS[0],)
     claim.give_up()
     assert worker.run(IDS[0], wait=True).state == "done"
+
+
+def test_a_cell_that_another_worker_finished_just_before_the_claim_is_not_computed_again(
+    local_results: Results, copied: type[CopiedCells]
+) -> None:
+    take = Claims.take
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def take_late(claims: Claims, cell_id: str) -> Claim | None:
+            patch.undo()
+            assert Worker(GRID, local_results).run(cell_id).state == "done"
+            return take(claims, cell_id)
+
+        patch.setattr(Claims, "take", take_late)
+        assert Worker(GRID, local_results).run(IDS[0]).state == "already done"
+    assert copied.runs == [IDS[0]]
 
 
 def test_a_cell_in_which_workers_are_lost_again_and_again_fails(
