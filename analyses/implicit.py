@@ -470,10 +470,11 @@ def write(args: argparse.Namespace) -> None:
     write_csv(args.out / "stream.csv", tables.stream(effects), float_format="%.5g")
     write_csv(args.out / "matrices.csv", markdown_tables["matrices"])
     for model in dict.fromkeys(args.models):
-        name = file_stem(short(model))
+        short_name = short(model)
+        name = file_stem(short_name)
         title = f"{model_title(model)}\nk = {args.k}, {args.queries} queries × {len(args.seeds)} seeds"
         of_model = {run: by_name for run, by_name in effects.items() if run.model == model}
-        tables.draw_ranks(behaviour[behaviour["model"] == short(model)], title, args.out / f"rank_{name}")
+        tables.draw_ranks(behaviour.query("model == @short_name"), title, args.out / f"rank_{name}")
         tables.draw_stream(of_model, title, args.out / f"stream_{name}")
     write_page(markdown_tables, runs, args)
     print(markdown(markdown_tables["kl"], disable_numparse=True))
