@@ -120,7 +120,7 @@ def _overlap(one: Bbox, other: Bbox) -> bool:
     return common is not None and common.width > 1 and common.height > 1
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def figures_fit_for_a_paper() -> Iterator[None]:
     """Check every figure that a script writes under test: a paper must be able to print it."""
     save = Figure.savefig

@@ -84,7 +84,7 @@ def test_without_a_command_the_help_is_shown_with_exit_code_2(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["reprduce"], "got 'reprduce' (did you mean 'reproduce'?): check its spelling"),
+        (["reprduce"], "got 'reprduce' (did you mean 'reproduce' or 'rerun'?): check its spelling"),
         (["tasks", "--jsn"], "unrecognized arguments: --jsn (did you mean '--json'?)"),
         (["reproduce", "--querys=3"], "unrecognized arguments: --querys=3 (did you mean '--queries' or '--quiet'?)"),
         (["reproduce", "--tasks", "sst3"], "got 'sst3' (did you mean 'sst5' or 'sst2'?): check its spelling"),
