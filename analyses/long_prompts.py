@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM
 import icl_dual as icl
 from icl_dual import assets
 from icl_dual.scripts.common import (
-    at_least,
+    ScriptError,
     command_line,
     model_name,
     model_title,
     output_file,
+    positive,
     run_script,
     script_parser,
 )
@@ -47,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=model_name, default="smollm2-135m", help="packaged model, hub id or folder (%(default)s)")
     add(
         "--tokens",
-        type=at_least(SHORTEST),
+        type=positive,
         nargs="+",
         default=[2048, 8000],
         help="lengths of the prompts (%(default)s)",
@@ -69,7 +70,9 @@ def prompt_of(model: icl.Model, task: icl.Task, n_tokens: int) -> icl.SourcedPro
         document += f"{next(news)}\n"
     parts = [("system", SYSTEM), *((name, document) for name in DOCUMENTS), ("question", QUESTION)]
     prompt = icl.prompt_from_parts(parts, model)
-    n_documents = n_tokens - sum(prompt.names[source] not in DOCUMENTS for source in prompt.sources)
+    n_others = sum(prompt.names[source] not in DOCUMENTS for source in prompt.sources)
+    if (n_documents := n_tokens - n_others) < len(DOCUMENTS):
+        raise ScriptError(f"expected --tokens of at least {n_others + len(DOCUMENTS)}, got {n_tokens}: pass more")
     kept: list[int] = []
     for name, run in itertools.groupby(range(len(prompt)), key=lambda token: prompt.names[prompt.sources[token]]):
         rank = DOCUMENTS.index(name) if name in DOCUMENTS else None

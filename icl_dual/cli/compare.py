@@ -115,7 +115,7 @@ def write_figure(results: Sequence[icl.CellResult], out: Path) -> None:
         icl.plots.layers(comparisons, metric, ax=ax)
     icl.plots.label_counts(comparisons, results[0].provenance["label_words"], ax=axes[-1])
     for ax in axes:
-        icl.plots.legend_below(ax)
+        icl.plots.legend_below(ax, ncols=1)  # a panel is half a page wide
     cell = results[0].cell
     title = f"{model_title(cell.model)} on {cell.task}, k = {cell.k}, lr = {cell.lr:g}, {cell.n_queries} queries"
     finish(fig, [], title, out / "comparison")

@@ -165,7 +165,7 @@ def to_xarray(frame: pd.DataFrame) -> Any:
     data = xarray.merge(parts, join="outer")
     variations = frame.groupby("control")["variation"].unique()
     if variations.map(len).max() == 1:
-        of_control = [variations[name][0] for name in data["control"].values]
+        of_control = [variations[name][0] for name in data["control"].to_numpy()]
         data = data.assign_coords(variation=("control", of_control))
     return data
 

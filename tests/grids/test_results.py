@@ -50,7 +50,7 @@ def test_of_two_publications_the_first_stays(results: Results, study: Path, tmp_
 def test_of_two_that_publish_at_once_the_first_stays(study: Path, tmp_path: Path, monkeypatch: Any) -> None:
     results, copytree = Results(tmp_path / "results"), shutil.copytree
 
-    def copy_late(source: Path, target: Path, **options: bool) -> None:
+    def copy_late(source: Path, target: Path, **options: Any) -> None:
         copytree(source, target, **options)
         if results.finished() == []:  # the other worker's whole publication
             monkeypatch.undo()
