@@ -181,11 +181,11 @@ class Files:
         """Return the bytes of many files by path, or the error of each that cannot be read; object stores at once."""
         if self.local is not None or not paths:
             return {path: self._read_or_error(path) for path in paths}
-        by_full_path = {self._path(path): path for path in paths}
-        contents = retried(self._opened[0].cat, list(by_full_path), on_error="return")
+        contents = retried(self._opened[0].cat, [self._path(path) for path in paths], on_error="return")
+        by_path = {path: contents[self._path(path)] for path in paths}  # storage returns them in an order of its own
         return {
-            by_full_path[path]: self._read_or_error(by_full_path[path]) if isinstance(data, Exception) else data
-            for path, data in contents.items()
+            path: self._read_or_error(path) if isinstance(content, Exception) else content
+            for path, content in by_path.items()
         }
 
     def _read_or_error(self, path: str) -> bytes | Exception:

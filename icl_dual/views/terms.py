@@ -286,13 +286,13 @@ def _without_demonstrations(
     decomposition: Decomposition, query: int, pieces: tuple[Piece, ...], weights: Numbers
 ) -> Pane:
     """Return the attention of z_0: the in-context weights, as shares of what the demonstrations leave."""
-    own = [piece for piece in pieces if decomposition.groups[piece.group] in ("start", "query")]
+    remaining = [piece for piece in pieces if decomposition.groups[piece.group] in ("start", "query")]
     rest = 1 - decomposition.demonstration_mass[query].double().unsqueeze(-1)
-    values = weights.values[..., [piece.unit for piece in own]] / rest
+    values = weights.values[..., [piece.unit for piece in remaining]] / rest
     return Pane(
         "Attention weight in context, without the demonstrations (z₀)",
         "Of the in-context pass: weights divided by what the demonstrations leave of the softmax.",
-        tuple(Piece(p.text, p.first, p.last, p.group, at) for at, p in enumerate(own)),
+        tuple(Piece(p.text, p.first, p.last, p.group, at) for at, p in enumerate(remaining)),
         values,
     )
 
@@ -321,8 +321,9 @@ def _zero_shot_run(decomposition: Decomposition, query: int, zero_shot: Capture,
         )
     prompts = zero_shot.prompts
     tokens = prompts.prefix + prompts.suffixes[query]
-    start, own = decomposition.groups.index("start"), decomposition.groups.index("query")
-    pieces = _pieces(tokenizer, tokens, [start] * len(prompts.prefix) + [own] * (len(tokens) - len(prompts.prefix)))
+    start, query_group = decomposition.groups.index("start"), decomposition.groups.index("query")
+    groups = [start] * len(prompts.prefix) + [query_group] * (len(tokens) - len(prompts.prefix))
+    pieces = _pieces(tokenizer, tokens, groups)
     positions: Int[Tensor, " pos"] = torch.arange(len(tokens))
     weights = [
         rule.weights(

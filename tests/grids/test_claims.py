@@ -9,6 +9,7 @@ import pytest
 
 from icl_dual.grids import Results
 from icl_dual.grids.claims import Claim, Claims, claimed, machine
+from icl_dual.grids.files import Files
 
 
 def test_of_many_workers_one_has_the_claim(results: Results) -> None:
@@ -91,3 +92,10 @@ def test_a_claim_that_was_written_by_half_is_one_until_it_is_old(results: Result
     assert claims.take("cell") is None
     time.sleep(0.06)
     assert claims.take("cell") is not None
+
+
+def test_claims_are_those_of_their_cells_in_whatever_order_storage_reads_them() -> None:
+    files = Files("memory://claims-in-order")
+    for name in ("x.0", "x.1", "x.2", "x.1.0"):  # the last is the first claim of the cell "x.1"
+        files.write(f"claims/{name}.json", name.encode())
+    assert {cell_id: info.content for cell_id, info in claimed(files).items()} == {"x": b"x.2", "x.1": b"x.1.0"}
