@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from icl_dual.storage import AssetError, atomic_file, first_line
 
@@ -45,8 +46,19 @@ def write_figure(fig: Figure, path: Path, *kinds: str, dpi: int = 150) -> None:
             metadata = {"CreationDate": None} if kind == "pdf" else None
             with atomic_file(path.with_name(f"{path.name}.{kind}")) as scratch:
                 fig.savefig(scratch, format=kind, dpi=dpi, metadata=metadata)
+                if kind == "png":
+                    _reduce_colours(scratch)
     finally:
         plt.close(fig)
+
+
+def _reduce_colours(path: Path) -> None:
+    """Write a PNG with a palette of 256 colours: a third of the size, and no difference that an eye sees."""
+    with Image.open(path) as image:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+    reduced = opaque.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    reduced.save(path, "PNG", optimize=True, dpi=image.info.get("dpi", (72, 72)))
 
 
 def markdown(frame: pd.DataFrame, **options: Any) -> str:

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from PIL import Image
 
 import icl_dual as icl
 from icl_dual.scripts import outputs, paper_tables
@@ -147,3 +149,23 @@ def test_figures_are_closed_once_written_and_where_they_cannot_be(tmp_path: Path
     with pytest.raises(icl.AssetError) if fails else nullcontext():
         outputs.write_figure(figure, folder / "figure", "png")
     assert not plt.fignum_exists(figure.number)
+
+
+def test_a_png_is_small_and_looks_as_it_was_drawn(tmp_path: Path) -> None:
+    x = np.linspace(0, 6, 200)
+    figure, ax = plt.subplots(figsize=(5, 3))
+    for shift in range(6):
+        ax.plot(x, np.sin(x + shift), label=f"line {shift}")
+        ax.fill_between(x, np.sin(x + shift) - 0.1, np.sin(x + shift) + 0.1, alpha=0.3)
+    ax.imshow(np.arange(100.0).reshape(10, 10), extent=(0, 1, -1, 0), cmap="viridis")
+    figure.savefig(tmp_path / "drawn.png", dpi=150)
+    outputs.write_figure(figure, tmp_path / "written", "png")
+    with Image.open(tmp_path / "drawn.png") as drawn, Image.open(tmp_path / "written.png") as written:
+        assert written.size == drawn.size
+        assert written.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        pixels, expected = (np.asarray(image.convert("RGB"), dtype=int) for image in (written, drawn))
+    difference = np.abs(pixels - expected)
+    assert difference.max() <= 32
+    assert difference.mean() < 0.5
+    assert (pixels[0, 0] == 255).all()
+    assert (tmp_path / "written.png").stat().st_size < 0.6 * (tmp_path / "drawn.png").stat().st_size
