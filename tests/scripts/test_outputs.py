@@ -155,9 +155,10 @@ def test_a_png_is_small_and_looks_as_it_was_drawn(tmp_path: Path) -> None:
     x = np.linspace(0, 6, 200)
     figure, ax = plt.subplots(figsize=(5, 3))
     for shift in range(6):
-        ax.plot(x, np.sin(x + shift), label=f"line {shift}")
+        ax.plot(x, np.sin(x + shift))
         ax.fill_between(x, np.sin(x + shift) - 0.1, np.sin(x + shift) + 0.1, alpha=0.3)
     ax.imshow(np.arange(100.0).reshape(10, 10), extent=(0, 1, -1, 0), cmap="viridis")
+    ax.set(xlabel="x", ylabel="y")
     figure.savefig(tmp_path / "drawn.png", dpi=150)
     outputs.write_figure(figure, tmp_path / "written", "png")
     with Image.open(tmp_path / "drawn.png") as drawn, Image.open(tmp_path / "written.png") as written:
