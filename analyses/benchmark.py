@@ -77,7 +77,7 @@ RATIOS = {
 
 
 def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
-    """Relative differences of all that contenders capture from ours; an error where they are more than rounding."""
+    """Return how far what contenders capture is from ours, relatively; raise where that is more than rounding."""
     race = race.subset(list(range(min(4, len(race.prompts.queries)))))
     expected = {
         **contenders.ours(race, "demo_scores"),
@@ -99,7 +99,7 @@ def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def delta_w_steps(race: Race) -> dict[str, Callable[[], object]]:
-    """ΔW_ICL of all layers and heads, formed and not, beside the prefix pass that it comes from."""
+    """Return the steps that form ΔW_ICL of all layers and heads, and those that do not, with the prefix pass."""
     run = icl.capture(race.model, race.subset([0]).prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
     assert run.keys_values is not None
     assert run.q_scored is not None
@@ -115,7 +115,7 @@ def delta_w_steps(race: Race) -> dict[str, Callable[[], object]]:
 
 
 def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What is timed, by name, and what its time is multiplied by."""
+    """Return the timed functions by name, with the factor of each one's time."""
     queries = race.prompts.queries
     part = race.subset(list(range(0, len(queries), every)))
     scale = len(queries) / len(part.prompts.queries)
@@ -137,7 +137,7 @@ def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[
 
 
 def time_all(race: Race, timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every turn, by name."""
+    """Return the seconds of every turn, by name."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     with torch.no_grad(), tqdm(total=repeats * len(timed), desc="racing") as bar:
         for turn in range(repeats):
@@ -160,7 +160,7 @@ def _synchronise(race: Race) -> None:
 
 
 def peak_mb(race: Race, name: str) -> float:
-    """Most memory that a contender takes beyond the loaded model, in MB: of the process, or of the CUDA device."""
+    """Return a contender's peak memory beyond the loaded model, in MB: of the process, or of the CUDA device."""
     run = (BATCHED | PROMPT_BY_PROMPT)[name]
     if name in PROMPT_BY_PROMPT:  # what one prompt takes is what the next takes
         race = race.subset(list(range(min(8, len(race.prompts.queries)))))
@@ -185,7 +185,7 @@ def peak_mb(race: Race, name: str) -> float:
 
 
 def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
-    """Each contender's peak memory, in a process of its own."""
+    """Return each contender's peak memory, measured in a process of its own."""
     megabytes = {}
     for name in tqdm(names, desc="memory"):
         same = ["--model", args.model, "--task", args.task, "--k", str(args.k), "--device", args.device]
@@ -195,7 +195,7 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
 
 
 def random_model(folder: Path) -> str:
-    """A Llama of the 1.3B shape with random weights, saved with a tokenizer: 24 layers, 2048 wide, 16 heads."""
+    """Save a Llama of the 1.3B shape with random weights and a tokenizer: 24 layers, 2048 wide, 16 heads."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -215,7 +215,7 @@ def random_model(folder: Path) -> str:
 
 
 def table(result: dict) -> pd.DataFrame:
-    """Seconds, times ours, and peak memory by contender, the fastest first."""
+    """Return seconds, multiples of ours, and peak memory by contender, the fastest first."""
     medians, ours = result["medians_s"], result["medians_s"]["ours"]
     rows = [
         {
@@ -287,7 +287,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def model_or_random(text: str) -> str:
-    """The name of a model, or of a random one of the 1.3B shape."""
+    """Return the name of a model, or of a random one of the 1.3B shape."""
     return text if text == "random-1.3b" else model_name(text)
 
 
@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def race(args: argparse.Namespace, model: str) -> None:
-    """Check, time, measure and write down."""
+    """Check the contenders against each other, time them, measure their memory and write the results."""
     task = icl.load_task(args.task)
     nothing = icl.Prompts(queries=(), labels=(), gold=())
     racing = Race(model, nothing, args.device, getattr(torch, args.dtype), args.lr)
@@ -392,12 +392,12 @@ def race(args: argparse.Namespace, model: str) -> None:
 
 
 def sentences(result: dict) -> list[str]:
-    """What the ratios say."""
+    """Return the ratios in words."""
     return [words.format(result["ratios"][ratio]) for ratio, words in RATIOS.items() if ratio in result["ratios"]]
 
 
 def write(result: dict, out: Path) -> None:
-    """The table with its setting, and the picture."""
+    """Write the table with its setting, and the figure."""
     setting, turns = result["setting"], len(result["seconds"]["ours"])
     prompt_by_prompt = (
         f"; those that run prompt by prompt ran every {setting['every']}th query, and their time is multiplied"

@@ -57,7 +57,7 @@ def training_step(args: argparse.Namespace, eta: float | str) -> Callable[[], No
 
 
 def decoding_step(args: argparse.Namespace, eta: float | str) -> Callable[[], None]:
-    """One token behind a cache of nearly the whole context, which is cropped again."""
+    """Decode one token after a cache of nearly the whole context, and crop the cache again."""
     model = decoder(args, eta).eval()
     tokens = torch.randint(model.config.vocab_size, (args.batch_size, args.length))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def decoding_step(args: argparse.Namespace, eta: float | str) -> Callable[[], No
 
 
 def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, after one that does not count."""
+    """Return the median seconds of each function, called in turns, after one turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
@@ -84,7 +84,7 @@ def timed(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float
 
 
 def peak_mb(args: argparse.Namespace) -> float:
-    """What two training steps take at most, above what the process held before."""
+    """Return the peak memory of two training steps, above what the process held before."""
     with sampled_memory() as memory:
         step = training_step(args, ETAS[args.peak])
         step()

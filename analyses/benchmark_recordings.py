@@ -83,7 +83,7 @@ def read_back(work: Path) -> None:
 
 
 def check(work: Path) -> None:
-    """Every digit of what was exported comes back."""
+    """Check that every digit of what was exported comes back."""
     saved, read = icl.load_recordings(work / "saved"), icl.load_recordings(work / "exported")
     for name in ("attn_out", "query_scores", "context_scores"):
         for setting in SETTINGS:

@@ -43,25 +43,25 @@ class Race:
 
     @cached_property
     def model(self) -> icl.Model:
-        """Ours, and TransformerLens's through its bridge."""
+        """Return our model, which is also TransformerLens's through its bridge."""
         return icl.load_model(self.name, device=self.device, dtype=self.dtype)
 
     @cached_property
     def hf(self) -> Any:
-        """As transformers has it."""
+        """Return the model as transformers loads it."""
         folder = assets.model_files(self.name, None).folder
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, trust_remote_code=False)
         return loaded.to(self.device).eval()
 
     @cached_property
     def nnsight(self) -> Any:
-        """The same weights behind nnsight."""
+        """Return the same weights in nnsight."""
         load: Any = import_module("nnsight").TransformersModel  # an extra: nothing else here needs it
         return load(self.hf, task="text-generation", tokenizer=self.model.tokenizer)
 
     @cached_property
     def hooked(self) -> icl.Model:
-        """The same weights as a `HookedTransformer`, where transformer-lens has it."""
+        """Return the same weights as a `HookedTransformer`, where transformer-lens has it."""
         loading: Any = import_module("transformer_lens.loading_from_pretrained")
         folder, settings = str(assets.model_files(self.name, None).folder), {"dtype": self.dtype, "device": self.device}
         cfg = loading.get_pretrained_model_config(folder, self.hf.config.to_dict(), **settings)
@@ -73,17 +73,19 @@ class Race:
 
     @cached_property
     def zsl(self) -> icl.Capture:
-        """The zero-shot side of the decomposition, made once."""
+        """Return the zero-shot capture of the decomposition, which runs once."""
         return icl.capture(self.model, self.prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
 
     @cached_property
     def prefix(self) -> Tensor:
-        """Start token and demonstrations, as a batch of one."""
+        """Return start token and demonstrations, as a batch of one."""
         return torch.tensor([self.prompts.prefix], device=self.device)
 
     def rows(self, start: tuple[int, ...] = (), leave: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Batches of queries behind `start`, less the first `leave` tokens: which, padded on the right, and where each
-        ends."""
+        """Yield batches of queries after `start`, without the first `leave` tokens: their rows, tokens and last positions.
+
+        Tokens are padded on the right.
+        """
         rows = [start + query[leave:] for query in self.prompts.queries]
         for batch in split_into_batches([len(row) for row in rows], BATCH_SIZE):
             longest = max(len(rows[row]) for row in batch)
@@ -92,12 +94,12 @@ class Race:
             yield batch, torch.tensor(tokens, device=self.device), torch.tensor(last, device=self.device)
 
     def full_prompts(self) -> Iterator[Tensor]:
-        """Each query behind the whole prefix."""
+        """Return each query after the whole prefix."""
         for query in self.prompts.queries:
             yield torch.tensor([[*self.prompts.prefix, *query]], device=self.device)
 
     def with_prompts(self, prompts: icl.Prompts) -> "Race":
-        """The same race on other prompts; what is loaded is shared."""
+        """Return the same race on other prompts; loaded models are shared."""
         other = copy.copy(self)
         other.prompts = prompts
         for made_of_prompts in ("zsl", "prefix"):
@@ -105,13 +107,13 @@ class Race:
         return other
 
     def subset(self, queries: list[int]) -> "Race":
-        """The same race with some of its queries."""
+        """Return the same race with some of its queries."""
         prompts = self.prompts
         chosen = {name: tuple(getattr(prompts, name)[query] for query in queries) for name in ("queries", "gold")}
         return self.with_prompts(replace(prompts, **chosen))
 
     def label_log_probs(self, logits: Tensor) -> Tensor:
-        """Of each label's first token: all there is to the labels raced on here."""
+        """Return the log-probability of each label's first token: these labels have no other."""
         return logits.float().log_softmax(-1)[:, [label[0] for label in self.prompts.labels]].cpu()
 
 
@@ -122,7 +124,7 @@ def _bare(race: Race, tokens: Tensor, last: Tensor, **kwargs: Any) -> Tensor:
 
 
 def bare_prefix(race: Race, head: tuple[int, ...] = ()) -> DynamicCache:
-    """The prefix through the bare model, and tokens that follow it, with keys and values kept."""
+    """Run the prefix and the tokens that follow it through the bare model, and return the cache of keys and values."""
     cache = DynamicCache(config=race.hf.config)
     race.hf.set_attn_implementation("sdpa")
     tokens = torch.tensor([race.prompts.prefix + head], device=race.device)
@@ -131,7 +133,7 @@ def bare_prefix(race: Race, head: tuple[int, ...] = ()) -> DynamicCache:
 
 
 def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
-    """A cache of a batch's own that looks at the same keys and values: passes append to the cache they are given."""
+    """Return a cache for a batch with the same keys and values: passes append to the cache they are given."""
     expanded = copy.copy(cache)
     layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     expanded.layers = layers
@@ -141,7 +143,7 @@ def _expanded(cache: DynamicCache, n: int) -> DynamicCache:
 
 
 def _bare_queries(race: Race, rows: Iterator[tuple[list[int], Tensor, Tensor]], cache: DynamicCache | None) -> Tensor:
-    """The labels' log-probabilities from batches through the bare model, behind a cache or by themselves."""
+    """Return the labels' log-probabilities from batches through the bare model, after a cache or without one."""
     log_probs = torch.zeros(len(race.prompts.queries), len(race.prompts.labels))
     for batch, tokens, last in rows:
         behind = {"use_cache": False}
@@ -152,35 +154,35 @@ def _bare_queries(race: Race, rows: Iterator[tuple[list[int], Tensor, Tensor]], 
 
 
 def floor(race: Race) -> Captured:
-    """The arithmetic floor: the prefix once and the query tokens alone, neither with the other."""
+    """Run the arithmetic floor: the prefix once and the query tokens alone, neither with the other."""
     bare_prefix(race)
     return {"floor_log_probs": _bare_queries(race, race.rows(), None)}
 
 
 def floor_shared(race: Race) -> Captured:
-    """The floor again, with the tokens that all queries begin with run once."""
+    """Run the floor with the tokens that all queries begin with run once."""
     head = common_query_prefix(race.prompts)
     bare_prefix(race, head)
     return {"floor_log_probs": _bare_queries(race, race.rows(leave=len(head)), None)}
 
 
 def floor_zero_shot(race: Race) -> Captured:
-    """The bare zero-shot run: start token and query."""
+    """Run the bare model zero-shot: start token and query."""
     return {"floor_log_probs": _bare_queries(race, race.rows(race.prompts.start), None)}
 
 
 def bare(race: Race) -> Captured:
-    """The bare in-context run: the prefix's cache expanded over each batch, nothing captured."""
+    """Run the bare model in context: the prefix's cache expanded over each batch, nothing captured."""
     return {"log_probs": _bare_queries(race, race.rows(), bare_prefix(race))}
 
 
 def ours(race: Race, *more: Field) -> Captured:
-    """`capture`, with everything that the paper's metrics need, and more fields where they are asked for."""
+    """Run `capture` with everything that the paper's metrics need, and with more fields where they are named."""
     return _captured(race, race.model, *more)
 
 
 def ours_hooked(race: Race) -> Captured:
-    """`capture` of the same weights as a `HookedTransformer`."""
+    """Run `capture` on the same weights as a `HookedTransformer`."""
     return _captured(race, race.hooked)
 
 
@@ -192,7 +194,7 @@ def _captured(race: Race, model: icl.Model, *more: Field) -> Captured:
 
 
 def ours_decomposed(race: Race) -> Captured:
-    """The same with keys and values kept, and decomposed."""
+    """Run `capture` with keys and values, and decompose it."""
     fields = (*icl.METRIC_FIELDS, *icl.DECOMPOSE_FIELDS)
     run = icl.capture(race.model, race.prompts, fields=fields, batch_size=BATCH_SIZE, progress=False)
     icl.decompose(race.model, zero_shot=race.zsl, in_context=run)
@@ -223,7 +225,7 @@ class _Kept:
         self.keep("log_probs", queries, self.race.label_log_probs(logits))
 
     def demonstrations(self, row: Tensor, *, scores: bool) -> Tensor:
-        """Attention within the demonstrations' own tokens, from a row of scores or of weights: [… demo_token]."""
+        """Return attention within the demonstrations' tokens, from a row of scores or of weights: [… demo_token]."""
         demonstrations = row[..., self.race.prompts.demonstration_positions.to(row.device)].float()
         return demonstrations.softmax(-1) if scores else demonstrations / demonstrations.sum(-1, keepdim=True)
 
@@ -232,7 +234,7 @@ TL_HOOKS = ("attn.o.hook_out", "attn.hook_q", "attn.hook_attn_scores")
 
 
 def tl_prefix(race: Race) -> Captured:
-    """What a TransformerLens expert writes by hand: cached prefix, batches, and hooks that keep the last position."""
+    """Run what a TransformerLens expert writes by hand: cached prefix, batches, hooks that keep the last position."""
     bridge, kept = race.model.wrapped, _Kept(race)
     config: Any = bridge.original_model.config
     cache = DynamicCache(config=config)
@@ -281,17 +283,17 @@ def _tl_prompts(race: Race, names: list[str] | None) -> Captured:
 
 
 def tl_filtered(race: Race) -> Captured:
-    """TransformerLens's run_with_cache of what is needed at the last position, prompt by prompt."""
+    """Run TransformerLens's run_with_cache of what is needed at the last position, prompt by prompt."""
     return _tl_prompts(race, [f"blocks.{layer}.{hook}" for layer in range(race.model.n_layers) for hook in TL_HOOKS])
 
 
 def tl_full(race: Race) -> Captured:
-    """TransformerLens's run_with_cache of everything, prompt by prompt."""
+    """Run TransformerLens's run_with_cache of everything, prompt by prompt."""
     return _tl_prompts(race, None)
 
 
 def hf_outputs(race: Race) -> Captured:
-    """transformers' own output_attentions and output_hidden_states, prompt by prompt, as the released code does."""
+    """Run transformers with output_attentions and output_hidden_states, prompt by prompt, as the released code does."""
     kept = _Kept(race)
     race.hf.set_attn_implementation("eager")
     for query, tokens in enumerate(race.full_prompts()):
@@ -319,7 +321,7 @@ def _nnsight(race: Race, queries: list[int], kept: _Kept, tokens: Tensor, last: 
 
 
 def nnsight_prompts(race: Race) -> Captured:
-    """nnsight's tracing of the same, prompt by prompt."""
+    """Run nnsight's tracing of the same, prompt by prompt."""
     kept = _Kept(race)
     race.hf.set_attn_implementation("eager")
     for query, tokens in enumerate(race.full_prompts()):
@@ -330,7 +332,7 @@ def nnsight_prompts(race: Race) -> Captured:
 
 
 def nnsight_prefix(race: Race) -> Captured:
-    """nnsight's tracing behind a cached prefix, in batches."""
+    """Run nnsight's tracing after a cached prefix, in batches."""
     kept, cache = _Kept(race), bare_prefix(race)
     race.hf.set_attn_implementation("eager")
     for batch, tokens, last in race.rows():
@@ -339,7 +341,7 @@ def nnsight_prefix(race: Race) -> Captured:
 
 
 def kv_sgd(race: Race) -> Captured:
-    """The bare finetuning loop: SGD on W_K and W_V of the model as transformers has it."""
+    """Run the bare finetuning loop: SGD on W_K and W_V of the model as transformers has it."""
     race.hf.set_attn_implementation("sdpa")
     attention = [layer.self_attn for layer in race.hf.base_model.layers]
 
@@ -350,7 +352,7 @@ def kv_sgd(race: Race) -> Captured:
 
 
 def bridge_sgd(race: Race) -> Captured:
-    """The same loop on the model as TransformerLens's bridge has it, with no hook on."""
+    """Run the same loop on the model as TransformerLens's bridge has it, without hooks."""
     bridge = race.model.wrapped
     attention = [block.attn for block in bridge.blocks]
     trained = [part.original_component for layer in attention for part in (layer.k, layer.v)]
@@ -358,7 +360,7 @@ def bridge_sgd(race: Race) -> Captured:
 
 
 def _sgd(race: Race, model: Any, trained: list[Any], logits: Callable[[Tensor], Tensor]) -> Captured:
-    """SGD on the parameters of keys' and values' projections, which come in turns, layer by layer."""
+    """Run SGD on the parameters of keys' and values' projections, which alternate, layer by layer."""
     parameters = [parameter for part in trained for parameter in part.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     model.requires_grad_(False)
@@ -381,13 +383,13 @@ def _sgd(race: Race, model: Any, trained: list[Any], logits: Callable[[Tensor], 
 
 
 def finetune(race: Race) -> Captured:
-    """`finetune`, with the queries of the training tokens."""
+    """Run `finetune`, with the queries of the training tokens."""
     delta = icl.finetune(race.model, race.prompts, lr=race.lr, progress=False)
     return {"W_K": delta.W_K, "W_V": delta.W_V}
 
 
 def finetune_many(race: Race) -> Captured:
-    """`finetune_many`, at several rates."""
+    """Run `finetune_many`, at several rates."""
     lrs = [race.lr / (1 + index) for index in range(RATES)]
     first, *_ = icl.finetune_many(race.model, [race.prompts] * RATES, lrs, progress=False)
     assert isinstance(first, icl.WeightDelta)

@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
-    """The cells of each row, by task and seed."""
+    """Return the cells of each row, by task and seed."""
     _check_counts(args)
     rows = MODELS | {CLAIM: {}} | WEIGHTS | CONTEXTS | VARIANTS | {f"k = {k}": {"k": k} for k in args.ks}
     cells: dict[str, dict[str, list[icl.Cell]]] = {row: {} for row in rows}
@@ -113,7 +113,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict[str, list[icl.Cell]]]:
 
 
 def _check_counts(args: argparse.Namespace) -> None:
-    """What cannot be run is said before anything is."""
+    """Refuse numbers of demonstrations that cannot be run, before anything runs."""
     ks = {icl.PAPER_K[task] if args.k is None else args.k for task in args.tasks}
     if min(ks) < 2:
         raise icl.StudyError(f"expected --k from 2, for there to be another order, got {min(ks)}")
@@ -125,7 +125,7 @@ def _check_counts(args: argparse.Namespace) -> None:
 
 
 def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) -> dict[str, dict[str, list]]:
-    """All cells, ordered so that each shares what it can with the one before it."""
+    """Run all cells, ordered so that each shares what it can with the one before it."""
     cells = [cell for by_task in rows.values() for of_task in by_task.values() for cell in of_task]
     order = {row: number for number, row in enumerate(rows)}
     place = {cell: order[row] for row, by_task in rows.items() for of_task in by_task.values() for cell in of_task}
@@ -139,7 +139,7 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
 
 
 def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Namespace) -> Orders:
-    """Order sensitivity of every task and seed, each saved when it is done."""
+    """Return the order sensitivity of every task and seed, each saved when it is finished."""
     model, by_task = None, {}
     todo = [(task, result) for task, results in claim.items() for result in results if args.orders]
     for task, result in tqdm(todo, desc="orders", unit="cell"):
@@ -260,7 +260,7 @@ def _draw_controls(ax: Axes, rows: Mapping[str, Mapping[Any, Any]], names: Seque
 
 
 def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
-    """Accuracy and SimAOU against the number of demonstrations; with none, all settings are zero-shot."""
+    """Draw accuracy and SimAOU along the number of demonstrations; with none, all settings are zero-shot."""
     fig, axes = panels(len(runs[CLAIM]), rows=2)
     for task, top, bottom in zip(runs[CLAIM], *axes, strict=True):
         chosen = [by_task[task] for row, by_task in runs.items() if row == CLAIM or row.startswith("k = ")]
@@ -322,7 +322,7 @@ def write_page(tables: Mapping[str, pd.DataFrame], runs: Runs, orders: Orders, a
 
 
 def seconds(runs: Runs, args: argparse.Namespace) -> float:
-    """What all cells and orders took together, loading left out."""
+    """Return the seconds of all cells and orders together, without loading."""
     cells = {result.cell: result for by_task in runs.values() for results in by_task.values() for result in results}
     total = sum(sum(result.provenance["seconds"].values()) for result in cells.values())
     of_orders = [args.out / "orders" / result.cell.name for results in runs[CLAIM].values() for result in results]

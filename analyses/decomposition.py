@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
-    """One cell, from prompts to everything that is drawn."""
+    """Run one cell, from prompts to everything that is drawn."""
     task = icl.load_task(cell.task, cell.source, protocol=cell.protocol)
     demonstrations, queries = task.demonstrations(cell.k, cell.seed), task.queries(cell.n_queries)
     prompts = icl.build_prompts(model, task, demonstrations, queries)
@@ -135,7 +135,7 @@ def run(model: icl.Model, cell: icl.Cell, rank: int) -> Result:
 
 
 def results(args: argparse.Namespace) -> Iterator[Result]:
-    """Finished cells, read where they are complete and run where they are not."""
+    """Return the cells, read where they are complete and run where they are not."""
     model: icl.Model | None = None
     for name in tqdm(dict.fromkeys(args.tasks), unit="cell"):
         cell = icl.Cell(
@@ -170,7 +170,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
 
 
 def table(cells: list[Result]) -> pd.DataFrame:
-    """Mean ± standard deviation over queries, layers and heads: a row a quantity, a column a task."""
+    """Return mean ± standard deviation over queries, layers and heads: a row a quantity, a column a task."""
     rows = []
     for name, label in ROWS.items():
         row = {"mean ± deviation over queries, layers and heads": label}
@@ -184,7 +184,7 @@ def table(cells: list[Result]) -> pd.DataFrame:
 
 
 def by_layer(cells: list[Result]) -> pd.DataFrame:
-    """Every quantity by layer and head: mean and standard deviation over queries, and of how many."""
+    """Return every quantity by layer and head: mean and standard deviation over queries, and their number."""
     frames = []
     for result in cells:
         tensors = {name: result.tensors[name] for name in ROWS}
@@ -284,7 +284,7 @@ def columns(axes: list[Axes], cells: list[Result], *, is_first: bool = True) -> 
 
 
 def write_prompt(result: Result, args: argparse.Namespace) -> None:
-    """One prompt: how much each layer takes from the demonstrations, and from which."""
+    """Draw one prompt: how much each layer takes from the demonstrations, and from which."""
     groups: list[str] = result.about["groups"]
     first = groups.index("separators")
     names = ["separators", *(shorten(text) for text in result.about["demonstrations"])]
@@ -317,7 +317,7 @@ def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None
 
 
 def shorten(text: str, length: int = 32) -> str:
-    """The beginning of a text, and its label, which comes last."""
+    """Return the beginning of a text, and its label, which comes last."""
     text, _, label = text.rpartition(" → ")
     return (text if len(text) <= length else text[: length - 1].rstrip() + "…") + " → " + label
 

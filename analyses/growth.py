@@ -48,13 +48,13 @@ class Point:
 
 
 def attention_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """torch counts its attention kernels on GPUs only; query heads that share keys still multiply them each."""
+    """Return the FLOPs of attention, which torch counts on GPUs only; query heads that share keys each count."""
     heads = (q_shape[0], q_shape[1])
     return sdpa_flop_count(q_shape, (*heads, *k_shape[2:]), (*heads, *v_shape[2:]))
 
 
 def count(run: Callable[[], object]) -> float:
-    """FLOPs of what `run` does."""
+    """Return the FLOPs of what `run` does."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     one_by_one = patch.object(ThreadPoolExecutor, "map", lambda pool, f, *inputs: map(f, *inputs))
     # Of several threads, torch counts its own only.
@@ -78,7 +78,7 @@ def prompts(model: icl.Model, task: icl.Task, n_queries: int, n_demonstrations: 
 
 
 def truncated(name: str, n_layers: int, folder: Path) -> str:
-    """The model with its first layers only, saved."""
+    """Save the model with its first layers only."""
     source = assets.model_files(name, None).folder
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     model.base_model.layers = model.base_model.layers[:n_layers]
@@ -111,7 +111,7 @@ def grow(name: str, task: icl.Task, repeats: int) -> list[Point]:
 
 
 def memory(name: str, task: icl.Task) -> pd.DataFrame:
-    """Peak memory of a capture beyond the loaded model, and what of it the capture returns, in MB, by queries."""
+    """Return a capture's peak memory beyond the loaded model and the size of its result, in MB, by queries."""
     script, model = str(Path(__file__).with_name("benchmark.py")), icl.load_model(name)
     rows = []
     for n in tqdm(MEMORY_QUERIES, desc="memory"):
@@ -122,13 +122,13 @@ def memory(name: str, task: icl.Task) -> pd.DataFrame:
 
 
 def result_mb(run: icl.Capture) -> float:
-    """What a capture of the metrics' fields keeps."""
+    """Return the size of a capture with the metrics' fields, in MB."""
     fields = [value for value in vars(run).values() if isinstance(value, Tensor)]
     return sum(value.numel() * value.element_size() for value in fields) / 1e6
 
 
 def costs(name: str, task: icl.Task, n_queries: int, lr: float) -> pd.DataFrame:
-    """A cell's stages: FLOPs and bytes counted, time, and the rate that makes."""
+    """Return a cell's stages: counted FLOPs and bytes, time, and the rate of both."""
     race = Race(name, icl.Prompts(queries=(), labels=(), gold=()), "cpu", torch.float32, lr)
     race.prompts = in_context = prompts(race.model, task, n_queries, DEFAULT["demonstrations"])
     cell = contenders.run_cell(race)

@@ -167,7 +167,7 @@ class Bench:
 
     @cached_property
     def prompts(self) -> tuple[icl.Prompts, icl.Prompts]:
-        """The prompts with the queries to fit to, and with the held-out ones: of two splits, and of other texts."""
+        """Return the prompts of the fitted queries and of the held-out ones: of two splits, and of other texts."""
         run, task = self.run, icl.load_task(self.run.task)
         held_out, demonstrations = task.queries(run.n_queries), task.demonstrations(run.k, run.seed)
         taken = {query.identity for query in held_out} | {example.identity for example in demonstrations}

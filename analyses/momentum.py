@@ -51,7 +51,7 @@ RANK, N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("
 
 
 def eta_or_learned(text: str) -> float | Literal["learned"]:
-    """An η to train with: a number, or learned."""
+    """Return an η to train with: a number, or `learned`."""
     return "learned" if text == "learned" else eta(text)
 
 
@@ -131,12 +131,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Return the name of the run's files."""
         return f"{Path(self.data).name}_eta{self.eta}_seed{self.seed}".replace(" ", "_")
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
-    """The decoders to train, by part; those of the paper's comparison come first."""
+    """Return the decoders to train, by part; those of the paper's comparison come first."""
     preset = pretraining.PRESETS[args.preset]
     if args.steps is not None:  # the same share of them to warm up
         preset = replace(preset, n_steps=args.steps, n_warmup=preset.n_warmup * args.steps // preset.n_steps)
@@ -156,7 +156,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[Run]]:
 
 
 def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]] | None) -> dict[str, Any]:
-    """A cell that was computed before, or is now, and stays in a file; empty where it is neither.
+    """Return a cell from its file, or compute and keep it; empty where neither is to be done.
 
     Raises:
         StudyError: it was computed with other settings.
@@ -208,7 +208,7 @@ def trained(run: Run, out: Path, device: str) -> dict[str, Any]:
 
 
 def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
-    """Every run's numbers, several trained at once; without computing, those that are there."""
+    """Return every run's numbers, with several trained at once; without computing, those that are saved."""
     paths = {run: args.out / "cells" / f"{run.name}.json" for run in runs}
     waiting = [run for run in runs if compute and not kept(paths[run], asdict(run), None)]
     with tqdm(total=len(waiting), desc="decoders", unit="decoder", disable=not waiting) as bar:
@@ -234,7 +234,7 @@ def train_all(runs: list[Run], args: argparse.Namespace, *, compute: bool) -> li
 
 
 def classified(run: Run, args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
-    """Which queries of the tasks a trained decoder answers rightly, behind as many demonstrations as fit."""
+    """Return which queries of the tasks a trained decoder answers rightly, after as many demonstrations as fit."""
     load = cache(lambda: icl.load_model(str(args.out / "models" / run.name), device=args.device))
     cells = []
     for task in args.tasks:
@@ -265,7 +265,7 @@ def answers(model: icl.Model, name: str, k: int, seed: int, n_queries: int) -> d
 
 
 def intervened(args: argparse.Namespace, *, compute: bool) -> list[dict[str, Any]]:
-    """The pretrained model's answers under momentum, by η, task, demonstrations and their draw."""
+    """Return the pretrained model's answers under momentum, by η, task, demonstrations and their draw."""
     etas = dict.fromkeys((0.0, *args.added))  # with none to hold the others against
     points = [(one, task, k, seed) for one in etas for task in args.tasks for k in (0, args.k) for seed in args.draws]
     points = [point for point in points if point[2] or point[3] == args.draws[0]]  # without demonstrations, no draw
@@ -295,7 +295,7 @@ def _check_inputs(args: argparse.Namespace, runs: list[Run]) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
-    """Train, ask and measure what is not finished, and write all tables and figures."""
+    """Train and measure what is not finished, and write all tables and figures."""
     if args.redraw:
         momentum_tables.redraw(args.out, args.model)
         return

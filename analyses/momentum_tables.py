@@ -60,7 +60,7 @@ def trained(cells: CellsByPart) -> pd.DataFrame:
 
 
 def differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every η against vanilla, pair by pair of seeds: mean, difference with Student's interval, p, seeds."""
+    """Return every η against vanilla, paired by seed: mean, difference with Student's interval, p, seeds."""
     rows = []
     for data, measure in frame[["data", "measure"]].drop_duplicates().itertuples(index=False):
         seeds = frame.query("data == @data and measure == @measure").pivot(index="seed", columns="eta", values="value")
@@ -76,7 +76,7 @@ def differences(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(differences: pd.DataFrame, measures: Sequence[str], digits: int) -> str:
-    """A row for each η, a column for each measure: the mean, and the difference from vanilla with its interval."""
+    """Return a row for each η, a column for each measure: mean, and difference from vanilla with its interval."""
     lines: dict[Any, dict[str, Any]] = {}
     for one in differences.query("measure in @measures").to_dict("records"):
         text = f"{one['mean']:.{digits}f}"
@@ -98,7 +98,7 @@ def verdict(one: Mapping[Any, Any], better: int, n: int) -> str:
 
 
 def added(cells: CellsByPart) -> pd.DataFrame:
-    """The pretrained model under momentum: accuracy by task, demonstrations and η, and its difference from η = 0."""
+    """Return the pretrained model's accuracy by task, demonstrations and η, and its difference from η = 0."""
     tables: dict[tuple[str, int, float], list[list[int]]] = {}
     counts: dict[tuple[str, int, float], np.ndarray] = {}
     for one in cells.get("intervention", []):
@@ -132,7 +132,7 @@ def added_table(frame: pd.DataFrame) -> str:
 
 
 def spread(values: Sequence[float]) -> Interval:
-    """The mean over seeds, with Student's interval where they are enough."""
+    """Return the mean over seeds, with Student's interval where there are enough."""
     numbers = np.array(values)
     interval = over_seeds(numbers, np.zeros_like(numbers)).difference
     return interval if len(numbers) >= ENOUGH else replace(interval, low=np.nan, high=np.nan)
@@ -265,7 +265,7 @@ def best_accuracies() -> list[float]:
 
 
 def conclusions(differences: pd.DataFrame) -> list[str]:
-    """What the tests over seeds say, in words: a difference counts where p times their number is below .05."""
+    """Return what the tests over seeds say, in words: a difference counts where p times their number is below .05."""
     validation = differences[differences["measure"].str.startswith("perplexity, val")]["measure"].tolist()[-1:]
     signs = {**dict.fromkeys(validation, -1), f"accuracy after {SHOWN[-1]}": 1, MEAN: 1}
     asked = differences.query("measure in @signs and eta != 0").to_dict("records")
@@ -327,7 +327,7 @@ def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
 
 
 def described(cells: CellsByPart, args: argparse.Namespace) -> list[str]:
-    """What each part that there is, is."""
+    """Return the description of each part that was run."""
     corpus = "AG News" if args.corpus == "agnews" else markdown_code(Path(args.corpus).name)
     parts = {
         "text": f"- **text**: the texts of {corpus} as lines, a byte-level vocabulary learned on the training split; "
@@ -349,6 +349,6 @@ def described(cells: CellsByPart, args: argparse.Namespace) -> list[str]:
 
 
 def section(differences: pd.DataFrame, title: str, chosen: Callable[[str], bool], digits: int) -> list[str]:
-    """A table with its title, where there is anything in it."""
+    """Return a table with its title; nothing for an empty one."""
     measures = [name for name in differences["measure"].drop_duplicates() if chosen(name)]
     return [f"## {title}", table(differences, measures, digits)] if measures else []

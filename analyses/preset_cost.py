@@ -51,7 +51,7 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the layers that multiply every token."""
+        """Return the number of weights of the layers that multiply every token."""
         return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
 
 
@@ -67,7 +67,7 @@ class Tokens:
 
     @classmethod
     def of(cls, result: icl.CellResult) -> "Tokens":
-        """From what a cell says of itself.
+        """Return the tokens that a cell's metadata give.
 
         Raises:
             StudyError: it does not say how many tokens it ran.
@@ -80,12 +80,12 @@ class Tokens:
         return cls(len(result.comparison.gold), result.provenance["prefix_tokens"], result.provenance["query_tokens"])
 
     def scaled(self, queries: int) -> "Tokens":
-        """The same with another number of queries, as long in the mean."""
+        """Return the same with another number of queries of the same mean length."""
         return Tokens(queries, self.prefix, round(self.of_queries * queries / self.queries))
 
 
 def flops(shape: Shape, tokens: Tokens) -> dict[str, float]:
-    """FLOPs by stage, two for each multiply-add. The tokens that all queries share are counted for each of them."""
+    """Return FLOPs by stage, two for each multiply-add. Tokens that all queries share count for each of them."""
     width = shape.n_layers * shape.d_model
     mean_query = tokens.of_queries / tokens.queries
     # The heads' output over a row's own tokens is computed twice: by the model, and to check it.
@@ -112,7 +112,7 @@ def flops(shape: Shape, tokens: Tokens) -> dict[str, float]:
 
 
 def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, float]:
-    """Memory of the weights with what finetuning needs, and of what the three settings keep (in float32)."""
+    """Return the memory of the weights with finetuning, and of what the three settings keep, in GB (float32)."""
     embedding = shape.d_model * shape.d_vocab
     projections = 2 * shape.n_layers * shape.d_model**2
     # Keys' and values' projections four times over: gradients, values to restore, the delta, what is saved of it.
@@ -125,7 +125,7 @@ def gigabytes(shape: Shape, tokens: Tokens, bytes_a_weight: int) -> dict[str, fl
 
 
 def reached() -> dict[str, float]:
-    """What each stage reaches of the rate of one large matrix product."""
+    """Return each stage's rate as a share of that of one large matrix product."""
     lines = [line.split("|")[1:-1] for line in RATES.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     columns, rows = [name.strip() for name in lines[0]], lines[2:]
     rates = {row[0].strip(): float(row[columns.index("GFLOP/s")]) for row in rows}
@@ -133,7 +133,7 @@ def reached() -> dict[str, float]:
 
 
 def table(results: Sequence[icl.CellResult], shape: Shape, queries: Mapping[str, int]) -> pd.DataFrame:
-    """A row a cell, scaled to the paper's number of queries, and their sum."""
+    """Return a row for each cell, scaled to the paper's number of queries, and their sum."""
     rows, shares = [], reached()
     if other := {result.cell.task for result in results} - queries.keys():
         raise icl.StudyError(

@@ -29,7 +29,7 @@ def run_child(script: str, *arguments: str, **environment: str) -> str:
 
 @contextmanager
 def sampled_memory() -> Iterator[list[int]]:
-    """This process's resident memory in bytes, first before and then every two milliseconds."""
+    """Yield a list of this process's resident memory in bytes: before, and then every two milliseconds."""
     import psutil  # an extra: only memory needs it
 
     process, done = psutil.Process(), threading.Event()

@@ -232,11 +232,11 @@ class Result:
 
     @property
     def drops(self) -> Tensor:
-        """By how much the answer's log-probability falls without each document, in nats."""
+        """Return by how much the answer's log-probability falls without each document, in nats."""
         return self.tensors["log_prob"][:, None] - self.tensors["log_prob_without"]
 
     def scores(self, name: str) -> Tensor:
-        """What ranks the documents: a quantity of theirs, over layers."""
+        """Return the scores that rank the documents: a quantity of theirs, over layers."""
         documents = [self.about["names"].index(document) for document in DOCUMENTS]
         by_layer = self.tensors[name][..., documents].double()
         return by_layer.sum(1) if name in ("effect", "contrast") else by_layer.mean(1)

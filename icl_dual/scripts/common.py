@@ -164,7 +164,7 @@ count = at_least(0)
 
 
 def count_or_all(text: str) -> int | None:
-    """A number of queries; None for all."""
+    """Return a number of queries; None for all."""
     try:
         return None if text == "all" else positive(text)
     except argparse.ArgumentTypeError:
@@ -174,14 +174,14 @@ def count_or_all(text: str) -> int | None:
 
 
 def replica_count(text: str) -> int:
-    """A number of replicas: at least 2, or 0 for none."""
+    """Return a number of replicas: at least 2, or 0 for none."""
     if (number := count(text)) == 1:
         raise argparse.ArgumentTypeError("expected at least 2, or 0 for none, got '1': one replica has no spread")
     return number
 
 
 def rate(text: str) -> float:
-    """A learning rate: finite and above 0."""
+    """Return a learning rate: finite and above 0."""
     if not 0 < (number := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(
             f"expected a finite number above 0, got {text!r}: pass a learning rate such as 0.001"
@@ -190,7 +190,7 @@ def rate(text: str) -> float:
 
 
 def eta(text: str) -> float:
-    """A coefficient of momentum attention: from 0 to below 1."""
+    """Return a coefficient of momentum attention: from 0 to below 1."""
     if not 0 <= (number := _number(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}: pass 0.1, for example")
     return number
@@ -205,7 +205,7 @@ def _number(text: str) -> float:
 
 
 def model_name(text: str) -> str:
-    """The name of a model that can be loaded, as far as its spelling tells."""
+    """Return the name of a model that can be loaded, as far as its spelling tells."""
     try:
         check_model_name(text)
     except icl.AssetError as error:
@@ -214,7 +214,7 @@ def model_name(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """The name of a device that torch knows; `run_script` checks that it can be used here."""
+    """Return the name of a device that torch knows; `run_script` checks that it can be used here."""
     try:
         return str(torch.device(text))
     except RuntimeError as error:
@@ -234,7 +234,7 @@ def _check_device(name: str) -> None:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written into, or made; one with a README.md that no script wrote is refused."""
+    """Return a folder that can be written into, or created; refuse one with a README.md that no script wrote."""
     _check_writable(Path(text))
     page = Path(text) / "README.md"
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEADINGS):
@@ -246,7 +246,7 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, or replaced."""
+    """Return the path of a file that can be written, or replaced."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file, got {text!r}, which is a folder: add a file's name")
@@ -371,13 +371,13 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def precision(args: argparse.Namespace) -> dict[str, Any]:
-    """The precision that a cell parser's options say, as arguments of `load_model` and `run_study`."""
+    """Return the precision of a cell parser's options, as arguments of `load_model` and `run_study`."""
     arithmetic = None if args.arithmetic is None else getattr(torch, args.arithmetic)
     return {"dtype": getattr(torch, args.dtype), "arithmetic": arithmetic}
 
 
 def precision_title(args: argparse.Namespace) -> str:
-    """The precision that a cell parser's options say, in words."""
+    """Return the precision of a cell parser's options, in words."""
     return precision_name(getattr(torch, args.dtype), getattr(torch, args.arithmetic or args.dtype))
 
 
@@ -392,12 +392,12 @@ def variant_parser() -> argparse.ArgumentParser:
 
 
 def lr_key(model: str, variant: icl.Cell | None = None) -> str:
-    """What a model's learning rates are filed under: its name, and how a cell's finetuning differs from the paper's."""
+    """Return the key of a model's learning rates: its name, and how a cell's finetuning differs from the paper's."""
     return ", ".join([model, *({} if variant is None else variant.finetuning.variation).values()])
 
 
 def default_lr(model: str, task: str, variant: icl.Cell | None = None) -> float:
-    """The rate chosen for a model and a task on selection queries, and for the finetuning of a cell."""
+    """Return the rate chosen on selection queries for a model, a task and the finetuning of a cell."""
     chosen, name = read_json(DATA / "default_lr.json"), lr_key(model, variant)
     try:
         return chosen[name][task]
@@ -430,7 +430,7 @@ MAX_COLUMNS = 3
 def panels(
     n: int, rows: int = 1, *, height: float = 1.7, sharex: bool = True, sharey: Literal["row", "all", "none"] = "row"
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer.
+    """Return a figure with a column for each of n tasks, and its Axes by row; they share x where that is the layer.
 
     A single row of many tasks is broken into several, and its free place holds the legend.
 
@@ -481,7 +481,7 @@ def legend_beside(ax: Axes) -> None:
 
 
 def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: Sequence[str] = ("png", "pdf")) -> None:
-    """Title, one legend for all Axes where these have labels, and the files.
+    """Write a figure's files after adding a title, and one legend for all Axes that have labels.
 
     The legend is in the free place of a broken row, and else below all Axes: never over data.
 

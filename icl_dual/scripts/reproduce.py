@@ -147,7 +147,7 @@ def plan(args: argparse.Namespace, model: str) -> list[icl.Cell]:
 
 
 def random_model(preset: str, n_layers: int, folder: Path) -> str:
-    """A model of a preset's shape with fewer layers and random weights, saved with a tokenizer, always the same."""
+    """Save a model of a preset's shape with fewer layers and random weights, always the same, with a tokenizer."""
     shape = PRESETS[preset]
     name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
     if not name.exists():
@@ -169,7 +169,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
 
 
 def label_counts(results: Results) -> pd.DataFrame:
-    """How often each label is gold and is predicted, by task, seed and setting."""
+    """Return how often each label is gold and is predicted, by task, seed and setting."""
     rows = []
     for result in results:
         model, words = short(result.cell.model), result.provenance["label_words"]
@@ -242,14 +242,14 @@ def command(args: argparse.Namespace) -> str:
 
 
 def unstable_metrics(result: icl.CellResult) -> str:
-    """The metrics that replicas of the finetuning move by more than their interval over queries."""
+    """Return the metrics that replicas of the finetuning move by more than their interval over queries."""
     if result.comparison.stability is None:
         return "not measured"
     return ", ".join(result.comparison.unstable) or "none"
 
 
 def massive_activations(result: icl.CellResult) -> str:
-    """The largest residual norm of the queries' tokens in each setting, in units of the median of its layer."""
+    """Return the largest residual norm of the queries' tokens in each setting, in medians of its layer."""
     by_setting = result.provenance.get("massive_activations", {})
     return " / ".join(f"{numbers['largest_ratio']:.0f}" for numbers in by_setting.values()) or "not recorded"
 
