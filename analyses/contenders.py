@@ -82,7 +82,7 @@ class Race:
         return torch.tensor([self.prompts.prefix], device=self.device)
 
     def rows(self, start: tuple[int, ...] = (), leave: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield batches of queries after `start`, without the first `leave` tokens: their rows, tokens and last positions.
+        """Yield batches of queries after `start`, without its first `leave` tokens: rows, tokens and last positions.
 
         Tokens are padded on the right.
         """
