@@ -1,4 +1,5 @@
 from functools import partialmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ def test_the_table_has_the_rows_of_every_cell(
     frames = [icl.load_cell(path).to_frame() for path in sorted(study.iterdir())]
     frame = table.to_frame()
     expected = pd.concat(frames, ignore_index=True)
-    pd.testing.assert_frame_equal(frame.drop(columns=["id", "precision", "control"]), expected, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        frame.drop(columns=["id", "precision", "control", "versions"]), expected, check_dtype=False
+    )
     assert list(frame["id"].unique()) == finished.finished()
     assert set(frame["precision"]) == {"float32"}
     controls = frame.groupby("id")["control"].first().to_dict()
     assert controls == {cell.id: cell.control for cell in GRID.cells()}
     assert (table.n_cells, table.n_rows, table.damaged) == (4, len(expected), {})
+    (versions,) = frame["versions"].unique()
+    assert f"torch {version('torch')}, transformers {version('transformers')}" in versions
+    assert table.versions == {versions: 4}
 
 
 def test_damaged_cells_are_left_out_and_named(finished_anywhere: Results, tmp_path: Path) -> None:
@@ -66,9 +72,8 @@ def test_cells_with_other_columns_are_refused(
     last = finished.finished()[-1]
     tables = collection._tables
 
-    def with_another(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> Any:
-        read = tables(results, cell_ids, damaged)
-        return {name: table.drop(["spread"]) if name == last else table for name, table in read.items()}
+    def with_another(*args: Any) -> Any:
+        return [(of, table.drop(["spread"]) if of.id == last else table) for of, table in tables(*args)]
 
     monkeypatch.setattr(collection, "_tables", with_another)
     for at_once in (1, 100):
