@@ -1,8 +1,11 @@
+from dataclasses import replace
 from functools import partialmethod
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import control_tables
+import grid_controls
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,6 +100,45 @@ def test_tables_of_the_paper_read_a_grid_wherever_it_is(
     corrupt(finished, file_path(finished.manifest(finished.finished()[0]), FRAME))
     with pytest.raises(icl.AssetError, match="with the bytes that were saved"):
         find_cells([place])
+
+
+@pytest.mark.parametrize("results", ["s3"], indirect=True)
+def test_the_controls_tables_read_a_grid_on_any_storage(
+    finished_anywhere: Results, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, options = finished_anywhere.files.url, finished_anywhere.files.options
+    monkeypatch.setattr(grids.Results, "__init__", partialmethod(grids.Results.__init__, options=options))
+    assert grid_controls.main([place, "--where", "k=2", "lr=1e-2", "--out", str(tmp_path / "tables")]) == 0
+    table = pd.read_csv(tmp_path / "tables" / "controls.csv").query("metric == 'SimAOU' and task == 'films'")
+    values = table.set_index("what is compared")["value"]
+    for row, control in {"ICL and FT": "plain", "ICL on flipped labels": "flipped"}.items():
+        folders = [study / cell.id for cell in GRID.cells() if cell.control == control]
+        of_cells = [icl.load_cell(folder).comparison.per_layer["SimAOU"].mean().item() for folder in folders]
+        assert values[row] == pytest.approx(np.mean(of_cells), rel=1e-4)
+    assert set(table["kind"]) == {"claim", "nulls", "contexts"}
+    page = (tmp_path / "tables" / "controls.md").read_text()
+    assert "It was not compared with models that have learned nothing" in page
+    assert "survives" not in page  # without all kinds of controls, no claim does
+    assert (tmp_path / "tables" / "controls.png").stat().st_size > 10_000
+
+
+def test_cells_that_are_no_study_of_controls_are_refused_in_a_sentence(finished: Results) -> None:
+    def refused(message: str, results: list[icl.CellResult]) -> None:
+        with pytest.raises(icl.StudyError, match=message):
+            control_tables.runs_of(results)
+
+    plain, flipped, *others = find_cells([finished.files.url])
+    refused("expected plain cells, which controls are compared with, got none", [flipped])
+    refused(r"'ICL on flipped labels' with the tasks and seeds of the plain cells, \{'films': \[1, 2\]\}, got .*\[2\]",
+            [plain, *others])  # fmt: skip
+    for name, value, text in (("k", 3, "2 and 3"), ("lr", 0.1, "0.01 and 0.1"), ("model", "gpt2", "gpt2 and tiny")):
+        other = replace(plain, cell=replace(plain.cell, **{name: value, "seed": 3}))
+        refused(rf"expected cells of one set-up, got {name} {text}: choose with --where {name}=", [plain, other])
+    with pytest.raises(icl.StudyError, match=r"expected cells with k=4, got 2: choose one of these"):
+        grid_controls.chosen([plain], [("k", "4")])
+    both = {"context": "flipped labels", "delta": "random"}
+    runs = control_tables.runs_of([plain, replace(plain, cell=replace(plain.cell, **both))])
+    assert list(runs) == ["ICL and FT", "flipped labels and random delta"]  # no row of the study: by what it varies
 
 
 def test_nothing_finished_is_an_error(results: Results, tmp_path: Path) -> None:
