@@ -106,7 +106,7 @@ class Measured(NamedTuple):
     whole: float
     """The seconds from its start to its end, processes and models included."""
     later: float
-    """The seconds a cell without the first one of each worker, which loads the model; of several workers, their share."""
+    """The seconds a cell, by all workers together, without the first cell of each, for which it loads the model."""
 
 
 def measure_processes(folder: Path) -> None:
