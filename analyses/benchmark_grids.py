@@ -1,23 +1,20 @@
 """Measure grids: status and collection of many finished cells, the overhead of a cell, and processes against threads.
 
 `cells` writes copies of a real cell of SmolLM2 and times `status` and `collect` in a new process each. `overhead` times
-tiny cells by a worker, against `run_study` alone. `processes` times a grid of SmolLM2 cells by one process with two
-threads and by two with one. Numbers go to standard output; docs/grids.md quotes them.
+tiny cells by a worker, against `run_study` alone. `processes` times a grid of SmolLM2 cells by one process with one
+thread, by one with two, and by two with one. Numbers go to standard output; docs/grids.md quotes them.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 import icl_dual as icl
 from icl_dual.grids import Grid, GridCell, Results, Worker, collect, run_grid
@@ -88,7 +85,9 @@ def measure_overhead(folder: Path) -> None:
     task = icl.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
     grid = Grid(models=["tiny"], tasks=["films"], k=2, seeds=[*range(1, 13)], rates=0.01, n_queries=3, replicas=0)
     cells, model = [cell.cell for cell in grid.cells()], tiny_model()
-    icl.run_study(cells[:1], folder / "warm", tasks=[task], models=[model], progress=False)
+    first = replace(grid, seeds=[0])
+    icl.run_study([first.cells()[0].cell], folder / "warm study", tasks=[task], models=[model], progress=False)
+    run_grid(first, Results(folder / "warm grid"), tasks=[task], models=[model], progress=False)  # imports packages
     seconds = {}
     for name in ("study", "grid"):
         started, cpu = time.perf_counter(), time.process_time()
@@ -101,21 +100,45 @@ def measure_overhead(folder: Path) -> None:
     print(f"overhead: {wall:.3f} s a cell ({cpu:.3f} s of CPU), of {seconds['grid'][0]:.3f} s")
 
 
+class Measured(NamedTuple):
+    """What a run of a grid took."""
+
+    whole: float
+    """The seconds from its start to its end, processes and models included."""
+    later: float
+    """The seconds a cell, by all workers together, without the first cell of each, for which it loads the model."""
+
+
 def measure_processes(folder: Path) -> None:
-    """Time a grid of SmolLM2 cells by one process with two threads, and by two processes with one."""
-    grid = Grid(models=["smollm2-135m"], tasks=["sst2"], k=4, seeds=[1, 2, 3, 4], rates=0.001, n_queries=8, replicas=2)
-    seconds = {}
-    for processes, threads in ((1, 2), (2, 1)):
-        torch.set_num_threads(threads)
-        results, started = Results(folder / f"processes-{processes}"), time.perf_counter()
-        summary = run_grid(grid, results, progress=False, processes=processes, threads=threads)
-        seconds[processes] = time.perf_counter() - started
-        manifests = [results.manifest(cell_id) for cell_id in summary.done]
-        of_cells = {manifest.id: manifest.seconds for manifest in manifests}
-        workers = {manifest.worker for manifest in manifests}
-        print(f"{processes} × {threads} threads: {seconds[processes]:.1f} s, {len(workers)} workers, "
-              f"cells {json.dumps(of_cells)}")  # fmt: skip
-    print(f"processes: {seconds[1] / seconds[2]:.2f} × as fast")
+    """Time a grid of SmolLM2 cells by one process with one thread and with two, and by two processes with one."""
+    grid = Grid(
+        models=["smollm2-135m"], tasks=["sst2"], k=4, seeds=[*range(1, 13)], rates=0.001, n_queries=8, replicas=2
+    )
+    measured = {counts: measure_engine(folder, grid, *counts) for counts in ((1, 1), (1, 2), (2, 1))}
+    threads, processes = measured[1, 2], measured[2, 1]
+    print(
+        f"processes: two with one thread are {threads.whole / processes.whole:.2f} × as fast as one with two, and "
+        f"{threads.later / processes.later:.2f} × without the start and the first cell of each"
+    )
+
+
+def measure_engine(folder: Path, grid: Grid, processes: int, threads: int) -> Measured:
+    """Time a grid by the local engine."""
+    results, started = Results(folder / f"processes-{processes}-{threads}"), time.perf_counter()
+    summary = run_grid(grid, results, progress=False, processes=processes, threads=threads)
+    whole = time.perf_counter() - started
+    by_worker: dict[str, list[float]] = {}
+    for cell_id in summary.done:  # in the order of their ends
+        manifest = results.manifest(cell_id)
+        by_worker.setdefault(manifest.worker, []).append(manifest.seconds)
+    later = [seconds for of_worker in by_worker.values() for seconds in of_worker[1:]]
+    a_cell = sum(later) / len(later)
+    print(
+        f"{processes} × {threads} thread(s): {whole:.1f} s for {len(summary.done)} cells, {a_cell:.2f} s a cell after "
+        f"the first of each of {len(by_worker)} worker(s), which took "
+        f"{', '.join(f'{of_worker[0]:.1f} s' for of_worker in by_worker.values())}"
+    )
+    return Measured(whole, a_cell / len(by_worker))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

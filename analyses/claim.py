@@ -1,7 +1,7 @@
 """Draw the claim in one figure: SimAOU of in-context learning and finetuning, and of controls that
 should score less.
 
-Reads the table that `controls.py` wrote; runs no model.
+Reads the table that `controls.py`, or `grid_controls.py` of a grid, wrote; runs no model.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What `controls.py` says: metrics beside their controls, with intervals; against all of each kind; in words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -86,6 +86,87 @@ Runs = Mapping[str, Mapping[str, Results]]
 """By row of the table, then task: a result for each seed."""
 
 
+def runs_of(results: Results) -> Runs:
+    """Return finished cells, such as those of a grid with controls, by the row of the study that each is, and by task.
+
+    The claim's cells are the plain ones. Variations that are no row of the study are rows of their own, by name.
+
+    Raises:
+        StudyError: the cells have several set-ups, or not every row has all tasks and seeds of the plain cells.
+    """
+    plain = icl.Cell(model="model", task="task", k=2, seed=1, lr=0.1)
+    finetunings = {result.cell.finetuning for result in results if _varied(result.cell)[:-1] == _varied(plain)[:-1]}
+    usual = finetunings.copy().pop() if len(finetunings) == 1 else plain.finetuning
+    settings = {CLAIM: {}} | MODELS | WEIGHTS | CONTEXTS | VARIANTS
+    names = {_varied(replace(plain, **of_row)): row for row, of_row in settings.items()}
+    rows: dict[str, dict[str, list[icl.CellResult]]] = {row: {} for row in settings}
+    for result in sorted(results, key=lambda result: (_place(result.cell.task), result.cell.seed)):
+        cell = result.cell
+        *others, finetuning = _varied(cell)
+        key = (*others, plain.finetuning if finetuning == usual else finetuning)
+        name = names.get(key) or " and ".join(cell.variation.values())
+        rows.setdefault(name, {}).setdefault(cell.task, []).append(result)
+    runs = {row: by_task for row, by_task in rows.items() if by_task}
+    _check_complete(runs)
+    return runs
+
+
+def _varied(cell: icl.Cell) -> tuple:
+    """What rows of the study differ in, but for the rate; the other task of a context may be any."""
+    other_task = cell.context_task is not None
+    return cell.weights, cell.context, other_task, cell.finetuned_on, cell.delta, cell.finetuning
+
+
+def _place(task: str) -> tuple[int, str]:
+    """Where a task is among the paper's, or after them."""
+    return [*TITLES, task].index(task), task
+
+
+def _check_complete(runs: Runs) -> None:
+    """Every row must have the tasks and seeds of the claim, and all cells one set-up."""
+    if CLAIM not in runs:
+        raise icl.StudyError("expected plain cells, which controls are compared with, got none: run the whole grid")
+    for name, values in _set_ups(runs).items():
+        for of_key in values.values():
+            if len(of_key) > 1:
+                texts = sorted(map(str, of_key))
+                raise icl.StudyError(
+                    f"expected cells of one set-up, got {name} {' and '.join(texts)}: choose with --where "
+                    f"{name}={texts[0]}"
+                )
+    seeds = {row: {task: [r.cell.seed for r in of] for task, of in by_task.items()} for row, by_task in runs.items()}
+    for row, by_task in seeds.items():
+        if by_task != seeds[CLAIM]:
+            raise icl.StudyError(
+                f"expected {row!r} with the tasks and seeds of the plain cells, {seeds[CLAIM]}, got {by_task}: run the "
+                "grid to its end, or choose cells with --where"
+            )
+
+
+def _set_ups(runs: Runs) -> dict[str, dict[object, set[object]]]:
+    """The values of each setting that must be one, by task or by row and task where it may differ between these."""
+    values: dict[str, dict[object, set[object]]] = {}
+    for row, by_task in runs.items():
+        for task, results in by_task.items():
+            for result in results:
+                of_cell = {name: (task, getattr(result.cell, name)) for name in _FOR_A_TASK}
+                of_cell |= {name: (None, getattr(result.cell, name)) for name in _FOR_ALL}
+                of_cell |= {"lr": ((row, task), result.cell.lr), "precision": (None, precision_of(result))}
+                for name, (key, value) in of_cell.items():
+                    values.setdefault(name, {}).setdefault(key, set()).add(value)
+    return values
+
+
+_FOR_A_TASK = ("k", "n_queries", "source")
+_FOR_ALL = ("model", "protocol", "balanced", "split", "reference_k_mismatch", "scoring")
+"""The settings that must not differ within a task, and within a table."""
+
+
+def precision_of(result: icl.CellResult) -> str:
+    """The precision of a cell, as it was saved."""
+    return result.provenance.get("precision", result.provenance["dtype"])
+
+
 @dataclass(frozen=True)
 class Score:
     """A metric of one task."""
@@ -109,7 +190,10 @@ def scored(runs: Runs) -> Scores:
     """Every metric, of the claim, all controls and the variants."""
     tasks = list(runs[CLAIM])
     families: dict[str, Sequence[str]] = {"claim": (CLAIM,), "nulls": (), "models": tuple(MODELS)}
-    families |= {"weights": tuple(WEIGHTS), "contexts": tuple(CONTEXTS), "variants": tuple(VARIANTS)}
+    families |= {"weights": tuple(WEIGHTS), "contexts": tuple(CONTEXTS)}
+    known = {row for rows in families.values() for row in rows}
+    families["variants"] = [row for row in runs if row not in known and not row.startswith("k = ")]
+    families = {family: [row for row in rows if row in runs] for family, rows in families.items()}
     scores = {}
     for metric, nulls in NULLS.items():
         scores[metric] = {
@@ -212,6 +296,7 @@ def against_controls(scores: Scores) -> list[Against]:
         )
         for metric, families in scores.items()
         for family in FAMILIES
+        if families[family]
         for task, claim in families["claim"][CLAIM].items()
     ]
 
@@ -220,7 +305,7 @@ def against_table(comparisons: Sequence[Against]) -> pd.DataFrame:
     """Each score against the control of each kind that comes closest to it."""
     lines = []
     for one in comparisons:
-        about = {"metric": one.metric, "task": TITLES[one.task], "controls": one.family}
+        about = {"metric": one.metric, "task": TITLES.get(one.task, one.task), "controls": one.family}
         if not one.paired:
             lines.append(about | {"closest": "too few queries"})
             continue
@@ -247,13 +332,17 @@ def unstable_cells(runs: Runs, metric: str) -> str:
 def claim_table(comparisons: Sequence[Against], unstable: Mapping[str, str]) -> pd.DataFrame:
     """On how many tasks each claim's score is above all controls of each family, and what that leaves of it.
 
-    `unstable` holds, by metric, in how many of the claim's cells it is unstable (`unstable_cells`).
+    `unstable` holds, by metric, in how many of the claim's cells it is unstable (`unstable_cells`). Families of which
+    there is no control have no column; a claim cannot survive without them.
     """
     lines = []
     for metric, claim in CLAIMS.items():
         texts, fates = {}, set()
         for family in FAMILIES:
             chosen = [one for one in comparisons if (one.metric, one.family) == (metric, family)]
+            if not chosen:
+                fates.add("open")
+                continue
             above = [one.above for one in chosen if one.paired]
             texts[family] = f"{sum(above)} of {len(chosen)}"
             if open_ones := len(chosen) - len(above):
@@ -277,8 +366,13 @@ def in_words(row: Mapping[str, str]) -> str:
         "does not survive": "This does not survive.",
         "open": "This stays open: too few queries tell.",
     }
+    missing = [what for family, what in FAMILIES.items() if family not in row]
+    if missing:
+        fates["open"] = "This stays open."
     kept, lost, undecided = [], [], []
     for family, what in FAMILIES.items():
+        if family not in row:
+            continue
         counts, _, some_open = row[family].partition(" (")
         above, _, n = counts.partition(" of ")
         n_open = int(some_open.split()[0]) if some_open else 0
@@ -292,6 +386,7 @@ def in_words(row: Mapping[str, str]) -> str:
     sentences += f" On every task the score is above {'; above '.join(kept)}." * bool(kept)
     sentences += f" It is not above {'; nor above '.join(lost)}." * bool(lost)
     sentences += f" It is undecided whether it is above {'; or '.join(undecided)}." * bool(undecided)
+    sentences += f" It was not compared with {'; nor with '.join(missing)}." * bool(missing)
     n_unstable, _, n_cells = row["unstable cells"].partition(" of ")
     if not n_cells:
         return sentences
@@ -319,8 +414,9 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
     """Accuracies of the model and of those that have learned nothing, in per cent."""
     return pd.DataFrame(
         {"model": "trained" if row == CLAIM else row, "setting": name.split()[0]}
-        | {TITLES[task]: text(interval_of(name, results), name) for task, results in runs[row].items()}
+        | {TITLES.get(task, task): text(interval_of(name, results), name) for task, results in runs[row].items()}
         for row in (CLAIM, *MODELS)
+        if row in runs
         for name in ACCURACY_ROWS
     )
 
@@ -328,6 +424,7 @@ def accuracy_table(runs: Runs) -> pd.DataFrame:
 def rate_table(runs: Runs) -> pd.DataFrame:
     """The learning rates of every way of finetuning."""
     return pd.DataFrame(
-        {"finetuning": row} | {TITLES[task]: f"{results[0].cell.lr:g}" for task, results in runs[row].items()}
+        {"finetuning": row} | {TITLES.get(task, task): f"{results[0].cell.lr:g}" for task, results in runs[row].items()}
         for row in (CLAIM, *(row for row in VARIANTS if row.startswith("FT")))
+        if row in runs
     )

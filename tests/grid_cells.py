@@ -1,5 +1,6 @@
 """Small grids of a tiny model, and finished cells, as several test modules and scripts use them."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import icl_dual as icl
 from icl_dual.cells import CellResult
 from icl_dual.grids import Grid, Results
+from icl_dual.grids.results import MANIFEST
 from icl_dual.models import tiny_model
 from icl_dual.study import CellRunner
 
@@ -80,6 +82,14 @@ def save_tiny(folder: Path) -> str:
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def change_version(results: Results, cell_id: str, package: str, version: str) -> None:
+    """Let a finished cell have been made with another version of a package."""
+    path = f"cells/{cell_id}/{MANIFEST}"
+    manifest = json.loads(results.files.read(path))
+    manifest["versions"][package] = version
+    results.files.write(path, json.dumps(manifest).encode())
 
 
 def corrupt(results: Results, path: str) -> None:

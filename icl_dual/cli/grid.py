@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +65,9 @@ def add_commands(subparsers: Any) -> None:
         parser.add_argument("--storage", default=[], help="options of fsspec for the storage", **options)
         if name in ("run", "rerun", "plan"):
             parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="part I of N, from 0")
+            parser.add_argument(
+                "--mix-versions", action="store_true", help="add cells to those that other versions of packages made"
+            )
         if name in ("run", "rerun"):
             engine = parser.add_argument_group("engine").add_argument
             engine("--engine", choices=get_args(Engine), default="local", help="what runs the cells (%(default)s)")
@@ -108,7 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = dict(args.option) | {
         name: value for name in ("processes", "threads") if (value := getattr(args, name)) is not None
     }
-    summary = run_grid(grid, results, engine=args.engine, shard=args.shard, ttl=args.ttl, **options)
+    options |= {"engine": args.engine, "shard": args.shard, "ttl": args.ttl, "mix_versions": args.mix_versions}
+    summary = run_grid(grid, results, **options)
     failures = [Failure(cell_id, o.error, o.traceback, "") for cell_id, o in summary.failed.items()]
     return _show_status(results, in_shard(grid.cells(), args.shard), failures)
 
@@ -119,7 +123,17 @@ def status(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         IncompleteError: cells failed; each was printed with its error.
     """
-    return _show_status(_results(args), _grid(args).cells())
+    results, cells = _results(args), _grid(args).cells()
+    versions = results.versions(results.status(cells).done)
+    _warn_of_versions(versions)
+    return _show_status(results, cells) | {"versions": versions}
+
+
+def _warn_of_versions(versions: Mapping[str, int]) -> None:
+    """Print the versions that cells were made with, where there are several."""
+    if len(versions) > 1:
+        lines = [f"  {count} cells with {text}" for text, count in versions.items()]
+        print("\n".join(["warning: cells were made with several versions of packages:", *lines]), file=sys.stderr)
 
 
 def _show_status(results: Results, cells: Iterable[GridCell], failures: Iterable[Failure] = ()) -> dict[str, Any]:
@@ -151,6 +165,7 @@ def collect_cells(args: argparse.Namespace) -> dict[str, Any]:
     """
     collection = collect(_results(args), args.table, _grid(args))
     print(f"{collection.n_cells} cells, {collection.n_rows} rows: {collection.path}")
+    _warn_of_versions(collection.versions)
     for error in collection.damaged.values():
         print(f"damaged: {error}")
     result = {**asdict(collection), "path": str(collection.path)}
@@ -172,7 +187,7 @@ def rerun(args: argparse.Namespace) -> dict[str, Any]:
 
 def show_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Show the cells that are to run."""
-    planned = plan(_grid(args), _results(args), shard=args.shard)
+    planned = plan(_grid(args), _results(args), shard=args.shard, mix_versions=args.mix_versions)
     print(planned)
     for cell in planned.cells:
         print(f"  {cell.id}")

@@ -1,6 +1,7 @@
 """All finished cells as one tidy table in a parquet file, and as an xarray data set."""
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from icl_dual.arguments import Index, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.grid import PLAIN, Grid, GridError
-from icl_dual.grids.results import FRAME, Results, VersionError, file_path
+from icl_dual.grids.results import FRAME, Manifest, Results, VersionError, file_path
 from icl_dual.storage import AssetError, atomic_file
 
 AXES = ("model", "task", "k", "seed", "lr", "protocol", "precision", "control", "metric")
@@ -41,6 +42,8 @@ class Collection:
     """The number of rows: one for each cell, metric and layer, and one for all layers together."""
     damaged: dict[str, str]
     """The cells that are left out, since their files are damaged, with the error of each."""
+    versions: dict[str, int]
+    """The versions of packages that the cells were made with, in words, and the number of cells of each."""
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table."""
@@ -55,9 +58,10 @@ class Collection:
 def collect(results: Results, path: str | PathLike[str], grid: Grid | None = None) -> Collection:
     """Write the rows of all finished cells into one parquet file, which appears complete or not at all.
 
-    The columns are those of `CellResult.to_frame`, after the cell's id, with its precision and the name of its control:
-    the grid's name for it, or without a grid what the cell varies, or `plain`. Each cell's rows were saved when it was
-    finished; their checksum is compared. Memory does not grow with the number of cells.
+    The columns are those of `CellResult.to_frame`, after the cell's id, with its precision, the name of its control
+    (the grid's name for it, or without a grid what the cell varies, or `plain`) and, last, the `versions` of packages
+    that it was made with. Each cell's rows were saved when it was finished; their checksum is compared. Memory does not
+    grow with the number of cells.
 
     Args:
         results: the results.
@@ -71,6 +75,7 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
     """
     path, cell_ids, n_cells, n_rows = Path(path), results.finished(), 0, 0
     controls: dict[str, str] = {}
+    versions: Counter[str] = Counter()
     if grid is not None:
         results.check_settings(grid.cells())
         controls = {cell.id: cell.control for cell in grid.cells()}
@@ -82,10 +87,10 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
         writer: pq.ParquetWriter | None = None
         try:
             for start in range(0, len(cell_ids), _AT_ONCE):
-                tables = [
-                    _with_control(table, controls.get(cell_id))
-                    for cell_id, table in _tables(results, cell_ids[start : start + _AT_ONCE], damaged).items()
-                ]
+                tables = []
+                for manifest, table in _tables(results, cell_ids[start : start + _AT_ONCE], damaged):
+                    versions[manifest.made_with] += 1
+                    tables.append(_with_origin(table, controls.get(manifest.id), manifest.made_with))
                 if not tables:
                     continue
                 for table in tables:
@@ -99,14 +104,15 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
                 writer.close()
         if writer is None:
             raise AssetError(f"expected a cell that is not damaged, got none: {next(iter(damaged.values()))}")
-    return Collection(path, n_cells, n_rows, damaged)
+    return Collection(path, n_cells, n_rows, damaged, dict(versions))
 
 
-def _with_control(table: pa.Table, control: str | None) -> pa.Table:
-    """Return a cell's rows with the name of its control after what it varies."""
+def _with_origin(table: pa.Table, control: str | None, versions: str) -> pa.Table:
+    """Return a cell's rows with the name of its control after what it varies, and its versions."""
     at = table.schema.get_field_index("variation")
     name = control or table.column(at)[0].as_py() or PLAIN
-    return table.add_column(at + 1, "control", pa.repeat(name, table.num_rows))
+    table = table.add_column(at + 1, "control", pa.repeat(name, table.num_rows))
+    return table.append_column("versions", pa.repeat(versions, table.num_rows))
 
 
 def _check_columns(table: pa.Table, first: pa.Table | pq.ParquetWriter) -> None:
@@ -117,14 +123,14 @@ def _check_columns(table: pa.Table, first: pa.Table | pq.ParquetWriter) -> None:
         )
 
 
-def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> dict[str, pa.Table]:
-    """Return the rows of cells by id; of those that are damaged, the error goes into `damaged`."""
+def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> list[tuple[Manifest, pa.Table]]:
+    """Return the manifests and rows of cells; of those that are damaged, the error goes into `damaged`."""
     errors: dict[str, AssetError] = {}
     manifests = results.manifests(cell_ids, errors)
     if (of_other_version := next((e for e in errors.values() if isinstance(e, VersionError)), None)) is not None:
         raise of_other_version
     paths = {file_path(manifest, FRAME): manifest for manifest in manifests.values()}
-    tables: dict[str, pa.Table] = {}
+    tables: list[tuple[Manifest, pa.Table]] = []
     for path, content in results.files.read_many(list(paths)).items():
         manifest = paths[path]
         try:
@@ -132,7 +138,7 @@ def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> d
         except AssetError as error:
             errors[manifest.id] = error
         else:
-            tables[manifest.id] = pq.read_table(io.BytesIO(rows))
+            tables.append((manifest, pq.read_table(io.BytesIO(rows))))
     damaged |= {cell_id: str(error) for cell_id, error in errors.items()}
     return tables
 

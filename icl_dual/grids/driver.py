@@ -33,6 +33,7 @@ def run_grid(
     models: Sequence[Model] = (),
     ttl: Rate = TTL_S,
     max_lost: Count = MAX_LOST,
+    mix_versions: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Summary:
@@ -49,6 +50,7 @@ def run_grid(
         models: models of your own that the grid names, for the local engine in one process.
         ttl: the seconds after which the claim of a lost worker can be taken over.
         max_lost: the number of workers that may be lost in a cell, one after the other, before it counts as failed.
+        mix_versions: add cells to those that other versions of icl-dual, torch and transformers have made.
         progress: show a bar with the cells that are done, running and failed, and the time left.
         options: options of the engine, such as `processes=2` of `local`.
 
@@ -58,19 +60,24 @@ def run_grid(
     Raises:
         GridError: the name of a model or task is unknown, a cell is larger than the machine, or the engine cannot
             start.
-        SettingsError: a finished cell has other settings than the cell of its id now.
+        SettingsError: a finished cell has other settings than the cell of its id now, or was made with other versions.
         AssetError: the results are of another version, or the storage cannot be read or written.
     """
     passed = {task.name for task in tasks}
     registered = [registered_task(name) for name in sorted(grid.task_names - passed)]  # other processes lack them
     tasks = [*tasks, *(task for task in registered if task is not None)]
     planned = plan(
-        grid, results, shard=shard, models=[model.name for model in models], tasks=[task.name for task in tasks]
+        grid,
+        results,
+        shard=shard,
+        models=[model.name for model in models],
+        tasks=[task.name for task in tasks],
+        mix_versions=mix_versions,
     )
     if planned.cells:
         results.check_writable()
     delete_claims(results.files, planned.done)
-    worker = Worker(grid, results, tasks=tasks, models=models, ttl=ttl, max_lost=max_lost)
+    worker = Worker(grid, results, tasks=tasks, models=models, ttl=ttl, max_lost=max_lost, mix_versions=mix_versions)
     run = getattr(importlib.import_module(f"icl_dual.grids.engines.{engine}"), f"run_{engine}")
     with Progress(planned.n_cells, len(planned.done), len(planned.failed), show=progress) as report:
         try:

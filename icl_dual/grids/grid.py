@@ -178,11 +178,13 @@ class Grid:
 
     def _expand(self) -> tuple[list[GridCell], list[Problem]]:
         """Return all cells that are possible, and everything that is wrong."""
-        problems = [*self._problems_of_names(), *self._problems_of_axes()]
-        controls, problems_of_controls = self._controls()
-        problems += problems_of_controls
-        if problems:
+        controls, of_controls = self._controls()
+        of_axes = [*self._problems_of_axes()]
+        problems = [*self._problems_of_names(), *of_axes, *of_controls]
+        if of_axes:
             return [], _once(problems)
+        wrong = {problem.key[1] for problem in of_controls}  # their combinations cannot be told
+        controls = {name: settings for name, settings in controls.items() if name not in wrong}
         cells: list[GridCell] = []
         for model, precision, task, protocol, seed in product(
             self.models, self.precisions, self.tasks, self.protocols, self.seeds

@@ -1,7 +1,7 @@
 """What remains of a grid, and what each cell needs of a machine."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,6 +94,7 @@ def plan(
     shard: tuple[Index, Count] = (0, 1),
     models: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    mix_versions: bool = False,
 ) -> Plan:
     """Return the cells of a grid that are to run, after checking the grid against the results.
 
@@ -103,20 +104,23 @@ def plan(
         shard: the index of a part, from 0, and the number of parts: cells are divided in order.
         models: the names of models of your own, which are passed to the worker.
         tasks: the names of tasks of your own, which are passed to the worker.
+        mix_versions: add cells to those that other versions of icl-dual, torch and transformers have made.
 
     Raises:
         GridError: the name of a model or task is unknown, or there is no such shard.
-        SettingsError: a finished cell has other settings than the cell of its id now.
+        SettingsError: a finished cell has other settings than the cell of its id now, or cells remain and finished ones
+            were made with other versions of packages than are installed here.
         AssetError: the results are of another version, or cannot be read.
     """
     check_names(grid, models, tasks)
     cells = in_shard(grid.cells(), shard)
-    results.check_settings(cells, recordings=grid.keep_recordings)
+    manifests = results.check_settings(cells, recordings=grid.keep_recordings)
     status = results.status(cells)
-    finished, over = {*status.done}, {*status.done, *status.failed}
-    measured = _measured(results, [cell for cell in cells if cell.id in finished])
+    over, measured = {*status.done, *status.failed}, _measured(manifests.values())
     needs = cache(lambda model, precision: _resources(grid, model, measured.get((model, precision))))
-    remaining = (cell for cell in cells if cell.id not in over)
+    remaining = [cell for cell in cells if cell.id not in over]
+    if remaining and not mix_versions:
+        results.check_versions(manifests)
     return Plan(
         tuple(PlannedCell(cell, needs(cell.cell.model, cell.precision)) for cell in remaining),
         len(cells),
@@ -177,14 +181,10 @@ class Machine(NamedTuple):
                     )
 
 
-def _measured(results: Results, cells: Sequence[GridCell]) -> dict[tuple[str, str], int]:
-    """Return the most memory of finished cells, by model and precision, from a few cells of each."""
-    samples: dict[tuple[str, str], list[str]] = {}
-    for cell in cells:
-        samples.setdefault((cell.cell.model, cell.precision), []).append(cell.id)
-    manifests = results.manifests([cell_id for ids in samples.values() for cell_id in ids[-8:]], {})
+def _measured(manifests: Iterable[Manifest]) -> dict[tuple[str, str], int]:
+    """Return the most memory of finished cells, by model and precision."""
     peaks: dict[tuple[str, str], int] = {}
-    for manifest in manifests.values():
+    for manifest in manifests:
         key = _key(manifest)
         peaks[key] = max(peaks.get(key, 0), manifest.peak_memory)
     return {key: peak for key, peak in peaks.items() if peak}

@@ -13,9 +13,12 @@ own, and then the manifest, if there is none yet: of two workers the first one's
 import hashlib
 import io
 import json
+import os
+import platform
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +34,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.grids.claims import FOLDER, ClaimInfo, claimed, delete_claims
 from icl_dual.grids.files import Files
 from icl_dual.grids.grid import GridCell
+from icl_dual.provenance import PACKAGES
 from icl_dual.storage import (
     METADATA,
     AssetError,
@@ -122,6 +126,16 @@ class Manifest:
     def cell(self) -> Cell:
         """Return the settings."""
         return Cell.from_settings(self.settings)
+
+    @property
+    def made_with(self) -> str:
+        """Return the versions of the packages that decide numbers, in words."""
+        return ", ".join(f"{name} {self.versions[name]}" for name in PACKAGES if name in self.versions)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions, as installed here, of the packages that decide a cell's numbers."""
+    return {name: version(name) for name in PACKAGES}
 
 
 @checked
@@ -225,16 +239,27 @@ class Results:
         groups = (done, running, failed, set(ids) - over)
         return Status(*(tuple(name for name in ids if name in group) for group in groups))
 
+    @checked
+    def versions(self, cell_ids: Iterable[str]) -> dict[str, int]:
+        """Return the versions that finished cells were made with, in words, and how many cells each; reads manifests.
+
+        Manifests that cannot be read are left out.
+        """
+        return dict(Counter(manifest.made_with for manifest in self.manifests(cell_ids, {}).values()))
+
     def claims(self) -> dict[str, ClaimInfo]:
         """Return the claims of workers, by cell."""
         return claimed(self.files)
 
-    def check_settings(self, cells: Iterable[GridCell], *, recordings: bool = False) -> None:
+    def check_settings(self, cells: Iterable[GridCell], *, recordings: bool = False) -> dict[str, Manifest]:
         """Check that finished cells were made with the settings that cells of their ids have now.
 
         Args:
             cells: the cells.
             recordings: whether finished cells must have recordings.
+
+        Returns:
+            The manifests of the finished cells, without damaged ones.
 
         Raises:
             SettingsError: one has other settings, or no recordings; the message names them.
@@ -242,7 +267,8 @@ class Results:
         """
         by_id, finished = {cell.id: cell for cell in cells}, set(self.finished())
         damaged: dict[str, AssetError] = {}
-        for cell_id, manifest in self.manifests([name for name in by_id if name in finished], damaged).items():
+        manifests = self.manifests([name for name in by_id if name in finished], damaged)
+        for cell_id, manifest in manifests.items():
             self.check_same(by_id[cell_id], manifest)
             if recordings and f"{RECORDINGS}/{METADATA}" not in manifest.files:
                 raise SettingsError(
@@ -252,6 +278,17 @@ class Results:
         for error in damaged.values():
             if not isinstance(error, DamagedError):
                 raise error
+        return manifests
+
+    def check_versions(self, manifests: Mapping[str, Manifest]) -> None:
+        """Check that finished cells were made with the versions of packages that are installed here.
+
+        Raises:
+            SettingsError: one was made with others; the message names them.
+        """
+        here = installed_versions()
+        for cell_id, manifest in manifests.items():
+            check_same_versions(here, manifest.versions, f"{cell_id} in {self.files.url}")
 
     def check_same(self, cell: GridCell, manifest: Manifest) -> None:
         """Raise a SettingsError where a finished cell has other settings than the cell of its id."""
@@ -324,13 +361,13 @@ class Results:
             )
         return content
 
-    def publish(self, cell: GridCell, folder: Path, about: Mapping[str, Any]) -> bool:
+    def publish(self, cell: GridCell, result: CellResult, about: Mapping[str, Any]) -> bool:
         """Write a cell that `run_cell` saved in a local folder; return whether it is the first of its id.
 
         Raises:
             AssetError: the storage cannot be written.
         """
-        result = load_cell(folder)
+        folder = result.folder
         (folder / FRAME).write_bytes(_parquet(cell, result))
         checksums = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files_in(folder)}
         manifest = Manifest(
@@ -438,6 +475,26 @@ class Results:
                     "file"
                 ) from error
             check_same_settings(Path(f"{self.files.url}/{path}"), origin, saved)
+
+
+def check_same_versions(here: Mapping[str, str], others: Mapping[str, str], of: str) -> None:
+    """Raise a SettingsError where packages have other versions here than elsewhere, as `of` says."""
+    different = [name for name in PACKAGES if name in others and others[name] != here[name]]
+    if different:
+        raise SettingsError(
+            f"expected one version of each package in a grid, got {_listed(here, different)} in {process_name()}, and "
+            f"{_listed(others, different)} of {of}: install the same versions, choose other results, or allow it "
+            "with --mix-versions (mix_versions=True)"
+        )
+
+
+def _listed(versions: Mapping[str, str], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in names)
+
+
+def process_name() -> str:
+    """Return the machine and process of a worker."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def file_path(manifest: Manifest, name: str) -> str:

@@ -1,7 +1,5 @@
 """A worker: runs cells of a grid by their ids, in any process that reaches the storage."""
 
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -18,7 +16,7 @@ from icl_dual.arguments import Count, Rate, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.claims import TTL_S, Claim, Claims
 from icl_dual.grids.grid import Grid, GridCell, GridError
-from icl_dual.grids.results import Failure, Results
+from icl_dual.grids.results import Failure, Results, check_same_versions, installed_versions, process_name
 from icl_dual.models import Model
 from icl_dual.storage import first_line
 from icl_dual.study import CellRunner
@@ -62,6 +60,7 @@ class Worker:
         threads: the number of torch's threads; by default as many as torch has.
         ttl: the seconds after which the claim of a lost worker can be taken over.
         max_lost: the number of workers that may be lost in a cell, one after the other, before it counts as failed.
+        mix_versions: let a process run cells that has other versions of packages than the one that made the worker.
         progress: show progress bars of the stages within a cell.
     """
 
@@ -76,10 +75,12 @@ class Worker:
         threads: Count | None = None,
         ttl: Rate = TTL_S,
         max_lost: Count = MAX_LOST,
+        mix_versions: bool = False,
         progress: bool = False,
     ) -> None:
         self.grid, self.results, self.tasks, self.models = grid, results, tuple(tasks), tuple(models)
         self.threads, self.ttl, self.max_lost, self.progress = threads, ttl, max_lost, progress
+        self.versions = None if mix_versions else installed_versions()
         self._start()
 
     def _start(self) -> None:
@@ -96,6 +97,8 @@ class Worker:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+        if self.versions is not None:
+            check_same_versions(installed_versions(), self.versions, "the process that started it")
         self._start()
 
     @checked
@@ -145,7 +148,7 @@ class Worker:
                 self.results.check_origin(result)
                 seconds = round(time.perf_counter() - started, 3)
                 about = {"seconds": seconds, "peak_memory": peak_memory(), "worker": process_name()}
-                is_first = self.results.publish(cell, folder, about)
+                is_first = self.results.publish(cell, result, about)
         except Exception as error:
             return self._failed(cell.id, error, started, is_of_cell=True)
         return Outcome(cell.id, "done" if is_first else "already done", time.perf_counter() - started)
@@ -176,11 +179,6 @@ class Worker:
             with suppress(Exception):  # storage that fails: the outcome says so
                 self.results.record_failure(Failure(cell_id, sentence, text, process_name()))
         return Outcome(cell_id, "failed", time.perf_counter() - started, sentence, text)
-
-
-def process_name() -> str:
-    """Return the machine and process of a worker."""
-    return f"{platform.node()}:{os.getpid()}"
 
 
 def peak_memory() -> int:

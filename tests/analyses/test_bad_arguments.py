@@ -138,7 +138,7 @@ def _accepts(convert: Any, number: int) -> bool:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_options_are_one_line(script: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    positional = ["cells"] if script in ("paper_tables", "preset_cost") else []
+    positional = ["cells"] if script in ("grid_controls", "paper_tables", "preset_cost") else []
     status, line = refusal(script, [*positional, "--nosuch", "1"], capsys)
     assert status == 2
     assert "--nosuch" in line

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from grid_cells import change_version
 
 import icl_dual as icl
 from icl_dual import cli, study
@@ -74,7 +75,19 @@ def test_a_grid_from_plan_to_table(command: Any, tmp_path: Path, capsys: pytest.
     path.write_text(TEXT.replace("1e30", "0.02"))
     Results(tmp_path / "results").remove(bad)
     assert len(command("rerun", "--failed")["done"]) == 2
-    assert command("status")["failed"] == {}
+    assert len(command("status")["versions"]) == 1
+    assert "warning" not in capsys.readouterr().err
+    change_version(Results(tmp_path / "results"), good, "torch", "1.0.0")
+    status = command("status")
+    assert (status["failed"], sorted(status["versions"].values())) == ({}, [1, 1])
+    assert "warning: cells were made with several versions of packages:\n  1 cells with" in capsys.readouterr().err
+    command("collect", "--table", str(table))
+    assert "warning: cells were made with several versions" in capsys.readouterr().err
+    path.write_text(TEXT.replace("1e30", "0.02, 0.03"))
+    with pytest.raises(icl.SettingsError, match=r"and torch 1.0.0 of .* with --mix-versions"):
+        command("run")
+    assert len(command("run", "--mix-versions")["done"]) == 3
+    path.write_text(TEXT.replace("1e30", "0.02"))
     with pytest.raises(icl.StudyError, match="with split='selection' for the rule 'best'"):
         command("select", "--rule", "best")
     chosen = command("select", "--rule", "paper-on-evaluation-data")["choices"]

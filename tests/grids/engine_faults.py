@@ -1,7 +1,8 @@
 """Grids on Ray and submitit whose nodes, drivers and jobs are killed; a script, since each fault takes half a minute.
 
     python engine_faults.py ray-node FOLDER      24 cells on two nodes, one of which is killed in the middle
-    python engine_faults.py ray-driver FOLDER N  24 cells on two nodes, whose driver is killed N times (kill -9)
+    python engine_faults.py ray-driver FOLDER N  24 cells on two nodes, whose driver is killed N times (kill -9), in as
+                                                 many runs as it takes, each of which then goes on to its end
     python engine_faults.py ray-start FOLDER     a worker that cannot be read on its node
     python engine_faults.py slurm FOLDER         8 cells in two jobs, one of which is killed (kill -9)
     python engine_faults.py address              addresses at which no cluster answers
@@ -18,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,15 @@ class UnreadableWorker(Worker):
         raise ModuleNotFoundError("No module named 'a_module_of_the_driver'")
 
 
-def make(folder: Path, n_seeds: int, kind: Callable[..., Worker]) -> tuple[Grid, Worker]:
+def make(
+    folder: Path, n_seeds: int, kind: Callable[..., Worker], results: str | Path = "results"
+) -> tuple[Grid, Worker]:
     """Return a grid of two cells a seed, and a worker for it, the same in each process that calls this."""
     model = folder / "model"
     if not model.exists():
         save_tiny(model)
     grid = small_grid(str(model), n_seeds)
-    return grid, worker_of(grid, folder / "results", kind)
+    return grid, worker_of(grid, folder / results, kind)
 
 
 @contextmanager
@@ -91,16 +94,18 @@ def two_nodes() -> Iterator[tuple[Any, Any]]:
         cluster.shutdown()
 
 
-def report(folder: Path, expected: dict, log: Path) -> None:
-    """Check the results, and print how often each cell was computed and each worker loaded a model."""
-    got = contents(Results(folder / "results"))
+def report(results: Results, expected: dict, log: Path, n_in_flight: int) -> int:
+    """Check the results, and print how often each worker loaded a model; return how many cells were computed again."""
+    got = contents(results)
     assert got == expected, f"{len(got)} of {len(expected)} cells, or other numbers"
     lines = [line.split(maxsplit=2) for line in log.read_text().splitlines()]
     loads = Counter(pid for kind, pid, _ in lines if kind == "model")
     computed = Counter(cell for kind, _, cell in lines if kind == "cell")
     again = sum(computed.values()) - len(computed)
+    assert again <= n_in_flight, f"{again} cells computed again, {n_in_flight} in flight"
     print(f"{len(got)} cells, equal to those of one process; {again} computed again; {len(loads)} workers, ", end="")
-    print(f"each loaded its model {max(loads.values())} time(s)")
+    print(f"each loaded its model {max(loads.values())} time(s)", flush=True)
+    return again
 
 
 def ray_node(folder: Path) -> None:
@@ -118,35 +123,50 @@ def ray_node(folder: Path) -> None:
 
         events = Events(on_end)
         run_ray(worker, plan_of(worker), events, address=cluster.address)
-        report(folder, expected, folder / "log")
+        report(worker.results, expected, folder / "log", 1)
         after = [outcome for outcome, end in zip(events.ended, ends, strict=True) if end > ends[len(ends) // 2]]
         spent, wall = sum(outcome.seconds for outcome in after), ends[-1] - ends[len(ends) // 2]
         print(f"first cell after {ends[0]:.1f} s; the last {len(after)} cells, one at a time: {wall:.2f} s, of which ")
         print(f"{spent:.2f} s in cells: {(wall - spent) / len(after):.3f} s of overhead a cell")
 
 
-def drive(folder: Path, address: str) -> None:
+def drive(folder: Path, run: Path, address: str) -> None:
     """Run the grid as a driver that can be killed."""
-    _, worker = make(folder, 12, partial(NotingWorker, folder / "log"))
+    _, worker = make(folder, 12, partial(NotingWorker, run / "log"), run / "results")
     run_ray(worker, plan_of(worker), Events(), address=address)
 
 
+def kill_driver(command: list[str], results: Results, rng: random.Random) -> bool:
+    """Start a driver and kill it when some more cells are finished; return whether it was killed, and not done."""
+    driver = subprocess.Popen(command)
+    n_more = rng.randrange(8)
+    target = len(results.finished()) + n_more
+    while len(results.finished()) < target and driver.poll() is None:
+        time.sleep(0.02)
+    with suppress(subprocess.TimeoutExpired):
+        driver.wait(rng.random() * (1 if n_more else 15))  # without one more: while the driver starts
+    driver.kill()
+    return driver.wait() == -signal.SIGKILL
+
+
 def ray_driver(folder: Path, n_kills: int) -> None:
-    grid, worker = make(folder, 12, partial(NotingWorker, folder / "log"))
+    grid, _ = make(folder, 12, Worker)
     expected, rng = run_here(grid, folder / "here"), random.Random(0)
+    kills, again, n_runs = 0, 0, 0
     with two_nodes() as (cluster, _):
-        command = [sys.executable, __file__, "drive", str(folder), cluster.address]
-        for kill in range(n_kills):
-            driver = subprocess.Popen(command)
-            target = len(worker.results.finished()) + rng.randrange(1, 24 // (n_kills + 1))
-            while len(worker.results.finished()) < target and driver.poll() is None:
-                time.sleep(0.02)
-            time.sleep(rng.random() / 2)
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
-            print(f"kill {kill}: {len(worker.results.finished())} cells finished", flush=True)
-        subprocess.run(command, check=True)
-    report(folder, expected, folder / "log")
+        while kills < n_kills:
+            run = folder / f"run-{n_runs}"
+            results, before = Results(run / "results"), kills
+            run.mkdir()
+            command = [sys.executable, __file__, "drive", str(folder), str(run), cluster.address]
+            while kills < n_kills and len(results.finished()) < len(expected):
+                if kill_driver(command, results, rng):
+                    kills += 1
+                    print(f"kill {kills}: {len(results.finished())} cells finished", flush=True)
+            subprocess.run(command, check=True)
+            again += report(results, expected, run / "log", 2 * (kills - before))
+            n_runs += 1
+    print(f"{kills} drivers killed in {n_runs} runs; {again} cells computed again")
 
 
 def ray_start(folder: Path) -> None:
@@ -179,7 +199,7 @@ def slurm(folder: Path) -> None:
 
     threading.Thread(target=kill, daemon=True).start()
     run_slurm(worker, plan_of(worker), Events(), cluster="local", cells_per_job=4, logs=folder / "logs")
-    report(folder, expected, folder / "log")
+    report(worker.results, expected, folder / "log", 1)
 
 
 def address() -> None:
@@ -214,6 +234,6 @@ if __name__ == "__main__":
         case "slurm":
             slurm(folder)
         case "drive":
-            drive(folder, arguments[1])
+            drive(folder, Path(arguments[1]), arguments[2])
         case "address":
             address()

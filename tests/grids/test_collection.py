@@ -1,7 +1,11 @@
+from dataclasses import replace
 from functools import partialmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import control_tables
+import grid_controls
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,12 +45,17 @@ def test_the_table_has_the_rows_of_every_cell(
     frames = [icl.load_cell(path).to_frame() for path in sorted(study.iterdir())]
     frame = table.to_frame()
     expected = pd.concat(frames, ignore_index=True)
-    pd.testing.assert_frame_equal(frame.drop(columns=["id", "precision", "control"]), expected, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        frame.drop(columns=["id", "precision", "control", "versions"]), expected, check_dtype=False
+    )
     assert list(frame["id"].unique()) == finished.finished()
     assert set(frame["precision"]) == {"float32"}
     controls = frame.groupby("id")["control"].first().to_dict()
     assert controls == {cell.id: cell.control for cell in GRID.cells()}
     assert (table.n_cells, table.n_rows, table.damaged) == (4, len(expected), {})
+    (versions,) = frame["versions"].unique()
+    assert f"torch {version('torch')}, transformers {version('transformers')}" in versions
+    assert table.versions == {versions: 4}
 
 
 def test_damaged_cells_are_left_out_and_named(finished_anywhere: Results, tmp_path: Path) -> None:
@@ -66,9 +75,8 @@ def test_cells_with_other_columns_are_refused(
     last = finished.finished()[-1]
     tables = collection._tables
 
-    def with_another(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> Any:
-        read = tables(results, cell_ids, damaged)
-        return {name: table.drop(["spread"]) if name == last else table for name, table in read.items()}
+    def with_another(*args: Any) -> Any:
+        return [(of, table.drop(["spread"]) if of.id == last else table) for of, table in tables(*args)]
 
     monkeypatch.setattr(collection, "_tables", with_another)
     for at_once in (1, 100):
@@ -92,6 +100,45 @@ def test_tables_of_the_paper_read_a_grid_wherever_it_is(
     corrupt(finished, file_path(finished.manifest(finished.finished()[0]), FRAME))
     with pytest.raises(icl.AssetError, match="with the bytes that were saved"):
         find_cells([place])
+
+
+@pytest.mark.parametrize("results", ["s3"], indirect=True)
+def test_the_controls_tables_read_a_grid_on_any_storage(
+    finished_anywhere: Results, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, options = finished_anywhere.files.url, finished_anywhere.files.options
+    monkeypatch.setattr(grids.Results, "__init__", partialmethod(grids.Results.__init__, options=options))
+    assert grid_controls.main([place, "--where", "k=2", "lr=1e-2", "--out", str(tmp_path / "tables")]) == 0
+    table = pd.read_csv(tmp_path / "tables" / "controls.csv").query("metric == 'SimAOU' and task == 'films'")
+    values = table.set_index("what is compared")["value"]
+    for row, control in {"ICL and FT": "plain", "ICL on flipped labels": "flipped"}.items():
+        folders = [study / cell.id for cell in GRID.cells() if cell.control == control]
+        of_cells = [icl.load_cell(folder).comparison.per_layer["SimAOU"].mean().item() for folder in folders]
+        assert values[row] == pytest.approx(np.mean(of_cells), rel=1e-4)
+    assert set(table["kind"]) == {"claim", "nulls", "contexts"}
+    page = (tmp_path / "tables" / "controls.md").read_text()
+    assert "It was not compared with models that have learned nothing" in page
+    assert "survives" not in page  # without all kinds of controls, no claim does
+    assert (tmp_path / "tables" / "controls.png").stat().st_size > 10_000
+
+
+def test_cells_that_are_no_study_of_controls_are_refused_in_a_sentence(finished: Results) -> None:
+    def refused(message: str, results: list[icl.CellResult]) -> None:
+        with pytest.raises(icl.StudyError, match=message):
+            control_tables.runs_of(results)
+
+    plain, flipped, *others = find_cells([finished.files.url])
+    refused("expected plain cells, which controls are compared with, got none", [flipped])
+    refused(r"'ICL on flipped labels' with the tasks and seeds of the plain cells, \{'films': \[1, 2\]\}, got .*\[2\]",
+            [plain, *others])  # fmt: skip
+    for name, value, text in (("k", 3, "2 and 3"), ("lr", 0.1, "0.01 and 0.1"), ("model", "gpt2", "gpt2 and tiny")):
+        other = replace(plain, cell=replace(plain.cell, **{name: value, "seed": 3}))
+        refused(rf"expected cells of one set-up, got {name} {text}: choose with --where {name}=", [plain, other])
+    with pytest.raises(icl.StudyError, match=r"expected cells with k=4, got 2: choose one of these"):
+        grid_controls.chosen([plain], [("k", "4")])
+    both = {"context": "flipped labels", "delta": "random"}
+    runs = control_tables.runs_of([plain, replace(plain, cell=replace(plain.cell, **both))])
+    assert list(runs) == ["ICL and FT", "flipped labels and random delta"]  # no row of the study: by what it varies
 
 
 def test_nothing_finished_is_an_error(results: Results, tmp_path: Path) -> None:

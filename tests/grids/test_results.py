@@ -24,7 +24,7 @@ def publish(results: Results, study: Path, folder: Path) -> bool:
     """Publish a cell of the study as a worker does: from a folder of its own."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(study / CELL.id, folder)
-    return results.publish(CELL, folder, ABOUT)
+    return results.publish(CELL, icl.load_cell(folder), ABOUT)
 
 
 def test_a_published_cell_is_the_one_that_was_saved(results: Results, study: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_of_two_that_publish_at_once_the_first_stays(study: Path, tmp_path: Path
     shutil.copytree(study / CELL.id, tmp_path / "cell")
     monkeypatch.setattr(results_module.shutil, "copytree", copy_late)
     before = {"seconds": 2.0, "peak_memory": 0, "worker": "late:1"}
-    assert not results.publish(CELL, tmp_path / "cell", before)
+    assert not results.publish(CELL, icl.load_cell(tmp_path / "cell"), before)
     assert results.manifest(CELL.id).worker == "test:1"
     results.verify(CELL.id)
     assert [path.name for path in (tmp_path / "results" / "cells").iterdir()] == [CELL.id]

@@ -106,6 +106,24 @@ n_queries = 5
         load_grid(write(tmp_path, mended))
 
 
+def test_unknown_keys_and_impossible_combinations_are_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("""models = ["smollm2-135m"]
+tasks = ["sst2"]
+sedes = [1]
+[controls.both]
+context = "flipped labels"
+context_task = "mr"
+[controls.wrong]
+contxt = "flipped labels"
+""")
+    with pytest.raises(GridError) as error:
+        load_grid(path)
+    lines = str(error.value).splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["line 3", "line 4", "line 8"]
+    assert "control 'both': expected context='own'" in lines[2]
+
+
 def test_what_is_no_file_or_no_toml_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(GridError, match=r"No such file or directory: check the path"):
         load_grid(tmp_path / "none.toml")

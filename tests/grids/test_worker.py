@@ -3,14 +3,16 @@ import pickle
 from pathlib import Path
 
 import pytest
-from grid_cells import TASK, CopiedCells, content, grid_of, without_model_files
+from grid_cells import TASK, CopiedCells, change_version, content, grid_of, without_model_files
 
 import icl_dual as icl
 from icl_dual import study as study_module
-from icl_dual.grids import Failure, Grid, GridError, Results, Worker, files, plan, reset_failed
+from icl_dual.grids import Failure, Grid, GridError, Results, Worker, collect, files, plan, reset_failed
 from icl_dual.grids import results as results_module
+from icl_dual.grids import worker as worker_module
 from icl_dual.grids.claims import Claim, Claims, claimed
 from icl_dual.grids.planning import MARGIN, Machine, PlannedCell, Resources, in_shard
+from icl_dual.grids.results import installed_versions
 from icl_dual.models import tiny_model
 
 GRID = grid_of()
@@ -150,6 +152,34 @@ def test_other_settings_under_an_id_are_a_failure_that_is_not_recorded(
     assert results.failures() == {}
     with pytest.raises(icl.SettingsError, match="n_queries=2"):
         plan(other, results, models=["tiny"], tasks=["films"])
+
+
+def test_cells_of_other_versions_are_not_mixed_unless_it_is_allowed(
+    results: Results, copied: type[CopiedCells], tmp_path: Path
+) -> None:
+    worker, passed = Worker(GRID, results), {"models": ["tiny"], "tasks": ["films"]}
+    worker.run(IDS[0])
+    change_version(results, IDS[0], "torch", "1.0.0")
+    change_version(results, IDS[0], "python", "3.0")  # decides no number
+    with pytest.raises(icl.SettingsError, match=rf"got torch \S+ in .*, and torch 1.0.0 of {IDS[0]} in .*--mix-vers"):
+        plan(GRID, results, **passed)
+    assert plan(GRID, results, mix_versions=True, **passed).ids == IDS[1:]
+    for cell_id in IDS[1:]:
+        worker.run(cell_id)
+    assert plan(GRID, results, **passed).ids == []  # nothing is to run
+    table = collect(results, tmp_path / "table.parquet", GRID)
+    assert sorted(table.versions.values()) == [1, 3] == sorted(results.versions(IDS).values())
+    versions = table.to_frame().groupby("id")["versions"].first()
+    assert [cell_id for cell_id in IDS if "torch 1.0.0," in versions[cell_id]] == [IDS[0]]
+
+
+def test_a_worker_is_not_read_where_packages_have_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict, mixing = (pickle.dumps(Worker(GRID, Results("unused"), mix_versions=mix)) for mix in (False, True))
+    here = installed_versions()
+    monkeypatch.setattr(worker_module, "installed_versions", lambda: {**here, "transformers": "4.0.0"})
+    with pytest.raises(icl.SettingsError, match=r"got transformers 4.0.0 in .* of the process that started it"):
+        pickle.loads(strict)
+    pickle.loads(mixing)
 
 
 def test_a_full_disk_fails_the_cell_and_leaves_nothing_by_half(
