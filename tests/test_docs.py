@@ -399,6 +399,14 @@ def test_the_page_on_tasks_runs(run_page: Run) -> None:
     assert ran == ["Rows", "Labels", "Scoring", "Files of lm-evaluation-harness"]
 
 
+def test_the_page_on_models_runs(run_page_on_first_layers: Run) -> None:
+    printed_by = {heading: printed for heading, _, printed in run_page_on_first_layers("docs/models.md")}
+    assert printed_by["Load it"].startswith("Model('my-model', LlamaForCausalLM, n_layers=2, n_heads=4")
+    assert (printed_by["Check it"], printed_by["A model in memory"]) == ("True\n", "True\n")
+    assert printed_by["Use it"].startswith("{'ZSL': ")
+    assert len(printed_by) == 4
+
+
 def test_the_page_on_prompts_runs(run_page: Run) -> None:
     ran = []
     for heading, scope, printed in run_page("docs/prompts.md"):
@@ -576,6 +584,7 @@ def test_no_page_has_code_that_is_not_run() -> None:
         "metrics",
         "faq",
         "guide",
+        "models",
         "tasks",
         "prompts",
         "sources",

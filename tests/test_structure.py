@@ -6,10 +6,12 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import icl_dual
 
@@ -45,6 +47,30 @@ LAYERS = (
 """What stands above may be imported by what stands below, and never the other way."""
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_function_has_types_and_everything_public_a_docstring(path: Path) -> None:
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(module)
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef):
+            args = node.args
+            named = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+            untyped = [arg.arg for arg in named if arg and not arg.annotation and arg.arg not in ("self", "cls")]
+            assert untyped == [], f"{path.name}, line {node.lineno}"
+            assert node.returns is not None, f"{path.name}, line {node.lineno}"
+    for node in public(module):
+        assert ast.get_docstring(node), f"{path.name}, line {node.lineno}: {node.name}"
+
+
+def public(parent: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """The public functions and classes of a module or class, and those inside of these classes."""
+    for node in parent.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
+
+
 def imports(path: Path) -> Iterator[tuple[str, str]]:
     """Each imported module of a file, and the name imported from it."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -60,8 +86,19 @@ def area(module: str) -> str | None:
     return parts[1] if parts[0] == "icl_dual" and len(parts) > 1 else None
 
 
-LOADED_ON_USE = ("scipy.stats", "gguf", "peft", "anywidget", "ipywidgets")
+FOR_USERS = ("grid", "notebook", "peft", "ray", "slurm", "benchmark")
+"""The optional extras for users; the others are for work on the library."""
+EXTRAS = ("anywidget", "ipywidgets", "nnsight", "peft", "ray", "s3fs", "submitit", "xarray")
+"""The modules that these extras bring."""
+LOADED_ON_USE = ("scipy.stats", "gguf", *EXTRAS)
 """What takes long to import or is optional: loaded by what uses it."""
+
+
+def test_extras_are_known_to_be_loaded_on_use() -> None:
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    brought = {Requirement(line).name for name in FOR_USERS for line in extras[name]}
+    assert brought <= {*EXTRAS, "psutil"}, "psutil comes with accelerate"
 
 
 def test_every_module_imports_without_a_warning_and_icl_dual_loads_nothing_that_few_use() -> None:

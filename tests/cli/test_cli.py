@@ -15,8 +15,9 @@ from icl_dual.cli import tasks
 from icl_dual.progress import progress_bar, progress_enabled
 
 COMMANDS = Path(cli.__file__).parent
-PAGES = ("docs/command_line.md", "docs/grids.md")
 ROOT = Path(__file__).parents[2]
+PAGES = ("docs/command_line.md", "docs/grids.md", "docs/models.md")
+PROSE = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))
 
 
 def leaf_parsers(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
@@ -66,6 +67,12 @@ def test_commands_of_pages_are_commands(page: str, folder: Path) -> None:
     for command in commands:
         if not command.startswith("--"):
             cli.parse(shlex.split(command, comments=True))
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_sentences_name_commands_that_exist(page: str) -> None:
+    named = re.findall(r"`icl-dual ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert {*named} <= {*PARSERS}
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
