@@ -48,7 +48,10 @@ NAMES = ("task", "dataset_path", "dataset_name", "training_split", "validation_s
 READ_DATASET_KEYS = {"data_files", "revision"}
 """The keys of `dataset_kwargs` that are read."""
 
-RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError)
+RENDER_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError),
+    *(RecursionError, MemoryError),
+)
 """What a template raises where a row does not fit it."""
 
 
@@ -196,14 +199,14 @@ class _DocReader:
             target = doc[spec]
         else:
             target = _render(spec, doc, where)
-            target = int(target) if target.isdigit() else target
+            target = int(target) if target.isdecimal() and len(target) < 10 else target
         if isinstance(target, str) and target in choices:
             return choices.index(target)
         if isinstance(target, int | float | np.number) and target in range(len(choices)):
             return int(target)
         raise TaskError(
             f"{where}: expected an index from 0 to {len(choices) - 1} or one of {list(choices)} from "
-            f"doc_to_target={spec!r}, got {target!r}: correct the file, or leave the row out"
+            f"doc_to_target={spec!r}, got {reprlib.repr(target)}: correct the file, or leave the row out"
         )
 
 
@@ -236,6 +239,8 @@ def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         config = _read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"expected a readable UTF-8 file at {path}, got {error}: check the path") from error
+    except TaskError:
+        raise
     except RecursionError as error:
         raise TaskError(f"{path}: expected YAML with few levels, got too many: write lists and keys flat") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -428,17 +433,19 @@ def _render(template: str, doc: Mapping[str, Any], where: str) -> str:
 def _literal(text: str, key: str, where: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise TaskError(f"{where}: expected a Python list from {key}, got {text!r}: correct the template") from error
+    except RENDER_ERRORS as error:
+        raise TaskError(
+            f"{where}: expected a Python list from {key}, got {reprlib.repr(text)}: correct the template"
+        ) from error
 
 
 def _constant_ends(path: Path, template: str) -> tuple[str, str]:
     """Return the text that a template begins and ends with whatever the row; nothing for a column's name."""
     try:
         body = _JINJA.parse(template).body
-    except TemplateError as error:
+    except RENDER_ERRORS as error:
         raise TaskError(
-            f"{path}: expected doc_to_text as a Jinja template, got {template!r} ({error}): correct it"
+            f"{path}: expected doc_to_text as a Jinja template, got {reprlib.repr(template)} ({error}): correct it"
         ) from error
     parts = [part for node in body for part in (node.nodes if isinstance(node, nodes.Output) else [node])]
     if all(isinstance(part, nodes.TemplateData) for part in parts):

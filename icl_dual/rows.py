@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,6 +109,19 @@ def field_value(row: Mapping[Any, Any], name: str) -> Any:
     return value
 
 
+def class_names(rows: Any, column: str) -> tuple[str, ...]:
+    """Return the names of the classes that a column of a `datasets.Dataset` has the indices of; none of other rows."""
+    features = getattr(rows, "features", None)
+    feature = features.get(column) if isinstance(features, Mapping) else None
+    return tuple(map(str, getattr(feature, "names", None) or ()))
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value stands for none: `None`, NaN, or what pandas has for missing values."""
+    is_nan = isinstance(value, float | np.floating) and math.isnan(value)
+    return is_nan or value is None or value is pd.NA or value is pd.NaT
+
+
 def _iterated(rows: Any, argument: str) -> Iterable[Any]:
     """Return rows that are no file as an iterable of dictionaries."""
     datasets = sys.modules.get("datasets")  # where it was never imported, no data set was given
@@ -157,10 +171,11 @@ def _read_jsonl(path: Path) -> tuple[str, NumberedRows]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line, object_pairs_hook=_row)
+            except (ValueError, RecursionError) as error:
                 raise TaskError(
-                    f"{path}, line {number}: expected one JSON object, got {error}: write each row on a line of its own"
+                    f"{path}, line {number}: expected one JSON object, got {_json_reason(error)}: write each row on a "
+                    "line of its own"
                 ) from error
             if not isinstance(row, dict):
                 raise TaskError(
@@ -177,9 +192,26 @@ def _read_json(path: Path) -> tuple[str, NumberedRows]:
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
     try:
-        return "row", list(enumerate(json.loads(text), start=1))
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path}: expected a JSON list of objects, got {error}: correct the file") from error
+        return "row", list(enumerate(json.loads(text, object_pairs_hook=_row), start=1))
+    except (ValueError, RecursionError) as error:
+        raise TaskError(
+            f"{path}: expected a JSON list of objects, got {_json_reason(error)}: correct the file"
+        ) from error
+
+
+def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the names and values of a JSON object, of which none is lost to another of the same name."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"an object with {', '.join(map(repr, repeated))} more than once")
+    return row
+
+
+def _json_reason(error: Exception) -> str:
+    """Return what is wrong with JSON, in words."""
+    return "too many nested brackets" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_csv(path: Path) -> tuple[str, NumberedRows]:
@@ -188,8 +220,8 @@ def _read_csv(path: Path) -> tuple[str, NumberedRows]:
     with path.open(encoding="utf-8-sig", newline="") as lines, _long_fields():
         reader = csv.reader(lines, strict=True)
         try:
-            header = next(reader, [])
-            _check_header(path, header)
+            header = next((values for values in reader if values), [])
+            _check_header(f"{path}, line {reader.line_num}", header)
             number = reader.line_num + 1  # a quoted text may have several lines
             for values in reader:
                 if values and len(values) != len(header):
@@ -208,12 +240,17 @@ def _read_csv(path: Path) -> tuple[str, NumberedRows]:
     return "line", rows
 
 
-def _check_header(path: Path, header: Sequence[str]) -> None:
+def _check_header(where: str, header: Sequence[str]) -> None:
+    others = [mark for mark in ";\t|" if header and mark in header[0]]
+    if len(header) == 1 and others:
+        raise TaskError(
+            f"{where}: expected columns separated by commas, got {header[0]!r}: separate them by commas, or pass the "
+            f"frame that pandas.read_csv(path, sep={others[0]!r}) returns"
+        )
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise TaskError(
-            f"{path}, line 1: expected different column names, got {', '.join(map(repr, repeated))} more than once: "
-            "rename one"
+            f"{where}: expected different column names, got {', '.join(map(repr, repeated))} more than once: rename one"
         )
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import reprlib
 import string
 import unicodedata
 from collections import Counter
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from icl_dual.arguments import Index, Seed, checked
-from icl_dual.rows import Rows, TaskError, field_value, located_rows
+from icl_dual.rows import Rows, TaskError, class_names, field_value, is_missing, located_rows
 
 Split = Literal["selection", "evaluation"]
 """The pool that queries come from: `evaluation` for results, `selection` to choose learning rates on."""
@@ -46,6 +47,9 @@ CONTENT_FREE = ("N/A", "", "[MASK]")
 UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER")
 UNSPACED_SCRIPTS += ("MYANMAR", "TIBETAN")
 """How Unicode names the characters of scripts that write no space between words."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200  # of a value that may be a whole document
 
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 """Matches a number in decimals."""
@@ -372,7 +376,11 @@ class Task:
     def _examples(self, rows: Rows, argument: str) -> list[Example]:
         """Return rows as examples, in their order."""
         source, located = located_rows(rows, argument)
-        examples = [self._example(row, where) for where, row in located]
+        names = class_names(rows, "label")
+        # Indices of a data set's classes are read by the names of these, where they are the label words.
+        classes = names if any(_word_index(name, self.label_words) is not None for name in names) else ()
+        examples = [self._example(row, where, classes) for where, row in located]
+        self._check_no_answer(examples, source)
         n_classes = len({example.label for example in examples})
         if n_classes < 2:
             raise TaskError(
@@ -380,6 +388,19 @@ class Task:
                 f"{n_classes}: add rows with other labels"
             )
         return examples
+
+    def _check_no_answer(self, examples: Sequence[Example], source: str) -> None:
+        """Raise a TaskError where the template ends with a field that is the label word of every row."""
+        if self.tail.strip() or len(self.field_names) < 2:
+            return
+        words = [word.strip().casefold() for word in self.label_words]
+        if examples and all(example.fields[-1][1].strip().casefold() == words[example.label] for example in examples):
+            name = self.field_names[-1]
+            raise TaskError(
+                f"{self.name}: expected a template that ends before the label, got {self.template!r}, where {{{name}}} "
+                f"is the label word in every row of {source}: leave it out, the label word follows the template after "
+                "label_separator"
+            )
 
     def _check_indices(self, examples: Iterable[Example]) -> None:
         """Raise a TaskError where labels were read as indices that seem to be counted from 1."""
@@ -395,8 +416,14 @@ class Task:
                 "words as labels"
             )
 
-    def _example(self, row: Any, where: str) -> Example:
-        """Return a row as an example, or raise a TaskError that says where the row is."""
+    def _example(self, row: Any, where: str, classes: Sequence[str] = ()) -> Example:
+        """Return a row as an example, or raise a TaskError that says where the row is.
+
+        Args:
+            row: the row.
+            where: where it is.
+            classes: the names of the classes that the row has the index of as its label; none where it has none.
+        """
         if not isinstance(row, Mapping):
             raise TaskError(
                 f"{self.name}: {where}: expected a dictionary, got {type(row).__name__}: pass each row as "
@@ -405,7 +432,9 @@ class Task:
         names = (*self.field_names, "label")
         values = {name: row[name] if name in row else _nested(row, name, where, self.name) for name in names}
         fields = tuple((name, self._field_text(values[name], name, where)) for name in self.field_names)
-        example = Example(fields, self._label(values["label"], where))
+        label = values["label"]
+        is_class = isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < len(classes)
+        example = Example(fields, self._label(classes[label] if is_class else label, where))
         if not self._has_formats:
             return example
         try:
@@ -422,12 +451,18 @@ class Task:
         text = value if isinstance(value, str) else _number_text(value)
         if not text or text.isspace():
             advice = "fill it in, or leave the row out" if _is_empty(value) else "pass text or a number"
-            raise TaskError(f"{self.name}: {where}: expected text as {name!r}, got {value!r}: {advice}")
+            raise TaskError(f"{self.name}: {where}: expected text as {name!r}, got {_shown(value)}: {advice}")
+        if not _is_unicode(text):
+            raise TaskError(
+                f"{self.name}: {where}: expected text as {name!r}, got {_shown(value)}, with half of a surrogate pair: "
+                "correct it, or leave the row out"
+            )
         return text.strip() if self.strip_fields else text
 
     def _label(self, label: Any, where: str) -> int:
         """Return a label's index, given the label word or that index."""
-        text = str(label.item() if getattr(label, "ndim", None) == 0 else label)
+        label = label.item() if getattr(label, "ndim", None) == 0 else label
+        text = "" if is_missing(label) else _written(label)
         if text not in self._label_indices:
             self._label_indices[text] = label_index(text, self.label_words)
         index = self._label_indices[text]
@@ -437,8 +472,8 @@ class Task:
             why = "is a number, or begins with the index of another"
             why_no_index = f" (labels are no indices where a label word {why})" if words_only else ""
             raise TaskError(
-                f"{self.name}: {where}: expected {or_index}one of {list(self.label_words)}, got {label!r}: correct it, "
-                f"or the task's label_words{why_no_index}"
+                f"{self.name}: {where}: expected {or_index}one of {list(self.label_words)}, got {_shown(label)}: "
+                f"correct it, or the task's label_words{why_no_index}"
             )
         return index
 
@@ -451,7 +486,7 @@ def label_index(label: str, label_words: Sequence[str]) -> int | None:
             case; a number that one word alone is or begins with; or an index. `True` and `False` are words, or else 1
             and 0.
         label_words: the word for each label. Where one of them is a number, or one begins with the index of another,
-            labels are words only.
+            labels are words only. Where they are `yes` and `no`, in this order, booleans are no labels.
 
     Returns:
         The index, or `None` where the label is neither.
@@ -489,7 +524,8 @@ def _plain_index(label: str, label_words: Sequence[str]) -> int | None:
     """Return the index that a label is as a number; `None` where it is none, or labels are words only."""
     number = _label_number(label)
     is_boolean = label.strip().casefold() in ("true", "false")
-    if number is None or _are_words_only(label_words) or (is_boolean and len(label_words) != 2):
+    is_reversed = [word.strip().casefold() for word in label_words] == ["yes", "no"]
+    if number is None or _are_words_only(label_words) or (is_boolean and (len(label_words) != 2 or is_reversed)):
         return None
     return int(number) if number in range(len(label_words)) else None
 
@@ -522,7 +558,32 @@ def _leading_number(text: str) -> Decimal | None:
 def _number_text(value: Any) -> str:
     """Return a number as Python writes it, or nothing for other values."""
     is_number = isinstance(value, int | np.integer | np.bool_)
-    return str(value) if is_number or (isinstance(value, float | np.floating) and math.isfinite(value)) else ""
+    return _written(value) if is_number or (isinstance(value, float | np.floating) and math.isfinite(value)) else ""
+
+
+def _written(value: Any) -> str:
+    """Return a value as Python writes it; nothing for an integer of more digits than that."""
+    try:
+        return str(value)
+    except ValueError:
+        return ""
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error: long ones by their beginning and end."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_empty(value: Any) -> bool:

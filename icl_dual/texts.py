@@ -192,6 +192,11 @@ class ChatText:
                 f"{parts[1::2]}: {self._advice(turns)}"
             )
         expected = self._render(turns, generation_prompt=generation_prompt)
+        if (system := self._system.strip()) not in expected:
+            raise PromptError(
+                f"expected a chat template that writes the system prompt as it is, got a chat without {system!r}: "
+                "leave out system and the task's description, and write both into the task's template"
+            )
         for as_written in (str, str.strip):
             parts[1::2] = [as_written(text) for _, text in turns]
             if (written := "".join(parts)) == expected:
@@ -203,9 +208,14 @@ class ChatText:
             "rows"
         )
 
+    @property
+    def _system(self) -> str:
+        """Return the text of the system prompt: the chat's own, and the description."""
+        return "\n\n".join(filter(None, (self.chat.system, self.description)))
+
     def _render(self, turns: Sequence[tuple[str, str]], *, generation_prompt: bool) -> str:
         """Return the chat template's text of turns, after the system prompt."""
-        system = "\n\n".join(filter(None, (self.chat.system, self.description)))
+        system = self._system
         messages = [("system", system)] * bool(system) + list(turns)
         conversation = [{"role": role, "content": text} for role, text in messages]
         try:

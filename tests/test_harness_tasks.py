@@ -318,3 +318,26 @@ def test_rows_that_are_no_rows_are_refused(tmp_path: Path) -> None:
         task_from_yaml(write(tmp_path, CONFIG), [make_rows()[0], ("a", 1)])
     with pytest.raises(icl.TaskError, match="expected rows with query_rows, got none"):
         task_from_yaml(write(tmp_path, CONFIG), query_rows=make_rows())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"doc_to_target": "{{'²'}}"}, "expected an index from 0 to 1 or one of .*, got '²'"),
+        ({"doc_to_target": "{{'9' * 5000}}"}, r"expected an index from 0 to 1 .*, got '9+\.\.\.9+': correct"),
+        ({"doc_to_text": "{{" + "(" * 3000 + "text" + ")" * 3000 + "}}"}, "expected doc_to_text as a Jinja template"),
+        ({"doc_to_choice": "[" * 3000 + "]" * 3000}, r"expected a Python list from doc_to_choice, got '\[+\.\.\.\]+'"),
+    ],
+)
+def test_what_is_too_deep_or_too_long_is_refused_in_a_short_sentence(
+    changes: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(icl.TaskError, match=message) as refusal:
+        task_from_yaml(write(tmp_path, CONFIG | changes), make_rows())
+    assert len(str(refusal.value)) < 600
+
+
+def test_choices_without_quotes_are_refused_once(tmp_path: Path) -> None:
+    text = yaml.safe_dump(CONFIG).replace("- bad\n- good", "- no\n- yes")
+    with pytest.raises(icl.TaskError, match=r"^[^:]*: expected doc_to_choice as texts, got no and yes without quotes"):
+        task_from_yaml(write(tmp_path, text), make_rows())

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,7 +90,9 @@ def test_rows_that_are_no_rows_are_refused(rows: Any, message: str) -> None:
         ('label,text\n0,Dull\n1,"Great" film\n', "line 3: expected quotes around whole texts, .*: correct its quotes"),
         ('label,text\n0,Dull\n1,"Great film\n0,Slow\n', "line 3: expected quotes around whole texts"),
         ("label,text,text\n0,Dull,x\n", "line 1: expected different column names, got 'text' more than once: rename"),
-        ("label;text\n0;Dull\n", r"line 2: expected 'text', got only \['label;text'\]"),
+        ("label;text\n0;Dull\n", "line 1: expected columns separated by commas, got 'label;text': .*sep=';'"),
+        ("\n\nlabel\ttext\n0\tDull\n", "line 3: expected columns separated by commas, got .*sep='.t'"),
+        ("\nlabel,text\n0,Dull, not slow\n", r"line 3: expected 2 columns \(label, text\), got 3"),
     ],
 )
 def test_malformed_csv_is_named_by_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -113,6 +116,50 @@ def test_a_json_file_that_is_no_list_of_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"text": "a", "label": 0}, 3]')
     with pytest.raises(icl.TaskError, match=r"rows\.json, row 2: expected a dictionary, got int"):
         icl.Task("t", TEMPLATE, WORDS, tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "got Exceeds the limit"),
+        ("[" * 100_000 + "]" * 100_000, "got too many nested brackets"),
+        ('{"text": "a", "label": 0, "label": 1}', "got an object with 'label' more than once"),
+        ('{"text": "a\\ud800", "label": 0}', r"expected text as 'text', got .*half of a surrogate pair"),
+    ],
+)
+def test_damaged_json_is_refused_in_words(row: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n")
+    (tmp_path / "rows.json").write_text(f"[{row}]")
+    for name in ("rows.jsonl", "rows.json"):
+        with pytest.raises(icl.TaskError, match=rf"{re.escape(name)}(, (line|row) 1)?: .*{message}"):
+            icl.Task("t", TEMPLATE, WORDS, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "expected"),
+    [
+        (["no", "yes"], ("no", "yes"), ["no", "yes"]),
+        (["Yes", "no"], ("no", "yes"), ["yes", "no"]),
+        (["1", "2"], ("1", "2", "3"), ["1", "2"]),
+        (["first", "second"], ("no", "yes"), ["no", "yes"]),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_indices_of_classes_are_read_by_the_names_of_these(
+    names: list[str], words: tuple[str, ...], expected: list[str], streamed: bool
+) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    dataset: Any = Dataset.from_dict({"text": ["zero", "one"], "label": [0, 1]}, features=features)
+    task = icl.Task("t", TEMPLATE, words, dataset.to_iterable_dataset() if streamed else dataset)
+    examples = {dict(e.fields)["text"]: words[e.label] for e in (*task._demonstrations, *task.queries())}
+    assert [examples["zero"], examples["one"]] == expected
+
+
+def test_classes_of_which_some_are_no_label_words_are_refused() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "bad"])})
+    dataset = Dataset.from_dict({"text": ["zero", "one"], "label": [0, 1]}, features=features)
+    with pytest.raises(icl.TaskError, match=r"rows, row 2: expected a label .* one of \['no', 'yes'\], got 'bad'"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), dataset)
 
 
 def test_fields_lead_into_nested_columns() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 from helpers import make_rows
@@ -348,6 +349,14 @@ def all_queries(task: icl.Task) -> list:
         (("no", "yes"), None, "got None"),
         (("no", "yes"), [1], r"got \[1\]"),
         (("no", "yes"), "²", "got '²'"),
+        (("none", "mild"), None, "got None"),
+        (("nan", "mild"), float("nan"), "got nan"),
+        (("nan", "mild"), np.float32("nan"), "got nan"),
+        (("<NA>", "NaT"), pd.NA, "got <NA>"),
+        (("<NA>", "NaT"), pd.NaT, "got NaT"),
+        (("yes", "no"), True, "got True"),
+        pytest.param(("no", "yes"), 10**5000, "got an integer of thousands of digits", id="long integer"),
+        (("no", "yes"), "9" * 5000, r"got '9+\.\.\.9+': correct it"),
     ],
 )
 def test_ambiguous_and_unknown_labels_are_refused(words: tuple[str, ...], label: object, message: str) -> None:
@@ -392,6 +401,17 @@ def test_label_words_without_order_or_of_two_kinds_are_refused(words: Any, messa
 def test_templates_that_rows_cannot_fill_are_refused(template: str, message: str) -> None:
     with pytest.raises(icl.TaskError, match=message):
         icl.Task("t", template, ("no", "yes"), make_rows())
+
+
+def test_a_template_that_ends_with_the_label_under_another_name_is_refused() -> None:
+    rows = [row | {"sentiment": ("No", "yes")[row["label"]]} for row in make_rows()]
+    template = "Review: {text}\nSentiment: {sentiment}"
+    with pytest.raises(icl.TaskError, match=r"got .*, where {sentiment} is the label word in every row of rows: leave"):
+        icl.Task("t", template, ("no", "yes"), rows)
+    rows[5]["sentiment"] = "maybe"
+    assert icl.Task("t", template, ("no", "yes"), rows).field_names == ("text", "sentiment")
+    copied = icl.Task("copy", "{sentiment}", ("no", "yes"), rows[:5], label_separator=" -> ")
+    assert copied.prompt(copied.queries(1)[0]) in ("No", "yes")
 
 
 @settings(max_examples=60, deadline=None)

@@ -154,6 +154,24 @@ def test_the_tasks_description_is_a_part_of_the_system_prompt(model_of: Callable
         check_chat(model, task, prompts, task.demonstrations(1, 1), task.queries(2), chat)
 
 
+@pytest.mark.parametrize("system", ["", "{{ m['content'] | upper }}"])
+@pytest.mark.parametrize("where", DEMONSTRATIONS)
+def test_a_chat_template_without_the_system_prompt_is_refused(
+    model_of: Callable[[str], icl.Model], task: icl.Task, system: str, where: Any
+) -> None:
+    tokenizer = FAMILIES["qwen"].__wrapped__()  # pyright: ignore[reportFunctionMemberAccess] - not the shared one
+    turn = (
+        f"{{% if m['role'] == 'system' %}}{system}{{% else %}}{{{{ m['role'] + ': ' + m['content'] }}}}{{% endif %}}\n"
+    )
+    prompt = "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}"
+    model = icl.Model(model_of("qwen").wrapped, tokenizer=tokenizer)
+    examples = task.demonstrations(2, seed=1), task.queries(2)
+    icl.build_prompts(model, task, *examples, chat=icl.Chat(demonstrations=where))
+    with pytest.raises(icl.PromptError, match=r"the system prompt as it is, got a chat without 'Be brief\.': leave"):
+        icl.build_prompts(model, task, *examples, chat=icl.Chat(system="Be brief.", demonstrations=where))
+
+
 def test_reasoning_before_the_answer_is_refused_until_it_is_switched_off(
     model_of: Callable[[str], icl.Model], task: icl.Task
 ) -> None:
