@@ -44,6 +44,17 @@ def decomposed(model: icl.Model, prompts: Prompts) -> icl.Decomposition:
     return decompose_runs(model, *runs(model, prompts))
 
 
+@pytest.fixture(scope="module")
+def llama_runs(llama: icl.Model, prompts: Prompts) -> tuple[icl.Capture, icl.Capture]:
+    """The captures that tests share which look at what is made of them."""
+    return runs(llama, prompts)
+
+
+@pytest.fixture(scope="module")
+def split(llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture]) -> icl.Decomposition:
+    return decompose_runs(llama, *llama_runs)
+
+
 class Reference:
     """One query's decomposition at one layer, in plain numpy, from a plain forward pass over the full prompt."""
 
@@ -221,8 +232,8 @@ def test_momentum_of_b_v_begins_at_the_first_token(
         torch.testing.assert_close(got.value_bias[query], times * got.b_V)
 
 
-def test_without_demonstrations_nothing_is_added(llama: icl.Model, prompts: Prompts) -> None:
-    zsl, _ = runs(llama, prompts.zero_shot())
+def test_without_demonstrations_nothing_is_added(llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture]) -> None:
+    _, zsl = llama_runs
     got = icl.decompose(llama, zero_shot=zsl, in_context=zsl)
     for nothing in (got.delta_icl, got.direct, got.demonstration_mass):
         assert (nothing == 0).all()
@@ -235,29 +246,27 @@ def test_without_demonstrations_nothing_is_added(llama: icl.Model, prompts: Prom
     assert "0 demonstrations" in repr(got)
 
 
-def test_groups_are_named_in_order(llama: icl.Model, prompts: Prompts) -> None:
-    got = decomposed(llama, prompts)
-    assert got.groups == ("sink", "start", "query", "separators", *(f"demonstration {n}" for n in (1, 2, 3, 4)))
-    assert got.mass.shape[-1] == got.icl_share.shape[-1] == len(got.groups)
+def test_groups_are_named_in_order(split: icl.Decomposition) -> None:
+    assert split.groups == ("sink", "start", "query", "separators", *(f"demonstration {n}" for n in (1, 2, 3, 4)))
+    assert split.mass.shape[-1] == split.icl_share.shape[-1] == len(split.groups)
 
 
-def test_tables_and_tensors_by_demonstration_are_labelled(llama: icl.Model, prompts: Prompts) -> None:
-    got = decomposed(llama, prompts)
-    masses: Any = got.masses()
-    shares: Any = got.shares()
+def test_tables_and_tensors_by_demonstration_are_labelled(split: icl.Decomposition) -> None:
+    masses: Any = split.masses()
+    shares: Any = split.shares()
     assert (masses.shape, shares.shape) == ((7 * 3 * 4, 8), (7 * 3, 8))
-    assert list(shares.columns) == list(masses.columns) == list(got.groups)
+    assert list(shares.columns) == list(masses.columns) == list(split.groups)
     assert (masses.index.names, shares.index.names) == (["query", "layer", "head"], ["query", "layer"])
-    assert masses.loc[(5, 1, 2), "demonstration 3"] == got.mass[5, 1, 2, 6].item()
-    assert masses.loc[(5, 1, 2), "start"] == got.mass[5, 1, 2, GROUPS.index("start")].item()
-    assert shares.loc[(6, 2), "demonstration 4"] == got.icl_share[6, 2, 7].item()
-    assert shares.loc[(6, 2), "separators"] == got.icl_share[6, 2, GROUPS.index("separators")].item()
-    assert got.share_by_demonstration.shape == (7, 3, 4)
-    assert got.mass_by_demonstration.shape == (7, 3, 4, 4)
+    assert masses.loc[(5, 1, 2), "demonstration 3"] == split.mass[5, 1, 2, 6].item()
+    assert masses.loc[(5, 1, 2), "start"] == split.mass[5, 1, 2, GROUPS.index("start")].item()
+    assert shares.loc[(6, 2), "demonstration 4"] == split.icl_share[6, 2, 7].item()
+    assert shares.loc[(6, 2), "separators"] == split.icl_share[6, 2, GROUPS.index("separators")].item()
+    assert split.share_by_demonstration.shape == (7, 3, 4)
+    assert split.mass_by_demonstration.shape == (7, 3, 4, 4)
     for n in range(4):
-        assert (got.share_by_demonstration[..., n].flatten().numpy() == shares[f"demonstration {n + 1}"]).all()
-        assert (got.mass_by_demonstration[..., n].flatten().numpy() == masses[f"demonstration {n + 1}"]).all()
-    largest = got.share_by_demonstration[0, 0].argmax().item()
+        assert (split.share_by_demonstration[..., n].flatten().numpy() == shares[f"demonstration {n + 1}"]).all()
+        assert (split.mass_by_demonstration[..., n].flatten().numpy() == masses[f"demonstration {n + 1}"]).all()
+    largest = split.share_by_demonstration[0, 0].argmax().item()
     assert shares.loc[(0, 0)].filter(like="demonstration").idxmax() == f"demonstration {largest + 1}"
 
 
@@ -308,22 +317,21 @@ def test_attention_by_token_is_that_of_a_plain_full_prompt(
 
 
 def test_attention_by_token_counts_negative_indices_from_the_end_and_refuses_others(
-    llama: icl.Model, prompts: Prompts, tmp_path: Path
+    llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture], split: icl.Decomposition, tmp_path: Path
 ) -> None:
-    got = decomposed(llama, prompts)
-    assert got.by_token(-1, -2, -3).equals(got.by_token(6, 1, 1))
+    assert split.by_token(-1, -2, -3).equals(split.by_token(6, 1, 1))
     for indices, message in (
         ((7, 0, 0), "query from 0 to 6, got 7"),
         ((0, -4, 0), "layer .* got -4"),
         ((0, 0, 4), "head"),
     ):
         with pytest.raises(IndexError, match=message):
-            got.by_token(*indices)
-    nothing = icl.decompose(llama, **dict.fromkeys(("zero_shot", "in_context"), runs(llama, prompts.zero_shot())[0]))
+            split.by_token(*indices)
+    nothing = icl.decompose(llama, **dict.fromkeys(("zero_shot", "in_context"), llama_runs[1]))
     table: Any = nothing.by_token(0, 0, 0)
     assert set(table["group"]) == {"start", "query"}
     assert table["weight"].sum() == pytest.approx(1.0)
-    got.save(tmp_path / "split")
+    split.save(tmp_path / "split")
     with pytest.raises(ValueError, match="expected a decomposition with attention_inputs, got one that was loaded"):
         icl.Decomposition.load(tmp_path / "split").by_token(0, 0, 0)
 
@@ -375,9 +383,11 @@ def test_a_decomposition_is_saved_and_loaded(
     assert re.match(r"Residuals\(split=\d.*: the largest of 3 layers\)", repr(got.residuals))
 
 
-def test_something_else_than_a_decomposition_is_not_loaded(llama: icl.Model, prompts: Prompts, tmp_path: Path) -> None:
+def test_something_else_than_a_decomposition_is_not_loaded(
+    llama: icl.Model, prompts: Prompts, split: icl.Decomposition, tmp_path: Path
+) -> None:
     icl.finetune(llama, prompts, lr=0.05, progress=False).save(tmp_path / "delta")
-    decomposed(llama, prompts).save(tmp_path / "split")
+    split.save(tmp_path / "split")
     for kind, folder in ((icl.Decomposition, "delta"), (icl.WeightDelta, "split"), (icl.UpdateComparison, "split")):
         with pytest.raises(icl.AssetError, match=f"expected a saved {kind.__name__} in .*{folder}, got "):
             kind.load(tmp_path / folder)
@@ -387,17 +397,18 @@ def test_something_else_than_a_decomposition_is_not_loaded(llama: icl.Model, pro
         icl.Decomposition.load(tmp_path / "none")
 
 
-def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
-    got = decomposed(llama, prompts)
-    frame = got.to_frame()
+def test_a_frame_is_tidy(
+    llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture], split: icl.Decomposition
+) -> None:
+    frame = split.to_frame()
     assert len(frame.query("metric == 'demonstration_mass'")) == 3 * 4
     row = frame.query("metric == 'start_mass' and layer == 1 and head == 2").iloc[0]
-    assert row["mean"] == pytest.approx(got.mass[:, 1, 2, 1].mean().item())
+    assert row["mean"] == pytest.approx(split.mass[:, 1, 2, 1].mean().item())
     shares = frame.query("metric == 'direct_share'")
     assert shares["head"].isna().tolist() == [True] * 3
-    assert shares["mean"].tolist() == pytest.approx(got.direct_share.mean(0).tolist())
+    assert shares["mean"].tolist() == pytest.approx(split.direct_share.mean(0).tolist())
     assert shares["n"].tolist() == [7, 7, 7]
-    undefined = decompose_runs(llama, *[runs(llama, prompts.zero_shot())[1]] * 2).to_frame()
+    undefined = decompose_runs(llama, *[llama_runs[1]] * 2).to_frame()
     cosines = undefined.query("metric == 'update_cosine'")
     assert cosines["mean"].isna().tolist() == [True] * 12
     assert cosines["n"].tolist() == [0] * 12
@@ -416,18 +427,18 @@ def test_a_frame_is_tidy(llama: icl.Model, prompts: Prompts) -> None:
     ],
 )
 def test_captures_that_do_not_belong_together_are_refused(
-    llama: icl.Model, prompts: Prompts, change: dict, error: type[Exception], message: str
+    llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture], change: dict, error: type[Exception], message: str
 ) -> None:
-    got, zsl = runs(llama, prompts)
+    got, zsl = llama_runs
     change = {name: new(getattr(got, name)) if callable(new) else new for name, new in change.items()}
     with pytest.raises(error, match=message.replace("\\\\", "\\")):
         icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, **change))
 
 
 def test_a_zero_shot_capture_of_other_queries_positions_or_heads_is_refused(
-    llama: icl.Model, task: icl.Task, prompts: Prompts
+    llama: icl.Model, task: icl.Task, llama_runs: tuple[icl.Capture, icl.Capture]
 ) -> None:
-    got, zsl = runs(llama, prompts)
+    got, zsl = llama_runs
     with pytest.raises(ValueError, match="same queries at the same positions"):
         icl.decompose(llama, zero_shot=runs(llama, build(llama, task, n=3))[1], in_context=got)
     with pytest.raises(
@@ -487,10 +498,11 @@ def test_a_capture_relabelled_with_other_demonstrations_is_refused(llama: icl.Mo
         icl.decompose(llama, zero_shot=zsl, in_context=dataclasses.replace(got, prompts=other))
 
 
-def test_decomposing_runs_no_model(llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = runs(llama, prompts)
+def test_decomposing_runs_no_model(
+    llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(llama.wrapped, "forward", None)
-    assert decompose_runs(llama, *captured).residual <= EXACT
+    assert decompose_runs(llama, *llama_runs).residual <= EXACT
 
 
 @pytest.mark.parametrize("hooked", [(True, True, False), (True, False, False), (False, False, True)])
@@ -514,8 +526,10 @@ def test_captures_under_hooks_that_are_not_on_now_are_refused(
         assert decompose_runs(model, *runs(model, prompts)).residual <= EXACT
 
 
-def test_a_plain_pass_that_does_not_split_is_refused(llama: icl.Model, prompts: Prompts) -> None:
-    got, zsl = runs(llama, prompts)
+def test_a_plain_pass_that_does_not_split_is_refused(
+    llama: icl.Model, llama_runs: tuple[icl.Capture, icl.Capture]
+) -> None:
+    got, zsl = llama_runs
     assert got.full_prompt is not None
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: .* \(full_prompt\)"):
         icl.decompose(

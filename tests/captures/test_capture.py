@@ -33,7 +33,7 @@ def test_the_reference_protocol_records_after_the_appended_label_and_reads_befor
     model = models_by_architecture(architecture)
     for labels in (("no", "perhaps"), ("perhaps", "no")):  # one token appended, or several
         task = icl.Task("toy", reference_task.template, labels, make_rows(), protocol="reference")
-        prompts = build_prompts(model, task)
+        prompts = build_prompts(model, task, n=4)  # a batch of three and one of one
         for setting in (prompts, prompts.zero_shot()):
             got = icl.capture(model, setting, batch_size=3, progress=False)
             plain = FullPrompts(model, setting)
@@ -158,13 +158,13 @@ def test_next_tokens_are_as_probable_as_in_the_plain_forward_pass(
     protocol: str,
 ) -> None:
     model = models_by_architecture(architecture)
-    prompts = build_prompts(model, task if protocol == "answer" else reference_task)
+    prompts = build_prompts(model, task if protocol == "answer" else reference_task, n=4)
     for setting in (prompts, prompts.zero_shot()):
         got = icl.capture(model, setting, fields=("next_log_probs",), batch_size=3, progress=False)
         assert got.next_log_probs is not None
-        assert got.next_log_probs.shape == (7, model.d_vocab)
+        assert got.next_log_probs.shape == (4, model.d_vocab)
         assert got.attn_out is got.q is got.query_scores is None
-        for query in range(7):  # where the label is predicted, also where more is recorded behind it
+        for query in range(4):  # where the label is predicted, also where more is recorded behind it
             expected = FullPrompts(model, setting).run(query)[0, -1].log_softmax(-1)
             torch.testing.assert_close(got.next_log_probs[query], expected, rtol=1e-4, atol=1e-4)
         one_token = [label for label, tokens in enumerate(prompts.labels) if len(tokens) == 1]

@@ -24,20 +24,22 @@ def build_prompts(model: icl.Model, task: icl.Task, k: int = 5, n: int = 7) -> P
     return icl.build_prompts(model, task, task.demonstrations(k, seed=1), task.queries(n))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_shared_prefix_pass_equals_plain_full_prompts(
-    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str, batch_size: int
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task, architecture: str
 ) -> None:
+    """In batches of one query, of some and of all, with several lengths in a batch."""
     model = models_by_architecture(architecture)
-    prompts = build_prompts(model, task)
-    got = icl.capture(model, prompts, batch_size=batch_size, progress=False)
+    prompts = build_prompts(model, task, n=5)
     plain = FullPrompts(model, prompts)
-    assert got.attn_out is not None
-    for query in range(len(prompts.queries)):
-        assert relative_error(got.attn_out[query], plain.attn_out(query)) < 1e-5
-        assert relative_error(got.label_log_probs[query], plain.label_log_probs(query)) < 1e-5
-    assert got.residual < 1e-5
+    expected = [(plain.attn_out(query), plain.label_log_probs(query)) for query in range(5)]
+    for batch_size in (1, 3, 16):
+        got = icl.capture(model, prompts, batch_size=batch_size, progress=False)
+        assert got.attn_out is not None
+        for query, (attn_out, label_log_probs) in enumerate(expected):
+            assert relative_error(got.attn_out[query], attn_out) < 1e-5
+            assert relative_error(got.label_log_probs[query], label_log_probs) < 1e-5
+        assert got.residual < 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["mistral-window", "gemma3-window"])
@@ -228,22 +230,26 @@ def test_batches_cost_no_more_than_any_other_split(lengths: list[int], batch_siz
     assert cost([[lengths[row] for row in batch] for batch in got]) == min(map(cost, splits(sorted(lengths))))
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
 @pytest.mark.parametrize("architecture", ["gpt2", "mistral-window", "bloom", "gptoss-window"])
 def test_the_prefix_may_run_in_blocks(
     models_by_architecture: Callable[[str], icl.Model],
     task: icl.Task,
     monkeypatch: pytest.MonkeyPatch,
     architecture: str,
-    block: int,
 ) -> None:
+    """Token by token as well, where a short prefix will do: that of the windowed models is longer than the window."""
     model = models_by_architecture(architecture)
-    prompts = build_prompts(model, task)
-    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", block)
-    got = icl.capture(model, prompts, progress=False)
-    assert got.attn_out is not None
-    for query in (0, 3):
-        assert relative_error(got.attn_out[query], FullPrompts(model, prompts).attn_out(query)) < 1e-5
+    for k, blocks in ((2, (1,)), (5, (7, 1000))):
+        prompts = build_prompts(model, task, k=k, n=4)
+        windows = [rule.window for rule in model.attention_rules if rule.window is not None]
+        assert all(window < len(prompts.prefix) for window in windows)
+        expected = {query: FullPrompts(model, prompts).attn_out(query) for query in (0, 3)}
+        for block in blocks:
+            monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", block)
+            got = icl.capture(model, prompts, progress=False)
+            assert got.attn_out is not None
+            for query, attn_out in expected.items():
+                assert relative_error(got.attn_out[query], attn_out) < 1e-5
 
 
 def test_captures_of_the_real_model_equal_plain_full_prompts() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,11 @@ def test_in_half_precision_every_form_is_rounded_in_its_own_way() -> None:
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gemma3-window", "neox", "olmo2"])
+# Before transformer-lens 4, OLMo2's norms have no hooks, and `test_exact.py` sees it refused.
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt2", "opt", "gemma3-window", "neox", *(["olmo2"] if version("transformer-lens") >= "4" else [])],
+)
 def test_every_form_is_exact_in_every_architecture(models_by_architecture: ToyModel, architecture: str) -> None:
     result = generate_patched(models_by_architecture(architecture), PROMPTS, n_tokens=1)
     for form in PATCHED:
