@@ -69,10 +69,11 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
         grid: the grid of which to take the cells; by default all that are there.
 
     Raises:
-        GridError: no cell is finished.
+        GridError: no cell is finished, or the file exists and is no parquet file.
         SettingsError: a finished cell has other settings than the grid's cell of its id.
         AssetError: the results are of another version, or the file cannot be written.
     """
+    _check_replaceable(Path(path))
     path, cell_ids, n_cells, n_rows = Path(path), results.finished(), 0, 0
     controls: dict[str, str] = {}
     versions: Counter[str] = Counter()
@@ -121,6 +122,18 @@ def _check_columns(table: pa.Table, first: pa.Table | pq.ParquetWriter) -> None:
             f"expected cells with the columns {', '.join(first.schema.names)}, got {table['id'][0].as_py()} with "
             f"{', '.join(table.schema.names)}, of another version: run the grid into other results"
         )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is no table: a grid's, or one of the user's."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if (beginning := file.read(4)) not in (b"", b"PAR1"):
+            raise GridError(
+                f"expected the path of a new file or of a parquet file to replace, got {path}, which begins with "
+                f"{beginning!r}: choose another path"
+            )
 
 
 def _tables(results: Results, cell_ids: list[str], damaged: dict[str, str]) -> list[tuple[Manifest, pa.Table]]:

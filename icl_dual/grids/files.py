@@ -68,6 +68,23 @@ def retried(operation: Callable[..., Value], *args: Any, **kwargs: Any) -> Value
         ) from error
 
 
+def check_inside(path: str) -> str:
+    """Return a path below the results' address, after checking that each of its parts is a name.
+
+    Raises:
+        AssetError: a part is empty, `.` or `..`, or has a backslash or a null character, as in the name of no cell.
+
+    Example:
+        >>> check_inside("cells/smollm2-135m_sst2")
+        'cells/smollm2-135m_sst2'
+    """
+    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in path.split("/")):
+        raise AssetError(
+            f"expected names of cells and files that stay within the results, got the path {path!r}: give a cell's id"
+        )
+    return path
+
+
 class Files:
     """The files below one fsspec address. It can be pickled; the connection is opened where it is first used."""
 
@@ -95,7 +112,10 @@ class Files:
         return Path(root) if isinstance(fs, LocalFileSystem) else None
 
     def _path(self, path: str) -> str:
-        return f"{self._opened[1]}/{path}"
+        return f"{self._opened[1]}/{check_inside(path)}"
+
+    def _folder(self, folder: str) -> str:
+        return self._path(folder) if folder else self._opened[1]
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes, as they are now.
@@ -114,7 +134,7 @@ class Files:
     def write(self, path: str, data: bytes) -> None:
         """Write a file, which others see with its old or its new bytes, or while it is written locally with a part."""
         if self.local is not None:
-            (self.local / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.local / check_inside(path)).parent.mkdir(parents=True, exist_ok=True)
         retried(self._opened[0].pipe_file, self._path(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -133,8 +153,8 @@ class Files:
 
     def _create(self, path: str, data: bytes) -> None:
         if self.local is not None:
-            (self.local / path).parent.mkdir(parents=True, exist_ok=True)
-            _create_locally(self.local / path, data)
+            (self.local / check_inside(path)).parent.mkdir(parents=True, exist_ok=True)
+            _create_locally(self.local / check_inside(path), data)
             return
         try:
             self._opened[0].pipe_file(self._path(path), data, mode="create")
@@ -156,18 +176,18 @@ class Files:
             retried(self._opened[0].rm, self._path(path), recursive=True)
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of the files and folders in a folder; none where it is missing."""
+        """Return the names of the files and folders in a folder (`""`: the address); none where it is missing."""
         fs = self._opened[0]
         retried(fs.invalidate_cache)
         try:
-            entries = retried(fs.ls, self._path(folder), detail=False)
+            entries = retried(fs.ls, self._folder(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
 
     def find(self, folder: str) -> list[str]:
         """Return the paths of all files below a folder, relative to it; none where it is missing."""
-        fs, start = self._opened[0], self._path(folder)
+        fs, start = self._opened[0], self._folder(folder)
         retried(fs.invalidate_cache)
         try:
             paths = retried(fs.find, start)
@@ -190,7 +210,7 @@ class Files:
 
     def _read_or_error(self, path: str) -> bytes | Exception:
         try:
-            return retried((self.local / path).read_bytes) if self.local is not None else self.read(path)
+            return retried((self.local / check_inside(path)).read_bytes) if self.local is not None else self.read(path)
         except OSError as error:
             return error
 

@@ -32,7 +32,7 @@ from icl_dual.arguments import checked
 from icl_dual.cells import RECORDINGS, Cell, CellResult, load_cell
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.claims import FOLDER, ClaimInfo, claimed, delete_claims
-from icl_dual.grids.files import Files
+from icl_dual.grids.files import Files, check_inside
 from icl_dual.grids.grid import GridCell
 from icl_dual.provenance import PACKAGES
 from icl_dual.storage import (
@@ -43,6 +43,7 @@ from icl_dual.storage import (
     check_same_settings,
     finished_folders,
     first_line,
+    from_json,
     to_json,
     writing,
 )
@@ -112,10 +113,14 @@ class Manifest:
                     f"expected a manifest of format {FORMAT} in {where}, got format {values['format']!r} of icl-dual "
                     f"{values.get('versions', {}).get('icl-dual')}: install that version, or choose other results"
                 )
-            manifest = cls(**values)
+            manifest = from_json(cls, values, where)
             if manifest.id != cell_id or not manifest.files:
                 raise ValueError(f"that of {manifest.id!r}")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for name in manifest.files:
+                check_inside(file_path(manifest, name))
+        except VersionError:
+            raise
+        except (AssetError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedError(
                 f"expected the manifest of a cell in {where}, got {first_line(error)}: run `rerun --failed` to have "
                 "the cell made again"
@@ -469,7 +474,7 @@ class Results:
         if not self.files.create(path, content):
             try:
                 saved = json.loads(self.files.read(path))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AssetError(
                     f"expected the origin of cells in {self.files.url}/{path}, got {first_line(error)}: delete this "
                     "file"
@@ -510,8 +515,8 @@ def _failure(cell_id: str, content: bytes | Exception) -> Failure:
     if isinstance(content, Exception):
         return Failure(cell_id, f"the record of its failure cannot be read ({first_line(content)})", "", "")
     try:
-        return Failure(**json.loads(content))
-    except (ValueError, TypeError) as error:
+        return from_json(Failure, json.loads(content), f"failures/{cell_id}.json")
+    except (AssetError, ValueError, TypeError, RecursionError) as error:
         return Failure(cell_id, f"the record of its failure is damaged ({first_line(error)})", "", "")
 
 

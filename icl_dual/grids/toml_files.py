@@ -28,11 +28,11 @@ def load_grid(path: str | PathLike[str]) -> Grid:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # editors of Windows begin a file with a mark
         table = tomllib.loads(text)
     except OSError as error:
         raise GridError(f"expected a grid in TOML, got {path}: {error.strerror}: check the path") from error
-    except ValueError as error:  # of TOML or UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML or UTF-8, or tables that are too deep
         raise GridError(f"expected a grid in TOML, got {path}, which is none: {error}") from error
     grid, problems = _grid(table)
     if grid is None or problems:

@@ -18,6 +18,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.models import Model
 from icl_dual.source_attention import SourceAttention
 from icl_dual.sourced_prompts import SourcedPrompt
+from icl_dual.storage import atomic_file
 from icl_dual.views.encoding import encoded_view, to_json
 from icl_dual.views.terms import ViewTerms, decomposition_terms, source_terms
 
@@ -45,7 +46,7 @@ class InteractiveView:
         style = _file("view.css")
         script = f"{_file('view.js')}\nrenderPage(document);\n"
         return string.Template(_file("page.html")).substitute(
-            title=html.escape(self.terms.title),
+            title=html.escape(self.terms.title).encode("utf-8", "replace").decode(),
             style=style,
             style_hash=_content_hash(style),
             script=script,
@@ -58,16 +59,17 @@ class InteractiveView:
         """Write the view as one HTML file, which works from the disk without a network.
 
         Args:
-            path: the file to write, in a folder that exists.
+            path: the file to write.
 
         Returns:
             The path of the file.
 
         Raises:
-            OSError: the file cannot be written.
+            AssetError: the file cannot be written. An earlier one is kept.
         """
         target = Path(path)
-        target.write_text(self.page, encoding="utf-8", newline="\n")
+        with atomic_file(target) as scratch:
+            scratch.write_text(self.page, encoding="utf-8", newline="\n")
         return target
 
     @checked

@@ -141,6 +141,15 @@ def test_cells_that_are_no_study_of_controls_are_refused_in_a_sentence(finished:
     assert list(runs) == ["ICL and FT", "flipped labels and random delta"]  # no row of the study: by what it varies
 
 
+def test_a_table_replaces_a_table_and_no_other_file(finished: Results, tmp_path: Path) -> None:
+    table, other = tmp_path / "table.parquet", tmp_path / "grid.toml"
+    assert collect(finished, table).n_cells == collect(finished, table).n_cells
+    other.write_text("models = []")
+    with pytest.raises(GridError, match=r"expected the path of a new file .* choose another path"):
+        collect(finished, other)
+    assert other.read_text() == "models = []"
+
+
 def test_nothing_finished_is_an_error(results: Results, tmp_path: Path) -> None:
     with pytest.raises(GridError, match=r"expected finished cells in .*, got none"):
         collect(results, tmp_path / "table.parquet")

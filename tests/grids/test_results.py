@@ -1,4 +1,5 @@
 import errno
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from icl_dual.cells import METADATA, TENSORS
 from icl_dual.grids import Failure, Results, files
 from icl_dual.grids import results as results_module
 from icl_dual.grids.files import Files, is_transient, retried
-from icl_dual.grids.results import FRAME, MANIFEST, file_path
+from icl_dual.grids.results import FRAME, MANIFEST, DamagedError, file_path
 from icl_dual.storage import to_json
 
 CELL = grid_of().cells()[0]
@@ -162,6 +163,60 @@ def test_what_is_written_by_half_does_not_exist(results: Results, study: Path, t
     results.files.write(f"cells/{CELL.id}/{MANIFEST}", b'{"format": 1, "id":')
     with pytest.raises(icl.AssetError, match="expected the manifest of a cell"):
         results.load(CELL.id)
+
+
+OUTSIDE = ("", ".", "..", "../..", "a/../..", "a/..", "/etc", "a\\b", "a\0b", f"{CELL.id}/")
+
+
+@pytest.mark.parametrize("cell_id", OUTSIDE)
+def test_an_id_is_a_name_and_never_a_path_out_of_the_cells(results: Results, cell_id: str) -> None:
+    results.files.write("cells/kept/manifest.json", b"kept")
+    results.files.write("kept.txt", b"kept")
+    for use in (results.remove, results.has, results.manifest, results.load, results.verify):
+        with pytest.raises(icl.AssetError, match="stay within the results"):
+            use(cell_id)
+    with pytest.raises(icl.AssetError, match="stay within the results"):
+        results.record_failure(Failure(f"../{cell_id}", "error", "traceback", "worker"))
+    assert results.files.read("cells/kept/manifest.json") == results.files.read("kept.txt") == b"kept"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../../kept.txt": "0" * 64}},
+        {"files": {"/etc/hostname": "0" * 64}},
+        {"files": ["metadata.json"]},
+        {"files": {"metadata.json": 3}},
+        {"folder": "../.."},
+        {"folder": 3},
+        {"settings": 3},
+        {"versions": None},
+        {"seconds": "long"},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_is_checked_before_it_is_used(
+    local_results: Results, study: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    results, path = local_results, f"cells/{CELL.id}/{MANIFEST}"
+    publish(results, study, tmp_path / "cell")
+    results.files.write("kept.txt", b"kept")
+    results.files.write(path, to_json(json.loads(results.files.read(path)) | change).encode())
+    for use in (results.manifest, results.load, results.verify):
+        with pytest.raises(DamagedError, match="expected the manifest of a cell"):
+            use(CELL.id)
+
+
+def test_records_that_are_too_deep_are_damaged(local_results: Results) -> None:
+    deep = b"[" * 100_000
+    local_results.files.write(f"cells/{CELL.id}/{MANIFEST}", deep)
+    local_results.files.write(f"failures/{CELL.id}.json", deep)
+    with pytest.raises(DamagedError, match="expected the manifest of a cell"):
+        local_results.manifest(CELL.id)
+    failure = local_results.failure(CELL.id)
+    assert failure is not None
+    assert "damaged" in failure.error
 
 
 def test_results_of_another_version_are_refused(local_results: Results, study: Path, tmp_path: Path) -> None:

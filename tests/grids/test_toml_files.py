@@ -124,6 +124,18 @@ contxt = "flipped labels"
     assert "control 'both': expected context='own'" in lines[2]
 
 
+def test_a_file_may_begin_with_the_mark_of_its_encoding(tmp_path: Path) -> None:
+    (tmp_path / "plain.toml").write_text(WHOLE, encoding="utf-8")
+    (tmp_path / "marked.toml").write_text(WHOLE, encoding="utf-8-sig")
+    assert load_grid(tmp_path / "marked.toml") == load_grid(tmp_path / "plain.toml")
+
+
+def test_values_that_are_too_deep_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text(f"k = {'[' * 5_000}")
+    with pytest.raises(GridError, match="expected a grid in TOML"):
+        load_grid(tmp_path / "deep.toml")
+
+
 def test_what_is_no_file_or_no_toml_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(GridError, match=r"No such file or directory: check the path"):
         load_grid(tmp_path / "none.toml")

@@ -1,5 +1,6 @@
 """The page of a view in a real browser: it requests nothing, shows the right numbers, and works by keyboard."""
 
+import errno
 import html
 import re
 from collections.abc import Callable, Iterator
@@ -363,5 +364,28 @@ def test_a_notebook_shows_the_page_in_a_frame(opened: Opened, view: InteractiveV
 def test_a_page_is_saved_as_it_is_shown(view: InteractiveView, tmp_path: Path) -> None:
     path = view.save(tmp_path / "page.html")
     assert path.read_text(encoding="utf-8") == view.page
-    with pytest.raises(FileNotFoundError):
-        view.save(tmp_path / "missing" / "page.html")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(icl.AssetError, match="file"):
+        view.save(tmp_path / "file" / "page.html")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(
+    view: InteractiveView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(self: Path, text: str, **_: object) -> int:
+        with self.open("wb") as file:
+            file.write(text[:100].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "page.html").write_text("the page before")
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(icl.AssetError, match="No space left"):
+        view.save(tmp_path / "page.html")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "the page before"
+
+
+def test_half_a_surrogate_pair_in_the_title_is_no_error(view: InteractiveView, tmp_path: Path) -> None:
+    path = InteractiveView(replace(view.terms, title="a \ud800 b")).save(tmp_path / "page.html")
+    assert "<title>a ? b" in path.read_text(encoding="utf-8")
