@@ -37,7 +37,9 @@ def setting(text: str) -> tuple[str, str]:
     """Read KEY=VALUE, where KEY is a setting of a cell."""
     key, separator, value = text.partition("=")
     if not separator or key not in SETTINGS:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE with KEY one of {', '.join(SETTINGS)}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected KEY=VALUE, got {text!r}: use a setting of a cell, one of {', '.join(SETTINGS)}"
+        )
     return key, value
 
 

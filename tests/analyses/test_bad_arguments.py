@@ -25,6 +25,7 @@ SCRIPTS = sorted(
 NOT_NUMBERS = ("x", "", "nan", "1.5.2")
 NO_OUTPUTS = ("a_file/below", "a_file/far/below", "x" * 300, "to_nothing")
 BAD_VALUES = {
+    "setting": ("k", "sedes=1", "=2", ""),
     "whole": ("-1", "1.5", "1e3", "9" * 5000, "²", *NOT_NUMBERS),
     "count_or_all": ("0", "-1", "none", *NOT_NUMBERS),
     "replica_count": ("1", "-1", "1.5", *NOT_NUMBERS),

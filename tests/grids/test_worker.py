@@ -1,6 +1,7 @@
 import errno
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grid_cells import TASK, CopiedCells, change_version, content, grid_of, without_model_files
@@ -157,7 +158,8 @@ def test_other_settings_under_an_id_are_a_failure_that_is_not_recorded(
 def test_cells_of_other_versions_are_not_mixed_unless_it_is_allowed(
     results: Results, copied: type[CopiedCells], tmp_path: Path
 ) -> None:
-    worker, passed = Worker(GRID, results), {"models": ["tiny"], "tasks": ["films"]}
+    passed: dict[str, Any] = {"models": ["tiny"], "tasks": ["films"]}
+    worker = Worker(GRID, results)
     worker.run(IDS[0])
     change_version(results, IDS[0], "torch", "1.0.0")
     change_version(results, IDS[0], "python", "3.0")  # decides no number
