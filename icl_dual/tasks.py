@@ -434,7 +434,7 @@ class Task:
         fields = tuple((name, self._field_text(values[name], name, where)) for name in self.field_names)
         label = values["label"]
         is_class = isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < len(classes)
-        example = Example(fields, self._label(classes[label] if is_class else label, where))
+        example = Example(fields, self._label(classes[int(label)] if is_class else label, where))
         if not self._has_formats:
             return example
         try:

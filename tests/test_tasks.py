@@ -404,7 +404,7 @@ def test_templates_that_rows_cannot_fill_are_refused(template: str, message: str
 
 
 def test_a_template_that_ends_with_the_label_under_another_name_is_refused() -> None:
-    rows = [row | {"sentiment": ("No", "yes")[row["label"]]} for row in make_rows()]
+    rows = [row | {"sentiment": ("No", "yes")[int(str(row["label"]))]} for row in make_rows()]
     template = "Review: {text}\nSentiment: {sentiment}"
     with pytest.raises(icl.TaskError, match=r"got .*, where {sentiment} is the label word in every row of rows: leave"):
         icl.Task("t", template, ("no", "yes"), rows)

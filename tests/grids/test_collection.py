@@ -110,7 +110,7 @@ def test_the_controls_tables_read_a_grid_on_any_storage(
     monkeypatch.setattr(grids.Results, "__init__", partialmethod(grids.Results.__init__, options=options))
     assert grid_controls.main([place, "--where", "k=2", "lr=1e-2", "--out", str(tmp_path / "tables")]) == 0
     table = pd.read_csv(tmp_path / "tables" / "controls.csv").query("metric == 'SimAOU' and task == 'films'")
-    values = table.set_index("what is compared")["value"]
+    values = dict(zip(table["what is compared"], table["value"], strict=True))
     for row, control in {"ICL and FT": "plain", "ICL on flipped labels": "flipped"}.items():
         folders = [study / cell.id for cell in GRID.cells() if cell.control == control]
         of_cells = [icl.load_cell(folder).comparison.per_layer["SimAOU"].mean().item() for folder in folders]
