@@ -17,11 +17,12 @@ def make_inner(whole: bool) -> Callable[..., object]:
         @jaxtyped(typechecker=typechecker)
         def inner(x: int, y: int) -> int:  # pyright: ignore[reportRedeclaration]
             return x if y else str(x)  # pyright: ignore[reportReturnType]
-    else:
 
-        @jaxtyped(typechecker=typechecker)
-        def inner(x: Float[Tensor, "a b"], y: Float[Tensor, "b"]) -> Float[Tensor, "a"]:
-            return x @ y if len(y) > 1 else x
+        return inner
+
+    @jaxtyped(typechecker=typechecker)
+    def inner(x: Float[Tensor, "a b"], y: Float[Tensor, "b"]) -> Float[Tensor, "a"]:
+        return x @ y if len(y) > 1 else x
 
     return inner
 
