@@ -15,7 +15,7 @@ def make_inner(whole: bool) -> Callable[..., object]:
     if whole:
 
         @jaxtyped(typechecker=typechecker)
-        def inner(x: int, y: int) -> int:
+        def inner(x: int, y: int) -> int:  # pyright: ignore[reportRedeclaration]
             return x if y else str(x)  # pyright: ignore[reportReturnType]
 
         return inner
