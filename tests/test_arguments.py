@@ -81,6 +81,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         experiment.compare(),
         experiment.recordings(),
         experiment.decompose(),
+        icl.decompose_prompts(model, prompts, progress=False),
         experiment.updates(progress=False),
         experiment.massive_activations(),
         icl.summarise(experiment.delta),

@@ -49,6 +49,7 @@ def results(
             for name, these in {"zero_shot": prompts.zero_shot(), "in_context": prompts}.items()
         }
         decomposition = icl.decompose(llama, **pair)
+        decomposed = icl.decompose_prompts(llama, prompts, keep=("delta_icl", "direct"), progress=False)
     values = [
         experiment,
         experiment.in_context,
@@ -59,6 +60,7 @@ def results(
         experiment.massive_activations(),
         summarise(experiment.delta),
         decomposition,
+        decomposed,
         orders,
         icl.compare_effects(
             zero_shot=experiment.zero_shot,
