@@ -670,7 +670,7 @@ def decompose_prompts(
                 if name not in by_query:
                     by_query[name] = values.new_empty(n_queries, *values.shape[1:])
                 by_query[name][batch] = values
-            del captures, split, values  # before the next batch runs, which needs as much memory
+            del captures, split  # before the next batch runs, which needs as much memory
             bar.update(len(batch))
     assert residuals is not None
     attn_norm = by_query.pop("attn_norm")
