@@ -6,7 +6,7 @@ from icl_dual import dual, plots, statistics
 from icl_dual.arguments import ArgumentError
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, capture
 from icl_dual.contexts import relabel
-from icl_dual.decomposition import Decomposition, decompose
+from icl_dual.decomposition import Decomposition, DecompositionSummary, decompose, decompose_prompts
 from icl_dual.experiment import Experiment, run_experiment
 from icl_dual.finetuning import DivergedError, FinetuneConfig, Lora, WeightDelta, finetune, finetune_many
 from icl_dual.harness_tasks import task_from_yaml
@@ -99,6 +99,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "plots",
     # decompose
     "decompose",
+    "decompose_prompts",
     "compare_updates",
     "capture_sources",
     "view",
@@ -134,6 +135,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "Recordings",
     "MassiveActivations",
     "Decomposition",
+    "DecompositionSummary",
     "SourceAttention",
     "InteractiveView",
     "UpdateComparison",

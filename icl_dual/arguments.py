@@ -259,6 +259,8 @@ def _fit_union(value: Any, hint: Any) -> Any:
         try:
             return _fit(value, option)
         except _UnfitError as error:
+            # Tracebacks would hold the callers' frames, and so their tensors, until garbage is collected.
+            error.__context__ = error.__traceback__ = None
             errors.append(error)
     nested = next((error for error in errors if error.place), None)
     raise nested or _UnfitError(value, hint)

@@ -15,11 +15,11 @@ start token's and the query's belong to z_0, the demonstrations' to the direct u
 Every decomposition has its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
@@ -27,15 +27,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.arguments import checked
-from icl_dual.captures.capture import DECOMPOSE_FIELDS, Capture, Field
+from icl_dual.arguments import Count, checked
+from icl_dual.captures.capture import DECOMPOSE_FIELDS, BatchedCapture, Capture, Field
 from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
 from icl_dual.field_docs import document_fields
 from icl_dual.html_tables import lines_table
 from icl_dual.models import Model, UnsupportedModelError
+from icl_dual.models.journal import exclusive
 from icl_dual.momentum import decay_matrix
-from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths
+from icl_dual.progress import progress_bar
+from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths, check_prompts
 from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value, tensor_line
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
@@ -44,6 +46,20 @@ from icl_dual.torch_utils import checked_index
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys besides the demonstrations, each of which is a group of its own."""
+
+Term = Literal[
+    "from_start",
+    "from_query",
+    "delta_icl",
+    "from_demonstrations",
+    "z_0",
+    "z",
+    "z_zsl",
+    "direct",
+    "inherited",
+    "realised",
+]
+"""The terms of `Decomposition` that `decompose_prompts` keeps where they are requested."""
 
 LAYERS_AT_ONCE = 2
 """How many layers are decomposed in parallel; the memory of a layer's weights is needed for each."""
@@ -215,7 +231,7 @@ class Decomposition(Saved):
     @property
     def groups(self) -> tuple[str, ...]:
         """Return the names of the groups of keys: `GROUPS`, then each demonstration by its number from 1."""
-        return (*GROUPS, *(f"demonstration {n + 1}" for n in range(len(self.prompts.demonstrations))))
+        return _groups(self.prompts)
 
     @property
     def demonstration_mass(self) -> Float[Tensor, "query layer head"]:
@@ -234,15 +250,11 @@ class Decomposition(Saved):
 
     def masses(self) -> pd.DataFrame:
         """Return `mass` as a table: a row for each query, layer and head, a column for each group."""
-        return self._by_group(self.mass, ("query", "layer", "head"))
+        return _by_group(self.mass, ("query", "layer", "head"), self.groups)
 
     def shares(self) -> pd.DataFrame:
         """Return `icl_share` as a table: a row for each query and layer, a column for each group."""
-        return self._by_group(self.icl_share, ("query", "layer"))
-
-    def _by_group(self, values: Float[Tensor, "*axes group"], axes: tuple[str, ...]) -> pd.DataFrame:
-        index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
-        return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(self.groups, name="group"))
+        return _by_group(self.icl_share, ("query", "layer"), self.groups)
 
     @checked
     def by_token(self, query: int, layer: int, head: int) -> pd.DataFrame:
@@ -392,9 +404,10 @@ class Decomposition(Saved):
 
     def _share_of_realised(self, update: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
         realised = self.realised
-        rounding = 4 * self.residuals.realised * _sum_through_W_O(self.z, self.W_O, self.b_O).norm(dim=-1)
-        norm = realised.norm(dim=-1)
-        return torch.where(norm > rounding, (update * realised).sum(-1) / norm**2, torch.nan)
+        attn_out = _sum_through_W_O(self.z, self.W_O, self.b_O)
+        return _share(
+            (update * realised).sum(-1), realised.norm(dim=-1), attn_out.norm(dim=-1), self.residuals.realised
+        )
 
     @property
     def momentum_norm(self) -> Float[Tensor, "query layer head"]:
@@ -406,20 +419,14 @@ class Decomposition(Saved):
     @property
     def residual(self) -> float:
         """Return the largest residual within a layer: of all checks but `residuals.run`, which is of whole runs."""
-        within_layers = self.residuals._replace(run=self.residuals.split)
-        return max(by_layer.max().item() for by_layer in within_layers)
+        return _largest_residual(self.residuals)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: metric, layer, head (empty for a whole layer's), mean and deviation over queries, n.
 
         With momentum, `momentum_norm` is among the metrics.
         """
-        masses = {f"{name}_mass": self.mass[..., index] for index, name in enumerate(GROUPS)}
-        shares = {"direct_share": self.direct_share, "inherited_share": self.inherited_share}
-        shares |= {} if self.momentum is None else {"momentum_norm": self.momentum_norm}
-        return summary_frame(
-            {"demonstration_mass": self.demonstration_mass, **masses, **shares, **self.relaxation._asdict()}
-        )
+        return _summary_frame(self, None if self.momentum is None else self.momentum_norm)
 
     @classmethod
     def _upgraded(
@@ -451,6 +458,139 @@ class Decomposition(Saved):
 
 
 @checked
+@document_fields
+@dataclass(frozen=True, repr=False, eq=False)
+class DecompositionSummary(Saved):
+    """The numbers of a `Decomposition` by query, layer and head, and of its terms those that were requested.
+
+    Made by `decompose_prompts`, in memory that grows with the number of queries by these fields alone. The fields have
+    the values that those of the same name have in the decomposition of all queries at once.
+    """
+
+    model: str
+    """The model's name."""
+    prompts: Prompts
+    """The in-context prompts: the queries and the demonstrations before them."""
+    mass: Float[Tensor, "query layer head group"]
+    """Share of the softmax that each group of keys takes, from 0 to 1; sums to 1 over groups. `groups` names them."""
+    icl_share: Float[Tensor, "query layer group"]
+    """Each group's share of the direct update along that update's direction, as in `Decomposition.icl_share`."""
+    relaxation: Relaxation
+    """The paper's linear relaxation, compared with the split."""
+    direct_share: Float[Tensor, "query layer"]
+    """⟨direct, realised⟩ / ‖realised‖²; NaN where the realised update is rounding."""
+    inherited_share: Float[Tensor, "query layer"]
+    """⟨inherited, realised⟩ / ‖realised‖², which is 1 − direct_share."""
+    delta_icl_norm: Float[Tensor, "query layer head"]
+    """‖ΔICL‖, before W_O."""
+    z_0_norm: Float[Tensor, "query layer head"]
+    """‖z_0‖, before W_O."""
+    z_norm: Float[Tensor, "query layer head"]
+    """Norm of the heads' outputs before W_O."""
+    direct_norm: Float[Tensor, "query layer"]
+    """Norm of the direct update, after W_O."""
+    inherited_norm: Float[Tensor, "query layer"]
+    """Norm of the inherited update, after W_O."""
+    realised_norm: Float[Tensor, "query layer"]
+    """Norm of the realised update, h_ICL − h_ZSL."""
+    residuals: Residuals
+    """How far the terms of all queries are from adding up, relative to what they add up to."""
+    momentum_norm: Float[Tensor, "query layer head"] | None = None
+    """‖momentum‖ / ‖z‖; `None` for a model without momentum."""
+    from_start: Float[Tensor, "query layer head d_head"] | None = None
+    """The start token's term of z_0; like the fields below, `None` where it was not requested."""
+    from_query: Float[Tensor, "query layer head d_head"] | None = None
+    """The query's own tokens' term of z_0."""
+    delta_icl: Float[Tensor, "query layer head d_head"] | None = None
+    """ΔICL = w (z_demo − z_0), what the demonstrations add to softmax attention."""
+    from_demonstrations: Float[Tensor, "query layer head d_head"] | None = None
+    """ΔICL, and the demonstrations' momentum."""
+    z_0: Float[Tensor, "query layer head d_head"] | None = None
+    """Attention over everything but the demonstrations, with its momentum."""
+    z: Float[Tensor, "query layer head d_head"] | None = None
+    """The heads' outputs in the in-context run."""
+    z_zsl: Float[Tensor, "query layer head d_head"] | None = None
+    """The heads' outputs in the zero-shot run."""
+    direct: Float[Tensor, "query layer d_model"] | None = None
+    """The direct update: what the demonstrations add through the layer's attention, after W_O."""
+    inherited: Float[Tensor, "query layer d_model"] | None = None
+    """The inherited update, (z_0 − z_ZSL) W_O."""
+    realised: Float[Tensor, "query layer d_model"] | None = None
+    """The realised update between the two runs, direct + inherited."""
+
+    def __post_init__(self) -> None:
+        check_lengths(self.prompts)
+        check_axes(self, query=("prompts.queries", len(self.prompts.queries)), group=("groups", len(self.groups)))
+        check_values(self, "mass", low=0, high=1 + ROUNDING)
+        check_values(self, "icl_share", "direct_share", "inherited_share", nan=True)
+        check_values(self, *(name for name in _NORMS), "residuals", low=0)
+        check_values(self, "momentum_norm", low=0, nan=True)
+        check_values(self, *get_args(Term))
+        for name in ("update_cosine", "output_cosine", "rank_agreement"):
+            check_values(self, f"relaxation/{name}", low=-1 - ROUNDING, high=1 + ROUNDING, nan=True)
+        for name in ("update_error", "output_error"):
+            check_values(self, f"relaxation/{name}", low=0, nan=True, infinite=True)
+        if ((self.mass.sum(-1) - 1).abs() > ROUNDING).any():
+            raise ValueError("expected mass that sums to 1 over groups, got another sum: compute it again")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Return the names of the groups of keys, those of `Decomposition.groups`."""
+        return _groups(self.prompts)
+
+    @property
+    def demonstration_mass(self) -> Float[Tensor, "query layer head"]:
+        """Return w, the share of the softmax that demonstrations and their separators take together."""
+        return self.mass[..., GROUPS.index("separators") :].sum(-1)
+
+    @property
+    def residual(self) -> float:
+        """Return the largest residual within a layer: of all checks but `residuals.run`, which is of whole runs."""
+        return _largest_residual(self.residuals)
+
+    def masses(self) -> pd.DataFrame:
+        """Return `mass` as a table: a row for each query, layer and head, a column for each group."""
+        return _by_group(self.mass, ("query", "layer", "head"), self.groups)
+
+    def shares(self) -> pd.DataFrame:
+        """Return `icl_share` as a table: a row for each query and layer, a column for each group."""
+        return _by_group(self.icl_share, ("query", "layer"), self.groups)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a tidy table: metric, layer, head (empty for a whole layer's), mean and deviation over queries, n.
+
+        It is that of the decomposition of all queries at once.
+        """
+        return _summary_frame(self, self.momentum_norm)
+
+    def _repr_html_(self) -> str:
+        lines = [
+            tensor_line("demonstration mass", ("query", "layer", "head"), self.demonstration_mass),
+            tensor_line("‖ΔICL‖", ("query", "layer", "head"), self.delta_icl_norm),
+            tensor_line("‖direct‖", ("query", "layer"), self.direct_norm),
+            tensor_line("‖inherited‖", ("query", "layer"), self.inherited_norm),
+            tensor_line("direct share", ("query", "layer"), self.direct_share),
+            tensor_line("cos(ΔW_ICL q, ΔICL)", ("query", "layer", "head"), self.relaxation.update_cosine),
+            tensor_line("residual of the split", ("layer",), self.residuals.split),
+        ]
+        return lines_table(repr(self), lines)
+
+    def __repr__(self) -> str:
+        n_queries, n_layers, n_heads = self.mass.shape[:3]
+        kept = [name for name in get_args(Term) if getattr(self, name) is not None]
+        return (
+            f"DecompositionSummary({self.model!r}, {n_queries} queries after {len(self.prompts.demonstrations)} "
+            f"demonstrations, {n_layers} layers of {n_heads} heads, demonstration mass="
+            f"{self.demonstration_mass.mean():.3f}, direct share={self.direct_share.nanmean():.3f}, "
+            + (f"terms: {', '.join(kept)}, " if kept else "")
+            + f"residual={self.residual:.1e})"
+        )
+
+
+_NORMS = ("delta_icl_norm", "z_0_norm", "z_norm", "direct_norm", "inherited_norm", "realised_norm")
+
+
+@checked
 def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decomposition:
     """Split in-context attention into its terms at every layer and head, and check that they add up.
 
@@ -470,10 +610,159 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
     check_fields(DECOMPOSE_FIELDS, in_context=in_context)
     check_fields(("attn_out", "z"), zero_shot=zero_shot)
+    projections = _projections(model)
+    of_first = _full_prompt_residuals(model, in_context, in_context.full_prompt, *projections)
+    return _decompose(model, zero_shot, in_context, of_first, *projections)
+
+
+@checked
+@exclusive
+@torch.inference_mode(False)  # tensors made inside of it could not be changed or differentiated later
+def decompose_prompts(
+    model: Model, prompts: Prompts, *, keep: Collection[Term] = (), batch_size: Count = 64, progress: bool = True
+) -> DecompositionSummary:
+    """Capture and decompose queries batch by batch, and keep summaries by query, layer and head.
+
+    Each batch runs in context and zero-shot and is split, checked and summarised before the next one runs. Memory grows
+    with the number of queries by the result alone. `decompose` splits captures of all queries, and keeps every term.
+
+    Args:
+        model: the model to run; it comes back as it was.
+        prompts: the queries with their demonstrations.
+        keep: the terms to keep besides the summaries, such as `("delta_icl",)`.
+        batch_size: the largest number of queries to run at once; the working memory grows with it.
+        progress: show a progress bar.
+
+    Returns:
+        The summaries and the terms that were requested, in float64 on the CPU, in the order of the queries.
+
+    Raises:
+        ValueError: a term is unknown, or the batch size is below 1.
+        UnsupportedModelError: the terms do not add up to the model's own attention output; the message has the layer.
+        PromptError: the prompts are incomplete, or the model cannot read them.
+        MemoryError: a single query, or the first one's full prompt, does not fit in memory.
+
+    Example:
+        >>> import icl_dual
+        >>> from icl_dual.models import tiny_model
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), [{"text": "a", "label": 0}] * 9)
+        >>> model = tiny_model()
+        >>> prompts = icl_dual.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(5))
+        >>> summary = icl_dual.decompose_prompts(model, prompts, keep=("delta_icl",), progress=False)
+        >>> summary.direct_share.shape, summary.delta_icl.shape, summary.z_0
+        (torch.Size([5, 2]), torch.Size([5, 2, 4, 8]), None)
+    """
+    check_prompts(model, prompts)
+    n_queries, by_query = len(prompts.queries), dict[str, Tensor]()
+    with torch.no_grad(), progress_bar(total=n_queries, desc="decomposition", show=progress, unit="query") as bar:
+        fields: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
+        in_context = BatchedCapture(model, prompts, fields, batch_size, full_prompt=True)
+        zero_shot = BatchedCapture(model, prompts.zero_shot(), ("attn_out", "z"), batch_size)
+        projections, of_first, residuals = _projections(model), None, None
+        # The first query first: its full prompt is what the run is checked against.
+        for batch in sorted(in_context.batches, key=lambda batch: 0 not in batch):
+            captures = zero_shot.run(batch), in_context.run(batch)
+            if of_first is None:
+                of_first = _full_prompt_residuals(model, in_context.run([0]), in_context.full_prompt, *projections)
+            split = _decompose(model, *captures, of_first, *projections)
+            residuals = split.residuals if residuals is None else _larger(residuals, split.residuals)
+            for name, values in _summarise(split, keep).items():
+                if name not in by_query:
+                    by_query[name] = values.new_empty(n_queries, *values.shape[1:])
+                by_query[name][batch] = values
+            del captures, split  # before the next batch runs, which needs as much memory
+            bar.update(len(batch))
+    assert residuals is not None
+    attn_norm = by_query.pop("attn_norm")
+    for name in ("direct", "inherited"):
+        inner = by_query.pop(f"{name}_inner")
+        by_query[f"{name}_share"] = _share(inner, by_query["realised_norm"], attn_norm, residuals.realised)
+    relaxation = Relaxation(*(by_query.pop(name) for name in Relaxation._fields))
+    return DecompositionSummary(model.name, prompts, relaxation=relaxation, residuals=residuals, **by_query)
+
+
+def _summarise(split: Decomposition, keep: Collection[Term]) -> dict[str, Tensor]:
+    """Return the summaries of a batch, what the shares are computed from, and the terms to keep, by name."""
+    direct, inherited, z_0, z = split.direct, split.inherited, split.z_0, split.z
+    realised = direct + inherited
+    kept = {"direct": direct, "inherited": inherited, "realised": realised, "z_0": z_0, "z": z}
+    return {
+        "mass": split.mass,
+        "icl_share": split.icl_share,
+        **split.relaxation._asdict(),
+        "delta_icl_norm": split.delta_icl.norm(dim=-1),
+        "z_0_norm": z_0.norm(dim=-1),
+        "z_norm": z.norm(dim=-1),
+        "direct_norm": direct.norm(dim=-1),
+        "inherited_norm": inherited.norm(dim=-1),
+        "realised_norm": realised.norm(dim=-1),
+        "direct_inner": (direct * realised).sum(-1),
+        "inherited_inner": (inherited * realised).sum(-1),
+        "attn_norm": _sum_through_W_O(z, split.W_O, split.b_O).norm(dim=-1),
+        **({} if split.momentum is None else {"momentum_norm": split.momentum_norm}),
+        **{name: kept[name] if name in kept else getattr(split, name) for name in keep},
+    }
+
+
+def _larger(a: Residuals, b: Residuals) -> Residuals:
+    return Residuals(*map(torch.maximum, a, b))
+
+
+def _largest_residual(residuals: Residuals) -> float:
+    within_layers = residuals._replace(run=residuals.split)
+    return max(by_layer.max().item() for by_layer in within_layers)
+
+
+def _groups(prompts: Prompts) -> tuple[str, ...]:
+    return (*GROUPS, *(f"demonstration {n + 1}" for n in range(len(prompts.demonstrations))))
+
+
+def _by_group(values: Float[Tensor, "*axes group"], axes: tuple[str, ...], groups: tuple[str, ...]) -> pd.DataFrame:
+    index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
+    return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(groups, name="group"))
+
+
+def _summary_frame(
+    result: Decomposition | DecompositionSummary, momentum_norm: Float[Tensor, "query layer head"] | None
+) -> pd.DataFrame:
+    """Return the tidy table of a decomposition or its summary."""
+    masses = {f"{name}_mass": result.mass[..., index] for index, name in enumerate(GROUPS)}
+    shares = {"direct_share": result.direct_share, "inherited_share": result.inherited_share}
+    shares |= {} if momentum_norm is None else {"momentum_norm": momentum_norm}
+    return summary_frame(
+        {"demonstration_mass": result.demonstration_mass, **masses, **shares, **result.relaxation._asdict()}
+    )
+
+
+def _share(
+    inner: Float[Tensor, "query layer"],
+    realised_norm: Float[Tensor, "query layer"],
+    attn_norm: Float[Tensor, "query layer"],
+    residual: Float[Tensor, " layer"],
+) -> Float[Tensor, "query layer"]:
+    """Return ⟨update, realised⟩ / ‖realised‖²; NaN where the realised update is rounding of the attention output."""
+    return torch.where(realised_norm > 4 * residual * attn_norm, inner / realised_norm**2, torch.nan)
+
+
+def _projections(
+    model: Model,
+) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
+    """Return W_O and b_O in float64."""
     W_O, b_O = model.output_projections()
-    W_O, b_O = W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
+    return W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
+
+
+def _decompose(
+    model: Model,
+    zero_shot: Capture,
+    in_context: Capture,
+    of_first: tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]],
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    b_O: Float[Tensor, "layer d_model"] | None,
+) -> Decomposition:
+    """Split captures, and check the residuals; `of_first` has those of the first query's full prompt and of the run."""
     split, relaxation = _split_layers(model, in_context, W_O)
-    residuals = _residuals(model, zero_shot, in_context, split.z, W_O, b_O)
+    residuals = _residuals(zero_shot, in_context, split.z, of_first, W_O, b_O)
     _check_residuals(model, residuals)
     momentum = None
     if split.query_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
@@ -718,27 +1007,38 @@ def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Re
 
 
 def _residuals(
-    model: Model,
     zero_shot: Capture,
     in_context: Capture,
     z: Float[Tensor, "query layer head d_head"],
+    of_first: tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]],
     W_O: Float[Tensor, "layer head d_head d_model"],
     b_O: Float[Tensor, "layer d_model"] | None,
 ) -> Residuals:
     """Return how far the terms are from what they add up to."""
     z_zsl, h_zsl = _field(zero_shot, "z").double(), _field(zero_shot, "attn_out").double()
-    h_icl, full_prompt = _field(in_context, "attn_out").double(), in_context.full_prompt
-    assert full_prompt is not None
-    expected = full_prompt.attn_out.double()[None]
-    full_prompt_z = _full_prompt_z(model, in_context.prompts, full_prompt, W_O)
+    h_icl, (full_prompt, run) = _field(in_context, "attn_out").double(), of_first
     return Residuals(
         split=torch.maximum(
             _relative(_sum_through_W_O(z, W_O, b_O), h_icl), _relative(z.flatten(2), _field(in_context, "z").flatten(2))
         ),
-        full_prompt=_relative(_sum_through_W_O(full_prompt_z, W_O, b_O), expected),
-        run=_relative(h_icl[:1], expected),
+        full_prompt=full_prompt,
+        run=run,
         realised=_relative(h_zsl + _sum_through_W_O(z - z_zsl, W_O), h_icl),
     )
+
+
+def _full_prompt_residuals(
+    model: Model,
+    in_context: Capture,
+    full_prompt: FullPromptPass | None,
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    b_O: Float[Tensor, "layer d_model"] | None,
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+    """Return how far the split of the first query's full prompt, and then the captured run, are from that pass."""
+    assert full_prompt is not None
+    h_icl, expected = _field(in_context, "attn_out")[:1].double(), full_prompt.attn_out.double()[None]
+    full_prompt_z = _full_prompt_z(model, in_context.prompts, full_prompt, W_O)
+    return _relative(_sum_through_W_O(full_prompt_z, W_O, b_O), expected), _relative(h_icl, expected)
 
 
 def _full_prompt_z(

@@ -211,16 +211,14 @@ def compare_updates(
     generator = torch.Generator().manual_seed(seed)
     batches_by_name: dict[str, list[Tensor]] = {}
     residual, n_queries = 0.0, len(in_context.prompts.queries)
-    batches = _batches(in_context.prompts)
+    batches, icl_updates = _batches(in_context.prompts), _IclUpdates(model, in_context)
     bar = progress_bar(total=n_queries, desc="ΔW_FT", show=progress, unit="query")
     with torch.no_grad(), bar:
         for batch in batches:
             fixed_inputs = _FixedInputPass(model, in_context.prompts, batch)
             residual = max(residual, fixed_inputs.run_untuned(zero_shot))
             layers = [
-                _compare_layer(
-                    _delta_w_icl(model, in_context, layer, batch), W_FT, in_context, layer, batch, rank, generator
-                )
+                _compare_layer(icl_updates.of(layer, batch), W_FT, in_context, layer, batch, rank, generator)
                 for layer, W_FT in enumerate(fixed_inputs.run_tuned(delta))
             ]
             for name in layers[0]:
@@ -330,21 +328,31 @@ def _visible_demonstrations(
     return model.attention_rules[layer].visible(recorded[None], torch.arange(n_start, n_prefix)[None])[0]
 
 
-def _delta_w_icl(
-    model: Model, in_context: Capture, layer: int, batch: Int[Tensor, " batch"]
-) -> Float[Tensor, "#batch kv_head d_head d_head"]:
-    """Return ΔW_ICL over the demonstrations that the layer's mask shows: one for all queries where it shows them the
-    same."""
-    keys_values = in_context.keys_values
-    assert keys_values is not None
-    visible = _visible_demonstrations(model, in_context.prompts, layer, batch)
-    visible = visible[:1] if (visible == visible[:1]).all() else visible
-    k, v = keys_values.demo_keys[layer].double(), keys_values.demo_values[layer].double()
-    return dual.head_weights(k.expand(len(visible), *k.shape), v * visible[..., None, None])
+class _IclUpdates:
+    """Forms and decomposes ΔW_ICL, once for all batches of queries to which a layer shows the same demonstrations."""
+
+    def __init__(self, model: Model, in_context: Capture) -> None:
+        self.model, self.in_context = model, in_context
+        self.latest: dict[int, tuple[Bool[Tensor, "#batch demo_pos"], dual.Svd]] = {}
+        """By layer, the tokens that it showed last, and ΔW_ICL over these: the memory is the same for all queries."""
+
+    def of(self, layer: int, batch: Int[Tensor, " batch"]) -> dual.Svd:
+        """Return ΔW_ICL over the demonstrations that the layer's mask shows: one for all queries of the batch where it
+        shows them the same."""
+        visible = _visible_demonstrations(self.model, self.in_context.prompts, layer, batch)
+        visible = visible[:1] if (visible == visible[:1]).all() else visible
+        if layer in self.latest and torch.equal(self.latest[layer][0], visible):
+            return self.latest[layer][1]
+        keys_values = self.in_context.keys_values
+        assert keys_values is not None
+        k, v = keys_values.demo_keys[layer].double(), keys_values.demo_values[layer].double()
+        W_ICL = dual.head_weights(k.expand(len(visible), *k.shape), v * visible[..., None, None])
+        self.latest[layer] = visible, dual.Svd.of(W_ICL)
+        return self.latest[layer][1]
 
 
 def _compare_layer(
-    W_ICL: Float[Tensor, "#batch kv_head d_head d_head"],
+    icl_update: dual.Svd,
     W_FT: Float[Tensor, "batch kv_head d_head d_head"],
     in_context: Capture,
     layer: int,
@@ -352,10 +360,10 @@ def _compare_layer(
     rank: int,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
-    """Return every number that compares the two updates at one layer, by its name."""
+    """Return every number that compares ΔW_ICL, decomposed, with ΔW_FT at one layer, by its name."""
     assert in_context.q_scored is not None
     q = in_context.q_scored[batch, layer].double()
-    a, b = dual.Svd.of(W_ICL), dual.Svd.of(W_FT)
+    a, b = icl_update, dual.Svd.of(W_FT)
     values_by_name = {
         "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
         "effective_rank_icl": dual.effective_rank(a.S).expand(len(batch), -1),

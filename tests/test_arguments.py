@@ -1,11 +1,13 @@
 """Every public function, method and class refuses wrong arguments in a sentence: drawn from its annotations."""
 
 import dataclasses
+import gc
 import inspect
 import math
 import reprlib
 import types
 import typing
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
@@ -81,6 +83,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         experiment.compare(),
         experiment.recordings(),
         experiment.decompose(),
+        icl.decompose_prompts(model, prompts, progress=False),
         experiment.updates(progress=False),
         experiment.massive_activations(),
         icl.summarise(experiment.delta),
@@ -421,3 +424,21 @@ def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:
         icl.Cell(model="m", task="t", k=1, seed=1, lr=text)
     with pytest.raises(TypeError, match=r"missing .*'lr'"):
         icl.Cell(model="m", task="t", k=1, seed=1)  # pyright: ignore[reportCallIssue]
+
+
+def test_options_that_did_not_fit_keep_no_tensor_of_a_caller_alive() -> None:
+    @checked
+    def scale(factor: Annotated[float, annotated_types.Gt(0)] | Sequence[int] | None) -> None: ...
+
+    def caller() -> weakref.ref[torch.Tensor]:
+        tensor = torch.ones(3)
+        scale(None)
+        scale([1])
+        return weakref.ref(tensor)
+
+    caller()  # annotations are read at the first call
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()

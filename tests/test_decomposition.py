@@ -2,8 +2,10 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -11,11 +13,15 @@ import pytest
 import torch
 from helpers import some_eta
 from scipy import stats
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
-from icl_dual.decomposition import GROUPS
+from icl_dual.decomposition import GROUPS, Term
+from icl_dual.models import tiny_model
 from icl_dual.models.foreign_hooks import remove_hook
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.storage import load_tensors, save_tensors
@@ -28,9 +34,9 @@ def build(model: icl.Model, task: icl.Task, k: int = 5, n: int = 4) -> Prompts:
     return icl.build_prompts(model, task, task.demonstrations(k, seed=1), task.queries(n))
 
 
-def runs(model: icl.Model, prompts: Prompts) -> tuple[icl.Capture, icl.Capture]:
+def runs(model: icl.Model, prompts: Prompts, batch_size: int = 3) -> tuple[icl.Capture, icl.Capture]:
     icl_run, zsl = (
-        icl.capture(model, which, fields=icl.DECOMPOSE_FIELDS, batch_size=3, progress=False)
+        icl.capture(model, which, fields=icl.DECOMPOSE_FIELDS, batch_size=batch_size, progress=False)
         for which in (prompts, prompts.zero_shot())
     )
     return icl_run, zsl
@@ -40,8 +46,8 @@ def decompose_runs(model: icl.Model, in_context: icl.Capture, zero_shot: icl.Cap
     return icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
 
 
-def decomposed(model: icl.Model, prompts: Prompts) -> icl.Decomposition:
-    return decompose_runs(model, *runs(model, prompts))
+def decomposed(model: icl.Model, prompts: Prompts, batch_size: int = 3) -> icl.Decomposition:
+    return decompose_runs(model, *runs(model, prompts, batch_size))
 
 
 @pytest.fixture(scope="module")
@@ -646,3 +652,114 @@ def test_a_split_with_momentum_is_exact_in_float64_and_saved(
     without = decomposed(model, prompts)
     assert without.momentum is None
     assert "momentum_norm" not in set(without.to_frame()["metric"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "protocol", "eta"),
+    [("llama", "answer", None), ("llama", "answer", 0.6), ("gpt2", "answer", None), ("llama", "reference", None)],
+)
+def test_summaries_of_batches_are_those_of_all_queries_at_once(
+    models_by_architecture: Callable[[str], icl.Model],
+    task: icl.Task,
+    reference_task: icl.Task,
+    architecture: str,
+    protocol: str,
+    eta: float | None,
+) -> None:
+    model = models_by_architecture(architecture)
+    prompts = build(model, task if protocol == "answer" else reference_task, n=7)
+    terms: tuple[Any, ...] = get_args(Term)
+    with contextlib.nullcontext() if eta is None else icl.momentum_attention(model, eta):
+        whole = decomposed(model, prompts)
+        got = icl.decompose_prompts(model, prompts, keep=terms, batch_size=3, progress=False)
+    names = ("mass", "icl_share", "direct_share", "inherited_share", "demonstration_mass", *terms)
+    pairs = [(getattr(got, name), getattr(whole, name)) for name in names]
+    pairs += [*zip(got.relaxation, whole.relaxation, strict=True), *zip(got.residuals, whole.residuals, strict=True)]
+    by_head, by_layer = ("delta_icl", "z_0", "z"), ("direct", "inherited", "realised")
+    pairs += [(getattr(got, f"{name}_norm"), getattr(whole, name).norm(dim=-1)) for name in (*by_head, *by_layer)]
+    for summary, expected in pairs:
+        torch.testing.assert_close(summary, expected, atol=1e-6, rtol=1e-5, equal_nan=True)
+    pd.testing.assert_frame_equal(got.to_frame(), whole.to_frame(), atol=1e-6, rtol=1e-5)
+    pd.testing.assert_frame_equal(got.masses(), whole.masses(), atol=1e-6)
+    pd.testing.assert_frame_equal(got.shares(), whole.shares(), atol=1e-6, rtol=1e-5)
+    assert (got.momentum_norm is None) == (eta is None)
+    assert got.residual <= EXACT
+    assert "terms: from_start" in repr(got)
+    assert "‖inherited‖" in got._repr_html_()
+
+
+def test_terms_that_were_not_requested_are_none_and_unknown_ones_are_refused(llama: icl.Model, task: icl.Task) -> None:
+    prompts = build(llama, task)
+    got = icl.decompose_prompts(llama, prompts, keep=("z_0",), progress=False)
+    assert [name for name in get_args(Term) if getattr(got, name) is not None] == ["z_0"]
+    unknown: Any = ("mass_of_tokens",)
+    with pytest.raises(icl.ArgumentError, match="mass_of_tokens"):
+        icl.decompose_prompts(llama, prompts, keep=unknown, progress=False)
+
+
+def test_batches_that_do_not_add_up_are_refused(
+    llama: icl.Model, task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a later batch too, by its first layer."""
+    run = capture_module.BatchedCapture.run
+
+    def run_wrongly(self: Any, queries: Any) -> icl.Capture:
+        captured = run(self, queries)
+        assert captured.z is not None
+        is_later = 0 not in queries and self.prompts.demonstrations
+        return dataclasses.replace(captured, z=captured.z * 1.01) if is_later else captured
+
+    monkeypatch.setattr(capture_module.BatchedCapture, "run", run_wrongly)
+    with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: expected terms that add up"):
+        icl.decompose_prompts(llama, build(llama, task), batch_size=2, progress=False)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that torch has made and that are alive, and keeps their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                known = self.live.get(storage._cdata)
+                if known is None or known[0].expired():
+                    self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self.total += storage.nbytes()
+        if self.total > self.peak:  # an upper bound: what has been freed is subtracted only when it matters
+            self.live = {key: value for key, value in self.live.items() if not value[0].expired()}
+            self.total = sum(n_bytes for _, n_bytes in self.live.values())
+            self.peak = max(self.peak, self.total)
+        return out
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The peak of a call's tensors; dispatch modes count one thread, so that layers are split on it."""
+    one_by_one = mock.patch.object(ThreadPoolExecutor, "map", lambda pool, f, *inputs: map(f, *inputs))
+    with one_by_one, LiveBytes() as memory:
+        run()
+    return memory.peak
+
+
+def test_memory_does_not_grow_with_queries_but_for_the_summaries(task: icl.Task) -> None:
+    model = tiny_model()
+    rows = [{"text": f"film number {100 + i}", "label": i % 2} for i in range(300)]
+    films = icl.Task("films", task.template, task.label_words, rows)
+    few, many = (build(model, films, n=n) for n in (20, 100))
+    icl.capture(model, few, progress=False)  # a model's first capture checks it, too
+
+    def streamed(prompts: Prompts) -> icl.DecompositionSummary:
+        return icl.decompose_prompts(model, prompts, batch_size=20, progress=False)
+
+    summary = streamed(many)
+    tensors = [*vars(summary).values(), *summary.relaxation, *summary.residuals]
+    kept = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    grown = peak_bytes(lambda: streamed(many)) - peak_bytes(lambda: streamed(few))
+    assert grown <= 1.5 * kept
+    whole = peak_bytes(lambda: decomposed(model, many, 20)) - peak_bytes(lambda: decomposed(model, few, 20))
+    assert whole > 5 * max(grown, kept)

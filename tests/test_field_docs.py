@@ -20,6 +20,7 @@ DOCUMENTED = (
     KeysValues,
     FullPromptPass,
     icl.Decomposition,
+    icl.DecompositionSummary,
     MomentumTerms,
     Relaxation,
     Residuals,

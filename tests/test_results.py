@@ -49,6 +49,9 @@ def results(
             for name, these in {"zero_shot": prompts.zero_shot(), "in_context": prompts}.items()
         }
         decomposition = icl.decompose(llama, **pair)
+        decomposed = icl.decompose_prompts(
+            llama, prompts, keep=("delta_icl", "z_0", "direct", "realised"), progress=False
+        )
     values = [
         experiment,
         experiment.in_context,
@@ -59,6 +62,7 @@ def results(
         experiment.massive_activations(),
         summarise(experiment.delta),
         decomposition,
+        decomposed,
         orders,
         icl.compare_effects(
             zero_shot=experiment.zero_shot,
@@ -210,7 +214,7 @@ FREE_AXES_OF = {
 """The same of one class: heads, and d_out and d_in of a matrix that changes alone."""
 MAY_BE_NAN = (
     *("share", "relaxation", "per_layer", "per_query", "stability", "cosine", "angles", "norm_ratio"),
-    *("effective_rank", "demonstrations_K", "demonstrations_V", "thought"),
+    *("effective_rank", "demonstrations_K", "demonstrations_V", "thought", "momentum_norm"),
 )
 """Parts of the names of fields that are undefined in some results."""
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,26 @@ def test_queries_are_compared_in_batches_without_changing_a_number(
     monkeypatch.setattr(sys.modules["icl_dual.updates"], "BATCH_SIZE", 3)
     for name in ("cosine", "left_angles", "action_cosine", "effective_rank_ft"):
         torch.testing.assert_close(getattr(llama_runs.compare(), name), getattr(whole, name), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
+def test_delta_w_icl_is_decomposed_once_for_all_batches(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Once a layer where all queries have the same demonstrations in sight; ΔW_FT, of each query, once a batch."""
+    runs = make_runs(make_model(architecture), task)
+    monkeypatch.setattr(sys.modules["icl_dual.updates"], "BATCH_SIZE", 1)
+    decomposed: list[torch.Tensor] = []
+    of = icl.dual.Svd.of
+    monkeypatch.setattr(icl.dual.Svd, "of", lambda W: decomposed.append(W) or of(W))
+    got = runs.compare()
+    expected = 0
+    for layer in range(runs.model.n_layers):
+        matrices = [[got.delta_W(layer, head, query) for head in (0, 2)] for query in range(4)]
+        changes = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(matrices)]
+        expected += 1 + changes.count(False)
+    assert len(decomposed) == 4 * runs.model.n_layers + expected
+    assert (expected > runs.model.n_layers) == (architecture == "mistral-window")
 
 
 def test_the_null_is_seeded_and_around_zero(llama_runs: Runs) -> None:

@@ -33,6 +33,7 @@ from icl_dual.captures.shared_prefix import (
     norms_of,
     run_prefix,
     run_queries,
+    split_into_batches,
 )
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, UnsupportedModelError
@@ -289,6 +290,67 @@ def capture(
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
             log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
     return recorder.capture(log_probs, full_prompt, _label_baselines(model, prompts, batch_size))
+
+
+class BatchedCapture:
+    """Captures queries in batches after what they all share, which runs once; keeps nothing of a batch that has run.
+
+    A batch is a capture of its queries alone, with the numbers of a capture of all. Of the label words it scores the
+    first token of the first only.
+
+    Args:
+        model: the model to run; only within an exclusive call, and without gradients.
+        prompts: queries with their demonstrations.
+        fields: the fields of each batch's capture, without `full_prompt`.
+        batch_size: the largest number of queries to run at once.
+        full_prompt: run the shared tokens as one sequence with the first query after them, and keep that pass.
+    """
+
+    def __init__(
+        self, model: Model, prompts: Prompts, fields: Collection[Field], batch_size: int, *, full_prompt: bool = False
+    ) -> None:
+        self.model, self.prompts, self.fields = model, prompts, fields
+        self.query_prefix = common_query_prefix(prompts)
+        check_rope_scaling(model, prompts, self.query_prefix)
+        check_pass(model, prompts)
+        rows = [suffix[len(self.query_prefix) :] for suffix in prompts.suffixes]
+        self.context, self.full_prompt = run_prefix(
+            model, prompts.prefix + self.query_prefix, rows[0] if full_prompt else None
+        )
+        self.batches = split_into_batches(list(map(len, rows)), batch_size)
+        """The indices of the queries in each batch: queries of like lengths together."""
+        self.limit = BatchLimit(batch_size)
+
+    def run(self, queries: Sequence[int]) -> Capture:
+        """Run some of the queries, and return their capture."""
+        prompts = replace(
+            self.prompts,
+            queries=tuple(self.prompts.queries[query] for query in queries),
+            zero_shot_queries=tuple(self.prompts.zero_shot_queries[query] for query in queries)
+            if self.prompts.zero_shot_queries
+            else (),
+            labels=self.prompts.labels[:1],
+            gold=(0,) * len(queries),
+            scoring="mean",
+            baseline_queries=(),
+            zero_shot_baseline_queries=(),
+        )
+        recorder = _Recorder(self.model, prompts, self.fields, self.context)
+        rows = [suffix[len(self.query_prefix) :] for suffix in prompts.suffixes]
+        log_probs = torch.zeros(len(queries), 1, dtype=recorder.dtype)
+        for batch in run_queries(
+            self.model,
+            rows,
+            1,
+            self.context,
+            self.limit,
+            n_after=len(prompts.appended_tokens),
+            on_attention=recorder.on_attention,
+            on_output=recorder.on_output,
+        ):
+            recorder.residual = max(recorder.residual, batch.residual)
+            log_probs[batch.rows] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]].cpu()
+        return recorder.capture(log_probs, None, None)
 
 
 def _label_baselines(model: Model, prompts: Prompts, batch_size: int) -> Float[Tensor, "query label"] | None:
