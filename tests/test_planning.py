@@ -82,9 +82,10 @@ def test_finetuning_one_by_one_is_counted_by_its_settings(
 def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif dataclasses.is_dataclass(value) or hasattr(value, "_asdict"):
-        for member in (value._asdict() if hasattr(value, "_asdict") else vars(value)).values():
-            yield from tensors(member)
+        return
+    members = value._asdict() if hasattr(value, "_asdict") else vars(value) if dataclasses.is_dataclass(value) else {}
+    for member in members.values():
+        yield from tensors(member)
 
 
 def test_what_stages_keep_is_the_size_of_their_results(llama: icl.Model, prompts: icl.Prompts) -> None:
@@ -128,7 +129,7 @@ def test_a_plan_says_what_it_costs_in_text_table_and_notebook() -> None:
     planned = plan(tiny_model(), PromptLengths(queries=(9, 8), demonstrations=(8, 8)))
     stages = ["finetuning", "prefix", "in-context", "zero-shot", "finetuned", "replicas", "metrics", "decomposition"]
     assert planned.to_frame()["stage"].tolist() == stages
-    assert math.isclose(planned.to_frame()["flops"].sum(), planned.flops)
+    assert math.isclose(sum(planned.to_frame()["flops"].tolist()), planned.flops)
     n_weights = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert repr(planned).startswith(f"CellPlan('tiny', {n_weights / 1e6:.3g} M weights in float32, 2 queries after 2 ")
     assert all(stage in str(planned) and stage in planned._repr_html_() for stage in stages)

@@ -43,10 +43,10 @@ def test_a_shape_is_read_from_a_loaded_model_a_folder_and_a_configuration(tmp_pa
     model = tiny_model()
     model.wrapped.original_model.config.save_pretrained(tmp_path)
     shape = shape_of(model)
-    assert shape == ModelShape.of_name(tmp_path) == shape_of(shape)
+    assert shape == ModelShape.of_name(str(tmp_path)) == shape_of(shape)
     sizes = (shape.n_layers, shape.n_heads, shape.n_key_value_heads, shape.d_model, shape.d_head, shape.d_vocab)
     assert sizes == (model.n_layers, model.n_heads, model.n_key_value_heads, model.d_model, model.d_head, model.d_vocab)
-    projections = [projection.matrix.numel() for kind in "KV" for projection in model.projections(kind)]
+    projections = [p.matrix.numel() for p in (*model.projections("K"), *model.projections("V"))]
     assert shape.projection_weights(("K", "V")) == sum(projections)
 
 
@@ -67,6 +67,6 @@ def test_what_is_no_decoder_or_has_no_configuration_is_refused(tmp_path: Path) -
     with pytest.raises(icl.UnsupportedModelError, match="expected the configuration of a decoder-only language model"):
         ModelShape.of_config(T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=1))
     with pytest.raises(icl.AssetError, match="expected a configuration of a model of transformers"):
-        ModelShape.of_name(tmp_path)
+        ModelShape.of_name(str(tmp_path))
     with pytest.raises(icl.AssetError, match="expected name as one of"):
         ModelShape.of_name("smollm3")
