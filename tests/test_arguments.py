@@ -76,6 +76,8 @@ def make_examples(folder: Path) -> dict[type, Any]:
         prompts,
         icl.Chat(),
         experiment,
+        icl.plan(model, prompts),
+        icl.PromptLengths.of(prompts),
         experiment.in_context,
         experiment.delta,
         experiment.delta.config,

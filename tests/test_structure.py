@@ -35,7 +35,7 @@ LAYERS = (
     ("updates", "order_sensitivity"),
     ("recordings",),
     ("metrics",),
-    ("experiment",),
+    ("experiment", "planning"),
     ("cells",),
     ("provenance", "study"),
     ("grids",),

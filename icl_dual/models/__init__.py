@@ -7,6 +7,7 @@ that passes each layer's attention to a callback and lets the callback replace t
 |---|---|
 | `model` | `Model`: a decoder with hooks |
 | `loading` | `load_model`: a model by its name, folder, GGUF file or hub id |
+| `shapes` | the sizes of a model, counted from its configuration alone |
 | `controls` | control models: untrained, or with random blocks |
 | `momentum` | `momentum_attention`: run a model with momentum attention for a while |
 | `momentum_gpt2` | a GPT-2 that is trained with momentum attention |

@@ -63,7 +63,7 @@ class BridgeBackend(Backend):
         self.original: Any = wrapped.original_model
         super().__init__(wrapped, arithmetic)
         self.architecture = str(self.wrapped.cfg.architecture)
-        self.rope_scaling_threshold = _rope_scaling_threshold(self.original.config)
+        self.rope_scaling_threshold = rope_scaling_threshold(self.original.config)
         self.n_ctx = min(self.n_ctx, *_rule_lengths(self.original.config))
 
     def check_supported(self) -> None:
@@ -546,7 +546,7 @@ def _rule_lengths(config: Any) -> list[int]:
     return lengths
 
 
-def _rope_scaling_threshold(config: Any) -> int | None:
+def rope_scaling_threshold(config: Any) -> int | None:
     """Return the sequence length past which dynamic NTK or LongRoPE scaling changes every rotation, else `None`."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):

@@ -1,0 +1,149 @@
+"""Plans of cells: FLOPs against those that torch counts while a cell runs, memory against what captures hold."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import icl_dual as icl
+from icl_dual.models import tiny_model
+from icl_dual.planning import CellPlan, PromptLengths, plan
+
+ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
+
+
+def attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The FLOPs of attention, which torch counts on GPUs only; query heads that share keys each count."""
+    return sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], float]:
+    # Of several threads, torch counts its own only.
+    monkeypatch.setattr(ThreadPoolExecutor, "map", lambda pool, function, *inputs: map(function, *inputs))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def counted(run: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False, custom_mapping={kernel: attention_flops}) as counter:
+            run()
+        return counter.get_total_flops()
+
+    return counted
+
+
+def flops(planned: CellPlan) -> dict[str, float]:
+    return {stage.stage: stage.flops for stage in planned.stages}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama", "gemma3-window"])
+def test_flops_are_those_that_torch_counts(
+    models_by_architecture: Callable[[str], icl.Model], prompts: icl.Prompts, count: Any, architecture: str
+) -> None:
+    model = models_by_architecture(architecture)
+    planned = flops(plan(model, prompts, replicas=2))
+    in_context = icl.capture(model, prompts, fields=ALL, progress=False)  # a model's first capture checks it, too
+    zero_shot = icl.capture(model, prompts.zero_shot(), fields=ALL, progress=False)
+    counted = {
+        "in context": count(lambda: icl.capture(model, prompts, fields=ALL, progress=False)),
+        "zero-shot": count(lambda: icl.capture(model, prompts.zero_shot(), fields=ALL, progress=False)),
+        "finetuning": count(
+            lambda: list(icl.finetune_many(model, [prompts] * 3, [0.01] * 3, progress=False)),
+        ),
+        "decomposition": count(lambda: icl.decompose(model, zero_shot=zero_shot, in_context=in_context)),
+    }
+    planned["in context"] = planned["prefix"] + planned["in-context"]
+    for stage, n in counted.items():
+        assert planned[stage] == pytest.approx(n, rel=0.05), stage
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        icl.FinetuneConfig(),
+        icl.FinetuneConfig(method="layer-causal"),
+        icl.FinetuneConfig(trained="attention", epochs=2),
+        icl.FinetuneConfig(trained="value"),
+    ],
+)
+def test_finetuning_one_by_one_is_counted_by_its_settings(
+    llama: icl.Model, prompts: icl.Prompts, count: Any, config: icl.FinetuneConfig
+) -> None:
+    counted = count(lambda: icl.finetune(llama, prompts, lr=0.001, config=config, progress=False))
+    planned = flops(plan(llama, prompts, config=config, replicas=0))["finetuning"]
+    assert planned == pytest.approx(counted, rel=0.05)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    members = value._asdict() if hasattr(value, "_asdict") else vars(value) if dataclasses.is_dataclass(value) else {}
+    for member in members.values():
+        yield from tensors(member)
+
+
+def test_what_stages_keep_is_the_size_of_their_results(llama: icl.Model, prompts: icl.Prompts) -> None:
+    kept = {stage.stage: stage.kept for stage in plan(llama, prompts, replicas=0).stages}
+    in_context = icl.capture(llama, prompts, fields=ALL, progress=False)
+    delta = icl.finetune(llama, prompts, lr=0.001, progress=False)
+    for stage, result in (("in-context", in_context), ("finetuning", delta)):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(result))
+        assert kept[stage] == pytest.approx(size, rel=0.05), stage
+
+
+def test_lengths_of_prompts_give_the_plan_of_the_prompts() -> None:
+    model = tiny_model()
+    prompts = icl.Prompts(
+        start=(0,),
+        demonstrations=((1, 2, 3),) * 2,
+        demonstration_label_lengths=(1, 1),
+        separator=(7,),
+        queries=((5, 6), (5, 6, 8)),
+        labels=((8,), (9,)),
+        gold=(0, 1),
+    )
+    lengths = PromptLengths(queries=(2, 3), demonstrations=(3, 3), shared=1, labels=(1, 1))
+    from_lengths, from_prompts = plan(model, lengths), plan(model, prompts)
+    assert lengths.prefix == len(prompts.prefix)
+    assert from_lengths.stages == from_prompts.stages
+    assert from_lengths.peak_memory == from_prompts.peak_memory
+
+
+def test_a_plan_grows_with_queries_and_shrinks_with_precision() -> None:
+    model = tiny_model()
+    few, many = (plan(model, PromptLengths(queries=(9,) * n, demonstrations=(8, 8))) for n in (10, 100))
+    assert flops(many)["zero-shot"] > 5 * flops(few)["zero-shot"]
+    assert flops(many)["finetuning"] == flops(few)["finetuning"]
+    assert many.peak_memory > few.peak_memory
+    half = plan(model.wrapped.original_model.config, few.lengths, dtype=torch.bfloat16)
+    assert half.weight_memory == few.weight_memory / 2
+
+
+def test_a_plan_says_what_it_costs_in_text_table_and_notebook() -> None:
+    planned = plan(tiny_model(), PromptLengths(queries=(9, 8), demonstrations=(8, 8)))
+    stages = ["finetuning", "prefix", "in-context", "zero-shot", "finetuned", "replicas", "metrics", "decomposition"]
+    assert planned.to_frame()["stage"].tolist() == stages
+    assert math.isclose(sum(planned.to_frame()["flops"].tolist()), planned.flops)
+    n_weights = sum(parameter.numel() for parameter in tiny_model().parameters())
+    assert repr(planned).startswith(f"CellPlan('tiny', {n_weights / 1e6:.3g} M weights in float32, 2 queries after 2 ")
+    assert all(stage in str(planned) and stage in planned._repr_html_() for stage in stages)
+    alone = plan(tiny_model(), PromptLengths(queries=(9,)), fields=icl.METRIC_FIELDS)
+    assert [stage.stage for stage in alone.stages] == ["prefix", "in-context", "zero-shot", "finetuned"]
+
+
+def test_wrong_lengths_and_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected queries with at least one length"):
+        PromptLengths(queries=())
+    with pytest.raises(ValueError, match="expected queries longer than the 5 tokens that all share"):
+        PromptLengths(queries=(5, 9), shared=5)
+    lengths = PromptLengths(queries=(9,))
+    with pytest.raises(ValueError, match="expected replicas as 0 for none"):
+        plan(tiny_model(), lengths, replicas=1)
+    with pytest.raises(ValueError, match=r"expected arithmetic=torch\.float32"):
+        plan("smollm2-135m", lengths, arithmetic=torch.bfloat16)
