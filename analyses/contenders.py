@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import icl_dual as icl
 from icl_dual import assets
 from icl_dual.captures.capture import Field
-from icl_dual.captures.shared_prefix import common_query_prefix, split_into_batches
+from icl_dual.captures.shared_prefix import batch_overhead, common_query_prefix, split_into_batches
 
 Captured = dict[str, Tensor]
 """`log_probs` of the labels and, from those who can see them, `attn_out`, `q` and `demo_attention` (within the
@@ -87,7 +87,7 @@ class Race:
         Tokens are padded on the right.
         """
         rows = [start + query[leave:] for query in self.prompts.queries]
-        for batch in split_into_batches([len(row) for row in rows], BATCH_SIZE):
+        for batch in split_into_batches([len(row) for row in rows], BATCH_SIZE, batch_overhead(self.model)):
             longest = max(len(rows[row]) for row in batch)
             tokens = [[*rows[row], *[0] * (longest - len(rows[row]))] for row in batch]
             last = [len(rows[row]) - 1 for row in batch]

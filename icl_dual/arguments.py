@@ -18,6 +18,7 @@ import itertools
 import math
 import reprlib
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -109,10 +110,43 @@ def _checked(call: Any, annotated: Any) -> Any:
     @functools.wraps(call)
     def check_and_call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        args, kwargs = parameters().check(args, kwargs)
+        if not _trust.is_on:
+            args, kwargs = parameters().check(args, kwargs)
         return call(*args, **kwargs)
 
     return check_and_call
+
+
+class _Trust(threading.local):
+    """Whether the thread is in a function that is `trusted`."""
+
+    is_on = False
+
+
+_trust = _Trust()
+
+
+def trusted(function: Checked) -> Checked:
+    """Leave out the checks of arguments in what a function of the library calls: it runs at every layer, on tensors
+    that the library has made.
+
+    Example:
+        >>> @checked
+        ... def double(number: float) -> float:
+        ...     return 2 * number
+        >>> trusted(lambda text: double(text))("1.5")
+        '1.51.5'
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, _trust.is_on = _trust.is_on, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _trust.is_on = before
+
+    return typing.cast(Checked, call)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.arguments import Count, checked
+from icl_dual.arguments import Count, checked, trusted
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, BatchedCapture, Capture, Field
 from icl_dual.captures.pairing import check_fields, check_paired
 from icl_dual.captures.shared_prefix import TOLERANCE, FullPromptPass
@@ -35,6 +35,7 @@ from icl_dual.field_docs import document_fields
 from icl_dual.html_tables import lines_table
 from icl_dual.models import Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
+from icl_dual.models.overflow import is_finite
 from icl_dual.momentum import decay_matrix
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import SEPARATOR, START, Prompts, check_lengths, check_prompts
@@ -289,8 +290,8 @@ class Decomposition(Saved):
                 "position": range(len(tokens)),
                 "token": tokens,
                 "group": [*(names[segment] for segment in segments), *["query"] * len(suffix)],
-                "weight": weights.numpy(),
-                "icl_share": self._token_shares(query, layer, head, weights).numpy(),
+                "weight": weights.cpu().numpy(),
+                "icl_share": self._token_shares(query, layer, head, weights).cpu().numpy(),
             }
         )
 
@@ -304,7 +305,7 @@ class Decomposition(Saved):
         positions = torch.arange(len(keys))
         bias = rule.bias(positions[None, -1:], positions[None])[0, :, 0]
         scores = dual.shared_scores(q[None, None], keys[:, None], rule.scale, rule.softcap)[0, 0]
-        scores = scores + bias[head if len(bias) > 1 else 0]
+        scores = scores + bias[head if len(bias) > 1 else 0].to(scores.device)
         lse = scores.logsumexp(-1)
         if rule.sink is not None:
             lse = torch.logaddexp(lse, rule.sink[head].to(lse))
@@ -319,7 +320,7 @@ class Decomposition(Saved):
         z_0 = (self.from_start + self.from_query)[query, layer, head]
         added = weights[n_start:n_prefix] * ((values - z_0) @ along)
         if self.momentum is not None:
-            positions = torch.arange(len(weights))
+            positions = torch.arange(len(weights), device=weights.device)
             decay = decay_matrix(self.momentum.eta[layer], positions[-1:], positions[n_start:n_prefix])[head, 0]
             added = added + decay * (values @ along)
         shares = torch.zeros_like(weights)
@@ -366,7 +367,8 @@ class Decomposition(Saved):
         by_head = self.b_V.repeat_interleave(self.W_O.shape[1] // self.b_V.shape[1], dim=1)
         times = 1 - self.mass[..., GROUPS.index("sink")]
         if self.momentum is not None:
-            eta, t = self.momentum.eta, _Positions.of(self.prompts).recorded[:, None, None]
+            eta = self.momentum.eta
+            t = _Positions.of(self.prompts).recorded[:, None, None].to(eta.device)
             times = times + eta * (1 - eta**t) / (1 - eta)
         return times.unsqueeze(-1) * by_head
 
@@ -601,7 +603,7 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
         in_context: a capture of the same queries after their demonstrations, with `fields=icl_dual.DECOMPOSE_FIELDS`.
 
     Returns:
-        The terms z = z_0 + ΔICL with ΔICL = w (z_demo − z_0), in float64 on the CPU.
+        The terms z = z_0 + ΔICL with ΔICL = w (z_demo − z_0), in float64, where the captures are.
 
     Raises:
         ValueError: the captures are of different models, weights, prompts or positions, or lack a field.
@@ -610,7 +612,7 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
     check_fields(DECOMPOSE_FIELDS, in_context=in_context)
     check_fields(("attn_out", "z"), zero_shot=zero_shot)
-    projections = _projections(model)
+    projections = _projections(model, _field(in_context, "z").device)
     of_first = _full_prompt_residuals(model, in_context, in_context.full_prompt, *projections)
     return _decompose(model, zero_shot, in_context, of_first, *projections)
 
@@ -634,7 +636,7 @@ def decompose_prompts(
         progress: show a progress bar.
 
     Returns:
-        The summaries and the terms that were requested, in float64 on the CPU, in the order of the queries.
+        The summaries and the terms that were requested, in float64 on the model's device, in the order of the queries.
 
     Raises:
         ValueError: a term is unknown, or the batch size is below 1.
@@ -658,7 +660,7 @@ def decompose_prompts(
         fields: tuple[Field, ...] = ("attn_out", "z", "q_scored", "keys_values")
         in_context = BatchedCapture(model, prompts, fields, batch_size, full_prompt=True)
         zero_shot = BatchedCapture(model, prompts.zero_shot(), ("attn_out", "z"), batch_size)
-        projections, of_first, residuals = _projections(model), None, None
+        projections, of_first, residuals = _projections(model, model.device), None, None
         # The first query first: its full prompt is what the run is checked against.
         for batch in sorted(in_context.batches, key=lambda batch: 0 not in batch):
             captures = zero_shot.run(batch), in_context.run(batch)
@@ -719,7 +721,7 @@ def _groups(prompts: Prompts) -> tuple[str, ...]:
 
 def _by_group(values: Float[Tensor, "*axes group"], axes: tuple[str, ...], groups: tuple[str, ...]) -> pd.DataFrame:
     index = pd.MultiIndex.from_product([range(n) for n in values.shape[:-1]], names=axes)
-    return pd.DataFrame(values.flatten(0, -2).numpy(), index, pd.Index(groups, name="group"))
+    return pd.DataFrame(values.flatten(0, -2).cpu().numpy(), index, pd.Index(groups, name="group"))
 
 
 def _summary_frame(
@@ -745,11 +747,11 @@ def _share(
 
 
 def _projections(
-    model: Model,
+    model: Model, device: torch.device
 ) -> tuple[Float[Tensor, "layer head d_head d_model"], Float[Tensor, "layer d_model"] | None]:
     """Return W_O and b_O in float64."""
     W_O, b_O = model.output_projections()
-    return W_O.double().cpu(), None if b_O is None else b_O.double().cpu()
+    return W_O.to(device, torch.float64), None if b_O is None else b_O.to(device, torch.float64)
 
 
 def _decompose(
@@ -766,20 +768,20 @@ def _decompose(
     _check_residuals(model, residuals)
     momentum = None
     if split.query_momentum is not None and split.demo_momentum is not None and model.momentum is not None:
-        momentum = MomentumTerms(split.query_momentum, split.demo_momentum, model.momentum.clone())
+        momentum = MomentumTerms(split.query_momentum, split.demo_momentum, model.momentum.to(W_O.device, copy=True))
     return Decomposition(
         model=model.name,
         prompts=in_context.prompts,
         from_start=split.start,
         from_query=split.query,
         delta_icl=split.delta_icl,
-        z_zsl=_field(zero_shot, "z").double(),
+        z_zsl=_field(zero_shot, "z").to(W_O),
         mass=split.mass,
         icl_share=split.icl_share,
         relaxation=relaxation,
         W_O=W_O,
         b_O=b_O,
-        b_V=None if (b_V := model.value_biases()) is None else b_V.double().cpu(),
+        b_V=None if (b_V := model.value_biases()) is None else b_V.to(W_O),
         residuals=residuals,
         momentum=momentum,
         attention_inputs=_attention_inputs(model, in_context),
@@ -813,6 +815,11 @@ class _Positions:
     demo_groups: Float[Tensor, "demo_pos group"]
     """1 where a position belongs to the separators, or to a demonstration, else 0."""
 
+    def to(self, device: torch.device) -> "_Positions":
+        """Return the positions on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
     @classmethod
     def of(cls, prompts: Prompts) -> "_Positions":
         """Return the positions of prompts."""
@@ -827,6 +834,19 @@ class _Positions:
             demo=torch.arange(n_start, n_prefix),
             demo_groups=(prompts.segments[n_start:, None] == segments).double(),
         )
+
+
+class _PositionsTwice(NamedTuple):
+    """The same positions twice: what depends on their values alone is looked up on the host, which need not wait."""
+
+    on_host: _Positions
+    on_device: _Positions
+
+    @classmethod
+    def of(cls, prompts: Prompts, device: torch.device) -> "_PositionsTwice":
+        """Return the positions of prompts."""
+        on_host = _Positions.of(prompts)
+        return cls(on_host, on_host.to(device))
 
 
 class _LayerInputs(NamedTuple):
@@ -851,22 +871,22 @@ class _LayerInputs(NamedTuple):
         query_k, query_v = (t[:, layer].transpose(1, 2).to(**side_by_side).transpose(1, 2) for t in by_query)
         demo_k, demo_v = (t[layer].double() for t in (keys_values.demo_keys, keys_values.demo_values))
         q = _field(in_context, "q_scored")[:, layer].double()
-        return cls(model.attention_rules[layer], q, query_k, query_v, demo_k, demo_v, _eta(model, layer))
+        return cls(model.attention_rules[layer], q, query_k, query_v, demo_k, demo_v, _eta(model, layer, q.device))
 
     @classmethod
     def of_full_prompt(
-        cls, full_prompt: FullPromptPass, layer: int, positions: "_Positions", model: Model
+        cls, full_prompt: FullPromptPass, layer: int, positions: _Positions, model: Model
     ) -> "_LayerInputs":
         """Return a layer's inputs in the plain forward pass over the first query's full prompt."""
         q, k, v = (tensor[layer].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
         query, demo = positions.query[0], positions.demo
-        rule, eta = model.attention_rules[layer], _eta(model, layer)
+        rule, eta = model.attention_rules[layer], _eta(model, layer, q.device)
         return cls(rule, q[None], k[None, query], v[None, query], k[demo], v[demo], eta)
 
 
-def _eta(model: Model, layer: int) -> Float[Tensor, " head"] | None:
+def _eta(model: Model, layer: int, device: torch.device) -> Float[Tensor, " head"] | None:
     """Return a layer's η, zero or not, where the model has momentum: all its layers have the same terms."""
-    return None if model.momentum is None else model.momentum[layer]
+    return None if model.momentum is None else model.momentum[layer].to(device)
 
 
 class _SplitTerms(NamedTuple):
@@ -896,46 +916,61 @@ def _split_layers(
     model: Model, in_context: Capture, W_O: Float[Tensor, "layer head d_head d_model"]
 ) -> tuple[_SplitTerms, Relaxation]:
     """Return the split and the relaxation of every layer."""
-    positions = _Positions.of(in_context.prompts)
+    positions = _PositionsTwice.of(in_context.prompts, W_O.device)
+    sums: list[Tensor] | None = None if W_O.device.type == "cpu" else []
 
+    @trusted
     def split_layer(index: int) -> tuple[Tensor | None, ...]:
         layer = _LayerInputs.of_capture(in_context, index, model)
-        terms = _split(layer, positions, W_O[index])
-        return *terms, *_relax(layer, positions, terms)
+        terms = _split(layer, positions, W_O[index], sums)
+        return *terms, *_relax(layer, positions.on_device, terms)
 
-    # Ranking is numpy's, on one thread: the next layer uses the other.
-    with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-        stacked = _stack_layers(pool.map(split_layer, range(model.n_layers)), model.n_layers)
+    layers = range(model.n_layers)
+    if sums is None:
+        # Ranking is numpy's, on one thread: the next layer uses the other.
+        with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+            stacked = _stack_layers(pool.map(split_layer, layers), model.n_layers)
+    else:
+        stacked = _stack_layers(map(split_layer, layers), model.n_layers)
+        if not is_finite(torch.stack(sums)):  # look at every layer: hidden numbers may be the cause
+            sums = None
+            stacked = _stack_layers(map(split_layer, layers), model.n_layers)
     n_terms = len(_SplitTerms._fields)
     return _SplitTerms(*stacked[:n_terms]), Relaxation(*stacked[n_terms:])
 
 
-def _split(layer: _LayerInputs, positions: _Positions, W_O: Float[Tensor, "head d_head d_model"]) -> _SplitTerms:
-    """Return the exact split of one layer."""
+def _split(
+    layer: _LayerInputs,
+    positions: _PositionsTwice,
+    W_O: Float[Tensor, "head d_head d_model"],
+    sums: list[Tensor] | None = None,
+) -> _SplitTerms:
+    """Return the exact split of one layer; `sums` as in `AttentionRule.attend`."""
     rule, q, demo_v, eta = layer.rule, layer.q, layer.demo_v, layer.eta
-    n_start = positions.n_start
-    start, query = (_attend(layer, positions, keys) for keys in (slice(n_start), slice(n_start, None)))
+    n_start = positions.on_host.n_start
+    start, query = (_attend(layer, positions.on_host, keys, sums) for keys in (slice(n_start), slice(n_start, None)))
+    there = positions.on_device
     sink = rule.with_sink(dual.AttentionPart(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
     z_0 = reduce(dual.merge, (sink, start, query))
-    weights, lse = _demo_weights(layer, positions, z_0)
+    weights, lse = _demo_weights(layer, there, z_0)
     delta_icl = dual.weighted_values(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
-    decay_weights = None if eta is None else decay_matrix(eta, positions.recorded, positions.demo)
+    decay_weights = None if eta is None else decay_matrix(eta, there.recorded, there.demo)
     demo_momentum = None if decay_weights is None else dual.weighted_values(decay_weights, demo_v)
     added = delta_icl if demo_momentum is None else delta_icl + demo_momentum
-    share = _demo_shares(weights, decay_weights, demo_v, z_0.z, added, W_O, positions.demo_groups)
+    share = _demo_shares(weights, decay_weights, demo_v, z_0.z, added, W_O, there.demo_groups)
     mass = torch.stack([(part.lse - lse).exp() for part in (sink, start, query)], dim=-1)
     return _SplitTerms(
         start=start.z * (start.lse - z_0.lse).exp().unsqueeze(-1),
         query=query.z * (query.lse - z_0.lse).exp().unsqueeze(-1),
         delta_icl=delta_icl,
-        query_momentum=None if eta is None else _query_momentum(eta, layer.query_v, positions),
+        query_momentum=None if eta is None else _query_momentum(eta, layer.query_v, there),
         demo_momentum=demo_momentum,
-        mass=torch.cat((mass, (weights @ positions.demo_groups).transpose(0, 1)), dim=-1),
+        mass=torch.cat((mass, (weights @ there.demo_groups).transpose(0, 1)), dim=-1),
         icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
     )
 
 
-def _attend(layer: _LayerInputs, positions: _Positions, keys: slice) -> dual.AttentionPart:
+def _attend(layer: _LayerInputs, positions: _Positions, keys: slice, sums: list[Tensor] | None) -> dual.AttentionPart:
     """Return attention of the recorded rows over some of the start token's and the query's keys."""
     part = layer.rule.attend(
         layer.q[:, None],
@@ -943,6 +978,7 @@ def _attend(layer: _LayerInputs, positions: _Positions, keys: slice) -> dual.Att
         layer.query_v[:, keys],
         positions.recorded[:, None],
         positions.query[:, keys],
+        sums,
     )
     return dual.AttentionPart(part.z[:, 0], part.lse[:, 0])
 
@@ -1046,8 +1082,9 @@ def _full_prompt_z(
 ) -> Float[Tensor, "1 layer head d_head"]:
     """Return the heads' outputs in the plain forward pass over the first query's full prompt, as the sum of its
     terms."""
-    positions = _Positions.of(replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1]))
-    layers = (_LayerInputs.of_full_prompt(full_prompt, index, positions, model) for index in range(model.n_layers))
+    first = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
+    positions, layers = _PositionsTwice.of(first, W_O.device), range(model.n_layers)
+    layers = (_LayerInputs.of_full_prompt(full_prompt, layer, positions.on_device, model) for layer in layers)
     return torch.stack([_split(layer, positions, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
 
 

@@ -28,9 +28,16 @@ from torch import Tensor
 from icl_dual.arguments import ArgumentError, Count, Finite, Index, Rate, checked
 from icl_dual.field_docs import document_fields
 
-FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-"""Whether this torch has the fused kernel that returns its log-sum-exp; without it, attention is computed step by
-step."""
+FUSED = {
+    device
+    for device, kernel in {
+        "cpu": "_scaled_dot_product_flash_attention_for_cpu",
+        "cuda": "_scaled_dot_product_efficient_attention",
+    }.items()
+    if hasattr(torch.ops.aten, kernel)
+}
+"""The devices on which this torch has a fused kernel that returns its log-sum-exp; on others, attention is computed
+step by step."""
 
 # 1. Linear layers under gradient descent
 
@@ -472,11 +479,10 @@ def attend(
             "the same tokens, or hide keys by bias="
         )
     if n_keys == 0:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        return AttentionPart(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
+        return _no_keys(q)
     if any(map(_is_batched, (q, k, v, bias))):
         return _attend(q, k, v, scale, softcap, bias, causal)
-    is_fused = softcap is None and bias is None and q.device.type == "cpu" and q.numel() and FUSED
+    is_fused = softcap is None and bias is None and _can_fuse(q)
     if is_fused and _are_scores_finite(q, k, scale):
         part = _attend_fused(q, k, v, scale, causal)
     else:
@@ -484,6 +490,32 @@ def attend(
     # A hidden NaN or infinity may have reached the output as 0·∞.
     is_finite = bool(part.z.detach().sum().isfinite())
     return part if is_finite else _attend_not_finite(q, k, v, scale, softcap, bias, causal)
+
+
+def _attend_unseen(
+    q: Float[Tensor, "batch pos head d_head"],
+    k: Float[Tensor, "batch key kv_head d_head"],
+    v: Float[Tensor, "batch key kv_head d_head"],
+    scale: float,
+    softcap: float | None,
+    bias: Float[Tensor, "#batch #head #pos key"] | None,
+    causal: bool,
+) -> AttentionPart:
+    """Return `attend` without a look at any number: on a GPU the host would wait for it.
+
+    Where a score or value is NaN or infinite, so may be the output where that of `attend` is not. Then use `attend`.
+    """
+    if not k.shape[1]:
+        return _no_keys(q)
+    if softcap is None and bias is None and _can_fuse(q):
+        return _attend_fused(q, k, v, scale, causal)
+    return _attend(q, k, v, scale, softcap, bias, causal)
+
+
+def _no_keys(q: Float[Tensor, "batch pos head d_head"]) -> AttentionPart:
+    """Return attention over a group without keys."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return AttentionPart(torch.zeros_like(q, dtype=dtype), torch.full_like(q[..., 0], -torch.inf, dtype=dtype))
 
 
 def _is_batched(tensor: Tensor | None) -> bool:
@@ -495,6 +527,13 @@ def _is_batched(tensor: Tensor | None) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def _can_fuse(q: Tensor) -> bool:
+    """Return whether a fused kernel takes queries of this device, dtype and width."""
+    if q.device.type == "cuda":  # the kernel takes no float64, reads 8 numbers at once, and has no gradient of its sum
+        return "cuda" in FUSED and q.dtype.itemsize <= 4 and q.shape[-1] % 8 == 0 and not q.requires_grad
+    return q.device.type in FUSED and q.numel() > 0
 
 
 def _are_scores_finite(q: Tensor, k: Tensor, scale: float) -> bool:
@@ -509,8 +548,15 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
     dtype = torch.promote_types(q.dtype, torch.float32)
     # The kernel assumes that a head's dimensions are side by side in memory.
     side_by_side = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    heads_first = (tensor.to(dtype).transpose(1, 2) for tensor in side_by_side)
-    z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal, scale=scale)
+    q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in side_by_side)
+    if q.device.type == "cpu":
+        z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    else:
+        group = q.shape[1] // k.shape[1]
+        k, v = (tensor if group == 1 else tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        z, lse, *_ = kernel(q, k, v, None, True, 0.0, causal, scale=scale)
+        lse = lse[..., : q.shape[2]]  # the kernel pads the rows
     return AttentionPart(z.transpose(1, 2), lse.transpose(1, 2))
 
 
@@ -720,6 +766,7 @@ class AttentionRule(NamedTuple):
         v: Float[Tensor, "batch key kv_head d_head"],
         rows: Int[Tensor, "#batch pos"],
         keys: Int[Tensor, "#batch key"],
+        sums: list[Tensor] | None = None,
     ) -> AttentionPart:
         """Return attention over one group of keys, without the sink.
 
@@ -729,6 +776,8 @@ class AttentionRule(NamedTuple):
             v: values.
             rows: the position of each query.
             keys: the position of each key.
+            sums: receives the sum of the output, which is then not looked at: on a GPU the host would wait
+                for it. Where a sum is not finite, attend again without this argument.
 
         Raises:
             ValueError: the numbers of heads of queries, keys and ALiBi slopes do not fit each other.
@@ -739,15 +788,18 @@ class AttentionRule(NamedTuple):
                 "each query head"
             )
         bias, causal = None, False
-        if self.slopes is not None or self._hides(rows, keys):
-            bias = self.bias(rows, keys)
-        elif k.shape[1] and bool(keys.max() > rows.min()):
+        has_bias = self.slopes is not None or self._hides(rows, keys)
+        if not has_bias and k.shape[1] and bool(keys.max() > rows.min()):
             # Tokens that attend to themselves, in order, are causal attention: no mask has to be built.
             causal = torch.equal(rows, keys) and bool((rows.diff() > 0).all())
-            bias = None if causal else self.bias(rows, keys)
-        if bias is not None:
-            bias = bias.to(q.device, torch.promote_types(q.dtype, torch.float32))
-        return attend(q, k, v, self.scale, self.softcap, bias, causal)
+            has_bias = not causal
+        if has_bias:
+            bias = self.bias(rows.to(q.device), keys.to(q.device)).to(torch.promote_types(q.dtype, torch.float32))
+        if sums is None:
+            return attend(q, k, v, self.scale, self.softcap, bias, causal)
+        part = _attend_unseen(q, k, v, self.scale, self.softcap, bias, causal)
+        sums.append(part.z.detach().sum())
+        return part
 
     @checked
     def weights(
@@ -801,8 +853,9 @@ class AttentionRule(NamedTuple):
         """
         hidden = ~self.visible(rows, keys).unsqueeze(1)
         distance = (rows[..., None] - keys[:, None]).unsqueeze(1)
-        bias = torch.zeros(()) if self.slopes is None else -self.slopes.to(rows.device)[:, None, None] * distance
-        return torch.where(hidden, -torch.inf, bias.to(rows.device))
+        if self.slopes is None:
+            return torch.zeros_like(hidden, dtype=torch.get_default_dtype()).masked_fill_(hidden, -torch.inf)
+        return torch.where(hidden, -torch.inf, -self.slopes.to(rows.device)[:, None, None] * distance)
 
     @checked
     def visible(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"]) -> Bool[Tensor, "_ pos key"]:

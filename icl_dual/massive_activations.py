@@ -38,7 +38,7 @@ MASSIVE_RATIO = 10.0
 
 def token_mask(lengths: Int[Tensor, " query"], n_tokens: int) -> Bool[Tensor, "query query_token"]:
     """Return True at each query's own tokens, False past its end."""
-    return torch.arange(n_tokens) < lengths[:, None]
+    return torch.arange(n_tokens, device=lengths.device) < lengths[:, None]
 
 
 def median_norms(
@@ -51,7 +51,7 @@ def median_norms(
         lengths: the number of each query's tokens; what is past a query's end is left out.
     """
     by_token = norms.transpose(0, 1)[:, token_mask(lengths, norms.shape[-1])]
-    return torch.from_numpy(np.median(by_token.numpy(), axis=1)).to(norms)
+    return torch.from_numpy(np.median(by_token.cpu().numpy(), axis=1)).to(norms)
 
 
 def norm_ratios(
@@ -311,6 +311,6 @@ def find_massive_activations(
     return MassiveActivations(
         model=zero_shot.model,
         queries=tuple(tuple(tokens[alone] for _, alone in pairs) for tokens, pairs in texts),
-        norms=of_shared_tokens(norms, shared),
+        norms={setting: values.cpu() for setting, values in of_shared_tokens(norms, shared).items()},
         ratio=ratio,
     )

@@ -209,6 +209,7 @@ def compare_updates(
     """
     _check_match(model, zero_shot, in_context, delta, rank)
     generator = torch.Generator().manual_seed(seed)
+    zero_shot, in_context = zero_shot.to("cpu"), in_context.to("cpu")  # as are singular value decompositions
     batches_by_name: dict[str, list[Tensor]] = {}
     residual, n_queries = 0.0, len(in_context.prompts.queries)
     batches, icl_updates = _batches(in_context.prompts), _IclUpdates(model, in_context)

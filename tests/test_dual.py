@@ -192,7 +192,7 @@ def test_attend_without_a_bias_equals_attention_written_out(
     if strided:  # a head's dimensions apart in memory
         q, k, v = (tensor.mT.contiguous().mT for tensor in (q, k, v))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dual, "FUSED", fused)
+        patch.setattr(dual, "FUSED", {"cpu"} if fused else set())
         part = dual.attend(q, k, v, 0.6, softcap, causal=causal)
     hidden = torch.full((n_pos, n_keys), -torch.inf if causal else 0.0, dtype=torch.float64).triu(1)
     z, lse = reference(q, k, v, 0.6, softcap, hidden.expand(batch, heads, n_pos, n_keys))
@@ -270,7 +270,7 @@ def test_both_ways_to_attend_are_the_definition_for_nan_and_infinities(
     z, lse = definition(q, k, v, softcap, (0.0 if bias is None else bias) + hidden.expand(1, 2 * group, -1, -1))
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dual, "FUSED", fused)
+            patch.setattr(dual, "FUSED", {"cpu"} if fused else set())
             part = dual.attend(q, k, v, 1.0, softcap, bias, causal)
         np.testing.assert_allclose(part.z, z, atol=1e-12)
         np.testing.assert_allclose(part.lse, lse, atol=1e-12)
@@ -289,7 +289,7 @@ def test_both_ways_to_attend_are_the_definition_for_nan_and_infinities(
     ],
 )
 def test_shapes_that_attention_cannot_have_are_refused(fused, heads, kv_heads, n_values, causal, message, monkeypatch):
-    monkeypatch.setattr(dual, "FUSED", fused)
+    monkeypatch.setattr(dual, "FUSED", {"cpu"} if fused else set())
     q, k, v = draw(0, 1, 2, heads, 3), draw(1, 1, 5, kv_heads, 3), draw(2, 1, n_values, kv_heads, 3)
     with pytest.raises(ArgumentError, match=message):
         dual.attend(q, k, v, 1.0, causal=causal)

@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from icl_dual import dual
 from icl_dual.arguments import Count, checked
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
+    BatchRows,
     FullPromptPass,
     PrefixCache,
     advise,
     arbitrary_prompts,
+    batch_overhead,
     check_rope_scaling,
     common_query_prefix,
     label_word_log_probs,
@@ -181,7 +183,7 @@ class Capture(Saved):
     @property
     def gold(self) -> Int[Tensor, " query"]:
         """Return the index of the correct label of each query."""
-        return torch.tensor(self.prompts.gold)
+        return torch.tensor(self.prompts.gold, device=self.label_log_probs.device)
 
     @property
     def accuracy(self) -> float:
@@ -251,7 +253,7 @@ def capture(
         progress: show a progress bar.
 
     Returns:
-        The capture, on the CPU, in float32 or the model's dtype where that is wider.
+        The capture, on the model's device (`to("cpu")` moves it), in float32 or the model's dtype where that is wider.
 
     Raises:
         ValueError: a field is unknown, or the batch size is below 1.
@@ -274,17 +276,18 @@ def capture(
         limit = BatchLimit(batch_size)
         single_token_labels = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
         label_tokens = [prompts.labels[index][0] for index in single_token_labels]
-        log_probs = torch.zeros(len(prompts.queries), len(prompts.labels), dtype=recorder.dtype)
+        log_probs = recorder.zeros(len(prompts.queries), len(prompts.labels))
+        label_index = torch.tensor(single_token_labels, dtype=torch.long, device=model.device)
         callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
         if {"residual_norms", "stream"} & set(fields):
             callbacks["on_residual"] = recorder.on_residual
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
             recorder.residual = max(recorder.residual, batch.residual)
             next_log_probs = log_probs_of(batch.logits)[:, 0]
-            cells = torch.tensor(batch.rows)[:, None], torch.tensor(single_token_labels, dtype=torch.long)
-            log_probs[cells] = next_log_probs[:, label_tokens].cpu()
+            index = torch.tensor(batch.rows, device=model.device)
+            log_probs[index[:, None], label_index] = next_log_probs[:, label_tokens]
             if "next_log_probs" in recorder.tensors:
-                recorder.tensors["next_log_probs"][batch.rows] = next_log_probs.cpu()
+                recorder.tensors["next_log_probs"][index] = next_log_probs
             bar.update(len(batch.rows))
         query_rows = [query[len(query_prefix) :] for query in prompts.queries]
         for label in set(range(len(prompts.labels))) - set(single_token_labels):
@@ -317,7 +320,7 @@ class BatchedCapture:
         self.context, self.full_prompt = run_prefix(
             model, prompts.prefix + self.query_prefix, rows[0] if full_prompt else None
         )
-        self.batches = split_into_batches(list(map(len, rows)), batch_size)
+        self.batches = split_into_batches(list(map(len, rows)), batch_size, batch_overhead(model))
         """The indices of the queries in each batch: queries of like lengths together."""
         self.limit = BatchLimit(batch_size)
 
@@ -337,7 +340,7 @@ class BatchedCapture:
         )
         recorder = _Recorder(self.model, prompts, self.fields, self.context)
         rows = [suffix[len(self.query_prefix) :] for suffix in prompts.suffixes]
-        log_probs = torch.zeros(len(queries), 1, dtype=recorder.dtype)
+        log_probs = recorder.zeros(len(queries), 1)
         for batch in run_queries(
             self.model,
             rows,
@@ -349,7 +352,7 @@ class BatchedCapture:
             on_output=recorder.on_output,
         ):
             recorder.residual = max(recorder.residual, batch.residual)
-            log_probs[batch.rows] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]].cpu()
+            log_probs[batch.rows] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]]
         return recorder.capture(log_probs, None, None)
 
 
@@ -443,75 +446,68 @@ class _Recorder:
             "next_log_probs": (n_queries, model.d_vocab),
             "stream": (n_queries, n_layers, model.d_model),
         }
-        self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
-        self.tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name in fields}
+        self.dtype = torch.promote_types(model.dtype, torch.float32)
+        self.tensors = {name: self.zeros(*shape) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
-            self.tensors |= {name: torch.zeros(keys_shape, dtype=dtype) for name in ("query_keys", "query_values")}
+            self.tensors |= {name: self.zeros(*keys_shape) for name in ("query_keys", "query_values")}
         if "residual_norms" in fields:
             common_norms = torch.stack(context.norms)[:, n_prefix:]
-            self.tensors["residual_norms"][..., : common_norms.shape[-1]] = common_norms.to("cpu", dtype)
+            self.tensors["residual_norms"][..., : common_norms.shape[-1]] = common_norms.to(self.dtype)
 
-    def on_attention(self, layer: int, attention: Attention, batch: Sequence[int], last: Int[Tensor, " batch"]) -> None:
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros to record into, on the model's device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.model.device)
+
+    def on_attention(self, layer: int, attention: Attention, rows: BatchRows) -> None:
         """Record a layer's attention."""
-        tensors = self.tensors
-        rows = torch.arange(len(batch), device=last.device)
+        tensors, index = self.tensors, rows.index
         z = attention.output if "z" in tensors else attention.z
         for name, tensor in (("z", z), ("q", attention.q_pre_rotary), ("q_scored", attention.q)):
             if name in tensors:
-                tensors[name][batch, layer] = tensor[rows, last].to(tensors[name])
-        n_pos = attention.k.shape[1]
-        past_end = torch.arange(n_pos, device=last.device) > last[:, None]
-        self._record_scores(layer, attention.q[rows, last], attention.k, batch, past_end)
+                tensors[name][index, layer] = rows.at_last(tensor).to(self.dtype)
+        self._record_scores(layer, rows.at_last(attention.q), attention.k, rows)
         if "query_keys" in tensors:
-            positions = slice(self.n_before_rows, self.n_before_rows + n_pos)
+            positions = slice(self.n_before_rows, self.n_before_rows + attention.k.shape[1])
             for name, tensor in (("query_keys", attention.k), ("query_values", attention.v)):
-                until_end = tensor.masked_fill(past_end[..., None, None], 0.0).to(tensors[name])
-                tensors[name][batch, layer, positions] = until_end
+                until_end = tensor.masked_fill(rows.past_end[..., None, None], 0.0).to(self.dtype)
+                tensors[name][index, layer, positions] = until_end
 
     def _record_scores(
         self,
         layer: int,
         q: Float[Tensor, "batch head d_head"],
         k: Float[Tensor, "batch pos kv_head d_head"],
-        batch: Sequence[int],
-        past_end: Bool[Tensor, "batch pos"],
+        rows: BatchRows,
     ) -> None:
         """Record the scores of the last tokens over the context, and over the tokens of their rows."""
         tensors, (scale, softcap, *_) = self.tensors, self.model.attention_rules[layer]
         keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
         if "context_scores" in tensors:
-            tensors["context_scores"][batch, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap).cpu()
+            tensors["context_scores"][rows.index, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap)
         if "demo_scores" in tensors:
             demo_scores = dual.shared_scores(q, self.demo_keys[layer], scale, softcap)
-            tensors["demo_scores"][batch, layer] = demo_scores.transpose(0, 1).cpu()
+            tensors["demo_scores"][rows.index, layer] = demo_scores.transpose(0, 1)
         if "query_scores" in tensors:
             prefix_scores = dual.shared_scores(q, keys[n_prefix:], scale, softcap).transpose(0, 1)
             row_scores = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2)
-            row_scores = row_scores.masked_fill(past_end[:, None], 0.0)
+            row_scores = row_scores.masked_fill(rows.past_end[:, None], 0.0)
             query_scores = torch.cat((prefix_scores, row_scores), dim=-1)
-            tensors["query_scores"][batch, layer, :, : query_scores.shape[-1]] = query_scores.cpu()
+            tensors["query_scores"][rows.index, layer, :, : query_scores.shape[-1]] = query_scores
 
-    def on_output(
-        self, layer: int, output: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
-    ) -> None:
+    def on_output(self, layer: int, output: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record a layer's attention output."""
         if "attn_out" in self.tensors:
-            rows = torch.arange(len(batch), device=last.device)
-            self.tensors["attn_out"][batch, layer] = output[rows, last].to(self.tensors["attn_out"])
+            self.tensors["attn_out"][rows.index, layer] = rows.at_last(output).to(self.dtype)
 
-    def on_residual(
-        self, layer: int, stream: Float[Tensor, "batch pos d_model"], batch: Sequence[int], last: Int[Tensor, " batch"]
-    ) -> None:
+    def on_residual(self, layer: int, stream: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record the residual stream after a layer, and its norms."""
         if "stream" in self.tensors:
-            rows = torch.arange(len(batch), device=last.device)
-            self.tensors["stream"][batch, layer] = stream[rows, last].to(self.tensors["stream"])
+            self.tensors["stream"][rows.index, layer] = rows.at_last(stream).to(self.dtype)
         if "residual_norms" not in self.tensors:
             return
         n_common, n_pos = self.n_before_rows - len(self.prompts.start), stream.shape[1]
-        past_end = torch.arange(n_pos, device=last.device) > last[:, None]
-        norms = norms_of(stream).masked_fill(past_end, 0.0)
-        self.tensors["residual_norms"][batch, layer, n_common : n_common + n_pos] = norms.cpu()
+        norms = norms_of(stream).masked_fill(rows.past_end, 0.0)
+        self.tensors["residual_norms"][rows.index, layer, n_common : n_common + n_pos] = norms
 
     def capture(
         self,
@@ -538,7 +534,7 @@ class _Recorder:
         n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
         query_keys, query_values = self.tensors["query_keys"], self.tensors["query_values"]
         context = (self.context.keys, self.context.values)
-        keys, values = (torch.stack(by_layer).to("cpu", self.dtype) for by_layer in context)
+        keys, values = (torch.stack(by_layer).to(self.dtype) for by_layer in context)
         for shared, by_query in ((keys, query_keys), (values, query_values)):
             by_query[:, :, : self.n_before_rows] = torch.cat((shared[:, :n_start], shared[:, n_prefix:]), dim=1)
         demos = slice(n_start, n_prefix)

@@ -52,10 +52,12 @@ def of_shared_tokens(
     if all(pair == (index, index) for pairs in shared for index, pair in enumerate(pairs)):
         n_shared = torch.tensor([len(pairs) for pairs in shared])
         past_shared = torch.arange(longest) >= n_shared[:, None]
-        return {
-            name: values[..., :longest].masked_fill(past_shared.view(len(shared), *[1] * (values.ndim - 2), longest), 0)
-            for name, values in by_setting.items()
-        }
+
+        def up_to_shared(values: Tensor) -> Tensor:
+            past = past_shared.view(len(shared), *[1] * (values.ndim - 2), longest)
+            return values[..., :longest].masked_fill(past.to(values.device), 0)
+
+        return {name: up_to_shared(values) for name, values in by_setting.items()}
     of_shared = {name: values.new_zeros(*values.shape[:-1], longest) for name, values in by_setting.items()}
     for query, pairs in enumerate(shared):
         for name, values in by_setting.items():

@@ -21,17 +21,20 @@ once:
 
 import itertools
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.arguments import trusted
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
 from icl_dual.models.overflow import check_activations, is_finite
@@ -41,10 +44,19 @@ from icl_dual.results import compare_by_value
 from icl_dual.torch_utils import is_out_of_memory, pad_right
 
 PREFIX_BLOCK = 256
-"""How many prefix tokens run at once: the memory of a model's own attention grows with their square."""
+"""How many prefix tokens run at once on a CPU: the memory of a model's own attention grows with their square."""
+
+LAUNCHED_BLOCK = 2048
+"""The same on devices that wait for each operator to be launched, which takes as long for few tokens as for many."""
 
 BATCH_OVERHEAD = 96
-"""The cost of a batch besides its tokens, in tokens: measured on a small model, where it is largest."""
+"""The cost of a batch besides its tokens on a CPU, in tokens: measured on a small model, where it is largest."""
+
+LARGEST_OVERHEAD = 1 << 20
+"""The largest cost of a batch besides its tokens, in tokens: where these cost nothing against their launch."""
+
+MEASURED_TOKENS = (1, 2), (64, 64)
+"""The rows and tokens of the passes that `batch_overhead` measures."""
 
 PREFIX_PART, FULL_PROMPT = "part of the demonstrations,", "prompt, run whole for the field 'full_prompt',"
 """How errors name the single piece that does not fit in memory."""
@@ -55,11 +67,36 @@ layers of a real model, bfloat16's rounding adds up to 7e-2."""
 
 logger = logging.getLogger(__name__)
 
-OnBatchAttention = Callable[[int, Attention, Sequence[int], Int[Tensor, " batch"]], None]
-"""Called with the layer, its attention, the rows' indices, and each row's last position."""
-OnBatchOutput = Callable[[int, Tensor, Sequence[int], Int[Tensor, " batch"]], None]
-"""Called with the layer, attention's output or the residual stream after the layer `[batch pos d_model]`, the rows'
-indices, and each row's last position."""
+
+class BatchRows(NamedTuple):
+    """The rows of a batch, as tensors on the model's device: made once for all layers."""
+
+    index: Int[Tensor, " batch"]
+    """The rows' indices."""
+    last: Int[Tensor, " batch"]
+    """The position of each row's last token."""
+    in_batch: Int[Tensor, " batch"]
+    """0, 1, …: the rows' places in the batch."""
+    past_end: Bool[Tensor, "batch pos"]
+    """Whether each position comes after the row's last token."""
+
+    @classmethod
+    def of(cls, rows: Sequence[int], lengths: Sequence[int], device: torch.device) -> "BatchRows":
+        """Return the rows of some indices and numbers of tokens."""
+        numbers = torch.tensor([rows, lengths, range(len(rows))], device=device)
+        last = numbers[1] - 1
+        return cls(numbers[0], last, numbers[2], torch.arange(max(lengths), device=device) > last[:, None])
+
+    def at_last(self, tensor: Shaped[Tensor, "batch pos *axes"]) -> Shaped[Tensor, "batch *axes"]:
+        """Return a tensor at each row's last token."""
+        return tensor[self.in_batch, self.last]
+
+
+OnBatchAttention = Callable[[int, Attention, BatchRows], None]
+"""Called with the layer, its attention, and the rows."""
+OnBatchOutput = Callable[[int, Tensor, BatchRows], None]
+"""Called with the layer, attention's output or the residual stream after the layer `[batch pos d_model]`, and the
+rows."""
 
 
 @document_fields
@@ -103,7 +140,12 @@ class PrefixCache:
         return len(self.keys[0])
 
     def attend(
-        self, rule: dual.AttentionRule, layer: int, q: Tensor, positions: Int[Tensor, "1 pos"]
+        self,
+        rule: dual.AttentionRule,
+        layer: int,
+        q: Tensor,
+        positions: Int[Tensor, "1 pos"],
+        sums: list[Tensor] | None = None,
     ) -> dual.AttentionPart:
         """Return a batch's attention over the cached tokens: the rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
@@ -113,6 +155,7 @@ class PrefixCache:
             self.values[layer][None],
             positions.repeat(1, batch),
             torch.arange(self.n_pos)[None],
+            sums,
         )
         return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
@@ -181,7 +224,7 @@ def run_prefix(
         MemoryError: a single token, or the prompt that must run whole, does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    cache, block_size = empty_cache(model), PREFIX_BLOCK
+    cache, block_size = empty_cache(model), PREFIX_BLOCK if model.device.type == "cpu" else LAUNCHED_BLOCK
     if row is not None or (prefix and model.rope_scaling_threshold is not None):
         # Long-context scaling rotates keys by the length of what runs: there, the prefix must run whole.
         if callbacks is None:
@@ -209,14 +252,15 @@ def _run_block(
     block = PrefixCache([], [], [], [], 0.0)
 
     def on_attention(layer: int, attention: Attention) -> None:
-        block.keys.append(attention.k[0])
-        block.values.append(attention.v[0])
-        block.states.append(None if attention.momentum is None else attention.momentum.state[0])
+        # From the layer on: the pass may run once more.
+        block.keys[layer:] = [attention.k[0]]
+        block.values[layer:] = [attention.v[0]]
+        block.states[layer:] = [None if attention.momentum is None else attention.momentum.state[0]]
         if callbacks is not None:
             callbacks.on_attention(cache, layer, attention)
 
     def on_residual(layer: int, residual: Tensor) -> None:
-        block.norms.append(norms_of(residual[0]))
+        block.norms[layer:] = [norms_of(residual[0])]
         if callbacks is not None:
             callbacks.on_residual(cache.n_pos, layer, residual)
 
@@ -234,17 +278,18 @@ def _run_whole(
     q, k, v, states, attn_out, norms = [], [], [], [], [], []
 
     def on_attention(layer: int, attention: Attention) -> None:
-        q.append(attention.q[0, -1].clone())  # a view would keep all of q in memory
-        k.append(attention.k[0])
-        v.append(attention.v[0])
+        # From the layer on: the pass may run once more.
+        q[layer:] = [attention.q[0, -1].clone()]  # a view would keep all of q in memory
+        k[layer:] = [attention.k[0]]
+        v[layer:] = [attention.v[0]]
         eta = model.eta(layer)
-        states.append(None if eta is None else decaying_sum(attention.v[:, :n], eta).state[0])
+        states[layer:] = [None if eta is None else decaying_sum(attention.v[:, :n], eta).state[0]]
 
     def on_output(layer: int, output: Tensor) -> None:
-        attn_out.append(output[0, -1].clone())
+        attn_out[layer:] = [output[0, -1].clone()]
 
     def on_residual(layer: int, residual: Tensor) -> None:
-        norms.append(norms_of(residual[0, :n]))
+        norms[layer:] = [norms_of(residual[0, :n])]
 
     logit_positions = torch.zeros_like(tokens[:, :1])
     try:
@@ -257,7 +302,7 @@ def _run_whole(
     if row is None:
         return prefix_cache, None
     dtype = torch.promote_types(model.dtype, torch.float32)
-    stacked = (torch.stack(by_layer).to("cpu", dtype) for by_layer in (q, k, v, attn_out))
+    stacked = (torch.stack(by_layer).to(dtype) for by_layer in (q, k, v, attn_out))
     return prefix_cache, FullPromptPass(prefix + row, *stacked)
 
 
@@ -279,17 +324,19 @@ def _run_after(
     """
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     residuals: list[Tensor] = []
+    sums: list[Tensor] | None = None if model.device.type == "cpu" else []
 
+    @trusted
     def merge_cache(layer: int, attention: Attention) -> Tensor | None:
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
-            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions))
+            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, sums))
             residuals.append(_residual(last.z, z[:, -1:]))
             on_attention(layer, attention)
             return None
-        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions))
+        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, sums))
         residuals.append(_residual(row_part.z, z))
-        z = dual.merge(row_part, cache.attend(rule, layer, q, positions)).z
+        z = dual.merge(row_part, cache.attend(rule, layer, q, positions, sums)).z
         on_attention(layer, attention._replace(z=z))
         return z
 
@@ -303,6 +350,10 @@ def _run_after(
         predicting=tokens.new_zeros(0) if predicting is None else predicting,
     )
     logits = run(on_output=on_output, on_residual=on_residual)
+    if sums and not is_finite(torch.stack([*sums, *residuals])):  # look at every layer: hidden numbers may be the cause
+        sums = None
+        residuals.clear()
+        logits = run(on_output=on_output, on_residual=on_residual)
     if not (is_finite(logits.amax()) and is_finite(torch.stack(residuals))):
         check_activations(model, run)
     return logits, _check_residuals(model, residuals)
@@ -356,29 +407,27 @@ def run_queries(
         MemoryError: a single row does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    pending = deque(split_into_batches(list(map(len, rows)), limit.n))
+    pending = deque(split_into_batches(list(map(len, rows)), limit.n, batch_overhead(model)))
     while pending:
         batch = pending.popleft()
         tokens = pad_right([rows[row] for row in batch], device=model.device)
-        last = torch.tensor([len(rows[row]) - 1 for row in batch], device=model.device)
-        logit_positions = last[:, None] - n_after - torch.arange(n_read - 1, -1, -1, device=model.device)
+        of_batch = BatchRows.of(batch, [len(rows[row]) for row in batch], model.device)
+        distance = torch.arange(n_read - 1, -1, -1, device=model.device)
+        logit_positions = of_batch.last[:, None] - n_after - distance
 
-        def on_batch_attention(layer: int, attention: Attention, batch: list[int] = batch, last: Tensor = last) -> None:
-            if on_attention is not None:
-                on_attention(layer, attention, batch, last)
+        def with_rows(callback: Callable[..., None] | None, of_batch: BatchRows = of_batch) -> Any:
+            return None if callback is None else lambda layer, content: callback(layer, content, of_batch)
 
-        def on_batch_output(layer: int, output: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
-            if on_output is not None:
-                on_output(layer, output, batch, last)
-
-        def on_batch_residual(layer: int, stream: Tensor, batch: list[int] = batch, last: Tensor = last) -> None:
-            assert on_residual is not None
-            on_residual(layer, stream, batch, last)
-
-        callbacks = on_batch_attention, on_batch_output, None if on_residual is None else on_batch_residual
         try:
             logits, residual = _run_after(
-                context, model, tokens, logit_positions, *callbacks, predicting=logit_positions[:, 0]
+                context,
+                model,
+                tokens,
+                logit_positions,
+                with_rows(on_attention or _ignore),
+                with_rows(on_output),
+                with_rows(on_residual),
+                predicting=logit_positions[:, 0],
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -395,8 +444,48 @@ def run_queries(
         )
 
 
-def split_into_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def _ignore(layer: int, attention: Attention, rows: BatchRows) -> None:
+    """Keep nothing of a layer's attention."""
+
+
+def batch_overhead(model: Model) -> int:
+    """Return the cost of a batch besides its tokens, in tokens.
+
+    A CPU works through the tokens one after the other; other devices wait for each operator to be launched. There, the
+    cost is measured the first time, in less than a second.
+    """
+    if model.device.type != "cuda":
+        return BATCH_OVERHEAD
+    if model.batch_overhead is None:
+        generator = torch.Generator().manual_seed(0)
+        seconds = []
+        for shape in MEASURED_TOKENS:
+            tokens = torch.randint(model.d_vocab, shape, generator=generator).to(model.device)
+            last = torch.zeros_like(tokens[:, :1])
+            turns = [_seconds(partial(model.run, tokens[:, : model.n_ctx], read=last)) for _ in range(3)]
+            seconds.append(min(turns))
+        (few, many), (n_few, n_many) = seconds, map(math.prod, MEASURED_TOKENS)
+        by_token = max(many - few, 0.0) / (n_many - n_few)
+        model.batch_overhead = round(few / max(by_token, few / LARGEST_OVERHEAD))
+    return model.batch_overhead
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """Return how long the device takes for a pass."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def split_into_batches(lengths: Sequence[int], batch_size: int, overhead: int = BATCH_OVERHEAD) -> list[list[int]]:
     """Return batches of row indices, rows of like lengths together, at the lowest cost in padding and batches.
+
+    Args:
+        lengths: the number of tokens of each row.
+        batch_size: the largest number of rows in a batch.
+        overhead: the cost of a batch besides its tokens, in tokens.
 
     >>> split_into_batches([3, 200, 4, 190], batch_size=2)
     [[3, 1], [0, 2]]
@@ -406,7 +495,7 @@ def split_into_batches(lengths: Sequence[int], batch_size: int) -> list[list[int
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         begins = range(max(0, end - batch_size), end)
-        costs = [lowest_cost[begin] + (end - begin) * longest + BATCH_OVERHEAD for begin in begins]
+        costs = [lowest_cost[begin] + (end - begin) * longest + overhead for begin in begins]
         lowest_cost.append(min(costs))
         best_begin.append(begins[costs.index(lowest_cost[-1])])
     batches = []
@@ -434,12 +523,13 @@ def label_word_log_probs(
     Each token is read after the label's tokens before it.
     """
     rows = [query + label[:-1] for query in queries]
-    means = torch.zeros(len(rows), dtype=torch.promote_types(model.dtype, torch.float32))
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    means = torch.zeros(len(rows), dtype=dtype, device=model.device)
     target = torch.tensor(label, device=model.device)
     for batch in run_queries(model, rows, len(label), context, limit):
         log_probs = log_probs_of(batch.logits)
         label_log_probs = log_probs.gather(-1, target.expand(len(batch.rows), -1)[..., None]).squeeze(-1)
-        means[batch.rows] = label_log_probs.mean(-1).cpu()
+        means[batch.rows] = label_log_probs.mean(-1)
     return means
 
 

@@ -27,6 +27,7 @@ from icl_dual.finetuning.sgd import (
     finetune,
     memory_error,
     rounds_changes,
+    steps_between_looks,
     total_norm,
     train_only,
     with_untrained,
@@ -185,7 +186,9 @@ class _Run:
     noise: Noise | None = None
     """The noise on the weights that it starts from; `None` without noise."""
     losses: list[float] = field(default_factory=list)
-    """The mean cross-entropy of each step's demonstration, in nats."""
+    """The mean cross-entropy of each step's demonstration, in nats, up to the last look."""
+    n_read: int = 0
+    """How many demonstrations it has read."""
     q: list[Tensor] = field(default_factory=list)
     """By step, the queries of its tokens before rotation, `[layer pos head d_head]`."""
     k: list[Tensor] = field(default_factory=list)
@@ -198,7 +201,7 @@ class _Run:
     @property
     def position(self) -> int:
         """Return the index of the next demonstration."""
-        return len(self.losses) % self.n_demonstrations
+        return self.n_read % self.n_demonstrations
 
     @property
     def n_demonstrations(self) -> int:
@@ -303,9 +306,10 @@ class _ParallelRuns:
         self.runs = [_Run(*settings) for settings in zip(prompts, lrs, noises, strict=True)]
         self.active = list(self.runs)
         self.weights = weights = trained_weights(model, config.trained)
-        self.weight_norm = total_norm(
-            [weight.parameter.detach() for by_layer in weights.values() for weight in by_layer]
-        )
+        trained = [weight.parameter.detach() for by_layer in weights.values() for weight in by_layer]
+        self.weight_norm = total_norm(trained).item()
+        self.unseen: list[tuple[Float[Tensor, " run"], Float[Tensor, " run"]]] = []
+        """By step since the last look, each active run's loss and the norm of its step."""
         self.offsets: dict[str, list[Float[Tensor, "run d_out *d_in"]]] = {}
         """By a delta's name and by layer, the difference of each active run's weights from the model's: the run's noise
         and its steps so far; with adapters, which are added to it, the noise alone."""
@@ -353,7 +357,9 @@ class _ParallelRuns:
         with progress_bar(total=longest * self.config.epochs, desc=title, show=progress, unit="step") as bar:
             while self.active:
                 self._step()
-                self._remove_finished(fingerprint)
+                if self._is_look_due():
+                    self._look()
+                    self._remove_finished(fingerprint)
                 bar.update()
         return [run.result for run in self.runs if run.result is not None]
 
@@ -371,10 +377,24 @@ class _ParallelRuns:
         lrs = torch.tensor([run.lr for run in self.active], dtype=losses.dtype, device=losses.device)
         with torch.no_grad():
             norms = self.steps.take(tensors, gradients, lrs, self._decayed)
-        for run, loss, norm in zip(self.active, losses.tolist(), norms.tolist(), strict=True):
-            run.losses.append(loss)
-            # What a step of adapters changes is no sum of its parts: the change itself is computed each time.
-            run.path_length += math.inf if self.adapters else norm / self.weight_norm
+        self.unseen.append((losses.detach(), norms))
+        for run in self.active:
+            run.n_read += 1
+
+    def _is_look_due(self) -> bool:
+        """Return whether to look at the steps now: when a run has taken its last step, or after enough steps."""
+        is_finished = any(run.n_read == self.config.epochs * run.n_demonstrations for run in self.active)
+        return is_finished or len(self.unseen) == steps_between_looks(self.model)
+
+    def _look(self) -> None:
+        """Read the losses and norms of the steps since the last look."""
+        losses, norms = (torch.stack(steps, dim=1).tolist() for steps in zip(*self.unseen, strict=True))
+        self.unseen.clear()
+        for run, run_losses, run_norms in zip(self.active, losses, norms, strict=True):
+            run.losses += run_losses
+            for norm in run_norms:
+                # What a step of adapters changes is no sum of its parts: the change itself is computed each time.
+                run.path_length += math.inf if self.adapters else norm / self.weight_norm
 
     @property
     def _decayed(self) -> list[Tensor] | None:
@@ -396,12 +416,12 @@ class _ParallelRuns:
         by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
         forward = partial(model.run, ids, read=read, projection_deltas=projection_deltas_of(self._changes()))
         logits = forward(
-            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach().cpu()),
-            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach().cpu()),
+            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach()),
+            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach()),
         )
         for name, layers in by_layer.items():
             for run, row, content in zip(self.active, sequences, torch.stack(layers, dim=1), strict=True):
-                if len(run.losses) < run.n_demonstrations:
+                if run.n_read < run.n_demonstrations:
                     getattr(run, name).append(content[:, : len(row)].clone())
         targets = ids.gather(1, read + 1)
         # Flat: over an axis that is not the last, torch sums a vocabulary one by one, and loses digits.
@@ -409,7 +429,7 @@ class _ParallelRuns:
         flat_losses = nn.functional.cross_entropy(flat_logits, targets.flatten(), reduction="none")
         token_losses = flat_losses.view(targets.shape)
         losses = token_losses.where(is_target, 0.0).sum(1) / is_target.sum(1)
-        if not self.active[0].losses and not torch.isfinite(losses).all():
+        if not self.active[0].n_read and not torch.isfinite(losses).all():
             check_activations(model, forward)
         return losses
 
@@ -424,7 +444,7 @@ class _ParallelRuns:
             change = run.path_length  # an upper bound of the change, which is computed only when the bound is exceeded
             if not change <= EXPLODED_WEIGHTS:
                 tensors = [tensor[index] for by_layer in self._changes().values() for tensor in by_layer]
-                change = total_norm(tensors) / self.weight_norm
+                change = total_norm(tensors).item() / self.weight_norm
             total = self.config.epochs * run.n_demonstrations
             run.result = divergence(self.model, run.losses, change, total, run.lr)
             if run.result is None and len(run.losses) == total:
@@ -438,11 +458,11 @@ class _ParallelRuns:
 
     def _weight_delta(self, index: int, run: _Run, fingerprint: str) -> WeightDelta:
         deltas = {
-            name: torch.stack([tensor.detach()[index] for tensor in by_layer]).cpu()
+            name: torch.stack([tensor.detach()[index] for tensor in by_layer])
             for name, by_layer in self._changes().items()
         }
         for name, by_layer in self._noise(run).items():  # drawn once more, which costs less than to keep it
-            deltas[name] -= torch.stack(by_layer).cpu()
+            deltas[name] -= torch.stack(by_layer)
         return WeightDelta(
             model=self.model.name,
             fingerprint=fingerprint,

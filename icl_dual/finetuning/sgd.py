@@ -51,6 +51,10 @@ EXPLODED_WEIGHTS = 10.0
 """The largest change of the trained weights that is no explosion, in units of their norm. The loss need not show such a
 change: a norm may follow the weights."""
 
+LOOK_EVERY = 8
+"""After how many steps a finetuning looks whether it has diverged, on devices that the host would have to wait for. On
+a CPU it looks after each."""
+
 READOUT_TOKENS = 512
 """The most residual streams that go through the unembedding at once, over tokens and layers (`layer-causal`)."""
 
@@ -144,7 +148,7 @@ def _finetune(
     projection_deltas = _added(
         _deltas_beside(started) if is_beside else {}, {} if adapters is None else adapters.projection_deltas()
     )
-    losses: list[float] = []
+    losses, loss_tensors, look_every = list[float](), list[Tensor](), steps_between_looks(model)
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, started) if factors else None
@@ -162,7 +166,7 @@ def _finetune(
             parameters=_parameters(started),
             before=before,
             noise=noise_changes,
-            weight_norm=total_norm(_parameters(weights)),
+            weight_norm=total_norm(_parameters(weights)).item(),
             beside=_matrices(weights) if is_beside else None,
             adapters=adapters,
         )
@@ -184,17 +188,21 @@ def _finetune(
                 projection_deltas=projection_deltas,
                 is_first=step == 1,
             )
-            losses.append(loss)
+            loss_tensors.append(loss)
             if step <= len(sequences):
                 training["q"].append(q)
                 training["k"].append(k)
             if recorder is not None:
                 recorder.check(step)
-            change = descent.step()
-            if (error := divergence(model, losses, change, total, lr)) is not None:
+            descent.step()
+            if step % look_every and step < total:
+                continue
+            losses += torch.stack(loss_tensors).tolist()
+            loss_tensors.clear()
+            if (error := divergence(model, losses, descent.change(), total, lr)) is not None:
                 raise error
         changes = _deltas(started, descent.changes()) if adapters is None else adapters.changes()
-        deltas = with_untrained(model, {name: change.cpu() for name, change in changes.items()})
+        deltas = with_untrained(model, changes)
     return WeightDelta(
         model=model.name,
         fingerprint=fingerprint,
@@ -271,7 +279,7 @@ def _of_parameters(weights: dict[str, list[Weight]], matrices: dict[str, list[Te
 
 
 def divergence(model: Model, losses: Sequence[float], change: float, total: int, lr: float) -> DivergedError | None:
-    """Return the error that says how the last step diverged; `None` where it did not.
+    """Return the error that says how a finetuning has diverged; `None` where it has not.
 
     Args:
         model: the model that is finetuned.
@@ -281,8 +289,10 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
         lr: the learning rate.
     """
     largest_loss = EXPLODED_LOSS * max(math.log(model.d_vocab), losses[0])
-    if math.isfinite(losses[-1]) and losses[-1] <= largest_loss and change <= EXPLODED_WEIGHTS:
+    exploded = [step for step, loss in enumerate(losses) if not (math.isfinite(loss) and loss <= largest_loss)]
+    if not exploded and change <= EXPLODED_WEIGHTS:
         return None
+    losses = losses[: exploded[0] + 1] if exploded else losses
     advice = "Use a smaller rate"
     if is_half(model.dtype) and not math.isfinite(change):
         advice += ", or arithmetic=torch.float32 of icl_dual.load_model: gradients overflow in half precision"
@@ -290,6 +300,11 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
         f"finetuning diverged at step {len(losses)} of {total} with lr={lr:g}: loss {losses[-1]:.3g} (first step: "
         f"{losses[0]:.3g}), weights changed by {change:.3g} times their own norm. {advice}"
     )
+
+
+def steps_between_looks(model: Model) -> int:
+    """Return after how many steps a finetuning of a model looks whether it has diverged."""
+    return 1 if model.device.type == "cpu" else LOOK_EVERY
 
 
 def check_arguments(model: Model, prompts: Prompts, lr: float, config: FinetuneConfig) -> None:
@@ -369,7 +384,9 @@ class _Descent:
         self.lr, self.config = lr, config
         self.batches = config.batches(n_demonstrations)
         self.rate_factors = rate_factors(config, len(self.batches))
-        self.weight_norm, self.path_length = weight_norm, 0.0
+        self.weight_norm = weight_norm
+        self.path_length = torch.zeros((), dtype=torch.float64, device=before[0].device)
+        """The sum of the norms of all gradients, each times its rate, in units of the weights' norm."""
         self.adapters, self.beside = adapters, beside if adapters is None else None
         self.parameters = parameters
         # Half precision would round small steps to nothing: they are taken on float32 copies, as in mixed precision.
@@ -399,13 +416,8 @@ class _Descent:
         share = 1.0 if self.config.method == "full-batch" else 1 / len(self.batches[self.n_steps])
         return self.lr * self.rate_factors[self.n_steps] * share
 
-    def step(self) -> float:
-        """Use the gradients that a demonstration has left at the parameters: a step after the last of each batch.
-
-        Returns:
-            The norm of the change of the weights so far, or an upper bound of it, in units of the weights' norm; 0
-            before a batch is complete.
-        """
+    def step(self) -> None:
+        """Use the gradients that a demonstration has left at the parameters: a step after the last of each batch."""
         gradients = [
             torch.zeros_like(stepped) if parameter.grad is None else parameter.grad.to(stepped)
             for stepped, parameter in zip(self.stepped, self.parameters, strict=True)
@@ -413,21 +425,27 @@ class _Descent:
         batch = self.batches[self.n_steps]
         if self.config.is_plain_sgd:
             # The path's length bounds the change and needs no difference of all weights, which is taken only beyond it.
-            self.path_length += self.rate * total_norm(gradients) / self.weight_norm
+            self.path_length += self.rate * total_norm(gradients).double() / self.weight_norm
         sums = self.gradient_sums
         self.gradient_sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
         self.n_read += 1
         if self.n_read < len(batch):
-            return 0.0
+            return
         is_mean = len(batch) > 1 and self.config.method != "full-batch"
         for parameter, gradient in zip(self.stepped, self.gradient_sums, strict=True):
             parameter.grad = gradient / len(batch) if is_mean else gradient
         self._take_step(self.lr * self.rate_factors[self.n_steps])
         self.gradient_sums, self.n_read, self.n_steps = [], 0, self.n_steps + 1
-        if self.config.is_plain_sgd and self.path_length <= EXPLODED_WEIGHTS:
-            return self.path_length
+
+    def change(self) -> float:
+        """Return the norm of the change of the weights so far, or an upper bound of it, in units of their norm; 0 in
+        the middle of a batch."""
+        if self.n_read:
+            return 0.0
+        if self.config.is_plain_sgd and (path_length := self.path_length.item()) <= EXPLODED_WEIGHTS:
+            return path_length
         changes = self.changes() if self.adapters is None else list(self.adapters.changes().values())
-        return total_norm(changes) / self.weight_norm
+        return total_norm(changes).item() / self.weight_norm
 
     def _take_step(self, lr: float) -> None:
         self.optimiser.param_groups[0]["lr"] = lr
@@ -471,8 +489,8 @@ class _FactorRecorder:
     ) -> None:
         """Record a layer's input and error signal from a step's backward pass."""
         if kind == "K":  # keys and values are projected from the same input
-            self.x[layer].append(at_least_float32(x[0]).cpu())
-        self.errors[kind][layer].append(-self.rate * at_least_float32(gradient[0]).cpu())
+            self.x[layer].append(at_least_float32(x[0]))
+        self.errors[kind][layer].append(-self.rate * at_least_float32(gradient[0]))
 
     def check(self, step: int) -> None:
         """Check that a step's outer products sum to its gradient, before any rounding of the weights.
@@ -484,7 +502,7 @@ class _FactorRecorder:
             for layer, weight in enumerate(by_layer):
                 parameter_gradient = weight.parameter.grad
                 assert parameter_gradient is not None
-                expected = -self.rate * at_least_float32(weight.to_matrix(parameter_gradient)).cpu()
+                expected = -self.rate * at_least_float32(weight.to_matrix(parameter_gradient))
                 error = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - expected).norm()
                 if not error <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * expected.norm():
                     raise UnsupportedModelError(
@@ -500,7 +518,7 @@ class _FactorRecorder:
             torch.stack([torch.cat(steps) for steps in layers])
             for layers in (self.x, self.errors["K"], self.errors["V"])
         )
-        steps = torch.cat([torch.full((len(tokens),), step) for step, tokens in enumerate(self.x[0])])
+        steps = torch.arange(len(self.x[0])).repeat_interleave(torch.tensor(list(map(len, self.x[0])))).to(x.device)
         errors = [(dual.outer_sum(x, e) - W).flatten(1).norm(dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
         norms = [W.flatten(1).norm(dim=1) for W in (W_K, W_V)]
         return Factors(x, e_K, e_V, steps, (torch.stack(errors) / torch.stack(norms)).max().item())
@@ -516,7 +534,9 @@ def _backward(
     recorder: _FactorRecorder | None,
     projection_deltas: dict[ProjectionName, ProjectionDelta] | None,
     is_first: bool,
-) -> tuple[float, Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]]:
+) -> tuple[
+    Float[Tensor, ""], Float[Tensor, "layer train_token head d_head"], Float[Tensor, "layer train_token kv_head d_head"]
+]:
     """Leave the gradient of the mean cross-entropy of a demonstration's last `n_targets` tokens at the parameters.
 
     With `layer_causal`, the gradient is that of the sum of every layer's own loss instead.
@@ -531,7 +551,7 @@ def _backward(
     residuals: list[Tensor] = []
 
     def record(name: str) -> OnTensor:
-        return lambda layer, content: by_layer[name].append(at_least_float32(content[0]).detach().cpu())
+        return lambda layer, content: by_layer[name].append(at_least_float32(content[0]).detach())
 
     def stop_gradient(layer: int, residual: Tensor) -> Tensor:
         residuals.append(residual)
@@ -552,7 +572,7 @@ def _backward(
         _backward_by_layer(model, [residual[0, read] for residual in residuals], targets, logits[0])
     else:
         loss.backward()
-    return loss.item(), torch.stack(by_layer["q"]), torch.stack(by_layer["k"])
+    return loss.detach(), torch.stack(by_layer["q"]), torch.stack(by_layer["k"])
 
 
 def _backward_by_layer(
@@ -589,16 +609,16 @@ def _check_readout(model: Model, got: Tensor, expected: Tensor) -> None:
         )
 
 
-def total_norm(tensors: Sequence[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Return the Euclidean norm of all elements of several tensors, computed in float32 at least."""
-    return nn.utils.get_total_norm([at_least_float32(tensor.detach()) for tensor in tensors]).item()
+    return nn.utils.get_total_norm([at_least_float32(tensor.detach()) for tensor in tensors])
 
 
 def _deltas(trained: dict[str, list[Weight]], changes: list[Tensor]) -> dict[str, Tensor]:
     """Return the change of each trained weight as matrices by layer."""
     remaining = iter(changes)
     return {
-        name: torch.stack([weight.to_matrix(next(remaining)).cpu() for weight in by_layer])
+        name: torch.stack([weight.to_matrix(next(remaining)) for weight in by_layer])
         for name, by_layer in trained.items()
     }
 
@@ -609,9 +629,10 @@ def with_untrained(model: Model, deltas: dict[str, Tensor]) -> dict[str, Any]:
     for kind in ("K", "V"):
         W, b = model.projections(kind)[0]
         for name, weight in ((f"W_{kind}", W), (f"b_{kind}", b)):
+            if name in all_deltas:
+                continue
             like = None if weight is None else at_least_float32(weight.to_matrix(weight.parameter.detach()))
-            untrained = None if like is None else like.new_zeros(model.n_layers, *like.shape).cpu()
-            all_deltas.setdefault(name, untrained)
+            all_deltas[name] = None if like is None else like.new_zeros(model.n_layers, *like.shape)
     return all_deltas
 
 

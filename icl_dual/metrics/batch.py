@@ -201,7 +201,7 @@ class Batch:
         """
         h_zsl, h_icl, h_ft = self.h_zero_shot, self.h_in_context, self.h_finetuned
         names = ("update", "inflation", "unnormalised")
-        totals = {name: torch.zeros(h_zsl.shape[:2], dtype=h_zsl.dtype) for name in names}
+        totals = {name: h_zsl.new_zeros(h_zsl.shape[:2]) for name in names}
         r_ft = random_updates(h_ft - h_zsl, seed=self.streams["h_ft"])
         r_icl = random_updates(h_icl - h_zsl, seed=self.streams["h_icl"])
         for of_ft, of_icl in zip(r_ft.unbind(1), r_icl.unbind(1), strict=True):

@@ -428,7 +428,7 @@ def compare(
         seed=seed,
     )
     captures = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}
-    label_log_probs = {name: capture.label_log_probs for name, capture in captures.items()}
+    label_log_probs = {name: capture.label_log_probs.cpu() for name, capture in captures.items()}
     return replace(comparison, label_log_probs=label_log_probs, scoring=in_context.prompts.scoring)
 
 
@@ -456,19 +456,20 @@ def compare_recordings(
     computed = {name: m for name, m in metrics().items() if not m.from_predictions and not m.missing(recordings)}
     streams = random_streams(seed)
     values_by_name: dict[str, list[Tensor]] = {}
-    for queries in torch.arange(n_queries).split(QUERIES_AT_ONCE):
+    for queries in torch.arange(n_queries, device=recordings.gold.device).split(QUERIES_AT_ONCE):
         n_first = int((queries < kendall_queries).sum())
         batch = Batch.of(recordings, queries, n_first=n_first, seed=seed, streams=streams)
         for name, metric in computed.items():
             if n_first or not metric.first_queries:
                 values_by_name.setdefault(name, []).append(metric.values(batch))
-    values = {name: torch.cat(batches) for name, batches in values_by_name.items()}
-    predictions = {setting: recordings.predictions[setting] for setting in SETTINGS}  # files sort them by name
+    values = {name: torch.cat(batches).cpu() for name, batches in values_by_name.items()}
+    predictions = {setting: recordings.predictions[setting].cpu() for setting in SETTINGS}  # files sort them by name
+    gold = recordings.gold.cpu()
     return Comparison(
-        gold=recordings.gold,
+        gold=gold,
         predictions=predictions,
         label_log_probs={},
-        rec2ftp=rec2ftp(recordings.gold, predictions["ZSL"], predictions["ICL"], predictions["FT"]),
+        rec2ftp=rec2ftp(gold, predictions["ZSL"], predictions["ICL"], predictions["FT"]),
         per_layer={name: v for name, v in values.items() if computed[name].axes == "query layer"},
         per_query={name: v for name, v in values.items() if computed[name].axes == "query"},
     )

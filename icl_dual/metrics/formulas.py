@@ -176,6 +176,7 @@ def random_updates(
     """
     n, *axes = update.shape
     r = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
+    r = r.to(update.device)
     size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(r)
     return r.mul_(size / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
 
@@ -276,9 +277,12 @@ def query_by_kv_head(q: Float[Tensor, "query layer d_q"], n_heads: int, d_kv: in
 def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[Tensor, "query layer demo_token"]:
     """Return the softmax over the demonstrations' tokens of scores summed over heads, as the released code computes it.
 
-    It keeps the order of tokens, but for those so far below the first that they vanish. In numpy, because its
+    It keeps the order of tokens, but for those so far below the first that they vanish. On a CPU in numpy, because its
     exponential of equal scores is equal at every position.
     """
+    if m.device.type != "cpu":
+        weights = (m - m.amax(-1, keepdim=True)).exp()
+        return weights / weights.sum(-1, keepdim=True)
     shifted = np.exp((m - m.amax(-1, keepdim=True)).numpy())
     return torch.from_numpy(shifted / shifted.sum(-1, keepdims=True))
 
@@ -318,7 +322,11 @@ def top_recall(
         0.5
     """
     if icl.shape[-1] < k:
-        return torch.full(icl.shape[:2], torch.nan, dtype=torch.float64)
+        return torch.full(icl.shape[:2], torch.nan, dtype=torch.float64, device=icl.device)
+    if icl.device.type != "cpu":
+        top_icl, top_ft = (weights.argsort(dim=-1, descending=True, stable=True)[..., :k] for weights in (icl, ft))
+        is_top_ft = torch.zeros_like(ft, dtype=torch.bool).scatter_(-1, top_ft, True)
+        return is_top_ft.gather(-1, top_icl).double().mean(-1)
     top_icl, top_ft = (np.argsort(-weights.numpy(), axis=-1)[..., :k] for weights in (icl, ft))
     is_top_ft = np.zeros(ft.shape, dtype=bool)
     np.put_along_axis(is_top_ft, top_ft, True, axis=-1)

@@ -1,6 +1,7 @@
 """`Model`: a decoder with hooks, as the rest of the library uses it."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -133,6 +134,8 @@ class Model:
         capture with hooks of others on the model."""
         self.pass_hooks = ""
         """What `foreign_hooks` returned when `pass_residual` was measured."""
+        self.batch_overhead: int | None = None
+        """The cost of a batch besides its tokens, in tokens, where `capture` has measured it."""
         self.momentum: Float[Tensor, "layer head"] | None = None
         """η of momentum attention, which adds Σ_{i<t} η^{t−i} v_i to every head's output; `None` without momentum."""
         self.weight_changes: tuple[WeightChanges, ...] = ()
@@ -326,7 +329,9 @@ class Model:
                 "after the first has ended"
             )
         backend, hooks = self.backend, list[Hook]()
-        positions = (torch.arange(tokens.shape[1]) if positions is None else positions).to(tokens.device)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = positions.to(tokens.device)
         if add_momentum and self.momentum is not None and self.momentum.any():
             _check_no_gaps(self.name, positions)
         for check in self.run_checks:
@@ -466,12 +471,15 @@ class Model:
         changes = [tensor for changes in self.weight_changes for tensor in changes.values()]
         changes += [tensor for changes in self.mlp_changes for tensor in changes.tensors()]
         changes += [change.vector for change in self.stream_changes]
+        parts: list[Tensor] = []
         for parameter in (*self.backend.forward_weights(), *changes):
             flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
             stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)
             while stride > 1 and math.gcd(stride, n_columns) > 1:  # else it would read some columns only
                 stride -= 1
-            digest.update(flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            parts.append(flat[::stride].contiguous().view(torch.uint8))
+        for _, on_device in itertools.groupby(parts, key=lambda part: part.device):  # each device is read once
+            digest.update(torch.cat(list(on_device)).cpu().numpy().tobytes())
         if self.momentum is not None:
             digest.update(self.momentum.numpy().tobytes())
         if states := adapter_states(self.wrapped, getattr(self.wrapped, "original_model", self.wrapped)):
@@ -555,8 +563,14 @@ def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
 def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
     """Switch dropout off."""
     # A bridge runs the modules of the original model, whose own top is not among its modules.
-    roots, memo = (wrapped, getattr(wrapped, "original_model", wrapped)), set[nn.Module]()
-    for module in [module for root in roots for _, module in root.named_modules(memo)]:
+    pending: list[nn.Module | None] = [wrapped, getattr(wrapped, "original_model", None)]
+    visited = set[nn.Module]()
+    while pending:  # torch's own walk makes a name for each module, which takes longer than a layer
+        module = pending.pop()
+        if module is None or module in visited:
+            continue
+        visited.add(module)
+        pending += module._modules.values()
         if module.training:
             undo.set(module, "training", False)
 

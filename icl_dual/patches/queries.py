@@ -8,7 +8,7 @@ What queries share runs once (`icl_dual.captures.shared_prefix`); the rest of ea
 alone, in batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from icl_dual.captures.capture import check_pass
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
+    BatchRows,
     check_rope_scaling,
     common_query_prefix,
     run_prefix,
@@ -75,10 +76,10 @@ def run_over_queries(model: Model, prompts: Prompts, form: MlpForm, batch_size: 
     limit = BatchLimit(batch_size if model.rope_scaling_threshold is None else 1)  # it rotates by the longest row
     streams: list[Tensor] = []
 
-    def keep_stream(layer: int, stream: Tensor, rows: Sequence[int], last: Tensor) -> None:
+    def keep_stream(layer: int, stream: Tensor, rows: BatchRows) -> None:
         if layer == 0:  # of this batch, or of one that did not fit in memory
             streams.clear()
-        streams.append(at_least_float32(stream[torch.arange(len(rows), device=last.device), last]))
+        streams.append(at_least_float32(rows.at_last(stream)))
 
     with torch.no_grad():
         check_pass(model, prompts)

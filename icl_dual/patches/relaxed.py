@@ -38,6 +38,7 @@ from icl_dual.arguments import checked
 from icl_dual.captures.capture import check_pass
 from icl_dual.captures.shared_prefix import (
     BatchLimit,
+    BatchRows,
     PrefixCache,
     check_rope_scaling,
     run_prefix,
@@ -362,11 +363,11 @@ class _DeltaIcl:
         first = {name: [tensor[:n_start] for tensor in getattr(cache, name)] for name in ("keys", "values", "norms")}
         start = replace(cache, **first)
 
-        def keep(layer: int, attention: Attention, rows: Sequence[int], last: Tensor) -> None:
+        def keep(layer: int, attention: Attention, rows: BatchRows) -> None:
             if layer in layers:
                 z_0 = merge_cache(model, start, layer, attention, n_prefix).z
                 added = at_least_float32(attention.z) - at_least_float32(z_0)
-                for row, of_row, end in zip(rows, added, last.tolist(), strict=True):
+                for row, of_row, end in zip(rows.index.tolist(), added, rows.last.tolist(), strict=True):
                     self.by_query[row, layer] = of_row[: end + 1].clone()
 
         self.logits = _in_context_logits(model, prompts, cache, keep)
@@ -483,12 +484,12 @@ class _Context:
         self.inner, self.square = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         """⟨z, z̃⟩ and ‖z̃‖² there."""
 
-        def keep(layer: int, attention: Attention, rows: list[int], last: Tensor) -> None:
+        def keep(layer: int, attention: Attention, rows: BatchRows) -> None:
             if layer in layers:
-                index = torch.arange(len(rows), device=last.device)
-                self.z[rows, layer] = attention.z[index, last].to(self.z)
-                relaxed = _relaxed(model, cache, layer, attention, last)
-                self.inner[rows, layer], self.square[rows, layer] = _products(self.z[rows, layer], relaxed)
+                at = rows.index.tolist()
+                self.z[at, layer] = rows.at_last(attention.z).to(self.z)
+                relaxed = _relaxed(model, cache, layer, attention, rows.last)
+                self.inner[at, layer], self.square[at, layer] = _products(self.z[at, layer], relaxed)
 
         self.logits = _in_context_logits(model, prompts, cache, keep)
         self.layers = list(layers)

@@ -142,7 +142,7 @@ def label_counts(
             shares = labels.bincount(minlength=len(label_words)) / len(labels)
             at = np.arange(len(label_words)) + (index - (len(settings) - 1) / 2) * width
             look = BARS[index % len(BARS)] | {"edgecolor": "black", "linewidth": 0.4}
-            on.bar(at, shares.numpy(), width, label=literal(setting), **look)
+            on.bar(at, shares.cpu().numpy(), width, label=literal(setting), **look)
         on.set_xticks(np.arange(len(label_words)), [literal(word) for word in label_words])
         on.set(ylabel="share of queries", ylim=(0, 1))
         on.spines[["top", "right"]].set_visible(False)

@@ -35,7 +35,7 @@ def heads(
     _check_shape(values, "query layer head")
     is_signed = limits[0] < 0
     with drawing(ax) as on:
-        means = values.nanmean(0).T.numpy()
+        means = values.nanmean(0).T.cpu().numpy()
         colours = "RdBu_r" if is_signed else "viridis"
         image = on.imshow(means, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower")
         if is_signed:
@@ -74,7 +74,7 @@ def demonstrations(
         )
     most = float(shares.abs().nan_to_num().quantile(0.99))
     with drawing(ax) as on:
-        values = shares.T.numpy()
+        values = shares.T.cpu().numpy()
         image = on.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
         _mark_below_zero(on, values)
         on.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=7)

@@ -145,15 +145,16 @@ class Recordings(Saved):
         _check_match(zero_shot, in_context, finetuned, delta, steps)
         captures, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
         query_scores = {name: _field(capture, "query_scores") for name, capture in captures.items()}
-        scale = _field(finetuned, "q").shape[-1] ** -0.5
+        scale, device = _field(finetuned, "q").shape[-1] ** -0.5, in_context.label_log_probs.device
+        segments = _shared_segments(prompts, range(len(prompts.demonstrations)) if steps is None else steps)
         return cls(
             gold=in_context.gold,
             predictions={name: capture.predictions for name, capture in captures.items()},
             attn_out={name: _field(capture, "attn_out") for name, capture in captures.items()},
             query_scores=of_shared_tokens(query_scores, prompts.shared_query_tokens),
-            query_lengths=torch.tensor([len(shared) for shared in prompts.shared_query_tokens]),
+            query_lengths=torch.tensor([len(shared) for shared in prompts.shared_query_tokens], device=device),
             context_scores={name: _field(capture, "context_scores") for name, capture in captures.items()},
-            segments=_shared_segments(prompts, range(len(prompts.demonstrations)) if steps is None else steps),
+            segments=segments.to(device),
             q=_field(finetuned, "q").flatten(2) * scale,
             **_training(delta, prompts, steps, scale),
             residual_norms=_residual_norms(captures, prompts),
@@ -295,9 +296,10 @@ def _training(delta: WeightDelta | None, prompts: Prompts, steps: Sequence[int] 
             segments[[in_training for _, in_training in pairs]] = step
             by_step[step] = segments
     start = torch.full((len(prompts.start),), START)
+    training_segments = torch.cat([part for segments in by_step for part in (start, segments)])
     return {
         "training_q": delta.training_q.flatten(2) * scale,
-        "training_segments": torch.cat([part for segments in by_step for part in (start, segments)]),
+        "training_segments": training_segments.to(delta.training_q.device),
         "training_k": None if delta.training_k is None else delta.training_k.flatten(2),
     }
 

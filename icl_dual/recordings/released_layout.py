@@ -476,7 +476,9 @@ def _by_step(training_segments: Int[Tensor, " train_token"]) -> list[range]:
 
 def _json_line(values: dict[str, Any], path: Path, number: int) -> bytes:
     """Return a record as a line of JSON, with its numbers in float64, which holds them exactly."""
-    arrays = {key: value.double().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
+    arrays = {
+        key: value.double().cpu().numpy() if isinstance(value, Tensor) else value for key, value in values.items()
+    }
     for key, value in arrays.items():
         if not np.isfinite(value).all():
             raise RecordingError(

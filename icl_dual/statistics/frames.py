@@ -39,7 +39,7 @@ def summary_frame(values: Mapping[str, Float[Tensor, "_query _layer ..."]]) -> p
     """
     rows = []
     for name, tensor in values.items():
-        by_query = tensor.flatten(3).mean(-1) if tensor.ndim == 4 else tensor
+        by_query = (tensor.flatten(3).mean(-1) if tensor.ndim == 4 else tensor).cpu()
         by_head = by_query.unsqueeze(2) if by_query.ndim == 2 else by_query
         for layer in range(by_query.shape[1]):
             for index, column in enumerate(by_head[:, layer].double().T):

@@ -1,7 +1,7 @@
 """Rank correlations of many short rows at once.
 
-scipy computes one row at a time, and a cell has tens of thousands of rows. Ranks are numpy's, which sorts many times
-faster than torch.
+scipy computes one row at a time, and a cell has tens of thousands of rows. On a CPU, ranks are numpy's, which sorts
+many times faster than torch. On other devices torch compares all pairs, which is exact, too: counts are whole numbers.
 """
 
 import math
@@ -16,6 +16,9 @@ from icl_dual import dual
 
 AT_ONCE = 1 << 15
 """The number of elements that Kendall's τ ranks at once: few enough for all its passes to stay in a core's cache."""
+
+PAIRS_AT_ONCE = 1 << 26
+"""The number of pairs of items that Kendall's τ compares at once where it does not sort."""
 
 Rows = Shaped[np.ndarray, "row item"]
 
@@ -39,11 +42,26 @@ def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) ->
     *batch, n = a.shape
     rows = math.prod(batch)
     if n < 2 or not rows:
-        return torch.full(batch, torch.nan, dtype=torch.float64)
+        return torch.full(batch, torch.nan, dtype=torch.float64, device=a.device)
+    if a.device.type != "cpu":
+        return _kendall_by_pairs(a.reshape(rows, n), b.reshape(rows, n)).view(batch)
     step = max(1, AT_ONCE // n)
     rows_a, rows_b = a.reshape(rows, n).numpy(), b.reshape(rows, n).numpy()
     blocks = [_kendall(rows_a[first : first + step], rows_b[first : first + step]) for first in range(0, rows, step)]
     return torch.from_numpy(np.concatenate(blocks)).view(batch)
+
+
+def _kendall_by_pairs(a: Float[Tensor, "row item"], b: Float[Tensor, "row item"]) -> Float[Tensor, " row"]:
+    """Return `kendall` where the tensors are, without sorting them."""
+    step = max(1, PAIRS_AT_ONCE // a.shape[1] ** 2)
+    blocks = []
+    for rows in zip(a.split(step), b.split(step), strict=True):
+        order_a, order_b = ((x[:, :, None] > x[:, None]).float() - (x[:, :, None] < x[:, None]).float() for x in rows)
+        products = (order_a * order_b, order_a.abs_(), order_b.abs_())  # each pair twice
+        difference, untied_a, untied_b = (product.sum((1, 2), dtype=torch.float64) for product in products)
+        tau = (difference / untied_a.sqrt() / untied_b.sqrt()).clamp(-1.0, 1.0)
+        blocks.append(tau.masked_fill(rows[0].isnan().any(-1) | rows[1].isnan().any(-1), torch.nan))
+    return torch.cat(blocks)
 
 
 def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
@@ -105,6 +123,13 @@ def _centred_ranks(
     x: Float[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
 ) -> Float[Tensor, "*batch item"]:
     """Return ranks over the last axis, ties at their mean, less the mean of all; 0 where not known."""
+    if x.device.type != "cpu":
+        # Equal items lie together in order: the mean of their ranks is that of where they begin and end.
+        x = x.where(known, torch.inf)
+        in_order, x = x.sort(-1).values, x.contiguous()
+        begin, end = (torch.searchsorted(in_order, x, right=right) for right in (False, True))
+        mean = (known.sum(-1, keepdim=True) + 1) / 2
+        return ((begin + end + 1).to(x.dtype) / 2 - mean).where(known, 0.0)
     hidden = None if known.all() else ~known
     x = x if hidden is None else x.masked_fill(hidden, torch.nan)
     order = torch.from_numpy(x.numpy().argsort(-1))  # NaNs come last

@@ -1,5 +1,6 @@
 """`Saved`: a result as tensors and JSON, and back, with every value checked against its field's annotation."""
 
+import copy
 import dataclasses
 import os
 import types
@@ -7,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
 
@@ -40,6 +42,21 @@ class Saved(BaseResult):
     ...     Scores.load(folder)
     Scores(name='SimAOU', by_layer=tensor([0.2500, 0.5000]))
     """
+
+    @checked
+    def to(self: Result, device: str | torch.device) -> Result:
+        """Return the result with all its tensors on a device.
+
+        Results are on the device of the model that they are from. Tensors move to the CPU by way of pinned memory, and
+        the host waits once for all of them.
+
+        Args:
+            device: the device, such as `cpu` or `cuda`.
+        """
+        moved = _moved(self, torch.device(device))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return moved
 
     @checked
     def save(self, folder: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
@@ -112,6 +129,24 @@ def _check_kept(folder: Path, cls: str, names: Collection[str]) -> None:
 
 _TENSOR = object()
 """The JSON part of a tensor: none."""
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a value with its tensors on a device, wherever they are nested; not waiting for the copies."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: _moved(member, device) for name, member in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*(_moved(member, device) for member in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(member, device) for member in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = copy.copy(value)
+        for name, member in vars(value).items():  # with what was computed from the fields and kept
+            object.__setattr__(moved, name, _moved(member, device))
+        return moved
+    return value
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -53,7 +53,7 @@ def quantised(values: Float[Tensor, "layer head unit"], n_bits: int) -> tuple[np
         n_bits: 8 or 16.
     """
     largest = 2 ** (n_bits - 1) - 1
-    numbers = values.double().numpy()
+    numbers = values.double().cpu().numpy()
     is_finite = np.isfinite(numbers)
     size = np.where(is_finite, np.abs(numbers), 0).max(-1, initial=0)
     step = np.where(size > 0, size / largest, 1.0).astype("<f4")
@@ -93,7 +93,7 @@ def _encoded_pieces(pieces: Sequence[Piece]) -> dict[str, list[Any]]:
 
 
 def _float32(values: Tensor) -> str:
-    return _base64(values.to(torch.float32).numpy().astype("<f4"))
+    return _base64(values.to("cpu", torch.float32).numpy().astype("<f4"))
 
 
 def _base64(array: np.ndarray) -> str:
