@@ -3,16 +3,20 @@
 A step on one demonstration takes about as long as reading the weights from memory does, so the runs are rows of one
 batch. All rows read the same weights W, and each run's change of them is kept apart and added at the projections:
 (W + ΔW) x = W x + ΔW x.
+
+On a GPU, launching the operators of a step takes longer than the arithmetic. Where all steps are alike, a step is
+captured once as a CUDA graph, with the hooks' operators in it, and launched as one (`_StepGraph`).
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from icl_dual.arguments import checked
@@ -27,6 +31,7 @@ from icl_dual.finetuning.sgd import (
     finetune,
     memory_error,
     rounds_changes,
+    runs_as_graph,
     steps_between_looks,
     total_norm,
     train_only,
@@ -208,6 +213,10 @@ class _Run:
         """Return the number of demonstrations in an epoch."""
         return len(self.prompts.training_sequences)
 
+    def row(self, demonstration: int) -> tuple[int, ...]:
+        """Return the tokens that a step on a demonstration reads."""
+        return (*self.prompts.start, *self.prompts.training_sequences[demonstration])
+
 
 class _Steps:
     """Takes the steps of several runs at once: optimisers of torch are elementwise, and each run has a rate of its own.
@@ -290,6 +299,53 @@ class _Steps:
             state.update({name: value[kept] for name, value in state.items() if getattr(value, "ndim", 0)})
 
 
+class _Sequences(NamedTuple):
+    """What a step reads, on the model's device: each active run's sequence, padded on the right."""
+
+    ids: Int[Tensor, "run pos"]
+    """Token ids."""
+    read: Int[Tensor, "run target"]
+    """The positions that predict targets, at the end of each sequence."""
+    is_target: Bool[Tensor, "run target"]
+    """Whether the loss is over what such a position predicts."""
+    lrs: Float[Tensor, " run"]
+    """The learning rates before the schedule."""
+
+
+class _StepResult(NamedTuple):
+    """What a step leaves besides the changed weights."""
+
+    losses: Float[Tensor, " run"]
+    """The mean cross-entropy over each sequence's targets, in nats, before the step."""
+    norms: Float[Tensor, " run"]
+    """The norm of each run's step; 0 before a batch is complete."""
+    q: Float[Tensor, "run layer pos head d_head"]
+    """The sequences' queries before rotation."""
+    k: Float[Tensor, "run layer pos kv_head d_head"]
+    """The sequences' keys before rotation."""
+
+
+class _StepGraph:
+    """A step of all active runs as one CUDA graph.
+
+    Args:
+        step: takes the step; what it runs on the device must not depend on what the host knows of the step's number.
+        sequences: sequences of the shape that all steps have. The graph's own from now on; no step is taken on them.
+    """
+
+    def __init__(self, step: Callable[[_Sequences], _StepResult], sequences: _Sequences) -> None:
+        self.sequences, self.graph = sequences, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = step(sequences)
+
+    def run(self, sequences: _Sequences) -> _StepResult:
+        """Take a step."""
+        for of_graph, values in zip(self.sequences, sequences, strict=True):
+            of_graph.copy_(values)
+        self.graph.replay()
+        return _StepResult(*(tensor.clone() for tensor in self.result))
+
+
 class _ParallelRuns:
     """Runs that share each pass, as rows of its batch. A run that has finished or diverged leaves the batch."""
 
@@ -331,6 +387,9 @@ class _ParallelRuns:
                 for name, by_layer in adapters.matrices().items()
             }
         self.steps = _Steps(config, max(run.n_demonstrations for run in self.runs), self._trained)
+        self.by_graph = runs_as_graph(model, config)
+        self.graph: _StepGraph | None = None
+        """A step of the active runs, where steps run as CUDA graphs; `None` before it is captured."""
 
     @property
     def _trained(self) -> list[Float[Tensor, "run d_out *d_in"]]:
@@ -365,21 +424,63 @@ class _ParallelRuns:
 
     def _step(self) -> None:
         """Read each active run's next demonstration, and take a step along its own row's loss after each batch."""
-        sequences = [(*run.prompts.start, *run.prompts.training_sequences[run.position]) for run in self.active]
+        rows = [run.row(run.position) for run in self.active]
+        n_targets = [self._n_targets(run, run.position) for run in self.active]
+        is_first = not self.active[0].n_read
+        if self.by_graph:
+            sequences = self._sequences(rows, n_targets, *self._largest_shape)
+            result = self._step_by_graph(sequences, is_first=is_first)
+        else:
+            sequences = self._sequences(rows, n_targets, max(map(len, rows)), max(n_targets))
+            result = self._take_step(sequences)
+        if is_first and not torch.isfinite(result.losses).all():
+            check_activations(self.model, partial(self._forward, sequences))
+        for name in ("q", "k"):
+            for run, row, content in zip(self.active, rows, getattr(result, name), strict=True):
+                if run.n_read < run.n_demonstrations:
+                    getattr(run, name).append(content[:, : len(row)].clone())
+        self.unseen.append((result.losses, result.norms))
+        for run in self.active:
+            run.n_read += 1
+
+    @cached_property
+    def _largest_shape(self) -> tuple[int, int]:
+        """Return the largest numbers of tokens and of targets of any sequence of any run."""
+        sequences = [(run, step) for run in self.runs for step in range(run.n_demonstrations)]
+        return max(len(run.row(step)) for run, step in sequences), max(self._n_targets(*each) for each in sequences)
+
+    def _step_by_graph(self, sequences: _Sequences, *, is_first: bool) -> _StepResult:
+        """Take a step as a CUDA graph; the first one as it is, on a stream of its own, as captures need."""
+        if is_first:
+            stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                result = self._take_step(sequences)
+            before.wait_stream(stream)
+            return result
+        if self.graph is None:
+            self.graph = _StepGraph(self._take_step, _Sequences(*(tensor.clone() for tensor in sequences)))
+        return self.graph.run(sequences)
+
+    def _take_step(self, sequences: _Sequences) -> _StepResult:
+        """Run forwards and backwards, and take a step after each batch."""
         tensors = [tensor.requires_grad_() for tensor in self._trained]
-        losses = self._losses(sequences)
+        by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
+        logits = self._forward(
+            sequences,
+            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach()),
+            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach()),
+        )
+        losses = self._losses(sequences, logits)
         gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
         if any(gradient is None for gradient in gradients):
             raise UnsupportedModelError(
                 f"{self.model.name} ({self.model.architecture}): expected every trained projection to be a layer that "
                 "the forward pass calls, got one that it does not call: finetune one by one, with icl_dual.finetune"
             )
-        lrs = torch.tensor([run.lr for run in self.active], dtype=losses.dtype, device=losses.device)
         with torch.no_grad():
-            norms = self.steps.take(tensors, gradients, lrs, self._decayed)
-        self.unseen.append((losses.detach(), norms))
-        for run in self.active:
-            run.n_read += 1
+            norms = self.steps.take(tensors, gradients, sequences.lrs.to(losses.dtype), self._decayed)
+        return _StepResult(losses.detach(), norms, *(torch.stack(layers, dim=1) for layers in by_layer.values()))
 
     def _is_look_due(self) -> bool:
         """Return whether to look at the steps now: when a run has taken its last step, or after enough steps."""
@@ -404,39 +505,35 @@ class _ParallelRuns:
         by_layer = (weight for layers in self.weights.values() for weight in layers)
         return [weight.to_matrix(weight.parameter.detach()) for weight in by_layer]
 
-    def _losses(self, sequences: Sequence[tuple[int, ...]]) -> Float[Tensor, " run"]:
-        """Return the mean cross-entropy of each active run's sequence over its targets; record queries and keys."""
-        model = self.model
-        longest = max(map(len, sequences))
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences], device=model.device)
-        n_targets = torch.tensor([self._n_targets(run, row) for run, row in zip(self.active, sequences, strict=True)])
-        distance = torch.arange(int(n_targets.max()), 0, -1)  # of a position that predicts a target from the row's end
-        read = (torch.tensor([[len(row) - 1] for row in sequences]) - distance).clamp_min(0).to(model.device)
-        is_target = (distance <= n_targets[:, None]).to(model.device)
-        by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
-        forward = partial(model.run, ids, read=read, projection_deltas=projection_deltas_of(self._changes()))
-        logits = forward(
-            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach()),
-            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach()),
-        )
-        for name, layers in by_layer.items():
-            for run, row, content in zip(self.active, sequences, torch.stack(layers, dim=1), strict=True):
-                if run.n_read < run.n_demonstrations:
-                    getattr(run, name).append(content[:, : len(row)].clone())
-        targets = ids.gather(1, read + 1)
+    def _sequences(
+        self, rows: Sequence[tuple[int, ...]], n_targets: Sequence[int], n_pos: int, n_read: int
+    ) -> _Sequences:
+        """Return rows of tokens on the model's device, padded to a shape."""
+        ids = torch.tensor([[*row, *[0] * (n_pos - len(row))] for row in rows])
+        distance = torch.arange(n_read, 0, -1)  # of a position that predicts a target from the row's end
+        read = (torch.tensor([[len(row) - 1] for row in rows]) - distance).clamp_min(0)
+        is_target = distance <= torch.tensor(n_targets)[:, None]
+        lrs = torch.tensor([run.lr for run in self.active], dtype=torch.float64)
+        return _Sequences(*(tensor.to(self.model.device) for tensor in (ids, read, is_target, lrs)))
+
+    def _forward(self, sequences: _Sequences, **callbacks: Any) -> Float[Tensor, "run target d_vocab"]:
+        """Return the logits at the positions that predict targets."""
+        deltas = projection_deltas_of(self._changes())
+        return self.model.run(sequences.ids, read=sequences.read, projection_deltas=deltas, **callbacks)
+
+    def _losses(self, sequences: _Sequences, logits: Float[Tensor, "run target d_vocab"]) -> Float[Tensor, " run"]:
+        """Return the mean cross-entropy of each active run's sequence over its targets."""
+        targets = sequences.ids.gather(1, sequences.read + 1)
         # Flat: over an axis that is not the last, torch sums a vocabulary one by one, and loses digits.
         flat_logits = at_least_float32(logits.flatten(0, 1))
         flat_losses = nn.functional.cross_entropy(flat_logits, targets.flatten(), reduction="none")
         token_losses = flat_losses.view(targets.shape)
-        losses = token_losses.where(is_target, 0.0).sum(1) / is_target.sum(1)
-        if not self.active[0].n_read and not torch.isfinite(losses).all():
-            check_activations(model, forward)
-        return losses
+        return token_losses.where(sequences.is_target, 0.0).sum(1) / sequences.is_target.sum(1)
 
-    def _n_targets(self, run: _Run, row: tuple[int, ...]) -> int:
+    def _n_targets(self, run: _Run, demonstration: int) -> int:
         """Return how many of a sequence's last tokens the loss is the mean over."""
-        label_length = run.prompts.demonstration_label_lengths[run.position]
-        return min(label_length if self.config.loss == "label" else len(row) - len(run.prompts.start), len(row) - 1)
+        n_tokens, label_length = len(run.row(demonstration)), run.prompts.demonstration_label_lengths[demonstration]
+        return min(label_length if self.config.loss == "label" else n_tokens - len(run.prompts.start), n_tokens - 1)
 
     def _remove_finished(self, fingerprint: str) -> None:
         """Give the runs that have finished or diverged their result, and take them out of the batch."""
@@ -455,6 +552,7 @@ class _ParallelRuns:
             for by_layer in (*self.offsets.values(), *self.adapters.values()):
                 by_layer[:] = [tensor.detach()[kept] for tensor in by_layer]
             self.steps.keep(kept)
+            self.graph = None  # of the tensors that were
 
     def _weight_delta(self, index: int, run: _Run, fingerprint: str) -> WeightDelta:
         deltas = {

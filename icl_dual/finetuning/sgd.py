@@ -121,12 +121,26 @@ def finetune(
     check_arguments(model, prompts, lr, config)
     if factors:
         _check_factors(config)
+    elif runs_as_graph(model, config) and not rounds_changes(model, prompts):
+        return _finetune_as_graph(model, prompts, lr, config, noise, progress)
     try:
         return _finetune(model, prompts, lr, config, noise, factors=factors, progress=progress)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise memory_error(model, [prompts], error) from error
+
+
+def _finetune_as_graph(
+    model: Model, prompts: Prompts, lr: float, config: FinetuneConfig, noise: Noise | None, progress: bool
+) -> WeightDelta:
+    """Finetune as a single run of several in parallel, whose steps are CUDA graphs."""
+    from icl_dual.finetuning.parallel import finetune_many  # it is made of this module
+
+    (result,) = finetune_many(model, [prompts], [lr], config=config, noises=[noise], progress=progress)
+    if isinstance(result, DivergedError):
+        raise result
+    return result
 
 
 def _finetune(
@@ -305,6 +319,20 @@ def divergence(model: Model, losses: Sequence[float], change: float, total: int,
 def steps_between_looks(model: Model) -> int:
     """Return after how many steps a finetuning of a model looks whether it has diverged."""
     return 1 if model.device.type == "cpu" else LOOK_EVERY
+
+
+def runs_as_graph(model: Model, config: FinetuneConfig) -> bool:
+    """Return whether a finetuning takes its steps as CUDA graphs: they are alike, and no hook has to run in each."""
+    has_changes = model.momentum is not None or model.weight_changes or model.mlp_changes or model.stream_changes
+    return (
+        model.device.type == "cuda"
+        and config.has_equal_steps
+        and config.method == "sgd"
+        and model.supports_projection_deltas
+        and model.rope_scaling_threshold is None
+        and model.dtype == model.storage_dtype
+        and not (has_changes or model.run_checks or model.foreign_hooks())
+    )
 
 
 def check_arguments(model: Model, prompts: Prompts, lr: float, config: FinetuneConfig) -> None:
