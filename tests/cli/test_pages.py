@@ -74,7 +74,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m").folder).save_pretrained(folder)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
-    tokens = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    tokens: dict[str, Any] = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     config = LlamaConfig(**sizes, **heads, **tokens, initializer_range=0.2, architectures=["LlamaForCausalLM"])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -160,7 +160,8 @@ def test_the_page_of_the_command_line_runs(run: Callable[[str], None], capsys: p
     section = page.partition("## What `compare` writes")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
     assert {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)} == files
-    assert json.loads(re.search(r'id="data">(.*?)</script>', Path("page.html").read_text("utf-8"))[1])
+    (data,) = re.findall(r'id="data">(.*?)</script>', Path("page.html").read_text("utf-8"))
+    assert json.loads(data)
     assert Path("small", "metrics.md").is_file()
     assert len(list(Path("small", "cells").iterdir())) == 2
 
