@@ -162,7 +162,8 @@ def test_the_page_of_the_command_line_runs(run: Callable[[str], None], capsys: p
     assert {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)} == files
     (data,) = re.findall(r'id="data">(.*?)</script>', Path("page.html").read_text("utf-8"))
     assert json.loads(data)
-    assert Path("small", "metrics.md").is_file()
+    for table in ("accuracy", "metrics", "chat"):  # the model has a chat template; others get no `chat.md`
+        assert Path("small", f"{table}.md").is_file()
     assert len(list(Path("small", "cells").iterdir())) == 2
 
 
