@@ -282,7 +282,8 @@ def _satisfies(value: Any, constraint: Any) -> bool:
             return value <= bound
         case annotated_types.MinLen(length):
             return len(value) >= length
-    return True
+        case _:
+            return True
 
 
 def _fit_union(value: Any, hint: Any) -> Any:
@@ -432,7 +433,8 @@ def _constraint_words(constraint: Any) -> str:
             return f"with at least {length}"
         case PathAllowed():
             return "or a path"
-    return ""
+        case _:
+            return ""
 
 
 _short = reprlib.Repr()

@@ -359,7 +359,9 @@ def _functions(value: Any, visited: set[int]) -> Iterator[str]:
 
 def _split_rows(path: Path, config: Mapping[str, Any]) -> tuple[Rows, Rows | None]:
     """Return the rows of demonstrations, and of queries where they are of another split."""
-    splits = {kind: config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation", "test")}
+    splits: dict[str, Any] = {
+        kind: config.get(f"{kind}_split") for kind in ("fewshot", "training", "validation", "test")
+    }
     demonstrations = splits["fewshot"] or splits["training"] or splits["validation"] or splits["test"]
     queries = splits["test"] or splits["validation"] or demonstrations
     dataset, options = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})

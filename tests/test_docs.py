@@ -600,3 +600,5 @@ def test_no_page_has_code_that_is_not_run() -> None:
     )
     run_here = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name in NAMES if blocks(name, "python")} == run_here | RUN_ELSEWHERE
+    languages = {language for name in NAMES for language in re.findall(r"^```(\w+)$", text_of(name), re.MULTILINE)}
+    assert languages == {"python", "sh", "text"}, "tests find code by these names"

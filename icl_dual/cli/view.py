@@ -6,6 +6,7 @@ from typing import Any
 import icl_dual as icl
 from icl_dual.cli.commands import add_command, add_task_options, load_task
 from icl_dual.scripts.common import add_device_options, count, model_name, model_title, output_file, positive, precision
+from icl_dual.views.interactive import is_view
 
 EXAMPLES = """
 icl-dual view smollm2-135m --task sst2 --k 4 --out page.html
@@ -16,7 +17,7 @@ icl-dual view ./my-model --rows films.csv --labels bad good --query 3
 def add_commands(subparsers: Any) -> None:
     """Add the command."""
     summary = "Write an interactive page of one prompt: what each token contributes, at every layer and head."
-    parser = add_command(subparsers, "view", run, summary=summary, examples=EXAMPLES)
+    parser = add_command(subparsers, "view", run, summary=summary, examples=EXAMPLES, check=check_out)
     add = parser.add_argument
     add("model", type=model_name, metavar="MODEL", help="packaged model, hub id, folder or .gguf file")
     add_task_options(parser)
@@ -25,6 +26,16 @@ def add_commands(subparsers: Any) -> None:
     add("--query", type=count, default=0, help="index of the query (%(default)s)")
     add_device_options(parser)
     add("--out", type=output_file, default="view.html", metavar="FILE", help="HTML file (%(default)s)")
+    add("--force", action="store_true", help="replace the file even if it is no view")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuse to replace a file that is no view, unless that is requested."""
+    if args.out.is_file() and not args.force and not is_view(args.out):
+        raise argparse.ArgumentTypeError(
+            f"argument --out: expected a new file, or an earlier view to replace, got {str(args.out)!r}, a file of "
+            "other origin: choose another name, or add --force to replace it"
+        )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

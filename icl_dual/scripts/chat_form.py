@@ -37,7 +37,7 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
     Raises:
         SettingsError: a capture in the folder is of other settings, weights or rows.
     """
-    model, by_cell = None, {}
+    model, by_cell, tasks = None, {}, {}
     for result in results:
         cell, by_setting = result.cell, {}
         about = {"settings": asdict(cell), "origin": {name: result.provenance[name] for name in ORIGIN}}
@@ -45,7 +45,8 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
             path = folder / cell.name / setting
             if not path.exists():
                 model = model or icl.load_model(cell.model, **load)
-                task = icl.load_task(cell.task, cell.source)
+                name = cell.task, cell.source
+                task = tasks[name] = tasks.get(name) or icl.load_task(*name)  # reading many rows takes seconds
                 demonstrations = task.demonstrations(cell.k, cell.seed, balanced=cell.balanced)
                 queries = task.queries(cell.n_queries, split=cell.split)
                 prompts = icl.build_prompts(model, task, demonstrations, queries, chat=icl.Chat())

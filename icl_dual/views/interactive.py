@@ -24,6 +24,8 @@ from icl_dual.views.terms import ViewTerms, decomposition_terms, source_terms
 
 HEIGHT = "min(85vh, 900px)"
 """The height of the frame in a notebook."""
+GENERATOR = b'<meta name="generator" content="icl_dual.view">'
+"""What the first lines of a view's page say of its origin."""
 
 
 @checked
@@ -178,6 +180,17 @@ def view(
     else:
         terms = source_terms(result, query, position, sources, tokenizer)
     return InteractiveView(terms if title is None else replace(terms, title=title))
+
+
+@checked
+def is_view(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is a page that a view's `save` wrote.
+
+    Args:
+        path: the file, which has to be there.
+    """
+    with Path(path).open("rb") as file:
+        return GENERATOR in file.read(200)
 
 
 def _file(name: str) -> str:

@@ -157,12 +157,29 @@ def test_a_query_that_does_not_exist_is_refused(films: Path, refused) -> None:
     assert (code, line) == (1, "error: expected --query from 0 to 11, got 12: choose another query")
 
 
+def test_a_view_replaces_no_file_of_other_origin(films: Path, tmp_path: Path, refused) -> None:
+    (tmp_path / "notes.html").write_text("<!doctype html><p>my notes", encoding="utf-8")
+    arguments = ("view", "smollm2-135m", "--rows", str(films), "--label-column", "kind", "--out", "notes.html")
+    code, line = refused(*arguments)
+    assert code == 2
+    assert "argument --out: expected a new file, or an earlier view to replace, got 'notes.html'" in line
+    assert (tmp_path / "notes.html").read_text(encoding="utf-8") == "<!doctype html><p>my notes"
+    # With --force, what is wrong is the next thing.
+    assert refused(*arguments, "--force", "--query", "99")[1].startswith("error: expected --query from 0 to 11")
+
+
 def test_a_view_is_the_page_of_the_same_decomposition(
     tiny_model: str, films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "new" / "page.html"
-    arguments = ["view", tiny_model, "--rows", str(films), "--label-column", "kind", "--k", "2", "--query", "3"]
-    assert cli.main([*arguments, "--out", str(page), "--quiet", "--json"]) == 0
+    arguments = ["view", tiny_model, "--rows", str(films), "--label-column", "kind", "--k", "2"]
+    page.parent.mkdir()
+    page.write_text("my notes", encoding="utf-8")
+    assert cli.main([*arguments, "--out", str(page), "--quiet", "--force"]) == 0
+    assert page.read_text(encoding="utf-8") != "my notes"
+    capsys.readouterr()
+    # An earlier view is replaced.
+    assert cli.main([*arguments, "--query", "3", "--out", str(page), "--quiet", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = [{"text": text, "label": word} for text, word in ROWS]
     task, model = icl.Task("films", "Text: {text} Kind:", WORDS, rows), icl.load_model(tiny_model)

@@ -611,23 +611,17 @@ def test_a_cell_runs_on_a_model_that_is_handed_in(
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
 
 
-def test_the_example_in_the_docs_runs_and_is_exact() -> None:
+def test_the_page_runs_and_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
             exec(block, scope)
+    models = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Model(")]
+    assert [line.split("'")[1] for line in models] == ["random weights", "smollm2-135m, converted"]
+    assert "n_key_value_heads=3" in models[1]
     assert scope["split"].residual < 2e-6
     assert scope["in_context"].accuracy > 0.9
     assert scope["zero_shot"].accuracy < 0.5
     assert scope["finetuned"].accuracy < 0.5
     assert scope["updates"].cosine.isfinite().all()
-
-
-def test_the_conversion_in_the_docs_runs() -> None:
-    scope: dict[str, Any] = {"icl": icl, "HookedTransformer": hooked.HookedTransformer}
-    (block,) = re.findall(r"```py\n(from transformer_lens import loading.*?)```", PAGE, flags=re.DOTALL)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        exec(block, scope)
-    assert scope["model"].n_key_value_heads == 3
