@@ -15,10 +15,10 @@ start token's and the query's belong to z_0, the demonstrations' to the direct u
 Every decomposition has its residuals, and is refused where one is more than rounding.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
@@ -917,33 +917,46 @@ def _split_layers(
 ) -> tuple[_SplitTerms, Relaxation]:
     """Return the split and the relaxation of every layer."""
     positions = _PositionsTwice.of(in_context.prompts, W_O.device)
-    sums: list[Tensor] | None = None if W_O.device.type == "cpu" else []
 
     @trusted
-    def split_layer(index: int) -> tuple[Tensor | None, ...]:
+    def split_layer(index: int, sums: list[Tensor] | None) -> tuple[Tensor | None, ...]:
         layer = _LayerInputs.of_capture(in_context, index, model)
         terms = _split(layer, positions, W_O[index], sums)
         return *terms, *_relax(layer, positions.on_device, terms)
 
-    layers = range(model.n_layers)
-    if sums is None:
+    def split_all(sums: list[Tensor] | None) -> list[Any]:
+        split = partial(split_layer, sums=sums)
+        if sums is not None:
+            return _stack_layers(map(split, range(model.n_layers)), model.n_layers)
         # Ranking is numpy's, on one thread: the next layer uses the other.
         with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-            stacked = _stack_layers(pool.map(split_layer, layers), model.n_layers)
-    else:
-        stacked = _stack_layers(map(split_layer, layers), model.n_layers)
-        if not is_finite(torch.stack(sums)):  # look at every layer: hidden numbers may be the cause
-            sums = None
-            stacked = _stack_layers(map(split_layer, layers), model.n_layers)
+            return _stack_layers(pool.map(split, range(model.n_layers)), model.n_layers)
+
+    stacked = _looked_at_once(W_O.device, split_all)
     n_terms = len(_SplitTerms._fields)
     return _SplitTerms(*stacked[:n_terms]), Relaxation(*stacked[n_terms:])
+
+
+def _looked_at_once(device: torch.device, compute: Callable[[list[Tensor] | None], Any]) -> Any:
+    """Return what is computed of all layers; on a GPU, whether numbers are finite is looked at once for all of them.
+
+    Args:
+        device: where it is computed.
+        compute: takes the list `sums` of `AttentionRule.attend`. It is called once more, with `None`, where a sum is
+            not finite: hidden numbers may be the cause.
+    """
+    if device.type == "cpu":
+        return compute(None)
+    sums: list[Tensor] = []
+    computed = compute(sums)
+    return computed if is_finite(torch.stack(sums)) else compute(None)
 
 
 def _split(
     layer: _LayerInputs,
     positions: _PositionsTwice,
     W_O: Float[Tensor, "head d_head d_model"],
-    sums: list[Tensor] | None = None,
+    sums: list[Tensor] | None,
 ) -> _SplitTerms:
     """Return the exact split of one layer; `sums` as in `AttentionRule.attend`."""
     rule, q, demo_v, eta = layer.rule, layer.q, layer.demo_v, layer.eta
@@ -1083,9 +1096,17 @@ def _full_prompt_z(
     """Return the heads' outputs in the plain forward pass over the first query's full prompt, as the sum of its
     terms."""
     first = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
-    positions, layers = _PositionsTwice.of(first, W_O.device), range(model.n_layers)
-    layers = (_LayerInputs.of_full_prompt(full_prompt, layer, positions.on_device, model) for layer in layers)
-    return torch.stack([_split(layer, positions, W).z for layer, W in zip(layers, W_O, strict=True)], dim=1)
+    positions = _PositionsTwice.of(first, W_O.device)
+
+    @trusted
+    def z_of_layer(index: int, sums: list[Tensor] | None) -> Tensor:
+        layer = _LayerInputs.of_full_prompt(full_prompt, index, positions.on_device, model)
+        return _split(layer, positions, W_O[index], sums).z
+
+    def z_of_all(sums: list[Tensor] | None) -> Tensor:
+        return torch.stack([z_of_layer(index, sums) for index in range(model.n_layers)], dim=1)
+
+    return _looked_at_once(W_O.device, z_of_all)
 
 
 def _check_residuals(model: Model, residuals: Residuals) -> None:

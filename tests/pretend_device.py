@@ -22,13 +22,13 @@ DEVICE = torch.device("meta")
 """The name that the device goes by: torch's own tensors of that name have no numbers, and do not appear here."""
 
 WAITS = {
-    aten._local_scalar_dense.default: "item",
-    aten.equal.default: "equal",
-    aten.nonzero.default: "nonzero",
-    aten.masked_select.default: "masked_select",
-    aten.is_nonzero.default: "is_nonzero",
-    aten._unique2.default: "unique",
-    aten.unique_dim.default: "unique",
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.is_nonzero.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
 }
 """Operators of which the host waits for the result."""
 
@@ -41,7 +41,7 @@ class DeviceTensor(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "DeviceTensor":
         assert not isinstance(held, DeviceTensor)
-        made = Tensor._make_wrapper_subclass(
+        made: Any = Tensor._make_wrapper_subclass(
             cls,
             held.shape,
             strides=held.stride(),
@@ -80,11 +80,10 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            if torch.device(kwargs["device"]).type == DEVICE.type and not isinstance(args[0], Tensor):
-                self.counts["to device"] += 1
-                kwargs["device"] = "cpu"
-                return DeviceTensor(func(*args, **kwargs))
+        makes = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor)
+        if makes and _is_there(kwargs.get("device")):
+            self.counts["to device"] += 1
+            return DeviceTensor(func(*args, **{**kwargs, "device": "cpu"}))
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], DeviceTensor):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, list) for part in index):
@@ -111,57 +110,50 @@ def _unwrap(value: Any) -> Any:
     return value.held if isinstance(value, DeviceTensor) else value
 
 
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> Any:
     """Run an operator on the numbers that its operands hold."""
     operands = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    if any(type(operand) is Tensor and operand.device.type == DEVICE.type for operand in operands):
+    if any(type(operand) is Tensor and _is_there(operand.device) for operand in operands):
         raise RuntimeError(f"expected numbers in every operand of {func}, got a tensor without any")
-    on_device = [isinstance(operand, DeviceTensor) for operand in operands]
-    target = kwargs.get("device")
-    to_device = target is not None and torch.device(target).type == DEVICE.type
-    if not any(on_device) and not to_device:
+    there = [isinstance(operand, DeviceTensor) for operand in operands]
+    to_there = _is_there(kwargs.get("device"))
+    if not any(there) and not to_there:
         return func(*args, **kwargs)
-    name = func.overloadpacket.__name__
     counts["operators"] += 1
-    copy = func in (aten._to_copy.default, aten.copy_.default)
-    if copy:
-        to_host = (func is aten._to_copy.default and target is not None and not to_device) or (
-            func is aten.copy_.default and not on_device[0]
-        )
-        from_host = not on_device[-1] and (to_device or on_device[0])
-        if to_host and any(on_device):
-            counts["to host"] += 1
-        if from_host:
-            counts["to device"] += 1
-    elif any(on_device) and not all(on_device):
-        host = [operand for operand, there in zip(operands, on_device, strict=True) if not there]
-        indexing = func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
-        if indexing and on_device[0]:
-            counts["to device"] += len(host)
-        elif any(operand.ndim for operand in host):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got one on cpu")
-    if func in WAITS:
-        counts["waits"] += 1
-        counts[WAITS[func]] += 1
-    if func is aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
-        counts["waits"] += 1
-        counts["index by bool"] += 1
-    kwargs = dict(kwargs)
-    if to_device:
-        kwargs["device"] = torch.device("cpu")
+    to_host = func is aten._to_copy.default and kwargs.get("device") is not None and not to_there
+    to_host = to_host or (func is aten.copy_.default and not there[0])
+    counts["to host"] += to_host
+    if func in (aten._to_copy.default, aten.copy_.default):
+        counts["to device"] += not there[-1]
+    elif not all(there):
+        _count_mixed(func, operands, there, counts)
+    is_mask = func is aten.index.Tensor and any(at is not None and at.dtype == torch.bool for at in args[1])
+    counts["waits"] += func in WAITS or is_mask
+    if to_there:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
     out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
-    if copy and func is aten._to_copy.default and target is not None and not to_device:
-        return out.clone() if any(out is _unwrap(operand) for operand in operands) else out
-    if func is aten.copy_.default and not on_device[0]:
-        return args[0]
     # In-place operators and those that write into out= return the tensor that was passed.
-    held = {id(_unwrap(operand)): operand for operand in operands}
-    return tree_map(
-        lambda value: (
-            (held[id(value)] if id(value) in held else DeviceTensor(value)) if isinstance(value, Tensor) else value
-        ),
-        out,
-    )
+    passed = {id(_unwrap(operand)): operand for operand in operands}
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, Tensor) or (to_host and id(value) not in passed):
+            return value
+        return passed[id(value)] if id(value) in passed else DeviceTensor(value)
+
+    return tree_map(wrap, out)
+
+
+def _count_mixed(func: Any, operands: list[Tensor], there: list[bool], counts: Counter[str]) -> None:
+    """Count indices that an operator takes from the host; refuse other operands there, as torch does."""
+    host = [operand for operand, is_there in zip(operands, there, strict=True) if not is_there]
+    if there and there[0] and func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
+        counts["to device"] += len(host)
+    elif any(operand.ndim for operand in host):
+        raise RuntimeError(f"expected all operands of {func} on one device, got one on the CPU")
 
 
 def move(module: torch.nn.Module) -> None:

@@ -1,5 +1,6 @@
 """`Batch`: what a metric's function reads, each attribute computed once; and the random baselines' generators."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -202,8 +203,9 @@ class Batch:
         h_zsl, h_icl, h_ft = self.h_zero_shot, self.h_in_context, self.h_finetuned
         names = ("update", "inflation", "unnormalised")
         totals = {name: h_zsl.new_zeros(h_zsl.shape[:2]) for name in names}
-        r_ft = random_updates(h_ft - h_zsl, seed=self.streams["h_ft"])
-        r_icl = random_updates(h_icl - h_zsl, seed=self.streams["h_icl"])
+        updates, streams = (h_ft - h_zsl, h_icl - h_zsl), (self.streams["h_ft"], self.streams["h_icl"])
+        with ThreadPoolExecutor(2) as pool:  # numpy draws one stream on one thread
+            r_ft, r_icl = pool.map(lambda update, stream: random_updates(update, seed=stream), updates, streams)
         for of_ft, of_icl in zip(r_ft.unbind(1), r_icl.unbind(1), strict=True):
             random_ft = h_zsl + of_ft
             scores = (

@@ -1,0 +1,223 @@
+"""Where tensors are: a whole cell on a device other than the CPU, which a machine without a GPU pretends to have."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any
+
+import pretend_device
+import pytest
+import torch
+from pretend_device import DeviceTensor, pretended_device
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import icl_dual as icl
+from icl_dual.captures import shared_prefix
+from icl_dual.models import tiny_model
+from icl_dual.models.bridge import boot
+from icl_dual.statistics import ranks
+
+FIELDS = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
+ROWS = [{"text": f"film {i}" + " very long" * (i % 3), "label": i % 2} for i in range(40)]
+TASK = icl.Task("films", "Text: {text} Label:", ("bad", "good"), ROWS)
+
+
+def prompts_of(model: icl.Model, n_queries: int = 4, k: int = 3) -> icl.Prompts:
+    return icl.build_prompts(model, TASK, TASK.demonstrations(k, seed=1), TASK.queries(n_queries))
+
+
+def model_of(n_layers: int = 2, dtype: torch.dtype = torch.float32, *, there: bool) -> icl.Model:
+    """A tiny model with some number of layers, on the pretended device or on the CPU."""
+    model = tiny_model(dtype=dtype)
+    if n_layers != model.n_layers:
+        config = model.wrapped.original_model.config.__class__.from_dict(
+            {**model.wrapped.original_model.config.to_dict(), "num_hidden_layers": n_layers}
+        )
+        config._attn_implementation = "eager"
+        hf_model: Any = LlamaForCausalLM(config).to(dtype).eval()
+        model = icl.Model(boot("tiny", hf_model, model.tokenizer, "cpu", dtype), name="tiny")
+    if there:
+        pretend_device.move(model.wrapped)
+        pretend_device.move(model.wrapped.original_model)
+    return model
+
+
+def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
+    """The tensors in a result, wherever they are nested, on the CPU."""
+    if isinstance(value, Tensor):
+        return {path: value.held if isinstance(value, DeviceTensor) else value}
+    if isinstance(value, dict):
+        members = value
+    elif is_dataclass(value):
+        members = vars(value)
+    elif hasattr(value, "_asdict"):
+        members = value._asdict()
+    elif isinstance(value, list | tuple):
+        members = dict(enumerate(value))
+    else:
+        return {}
+    return {at: t for name, member in members.items() for at, t in tensors_of(member, f"{path}/{name}").items()}
+
+
+def cell(model: icl.Model) -> dict[str, Any]:
+    """Every result of a cell."""
+    prompts = prompts_of(model)
+    zero_shot, in_context = (
+        icl.capture(model, each, fields=FIELDS, progress=False) for each in (prompts.zero_shot(), prompts)
+    )
+    delta = icl.finetune(model, prompts, lr=0.01, factors=True, progress=False)
+    with delta.applied(model):
+        finetuned = icl.capture(model, prompts.zero_shot(), fields=FIELDS, progress=False)
+    captures = {"zero_shot": zero_shot, "in_context": in_context}
+    decomposition = icl.decompose(model, **captures)
+    shown = repr(decomposition), decomposition._repr_html_(), decomposition.to_frame(), decomposition.masses()
+    assert all(len(each) for each in shown)
+    return {
+        **captures,
+        "decomposition": decomposition,
+        "tokens": torch.tensor(decomposition.by_token(1, 1, 2).icl_share.to_numpy()),
+        "summary": icl.decompose_prompts(model, prompts, keep=("delta_icl",), progress=False),
+        "delta": delta,
+        "deltas": list(icl.finetune_many(model, [prompts] * 2, [0.01, 0.02], progress=False)),
+        "comparison": icl.compare(**captures, finetuned=finetuned, delta=delta),
+        "massive": icl.find_massive_activations(**captures, finetuned=finetuned),
+        "updates": icl.compare_updates(model, **captures, delta=delta, progress=False),
+        "experiment": icl.run_experiment(model, prompts, lr=0.01, fields=FIELDS, replicas=0, progress=False).compare(),
+    }
+
+
+def test_a_cell_on_another_device_is_that_of_a_cpu() -> None:
+    """No operator meets a tensor of the CPU, and every number is the same, in float64."""
+    expected = tensors_of(cell(model_of(dtype=torch.float64, there=False)))
+    with pretended_device():
+        got = cell(model_of(dtype=torch.float64, there=True))
+        captured = got["in_context"]
+        assert captured.attn_out.device == captured.keys_values.query_keys.device == pretend_device.DEVICE
+        assert got["decomposition"].delta_icl.device == got["delta"].W_K.device == pretend_device.DEVICE
+        assert got["comparison"].gold.device.type == "cpu"
+        moved = captured.to("cpu")
+        assert not any(isinstance(tensor, DeviceTensor) for tensor in tensors_of(moved).values())
+    actual = tensors_of(got)
+    assert actual.keys() == expected.keys()
+    assert len(actual) > 150
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+
+
+def capture_counts(n_layers: int) -> Counter[str]:
+    model = model_of(n_layers, there=True)
+    with pretended_device() as counts:
+        prompts = prompts_of(model, n_queries=6)
+        icl.capture(model, prompts, fields=FIELDS, progress=False)  # which also checks the model
+        counts.clear()
+        icl.capture(model, prompts, fields=FIELDS, progress=False)
+        return counts.copy()
+
+
+def finetune_counts(n_layers: int) -> Counter[str]:
+    model = model_of(n_layers, there=True)
+    with pretended_device() as counts:
+        icl.finetune(model, prompts_of(model), lr=0.01, progress=False)
+        return counts.copy()
+
+
+def decompose_counts(n_layers: int) -> Counter[str]:
+    model = model_of(n_layers, there=True)
+    with pretended_device() as counts:
+        prompts = prompts_of(model)
+        zero_shot, in_context = (
+            icl.capture(model, each, fields=FIELDS, progress=False) for each in (prompts.zero_shot(), prompts)
+        )
+        counts.clear()
+        icl.decompose(model, zero_shot=zero_shot, in_context=in_context)
+        return counts.copy()
+
+
+@pytest.mark.parametrize("count", [capture_counts, finetune_counts])
+def test_nothing_waits_for_the_device_inside_a_layer(count: Callable[[int], Counter[str]]) -> None:
+    """Twice as many layers: as many copies, and as many numbers that the host waits for."""
+    few, many = count(2), count(4)
+    assert many["operators"] > 1.3 * few["operators"]
+    for what in ("waits", "to host", "to device"):
+        assert many[what] == few[what], what
+
+
+def test_a_decomposition_waits_for_the_device_once() -> None:
+    """Its layers take their masks' positions from the host, a copy each, and give nothing back."""
+    few, many = decompose_counts(2), decompose_counts(4)
+    assert many["waits"] == few["waits"]
+    assert many["to host"] == few["to host"]
+
+
+def test_copies_of_a_capture() -> None:
+    """What is captured stays where it is: the host reads the checks of fields and passes, and the fingerprint."""
+    counts = capture_counts(2)
+    n_passes, n_label_batches = 2, 2
+    assert counts["to host"] <= 2 * len(FIELDS) + n_passes + n_label_batches + 1
+    assert counts["waits"] <= 3 * (n_passes + n_label_batches)
+
+
+def test_a_finetuning_looks_at_its_losses_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icl_dual.finetuning import sgd
+
+    def waits(every: int) -> int:
+        monkeypatch.setattr(sgd, "LOOK_EVERY", every)
+        model = model_of(there=True)
+        with pretended_device() as counts:
+            icl.finetune(model, prompts_of(model, k=8), lr=0.01, progress=False)
+            return counts["to host"] + counts["waits"]
+
+    each_step, every_fourth = waits(1), waits(4)
+    assert each_step - every_fourth == 2 * 6  # the losses and the path's length, at 2 looks instead of 8
+
+
+def test_a_finetuning_that_diverges_between_looks_is_refused() -> None:
+    model = model_of(there=True)
+    with pretended_device(), pytest.raises(icl.DivergedError, match="diverged at step"):
+        icl.finetune(model, prompts_of(model), lr=1e4, progress=False)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranks_by_pairs_are_those_by_sorting(ties: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 7, 40, dtype=torch.float64, generator=generator)
+    if ties:
+        a, b = a.round(), b.round()
+    a[0, 0] = 0.0
+    a[1, 2, 5] = torch.nan
+    known = torch.rand(7, 40, generator=generator) > 0.2
+    clean = a.nan_to_num()
+    with pretended_device():
+        tau = ranks.kendall(DeviceTensor(a), DeviceTensor(b))
+        rho = ranks.spearman(DeviceTensor(clean), DeviceTensor(b), DeviceTensor(known))
+    for got, expected in ((tau, ranks.kendall(a, b)), (rho, ranks.spearman(clean, b, known))):
+        torch.testing.assert_close(got.held, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_hidden_infinities_are_looked_at_only_where_a_sum_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that is computed without a look is computed once more, with one, where it may be wrong."""
+    looks: list[bool] = []
+    attend = icl.dual.AttentionRule.attend
+
+    def spoilt(rule: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, sums: Any = None) -> Any:
+        looks.append(sums is None)
+        part = attend(rule, q, k, v, rows, keys, sums)
+        if sums:
+            sums[-1] = sums[-1] * torch.nan
+        return part
+
+    expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
+    model = model_of(there=True)
+    with pretended_device():
+        monkeypatch.setattr(icl.dual.AttentionRule, "attend", spoilt)
+        got = icl.capture(model, prompts_of(model), fields=FIELDS, progress=False)
+    assert {True, False} == set(looks)
+    for name, tensor in tensors_of(got).items():
+        torch.testing.assert_close(tensor, tensors_of(expected)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_batches_follow_the_cost_of_a_launch() -> None:
+    lengths = [3, 200, 4, 190]
+    assert len(shared_prefix.split_into_batches(lengths, 4)) == 2
+    assert len(shared_prefix.split_into_batches(lengths, 4, overhead=10_000)) == 1
