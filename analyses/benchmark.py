@@ -83,12 +83,13 @@ def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
         **contenders.ours(race, "demo_scores"),
         **(contenders.finetune(race) if {*FINETUNING} & {*names} else {}),
     }
+    expected = {what: values.cpu() for what, values in expected.items()}
     expected["demo_attention"] = expected["demo_scores"].softmax(-1)
     differences: dict[str, dict[str, float]] = {}
     for name in tqdm(names, desc="checking", leave=False):
         got = (BATCHED | PROMPT_BY_PROMPT)[name](race)
         differences[name] = {
-            what: ((got[what] - expected[what]).norm() / expected[what].norm()).item()
+            what: ((got[what].cpu() - expected[what]).norm() / expected[what].norm()).item()
             for what in got
             if what in expected
         }

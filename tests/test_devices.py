@@ -83,7 +83,7 @@ def cell(model: icl.Model) -> dict[str, Any]:
         "comparison": icl.compare(**captures, finetuned=finetuned, delta=delta),
         "massive": icl.find_massive_activations(**captures, finetuned=finetuned),
         "updates": icl.compare_updates(model, **captures, delta=delta, progress=False),
-        "experiment": icl.run_experiment(model, prompts, lr=0.01, fields=FIELDS, replicas=0, progress=False).compare(),
+        "experiment": icl.run_experiment(model, prompts, lr=0.01, fields=FIELDS, progress=False).compare(),
     }
 
 

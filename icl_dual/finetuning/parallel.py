@@ -372,6 +372,8 @@ class _ParallelRuns:
         for name, by_layer in weights.items():
             matrices = [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
             self.offsets[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
+        self.drawn_noise: dict[tuple[int, float], dict[str, list[Tensor]]] = {}
+        """On a GPU, by seed and size, the noise that runs start from: the host takes long to draw it."""
         for index, run in enumerate(self.runs):
             for name, by_layer in self._noise(run).items():
                 for tensor, change in zip(self.offsets[name], by_layer, strict=True):
@@ -407,7 +409,15 @@ class _ParallelRuns:
 
     def _noise(self, run: _Run) -> dict[str, list[Tensor]]:
         """Return the noise on a run's weights by a delta's name and by layer; nothing for a run without noise."""
-        return {} if run.noise is None else run.noise.changes(self.weights)
+        if run.noise is None:
+            return {}
+        if self.model.device.type == "cpu":  # where memory is scarcer than time
+            return run.noise.changes(self.weights)
+        seed, size = run.noise.seed, abs(run.noise.size)
+        if (seed, size) not in self.drawn_noise:
+            self.drawn_noise[seed, size] = Noise(seed, size).changes(self.weights)
+        drawn = self.drawn_noise[seed, size]
+        return drawn if run.noise.size > 0 else {name: [-change for change in drawn[name]] for name in drawn}
 
     def run(self, progress: bool) -> list[WeightDelta | DivergedError]:
         """Take all steps of all runs and return each run's result."""
@@ -559,7 +569,7 @@ class _ParallelRuns:
             name: torch.stack([tensor.detach()[index] for tensor in by_layer])
             for name, by_layer in self._changes().items()
         }
-        for name, by_layer in self._noise(run).items():  # drawn once more, which costs less than to keep it
+        for name, by_layer in self._noise(run).items():  # on a CPU drawn once more
             deltas[name] -= torch.stack(by_layer)
         return WeightDelta(
             model=self.model.name,

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from icl_dual.metrics.formulas import (
     ROUNDING,
     TOP_DEMONSTRATIONS,
     TOP_TOKENS,
+    as_long,
     by_demonstration,
     changed,
     demonstration_weights,
+    draw_directions,
     finetuning_attention,
     query_by_kv_head,
     random_map_updates,
-    random_updates,
     sim_aou,
     top_recall,
 )
@@ -203,9 +204,10 @@ class Batch:
         h_zsl, h_icl, h_ft = self.h_zero_shot, self.h_in_context, self.h_finetuned
         names = ("update", "inflation", "unnormalised")
         totals = {name: h_zsl.new_zeros(h_zsl.shape[:2]) for name in names}
-        updates, streams = (h_ft - h_zsl, h_icl - h_zsl), (self.streams["h_ft"], self.streams["h_icl"])
-        with ThreadPoolExecutor(2) as pool:  # numpy draws one stream on one thread
-            r_ft, r_icl = pool.map(lambda update, stream: random_updates(update, seed=stream), updates, streams)
+        with ThreadPoolExecutor(2) as pool:  # numpy draws a stream on one thread
+            streams = (self.streams[name] for name in ("h_ft", "h_icl"))
+            directions = pool.map(partial(draw_directions, h_zsl.shape), streams)
+        r_ft, r_icl = map(as_long, directions, (h_ft - h_zsl, h_icl - h_zsl))
         for of_ft, of_icl in zip(r_ft.unbind(1), r_icl.unbind(1), strict=True):
             random_ft = h_zsl + of_ft
             scores = (

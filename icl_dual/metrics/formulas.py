@@ -5,6 +5,7 @@ FT are the zero-shot, in-context and finetuned settings. Definitions are those o
 released code. What is undefined (a cosine with a zero vector, a rank correlation of constants) is NaN.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,11 +175,22 @@ def random_updates(
     Returns:
         The random updates, `draws` of them along the second axis.
     """
-    n, *axes = update.shape
-    r = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
-    r = r.to(update.device)
-    size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(r)
-    return r.mul_(size / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+    return as_long(draw_directions(update.shape, seed, draws), update)
+
+
+def draw_directions(shape: Sequence[int], seed: Seed, draws: int = NULL_DRAWS) -> Float[Tensor, "query draw *axes d"]:
+    """Return standard normal numbers for updates of a shape, `draws` of them along the second axis, on the CPU."""
+    n, *axes = shape
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
+
+
+def as_long(
+    directions: Float[Tensor, "query draw *axes d"], update: Float[Tensor, "query *axes d"]
+) -> Float[Tensor, "query draw *axes d"]:
+    """Return directions as vectors that are as long as the updates; the directions are overwritten."""
+    directions = directions.to(update.device)
+    size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(directions)
+    return directions.mul_(size / directions.norm(dim=-1, keepdim=True).clamp_min(1e-20))
 
 
 def sim_am(
