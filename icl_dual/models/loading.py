@@ -2,13 +2,15 @@
 
 import copy
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +24,7 @@ from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
+from icl_dual.torch_utils import dtype_name
 
 
 @merged_only
@@ -57,7 +60,9 @@ def load_model(
 
     Raises:
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
-        UnsupportedModelError: the model is not a decoder with attention that hooks can read.
+        UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
+            quantised.
+        MemoryError: the weights are larger than the free memory of the device; says what would fit.
         ValueError: torch cannot use the device, or arithmetic is another than float32 for weights in half precision.
 
     Example:
@@ -71,6 +76,8 @@ def load_model(
         raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
     files = assets.model_files(name, revision)
     check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
+    _check_not_quantised(name, files.folder)
+    _check_fits(name, files.folder, torch.device(device), dtype)
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -116,6 +123,66 @@ def load_model(
         arithmetic=arithmetic,
         tokenizer=tokenizer,
     )
+
+
+def _check_not_quantised(name: str, folder: Path) -> None:
+    """Raise an UnsupportedModelError where a folder's weights are quantised: their projections are no plain matrices.
+
+    GGUF files are dequantised when they are read, and have become plain folders here.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    quantisation = settings.get("quantization_config") if isinstance(settings, dict) else None
+    if quantisation:
+        method = quantisation.get("quant_method", quantisation) if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedModelError(
+            f"{name}: expected weights in floating point, got weights quantised by {method}: load the model that it was "
+            "made of, a GGUF file of it (which is dequantised), or dequantise it with transformers "
+            "(model.dequantize()) and save that with save_pretrained"
+        )
+
+
+def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise a MemoryError where the weights alone are larger than the free memory of the device."""
+    n_weights, free = _n_weights(folder), free_memory(device)
+    needed = n_weights * dtype.itemsize
+    if free is None or needed <= free:
+        return
+    in_half = 2 * n_weights
+    advice = (
+        f"load it with dtype=torch.bfloat16, arithmetic=torch.float32, which takes {_gib(in_half)}"
+        if in_half <= free
+        else f"use a model of at most {free // 2 / 1e9:.1f} billion weights in bfloat16"
+    )
+    raise MemoryError(
+        f"{name}: expected {_gib(needed)} of free memory on {device} for {n_weights / 1e9:.2f} billion weights in "
+        f"{dtype_name(dtype)}, got {_gib(free)}: {advice}, or free memory"
+    )
+
+
+def _n_weights(folder: Path) -> int:
+    """Return the number of weights in a folder's safetensors, from their headers; 0 where it has none."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no dictionary
+        except SafetensorError:
+            return 0  # damaged: reading it says so
+    return sum(map(math.prod, shapes.values()))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; `None` where it is not known."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

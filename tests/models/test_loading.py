@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import some_eta
@@ -17,6 +18,7 @@ from transformers import (
 
 import icl_dual as icl
 from icl_dual.assets import ModelFiles
+from icl_dual.models import loading
 from icl_dual.models.momentum_gpt2 import MomentumConfig, MomentumForCausalLM
 
 
@@ -192,3 +194,41 @@ def test_weights_that_run_code_are_refused_without_advice_to_run_it(
         icl.load_model(str(tmp_path))
     assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "code_ran").exists()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_quantised_weights_are_refused_before_they_are_read(tmp_path: Path, method: str) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}})
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(icl.UnsupportedModelError, match=f"quantised by {method}.*dequantize"):
+        icl.load_model(tmp_path)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_weights = 10**6
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file(
+        {"a": torch.zeros(n_weights // 2, dtype=torch.float16), "b": torch.zeros(1000, 500)}, tmp_path / "m.safetensors"
+    )
+    monkeypatch.setattr(loading, "free_memory", lambda device: 4 * n_weights - 1)
+    with pytest.raises(MemoryError, match=r"weights in float32, got .*bfloat16, arithmetic=torch\.float32"):
+        icl.load_model(tmp_path)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 2 * n_weights - 1)
+    with pytest.raises(MemoryError, match="use a model of at most"):
+        icl.load_model(tmp_path, dtype=torch.bfloat16)
+    assert loading._n_weights(tmp_path) == n_weights
+
+
+def test_free_memory_is_that_of_the_machine() -> None:
+    free = loading.free_memory(torch.device("cpu"))
+    assert free is not None
+    assert 2**20 < free < psutil.virtual_memory().total
+    assert loading.free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match="expected a device that torch can use here, got"):
+        icl.load_model(tmp_path / "nothing", device=device)
