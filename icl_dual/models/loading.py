@@ -138,7 +138,7 @@ def _check_not_quantised(name: str, folder: Path) -> None:
     if quantisation:
         method = quantisation.get("quant_method", quantisation) if isinstance(quantisation, dict) else quantisation
         raise UnsupportedModelError(
-            f"{name}: expected weights in floating point, got weights quantised by {method}: load the model that it was "
+            f"{name}: expected weights in floating point, got weights quantised by {method}: load the model it was "
             "made of, a GGUF file of it (which is dequantised), or dequantise it with transformers "
             "(model.dequantize()) and save that with save_pretrained"
         )
