@@ -35,8 +35,8 @@ def model_of(n_layers: int = 2, dtype: torch.dtype = torch.float32, *, there: bo
             {**model.wrapped.original_model.config.to_dict(), "num_hidden_layers": n_layers}
         )
         config._attn_implementation = "eager"
-        hf_model: Any = LlamaForCausalLM(config).to(dtype).eval()
-        model = icl.Model(boot("tiny", hf_model, model.tokenizer, "cpu", dtype), name="tiny")
+        hf_model: Any = LlamaForCausalLM(config)
+        model = icl.Model(boot("tiny", hf_model.to(dtype).eval(), model.tokenizer, "cpu", dtype), name="tiny")
     if there:
         pretend_device.move(model.wrapped)
         pretend_device.move(model.wrapped.original_model)
@@ -69,7 +69,7 @@ def cell(model: icl.Model) -> dict[str, Any]:
     delta = icl.finetune(model, prompts, lr=0.01, factors=True, progress=False)
     with delta.applied(model):
         finetuned = icl.capture(model, prompts.zero_shot(), fields=FIELDS, progress=False)
-    captures = {"zero_shot": zero_shot, "in_context": in_context}
+    captures: dict[str, Any] = {"zero_shot": zero_shot, "in_context": in_context}
     decomposition = icl.decompose(model, **captures)
     shown = repr(decomposition), decomposition._repr_html_(), decomposition.to_frame(), decomposition.masses()
     assert all(len(each) for each in shown)
@@ -189,8 +189,8 @@ def test_ranks_by_pairs_are_those_by_sorting(ties: bool) -> None:
     known = torch.rand(7, 40, generator=generator) > 0.2
     clean = a.nan_to_num()
     with pretended_device():
-        tau = ranks.kendall(DeviceTensor(a), DeviceTensor(b))
-        rho = ranks.spearman(DeviceTensor(clean), DeviceTensor(b), DeviceTensor(known))
+        tau: Any = ranks.kendall(DeviceTensor(a), DeviceTensor(b))
+        rho: Any = ranks.spearman(DeviceTensor(clean), DeviceTensor(b), DeviceTensor(known))
     for got, expected in ((tau, ranks.kendall(a, b)), (rho, ranks.spearman(clean, b, known))):
         torch.testing.assert_close(got.held, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 

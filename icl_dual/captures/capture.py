@@ -460,7 +460,7 @@ class _Recorder:
 
     def on_attention(self, layer: int, attention: Attention, rows: BatchRows) -> None:
         """Record a layer's attention."""
-        tensors, index = self.tensors, rows.index
+        tensors, index = self.tensors, rows.indices
         z = attention.output if "z" in tensors else attention.z
         for name, tensor in (("z", z), ("q", attention.q_pre_rotary), ("q_scored", attention.q)):
             if name in tensors:
@@ -483,31 +483,31 @@ class _Recorder:
         tensors, (scale, softcap, *_) = self.tensors, self.model.attention_rules[layer]
         keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
         if "context_scores" in tensors:
-            tensors["context_scores"][rows.index, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap)
+            tensors["context_scores"][rows.indices, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap)
         if "demo_scores" in tensors:
             demo_scores = dual.shared_scores(q, self.demo_keys[layer], scale, softcap)
-            tensors["demo_scores"][rows.index, layer] = demo_scores.transpose(0, 1)
+            tensors["demo_scores"][rows.indices, layer] = demo_scores.transpose(0, 1)
         if "query_scores" in tensors:
             prefix_scores = dual.shared_scores(q, keys[n_prefix:], scale, softcap).transpose(0, 1)
             row_scores = dual.scores(q.unsqueeze(1), k, scale, softcap).flatten(1, 2)
             row_scores = row_scores.masked_fill(rows.past_end[:, None], 0.0)
             query_scores = torch.cat((prefix_scores, row_scores), dim=-1)
-            tensors["query_scores"][rows.index, layer, :, : query_scores.shape[-1]] = query_scores
+            tensors["query_scores"][rows.indices, layer, :, : query_scores.shape[-1]] = query_scores
 
     def on_output(self, layer: int, output: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record a layer's attention output."""
         if "attn_out" in self.tensors:
-            self.tensors["attn_out"][rows.index, layer] = rows.at_last(output).to(self.dtype)
+            self.tensors["attn_out"][rows.indices, layer] = rows.at_last(output).to(self.dtype)
 
     def on_residual(self, layer: int, stream: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record the residual stream after a layer, and its norms."""
         if "stream" in self.tensors:
-            self.tensors["stream"][rows.index, layer] = rows.at_last(stream).to(self.dtype)
+            self.tensors["stream"][rows.indices, layer] = rows.at_last(stream).to(self.dtype)
         if "residual_norms" not in self.tensors:
             return
         n_common, n_pos = self.n_before_rows - len(self.prompts.start), stream.shape[1]
         norms = norms_of(stream).masked_fill(rows.past_end, 0.0)
-        self.tensors["residual_norms"][rows.index, layer, n_common : n_common + n_pos] = norms
+        self.tensors["residual_norms"][rows.indices, layer, n_common : n_common + n_pos] = norms
 
     def capture(
         self,

@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 class BatchRows(NamedTuple):
     """The rows of a batch, as tensors on the model's device: made once for all layers."""
 
-    index: Int[Tensor, " batch"]
+    indices: Int[Tensor, " batch"]
     """The rows' indices."""
     last: Int[Tensor, " batch"]
     """The position of each row's last token."""

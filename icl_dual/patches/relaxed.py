@@ -367,7 +367,7 @@ class _DeltaIcl:
             if layer in layers:
                 z_0 = merge_cache(model, start, layer, attention, n_prefix).z
                 added = at_least_float32(attention.z) - at_least_float32(z_0)
-                for row, of_row, end in zip(rows.index.tolist(), added, rows.last.tolist(), strict=True):
+                for row, of_row, end in zip(rows.indices.tolist(), added, rows.last.tolist(), strict=True):
                     self.by_query[row, layer] = of_row[: end + 1].clone()
 
         self.logits = _in_context_logits(model, prompts, cache, keep)
@@ -486,7 +486,7 @@ class _Context:
 
         def keep(layer: int, attention: Attention, rows: BatchRows) -> None:
             if layer in layers:
-                at = rows.index.tolist()
+                at = rows.indices.tolist()
                 self.z[at, layer] = rows.at_last(attention.z).to(self.z)
                 relaxed = _relaxed(model, cache, layer, attention, rows.last)
                 self.inner[at, layer], self.square[at, layer] = _products(self.z[at, layer], relaxed)

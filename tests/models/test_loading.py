@@ -203,7 +203,7 @@ def test_quantised_weights_are_refused_before_they_are_read(tmp_path: Path, meth
     )
     (tmp_path / "model.safetensors").write_bytes(b"not read")
     with pytest.raises(icl.UnsupportedModelError, match=f"quantised by {method}.*dequantize"):
-        icl.load_model(tmp_path)
+        icl.load_model(str(tmp_path))
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +214,10 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
     )
     monkeypatch.setattr(loading, "free_memory", lambda device: 4 * n_weights - 1)
     with pytest.raises(MemoryError, match=r"weights in float32, got .*bfloat16, arithmetic=torch\.float32"):
-        icl.load_model(tmp_path)
+        icl.load_model(str(tmp_path))
     monkeypatch.setattr(loading, "free_memory", lambda device: 2 * n_weights - 1)
     with pytest.raises(MemoryError, match="use a model of at most"):
-        icl.load_model(tmp_path, dtype=torch.bfloat16)
+        icl.load_model(str(tmp_path), dtype=torch.bfloat16)
     assert loading._n_weights(tmp_path) == n_weights
 
 
@@ -231,4 +231,4 @@ def test_free_memory_is_that_of_the_machine() -> None:
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:-1"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
     with pytest.raises(ValueError, match="expected a device that torch can use here, got"):
-        icl.load_model(tmp_path / "nothing", device=device)
+        icl.load_model(str(tmp_path / "nothing"), device=device)
