@@ -163,14 +163,18 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
 
 
 def _n_weights(folder: Path) -> int:
-    """Return the number of weights in a folder's safetensors, from their headers; 0 where it has none."""
-    shapes: dict[str, list[int]] = {}
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no dictionary
-        except SafetensorError:
-            return 0  # damaged: reading it says so
+    """Return the number of weights in the safetensors that transformers reads, from their headers; 0 without any."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        files = (
+            json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [single.name]
+        )
+        shapes: dict[str, list[int]] = {}
+        for file in set(files):  # others may hold the same weights by other names
+            with safe_open(folder / file, "pt") as opened:
+                shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - no dictionary
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
+        return 0  # incomplete: reading it says so
     return sum(map(math.prod, shapes.values()))
 
 
