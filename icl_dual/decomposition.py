@@ -612,7 +612,8 @@ def decompose(model: Model, *, zero_shot: Capture, in_context: Capture) -> Decom
     check_paired(model, zero_shot=zero_shot, in_context=in_context)
     check_fields(DECOMPOSE_FIELDS, in_context=in_context)
     check_fields(("attn_out", "z"), zero_shot=zero_shot)
-    projections = _projections(model, _field(in_context, "z").device)
+    device = _field(in_context, "z").device
+    zero_shot, projections = zero_shot.to(device), _projections(model, device)
     of_first = _full_prompt_residuals(model, in_context, in_context.full_prompt, *projections)
     return _decompose(model, zero_shot, in_context, of_first, *projections)
 
@@ -647,7 +648,8 @@ def decompose_prompts(
     Example:
         >>> import icl_dual
         >>> from icl_dual.models import tiny_model
-        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), [{"text": "a", "label": 0}] * 9)
+        >>> rows = [{"text": f"film number {i}", "label": i % 2} for i in range(20)]
+        >>> task = icl_dual.Task("films", "Text: {text} Label:", ("bad", "good"), rows)
         >>> model = tiny_model()
         >>> prompts = icl_dual.build_prompts(model, task, task.demonstrations(2, seed=1), task.queries(5))
         >>> summary = icl_dual.decompose_prompts(model, prompts, keep=("delta_icl",), progress=False)

@@ -482,7 +482,7 @@ def attend(
         return _no_keys(q)
     if any(map(_is_batched, (q, k, v, bias))):
         return _attend(q, k, v, scale, softcap, bias, causal)
-    is_fused = softcap is None and bias is None and _can_fuse(q)
+    is_fused = softcap is None and bias is None and _can_fuse(q, k, v)
     if is_fused and _are_scores_finite(q, k, scale):
         part = _attend_fused(q, k, v, scale, causal)
     else:
@@ -507,7 +507,7 @@ def _attend_unseen(
     """
     if not k.shape[1]:
         return _no_keys(q)
-    if softcap is None and bias is None and _can_fuse(q):
+    if softcap is None and bias is None and _can_fuse(q, k, v):
         return _attend_fused(q, k, v, scale, causal)
     return _attend(q, k, v, scale, softcap, bias, causal)
 
@@ -529,10 +529,11 @@ def _is_batched(tensor: Tensor | None) -> bool:
     return False
 
 
-def _can_fuse(q: Tensor) -> bool:
-    """Return whether a fused kernel takes queries of this device, dtype and width."""
+def _can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether a fused kernel takes tensors of this device, dtype and width."""
     if q.device.type == "cuda":  # the kernel takes no float64, reads 8 numbers at once, and has no gradient of its sum
-        return "cuda" in FUSED and q.dtype.itemsize <= 4 and q.shape[-1] % 8 == 0 and not q.requires_grad
+        can_take = all(t.dtype.itemsize <= 4 and t.shape[-1] % 8 == 0 and not t.requires_grad for t in (q, k, v))
+        return "cuda" in FUSED and can_take
     return q.device.type in FUSED and q.numel() > 0
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pretend_device
 import pytest
 import torch
@@ -17,6 +18,7 @@ from icl_dual.captures import shared_prefix
 from icl_dual.models import tiny_model
 from icl_dual.models.bridge import boot
 from icl_dual.statistics import ranks
+from icl_dual.views.terms import decomposition_terms
 
 FIELDS = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
 ROWS = [{"text": f"film {i}" + " very long" * (i % 3), "label": i % 2} for i in range(40)]
@@ -72,6 +74,9 @@ def cell(model: icl.Model) -> dict[str, Any]:
     captures: dict[str, Any] = {"zero_shot": zero_shot, "in_context": in_context}
     decomposition = icl.decompose(model, **captures)
     shown = repr(decomposition), decomposition._repr_html_(), decomposition.to_frame(), decomposition.masses()
+    icl.plots.by_layer({"direct": decomposition.direct_share})
+    plt.close("all")
+    assert len(decomposition_terms(decomposition, 0, zero_shot, model.tokenizer).quantities) == 2
     assert all(len(each) for each in shown)
     return {
         **captures,
@@ -103,6 +108,26 @@ def test_a_cell_on_another_device_is_that_of_a_cpu() -> None:
     assert len(actual) > 150
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+
+
+def test_results_of_two_devices_are_computed_where_the_in_context_capture_is() -> None:
+    """As where one of them was loaded."""
+    with pretended_device():
+        model = model_of(there=True)
+        prompts = prompts_of(model)
+        zero_shot, in_context = (
+            icl.capture(model, each, fields=FIELDS, progress=False) for each in (prompts.zero_shot(), prompts)
+        )
+        delta = icl.finetune(model, prompts, lr=0.01, progress=False).to("cpu")
+        expected = icl.decompose(model, zero_shot=zero_shot, in_context=in_context).to("cpu")
+        got = icl.decompose(model, zero_shot=zero_shot.to("cpu"), in_context=in_context)
+        torch.testing.assert_close(got.to("cpu").inherited, expected.inherited)
+        with delta.applied(model):
+            finetuned = icl.capture(model, prompts.zero_shot(), fields=FIELDS, progress=False)
+        comparison = icl.compare(
+            zero_shot=zero_shot.to("cpu"), in_context=in_context, finetuned=finetuned.to("cpu"), delta=delta
+        )
+        assert comparison.per_layer["Kendall"].isfinite().any()
 
 
 def capture_counts(n_layers: int) -> Counter[str]:

@@ -47,7 +47,7 @@ PREFIX_BLOCK = 256
 """How many prefix tokens run at once on a CPU: the memory of a model's own attention grows with their square."""
 
 LAUNCHED_BLOCK = 2048
-"""The same on devices that wait for each operator to be launched, which takes as long for few tokens as for many."""
+"""How many prefix tokens run at once on other devices: launching operators takes as long for few tokens as for many."""
 
 BATCH_OVERHEAD = 96
 """The cost of a batch besides its tokens on a CPU, in tokens: measured on a small model, where it is largest."""
@@ -456,26 +456,29 @@ def batch_overhead(model: Model) -> int:
     """
     if model.device.type != "cuda":
         return BATCH_OVERHEAD
+    if model.batch_overhead is None and (model.mlp_changes or model.run_checks or model.foreign_hooks()):
+        return LARGEST_OVERHEAD  # other tokens may be refused, and other people's hooks may keep what they see
     if model.batch_overhead is None:
         generator = torch.Generator().manual_seed(0)
         seconds = []
         for shape in MEASURED_TOKENS:
             tokens = torch.randint(model.d_vocab, shape, generator=generator).to(model.device)
             last = torch.zeros_like(tokens[:, :1])
-            turns = [_seconds(partial(model.run, tokens[:, : model.n_ctx], read=last)) for _ in range(3)]
+            turns = [_seconds(model, partial(model.run, tokens[:, : model.n_ctx], read=last)) for _ in range(3)]
             seconds.append(min(turns))
         (few, many), (n_few, n_many) = seconds, map(math.prod, MEASURED_TOKENS)
         by_token = max(many - few, 0.0) / (n_many - n_few)
-        model.batch_overhead = round(few / max(by_token, few / LARGEST_OVERHEAD))
+        overhead = few / max(by_token, few / LARGEST_OVERHEAD)
+        model.batch_overhead = 4 ** round(math.log(overhead, 4))  # roughly, so that runs plan the same batches
     return model.batch_overhead
 
 
-def _seconds(run: Callable[[], Tensor]) -> float:
+def _seconds(model: Model, run: Callable[[], Tensor]) -> float:
     """Return how long the device takes for a pass."""
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(model.device)
     started = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(model.device)
     return time.perf_counter() - started
 
 

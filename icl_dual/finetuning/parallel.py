@@ -11,6 +11,7 @@ captured once as a CUDA graph, with the hooks' operators in it, and launched as 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -423,7 +424,10 @@ class _ParallelRuns:
         """Take all steps of all runs and return each run's result."""
         fingerprint, longest = self.model.fingerprint(), max(run.n_demonstrations for run in self.runs)
         title = f"finetuning {len(self.runs)} in parallel"
-        with progress_bar(total=longest * self.config.epochs, desc=title, show=progress, unit="step") as bar:
+        # Graphs and streams are those of the current device, which need not be the model's.
+        current = torch.cuda.device(self.model.device) if self.by_graph else nullcontext()
+        total = longest * self.config.epochs
+        with current, progress_bar(total=total, desc=title, show=progress, unit="step") as bar:
             while self.active:
                 self._step()
                 if self._is_look_due():
@@ -443,8 +447,6 @@ class _ParallelRuns:
         else:
             sequences = self._sequences(rows, n_targets, max(map(len, rows)), max(n_targets))
             result = self._take_step(sequences)
-        if is_first and not torch.isfinite(result.losses).all():
-            check_activations(self.model, partial(self._forward, sequences))
         for name in ("q", "k"):
             for run, row, content in zip(self.active, rows, getattr(result, name), strict=True):
                 if run.n_read < run.n_demonstrations:
@@ -469,7 +471,16 @@ class _ParallelRuns:
             before.wait_stream(stream)
             return result
         if self.graph is None:
-            self.graph = _StepGraph(self._take_step, _Sequences(*(tensor.clone() for tensor in sequences)))
+            n_steps, n_read = self.steps.n_steps, self.steps.n_read
+            try:
+                self.graph = _StepGraph(self._take_step, _Sequences(*(tensor.clone() for tensor in sequences)))
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                # A forward pass that waits for the device, as some routers of experts do, cannot be captured.
+                log.warning("finetuning step by step: %s cannot run as a CUDA graph (%s)", self.model.name, error)
+                self.by_graph, self.steps.n_steps, self.steps.n_read = False, n_steps, n_read
+                return self._take_step(sequences)
         return self.graph.run(sequences)
 
     def _take_step(self, sequences: _Sequences) -> _StepResult:
@@ -482,6 +493,8 @@ class _ParallelRuns:
             on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach()),
         )
         losses = self._losses(sequences, logits)
+        if not self.active[0].n_read and not torch.isfinite(losses).all():  # before the step makes all weights NaN
+            check_activations(self.model, partial(self._forward, sequences))
         gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
         if any(gradient is None for gradient in gradients):
             raise UnsupportedModelError(

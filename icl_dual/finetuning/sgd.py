@@ -162,7 +162,8 @@ def _finetune(
     projection_deltas = _added(
         _deltas_beside(started) if is_beside else {}, {} if adapters is None else adapters.projection_deltas()
     )
-    losses, loss_tensors, look_every = list[float](), list[Tensor](), steps_between_looks(model)
+    losses, loss_tensors = list[float](), list[Tensor]()
+    look_every = 1 if factors else steps_between_looks(model)  # factors are checked at each step
     training: dict[str, list[Tensor]] = {"q": [], "k": []}
     fingerprint = model.fingerprint()
     recorder = _FactorRecorder(model, started) if factors else None

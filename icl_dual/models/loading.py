@@ -74,6 +74,8 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
+    if torch.device(device).type == "mps":
+        raise ValueError("expected a device with numbers in float64, cpu or cuda, got 'mps', which has none: pass cpu")
     files = assets.model_files(name, revision)
     check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
     _check_not_quantised(name, files.folder)
@@ -182,7 +184,10 @@ def free_memory(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes; `None` where it is not known."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for new tensors
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _gib(n_bytes: int) -> str:

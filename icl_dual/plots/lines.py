@@ -137,7 +137,7 @@ def against_null(
             series_style(0),
         )
         for index, (label, tensor) in enumerate({"random directions": null, "ΔW_ICL and ΔW_FT": values}.items()):
-            flat = tensor.transpose(0, 1).flatten(1).double()
+            flat = tensor.transpose(0, 1).flatten(1).double().cpu()
             low, high = flat.nanquantile(torch.tensor([0.025, 0.975], dtype=flat.dtype), dim=1)
             layer = np.arange(len(flat))
             on.plot(layer, flat.nanmean(1), label=label, markevery=mark_every(index, len(flat)), **styles[index])
@@ -274,7 +274,7 @@ def _draw_replicas(comparisons: Sequence[Comparison], name: str, how: Drawing, a
 
 def _mean_by_layer(values: Float[Tensor, "seed query layer"], ax: Axes, index: int, **style: Any) -> None:
     """Draw the mean over seeds and queries by layer, with a band of ±1.96 standard errors."""
-    values = values.double()
+    values = values.double().cpu()
     mean, error = values.nanmean(0).nanmean(0), 1.96 * crossed_error(values)
     layer = np.arange(len(mean))
     ax.plot(layer, mean, markevery=mark_every(index, len(mean)), **style)

@@ -143,9 +143,12 @@ class Recordings(Saved):
                 or steps do not match their demonstrations.
         """
         _check_match(zero_shot, in_context, finetuned, delta, steps)
+        device = in_context.label_log_probs.device
+        zero_shot, finetuned = zero_shot.to(device), finetuned.to(device)
+        delta = None if delta is None else delta.to(device)
         captures, prompts = {"ZSL": zero_shot, "ICL": in_context, "FT": finetuned}, in_context.prompts
         query_scores = {name: _field(capture, "query_scores") for name, capture in captures.items()}
-        scale, device = _field(finetuned, "q").shape[-1] ** -0.5, in_context.label_log_probs.device
+        scale = _field(finetuned, "q").shape[-1] ** -0.5
         segments = _shared_segments(prompts, range(len(prompts.demonstrations)) if steps is None else steps)
         return cls(
             gold=in_context.gold,

@@ -43,6 +43,8 @@ def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) ->
     rows = math.prod(batch)
     if n < 2 or not rows:
         return torch.full(batch, torch.nan, dtype=torch.float64, device=a.device)
+    if a.device.type != "cpu" and n**2 > PAIRS_AT_ONCE:
+        return kendall(a.cpu(), b.cpu()).to(a.device)
     if a.device.type != "cpu":
         return _kendall_by_pairs(a.reshape(rows, n), b.reshape(rows, n)).view(batch)
     step = max(1, AT_ONCE // n)
@@ -128,7 +130,8 @@ def _centred_ranks(
         x = x.where(known, torch.inf)
         in_order, x = x.sort(-1).values, x.contiguous()
         begin, end = (torch.searchsorted(in_order, x, right=right) for right in (False, True))
-        mean = (known.sum(-1, keepdim=True) + 1) / 2
+        n_known = known.sum(-1, keepdim=True)
+        end, mean = torch.minimum(end, n_known), (n_known + 1) / 2  # unknown items come last, as infinite ones
         return ((begin + end + 1).to(x.dtype) / 2 - mean).where(known, 0.0)
     hidden = None if known.all() else ~known
     x = x if hidden is None else x.masked_fill(hidden, torch.nan)

@@ -54,8 +54,8 @@ class Saved(BaseResult):
             device: the device, such as `cpu` or `cuda`.
         """
         moved = _moved(self, torch.device(device))
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            torch.cuda.synchronize(index)
         return moved
 
     @checked
@@ -134,7 +134,7 @@ _TENSOR = object()
 def _moved(value: Any, device: torch.device) -> Any:
     """Return a value with its tensors on a device, wherever they are nested; not waiting for the copies."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=value.device.type == "cuda")
     if isinstance(value, Mapping):
         return {name: _moved(member, device) for name, member in value.items()}
     if hasattr(value, "_fields"):

@@ -101,6 +101,7 @@ def decomposition_terms(
     prompts = decomposition.prompts
     query = checked_index("query", query, len(prompts.queries))
     tokenizer = _tokenizer(tokenizer, prompts.tokenizer)
+    decomposition, zero_shot = decomposition.to("cpu"), None if zero_shot is None else zero_shot.to("cpu")
     n_layers, n_heads = decomposition.mass.shape[1:3]
     tables = [[decomposition.by_token(query, layer, head) for head in range(n_heads)] for layer in range(n_layers)]
     groups = decomposition.groups
