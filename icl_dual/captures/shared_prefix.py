@@ -456,21 +456,22 @@ def batch_overhead(model: Model) -> int:
     """
     if model.device.type != "cuda":
         return BATCH_OVERHEAD
-    if model.batch_overhead is None and (model.mlp_changes or model.run_checks or model.foreign_hooks()):
+    if model.batch_overhead is not None:
+        return model.batch_overhead
+    if model.mlp_changes or model.run_checks or model.foreign_hooks():
         return LARGEST_OVERHEAD  # other tokens may be refused, and other people's hooks may keep what they see
-    if model.batch_overhead is None:
-        generator = torch.Generator().manual_seed(0)
-        seconds = []
-        for shape in MEASURED_TOKENS:
-            tokens = torch.randint(model.d_vocab, shape, generator=generator).to(model.device)
-            last = torch.zeros_like(tokens[:, :1])
-            turns = [_seconds(model, partial(model.run, tokens[:, : model.n_ctx], read=last)) for _ in range(3)]
-            seconds.append(min(turns))
-        (few, many), (n_few, n_many) = seconds, map(math.prod, MEASURED_TOKENS)
-        by_token = max(many - few, 0.0) / (n_many - n_few)
-        overhead = few / max(by_token, few / LARGEST_OVERHEAD)
-        model.batch_overhead = 4 ** round(math.log(overhead, 4))  # roughly, so that runs plan the same batches
-    return model.batch_overhead
+    generator = torch.Generator().manual_seed(0)
+    seconds = []
+    for shape in MEASURED_TOKENS:
+        tokens = torch.randint(model.d_vocab, shape, generator=generator).to(model.device)
+        last = torch.zeros_like(tokens[:, :1])
+        turns = [_seconds(model, partial(model.run, tokens[:, : model.n_ctx], read=last)) for _ in range(3)]
+        seconds.append(min(turns))
+    (few, many), (n_few, n_many) = seconds, map(math.prod, MEASURED_TOKENS)
+    by_token = max(many - few, 0.0) / (n_many - n_few)
+    overhead = few / max(by_token, few / LARGEST_OVERHEAD)
+    model.batch_overhead = measured = 4 ** round(math.log(overhead, 4))  # roughly, so that runs plan the same batches
+    return measured
 
 
 def _seconds(model: Model, run: Callable[[], Tensor]) -> float:
