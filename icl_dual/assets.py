@@ -437,12 +437,12 @@ def _deciding_files(folder: Path) -> dict[str, Path]:
     """Return the files of a model folder that decide what the model computes, by their sorted names."""
     suffixes = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".model", ".tiktoken", ".txt"}
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.is_file()}
-    shards = {shard for name, path in files.items() if name.endswith(".index.json") for shard in _shards(path)}
+    shards = {shard for name, path in files.items() if name.endswith(".index.json") for shard in weight_shards(path)}
     # An index can name shards in sub-folders.
     return files | {shard: folder / shard for shard in sorted(shards) if (folder / shard).is_file()}
 
 
-def _shards(index: Path) -> set[str]:
+def weight_shards(index: Path) -> set[str]:
     """Return the names of the weight files that an index lists; none for another or a damaged file."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten: Any = torch.ops.aten
 
 DEVICE = torch.device("meta")
-"""The name that the device goes by: torch's own tensors of that name have no numbers, and do not appear here."""
+"""The device's name, that of torch's tensors without numbers, which are refused here."""
 
 WAITS = {
     aten._local_scalar_dense.default,

@@ -459,7 +459,7 @@ def batch_overhead(model: Model) -> int:
     if model.batch_overhead is not None:
         return model.batch_overhead
     if model.mlp_changes or model.run_checks or model.foreign_hooks():
-        return LARGEST_OVERHEAD  # other tokens may be refused, and other people's hooks may keep what they see
+        return LARGEST_OVERHEAD  # other tokens may be refused, and foreign hooks may keep what they receive
     generator = torch.Generator().manual_seed(0)
     seconds = []
     for shape in MEASURED_TOKENS:

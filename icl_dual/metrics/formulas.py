@@ -162,24 +162,14 @@ def sim_aou_unnormalised(
     return dual.cosine(h_icl - h_zsl, h_ft - h_zsl)
 
 
-def random_updates(
-    update: Float[Tensor, "query *axes d"], *, seed: Seed = 0, draws: int = NULL_DRAWS
-) -> Float[Tensor, "query {draws} *axes d"]:
-    """Return centred Gaussian directions, each as long as the update that it replaces, in float32.
+def draw_directions(shape: Sequence[int], seed: Seed, draws: int = NULL_DRAWS) -> Float[Tensor, "query draw *axes d"]:
+    """Return centred Gaussian directions for updates of a shape, in float32 on the CPU.
 
     Args:
-        update: the updates to replace, vectors along the last axis.
+        shape: the shape of the updates, queries first.
         seed: the seed of the directions, or a generator to go on from.
-        draws: the number of random updates for each given one.
-
-    Returns:
-        The random updates, `draws` of them along the second axis.
+        draws: the number of directions for each update, along the second axis.
     """
-    return as_long(draw_directions(update.shape, seed, draws), update)
-
-
-def draw_directions(shape: Sequence[int], seed: Seed, draws: int = NULL_DRAWS) -> Float[Tensor, "query draw *axes d"]:
-    """Return standard normal numbers for updates of a shape, `draws` of them along the second axis, on the CPU."""
     n, *axes = shape
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
 

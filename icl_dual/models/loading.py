@@ -166,16 +166,13 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
 
 def _n_weights(folder: Path) -> int:
     """Return the number of weights in the safetensors that transformers reads, from their headers; 0 without any."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    shapes: dict[str, list[int]] = {}
     try:
-        files = (
-            json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [single.name]
-        )
-        shapes: dict[str, list[int]] = {}
-        for file in set(files):  # others may hold the same weights by other names
+        # Other files of the folder may hold the same weights by other names.
+        for file in assets.weight_shards(folder / "model.safetensors.index.json") or {"model.safetensors"}:
             with safe_open(folder / file, "pt") as opened:
                 shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - no dictionary
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError):
+    except (SafetensorError, OSError):
         return 0  # incomplete: reading it says so
     return sum(map(math.prod, shapes.values()))
 

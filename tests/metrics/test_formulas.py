@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from icl_dual.metrics.formulas import (
     ROUNDING,
+    as_long,
     by_demonstration,
     demonstration_weights,
+    draw_directions,
     finetuning_attention,
     kendall_random,
     query_by_kv_head,
-    random_updates,
     rec2ftp,
     sim_am,
     sim_am_delta,
@@ -182,16 +183,17 @@ def test_sim_aou_unnormalised_equals_its_definition(seed: int, d: int) -> None:
 def test_random_updates_are_as_long_as_those_observed(seed: int, draws: int, axes: list[int]) -> None:
     update = draw(seed, 4, *axes, 5)
     update[2] = 0
-    got = random_updates(update, seed=seed, draws=draws)
+    got = as_long(draw_directions(update.shape, seed, draws), update)
     assert got.shape == (4, draws, *axes, 5)
     torch.testing.assert_close(
         got.norm(dim=-1), update.norm(dim=-1).float().unsqueeze(1).expand(4, draws, *axes), rtol=1e-6, atol=1e-12
     )
-    assert not torch.equal(got, random_updates(update, seed=seed + 1, draws=draws))
+    assert not torch.equal(got, as_long(draw_directions(update.shape, seed + 1, draws), update))
 
 
 def test_random_updates_have_no_direction_in_common() -> None:
-    got = random_updates(draw(0, 2000, 8).abs(), seed=3, draws=2)
+    update = draw(0, 2000, 8).abs()
+    got = as_long(draw_directions(update.shape, 3, draws=2), update)
     units = got / got.norm(dim=-1, keepdim=True)
     assert units.mean((0, 1)).abs().max() < 4 / math.sqrt(4000 * 8)
     between = (units[:, 0] * units[:, 1]).sum(-1)
