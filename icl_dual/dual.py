@@ -983,16 +983,16 @@ def overlap(a: Svd, b: Svd, rank: Count) -> Overlap:
             f"expected matrices of the same size and rank up to it, got sizes {d} and {b.S.shape[-1]} and rank={rank}: "
             "pass two updates of the same head, and a smaller rank"
         )
-    left, right = a.U.mT @ b.U, a.Vh @ b.Vh.mT
-    inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * left * right).sum((-2, -1))
+    inner = (_matrix(a) * _matrix(b)).sum((-2, -1))
     norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
     cosine = torch.where(norms > 0, inner / norms, torch.nan)
     in_a, in_b = (_has_direction(svd.S)[..., :rank] for svd in (a, b))
     in_both = in_a.unsqueeze(-1) & in_b.unsqueeze(-2)
     n_angles = torch.minimum(in_a.sum(-1), in_b.sum(-1)).unsqueeze(-1)
     is_defined = torch.arange(rank, device=inner.device) < n_angles
+    left, right = a.U[..., :rank].mT @ b.U[..., :rank], a.Vh[..., :rank, :] @ b.Vh[..., :rank, :].mT
     # Missing directions get cosine 0 to all others, so that their angles come last.
-    angles = (_angles(cosines[..., :rank, :rank] * in_both) for cosines in (left, right))
+    angles = (_angles(cosines * in_both) for cosines in (left, right))
     return Overlap(cosine, *(torch.where(is_defined, degrees, torch.nan) for degrees in angles))
 
 
@@ -1017,8 +1017,12 @@ def _angles(cosines: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch
     return torch.rad2deg(torch.arccos(torch.linalg.svdvals(cosines).clamp(max=1.0)))
 
 
+def _matrix(svd: Svd) -> Float[Tensor, "*batch d d"]:
+    return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
+
+
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(like.shape, generator=generator).to(like)  # in float32: drawing float64 takes six times as long
 
 
 def _signed(Q: Tensor, R: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ Both updates act on the same queries (equations 11–13):
     F̃_ICL(q) = (W_ZSL + ΔW_ICL) q,    ΔW_ICL = Σ_i v_i ⊗ k_i    over the demonstrations' tokens
     F̃_FT(q)  = (W_ZSL + ΔW_FT) q,     ΔW_FT = (W_V + ΔW_V) X Xᵀ (W_K + ΔW_K)ᵀ − W_V X Xᵀ W_Kᵀ
 
-X are the untuned model's inputs of the zero-shot prompt. The tuned projections run on the same X: every layer's heads'
-output is replaced with the untuned one. Rotated keys depend on their positions, so X is run at the query's in-context
-positions. Attention that depends on distances alone does not change by that, which is checked.
+X are the untuned model's inputs of the zero-shot prompt. The tuned projections run on the same X: the residual stream
+after every layer is replaced with the untuned one, so MLPs need not run again. Rotated keys depend on their positions,
+so X is run at the query's in-context positions. Attention that depends on distances alone does not change by that,
+which is checked.
 
 Both are updates of attention: what momentum adds, where a model has any, depends on no query and is in neither. It is
 in X.
@@ -17,7 +18,7 @@ Each number has its null: ΔW_FT with the same singular values in random directi
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -36,7 +37,7 @@ from icl_dual.captures.pairing import (
 )
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.weight_delta import Factors, WeightDelta
-from icl_dual.models import Attention, Model, OnAttention, OnTensor, UnsupportedModelError
+from icl_dual.models import Attention, Model, UnsupportedModelError
 from icl_dual.models.journal import exclusive
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
@@ -233,12 +234,12 @@ def compare_updates(
 
 
 def _batches(prompts: Prompts) -> list[Int[Tensor, " batch"]]:
-    """Return the queries in batches, those together that the demonstrations move by as many positions."""
-    zero_shot = prompts.zero_shot()
-    shifts = torch.tensor(
-        [len(row) - len(alone) for row, alone in zip(prompts.suffixes, zero_shot.suffixes, strict=True)]
-    )
-    by_shift = [(shifts == shift).nonzero().squeeze(-1) for shift in shifts.unique()]
+    """Return the queries in batches, those together that the demonstrations move by as many positions, by length: a
+    batch is padded to its longest query."""
+    lengths = torch.tensor([len(row) for row in prompts.zero_shot().suffixes])
+    shifts = torch.tensor([len(row) for row in prompts.suffixes]) - lengths
+    by_length = lengths.argsort(stable=True)
+    by_shift = [by_length[shifts[by_length] == shift] for shift in shifts.unique()]
     return [batch for queries in by_shift for batch in queries.split(BATCH_SIZE)]
 
 
@@ -267,14 +268,19 @@ class _FixedInputPass:
             first = int(batch[0])
             self.positions += len(prompts.prefix) + len(prompts.suffixes[first]) - len(rows[0])
         self.attention: list[Attention] = []
+        self.residuals: list[Float[Tensor, "batch pos d_model"]] = []
 
     def run_untuned(self, zero_shot: Capture) -> float:
-        """Run the untuned model and keep its attention; return how far its output is from the zero-shot capture's."""
+        """Run the untuned model and keep its attention and its residual stream; return how far attention's output is
+        from the zero-shot capture's."""
         worst = 0.0
         tolerance = MOVED_TOLERANCE[0] * max(1.0, int(self.positions[-1]) / MOVED_TOLERANCE[1])
 
         def keep_attention(layer: int, attention: Attention) -> None:
             self.attention.append(attention)
+
+        def keep_residual(layer: int, residual: Tensor) -> None:
+            self.residuals.append(residual)
 
         def check_output(layer: int, output: Tensor) -> None:
             nonlocal worst
@@ -291,33 +297,28 @@ class _FixedInputPass:
                 )
             worst = max(worst, residual)
 
-        self._run(keep_attention, check_output)
+        self._run(on_attention=keep_attention, on_output=check_output, on_residual=keep_residual)
         return worst
 
     def run_tuned(self, delta: WeightDelta) -> Iterator[Float[Tensor, "batch kv_head d_head d_head"]]:
-        """Yield ΔW_FT of every layer: the tuned projections run on X, for W_O gets the untuned heads' outputs."""
+        """Yield ΔW_FT of every layer: the tuned projections run on X, the untuned residual stream."""
         tuned: list[Attention] = []
 
-        def restore_untuned(layer: int, attention: Attention) -> Tensor:
+        def keep_attention(layer: int, attention: Attention) -> None:
             tuned.append(attention)
-            return self.attention[layer].output
+
+        def restore_untuned(layer: int, residual: Tensor) -> Tensor:
+            return self.residuals[layer]
 
         with delta.applied(self.model):
-            self._run(restore_untuned, add_momentum=False)  # the tuned values' momentum would change X
+            self._run(on_attention=keep_attention, on_residual=restore_untuned, skip_mlps=True)
         for rule, before, after in zip(self.model.attention_rules, self.attention, tuned, strict=True):
             visible = rule.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
             keys_values = before.k, before.v * visible, after.k, after.v * visible
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
-    def _run(self, on_attention: OnAttention, on_output: OnTensor | None = None, *, add_momentum: bool = True) -> None:
-        self.model.run(
-            self.tokens,
-            positions=self.positions,
-            read=self.last[:, None],
-            on_attention=on_attention,
-            on_output=on_output,
-            add_momentum=add_momentum,
-        )
+    def _run(self, **options: Any) -> None:
+        self.model.run(self.tokens, positions=self.positions, read=self.last[:, None], **options)
 
 
 def _visible_demonstrations(

@@ -327,6 +327,9 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
 
+    def skip_mlps(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
+        """Let MLPs of plain projections return zeros without computing them, until the block ends."""
+
     def middle_hooks(self, layer: int, callback: OnTensor) -> list[Hook]:
         """Return hooks that pass on the residual stream before a layer plus what the layer's attention writes."""
         raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal, cast
@@ -284,6 +285,14 @@ class BridgeBackend(Backend):
         """Return hooks on the linear layers that run, and on the norm after the MLP."""
         return [(module, _mlp_hook(layer, part, callback)) for part, module in self._mlp_modules(layer).items()]
 
+    def skip_mlps(self, undo: Undo) -> None:
+        """Replace the linear layers that run with zeros, but for those in MLPs of experts."""
+        for layer in range(self.n_layers):
+            with suppress(UnsupportedModelError):
+                for part, module in self._mlp_modules(layer).items():
+                    if part != "scale":
+                        _skip(module, undo)
+
     def middle_hooks(self, layer: int, callback: OnTensor) -> list[Hook]:
         """Return hooks on the block's input and on attention's output, after its norm where there is one."""
         inputs: list[Tensor] = []
@@ -393,6 +402,14 @@ def _mlp_hook(layer: int, part: MlpPart, callback: OnMlp) -> Callable[..., Tenso
         return callback(layer, part, x, output)
 
     return hook_fn
+
+
+def _skip(module: Any, undo: Undo) -> None:
+    """Let a linear layer return zeros of its output's shape until the block ends."""
+    d_out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+    own = module.__dict__.get("forward")  # of an instance that another library has wrapped
+    undo.push(*((module.__dict__.pop, "forward", None) if own is None else (setattr, module, "forward", own)))
+    module.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], d_out)
 
 
 def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:

@@ -280,6 +280,7 @@ class Model:
         projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None,
         momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
         add_momentum: bool = True,
+        skip_mlps: bool = False,
         predicting: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "batch n_read d_vocab"]:
         """Run a forward pass with hooks, which are removed afterwards, also when the pass fails.
@@ -312,6 +313,8 @@ class Model:
             momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, shared by
                 all rows; no preceding tokens by default.
             add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
+            skip_mlps: let MLPs write zeros without computing them, where their parts allow it. For runs whose
+                `on_residual` returns every layer's residual stream, so that no layer reads what its MLP writes.
             predicting: the index of each row's token that predicts the label, at which `stream_changes` act; empty
                 where the rows have none. By default the last token of every row.
 
@@ -374,6 +377,8 @@ class Model:
             _set_evaluation_mode(self.wrapped, undo)
             exact_float32(undo)
             backend.upcast(undo)
+            if skip_mlps:
+                backend.skip_mlps(undo)
             return backend.forward(tokens, positions)
 
     def restore(self) -> None:
