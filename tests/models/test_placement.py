@@ -1,6 +1,6 @@
 """Models of which MLPs are kept elsewhere than on the device that runs: the same numbers, or a refusal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,24 @@ def test_half_precision_with_mlps_elsewhere(arithmetic: torch.dtype | None) -> N
         expected = results(on_one)
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "phi3", "mixtral", "gemma3-window"])
+def test_mlps_of_all_kinds_run_elsewhere(architecture: str, make_model: Callable[..., icl.Model]) -> None:
+    """Plain, gated, fused and of experts; under the names of any architecture."""
+
+    def logits(elsewhere: Mapping[int, torch.device]) -> Tensor:
+        bridge = make_model(architecture).wrapped
+        placement.place(bridge, DEVICE, elsewhere)
+        model = icl.Model(bridge)
+        assert model.offloaded == elsewhere.keys()
+        tokens = torch.arange(24, device=DEVICE).view(2, 12)
+        with torch.no_grad():
+            got: Any = model.run(tokens)
+        return got.held
+
+    with pretended_device():
+        assert torch.equal(logits({0: CPU, 2: CPU}), logits({}))
 
 
 def test_the_fingerprint_and_the_control_of_a_placed_model() -> None:
