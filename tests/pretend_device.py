@@ -135,6 +135,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> A
     counts["waits"] += func in WAITS or is_mask
     if to_there:
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    if func is aten.histc.default:  # of whole numbers (tokens by expert), which a GPU takes
+        args = (_unwrap(args[0]).float(), *args[1:])
     out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     # In-place operators and those that write into out= return the tensor that was passed.
     passed = {id(_unwrap(operand)): operand for operand in operands}
