@@ -523,4 +523,4 @@ def finish(
             widest = (0.4 if spacing else 0.6) + 0.05 * max(map(len, by_label))  # inches: the line, and 7 pt of text
             ncols = max(1, min(len(by_label), int(width / widest)))
             fig.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=ncols, **spacing)
-    write_figure(fig, path, *kinds, dpi=200)
+    write_figure(fig, path, *kinds)
