@@ -52,28 +52,25 @@ def write_figure(fig: Figure, path: Path, *kinds: str, dpi: int = 150) -> None:
         plt.close(fig)
 
 
-FEW_COLOURS, MANY_COLOURS = 64, 256
-"""The sizes of palettes: few are enough for lines and text, while the colour bars of maps would have steps."""
-
 LARGEST_ERROR = 0.5
 """The mean difference from what was drawn, of 255, that no eye sees."""
 
 
 def _reduce_colours(path: Path) -> None:
-    """Write a PNG with a palette, of few colours where these are enough: a third of the size or less."""
+    """Write a PNG with a palette: a third of the size or less.
+
+    For lines and text 64 colours are enough, chosen so that none is far from what was drawn. Maps get 256, chosen by
+    how many pixels have them: their colour bars have no steps.
+    """
     with Image.open(path) as image:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
     drawn = opaque.convert("RGB")
-    reduced = _quantised(drawn, FEW_COLOURS)
+    reduced = drawn.quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     difference = ImageStat.Stat(ImageChops.difference(drawn, reduced.convert("RGB"))).mean
     if sum(difference) / len(difference) > LARGEST_ERROR:
-        reduced = _quantised(drawn, MANY_COLOURS)
+        reduced = drawn.quantize(256, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
     reduced.save(path, "PNG", optimize=True, dpi=image.info.get("dpi", (72, 72)))
-
-
-def _quantised(image: Image.Image, n_colours: int) -> Image.Image:
-    return image.quantize(n_colours, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
 
 def markdown(frame: pd.DataFrame, **options: Any) -> str:
