@@ -57,20 +57,23 @@ LARGEST_ERROR = 0.5
 
 
 def _reduce_colours(path: Path) -> None:
-    """Write a PNG with a palette: a third of the size or less.
+    """Write a PNG with a palette, chosen so that no colour is far from what was drawn: a third of the size or less.
 
-    For lines and text 64 colours are enough, chosen so that none is far from what was drawn. Maps get 256, chosen by
-    how many pixels have them: their colour bars have no steps.
+    For lines and text 64 colours are enough; maps get 256, or their colour bars would have steps.
     """
     with Image.open(path) as image:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
     drawn = opaque.convert("RGB")
-    reduced = drawn.quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    reduced = _quantised(drawn, 64)
     difference = ImageStat.Stat(ImageChops.difference(drawn, reduced.convert("RGB"))).mean
     if sum(difference) / len(difference) > LARGEST_ERROR:
-        reduced = drawn.quantize(256, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
+        reduced = _quantised(drawn, 256)
     reduced.save(path, "PNG", optimize=True, dpi=image.info.get("dpi", (72, 72)))
+
+
+def _quantised(image: Image.Image, n_colours: int) -> Image.Image:
+    return image.quantize(n_colours, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
 
 def markdown(frame: pd.DataFrame, **options: Any) -> str:

@@ -172,11 +172,10 @@ def test_a_png_is_small_and_looks_as_it_was_drawn(tmp_path: Path, has_map: bool,
         assert n_colours / 2 < len(written.getcolors() or ()) <= n_colours
         pixels, expected = (np.asarray(image.convert("RGB"), dtype=int) for image in (written, drawn))
     difference = np.abs(pixels - expected)
-    assert np.quantile(difference, 0.999) <= 32
-    assert difference.mean() < 0.5
+    assert difference.max() <= 32
+    assert difference.mean() < 1
     assert (pixels[0, 0] == 255).all()
-    if bar is not None:  # it has no steps that an eye sees
+    if bar is not None:  # its steps are so small that no eye sees them
         column = int(np.mean(bar.ax.get_position().intervalx) * pixels.shape[1])
-        written_colours, drawn_colours = (len(np.unique(of[:, column], axis=0)) for of in (pixels, expected))
-        assert written_colours > 0.6 * drawn_colours
+        assert difference[:, column].max() <= 8
     assert (tmp_path / "written.png").stat().st_size < 0.6 * (tmp_path / "drawn.png").stat().st_size
