@@ -73,6 +73,19 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
+def of_type(value: object, kind: type) -> bool:
+    """Return whether a value is of the type that it is annotated with, where nothing has made sure of that.
+
+    Values that users' functions return, and fields of their objects, may be of any type; to a type checker,
+    `isinstance` looks superfluous there.
+
+    Example:
+        >>> of_type(2, int), of_type("2", int)
+        (True, False)
+    """
+    return isinstance(value, kind)
+
+
 def checked(target: Checked) -> Checked:
     """Check the arguments of a function, a method, or a dataclass's or named tuple's constructor at every call.
 

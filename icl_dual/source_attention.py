@@ -259,7 +259,7 @@ class SourceAttention(Saved):
             "position": positions,
             "layer": torch.tensor(self.layers)[layer.flatten()],
             "head": head.flatten(),
-            "source": pd.Categorical.from_codes(source.flatten().numpy(), categories=list(self.names)),
+            "source": pd.Categorical.from_codes(source.flatten().numpy(), categories=pd.Index(self.names)),
         }
         values = {name: tensor.flatten() for name, tensor in columns.items()}
         return pd.DataFrame({name: v.numpy() if isinstance(v, Tensor) else v for name, v in (index | values).items()})

@@ -5,7 +5,7 @@ A cell's folder appears complete or not at all, so a study that was stopped cont
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -459,8 +459,13 @@ class _Models:
         self, passed: Mapping[str, Model], files: LocalFiles, dtype: torch.dtype, arithmetic: torch.dtype | None
     ) -> None:
         self.passed, self.dtype, self.arithmetic = passed, dtype, arithmetic
-        self.origin = cache(lambda name: model_origin(passed[name]))
         self.files = files
+
+        @cache
+        def origin(name: str) -> dict[str, Any]:
+            return model_origin(passed[name])
+
+        self.origin = origin
 
     def check_same(self, saved: SavedCell, *, any_precision: bool = False) -> None:
         """Raise a SettingsError where a cell was run with another model of its name, or in another precision."""
@@ -669,7 +674,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Generator[None]:
         started = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - started, 2)

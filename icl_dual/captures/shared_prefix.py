@@ -415,8 +415,11 @@ def run_queries(
         distance = torch.arange(n_read - 1, -1, -1, device=model.device)
         logit_positions = of_batch.last[:, None] - n_after - distance
 
-        def with_rows(callback: Callable[..., None] | None, of_batch: BatchRows = of_batch) -> Any:
-            return None if callback is None else lambda layer, content: callback(layer, content, of_batch)
+        def with_rows(callback: Callable[[int, Any, BatchRows], None], of_batch: BatchRows = of_batch) -> Any:
+            def on_layer(layer: int, content: Any) -> None:
+                callback(layer, content, of_batch)
+
+            return on_layer
 
         try:
             logits, residual = _run_after(
@@ -425,8 +428,8 @@ def run_queries(
                 tokens,
                 logit_positions,
                 with_rows(on_attention or _ignore),
-                with_rows(on_output),
-                with_rows(on_residual),
+                None if on_output is None else with_rows(on_output),
+                None if on_residual is None else with_rows(on_residual),
                 predicting=logit_positions[:, 0],
             )
         except (RuntimeError, MemoryError) as error:

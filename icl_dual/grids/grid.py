@@ -310,7 +310,8 @@ def finetuning_of(table: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Finet
     try:
         if isinstance(lora, Mapping):
             targets = lora.get("targets")
-            settings["lora"] = Lora(**{**lora, "targets": None if targets is None else tuple(targets)})
+            fields: dict[str, Any] = {**lora, "targets": None if targets is None else tuple(targets)}
+            settings["lora"] = Lora(**fields)
         return FinetuneConfig(**settings), []
     except (ValueError, TypeError) as error:
         return PAPER_FINETUNING, [Problem(key, str(error))]

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -315,7 +315,7 @@ class Results:
             return load_cell(folder)
 
     @contextmanager
-    def opened(self, cell_id: str) -> Iterator[Path]:
+    def opened(self, cell_id: str) -> Generator[Path]:
         """Yield a local folder with the files of a finished cell, after checking each against its checksum."""
         manifest = self.manifest(cell_id)
         if (root := self.files.local) is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -175,7 +175,7 @@ def _candidates(grid: Grid, results: Results, by_seed: bool) -> list[list[_Candi
             f"expected finished cells, got {len(missing)} of {len(cells)} that are not, such as {missing[0]}: run the "
             "grid to its end first"
         )
-    groups: dict[tuple, dict[tuple, list[GridCell]]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[float | None, int | None], list[GridCell]]] = {}
     for cell in cells:
         c = cell.cell
         key = (c.model, c.task, c.k, c.protocol, cell.precision, cell.control)

@@ -299,9 +299,9 @@ class Comparison(Saved):
 
     def __str__(self) -> str:
         frame = self._printed()
-        width = {name: max(len(name), *map(len, frame[name])) for name in frame}
-        texts = {name: frame[name].str.ljust(width[name]) for name in frame}
-        lines = pd.DataFrame(texts).to_string(index=False, header=[name.ljust(width[name]) for name in frame])
+        width = {name: max(len(name), *map(len, frame[name])) for name in frame.columns}
+        texts = {name: frame[name].str.ljust(width[name]) for name in frame.columns}
+        lines = pd.DataFrame(texts).to_string(index=False, header=[name.ljust(width[name]) for name in frame.columns])
         return "\n".join([*(line.strip() for line in lines.splitlines()), self._stability_in_words()])
 
     def _printed(self) -> pd.DataFrame:
@@ -333,7 +333,7 @@ class Comparison(Saved):
         return f"{self.rec2ftp.both}/{self.rec2ftp.finetuned}" if metric == "Rec2FTP" else ""
 
     def _summary_row(self, metric: Metric, values_by_name: dict[str, Tensor]) -> dict[str, Any]:
-        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+        row: dict[str, Any] = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
         row |= {"spread": np.nan, "unstable": False}
         row |= {"baseline": next(iter(metric.baselines), ""), "baseline_value": np.nan, "p": np.nan}
         if metric.name not in values_by_name:

@@ -15,7 +15,7 @@ Each number has its null, as in `icl_dual.updates`: the change with the same sin
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
@@ -80,7 +80,7 @@ class FunctionVector(Saved):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the vector; afterwards it is as it was, bit for bit, also after an exception.
 
         In a capture, the vector is added at the token that predicts the label, and nowhere else. In a plain run it is

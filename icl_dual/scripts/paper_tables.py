@@ -105,7 +105,7 @@ class Group:
 
 def groups(results: Results) -> list[Group]:
     """What belongs together into the rows of a table. Cells of other k, rate or queries of a task are kept apart."""
-    set_ups: dict[str, dict[tuple, dict[str, dict[tuple, list[icl.CellResult]]]]] = {}
+    set_ups: dict[str, dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], list[icl.CellResult]]]]] = {}
     for result in results:
         cell, of_model = result.cell, set_ups.setdefault(result.cell.model, {})
         by_task = of_model.setdefault(tuple(set_up(result).items()), {}).setdefault(cell.task, {})
@@ -340,7 +340,7 @@ def find_cells(places: Sequence[str | Path]) -> list[icl.CellResult]:
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells and not in_grids:
         raise icl.StudyError(f"expected finished cells in {', '.join(map(str, places))}, found none")
-    results: dict[tuple, icl.CellResult] = {}
+    results: dict[tuple[Any, ...], icl.CellResult] = {}
     for result in [*map(_load, dict.fromkeys(cells)), *in_grids]:
         provenance = result.provenance
         precision = provenance.get("precision", provenance["dtype"])

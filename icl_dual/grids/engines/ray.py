@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -79,7 +79,7 @@ def run_ray(
 
 
 @contextmanager
-def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
+def _connected(ray: ModuleType, address: str | None) -> Generator[None]:
     """Connect to a cluster within a block, unless this process is connected already."""
     if address is not None:
         check_reachable(address)
