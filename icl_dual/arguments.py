@@ -302,7 +302,7 @@ def _satisfies(value: Any, constraint: Any) -> bool:
 def _fit_union(value: Any, hint: Any) -> Any:
     """Return a value as one of several hints says; an integer stays one where it may."""
     options = sorted(get_args(hint), key=lambda option: option is float)
-    errors = []
+    errors: list[_UnfitError] = []
     for option in options:
         try:
             return _fit(value, option)

@@ -445,7 +445,7 @@ class _Plan:
 
 def _saved_cells(folders: Iterable[Path]) -> list[SavedCell]:
     """Return the cells among folders of all kinds, without their numbers."""
-    cells = []
+    cells: list[SavedCell] = []
     for folder in folders:
         with suppress(AssetError, StudyError):  # something else, or a damaged cell: reading it says so
             cells.append(SavedCell(*read_settings(folder, read_json(folder / METADATA)), folder))

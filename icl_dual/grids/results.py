@@ -223,7 +223,7 @@ class Results:
     def manifests(self, cell_ids: Iterable[str], errors: dict[str, AssetError] | None = None) -> dict[str, Manifest]:
         """Return the manifests of cells; those that cannot be read go into `errors`, if it is given."""
         paths = {f"cells/{cell_id}/{MANIFEST}": cell_id for cell_id in cell_ids}
-        manifests = {}
+        manifests: dict[str, Manifest] = {}
         for path, content in self.files.read_many(list(paths)).items():
             try:
                 manifests[paths[path]] = Manifest.read(paths[path], content, f"{self.files.url}/{path}")

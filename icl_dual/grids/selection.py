@@ -180,7 +180,7 @@ def _candidates(grid: Grid, results: Results, by_seed: bool) -> list[list[_Candi
         c = cell.cell
         key = (c.model, c.task, c.k, c.protocol, cell.precision, cell.control)
         groups.setdefault(key, {}).setdefault((c.lr, c.seed if by_seed else None), []).append(cell)
-    ranked = []
+    ranked: list[list[_Candidate]] = []
     for key, by_candidate in groups.items():
         complete = [group for group in by_candidate.values() if not any(cell.id in diverged for cell in group)]
         if not complete:

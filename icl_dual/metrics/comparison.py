@@ -306,7 +306,7 @@ class Comparison(Saved):
 
     def _printed(self) -> pd.DataFrame:
         """Return `summary` as text."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for row in self.summary().to_dict("records"):
             interval = Interval(*(row[name] for name in ("value", "low", "high", "n")), unstable=row["unstable"])
             absent = row["verdict"].startswith("absent")
@@ -494,7 +494,8 @@ def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | s
     """
     if not replicas:
         return comparison
-    n_queries, values_by_replica = 0, {}
+    n_queries = 0
+    values_by_replica: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]] | str] = {}
     for name, recordings in replicas.items():
         if isinstance(recordings, str):
             values_by_replica[name] = recordings

@@ -182,7 +182,9 @@ def capture_each(model: Model, prompts: Prompts, changes: Sequence[Change]) -> C
             f"{prompts} with labels {prompts.labels} and scoring {prompts.scoring!r}: capture the queries one by one"
         )
     check_prompts(model, prompts)
-    streams, log_probs, fingerprints = [], [], []
+    streams: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    fingerprints: list[str] = []
     for suffix, change in zip(prompts.suffixes, changes, strict=True):
         with change.applied(model):
             stream, next_log_probs = _run_whole(model, (*prompts.prefix, *suffix))
@@ -408,7 +410,7 @@ def _kl(reference: Capture, changed: Capture) -> Float[Tensor, " query"]:
     """Return KL(reference ‖ changed) of the next token's distribution; query by query, for vocabularies are large."""
     assert reference.next_log_probs is not None
     assert changed.next_log_probs is not None
-    by_query = []
+    by_query: list[Tensor] = []
     for p, q in zip(reference.next_log_probs, changed.next_log_probs, strict=True):
         p, q = p.double(), q.double()
         by_query.append(torch.where(p > -torch.inf, p.exp() * (p - q), torch.zeros_like(p)).sum())
@@ -494,7 +496,7 @@ class WeightComparison(Saved):
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: metric, matrix, layer, value. Angles are means over the angles of a layer."""
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for metric, by_matrix in vars(self).items():
             if metric == "rank":
                 continue

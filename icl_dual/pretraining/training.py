@@ -395,7 +395,7 @@ def in_context_accuracy(
         seed: the seed of the sequences.
     """
     sequences = task.training_sequences(task.length, n, seed)
-    correct = []
+    correct: list[Tensor] = []
     with torch.no_grad():
         for batch in sequences.split(64):
             logits = model(batch.to(model.device)).logits[:, 1:-1:2, 1 + task.n_x :]

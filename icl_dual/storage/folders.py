@@ -427,7 +427,7 @@ def _asides(parent: Path) -> list[tuple[Path, Path]]:
 
     The latest comes first.
     """
-    asides = []
+    asides: list[tuple[int, Path, Path]] = []
     for scratch in _scratch_folders(parent):
         with suppress(FileNotFoundError, PermissionError):  # its process has just finished, or is another user's
             moved_ns = (scratch / _OLD).stat().st_mtime_ns

@@ -210,7 +210,7 @@ def _slots(cells: Sequence[PlannedCell], nodes: Sequence[Machine], workers: int 
     by_needs: dict[Resources, list[str]] = {}
     for cell in cells:
         by_needs.setdefault(cell.resources, []).append(cell.id)
-    slots = []
+    slots: list[_Slot] = []
     for needs, ids in by_needs.items():
         n = min(len(ids), workers or sum(n_workers(needs, node) for node in nodes))
         slots += [_Slot(needs, deque(ids[len(ids) * i // n : len(ids) * (i + 1) // n])) for i in range(n)]
