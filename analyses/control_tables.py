@@ -232,7 +232,7 @@ def estimates(scores: Scores) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def read_interval(row: Mapping[str, Any]) -> Interval:
+def read_interval(row: Mapping[Any, Any]) -> Interval:
     """The estimate of a row of `estimates`; of a table by an older version, without a spread."""
     numbers = (row[name] for name in ("value", "low", "high", "queries"))
     return Interval(*numbers, unstable=bool(row.get("unstable", False)))
@@ -241,12 +241,13 @@ def read_interval(row: Mapping[str, Any]) -> Interval:
 def control_table(estimates: pd.DataFrame) -> pd.DataFrame:
     """The table of all controls: a row for each metric and control, a column a task, with intervals."""
     formatted = estimates.assign(
-        task=estimates["task"].map(lambda task: TITLES.get(task, task)),
+        task=[TITLES.get(task, task) for task in estimates["task"]],
         text=[text(read_interval(row), row["metric"], row["counts"]) for row in estimates.to_dict("records")],
     )
     keys = ["metric", "kind", "what is compared"]
     table = formatted.pivot(index=keys, columns="task", values="text")
-    return table.reindex(index=formatted[keys].drop_duplicates(), columns=formatted["task"].unique()).reset_index()
+    in_order = pd.MultiIndex.from_frame(formatted[keys].drop_duplicates())
+    return table.reindex(index=in_order, columns=formatted["task"].unique()).reset_index()
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ def claim_table(comparisons: Sequence[Against], unstable: Mapping[str, str]) -> 
     return pd.DataFrame(lines)
 
 
-def in_words(row: Mapping[str, str]) -> str:
+def in_words(row: Mapping[Any, str]) -> str:
     """What became of a claim, in plain words."""
     fates = {
         "survives": "This survives.",

@@ -268,7 +268,8 @@ def redraw(out: Path, model: str) -> None:
     frame["eta"] = [eta if eta == "learned" else float(eta) for eta in frame["eta"]]
     draw_trained(frame, best_accuracies(), out)
     rows = read_csv(out / "intervention.csv")
-    rows["accuracy"] = [Interval(row["value"], row["low"], row["high"], 0) for row in rows.to_dict("records")]
+    accuracies: list[Any] = [Interval(row["value"], row["low"], row["high"], 0) for row in rows.to_dict("records")]
+    rows["accuracy"] = accuracies
     draw_added(rows, model, out)
     if (out / "learned_eta.csv").exists():
         draw_eta(read_csv(out / "learned_eta.csv"), out)

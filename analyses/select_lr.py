@@ -82,7 +82,7 @@ class Grid:
         rows = read_csv(table, dtype={"unstable": object}) if table.exists() else pd.DataFrame()
         rows = rows.reindex(columns=list(COLUMNS))
         self.others = rows.query("n != @n_queries")  # measured on other queries
-        measured: list[dict[str, Any]] = rows.query("n == @n_queries").to_dict("records")
+        measured: list[dict[Any, Any]] = rows.query("n == @n_queries").to_dict("records")
         self.rows = {(row["task"], row["lr"]): row for row in measured}
 
     def add(self, row: dict[str, Any]) -> None:

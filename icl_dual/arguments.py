@@ -73,6 +73,19 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
+def of_type(value: object, kind: type) -> bool:
+    """Return whether a value is of the type that it is annotated with, where nothing has made sure of that.
+
+    Values that users' functions return, and fields of their objects, may be of any type; to a type checker,
+    `isinstance` looks superfluous there.
+
+    Example:
+        >>> of_type(2, int), of_type("2", int)
+        (True, False)
+    """
+    return isinstance(value, kind)
+
+
 def checked(target: Checked) -> Checked:
     """Check the arguments of a function, a method, or a dataclass's or named tuple's constructor at every call.
 
@@ -289,7 +302,7 @@ def _satisfies(value: Any, constraint: Any) -> bool:
 def _fit_union(value: Any, hint: Any) -> Any:
     """Return a value as one of several hints says; an integer stays one where it may."""
     options = sorted(get_args(hint), key=lambda option: option is float)
-    errors = []
+    errors: list[_UnfitError] = []
     for option in options:
         try:
             return _fit(value, option)

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock
@@ -353,7 +354,9 @@ def _hub_model(name: str, revision: str | None) -> ModelFiles:
     return ModelFiles(folder, f"revision:{folder.name}")
 
 
-def hub_rows(repository: str, split: str, *, config: str | None = None, revision: str | None = None) -> Iterator[dict]:
+def hub_rows(
+    repository: str, split: str, *, config: str | None = None, revision: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a data set on the Hugging Face hub, as dictionaries.
 
     Args:
@@ -381,7 +384,7 @@ def hub_rows(repository: str, split: str, *, config: str | None = None, revision
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}.lock"):
         yield

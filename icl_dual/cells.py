@@ -131,10 +131,10 @@ class Cell:
             StudyError: a setting is unknown; the message names it.
             ArgumentError: a setting has the wrong type or is out of range.
         """
-        given = {"replicas": 0, **settings}
+        given: dict[str, Any] = {"replicas": 0, **settings}
         flat = {name: given.pop(name) for name in vars(PAPER_FINETUNING) if name in given}
-        finetuning = given.pop("finetuning", flat)
-        lora = finetuning.get("lora") or {}
+        finetuning: dict[str, Any] = given.pop("finetuning", flat)
+        lora: dict[str, Any] = finetuning.get("lora") or {}
         known = {field.name for field in fields(cls)}
         of_finetuning = ({*finetuning} - {*vars(PAPER_FINETUNING)}) | ({*lora} - {*vars(Lora())})
         if unknown := sorted((given.keys() - known) | of_finetuning):
@@ -144,8 +144,8 @@ class Cell:
             )
         if lora:
             targets = lora.get("targets")
-            lora = Lora(**{**lora, "targets": None if targets is None else tuple(targets)})
-            finetuning = {**finetuning, "lora": lora}
+            lora = {**lora, "targets": None if targets is None else tuple(targets)}
+            finetuning = {**finetuning, "lora": Lora(**lora)}
         return cls(**given, finetuning=FinetuneConfig(**finetuning))
 
     @property

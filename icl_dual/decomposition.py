@@ -868,7 +868,7 @@ class _LayerInputs(NamedTuple):
         keys_values = in_context.keys_values
         assert keys_values is not None
         # Each head's keys side by side in memory: otherwise every product over them copies them.
-        side_by_side = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+        side_by_side: dict[str, Any] = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
         by_query = (keys_values.query_keys, keys_values.query_values)
         query_k, query_v = (t[:, layer].transpose(1, 2).to(**side_by_side).transpose(1, 2) for t in by_query)
         demo_k, demo_v = (t[layer].double() for t in (keys_values.demo_keys, keys_values.demo_values))

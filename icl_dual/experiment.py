@@ -211,7 +211,7 @@ class Experiment(Saved):
                 )
 
     def _repr_html_(self) -> str:
-        lines = []
+        lines: list[Line] = []
         for name in ("zero_shot", "in_context", "finetuned"):
             counts = getattr(self, name).predictions.bincount(minlength=len(self.in_context.prompts.labels))
             lines.append(Line(f"predictions, {name}", f"label={len(counts)}", "label", counts.tolist()))

@@ -54,7 +54,7 @@ def _attributes_section(cls: type) -> str:
     body = _class_bodies(cls.__module__).get(cls.__qualname__)
     if body is None:
         return ""
-    entries = []
+    entries: list[str] = []
     for statement, following in zip(body, (*body[1:], None), strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue

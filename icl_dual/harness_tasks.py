@@ -414,8 +414,13 @@ def _read_integers(docs: Sequence[dict[str, Any]]) -> None:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["regex_replace"] = lambda text, pattern, repl, count=0: re.sub(pattern, repl, text, count=count)
+    filters: dict[str, Any] = environment.filters
+    filters["regex_replace"] = _regex_replace
     return environment
+
+
+def _regex_replace(text: str, pattern: str, repl: str, count: int = 0) -> str:
+    return re.sub(pattern, repl, text, count=count)
 
 
 _JINJA = _environment()

@@ -163,7 +163,7 @@ class MassiveActivations(Saved):
         largest_norm, median_norm, ratio (of the two), and the position (in the query, from 0) and token id of the
         largest.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
         for setting, is_massive in self.is_massive.items():
             for layer in range(is_massive.shape[1]):
                 massive, norms = is_massive[:, layer], self.norms[setting][:, layer]
@@ -210,7 +210,7 @@ class MassiveActivations(Saved):
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for query, layer, position in self.is_massive[setting].nonzero().tolist():
             places.setdefault((position, self.queries[query][position]), []).append((query, layer))
-        rows = []
+        rows: list[dict[str, Any]] = []
         for (position, token), cells in places.items():
             queries, layers = (torch.tensor(index) for index in zip(*cells, strict=True))
             rows.append(

@@ -8,7 +8,6 @@ decaying sum of past values to every head (Dai et al., 2023, §5):
 `decaying_sum` computes the sum in time linear in the number of positions, `decaying_sum_reference` by its definition.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -101,9 +100,8 @@ def decaying_sum_reference(
         summed = torch.zeros_like(summed)
         for batch, row in enumerate(documents.tolist()):
             for t, document in enumerate(row):
-                preceding = range(t - 1, -1, -1)
-                same_run = itertools.takewhile(lambda i, row=row, document=document: row[i] == document, preceding)
-                summed[batch, t, list(same_run)] = document >= 0
+                first = next((i + 1 for i in range(t - 1, -1, -1) if row[i] != document), 0)  # of this run of tokens
+                summed[batch, t, first:t] = document >= 0
     return torch.einsum("bhti,bihd->bthd", decay_matrix(decay, position, position) * summed[:, None], values)
 
 
@@ -274,8 +272,12 @@ def describe_eta(eta: Float[Tensor, "layer head"]) -> str:
     value = low if low == high else f"{low} to {high}"
     if has_momentum.all():
         return f"η={value}"
-    layers = has_momentum.nonzero().flatten().tolist()
-    # Consecutive layers have the same difference between layer and rank.
-    runs = [list(run) for _, run in itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
-    spans = ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+    layers: list[int] = has_momentum.nonzero().flatten().tolist()
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"η={value} in {'layer' if len(layers) == 1 else 'layers'} {spans}"

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from icl_dual import assets
-from icl_dual.arguments import NameOrPath, checked, near_misses
+from icl_dual.arguments import NameOrPath, checked, near_misses, of_type
 from icl_dual.harness_tasks import task_from_yaml
 from icl_dual.rows import Rows, TaskError
 from icl_dual.tasks import Protocol, Task, field_names
@@ -194,7 +194,7 @@ def load_task(name: NameOrPath, source: str | PathLike[str] | None = None, *, pr
         task = registered
     else:
         task = registered(source, protocol)
-    if not isinstance(task, Task) or (task.name, task.protocol) != (name, protocol):
+    if not of_type(task, Task) or (task.name, task.protocol) != (name, protocol):
         raise TaskError(
             f"{name}: expected a Task of this name with protocol={protocol!r}, got {task!r}: register one of this name "
             "and protocol, or a function that makes it for either protocol"

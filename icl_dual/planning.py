@@ -10,7 +10,7 @@ they run. `WORKING_WIDTHS`, `HELD` and the factors below are fits to the process
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -421,8 +421,7 @@ class _Cell:
             labels=lengths.labels,
             baseline_queries=lengths.baseline_queries,
         )
-        arguments = {**vars(self), "lengths": few, "fields": frozenset(METRIC_FIELDS)}
-        stage = _Cell(**arguments).queries("replicas", lengths.start)
+        stage = replace(self, lengths=few, fields=frozenset(METRIC_FIELDS)).queries("replicas", lengths.start)
         return stage._replace(flops=n_replicas * stage.flops, kept=n_replicas * stage.kept)
 
     def _query_runs(self, rows: Sequence[int], cached: int, n_read: int) -> list[_Run]:

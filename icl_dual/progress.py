@@ -5,14 +5,16 @@ A terminal shows a bar, a notebook a widget, and a pipe or a file a line from ti
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from icl_dual.arguments import checked
+
+Item = TypeVar("Item")
 
 SILENCING_VARIABLE = "TQDM_DISABLE"
 """The environment variable that silences every bar, tqdm's own: any value but `0`, `false` or nothing."""
@@ -48,7 +50,19 @@ def progress_enabled() -> bool:
     return _enabled and not is_silenced
 
 
-def progress_bar(iterable: Iterable | None = None, *, show: bool = True, leave: bool = False, **options: Any) -> tqdm:
+@overload
+def progress_bar(
+    iterable: Iterable[Item], *, show: bool = True, leave: bool = False, **options: Any
+) -> "tqdm[Item]": ...
+
+
+@overload
+def progress_bar(*, show: bool = True, leave: bool = False, **options: Any) -> "tqdm[Any]": ...
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, show: bool = True, leave: bool = False, **options: Any
+) -> "tqdm[Any]":
     """Return a tqdm bar that obeys `set_progress` and `TQDM_DISABLE`.
 
     Where stderr is neither a terminal nor a notebook's, the bar is written as lines, without control characters.
@@ -80,7 +94,7 @@ class _Lines:
 
 
 @contextmanager
-def transformers_bars(*, show: bool = True) -> Iterator[None]:
+def transformers_bars(*, show: bool = True) -> Generator[None]:
     """Silence the bars of transformers and huggingface_hub within a block or function, unless they may show.
 
     Args:
@@ -95,7 +109,7 @@ def transformers_bars(*, show: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def datasets_bars(datasets: Any) -> Iterator[None]:
+def datasets_bars(datasets: Any) -> Generator[None]:
     """Silence the bars of the `datasets` library, passed as its module, within a block, unless bars may show."""
     with _silenced(
         not progress_enabled() and not datasets.are_progress_bars_disabled(),
@@ -106,7 +120,7 @@ def datasets_bars(datasets: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _silenced(silence: bool, disable: Callable[[], None], enable: Callable[[], None]) -> Iterator[None]:
+def _silenced(silence: bool, disable: Callable[[], None], enable: Callable[[], None]) -> Generator[None]:
     """Call `disable` before a block and `enable` after it where bars are to be silenced."""
     if silence:
         disable()

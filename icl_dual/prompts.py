@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from icl_dual.arguments import Count, checked
+from icl_dual.arguments import Count, checked, of_type
 from icl_dual.html_tables import Line, lines_table
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens
@@ -400,7 +400,7 @@ def check_prompts(model: Model, prompts: Prompts) -> None:
         TypeError: the model is not an `icl_dual.Model`.
         PromptError: some tokens, counts or lengths do not fit; the message says which.
     """
-    if not isinstance(model, Model):
+    if not of_type(model, Model):
         raise TypeError(f"expected an icl_dual.Model, got {type(model).__name__}: wrap it with icl_dual.Model(model)")
     _check_token_ids(model, prompts)
     check_lengths(prompts)
@@ -557,7 +557,7 @@ def _check_token_ids(model: Model, prompts: Prompts) -> None:
     others = {"start": (prompts.start,), "separator": (prompts.separator,), "separators": prompts.separators}
     for name, sequences in {**non_empty, **others}.items():
         for index, tokens in enumerate(sequences):
-            if not isinstance(tokens, tuple) or not all(isinstance(token, int) for token in tokens):
+            if not of_type(tokens, tuple) or not all(of_type(token, int) for token in tokens):
                 raise PromptError(
                     f"expected {name} as tuples of token ids, got {tokens!r}: pass tuple(ids) of integers"
                 )

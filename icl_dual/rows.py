@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from os import PathLike
@@ -35,7 +35,7 @@ class TaskError(ValueError):
 
 
 @contextmanager
-def files_read() -> Iterator[dict[str, str]]:
+def files_read() -> Generator[dict[str, str]]:
     """Yield a dictionary that collects the SHA-256 of each local file that tasks are read from within the block."""
     files: dict[str, str] = {}
     token = _files_read.set(files)
@@ -255,7 +255,7 @@ def _check_header(where: str, header: Sequence[str]) -> None:
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def _long_fields() -> Generator[None]:
     """Lift the limit of `csv` on the length of a field, and restore it: it is one for the whole process."""
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:

@@ -259,7 +259,7 @@ class SourceAttention(Saved):
             "position": positions,
             "layer": torch.tensor(self.layers)[layer.flatten()],
             "head": head.flatten(),
-            "source": pd.Categorical.from_codes(source.flatten().numpy(), categories=list(self.names)),
+            "source": pd.Categorical.from_codes(source.flatten().numpy(), categories=pd.Index(self.names)),
         }
         values = {name: tensor.flatten() for name, tensor in columns.items()}
         return pd.DataFrame({name: v.numpy() if isinstance(v, Tensor) else v for name, v in (index | values).items()})
@@ -487,7 +487,7 @@ class _Recorder:
         k, v = k[keys].to(self.dtype), v[keys].to(self.dtype)
         counts = torch.bincount(self.sources[keys], minlength=len(self.names)).tolist()
         step = max(1, WEIGHTS_AT_ONCE // (self.model.n_heads * n_keys))
-        outputs = []
+        outputs: list[Tensor] = []
         for at in range(0, len(columns), step):
             chosen = columns[at : at + step]
             q = attention.q[0, rows[at : at + step].to(attention.q.device)].to(self.dtype)

@@ -5,7 +5,7 @@ A cell's folder appears complete or not at all, so a study that was stopped cont
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -449,7 +449,7 @@ class _Plan:
 
 def _saved_cells(folders: Iterable[Path]) -> list[SavedCell]:
     """Return the cells among folders of all kinds, without their numbers."""
-    cells = []
+    cells: list[SavedCell] = []
     for folder in folders:
         with suppress(AssetError, StudyError):  # something else, or a damaged cell: reading it says so
             cells.append(SavedCell(*read_settings(folder, read_json(folder / METADATA)), folder))
@@ -463,8 +463,13 @@ class _Models:
         self, passed: Mapping[str, Model], files: LocalFiles, dtype: torch.dtype, arithmetic: torch.dtype | None
     ) -> None:
         self.passed, self.dtype, self.arithmetic = passed, dtype, arithmetic
-        self.origin = cache(lambda name: model_origin(passed[name]))
         self.files = files
+
+        @cache
+        def origin(name: str) -> dict[str, Any]:
+            return model_origin(passed[name])
+
+        self.origin = origin
 
     def check_same(self, saved: SavedCell, *, any_precision: bool = False) -> None:
         """Raise a SettingsError where a cell was run with another model of its name, or in another precision."""
@@ -689,7 +694,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Generator[None]:
         started = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - started, 2)

@@ -44,8 +44,10 @@ REFERENCE_SHUFFLE = 1
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """The texts without content of contextual calibration (Zhao et al., 2021), in place of every field."""
 
-UNSPACED_SCRIPTS = ("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER")
-UNSPACED_SCRIPTS += ("MYANMAR", "TIBETAN")
+UNSPACED_SCRIPTS = (
+    *("CJK", "IDEOGRAPHIC", "FULLWIDTH", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER"),
+    *("MYANMAR", "TIBETAN"),
+)
 """How Unicode names the characters of scripts that write no space between words."""
 
 _short = reprlib.Repr()

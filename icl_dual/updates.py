@@ -433,7 +433,7 @@ class DeltaSummary(Saved):
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: metric, layer, demonstration (from 1; empty for all together), value."""
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for field in fields(self):
             values = getattr(self, field.name)
             if values is None:

@@ -275,7 +275,8 @@ def _run_whole(
 ) -> tuple[PrefixCache, FullPromptPass | None]:
     """Run a prefix as one sequence, with a row after it where one is given."""
     tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
-    q, k, v, states, attn_out, norms = [], [], [], [], [], []
+    q, k, v, attn_out, norms = (list[Tensor]() for _ in range(5))
+    states: list[Tensor | None] = []
 
     def on_attention(layer: int, attention: Attention) -> None:
         # From the layer on: the pass may run once more.
@@ -417,8 +418,11 @@ def run_queries(
         distance = torch.arange(n_read - 1, -1, -1, device=model.device)
         logit_positions = of_batch.last[:, None] - n_after - distance
 
-        def with_rows(callback: Callable[..., None] | None, of_batch: BatchRows = of_batch) -> Any:
-            return None if callback is None else lambda layer, content: callback(layer, content, of_batch)
+        def with_rows(callback: Callable[[int, Any, BatchRows], None], of_batch: BatchRows = of_batch) -> Any:
+            def on_layer(layer: int, content: Any) -> None:
+                callback(layer, content, of_batch)
+
+            return on_layer
 
         try:
             logits, residual = _run_after(
@@ -427,8 +431,8 @@ def run_queries(
                 tokens,
                 logit_positions,
                 with_rows(on_attention or _ignore),
-                with_rows(on_output),
-                with_rows(on_residual),
+                None if on_output is None else with_rows(on_output),
+                None if on_residual is None else with_rows(on_residual),
                 predicting=logit_positions[:, 0],
             )
         except (RuntimeError, MemoryError) as error:
@@ -463,7 +467,7 @@ def batch_overhead(model: Model) -> int:
     if model.mlp_changes or model.run_checks or model.foreign_hooks():
         return LARGEST_OVERHEAD  # other tokens may be refused, and foreign hooks may keep what they receive
     generator = torch.Generator().manual_seed(0)
-    seconds = []
+    seconds: list[float] = []
     for shape in MEASURED_TOKENS:
         tokens = torch.randint(model.d_vocab, shape, generator=generator).to(model.device)
         last = torch.zeros_like(tokens[:, :1])
@@ -504,7 +508,7 @@ def split_into_batches(lengths: Sequence[int], batch_size: int, overhead: int = 
         costs = [lowest_cost[begin] + (end - begin) * longest + overhead for begin in begins]
         lowest_cost.append(min(costs))
         best_begin.append(begins[costs.index(lowest_cost[-1])])
-    batches = []
+    batches: list[list[int]] = []
     end = len(order)
     while end:
         batches.append(order[best_begin[end] : end])

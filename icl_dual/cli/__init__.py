@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import icl_dual as icl
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def _quiet(quiet: bool) -> Generator[None]:
     """Silence progress bars within a block."""
     enabled = progress_enabled()
     if quiet:

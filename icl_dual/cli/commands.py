@@ -4,7 +4,7 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def default_template(columns: list[str], label_column: str) -> str:
 
 
 @contextmanager
-def log_messages(quiet: bool) -> Iterator[None]:
+def log_messages(quiet: bool) -> Generator[None]:
     """Print what the library logs, such as which package it fetches, to stderr within a block."""
     logger, handler = logging.getLogger("icl_dual"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

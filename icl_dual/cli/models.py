@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Any:
 
 def packaged_models() -> list[dict[str, Any]]:
     """Print the packaged models, and return them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, model in PACKAGED_MODELS.items():
         folder = cache_dir() / "models" / model.sha256[:16]
         size = megabytes(folder) if folder.exists() else None

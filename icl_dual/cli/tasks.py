@@ -22,7 +22,7 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the tasks, and return them."""
-    known = [
+    known: list[dict[str, Any]] = [
         {
             "name": name,
             "title": TITLES[name],

@@ -35,7 +35,7 @@ def rate_factors(config: FinetuneConfig, n_steps: int) -> list[float]:
     """
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = _scheduler(config, optimiser, n_steps - config.warmup)
-    factors = []
+    factors: list[float] = []
     for _ in range(n_steps):
         factors.append(optimiser.param_groups[0]["lr"])
         optimiser.step()

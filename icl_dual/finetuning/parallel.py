@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from icl_dual.arguments import checked
+from icl_dual.arguments import checked, of_type
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.lora import Adapters
 from icl_dual.finetuning.optimisers import make_optimiser, rate_factors, weight_decay
@@ -39,7 +39,7 @@ from icl_dual.finetuning.sgd import (
     with_untrained,
 )
 from icl_dual.finetuning.weight_delta import Noise, WeightDelta, trained_weights
-from icl_dual.models import Model, UnsupportedModelError
+from icl_dual.models import Model, OnTensor, UnsupportedModelError
 from icl_dual.models.changes import projection_deltas_of
 from icl_dual.models.journal import exclusive
 from icl_dual.models.overflow import check_activations
@@ -487,16 +487,16 @@ class _ParallelRuns:
         """Run forwards and backwards, and take a step after each batch."""
         tensors = [tensor.requires_grad_() for tensor in self._trained]
         by_layer: dict[str, list[Tensor]] = {"q": [], "k": []}
-        logits = self._forward(
-            sequences,
-            on_query=lambda layer, q: by_layer["q"].append(at_least_float32(q).detach()),
-            on_key=lambda layer, k: by_layer["k"].append(at_least_float32(k).detach()),
-        )
+
+        def keep(name: str) -> OnTensor:
+            return lambda layer, tensor: by_layer[name].append(at_least_float32(tensor).detach())
+
+        logits = self._forward(sequences, on_query=keep("q"), on_key=keep("k"))
         losses = self._losses(sequences, logits)
         if not self.active[0].n_read and not torch.isfinite(losses).all():  # before the step makes all weights NaN
             check_activations(self.model, partial(self._forward, sequences))
         gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
-        if any(gradient is None for gradient in gradients):
+        if not all(of_type(gradient, Tensor) for gradient in gradients):  # `None` where a projection was not called
             raise UnsupportedModelError(
                 f"{self.model.name} ({self.model.architecture}): expected every trained projection to be a layer that "
                 "the forward pass calls, got one that it does not call: finetune one by one, with icl_dual.finetune"

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from icl_dual.arguments import of_type
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.parallel import finetune_many
 from icl_dual.finetuning.sgd import DivergedError, finetune
@@ -56,7 +57,7 @@ def check_replicas(n: int) -> None:
     Raises:
         ValueError: it is negative, or a single one.
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0 or n == 1:
+    if not of_type(n, int) or isinstance(n, bool) or n < 0 or n == 1:
         raise ValueError(
             f"expected replicas as 0 for none, or at least 2, got {n}: one replica shows no spread, {REPLICAS} are the "
             "default"

@@ -5,7 +5,7 @@ whatever way the model stores them, in float32 at least. It can be applied to th
 block, saved, replaced by a random direction of the same norm, and taken between a model and any finetuned copy of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -303,12 +303,13 @@ class WeightDelta(Saved):
         """Return a delta of keys and values where nothing else changed, else of all four projections."""
         if not any((deltas[name] != 0).any() for name in deltas if name[-1] in "QO"):
             deltas = {name: delta for name, delta in deltas.items() if name[-1] in "KV"}
+        fields: dict[str, Any] = {"b_K": None, "b_V": None, **deltas}
         return cls(
             model=model.name,
             fingerprint=model.fingerprint(),
             lr=None,
             config=None,
-            **{"b_K": None, "b_V": None, **deltas},
+            **fields,
             demonstrations=[],
             losses=torch.empty(0, dtype=torch.float64),
             rounded=rounded,
@@ -316,7 +317,7 @@ class WeightDelta(Saved):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the delta; afterwards it is as it was, bit for bit, also after an exception.
 
         The delta is added to the weights. Weights in half precision, which would round most of it away, stay as they

@@ -88,7 +88,7 @@ def collect(results: Results, path: str | PathLike[str], grid: Grid | None = Non
         writer: pq.ParquetWriter | None = None
         try:
             for start in range(0, len(cell_ids), _AT_ONCE):
-                tables = []
+                tables: list[pa.Table] = []
                 for manifest, table in _tables(results, cell_ids[start : start + _AT_ONCE], damaged):
                     versions[manifest.made_with] += 1
                     tables.append(_with_origin(table, controls.get(manifest.id), manifest.made_with))

@@ -276,7 +276,7 @@ def check_names(grid: Grid, models: Sequence[str] = (), tasks: Sequence[str] = (
     Raises:
         GridError: names that are no model's or task's; the message lists them.
     """
-    problems = []
+    problems: list[Problem] = []
     for key, check, names in (
         ("models", check_model_name, set(grid.models) - set(models)),
         ("tasks", check_task_name, grid.task_names - set(tasks)),
@@ -310,7 +310,8 @@ def finetuning_of(table: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Finet
     try:
         if isinstance(lora, Mapping):
             targets = lora.get("targets")
-            settings["lora"] = Lora(**{**lora, "targets": None if targets is None else tuple(targets)})
+            fields: dict[str, Any] = {**lora, "targets": None if targets is None else tuple(targets)}
+            settings["lora"] = Lora(**fields)
         return FinetuneConfig(**settings), []
     except (ValueError, TypeError) as error:
         return PAPER_FINETUNING, [Problem(key, str(error))]
@@ -349,7 +350,7 @@ def _of_task(values: Any, task: str, default: Any) -> tuple[Any, ...]:
 def _shared_ids(cells: Sequence[GridCell]) -> list[Problem]:
     """Return a problem for each two cells with one id."""
     first: dict[str, GridCell] = {}
-    problems = []
+    problems: list[Problem] = []
     for cell in cells:
         other = first.setdefault(cell.id, cell)
         if other is not cell:

@@ -12,7 +12,7 @@ import torch
 from icl_dual.arguments import Count, Index, checked
 from icl_dual.assets import PACKAGED_MODELS, local_files, model_files
 from icl_dual.field_docs import document_fields
-from icl_dual.grids.grid import Grid, GridCell, GridError, check_names
+from icl_dual.grids.grid import Grid, GridCell, GridError, Precision, check_names
 from icl_dual.grids.results import Manifest, Results
 
 PROCESS_BYTES = 1.2e9
@@ -117,7 +117,11 @@ def plan(
     manifests = results.check_settings(cells, recordings=grid.keep_recordings)
     status = results.status(cells)
     over, measured = {*status.done, *status.failed}, _measured(manifests.values())
-    needs = cache(lambda model, precision: _resources(grid, model, measured.get((model, precision))))
+
+    @cache
+    def needs(model: str, precision: Precision) -> Resources:
+        return _resources(grid, model, measured.get((model, precision)))
+
     remaining = [cell for cell in cells if cell.id not in over]
     if remaining and not mix_versions:
         results.check_versions(manifests)

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -223,7 +223,7 @@ class Results:
     def manifests(self, cell_ids: Iterable[str], errors: dict[str, AssetError] | None = None) -> dict[str, Manifest]:
         """Return the manifests of cells; those that cannot be read go into `errors`, if it is given."""
         paths = {f"cells/{cell_id}/{MANIFEST}": cell_id for cell_id in cell_ids}
-        manifests = {}
+        manifests: dict[str, Manifest] = {}
         for path, content in self.files.read_many(list(paths)).items():
             try:
                 manifests[paths[path]] = Manifest.read(paths[path], content, f"{self.files.url}/{path}")
@@ -315,7 +315,7 @@ class Results:
             return load_cell(folder)
 
     @contextmanager
-    def opened(self, cell_id: str) -> Iterator[Path]:
+    def opened(self, cell_id: str) -> Generator[Path]:
         """Yield a local folder with the files of a finished cell, after checking each against its checksum."""
         manifest = self.manifest(cell_id)
         if (root := self.files.local) is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -175,12 +175,12 @@ def _candidates(grid: Grid, results: Results, by_seed: bool) -> list[list[_Candi
             f"expected finished cells, got {len(missing)} of {len(cells)} that are not, such as {missing[0]}: run the "
             "grid to its end first"
         )
-    groups: dict[tuple, dict[tuple, list[GridCell]]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[float | None, int | None], list[GridCell]]] = {}
     for cell in cells:
         c = cell.cell
         key = (c.model, c.task, c.k, c.protocol, cell.precision, cell.control)
         groups.setdefault(key, {}).setdefault((c.lr, c.seed if by_seed else None), []).append(cell)
-    ranked = []
+    ranked: list[list[_Candidate]] = []
     for key, by_candidate in groups.items():
         complete = [group for group in by_candidate.values() if not any(cell.id in diverged for cell in group)]
         if not complete:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from icl_dual import dual
-from icl_dual.arguments import checked
+from icl_dual.arguments import checked, of_type
 from icl_dual.field_docs import document_fields
 from icl_dual.metrics.batch import Batch
 from icl_dual.metrics.formulas import (
@@ -173,7 +173,7 @@ class Metric:
             f"metric {self.name!r}: expected its function to return a floating-point tensor [{self.axes}] = {shape}"
         )
         advice = f"return one value for each {self.axes.replace(' ', ' and ')}, NaN where it is undefined"
-        if not isinstance(values, Tensor):
+        if not of_type(values, Tensor):
             raise ValueError(f"{expected}, got {type(values).__name__}: {advice}")
         if list(values.shape) != shape or not values.is_floating_point():
             raise ValueError(f"{expected}, got {values.dtype} of shape {list(values.shape)}: {advice}")
@@ -197,10 +197,14 @@ def without_massive_tokens(metric: Metric, baselines: tuple[str, ...] = ()) -> M
         metric: a metric of `Batch.m_…` and `Batch.query_mask`.
         baselines: the names of the metrics that it is held against; each must exist without massive tokens as well.
     """
+
+    def function(batch: Batch) -> Tensor:
+        return metric.function(batch.without_massive_tokens)
+
     return replace(
         metric,
         name=_without(metric.name),
-        function=lambda batch: metric.function(batch.without_massive_tokens),
+        function=function,
         needs=(*metric.needs, "residual_norms"),
         baselines=tuple(map(_without, baselines)),
         headline=False,
@@ -544,7 +548,7 @@ def register_metric(metric: Metric) -> Metric:
         True
         >>> unregister_metric(metric.name)
     """
-    if not isinstance(metric, Metric):
+    if not of_type(metric, Metric):
         raise TypeError(f"expected a Metric, such as icl.Metric('name', function), got {metric!r}: pass a Metric")
     known = metrics()
     if not metric.name or metric.name in (*known, *figures()):

@@ -299,14 +299,14 @@ class Comparison(Saved):
 
     def __str__(self) -> str:
         frame = self._printed()
-        width = {name: max(len(name), *map(len, frame[name])) for name in frame}
-        texts = {name: frame[name].str.ljust(width[name]) for name in frame}
-        lines = pd.DataFrame(texts).to_string(index=False, header=[name.ljust(width[name]) for name in frame])
+        width = {name: max(len(name), *map(len, frame[name])) for name in frame.columns}
+        texts = {name: frame[name].str.ljust(width[name]) for name in frame.columns}
+        lines = pd.DataFrame(texts).to_string(index=False, header=[name.ljust(width[name]) for name in frame.columns])
         return "\n".join([*(line.strip() for line in lines.splitlines()), self._stability_in_words()])
 
     def _printed(self) -> pd.DataFrame:
         """Return `summary` as text."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for row in self.summary().to_dict("records"):
             interval = Interval(*(row[name] for name in ("value", "low", "high", "n")), unstable=row["unstable"])
             absent = row["verdict"].startswith("absent")
@@ -333,7 +333,7 @@ class Comparison(Saved):
         return f"{self.rec2ftp.both}/{self.rec2ftp.finetuned}" if metric == "Rec2FTP" else ""
 
     def _summary_row(self, metric: Metric, values_by_name: dict[str, Tensor]) -> dict[str, Any]:
-        row = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
+        row: dict[str, Any] = {"metric": metric.name, "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
         row |= {"spread": np.nan, "unstable": False}
         row |= {"baseline": next(iter(metric.baselines), ""), "baseline_value": np.nan, "p": np.nan}
         if metric.name not in values_by_name:
@@ -494,7 +494,8 @@ def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | s
     """
     if not replicas:
         return comparison
-    n_queries, values_by_replica = 0, {}
+    n_queries = 0
+    values_by_replica: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]] | str] = {}
     for name, recordings in replicas.items():
         if isinstance(recordings, str):
             values_by_replica[name] = recordings

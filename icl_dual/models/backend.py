@@ -370,7 +370,7 @@ class Backend(ABC):
         """
         activations: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable:
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
             def hook_fn(tensor: Tensor, hook: Any) -> None:
                 activations[name] = tensor
 

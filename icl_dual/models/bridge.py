@@ -195,9 +195,9 @@ class BridgeBackend(Backend):
         ]
         final = bridge.ln_final.original_component if "ln_final" in names else None
         unembed: Any = bridge.unembed.original_component
-        W_U = unembed.weight.detach()
-        if "project_out" in names and bridge.project_out.original_component is not None:
-            W_U = W_U @ bridge.project_out.original_component.weight.detach()
+        projection = bridge.project_out.original_component if "project_out" in names else None
+        weight = unembed.weight.detach()
+        W_U = weight if projection is None else weight @ projection.weight.detach()
         cap = getattr(config, "final_logit_softcapping", None)
         bias = getattr(unembed, "bias", None)
         return DirectPathParts(after_attention, final, W_U, None if bias is None else bias.detach(), cap)
@@ -419,8 +419,15 @@ def _skip(module: Any, undo: Undo) -> None:
     """Let a linear layer return zeros of its output's shape until the block ends."""
     d_out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
     own = module.__dict__.get("forward")  # of an instance that another library has wrapped
-    undo.push(*((module.__dict__.pop, "forward", None) if own is None else (setattr, module, "forward", own)))
-    module.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], d_out)
+    if own is None:
+        undo.push(module.__dict__.pop, "forward", None)
+    else:
+        undo.push(setattr, module, "forward", own)
+
+    def zeros(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], d_out)
+
+    module.forward = zeros
 
 
 def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:

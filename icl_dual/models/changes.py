@@ -3,7 +3,7 @@
 Weights in half precision would round a small change away. Beside them, it keeps its own precision.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, get_args
 
@@ -22,7 +22,7 @@ WeightChanges = Mapping[str, Float[Tensor, "layer *axes"]]
 
 
 @contextmanager
-def changed_projections(model: "Model", changes: WeightChanges) -> Iterator["Model"]:
+def changed_projections(model: "Model", changes: WeightChanges) -> Generator["Model"]:
     """Run a model with changed projections inside a `with` block, its weights left as they are.
 
     Every run adds ΔW x + Δb to the projections' outputs, computed in float32 at least. Inside the block the model has

@@ -73,7 +73,7 @@ def control_model(model: Model, control: Control, *, seed: Seed) -> Model:
 
 def _block_weights(model: Model) -> list[nn.Parameter]:
     """Return the weights and biases of attention and MLP at every layer, without norms."""
-    block_weights = []
+    block_weights: list[nn.Parameter] = []
     for layer, block in enumerate(model.wrapped.blocks):
         parts = [getattr(block, name, None) for name in ("attn", "mlp")]
         modules = [module for part in parts if part is not None for module in part.modules()]

@@ -191,7 +191,7 @@ def _address(value: Any) -> str:
 
 def _closure(function: FunctionType) -> dict[str, Any]:
     """Return the values of a function's closure, by name, without those that are not set yet."""
-    values = {}
+    values: dict[str, Any] = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             values[name] = cell.cell_contents

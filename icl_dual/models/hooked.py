@@ -235,17 +235,21 @@ class HookedBackend(Backend):
         def keep(output: Tensor, hook: Any) -> None:
             outputs.append(output)
 
-        def attach(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
+        def attach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             x = kwargs[argument].detach()
             x = x[:, :, 0] if x.ndim == 4 else x  # use_split_qkv_input repeats the input for every head
-            outputs.pop().register_hook(lambda gradient: callback(layer, kind, x, self._summed_heads(gradient)))
+
+            def call_back(gradient: Tensor) -> None:
+                callback(layer, kind, x, self._summed_heads(gradient))
+
+            outputs.pop().register_hook(call_back)
 
         return [(self.hook_points[f"blocks.{layer}.attn.hook_{kind.lower()}"], keep), (self._attn(layer), attach)]
 
     def output_hook(self, layer: int, callback: OnTensor) -> Hook:
         """Return a hook on attention itself: in models with a post-norm, the block's hook_attn_out comes after it."""
 
-        def hook_fn(module: nn.Module, args: tuple, kwargs: dict[str, Tensor], output: Tensor) -> None:
+        def hook_fn(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             callback(layer, output)
 
         return self._attn(layer), hook_fn
@@ -299,7 +303,7 @@ class _WithoutContiguousCopies(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.contiguous and args[0].ndim == 2 and isinstance(args[0]._base, nn.Parameter):
             return args[0]

@@ -8,7 +8,7 @@ interrupted block leaves is undone by the call around it (`exclusive`), or at th
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -77,7 +77,7 @@ class Journal:
         """Locked while a call, or a forward pass, is running."""
 
     @contextmanager
-    def block(self) -> Iterator[Undo]:
+    def block(self) -> Generator[Undo]:
         """Open a block: what is written into its `Undo` is undone when the block ends, however it ends."""
         undo = Undo()
         try:

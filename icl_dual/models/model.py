@@ -586,7 +586,7 @@ def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
             undo.set(module, "training", False)
 
 
-def _select_positions(read: Tensor) -> Callable:
+def _select_positions(read: Tensor) -> Callable[[Tensor, Any], Tensor]:
     """Return a hook that keeps only the positions to unembed: with a large vocabulary, unembedding dominates."""
 
     def hook_fn(residual: Tensor, hook: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Momentum attention as an intervention: run any model with momentum for a while."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from icl_dual.arguments import checked
@@ -13,7 +13,7 @@ MOMENTUM_TAG = " + momentum "
 
 @checked
 @contextmanager
-def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None = None) -> Iterator[Model]:
+def momentum_attention(model: Model, eta: Eta, *, layers: Sequence[int] | None = None) -> Generator[Model]:
     """Run a model with momentum attention inside a `with` block, and restore it afterwards, also after an exception.
 
     In every run (captures, finetuning, decomposition), the output of every head becomes

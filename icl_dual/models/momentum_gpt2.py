@@ -87,7 +87,8 @@ class MomentumForCausalLM(GPT2LMHeadModel):
     def without_momentum(self) -> GPT2LMHeadModel:
         """Return a GPT-2 without momentum that shares these weights."""
         entries = {name: value for name, value in self.config.to_dict().items() if name not in ("eta", "model_type")}
-        config = GPT2Config(**{**entries, "architectures": ["GPT2LMHeadModel"]})
+        entries["architectures"] = ["GPT2LMHeadModel"]
+        config = GPT2Config(**entries)
         with torch.device("meta"):
             gpt2 = GPT2LMHeadModel(config)
         state = {name: value for name, value in self.state_dict().items() if not name.endswith("eta_logit")}
@@ -100,7 +101,7 @@ def _implementation(config: Any) -> str:
     return "sdpa" if config.eta == 0 else ATTENTION_IMPLEMENTATION
 
 
-def _check_momentum_applies(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_momentum_applies(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tokens, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
     n_pos = (0 if tokens is None else tokens.shape[1]) + (0 if cache is None else cache.get_seq_length())
     if n_pos > model.config.n_positions:

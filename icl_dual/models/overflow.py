@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from icl_dual.models.backend import OnTensor
 from icl_dual.models.model import Model
 from icl_dual.torch_utils import is_half
 
@@ -43,10 +44,13 @@ def check_activations(model: Model, run: Callable[..., Tensor]) -> None:
         if not first and not is_finite(tensor):
             first.append(name)
 
+    def check_layers(name: str) -> OnTensor:
+        return lambda layer, tensor: check(f"{name} layer {layer}", tensor)
+
     with torch.no_grad():
         logits = run(
-            on_output=lambda layer, output: check(f"the attention output of layer {layer}", output),
-            on_residual=lambda layer, residual: check(f"the residual stream after layer {layer}", residual),
+            on_output=check_layers("the attention output of"),
+            on_residual=check_layers("the residual stream after"),
         )
     check("the logits", logits.amax())  # a model may mask tokens by a logit of −∞
     if first:

@@ -15,7 +15,7 @@ Each number has its null, as in `icl_dual.updates`: the change with the same sin
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
@@ -80,7 +80,7 @@ class FunctionVector(Saved):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the vector; afterwards it is as it was, bit for bit, also after an exception.
 
         In a capture, the vector is added at the token that predicts the label, and nowhere else. In a plain run it is
@@ -182,7 +182,9 @@ def capture_each(model: Model, prompts: Prompts, changes: Sequence[Change]) -> C
             f"{prompts} with labels {prompts.labels} and scoring {prompts.scoring!r}: capture the queries one by one"
         )
     check_prompts(model, prompts)
-    streams, log_probs, fingerprints = [], [], []
+    streams: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    fingerprints: list[str] = []
     for suffix, change in zip(prompts.suffixes, changes, strict=True):
         with change.applied(model):
             stream, next_log_probs = _run_whole(model, (*prompts.prefix, *suffix))
@@ -408,7 +410,7 @@ def _kl(reference: Capture, changed: Capture) -> Float[Tensor, " query"]:
     """Return KL(reference ‖ changed) of the next token's distribution; query by query, for vocabularies are large."""
     assert reference.next_log_probs is not None
     assert changed.next_log_probs is not None
-    by_query = []
+    by_query: list[Tensor] = []
     for p, q in zip(reference.next_log_probs, changed.next_log_probs, strict=True):
         p, q = p.double(), q.double()
         by_query.append(torch.where(p > -torch.inf, p.exp() * (p - q), torch.zeros_like(p)).sum())
@@ -494,7 +496,7 @@ class WeightComparison(Saved):
 
     def to_frame(self) -> pd.DataFrame:
         """Return a tidy table: metric, matrix, layer, value. Angles are means over the angles of a layer."""
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for metric, by_matrix in vars(self).items():
             if metric == "rank":
                 continue

@@ -36,7 +36,7 @@ Dherin et al. (2025, arXiv 2507.16003 and 2512.11255) showed this for MLPs with 
 weights and any context. It is no evidence that the model descends a gradient.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -89,7 +89,7 @@ class ExactPatch(Patch):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.
 
         The query runs once, to check that the patch is exact. A large change of a norm's scale blows up rounding, so it

@@ -1,6 +1,6 @@
 """`Patch`: a change of a model's MLPs as a result, which can be saved, measured and applied for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,7 +88,7 @@ class Patch(Saved):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.
 
         Each projection adds ΔW x to its output, in float32 at least. No weight is written.

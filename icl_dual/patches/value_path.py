@@ -18,7 +18,7 @@ the in-context one at every layer, by induction, and so are the residual stream 
 of MLPs (`icl_dual.patches.exact`), this holds by construction.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -104,7 +104,7 @@ class ValuePatch(Saved):
 
     @checked
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model]:
         """Yield the model with the patch; afterwards it is as it was, bit for bit, also after an exception.
 
         Each output projection adds ΔW_O z to its output, in float32 at least. No weight is written. Run `query` at

@@ -141,7 +141,7 @@ def label_counts(
             labels = torch.cat([c.gold if setting == "gold" else c.predictions[setting] for c in together])
             shares = labels.bincount(minlength=len(label_words)) / len(labels)
             at = np.arange(len(label_words)) + (index - (len(settings) - 1) / 2) * width
-            look = BARS[index % len(BARS)] | {"edgecolor": "black", "linewidth": 0.4}
+            look: dict[str, Any] = BARS[index % len(BARS)] | {"edgecolor": "black", "linewidth": 0.4}
             on.bar(at, shares.cpu().numpy(), width, label=literal(setting), **look)
         on.set_xticks(np.arange(len(label_words)), [literal(word) for word in label_words])
         on.set(ylabel="share of queries", ylim=(0, 1))

@@ -263,7 +263,7 @@ def _replica_edges(comparisons: Sequence[Comparison], metric: str) -> list[Float
 
 def _draw_replicas(comparisons: Sequence[Comparison], name: str, how: Drawing, ax: Axes) -> None:
     """Draw the range of a metric's mean over replicas of the finetuning, where it is known."""
-    style = {"linestyle": ":", "linewidth": 0.8}
+    style: dict[str, Any] = {"linestyle": ":", "linewidth": 0.8}
     mean = torch.stack([_values(comparison, name, how) for comparison in comparisons]).nanmean(0).nanmean(0)
     edges = _replica_edges(comparisons, name)
     for edge in edges:

@@ -10,7 +10,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def ordered(n: Count) -> list[str]:
 
 
 @contextmanager
-def drawing(ax: Axes | None) -> Iterator[Axes]:
+def drawing(ax: Axes | None) -> Generator[Axes]:
     """Yield the Axes given as they are; or new ones in the library's style, which get a legend below at the end."""
     if ax is not None:
         yield ax
@@ -127,7 +127,8 @@ def explain_band(ax: Axes, text: str) -> None:
 def explain_line(ax: Axes, text: str, **style: Any) -> None:
     """Add what a line or a mark is to what the legend of Axes explains, once."""
     if text not in ax.get_legend_handles_labels()[1]:
-        ax.plot([], [], label=text, **{"linestyle": "-", **style})
+        style.setdefault("linestyle", "-")
+        ax.plot([], [], label=text, **style)
 
 
 def mark_every(index: int, n: int) -> tuple[int, int]:

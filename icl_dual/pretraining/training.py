@@ -11,7 +11,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -219,7 +219,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _loading(folder: str | PathLike[str] | None, advice: str) -> Iterator[None]:
+def _loading(folder: str | PathLike[str] | None, advice: str) -> Generator[None]:
     """Turn the errors of damaged files into an AssetError; without a folder, nothing is loaded."""
     try:
         yield
@@ -281,7 +281,7 @@ def _arguments(
     )
 
 
-class _Sequences(Dataset):
+class _Sequences(Dataset[Mapping[str, Tensor]]):
     def __init__(self, sequences: Int[Tensor, "sequence pos"], labels: Int[Tensor, "sequence pos"]) -> None:
         self.sequences, self.labels = sequences, labels
 
@@ -350,7 +350,7 @@ class _Bar(TrainerCallback):
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def _random_states_kept() -> Generator[None]:
     """Restore the global random states of Python, numpy and torch after a block: the trainer seeds them all."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer seeds this one
     with torch.random.fork_rng():
@@ -395,7 +395,7 @@ def in_context_accuracy(
         seed: the seed of the sequences.
     """
     sequences = task.training_sequences(task.length, n, seed)
-    correct = []
+    correct: list[Tensor] = []
     with torch.no_grad():
         for batch in sequences.split(64):
             logits = model(batch.to(model.device)).logits[:, 1:-1:2, 1 + task.n_x :]

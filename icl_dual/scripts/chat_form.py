@@ -37,9 +37,12 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
     Raises:
         SettingsError: a capture in the folder is of other settings, weights or rows.
     """
-    model, by_cell, tasks = None, {}, {}
+    model: icl.Model | None = None
+    by_cell: dict[str, dict[str, icl.Capture]] = {}
+    tasks: dict[tuple[str, str | None], icl.Task] = {}
     for result in results:
-        cell, by_setting = result.cell, {}
+        cell = result.cell
+        by_setting: dict[str, icl.Capture] = {}
         about = {"settings": asdict(cell), "origin": {name: result.provenance[name] for name in ORIGIN}}
         for setting in SETTINGS:
             path = folder / cell.name / setting
@@ -62,7 +65,7 @@ def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) 
 
 def table(results: Sequence[icl.CellResult], captures: dict[str, dict[str, icl.Capture]]) -> pd.DataFrame:
     """Return a row for each cell and setting: accuracy as plain text and as a chat, their difference, and p."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for result in results:
         for setting, name in SETTINGS.items():
             chat = captures[result.cell.name][setting]

@@ -278,7 +278,8 @@ class ScriptParser(argparse.ArgumentParser):
         check: Callable[[argparse.Namespace], None] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
         self._dependent, self._check_arguments = dependent, check
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

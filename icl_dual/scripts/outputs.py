@@ -78,7 +78,8 @@ def _quantised(image: Image.Image, n_colours: int) -> Image.Image:
 
 def markdown(frame: pd.DataFrame, **options: Any) -> str:
     """Return a frame as a Markdown table; `options` are those of pandas and tabulate."""
-    return with_texts(frame, markdown_text).to_markdown(**{"index": False, **options})
+    options.setdefault("index", False)
+    return with_texts(frame, markdown_text).to_markdown(**options)
 
 
 def with_texts(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:

@@ -105,12 +105,12 @@ class Group:
 
 def groups(results: Results) -> list[Group]:
     """What belongs together into the rows of a table. Cells of other k, rate or queries of a task are kept apart."""
-    set_ups: dict[str, dict[tuple, dict[str, dict[tuple, list[icl.CellResult]]]]] = {}
+    set_ups: dict[str, dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], list[icl.CellResult]]]]] = {}
     for result in results:
         cell, of_model = result.cell, set_ups.setdefault(result.cell.model, {})
         by_task = of_model.setdefault(tuple(set_up(result).items()), {}).setdefault(cell.task, {})
         by_task.setdefault((cell.k, cell.lr, cell.n_queries), []).append(result)
-    table_groups = []
+    table_groups: list[Group] = []
     for model, of_model in set_ups.items():
         one = [dict(same) for same in of_model]
         differing = [name for name in one[0] if len({str(of[name]) for of in one}) > 1]
@@ -168,7 +168,7 @@ def table(results: Results, rows: Sequence[str]) -> pd.DataFrame:
 def paper_lines(tasks: Sequence[str], rows: Sequence[str]) -> list[dict[str, str]]:
     """Return the paper's own values as rows of a table."""
     paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
-    lines = []
+    lines: list[dict[str, str]] = []
     for model, by_row in paper["models"].items():
         about = {"model": f"{model} (paper)", "protocol": "reference"}
         of_model = {"queries": paper["queries"], "k": paper["k"], **by_row}
@@ -340,7 +340,7 @@ def find_cells(places: Sequence[str | Path]) -> list[icl.CellResult]:
     cells = [path for path in paths if path.name != "recordings" and (path / "tensors.safetensors").exists()]
     if not cells and not in_grids:
         raise icl.StudyError(f"expected finished cells in {', '.join(map(str, places))}, found none")
-    results: dict[tuple, icl.CellResult] = {}
+    results: dict[tuple[Any, ...], icl.CellResult] = {}
     for result in [*map(_load, dict.fromkeys(cells)), *in_grids]:
         provenance = result.provenance
         precision = provenance.get("precision", provenance["dtype"])

@@ -170,7 +170,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
 
 def label_counts(results: Results) -> pd.DataFrame:
     """Return how often each label is gold and is predicted, by task, seed and setting."""
-    rows = []
+    rows: list[list[Any]] = []
     for result in results:
         model, words = short(result.cell.model), result.provenance["label_words"]
         settings = {"gold": result.comparison.gold, **result.comparison.predictions}

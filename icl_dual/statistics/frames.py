@@ -1,6 +1,7 @@
 """Frames: the mean and deviation over queries of every metric, by layer and head; and frames as HTML."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
@@ -37,7 +38,7 @@ def summary_frame(values: Mapping[str, Float[Tensor, "_query _layer ..."]]) -> p
        metric  layer  head  mean       std  n
     0  cosine      0  <NA>   0.5  0.353553  2
     """
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, tensor in values.items():
         by_query = (tensor.flatten(3).mean(-1) if tensor.ndim == 4 else tensor).cpu()
         by_head = by_query.unsqueeze(2) if by_query.ndim == 2 else by_query

@@ -56,7 +56,7 @@ def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) ->
 def _kendall_by_pairs(a: Float[Tensor, "row item"], b: Float[Tensor, "row item"]) -> Float[Tensor, " row"]:
     """Return `kendall` where the tensors are, without sorting them."""
     step = max(1, PAIRS_AT_ONCE // a.shape[1] ** 2)
-    blocks = []
+    blocks: list[Tensor] = []
     for rows in zip(a.split(step), b.split(step), strict=True):
         order_a, order_b = ((x[:, :, None] > x[:, None]).float() - (x[:, :, None] < x[:, None]).float() for x in rows)
         products = (order_a * order_b, order_a.abs_(), order_b.abs_())  # each pair twice

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
-def writing(path: str | PathLike[str], *, only_in: Path | None = None) -> Iterator[None]:
+def writing(path: str | PathLike[str], *, only_in: Path | None = None) -> Generator[None]:
     """Turn what goes wrong while something is written into an AssetError that says where and why.
 
     Args:
@@ -64,7 +64,7 @@ def _is_of_files_in(folder: Path, error: OSError | SafetensorError) -> bool:
 
 
 @contextmanager
-def reading(what: str, folder: str | PathLike[str]) -> Iterator[None]:
+def reading(what: str, folder: str | PathLike[str]) -> Generator[None]:
     """Turn what goes wrong when tensors and metadata are not those of `what` into an AssetError that says so."""
     try:
         yield

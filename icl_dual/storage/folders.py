@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ _ATTEMPTS = 1000
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Generator[Path]:
     """Yield a new folder that replaces `folder` when the block ends well, and vanishes when it does not.
 
     Of two processes that write one folder at once, the second replaces what the first wrote. A symbolic link to a
@@ -75,7 +75,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Generator[Path]:
     """Yield the path of a new file, of the same name, that replaces `path` when the block ends well.
 
     Raises:
@@ -311,7 +311,7 @@ def _files(folder: Path) -> set[str]:
 
 
 @contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
+def _scratch(parent: Path) -> Generator[Path]:
     """Yield a locked scratch folder in a folder, and delete it."""
     scratch = parent / f"{SCRATCH}{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
     scratch.mkdir()  # by the umask, so that those who may read results also see what is set aside
@@ -427,7 +427,7 @@ def _asides(parent: Path) -> list[tuple[Path, Path]]:
 
     The latest comes first.
     """
-    asides = []
+    asides: list[tuple[int, Path, Path]] = []
     for scratch in _scratch_folders(parent):
         with suppress(FileNotFoundError, PermissionError):  # its process has just finished, or is another user's
             moved_ns = (scratch / _OLD).stat().st_mtime_ns

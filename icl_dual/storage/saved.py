@@ -174,7 +174,8 @@ def _members(value: Any) -> Mapping[str, Any] | None:
 def _unflatten(cls: Any, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Any:
     """Return a dataclass or named tuple, from the tensors under a path and its JSON part."""
     prefix = f"{path}/" if path else ""
-    hints, values = get_type_hints(cls), {}
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
     for name, has_default in _fields(cls).items():
         at = f"{prefix}{name}"
         is_saved = name in metadata or at in tensors or any(key.startswith(f"{at}/") for key in tensors)

@@ -185,7 +185,7 @@ def source_terms(
     pieces = _merged(
         [(text, range(at, at + 1)) for at, text in enumerate(captured.texts[prompt])], token_groups, by_piece
     )
-    quantities = []
+    quantities: list[Numbers] = []
     for title, values, note in _source_quantities(captured, prompt, tokenizer):
         values = values[prompt, position].double()
         by_token = values[..., list(by_unit)] if by_piece else values
@@ -215,7 +215,7 @@ def _source_quantities(captured: SourceAttention, prompt: int, tokenizer: Any) -
         "mass": "Share of the softmax, from 0 to 1. All sources of a head sum to 1 (with the sink, where a model has "
         "one).",
     }
-    effects = []
+    effects: list[tuple[str, Tensor, str]] = []
     for index in range(0 if captured.logit_effect is None else captured.logit_effect.shape[-1]):
         token = captured.logit_tokens[prompt][index]
         name = f"token {token}" if tokenizer is None else repr(_tokenizer(tokenizer, None).decode([token]))

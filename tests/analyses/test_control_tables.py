@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import control_tables as tables
 import controls as script
@@ -75,7 +76,7 @@ def test_every_metric_stands_beside_all_its_controls(out: Path) -> None:
         "random ΔW of FT's size": "random-delta",
     }.items():
         values = cell_of(out, variation).comparison.per_layer["SimAOU unnormalised"].mean(1)
-        found = numbers.loc[("SimAOU unnormalised", row)]
+        found: Any = numbers.loc[("SimAOU unnormalised", row)]
         assert found["value"] == pytest.approx(values.mean().item(), abs=1e-5)
         assert found["low"] <= found["value"] <= found["high"]
         assert found["queries"] == 6
@@ -168,7 +169,7 @@ def made_up(claim: float, controls: dict[str, float], n: int = 40) -> Made:
     return {"SimAOU": {"claim": {tables.CLAIM: {"sst2": score(claim)}}, **families}}
 
 
-def verdict(scores: tables.Scores) -> dict[str, str]:
+def verdict(scores: tables.Scores) -> dict[Any, Any]:
     unstable = dict.fromkeys(tables.CLAIMS, "1 of 2")
     return tables.claim_table(tables.against_controls(scores), unstable).to_dict("records")[0]
 

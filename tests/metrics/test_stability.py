@@ -182,7 +182,7 @@ def test_a_verdict_that_a_replica_overturns_says_so(experiment: icl.Experiment) 
     )
 
     def verdict(shifts: dict[str, list[float]]) -> str:
-        return moved(comparison, shifts).summary().set_index("metric").loc["SimAM after FT", "verdict"]
+        return str(moved(comparison, shifts).summary().set_index("metric").loc["SimAM after FT", "verdict"])
 
     above = "above its value before FT (p < .001)"
     assert verdict({"SimAM after FT": [-0.001, 0.001]}) == above

@@ -99,7 +99,7 @@ def made(seed: int, *, n: int = 40, task: str = "sst2", draw: int = 1, **change:
     return icl.CellResult(cell, dataclasses.replace(comparison, **change), about, Path(f"made/{task}-{draw}"))
 
 
-def printed(results: list[icl.CellResult], row: str) -> dict[str, str]:
+def printed(results: list[icl.CellResult], row: str) -> dict[Any, Any]:
     table = paper_tables.table(results, [row])
     return table[(table["model"] == "llama") & (table["metric"] == row)].iloc[0].to_dict()
 

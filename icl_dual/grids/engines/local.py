@@ -67,7 +67,7 @@ def _reported(worker: Worker, ids: Sequence[str], report: Report) -> Iterator[Ou
 
 def _work(worker: Worker, ids: Sequence[str]) -> Iterator[str | Outcome]:
     """Run cells in order, and those that others had claimed once more at the end; yield each id and its outcome."""
-    claimed = []
+    claimed: list[str] = []
     for cell_id in ids:
         yield cell_id
         outcome = worker.run(cell_id)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -79,7 +79,7 @@ def run_ray(
 
 
 @contextmanager
-def _connected(ray: ModuleType, address: str | None) -> Iterator[None]:
+def _connected(ray: ModuleType, address: str | None) -> Generator[None]:
     """Connect to a cluster within a block, unless this process is connected already."""
     if address is not None:
         check_reachable(address)
@@ -210,7 +210,7 @@ def _slots(cells: Sequence[PlannedCell], nodes: Sequence[Machine], workers: int 
     by_needs: dict[Resources, list[str]] = {}
     for cell in cells:
         by_needs.setdefault(cell.resources, []).append(cell.id)
-    slots = []
+    slots: list[_Slot] = []
     for needs, ids in by_needs.items():
         n = min(len(ids), workers or sum(n_workers(needs, node) for node in nodes))
         slots += [_Slot(needs, deque(ids[len(ids) * i // n : len(ids) * (i + 1) // n])) for i in range(n)]

@@ -69,7 +69,7 @@ def run_slurm(
 
 def in_jobs(cells: Iterable[PlannedCell], cells_per_job: int) -> list[tuple[Resources, list[str]]]:
     """Return the cells of each job, with what it needs: neighbours with one model and equal needs."""
-    jobs = []
+    jobs: list[tuple[Resources, list[str]]] = []
     for (_, needs), members in groupby(cells, key=lambda cell: (cell.group, cell.resources)):
         ids = [cell.id for cell in members]
         jobs += [(needs, ids[start : start + cells_per_job]) for start in range(0, len(ids), cells_per_job)]

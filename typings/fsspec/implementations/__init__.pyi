@@ -1,0 +1,1 @@
+"""fsspec's kinds of storage."""

@@ -1,0 +1,3 @@
+"""The class of local file systems in fsspec, which comes without types."""
+
+class LocalFileSystem: ...
