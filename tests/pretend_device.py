@@ -61,7 +61,7 @@ class DeviceTensor(Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
-    """Counts what runs on the device: operators, copies to and from it, and waits of the host."""
+    """Counts what runs on the device: operators, those that compute, copies to and from it, and waits of the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +124,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> A
     if not any(there) and not to_there:
         return func(*args, **kwargs)
     counts["operators"] += 1
+    counts["launches"] += not (func.is_view or func is aten._unsafe_view.default)
     to_host = func is aten._to_copy.default and kwargs.get("device") is not None and not to_there
     to_host = to_host or (func is aten.copy_.default and not there[0])
     counts["to host"] += to_host
@@ -153,7 +154,15 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> A
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, dropout: float = 0.0, causal: bool = False, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    with_lse: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     """Compute a GPU's fused attention by the CPU's, which takes and returns the same."""
     seed = torch.zeros(())

@@ -183,6 +183,76 @@ def test_copies_of_a_capture() -> None:
     assert counts["waits"] <= 3 * (n_passes + n_label_batches)
 
 
+def bare_launches(n_layers: int, *, backward: bool) -> int:
+    """The operators by which a model computes the logits of tokens, and the gradients of keys' and values' weights."""
+    model = model_of(n_layers, there=True)
+    with pretended_device() as counts, torch.set_grad_enabled(backward):
+        tokens = torch.arange(20, device=pretend_device.DEVICE)[None]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for kind in ("K", "V"):
+            for projection in model.projections(kind):
+                projection.W.parameter.requires_grad_(backward)
+        counts.clear()
+        logits = model.wrapped(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        if backward:
+            logits.sum().backward()
+        return counts["launches"]
+
+
+def by_layer_and_one_more(count: Callable[[int, int], int], few: int, many: int) -> float:
+    """The part of a count that a layer adds for each batch or step, of which there are few or many."""
+    added = count(4, many) - count(2, many) - count(4, few) + count(2, few)
+    return added / 2 / (many - few)
+
+
+@pytest.fixture
+def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretended device has the fused attention that GPUs have."""
+    monkeypatch.setattr(icl.dual, "FUSED", icl.dual.FUSED | {pretend_device.DEVICE.type})
+
+
+@pytest.mark.usefixtures("_fused")
+@pytest.mark.parametrize("fields", [icl.METRIC_FIELDS, FIELDS])
+def test_a_capture_runs_at_most_half_as_many_operators_again_as_the_bare_model(fields: Any) -> None:
+    """By layer and batch; those that compute something: views are not launched."""
+
+    def launches(n_layers: int, n_batches: int) -> int:
+        model = model_of(n_layers, there=True)
+        with pretended_device() as counts:
+            prompts = prompts_of(model, n_queries=6)
+            icl.capture(model, prompts, fields=fields, progress=False, batch_size=6 // n_batches)
+            counts.clear()
+            icl.capture(model, prompts, fields=fields, progress=False, batch_size=6 // n_batches)
+            return counts["launches"]
+
+    n_forward = 3  # a batch of queries, and one with each of two label words
+    bare = (bare_launches(4, backward=False) - bare_launches(2, backward=False)) / 2
+    print(by_layer_and_one_more(launches, 1, 6) / n_forward, bare)
+    assert by_layer_and_one_more(launches, 1, 6) / n_forward <= 1.5 * bare
+
+
+def test_the_operators_of_a_finetuning_step() -> None:
+    """By layer and step: those of the bare forward and backward pass, and those of a step of SGD by weight."""
+
+    def launches(n_layers: int, n_steps: int) -> int:
+        model = model_of(n_layers, there=True)
+        with pretended_device() as counts:
+            icl.finetune(model, prompts_of(model, k=n_steps), lr=0.01, progress=False)
+            return counts["launches"]
+
+    bare = (bare_launches(4, backward=True) - bare_launches(2, backward=True)) / 2
+    print(by_layer_and_one_more(launches, 4, 12), bare)
+    assert by_layer_and_one_more(launches, 4, 12) <= 1.15 * bare
+
+
+@pytest.mark.usefixtures("_fused")
+def test_the_operators_of_a_decomposition() -> None:
+    few, many = decompose_counts(2), decompose_counts(4)
+    print((many["launches"] - few["launches"]) / 2)
+    assert (many["launches"] - few["launches"]) / 2 <= 100
+
+
 def test_a_finetuning_looks_at_its_losses_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from icl_dual.finetuning import sgd
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from icl_dual.arguments import NameOrPath, checked
 from icl_dual.models.adapters import check_no_adapter_files, merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
+from icl_dual.models.free_memory import free_memory
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map
@@ -268,6 +268,8 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
         if in_half <= free
         else f"use a model of at most {free // 2 / 1e9:.1f} billion weights in bfloat16"
     )
+    if device.type == "cuda":
+        advice += ", load it with device_map='auto', which keeps part of it elsewhere"
     raise MemoryError(
         f"{name}: expected {_gib(needed)} of free memory on {device} for {n_weights / 1e9:.2f} billion weights in "
         f"{dtype_name(dtype)}, got {_gib(free)}: {advice}, or free memory"
@@ -313,16 +315,6 @@ def _stored_weights(folder: Path) -> dict[str, tuple[list[int], str]]:
     except (SafetensorError, OSError):
         return {}  # incomplete: reading it says so
     return weights
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; `None` where it is not known."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    if device.type != "cuda":
-        return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for new tensors
-    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _gib(n_bytes: int) -> str:
