@@ -37,7 +37,7 @@ def box(ax: Axes, center: Point, text: str, kind: str, *, formula: str = "", siz
     look = {"edgecolor": "black", "linewidth": 0.8, "facecolor": FILLS[kind], "zorder": 2} | EDGES[kind]
     corner = x - width / 2, y - height / 2
     ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", **look))
-    above = 0.2 if formula else 0.0
+    above = 0.25 if formula else 0.0
     ax.text(x, y + above, text, ha="center", va="center", fontsize=7.5, zorder=3, linespacing=1.3)
     ax.text(x, y - 0.17, formula, ha="center", va="center", fontsize=10, zorder=3)
 
@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def write(args: argparse.Namespace) -> None:
     """Draw both figures."""
     for name, draw in FIGURES.items():
-        write_figure(draw(), args.out / name, "png", "pdf", dpi=200)
+        write_figure(draw(), args.out / name, "png", "pdf")
     print(f"Both figures are in {args.out}/")
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import logging
 import math
+import re
 import shlex
 import sys
 import textwrap
@@ -486,6 +487,13 @@ def legend_beside(ax: Axes) -> None:
     ax.legend(*zip(*series, strict=True), loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
+def wrapped(title: str, width: float) -> str:
+    """Return a figure's title in lines that fit into a width in inches; numbers stay with the word before them."""
+    kept = re.sub(r" (?=[\d=])|(?<==) ", "\N{NO-BREAK SPACE}", title)
+    lines = [textwrap.fill(line, int(width * 15.5)) for line in kept.split("\n")]  # 8 pt: 15.5 characters an inch
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
 def finish(
     fig: Figure,
     axes: Sequence[Axes],
@@ -508,8 +516,7 @@ def finish(
         kinds: the endings.
     """
     width = fig.get_size_inches()[0]
-    lines = [textwrap.fill(line, int(width * 17)) for line in title.split("\n")]  # 8 pt: 17 characters an inch
-    fig.suptitle(icl.plots.literal("\n".join(lines)))
+    fig.suptitle(icl.plots.literal(wrapped(title, width)))
     by_label: dict[Any, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

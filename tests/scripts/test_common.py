@@ -14,6 +14,8 @@ import controls
 import decomposition
 import momentum
 import pytest
+import readable
+from matplotlib.figure import Figure
 
 import icl_dual as icl
 from icl_dual.scripts import common, reproduce
@@ -159,3 +161,22 @@ def test_a_program_returns_its_exit_code_and_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "expected reference_k_mismatch with protocol='reference' only" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_long_titles_fit_and_keep_numbers_with_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = common.model_title("gemma3-270m")
+    title = f"Shares\n{model}, protocol answer, 100 queries a task, seed 1\n{'MR k = 32, lr 0.0001; ' * 9}"
+    titles, problems = [], []
+
+    def look(fig: Figure, path: Path, *kinds: str) -> None:
+        fig.canvas.draw()
+        titles.append(fig.get_suptitle())
+        problems.extend(readable.overlapping_titles(fig))
+
+    monkeypatch.setattr(common, "write_figure", look)
+    fig, _ = common.panels(5)
+    common.finish(fig, [], title, tmp_path / "figure")
+    assert problems == []
+    assert titles[0].replace("\n", " ") == title.strip().replace("\n", " ")
+    assert all(line.count("k") == line.count("k = 32") for line in titles[0].splitlines()[3:])
+    assert "seed 1" in titles[0]
