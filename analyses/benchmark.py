@@ -71,6 +71,7 @@ RATIOS = {
     "cell/floors": "a whole cell takes {:.2f} times its floors",
     "cell_with_replicas/cell": "with replicas of its finetuning, a cell takes {:.2f} times as long",
     "measure/cell": "of which metrics and decomposition take {:.0%}",
+    "updates/floor_zero_shot": "comparing ΔW_ICL with ΔW_FT as matrices takes {:.1f} times a bare zero-shot run",
     "form_delta_w_icl/prefix": "forming ΔW_ICL takes {:.2%} of a bare prefix pass",
     "act_unformed/prefix": "acting on a query without forming it takes {:.2%} of a bare prefix pass",
 }
@@ -131,6 +132,8 @@ def steps(race: Race, names: list[str], every: int) -> tuple[dict[str, Callable[
             race, contenders.run_cell(race, replicas=REPLICAS)
         )
         timed["measure"] = lambda: contenders.measure_cell(race, cell)
+        if race.dtype.itemsize >= 4:  # half precision is refused
+            timed["updates"] = lambda: cell.updates(seed=race.seed, progress=False)
     if "ours" in names:
         timed |= delta_w_steps(race)
     by_name = dict.fromkeys(PROMPT_BY_PROMPT, scale) | {"finetune_many": 1 / RATES}

@@ -25,6 +25,7 @@ import icl_dual as icl
 from icl_dual.contexts import draw_orders
 from icl_dual.scripts.common import (
     DATA,
+    SHARED,
     TITLES,
     cell_parser,
     command_line,
@@ -282,7 +283,7 @@ def draw_demonstrations(runs: Runs, title: str, path: Path) -> None:
         for ax in row:
             label_outer(ax)
         legend_beside(row[-1])
-    finish(fig, [], title, path)
+    finish(fig, [ax for row in axes for ax in row], title, path, labels=SHARED)
 
 
 def describe(args: argparse.Namespace) -> str:

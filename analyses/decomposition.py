@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -204,20 +205,9 @@ def write_figures(cells: list[Result], args: argparse.Namespace) -> None:
     colour_bar(fig, axes, "softmax share w, mean over queries")
     finish(fig, [], f"The softmax share of the demonstrations\n{about}", args.out / "demonstration_mass")
 
-    fig, (axes,) = panels(n)
-    for ax, result in columns(axes, cells):
-        series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
-        icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
-        # Where both parts cancel, shares leave every linear scale: beyond ±2 the scale is logarithmic.
-        ax.set_yscale("symlog", linthresh=2, linscale=2)
-        ax.yaxis.set_major_locator(FixedLocator([-100, -10, -2, -1, 0, 1, 2, 10, 100]))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter("{x:g}")
-        label_outer(ax)
-    heading = "Direct and inherited shares of the change of the attention output; logarithmic beyond ±2"
-    finish(fig, axes, f"{heading}\n{about}", args.out / "direct_inherited")
+    write_shares(cells, about, args.out / "direct_inherited")
 
-    fig, rows = panels(n, 2, height=1.5)
+    fig, rows = panels(n, 2)
     labels = {"update_cosine": "cos(ΔW_ICL q, ΔICL)", "rank_agreement": "Spearman's ρ of the weights"}
     for axes, (name, label) in zip(rows, labels.items(), strict=True):
         for ax, result in columns(axes, cells, is_first=axes is rows[0]):
@@ -262,12 +252,35 @@ UPDATE_LABELS = {
 singular vectors (outputs) and of the right ones (inputs)."""
 
 
-def describe(cells: list[Result], args: argparse.Namespace) -> str:
-    """Return the model and how the cells were run, in two lines."""
+LINEAR = 2
+"""Up to here, shares have a linear scale."""
+
+
+def write_shares(cells: list[Result], about: str, path: Path) -> None:
+    """Draw the direct and inherited shares by layer; where both parts cancel, shares leave every linear scale."""
+    fig, (axes,) = panels(len(cells))
+    for ax, result in columns(axes, cells):
+        series = {kind: result.tensors[f"{kind}_share"] for kind in ("direct", "inherited")}
+        icl.plots.by_layer(series, ylabel="share of h_ICL − h_ZSL", ax=ax)
+        label_outer(ax)
+    heading = "Direct and inherited shares of the change of the attention output"
+    if max(abs(end) for ax in axes for end in ax.dataLim.intervaly) > LINEAR:
+        heading += f"; logarithmic beyond ±{LINEAR}"
+        for ax in axes:
+            ax.set_yscale("symlog", linthresh=LINEAR, linscale=2)
+            ax.yaxis.set_major_locator(FixedLocator([-100, -10, -LINEAR, -1, 0, 1, LINEAR, 10, 100]))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter("{x:g}")
+    finish(fig, axes, f"{heading}\n{about}", path)
+
+
+def describe(cells: list[Result], args: argparse.Namespace, *, queries: str | None = None) -> str:
+    """Return the model and how the cells were run, in two lines; `queries` stands for the number of queries."""
     rates = {result.task: default_lr(args.model, result.task) if args.lr is None else args.lr for result in cells}
     ks = {result.task: icl.PAPER_K[result.task] if args.k is None else args.k for result in cells}
     each = "; ".join(f"{TITLES[task]} k = {ks[task]}, lr {rates[task]:g}" for task in rates)
-    return f"{model_title(args.model)}, protocol {args.protocol}, {n_queries(args)}, seed {args.seed}\n{each}"
+    settings = [model_title(args.model), f"protocol {args.protocol}", n_queries(args) if queries is None else queries]
+    return f"{', '.join(part for part in [*settings, f'seed {args.seed}'] if part)}\n{each}"
 
 
 def colour_bar(fig: Figure, axes: list[Axes], label: str) -> None:
@@ -296,12 +309,12 @@ def write_prompt(result: Result, args: argparse.Namespace) -> None:
         "direct share of h_ICL − h_ZSL": of_first["direct_share"],
     }
     icl.plots.by_layer(series, ylabel="share", ax=above)
-    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    above.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
     above.set_xlabel("")
     icl.plots.demonstrations(of_first["icl_share"][0, :, first:], names, label="share of ΔICL", ax=below)
     below.set_xlim(-0.5, len(of_first["icl_share"][0]) - 0.5)
-    heading = f"Demonstrations' shares of ΔICL by layer: “{shorten(result.about['first_query'], 70)}”"
-    finish(fig, [], f"{heading}\n{describe([result], args)}", args.out / "prompt")
+    heading = f"Demonstrations' shares of ΔICL by layer, for the query “{shorten(result.about['first_query'], 60)}”"
+    finish(fig, [], f"{heading}\n{describe([result], args, queries='one query')}", args.out / "prompt")
 
 
 def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None:
@@ -313,7 +326,7 @@ def write_delta_demonstrations(result: Result, args: argparse.Namespace) -> None
         icl.plots.demonstrations(shares, names, label=f"share of ΔW_{kind}", ax=ax)
         ax.set_title(f"ΔW_{kind}")
     heading = "Demonstrations' shares of finetuning's change of key and value weights"
-    finish(fig, [], f"{heading}\n{describe([result], args)}", args.out / "delta_demonstrations")
+    finish(fig, [], f"{heading}\n{describe([result], args, queries='')}", args.out / "delta_demonstrations")
 
 
 def shorten(text: str, length: int = 32) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -29,6 +28,7 @@ MEAN = "mean of tasks, in context"
 FILES = {
     "runs.csv": "every decoder's numbers: data, η, seed, measure, value",
     "differences.csv": "every η against vanilla",
+    "learned_eta.csv": "the η that heads learned on text: seed, layer, head, η",
     "intervention.csv": "the pretrained model under momentum",
     "cost.md": "what a training step and a decoded token cost (`python analyses/benchmark_momentum.py`)",
 }
@@ -225,8 +225,22 @@ def _rename_band(ax: Axes) -> None:
             band.set_label(SEEDS_BAND)
 
 
-def draw_eta(learned: Float[torch.Tensor, "seed layer head"], out: Path) -> None:
+def learned_etas(cells: CellsByPart) -> pd.DataFrame:
+    """Return the η that every head learned on text: seed, layer, head, η."""
+    rows = [
+        (one["seed"], layer, head, eta)
+        for one in cells.get("text", [])
+        if one["eta"] == "learned"
+        for layer, of_layer in enumerate(one["etas"])
+        for head, eta in enumerate(of_layer)
+    ]
+    return pd.DataFrame(rows, columns=["seed", "layer", "head", "eta"])
+
+
+def draw_eta(frame: pd.DataFrame, out: Path) -> None:
     """Draw the η that heads learned: means over seeds."""
+    shape = [len(frame[name].unique()) for name in ("seed", "layer", "head")]
+    learned = torch.tensor(frame.sort_values(["seed", "layer", "head"])["eta"].to_numpy()).reshape(shape)
     fig, ax = plt.subplots(figsize=(icl.plots.COLUMN_WIDTH, 2.6))
     icl.plots.heads(learned, label="η, mean over seeds", limits=(0, float(learned.mean(0).max())), ax=ax)
     finish(fig, [], f"η that heads learned on text, {len(learned)} seeds", out / "learned_eta")
@@ -249,7 +263,7 @@ def draw_added(frame: pd.DataFrame, model: str, out: Path) -> None:
 
 
 def redraw(out: Path, model: str) -> None:
-    """Draw the figures again from the tables of a folder, without cells; losses and learned η are only in cells."""
+    """Draw the figures again from the tables of a folder, without cells; losses are only in cells."""
     frame = read_csv(out / "runs.csv", dtype={"eta": object})
     frame["eta"] = [eta if eta == "learned" else float(eta) for eta in frame["eta"]]
     draw_trained(frame, best_accuracies(), out)
@@ -257,6 +271,8 @@ def redraw(out: Path, model: str) -> None:
     accuracies: list[Any] = [Interval(row["value"], row["low"], row["high"], 0) for row in rows.to_dict("records")]
     rows["accuracy"] = accuracies
     draw_added(rows, model, out)
+    if (out / "learned_eta.csv").exists():
+        draw_eta(read_csv(out / "learned_eta.csv"), out)
 
 
 def best_accuracies() -> list[float]:
@@ -303,9 +319,10 @@ def write(cells: CellsByPart, args: argparse.Namespace, command: str) -> None:
             sections += [f"The best there can be, knowing every x seen and guessing at others: {best}."]
         titles = tuple(f"{title} accuracy" for title in TITLES.values())
         sections += section(apart, "Classification tasks", lambda name: name.startswith((*titles, MEAN)), 3)
-    learned = [one["etas"] for one in cells.get("text", []) if one["eta"] == "learned"]
-    if learned:
-        draw_eta(torch.tensor(learned), out)
+    learned = learned_etas(cells)
+    if len(learned):
+        write_csv(out / "learned_eta.csv", learned, float_format="%.6g")
+        draw_eta(learned, out)
         sections += ["## What heads learned", "![η by layer and head](learned_eta.png)"]
     if cells.get("intervention"):
         frame = added(cells)

@@ -15,6 +15,7 @@ import pandas as pd
 import icl_dual as icl
 from icl_dual.scripts import paper_tables
 from icl_dual.scripts.common import (
+    SHARED,
     TITLES,
     cell_parser,
     command_line,
@@ -124,12 +125,12 @@ def draw(results: Sequence[icl.CellResult], title: str, path: Path) -> None:
             icl.plots.curves(estimates, ylabel=label if index == 0 else "", ax=ax)
             ax.set(xscale="log")
             ax.minorticks_off()
-            ax.set_xticks(list(intervals), [f"{lr:g}" for lr in intervals], rotation=60)
+            ax.set_xticks(list(intervals), [f"{1000 * lr:g}" for lr in intervals])
         axes[0, index].set_title(f"{TITLES[task]}, k = {k}")
-        axes[-1, index].set_xlabel("learning rate")
+        axes[-1, index].set_xlabel("learning rate (10⁻³)")
     for ax in axes[:, -1]:
         legend_beside(ax)
-    finish(fig, [], title, path)
+    finish(fig, list(axes.flat), title, path, labels=SHARED)
 
 
 def describe(args: argparse.Namespace) -> str:

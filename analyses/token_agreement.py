@@ -59,6 +59,9 @@ TITLES_BY_FORM = {
     "unpatched": "no patch: query alone",
 }
 
+MEANINGS = {"naive": "computed in the model's precision", "stable": "computed in float32", "beside": "kept in float32"}
+"""What the legend says of forms whose names do not."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
@@ -231,10 +234,11 @@ def draw(generations: dict[tuple[str, str], list[Generation]], title: str, path:
     fig, axes = plt.subplots(2, columns, figsize=size, squeeze=False, sharex=True, sharey="row")
     for column, ((model, precision), by_prompt) in enumerate(generations.items()):
         above, below = axes[0, column], axes[1, column]
-        above.set_title(f"{icl.plots.literal(short(model))}\n{precision}", fontsize=8)
+        above.set_title(f"{icl.plots.literal(checkpoint(model))}\n{precision}", fontsize=7.5)
         for form in by_prompt[0].generated:
             index = list(TITLES_BY_FORM).index(form)
-            style = {**icl.plots.series_style(index), "label": TITLES_BY_FORM[form]}
+            meaning = f": {MEANINGS[form]}" if form in MEANINGS else ""
+            style = {**icl.plots.series_style(index), "label": TITLES_BY_FORM[form] + meaning}
             same = np.array([np.equal(result.generated[form], result.prompted) for result in by_prompt])
             steps = np.arange(1, same.shape[1] + 1)
             every = (index % 4, 4)
@@ -249,10 +253,16 @@ def draw(generations: dict[tuple[str, str], list[Generation]], title: str, path:
             below.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         above.set_ylim(-0.03, 1.03)
         below.set(yscale="log", xlabel="generated token")
-    icl.plots.explain_band(axes[0, 0], "bands: ±1.96 standard errors (above), 5 to 95 % (below) of prompts")
+    icl.plots.explain_band(axes[0, 0], "above: ±1.96 standard errors over prompts")
+    icl.plots.explain_band(axes[0, 0], "below: 5 to 95 % of prompts")
     axes[0, 0].set_ylabel("share of prompts with\nthe prompted token")
     axes[1, 0].set_ylabel("relative logit error\n(median of prompts)")
     finish(fig, list(axes.flat), title, path)
+
+
+def checkpoint(model: str) -> str:
+    """Return a model's checkpoint without its format and owner, for the titles of narrow panels."""
+    return model_title(model).partition(" (")[0].rpartition("/")[2]
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -264,7 +274,9 @@ def write(args: argparse.Namespace) -> None:
     generations = results(args)
     frame = pd.DataFrame(rows(generations))
     write_csv(args.out / "token_agreement.csv", frame, float_format="%.4g")
-    draw(generations, f"Tokens generated without demonstrations, {describe(args)}", args.out / "token_agreement")
+    heading = "Tokens generated without demonstrations, by an exact patch for each"
+    title = "\n".join([heading, *map(model_title, args.models), describe(args)])
+    draw(generations, title, args.out / "token_agreement")
     summary = markdown(table(frame), disable_numparse=True)
     first = args.out / "cells" / short(args.models[0]).replace("/", "--") / "float32" / "000"
     versions = ", ".join(f"{name} {number}" for name, number in load_tensors(first)[1]["origin"]["versions"].items())

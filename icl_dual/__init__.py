@@ -52,6 +52,7 @@ from icl_dual.storage import AssetError, SettingsError
 from icl_dual.study import Cell, CellResult, StudyError, export_recordings, load_cell, run_cell, run_study
 from icl_dual.tasks import Task, TaskError
 from icl_dual.texts import Chat
+from icl_dual.torch_utils import DeviceLostError
 from icl_dual.updates import DeltaSummary, UpdateComparison, compare_updates, summarise
 from icl_dual.views import InteractiveView, view
 
@@ -158,6 +159,7 @@ __all__ = [  # noqa: RUF022 - grouped by use
     # errors
     "ArgumentError",
     "AssetError",
+    "DeviceLostError",
     "DivergedError",
     "PromptError",
     "RecordingError",

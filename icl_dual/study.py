@@ -50,10 +50,12 @@ from icl_dual.storage import (
     check_same_settings,
     check_writable,
     finished_folders,
+    first_line,
     read_json,
     writing,
 )
 from icl_dual.tasks import Example, Protocol, Task
+from icl_dual.torch_utils import DeviceLostError, lost_device
 
 
 @checked
@@ -320,6 +322,7 @@ def run_study(
             in it is damaged.
         PromptError: the prompts of a cell do not fit into its model's context.
         DivergedError: the finetuning of a cell diverged.
+        DeviceLostError: the accelerator was lost in a cell; those finished before are saved.
         ValueError: `arithmetic` does not fit `dtype`.
 
     Example:
@@ -339,8 +342,9 @@ def run_study(
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
         for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
-            model, origin = kept.model(cell, plan.check_same_model)
-            results[cell] = _run_cell(model, cell, draw, plan.folders[cell], kept.runs, keep_recordings, origin)
+            with _naming_lost_devices(cell):
+                model, origin = kept.model(cell, plan.check_same_model)
+                results[cell] = _run_cell(model, cell, draw, plan.folders[cell], kept.runs, keep_recordings, origin)
             bar.update()
     return CellResults(results[cell] for cell in plan.folders)
 
@@ -599,6 +603,20 @@ class _Kept:
         return self.current[name]
 
 
+@contextmanager
+def _naming_lost_devices(cell: Cell) -> Iterator[None]:
+    """Raise a DeviceLostError where the device is lost within the block, whatever error that led to."""
+    try:
+        yield
+    except Exception as error:
+        if (cause := lost_device(error)) is None:
+            raise
+        raise DeviceLostError(
+            f"{cell.name}: expected a device that computes until the end, got {first_line(cause)!r}, after which this "
+            "process cannot use it any more: finished cells are saved, run the same call in a new process to go on"
+        ) from error
+
+
 class CellRunner:
     """Runs cells one at a time, as `run_study` does, for callers that choose the next cell themselves.
 
@@ -638,14 +656,16 @@ class CellRunner:
         """Run a cell and save it into a folder, new or of the same cell.
 
         Raises:
-            StudyError, TaskError, AssetError, PromptError, SettingsError, DivergedError: as `run_study` does.
+            StudyError, TaskError, AssetError, PromptError, SettingsError, DivergedError, DeviceLostError: as
+                `run_study` does.
         """
         folder = Path(folder)
         check_writable(folder, CELL_FILES)
         _check_model(cell, self._models)
         draw = self._tasks.draw(cell)
-        model, origin = self._kept.model(cell, lambda model, origin: None)
-        return _run_cell(model, cell, draw, folder, self._kept.runs, self._keep_recordings, origin)
+        with _naming_lost_devices(cell):
+            model, origin = self._kept.model(cell, lambda model, origin: None)
+            return _run_cell(model, cell, draw, folder, self._kept.runs, self._keep_recordings, origin)
 
 
 def _make_model(

@@ -15,6 +15,47 @@ _OUT_OF_MEMORY_MESSAGES = (
 )
 
 
+_DEVICE_LOST_MESSAGES = (
+    "unspecified launch failure",
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "launch timed out",
+    "uncorrectable ecc",
+    "uncorrectable nvlink",
+    "hardware stack error",
+    "devices are busy or unavailable",
+    "device is lost",
+    "device lost",
+)
+"""Errors after which a process cannot use its accelerator any more, by the driver's messages, which torch passes on."""
+
+
+class DeviceLostError(RuntimeError):
+    """The accelerator was lost: this process cannot compute on it any more."""
+
+
+def lost_device(error: BaseException) -> BaseException | None:
+    """Return the error by which an accelerator was lost, among an error and those that led to it; `None` for none.
+
+    Example:
+        >>> from icl_dual.torch_utils import lost_device
+        >>> lost_device(RuntimeError("CUDA error: unspecified launch failure"))
+        RuntimeError('CUDA error: unspecified launch failure')
+    """
+    seen = set[int]()
+    found, current = None, error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        message = str(current).lower()
+        is_torch = isinstance(current, RuntimeError) and any(known in message for known in _DEVICE_LOST_MESSAGES)
+        found = current if is_torch else found
+        current = current.__cause__ or current.__context__
+    return found
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an exception means that memory ran out.
 

@@ -135,7 +135,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> A
     counts["waits"] += func in WAITS or is_mask
     if to_there:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    if func is aten.histc.default:  # of whole numbers (tokens by expert), which a GPU takes
+        args = (_unwrap(args[0]).float(), *args[1:])
+    if func is aten._scaled_dot_product_efficient_attention.default:  # the fused kernel of a GPU
+        out = _attend(*map(_unwrap, args), **kwargs)
+    else:
+        out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     # In-place operators and those that write into out= return the tensor that was passed.
     passed = {id(_unwrap(operand)): operand for operand in operands}
 
@@ -145,6 +150,14 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], counts: Counter[str]) -> A
         return passed[id(value)] if id(value) in passed else DeviceTensor(value)
 
     return tree_map(wrap, out)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, with_lse: bool, dropout: float = 0.0, causal: bool = False, *, scale: float
+) -> tuple[Tensor, ...]:
+    """Compute a GPU's fused attention by the CPU's, which takes and returns the same."""
+    seed = torch.zeros(())
+    return (*aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale), seed, seed)
 
 
 def _count_mixed(func: Any, operands: list[Tensor], there: list[bool], counts: Counter[str]) -> None:

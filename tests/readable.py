@@ -19,7 +19,7 @@ WIDTH, FONT_SIZE, CONTRAST = 6.9, 7.0, 0.15
 
 def problems(fig: Figure) -> list[str]:
     """Everything that keeps a drawn figure from a paper; empty where nothing does."""
-    return [*sizes(fig), *labels(fig), *alike(fig), *covered(fig), *overlapping_titles(fig)]
+    return [*sizes(fig), *labels(fig), *alike(fig), *covered(fig), *overlapping_titles(fig), *crowded(fig)]
 
 
 def sizes(fig: Figure) -> Iterator[str]:
@@ -113,6 +113,18 @@ def overlapping_titles(fig: Figure) -> Iterator[str]:
     for (one, first), (other, second) in itertools.combinations(extents.items(), 2):
         if _overlap(first, second):
             yield f"titles {one!r} and {other!r} overlap"
+
+
+def crowded(fig: Figure) -> Iterator[str]:
+    """Numbers below an axis that run into each other."""
+    renderer = fig.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    least = 2 * fig.dpi / 72  # pixels: 2 pt, which is less than a blank
+    for ax in panels(fig):
+        ticks = [text for text in ax.get_xticklabels() if text.get_text() and text.get_visible()]
+        extents = [(text.get_text(), text.get_window_extent(renderer)) for text in ticks if text.get_rotation() == 0]
+        for (one, first), (other, second) in itertools.pairwise(sorted(extents, key=lambda pair: pair[1].x0)):
+            if first.width and second.width and second.x0 - first.x1 < least:
+                yield f"{ax.get_title()!r}: {one} and {other} run into each other"
 
 
 def _overlap(one: Bbox, other: Bbox) -> bool:

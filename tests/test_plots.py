@@ -441,6 +441,20 @@ def test_a_style_that_tells_series_apart_by_hue_alone_is_noticed() -> None:
     plt.close(figure)
 
 
+def test_layers_are_numbered_as_far_as_there_is_room() -> None:
+    with plt.style.context(icl.plots.STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(2.6, 1.5))
+    icl.plots.by_layer({"a": draw(0, 4, 30)}, ylabel="share", ax=left)
+    icl.plots.heads(draw(0, 4, 30, 3), ax=right)
+    figure.savefig(io.BytesIO(), format="png")
+    assert not list(readable.crowded(figure))
+    for ax in (left, right):
+        assert len([tick for tick in ax.get_xticks() if 0 <= tick < 30]) >= 2
+    left.set_xticks(range(0, 30, 4))
+    assert "12 and 16 run into each other" in " ".join(readable.crowded(figure))
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("n", [2, 13, 52])
 def test_series_differ_in_more_than_their_colour(n: int) -> None:
     looks = [icl.plots.series_style(index) for index in range(n)]

@@ -100,25 +100,58 @@ def test_complete_cells_are_read_without_model_or_task(known: list[str], tmp_pat
         pd.testing.assert_frame_equal(before.to_frame(), after.to_frame())
 
 
+@pytest.mark.parametrize(
+    ("stop", "error", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (
+            getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: unspecified launch failure\nCUDA kernel …"),
+            icl.DeviceLostError,
+            r"expected a device that computes .* got 'CUDA error: unspecified launch failure', .*in a new process",
+        ),
+    ],
+)
 def test_a_stopped_study_keeps_its_finished_cells_and_goes_on(
-    known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: BaseException,
+    error: type[BaseException],
+    message: str | None,
 ) -> None:
     cells = [dataclasses.replace(CELL, seed=seed) for seed in (1, 2, 3)]
-    compare = icl.Experiment.compare
+    compare, seeds = icl.Experiment.compare, list[int]()
 
     def stop_at_the_second(experiment: icl.Experiment, *, seed: int) -> icl.Comparison:
+        seeds.append(seed)
         if seed == 2:
-            raise KeyboardInterrupt
+            raise stop
         return compare(experiment, seed=seed)
 
     monkeypatch.setattr(icl.Experiment, "compare", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error, match=message):
         icl.run_study(cells, tmp_path, progress=False)
+    assert seeds == [1, 2], "no cell is tried on a lost device"
     assert [path.name for path in tmp_path.iterdir()] == [cells[0].name]
     monkeypatch.setattr(icl.Experiment, "compare", compare)
     stamp = (tmp_path / cells[0].name).stat().st_mtime_ns
     assert len(icl.run_study(cells, tmp_path, progress=False)) == 3
     assert (tmp_path / cells[0].name).stat().st_mtime_ns == stamp
+
+
+def test_a_device_that_is_lost_within_a_call_that_names_other_causes_is_named(
+    known: list[str], llama: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`capture` says of an error in its check that the model does not run with its hooks."""
+
+    def lose(*args: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(llama, "pass_residual", None)
+    monkeypatch.setattr(llama.backend, "forward", lose)
+    with pytest.raises(icl.DeviceLostError, match="got 'CUDA error: an illegal memory access was encountered'"):
+        icl.run_study([CELL], tmp_path, progress=False)
+    assert not (tmp_path / CELL.name).exists()
 
 
 def test_a_study_that_is_killed_loses_no_cell_and_ends_with_the_same_results(tmp_path: Path) -> None:
@@ -710,7 +743,7 @@ def test_what_cannot_run_is_refused_before_a_model_is_loaded(
     tmp_path: Path,
     changed: dict[str, Any],
     error: type[Exception],
-    message: str,
+    message: str | None,
 ) -> None:
     def load_model(*args: object, **kwargs: object) -> None:
         raise AssertionError("no model should be loaded")

@@ -209,6 +209,34 @@ def test_delta_w_icl_is_decomposed_once_for_all_batches(
     assert (expected > runs.model.n_layers) == (architecture == "mistral-window")
 
 
+def test_mlps_run_once_for_both_passes_and_come_back_as_they_were(
+    llama_runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another library has wrapped a linear layer's forward, as accelerate does."""
+    plain, wrapped = (layer.mlp.down_proj for layer in llama_runs.model.wrapped.original_model.model.layers[:2])
+    plain, wrapped = plain.original_component, wrapped.original_component
+    calls: list[torch.Size] = []
+    forward = wrapped.forward
+    spy = lambda x: calls.append(x.shape) or forward(x)  # noqa: E731
+    monkeypatch.setattr(wrapped, "forward", spy)
+    llama_runs.compare()
+    lengths = [1 + len(row) for row in llama_runs.prompts.zero_shot().suffixes]
+    assert [shape[:2] for shape in calls] == [(len(lengths), max(lengths))]
+    assert wrapped.forward is spy
+    assert "forward" not in vars(plain)
+
+
+def test_batches_are_of_queries_of_similar_length(llama_runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["icl_dual.updates"], "BATCH_SIZE", 2)
+    lengths = [len(row) for row in llama_runs.prompts.zero_shot().suffixes]
+    assert len(set(lengths)) > 1
+    batches = sys.modules["icl_dual.updates"]._batches(llama_runs.prompts)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(lengths)))
+    shifts = [len(row) - alone for row, alone in zip(llama_runs.prompts.suffixes, lengths, strict=True)]
+    order = [(shifts[query], lengths[query]) for query in torch.cat(batches).tolist()]
+    assert order == sorted(order)
+
+
 def test_the_null_is_seeded_and_around_zero(llama_runs: Runs) -> None:
     one, again, other = (llama_runs.compare(seed=seed) for seed in (1, 1, 2))
     assert (one.cosine_random == again.cosine_random).all()

@@ -324,7 +324,7 @@ def _run_after(
     names the layer where activations overflow.
     """
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
-    residuals: list[Tensor] = []
+    extremes: list[Tensor] = []
     sums: list[Tensor] | None = None if model.device.type == "cpu" else []
 
     @trusted
@@ -332,12 +332,12 @@ def _run_after(
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
             last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, sums))
-            residuals.append(_residual(last.z, z[:, -1:]))
+            extremes.extend(_extremes(last.z, z[:, -1:]))
             on_attention(layer, attention)
             return None
         row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, sums))
-        residuals.append(_residual(row_part.z, z))
-        z = dual.merge(row_part, cache.attend(rule, layer, q, positions, sums)).z
+        extremes.extend(_extremes(row_part.z, z))
+        z = row_part.z + dual.delta_icl(row_part, cache.attend(rule, layer, q, positions, sums))
         on_attention(layer, attention._replace(z=z))
         return z
 
@@ -351,11 +351,13 @@ def _run_after(
         predicting=tokens.new_zeros(0) if predicting is None else predicting,
     )
     logits = run(on_output=on_output, on_residual=on_residual)
-    if sums and not is_finite(torch.stack([*sums, *residuals])):  # look at every layer: hidden numbers may be the cause
-        sums = None
-        residuals.clear()
+    residuals = _residuals(extremes)
+    if sums and not is_finite(torch.cat([torch.stack(sums), residuals])):  # hidden numbers may be the cause: look at
+        sums = None  # every layer
+        extremes.clear()
         logits = run(on_output=on_output, on_residual=on_residual)
-    if not (is_finite(logits.amax()) and is_finite(torch.stack(residuals))):
+        residuals = _residuals(extremes)
+    if not (is_finite(logits.amax()) and is_finite(residuals)):
         check_activations(model, run)
     return logits, _check_residuals(model, residuals)
 
@@ -577,18 +579,27 @@ def norms_of(residual: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " *axes"
 
 
 def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:
-    return _largest(recomputed - expected) / _largest(expected).clamp_min(1e-30)
+    return _residuals(_extremes(recomputed, expected))[0]
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    """Return the largest absolute value; NaN where there is one. Reads the tensor once and writes nothing."""
-    low, high = tensor.aminmax()
-    return torch.maximum(-low, high)
+def _extremes(recomputed: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the smallest and the largest difference and expected number, of which `_residuals` makes a residual.
+
+    Reads the tensors once. What can be computed for all layers at once is: on a GPU each operator takes its time.
+    """
+    return (*(recomputed - expected).aminmax(), *expected.aminmax())
 
 
-def _check_residuals(model: Model, residuals: Sequence[Tensor]) -> float:
+def _residuals(extremes: Sequence[Tensor]) -> Float[Tensor, " layer"]:
+    """Return the largest difference in units of the largest number, by layer; NaN where there is a NaN."""
+    low, high = torch.stack(list(extremes)).view(-1, 2, 2).unbind(-1)
+    difference, number = torch.maximum(-low, high).unbind(-1)
+    return difference / number.clamp_min(1e-30)
+
+
+def _check_residuals(model: Model, residuals: Float[Tensor, " layer"]) -> float:
     """Return the largest of a pass's residuals, by layer; refuse the model where one is above rounding level."""
-    by_layer = torch.stack(list(residuals)).double().cpu()
+    by_layer = residuals.double().cpu()
     above = (~(by_layer <= TOLERANCE[model.dtype])).nonzero()
     if len(above):
         layer = int(above[0])

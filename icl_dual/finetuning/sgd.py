@@ -332,6 +332,7 @@ def runs_as_graph(model: Model, config: FinetuneConfig) -> bool:
         and model.supports_projection_deltas
         and model.rope_scaling_threshold is None
         and model.dtype == model.storage_dtype
+        and not model.offloaded
         and not (has_changes or model.run_checks or model.foreign_hooks())
     )
 

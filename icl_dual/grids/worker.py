@@ -21,6 +21,7 @@ from icl_dual.models import Model
 from icl_dual.storage import first_line
 from icl_dual.study import CellRunner
 from icl_dual.tasks import Task
+from icl_dual.torch_utils import DeviceLostError
 
 State = Literal["done", "already done", "claimed", "failed"]
 """What came of a cell: computed now; finished before or by another worker; another worker computes it; failed."""
@@ -111,6 +112,9 @@ class Worker:
 
         Returns:
             What came of it. Errors of the cell are in it, and are recorded in the results; none is raised.
+
+        Raises:
+            DeviceLostError: the accelerator was lost, and this process can run no cell any more. Nothing is recorded.
         """
         started, cell = time.perf_counter(), self.grid.cell(cell_id)
         try:
@@ -123,6 +127,8 @@ class Worker:
                 if not wait:
                     return Outcome(cell_id, "claimed")
                 time.sleep(min(_POLL_S, self.ttl / 4))
+        except DeviceLostError:
+            raise
         except Exception as error:
             return self._failed(cell_id, error, started, is_of_cell=False)
 
@@ -149,6 +155,8 @@ class Worker:
                 seconds = round(time.perf_counter() - started, 3)
                 about = {"seconds": seconds, "peak_memory": peak_memory(), "worker": process_name()}
                 is_first = self.results.publish(cell, result, about)
+        except DeviceLostError:  # no error of the cell: another process can run it
+            raise
         except Exception as error:
             return self._failed(cell.id, error, started, is_of_cell=True)
         return Outcome(cell.id, "done" if is_first else "already done", time.perf_counter() - started)

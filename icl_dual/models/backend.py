@@ -183,6 +183,8 @@ class Backend(ABC):
     where rotary embedding does not depend on the sequence length."""
     hook_points: dict[str, Any]
     """The model's hook points by name."""
+    offloaded: frozenset[int] = frozenset()
+    """The layers whose MLP is kept on another device than the model's, and runs as a copy there."""
 
     def __init__(self, wrapped: Any, arithmetic: torch.dtype | None = None) -> None:
         self.wrapped = wrapped
@@ -220,8 +222,13 @@ class Backend(ABC):
                 "TransformerBridge"
             )
 
-    def upcast(self, undo: Undo) -> None:  # noqa: B027 - most classes have no other arithmetic
-        """Let the weights run in `arithmetic` until the block ends."""
+    @property
+    def device(self) -> torch.device:
+        """Return the device on which the model runs."""
+        return next(self.parameters()).device
+
+    def run_copies(self, undo: Undo) -> None:  # noqa: B027 - most classes run their weights as they are
+        """Let the weights run in `arithmetic`, and on the model's device, until the block ends."""
 
     @abstractmethod
     def parameters(self) -> Iterator[nn.Parameter]:

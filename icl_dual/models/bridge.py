@@ -38,7 +38,8 @@ from icl_dual.models.backend import (
     check_unsupported,
 )
 from icl_dual.models.journal import Undo
-from icl_dual.models.precision import upcast
+from icl_dual.models.placement import check_placement, mlp_matrices, place
+from icl_dual.models.precision import run_copies
 from icl_dual.torch_utils import is_half, is_out_of_memory
 
 
@@ -90,6 +91,7 @@ class BridgeBackend(Backend):
                 f"{type(bridge.original_model).__name__}: use a model that AutoModelForCausalLM loads"
             )
         check_no_adapters(cfg.architecture, bridge, bridge.original_model)
+        self.offloaded = check_placement(bridge, str(cfg.architecture))
         required = ("hook_q", "hook_k", "hook_v", "hook_z", "o.hook_out")
         hooks = frozenset(bridge.hook_dict)
         for layer in range(cfg.n_layers):
@@ -107,10 +109,10 @@ class BridgeBackend(Backend):
                     "its bridge cannot run this configuration, use another model"
                 )
 
-    def upcast(self, undo: Undo) -> None:
-        """Let blocks run on copies of their weights in `arithmetic`, one block at a time, until the block ends."""
-        if self.arithmetic is not None:
-            upcast([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic, undo)
+    def run_copies(self, undo: Undo) -> None:
+        """Let blocks run on copies of their weights in `arithmetic`, and on the model's device, one block at a time."""
+        if self.arithmetic is not None or self.offloaded:
+            run_copies([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic, self.device, undo)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""
@@ -203,8 +205,12 @@ class BridgeBackend(Backend):
     def reinitialised(self, seed: int) -> "BridgeBackend":
         """Return a bridge to a new Hugging Face model, initialised by transformers."""
         hf_model: Any = _reinitialised(self.original, seed)
-        hf_model.to(next(self.parameters()).device)
+        if not self.offloaded:
+            hf_model.to(self.device)
         bridge = boot(self.architecture, hf_model, self.tokenizer, hf_model.device, hf_model.dtype)
+        if self.offloaded:
+            matrices = mlp_matrices(self.wrapped)
+            place(bridge, self.device, {layer: matrices[layer][0].device for layer in self.offloaded})
         return BridgeBackend(bridge, self.arithmetic)
 
     def attention_inputs(
@@ -270,6 +276,11 @@ class BridgeBackend(Backend):
 
     def mlp_projection(self, layer: int, part: MlpPart) -> Projection:
         """Return a linear layer of the MLP."""
+        if layer in self.offloaded:
+            raise UnsupportedModelError(
+                f"{self.architecture}, layer {layer}: expected the weights of its MLP on {self.device}, where they are "
+                "computed with, got an MLP that is kept elsewhere (device_map): load the model without device_map"
+            )
         module: Any = self._mlp_modules(layer)[part]
         W = Weight(module.weight, "d_in d_out" if isinstance(module, Conv1D) else "d_out d_in", "d_out d_in")
         return Projection(W, None if module.bias is None else Weight(module.bias, "d_out", "d_out"))

@@ -89,9 +89,10 @@ def _wrapped(model: Model, tuned: Any) -> Model:
     if (architecture := type(hf_model).__name__) != model.architecture:
         raise _mismatch(model, "architecture", architecture)
     hf_model.config.architectures = [architecture]
-    hf_model = nn.Module.to(hf_model.eval(), model.device)
+    device = torch.device("cpu") if model.offloaded else model.device  # there may be no room for both
+    hf_model = nn.Module.to(hf_model.eval(), device)
     tokenizer = model.backend.tokenizer
-    bridge = boot(model.architecture, hf_model, tokenizer, model.device, hf_model.dtype)
+    bridge = boot(model.architecture, hf_model, tokenizer, device, hf_model.dtype)
     return _with_arithmetic_of(model, bridge, options)
 
 

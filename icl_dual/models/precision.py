@@ -1,4 +1,7 @@
-"""Numeric precision: its names, float32 copies of half-precision weights while they run, and TF32 switched off."""
+"""Numeric precision: its names, copies of weights while they run, and TF32 switched off.
+
+Copies are in float32 of weights in half precision, on the model's device of weights that are kept elsewhere, or both.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -82,10 +85,15 @@ class _Replaced(NamedTuple):
 
 
 class _Copies:
-    """Stands copies of a wider dtype in for modules' half-precision parameters and buffers, for a while."""
+    """Stands copies in for modules' parameters and buffers, for a while.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    Args:
+        dtype: the wider dtype in which half-precision tensors run; `None` for their own.
+        device: the device on which all tensors run.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
         self.originals: dict[int, Tensor] = {}
         """By the address of a copy that is in use, the original."""
         self.n_packed = 0
@@ -101,7 +109,7 @@ class _Copies:
             of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
             for tensors in of_module:
                 for name, tensor in tensors.items():
-                    if tensor is not None and is_half(tensor.dtype):
+                    if tensor is not None and self._needs_copy(tensor):
                         if id(tensor) not in copies:
                             copies[id(tensor)] = self._copy(tensor, addresses)
                         replaced.append(_Replaced(tensors, name, tensor))
@@ -114,11 +122,19 @@ class _Copies:
             self.originals.pop(address, None)
         copies.clear()
 
+    def _needs_copy(self, tensor: Tensor) -> bool:
+        return tensor.device != self.device or (self.dtype is not None and is_half(tensor.dtype))
+
     def _copy(self, original: Tensor, addresses: list[int]) -> Tensor:
-        copy = original.detach().to(self.dtype, memory_format=torch.contiguous_format)
-        addresses.append(copy.untyped_storage().data_ptr())
-        self.originals[addresses[-1]] = original
+        copy = self._copied(original)
+        if address := copy.untyped_storage().data_ptr():
+            addresses.append(address)
+            self.originals[address] = original
         return nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
+
+    def _copied(self, original: Tensor) -> Tensor:
+        dtype = self.dtype if self.dtype is not None and is_half(original.dtype) else original.dtype
+        return original.detach().to(self.device, dtype, memory_format=torch.contiguous_format)
 
     def pack(self, tensor: Tensor) -> "Tensor | _View":
         """Return what autograd keeps of a tensor: of a copy, only where to make it from again."""
@@ -132,8 +148,7 @@ class _Copies:
         """Return a tensor that autograd has kept."""
         if isinstance(kept, Tensor):
             return kept
-        copy = kept.original.detach().to(self.dtype, memory_format=torch.contiguous_format)
-        return copy.as_strided(kept.size, kept.stride, kept.offset)
+        return self._copied(kept.original).as_strided(kept.size, kept.stride, kept.offset)
 
 
 class _View(NamedTuple):
@@ -149,30 +164,38 @@ class _View(NamedTuple):
     """The view's first element in the copy."""
 
 
-def upcast(roots: Sequence[nn.Module], blocks: Sequence[nn.Module], dtype: torch.dtype, undo: Undo) -> None:
-    """Run half-precision weights in a wider dtype until the block ends; the weights themselves are left as they are.
+def run_copies(
+    roots: Sequence[nn.Module],
+    blocks: Sequence[nn.Module],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    undo: Undo,
+) -> None:
+    """Run weights in a wider dtype, or on another device, until the block ends; the weights are left as they are.
 
-    Each block's weights and buffers are replaced with copies in the wider dtype while the block runs, one block at a
-    time. Those outside of all blocks (embeddings, final norm, unembedding) are replaced throughout. The backward pass
-    makes the copies again: autograd keeps none of them. Gradients reach activations, not the half-precision weights.
+    Each block's weights and buffers that are in half precision or on another device are replaced with copies while the
+    block runs, one block at a time. Those outside of all blocks (embeddings, final norm, unembedding) are replaced
+    throughout. The backward pass makes the copies again: autograd keeps none of them. Gradients reach activations, not
+    the weights that have copies.
 
     Args:
         roots: the modules that hold the whole model.
         blocks: the modules that run one after another.
-        dtype: the wider dtype.
+        dtype: the wider dtype of weights in half precision; `None` for their own.
+        device: the device on which the model runs.
         undo: what undoes it.
     """
-    copies = _Copies(dtype)
+    copies = _Copies(dtype, device)
     in_blocks = {id(module) for block in blocks for module in block.modules()}
     modules = {id(module): module for root in roots for module in root.modules() if id(module) not in in_blocks}
     for block in blocks:
-        _upcast_while_running(block, copies, undo)
+        _copy_while_running(block, copies, undo)
     copies.stand_in(modules.values(), undo)
     if torch.is_grad_enabled():
         _keep_originals(copies, undo)
 
 
-def _upcast_while_running(block: nn.Module, copies: _Copies, undo: Undo) -> None:
+def _copy_while_running(block: nn.Module, copies: _Copies, undo: Undo) -> None:
     """Attach hooks that replace a block's weights before it runs and restore them after it, however it ends."""
     running = Undo()
 

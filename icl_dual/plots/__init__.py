@@ -9,7 +9,7 @@
 | `tokens` | a prompt's text, token by token |
 """
 
-from icl_dual.plots.estimates import INTERVAL, curves, dots, label_counts
+from icl_dual.plots.estimates import INTERVAL, UNSTABLE, curves, dots, label_counts
 from icl_dual.plots.lines import LAYERWISE, against_null, by_layer, crossed_error, layers, massive_activations, sources
 from icl_dual.plots.maps import BELOW_ZERO, demonstrations, heads
 from icl_dual.plots.style import (
@@ -33,6 +33,7 @@ __all__ = [
     "LAYERWISE",
     "PAGE_WIDTH",
     "STYLE",
+    "UNSTABLE",
     "against_null",
     "by_layer",
     "crossed_error",

@@ -42,7 +42,7 @@ def heads(
             _mark_below_zero(on, means)
         on.set(xlabel="layer", ylabel="head")
         on.yaxis.set_major_locator(MaxNLocator(integer=True))
-        on.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        on.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if label:
             on.figure.colorbar(image, ax=on, label=f"{label} ({BELOW_ZERO})" if is_signed else label)
     return on
@@ -79,7 +79,7 @@ def demonstrations(
         _mark_below_zero(on, values)
         on.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=7)
         on.set(xlabel="layer")
-        on.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        on.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         bar = on.figure.colorbar(image, ax=on, extend="both")
         bar.set_label(f"{label} ({BELOW_ZERO})" if label else BELOW_ZERO)
     return on

@@ -476,12 +476,25 @@ def label_outer(ax: Axes, *, keep_x: bool = False) -> None:
     ax.set_xlabel(xlabel if is_last else "")
 
 
+SHARED = (icl.plots.INTERVAL, icl.plots.UNSTABLE)
+"""What legends say of bands and crosses, which mean the same in every panel."""
+
+
 def legend_beside(ax: Axes) -> None:
-    """Put the legend of Axes to their right, where no data is."""
-    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    """Put the legend of the series of Axes to their right, where no data is; `finish` explains bands and crosses."""
+    series = [of for of in zip(*ax.get_legend_handles_labels(), strict=True) if of[1] not in SHARED]
+    ax.legend(*zip(*series, strict=True), loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
-def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: Sequence[str] = ("png", "pdf")) -> None:
+def finish(
+    fig: Figure,
+    axes: Sequence[Axes],
+    title: str,
+    path: Path,
+    *,
+    labels: Collection[str] | None = None,
+    kinds: Sequence[str] = ("png", "pdf"),
+) -> None:
     """Write a figure's files after adding a title, and one legend for all Axes that have labels.
 
     The legend is in the free place of a broken row, and else below all Axes: never over data.
@@ -491,6 +504,7 @@ def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: 
         axes: the Axes that the legend explains.
         title: what is drawn, of which model, and how it was run; broken into lines that fit.
         path: where to, without ending.
+        labels: the labels that the legend explains; all where not given.
         kinds: the endings.
     """
     width = fig.get_size_inches()[0]
@@ -499,7 +513,8 @@ def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: 
     by_label: dict[Any, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            by_label.setdefault(label, handle)
+            if labels is None or label in labels:
+                by_label.setdefault(label, handle)
     if by_label:
         spare = next((ax for ax in fig.axes if not ax.axison and ax not in axes), None)
         if spare is not None:
@@ -509,4 +524,4 @@ def finish(fig: Figure, axes: Sequence[Axes], title: str, path: Path, *, kinds: 
             widest = (0.4 if spacing else 0.6) + 0.05 * max(map(len, by_label))  # inches: the line, and 7 pt of text
             ncols = max(1, min(len(by_label), int(width / widest)))
             fig.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=ncols, **spacing)
-    write_figure(fig, path, *kinds, dpi=200)
+    write_figure(fig, path, *kinds)

@@ -5,7 +5,10 @@ from pathlib import Path
 import decomposition as script
 import pandas as pd
 import pytest
+import torch
 from helpers import as_saved_by_0_1
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import icl_dual as icl
 
@@ -62,6 +65,25 @@ def test_finished_cells_are_drawn_again_without_the_model(
     as_saved_by_0_1(next((out / "cells").iterdir()))
     assert script.main([*arguments, "--out", str(out)]) == 0
     assert (out / "layers.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(1.9, "linear"), (2.5, "symlog")])
+def test_shares_beyond_two_alone_have_a_logarithmic_scale(
+    largest: float, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, str]] = []
+    finish = script.finish
+
+    def finish_and_keep(fig: Figure, axes: list[Axes], title: str, path: Path) -> None:
+        drawn.append((axes[1].get_yscale(), title))
+        finish(fig, axes, title, path)
+
+    monkeypatch.setattr(script, "finish", finish_and_keep)
+    shares = torch.tensor([[0.2, 1.0, largest]])
+    tensors = {"direct_share": shares, "inherited_share": 1 - shares}
+    small = {name: values.clamp(0, 1) for name, values in tensors.items()}
+    script.write_shares([script.Result("sst2", tensors, {}), script.Result("mr", small, {})], "", tmp_path / "shares")
+    assert [(scale, "logarithmic" in title) for scale, title in drawn] == [(scale, scale == "symlog")]
 
 
 def test_cells_of_other_settings_and_models_without_a_rate_are_errors_in_a_line(

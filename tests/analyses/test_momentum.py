@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import momentum as script
 import momentum_tables
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+import icl_dual as icl
 from icl_dual import pretraining
 
 ARGUMENTS = (
@@ -60,7 +62,7 @@ def test_every_table_and_figure_is_written(out: Path) -> None:
     figures = {
         f"{name}.{kind}" for name in ("momentum", "losses", "learned_eta", "intervention") for kind in ("png", "pdf")
     }
-    tables = {"README.md", "runs.csv", "differences.csv", "intervention.csv"}
+    tables = {"README.md", "runs.csv", "differences.csv", "intervention.csv", "learned_eta.csv"}
     assert {path.name for path in out.iterdir()} == {*figures, *tables, "cells", "models"}
     page = (out / "README.md").read_text()
     for shown in (
@@ -90,6 +92,21 @@ def test_runs_are_those_of_the_cells(out: Path) -> None:
         assert chosen["value"].tolist() == pytest.approx(list(expected))
         assert len(cell["etas"]) == 1
     assert len(list((out / "cells").glob("*_eta*_seed?.json"))) == 2 * (2 * 2 + 1)
+
+
+def test_figures_are_drawn_again_from_the_tables_alone(
+    out: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("lines.txt_etalearned_seed?.json")]
+    means: Any = np.mean([cell["etas"] for cell in cells], axis=0)
+    for path in out.glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    drawn: list[Any] = []
+    draw = icl.plots.heads
+    monkeypatch.setattr(icl.plots, "heads", lambda values, **options: drawn.append(values) or draw(values, **options))
+    assert script.main(["--redraw", "--model", tiny_model, "--out", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"momentum", "intervention", "learned_eta"}
+    np.testing.assert_allclose(drawn[0].mean(0), means, rtol=1e-5)
 
 
 def test_tasks_of_which_no_prompt_fits_are_left_out(out: Path) -> None:

@@ -48,6 +48,11 @@ def test_the_page_has_a_row_for_each_form_and_names_no_machine(out: Path, tiny_m
     assert (out / "token_agreement.pdf").exists()
 
 
+def test_panels_are_named_by_checkpoints() -> None:
+    assert token_agreement.checkpoint("smollm2-135m") == "SmolLM2-135M-Instruct"
+    assert token_agreement.checkpoint("gemma3-270m") == "gemma-3-270m"
+
+
 def test_what_is_done_needs_no_model_and_other_settings_are_refused(
     out: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from grid_cells import TASK, CopiedCells, change_version, content, grid_of, with
 
 import icl_dual as icl
 from icl_dual import study as study_module
-from icl_dual.grids import Failure, Grid, GridError, Results, Worker, collect, files, plan, reset_failed
+from icl_dual.grids import Failure, Grid, GridError, Results, Worker, collect, files, plan, reset_failed, run_grid
 from icl_dual.grids import results as results_module
 from icl_dual.grids import worker as worker_module
 from icl_dual.grids.claims import Claim, Claims, claimed
@@ -54,6 +54,30 @@ def test_a_cell_that_raises_is_recorded_and_the_rest_goes_on(results: Results, c
     assert reset_failed(GRID, results) == [IDS[1]]
     assert plan(GRID, results, models=["tiny"], tasks=["films"]).ids == [IDS[1]]
     assert worker.run(IDS[1]).state == "done"
+
+
+def test_a_lost_device_ends_the_run_and_no_cell_is_held_against_it(
+    local_results: Results, copied: type[CopiedCells], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next cell is not tried in vain, and none counts as failed: another process runs them."""
+    run = copied.run
+
+    def lose(self: CopiedCells, cell: icl.Cell, folder: Any) -> Any:
+        if cell.name == IDS[1] and copied.runs.count(IDS[1]) == 0:
+            copied.runs.append(cell.name)
+            raise icl.DeviceLostError("expected a device that computes until the end, got 'CUDA error: …'")
+        return run(self, cell, folder)
+
+    monkeypatch.setattr(copied, "run", lose)
+    with pytest.raises(icl.DeviceLostError, match="a device that computes"):
+        run_grid(GRID, local_results, tasks=[TASK], models=[tiny_model()], progress=False)
+    assert copied.runs == IDS[:2]
+    assert claimed(local_results.files) == {}
+    status = local_results.status(GRID.cells())
+    assert (status.done, status.failed, status.remaining) == ((IDS[0],), (), tuple(IDS[1:]))
+    summary = run_grid(GRID, local_results, tasks=[TASK], models=[tiny_model()], progress=False)
+    assert {outcome.state for outcome in summary.outcomes} == {"done"}
+    assert copied.runs.count(IDS[0]) == 1
 
 
 def test_a_damaged_cell_is_made_again(results: Results, copied: type[CopiedCells]) -> None:

@@ -14,7 +14,7 @@ import icl_dual as icl
 from icl_dual.models import control_model, tiny_model
 from icl_dual.models.changes import changed_projections
 from icl_dual.models.journal import Undo
-from icl_dual.models.precision import exact_float32, fingerprinted_precision, upcast
+from icl_dual.models.precision import exact_float32, fingerprinted_precision, run_copies
 from icl_dual.prompts import Prompts
 
 HALF = (torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def test_tied_weights_share_one_copy() -> None:
     unembedding.weight = embedding.weight
     undo = Undo()
     with torch.no_grad():
-        upcast([embedding, unembedding], [], torch.float32, undo)
+        run_copies([embedding, unembedding], [], torch.float32, torch.device("cpu"), undo)
     assert embedding.weight.dtype == torch.float32
     assert unembedding.weight is embedding.weight
     undo.run()

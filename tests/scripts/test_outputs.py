@@ -151,22 +151,31 @@ def test_figures_are_closed_once_written_and_where_they_cannot_be(tmp_path: Path
     assert not plt.fignum_exists(figure.number)
 
 
-def test_a_png_is_small_and_looks_as_it_was_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_map", "n_colours"), [(False, 64), (True, 256)])
+def test_a_png_is_small_and_looks_as_it_was_drawn(tmp_path: Path, has_map: bool, n_colours: int) -> None:
     x = np.linspace(0, 6, 200)
     figure, ax = plt.subplots(figsize=(5, 3))
-    for shift in range(6):
+    for shift in range(6 if has_map else 3):
         ax.plot(x, np.sin(x + shift))
         ax.fill_between(x, np.sin(x + shift) - 0.1, np.sin(x + shift) + 0.1, alpha=0.3)
-    ax.imshow(np.arange(100.0).reshape(10, 10), extent=(0, 1, -1, 0), cmap="viridis")
+    bar = None
+    if has_map:
+        values = np.arange(100.0).reshape(10, 10)
+        image = ax.imshow(values, extent=(0, 3, -1, 1), cmap="RdBu_r", aspect="auto", zorder=3)
+        bar = figure.colorbar(image, ax=ax, label="value")
     ax.set(xlabel="x", ylabel="y")
     figure.savefig(tmp_path / "drawn.png", dpi=150)
     outputs.write_figure(figure, tmp_path / "written", "png")
     with Image.open(tmp_path / "drawn.png") as drawn, Image.open(tmp_path / "written.png") as written:
         assert written.size == drawn.size
         assert written.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert n_colours / 2 < len(written.getcolors() or ()) <= n_colours
         pixels, expected = (np.asarray(image.convert("RGB"), dtype=int) for image in (written, drawn))
     difference = np.abs(pixels - expected)
     assert difference.max() <= 32
     assert difference.mean() < 1
     assert (pixels[0, 0] == 255).all()
+    if bar is not None:  # its steps are so small that no eye sees them
+        column = int(np.mean(bar.ax.get_position().intervalx) * pixels.shape[1])
+        assert difference[:, column].max() <= 8
     assert (tmp_path / "written.png").stat().st_size < 0.6 * (tmp_path / "drawn.png").stat().st_size

@@ -1,0 +1,217 @@
+"""Models of which MLPs are kept elsewhere than on the device that runs: the same numbers, or a refusal."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretend_device import DEVICE, DeviceTensor, pretended_device
+from test_devices import FIELDS, cell, prompts_of, tensors_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import icl_dual as icl
+from icl_dual.models import loading, placement, tiny_model
+from icl_dual.models.bridge import boot
+
+CPU = torch.device("cpu")
+
+
+def placed(dtype: torch.dtype, arithmetic: torch.dtype | None = None) -> icl.Model:
+    """A tiny model that runs on the pretended device, with the MLP of its second layer on the CPU."""
+    model = tiny_model(dtype=dtype, arithmetic=arithmetic)
+    placement.place(model.wrapped, DEVICE, {1: CPU})
+    return icl.Model(model.wrapped, "tiny", arithmetic=arithmetic, tokenizer=model.tokenizer)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved Llama of two layers."""
+    config = LlamaConfig(**tiny_model().wrapped.original_model.config.to_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf_model: Any = LlamaForCausalLM(config)
+    hf_model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder: Path, **options: Any) -> icl.Model:
+    return icl.load_model(str(folder), tokenizer=tiny_model().tokenizer, **options)
+
+
+def test_a_cell_with_mlps_elsewhere_is_that_of_one_device() -> None:
+    """Captures, decomposition, finetunings, updates and comparison, in float64; the MLP stays where it is."""
+    model = tiny_model(dtype=torch.float64)
+    expected = tensors_of(cell(icl.Model(model.wrapped, "tiny", tokenizer=model.tokenizer)))
+    with pretended_device():
+        model = placed(torch.float64)
+        before = [weight.clone() for weight in placement.mlp_matrices(model.wrapped)[1]]
+        actual = tensors_of(cell(model))
+        after = placement.mlp_matrices(model.wrapped)[1]
+        assert model.offloaded == {1}
+        assert "MLPs of 1 layers elsewhere" in repr(model)
+        for weight, kept in zip(after, before, strict=True):
+            assert type(weight) is torch.nn.Parameter
+            assert torch.equal(weight, kept)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("arithmetic", [None, torch.float32])
+def test_half_precision_with_mlps_elsewhere(arithmetic: torch.dtype | None) -> None:
+    def results(model: icl.Model) -> dict[str, Tensor]:
+        prompts = prompts_of(model)
+        capture = icl.capture(model, prompts, fields=FIELDS, progress=False)
+        delta = icl.finetune(model, prompts, lr=0.01, progress=False)
+        return tensors_of({"capture": capture, "delta": delta})
+
+    with pretended_device():
+        actual = results(placed(torch.bfloat16, arithmetic))
+        on_one = tiny_model(dtype=torch.bfloat16, arithmetic=arithmetic)
+        placement.place(on_one.wrapped, DEVICE, {})
+        assert not on_one.offloaded
+        expected = results(on_one)
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "phi3", "mixtral", "gemma3-window"])
+def test_mlps_of_all_kinds_run_elsewhere(architecture: str, make_model: Callable[..., icl.Model]) -> None:
+    """Plain, gated, fused and of experts; under the names of any architecture."""
+
+    def logits(elsewhere: Mapping[int, torch.device]) -> Tensor:
+        bridge = make_model(architecture).wrapped
+        placement.place(bridge, DEVICE, elsewhere)
+        model = icl.Model(bridge)
+        assert model.offloaded == elsewhere.keys()
+        tokens = torch.arange(24, device=DEVICE).view(2, 12)
+        with torch.no_grad():
+            got: Any = model.run(tokens)
+        return got.held
+
+    with pretended_device():
+        assert torch.equal(logits({0: CPU, 2: CPU}), logits({}))
+
+
+def test_the_fingerprint_and_the_control_of_a_placed_model() -> None:
+    expected = tiny_model()
+    with pretended_device():
+        model = placed(torch.float32)
+        assert model.fingerprint() == expected.fingerprint()
+        control = icl.control_model(model, "untrained", seed=1)
+        assert control.offloaded == {1}
+        assert control.fingerprint() == icl.control_model(expected, "untrained", seed=1).fingerprint()
+
+
+def test_computing_with_the_weights_of_an_mlp_elsewhere_is_refused() -> None:
+    with pretended_device(), pytest.raises(icl.UnsupportedModelError, match="layer 1: expected the weights of its MLP"):
+        placed(torch.float32).backend.mlp_projection(1, "in")
+
+
+def test_a_finetuned_copy_of_a_placed_model_stays_on_the_cpu() -> None:
+    original = tiny_model().wrapped.original_model
+    tuned: Any = LlamaForCausalLM(original.config)
+    with torch.no_grad():
+        for copied, weight in zip(tuned.parameters(), original.parameters(), strict=True):
+            copied.copy_(weight)
+        tuned.model.layers[0].self_attn.v_proj.weight += 1
+    with pretended_device():
+        delta = icl.WeightDelta.between(placed(torch.float32), tuned)
+        assert not isinstance(delta.W_V, DeviceTensor)
+    assert delta.W_V[0].allclose(torch.ones(()))
+
+
+def test_layers_fill_devices_in_order() -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    plan = placement.plan_mlps
+    assert plan([10] * 3, 50, 20, {first: 100}, "mine") == {}
+    assert plan([10] * 3, 59, 11, {first: 100}, "mine") == {1: CPU, 2: CPU}
+    assert plan([10] * 3, 59, 11, {first: 100, second: 15}, "mine") == {1: second, 2: CPU}
+    with pytest.raises(MemoryError, match=r"mine: expected .* on cuda:0 for attention, embeddings and the largest MLP"):
+        plan([10] * 3, 79, 11, {first: 100}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"model.layers.1": "cpu"}, "a device for every weight, got none for 'model.embed_tokens.weight'"),
+        ({"": "cpu", "model.layers.9": "disk"}, "names of the model's modules, got 'model.layers.9' .did you mean"),
+        ({"": "cpu", "model.layers.1.self_attn": "disk"}, "got 'model.layers.1.self_attn.q_proj.weight' on disk"),
+        ({"": "cpu", "lm_head": "disk"}, "got 'lm_head.weight' on disk: map layers or their MLPs"),
+        ({"": "cpu", "model.layers.0.mlp.up_proj": "disk"}, "one device for the MLP of layer 0, got cpu, disk"),
+        ({"": "disk"}, "expected the token embedding on the device that the model runs on"),
+        ({"": "meta"}, "expected a device with numbers"),
+        ({"": 99}, "expected a device that torch can use here, got 'cuda:99'"),
+        ({}, "at least one entry"),
+    ],
+)
+def test_device_maps_that_are_refused(folder: Path, device_map: Mapping[str, str | int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(folder, device_map=device_map)
+
+
+def test_device_and_device_map_are_not_both_taken(folder: Path) -> None:
+    with pytest.raises(ValueError, match="device or device_map"):
+        load(folder, device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match="device_map as one of 'auto' or a dictionary"):
+        load(folder, device_map="balanced")
+
+
+def is_mapped(weight: Tensor, file: Path) -> bool:
+    """Whether a weight's memory is that of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, path = line.split()
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if path == str(file) and first <= weight.data_ptr() < last:
+            return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "model.layers.1": "disk"}])
+def test_weights_on_disk_are_mapped_and_their_file_is_never_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device_map: Any
+) -> None:
+    """Also where less memory is free than the weights take."""
+    file, expected = folder / "model.safetensors", load(folder)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1)
+    model, before = load(folder, device_map=device_map), file.read_bytes()
+    assert all(is_mapped(weight, file) for weight in placement.mlp_matrices(model.wrapped)[1])
+    prompts = prompts_of(model)
+    delta = icl.finetune(model, prompts, lr=0.01, progress=False)
+    assert torch.equal(delta.W_V, icl.finetune(expected, prompts, lr=0.01, progress=False).W_V)
+    with delta.applied(model):
+        assert model.fingerprint() != expected.fingerprint()
+    assert model.fingerprint() == expected.fingerprint()
+    assert file.read_bytes() == before
+
+
+def test_weights_that_cannot_be_mapped_are_refused_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk = {"": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(ValueError, match=r"expected weights in bfloat16 in the files .* got float32: load it in that"):
+        load(folder, device_map=on_disk, dtype=torch.bfloat16)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1)
+    with pytest.raises(MemoryError, match="of free memory on cpu"):
+        load(folder, device_map="auto", dtype=torch.bfloat16)
+
+
+def test_a_model_that_accelerate_has_dispatched_is_refused(folder: Path) -> None:
+    """Some of its parameters have no numbers: captures would fail, and finetuning would change nothing."""
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    device_map = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    dispatched: Any = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=device_map, offload_folder=folder / "offloaded", attn_implementation="eager"
+    )
+    with pytest.raises(icl.UnsupportedModelError, match=r"accelerate has dispatched over cpu, disk.*load_model"):
+        boot("tiny", dispatched, tiny_model().tokenizer, "cpu", torch.float32)
+
+
+def test_weights_on_several_devices_by_hand_are_refused() -> None:
+    model = tiny_model()
+    with pretended_device():
+        attn: Any = model.wrapped.blocks[1].attn
+        attn.q.original_component.weight = torch.nn.Parameter(DeviceTensor(attn.q.original_component.weight.detach()))
+        with pytest.raises(icl.UnsupportedModelError, match=r"all weights but those of MLPs on one device \(cpu\)"):
+            icl.Model(model.wrapped)
