@@ -241,7 +241,7 @@ def read_interval(row: Mapping[Any, Any]) -> Interval:
 def control_table(estimates: pd.DataFrame) -> pd.DataFrame:
     """The table of all controls: a row for each metric and control, a column a task, with intervals."""
     formatted = estimates.assign(
-        task=[TITLES.get(task, task) for task in estimates["task"]],
+        task=[TITLES.get(task, task) for task in map(str, estimates["task"])],
         text=[text(read_interval(row), row["metric"], row["counts"]) for row in estimates.to_dict("records")],
     )
     keys = ["metric", "kind", "what is compared"]

@@ -604,7 +604,7 @@ class _Kept:
 
 
 @contextmanager
-def _naming_lost_devices(cell: Cell) -> Iterator[None]:
+def _naming_lost_devices(cell: Cell) -> Generator[None]:
     """Raise a DeviceLostError where the device is lost within the block, whatever error that led to."""
     try:
         yield

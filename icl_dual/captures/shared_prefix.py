@@ -582,7 +582,7 @@ def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:
     return _residuals(_extremes(recomputed, expected))[0]
 
 
-def _extremes(recomputed: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _extremes(recomputed: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
     """Return the smallest and the largest difference and expected number, of which `_residuals` makes a residual.
 
     Reads the tensors once. What can be computed for all layers at once is: on a GPU each operator takes its time.
