@@ -178,5 +178,5 @@ def test_long_titles_fit_and_keep_numbers_with_their_words(tmp_path: Path, monke
     common.finish(fig, [], title, tmp_path / "figure")
     assert problems == []
     assert titles[0].replace("\n", " ") == title.strip().replace("\n", " ")
-    assert all(line.count("k") == line.count("k = 32") for line in titles[0].splitlines()[3:])
+    assert not any(line.endswith(("lr", "k", "=", "seed")) for line in titles[0].splitlines())
     assert "seed 1" in titles[0]
