@@ -217,7 +217,7 @@ def test_the_table_of_modules_is_the_one_that_imports_obey() -> None:
     modules = [name.rstrip("/") for row in rows for name in re.findall(r"`(\w+/?)`", row)]
     order = [name for layer in LAYERS for name in layer]
     assert [name for name in modules if name in order] == order
-    folders = {"icl_dual", "analyses", "tests", "docs", "figures"}
+    folders = {"icl_dual", "analyses", "tests", "docs", "figures", "typings"}
     assert {*modules} <= {*order} | folders
 
 

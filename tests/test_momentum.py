@@ -68,8 +68,10 @@ def test_momentum_is_its_definition_in_both_forms(seed, n, kv_heads):
     expected = torch.from_numpy(plain_momentum(v.numpy(), ETA.numpy()))
     assert_exact(momentum.decaying_sum_reference(v, ETA), expected)
     assert_exact(momentum.decaying_sum(v, ETA).z, expected)
-    single = momentum.decaying_sum(v.float(), ETA.float()).z
-    assert (single - expected).abs().max() <= 1e-6 * expected.abs().max()
+    # In float32 against float64 of the same inputs, which rounding η once changes by more than this at long memories.
+    single, rounded = v.float(), ETA.float()
+    expected = momentum.decaying_sum_reference(single.double(), rounded.double())
+    assert (momentum.decaying_sum(single, rounded).z - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_momentum_over_blocks_of_blocks():
