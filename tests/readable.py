@@ -140,7 +140,8 @@ def figures_fit_for_a_paper() -> Iterator[None]:
     def checked(fig: Figure, *arguments: Any, **options: Any) -> None:
         save(fig, *arguments, **options)
         if options.get("format") == "png":
-            assert problems(fig) == [], fig.get_suptitle()
+            found = problems(fig)
+            assert not found, f"{fig.get_suptitle()}: {found}"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", checked)

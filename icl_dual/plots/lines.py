@@ -286,5 +286,5 @@ def _finish(ax: Axes, *, ylabel: str) -> None:
     if low <= 0 <= high:  # elsewhere, the line would widen the range
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set(xlabel="layer", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))  # a model may have one layer
     ax.spines[["top", "right"]].set_visible(False)
