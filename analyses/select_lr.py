@@ -89,7 +89,8 @@ class Grid:
         """Keep a measured rate, or one that was measured, with its stability."""
         self.rows[row["task"], row["lr"]] = row
         measured = pd.DataFrame(list(self.rows.values()), columns=list(COLUMNS))
-        write_csv(self.table, pd.concat([self.others, measured], ignore_index=True))
+        table = pd.concat([self.others, measured], ignore_index=True)
+        write_csv(self.table, table.astype({"k": int, "n": int}))  # which an empty frame turns into floats
         print(row, flush=True)
 
     def ranked(self, task: str) -> list[dict[str, Any]]:
