@@ -256,10 +256,13 @@ def stage_notebook(notebook: Path, target: Path) -> None:
     views = take_views(content)
     body, resources = MarkdownExporter().from_notebook_node(content, {"output_files_dir": "tour_files"})
     target.write_text(for_site(body))
-    for name, content in (resources["outputs"] | views).items():
-        file = target.parent / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content)
+    # mkdocs keeps a frame's address; Zensical reads it as relative to the notebook, and leads to the folder above.
+    files = {target.parent: resources["outputs"] | views, target.parent.parent: views}
+    for folder, of_folder in files.items():
+        for name, content in of_folder.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
 
 
 SRCDOC = re.compile(r'srcdoc="([^"]*)"')
