@@ -113,9 +113,10 @@ def test_computing_with_the_weights_of_an_mlp_elsewhere_is_refused() -> None:
 def test_a_finetuned_copy_of_a_placed_model_stays_on_the_cpu() -> None:
     original = tiny_model().wrapped.original_model
     tuned: Any = LlamaForCausalLM(original.config)
+    weights = {name.replace("._original_component", ""): weight for name, weight in original.named_parameters()}
     with torch.no_grad():
-        for copied, weight in zip(tuned.parameters(), original.parameters(), strict=True):
-            copied.copy_(weight)
+        for name, copied in tuned.named_parameters():
+            copied.copy_(weights[name])
         tuned.model.layers[0].self_attn.v_proj.weight += 1
     with pretended_device():
         delta = icl.WeightDelta.between(placed(torch.float32), tuned)
@@ -204,7 +205,8 @@ def test_a_model_that_accelerate_has_dispatched_is_refused(folder: Path) -> None
     dispatched: Any = AutoModelForCausalLM.from_pretrained(
         folder, device_map=device_map, offload_folder=folder / "offloaded", attn_implementation="eager"
     )
-    with pytest.raises(icl.UnsupportedModelError, match=r"accelerate has dispatched over cpu, disk.*load_model"):
+    # TransformerLens 3.9 refuses the disk itself.
+    with pytest.raises(icl.UnsupportedModelError, match=r"accelerate has dispatched over cpu, disk|\['disk'\]"):
         boot("tiny", dispatched, tiny_model().tokenizer, "cpu", torch.float32)
 
 
