@@ -247,8 +247,7 @@ def test_the_operators_of_a_finetuning_step() -> None:
 def test_the_operators_of_a_decomposition() -> None:
     """By layer: two captures' attentions over groups of keys, their sums through W_O, and the residuals."""
     few, many = decompose_counts(2), decompose_counts(4)
-    # 276 or 303, for batches are planned by a measurement.
-    assert (many["launches"] - few["launches"]) / 2 <= 330
+    assert (many["launches"] - few["launches"]) / 2 <= 310  # 303
 
 
 def test_a_finetuning_looks_at_its_losses_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
