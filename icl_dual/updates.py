@@ -16,12 +16,10 @@ in X.
 Each number has its null: ΔW_FT with the same singular values in random directions.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -211,22 +209,20 @@ def compare_updates(
             zero-shot run.
     """
     _check_match(model, zero_shot, in_context, delta, rank)
-    # One for each layer: layers are compared in parallel, for a decomposition of small matrices uses one core.
-    generators = [
-        torch.Generator().manual_seed(each)
-        for each in np.random.SeedSequence(seed).generate_state(model.n_layers).tolist()
-    ]
+    generator = torch.Generator().manual_seed(seed)
     zero_shot, in_context = zero_shot.to("cpu"), in_context.to("cpu")  # as are singular value decompositions
     batches_by_name: dict[str, list[Tensor]] = {}
     residual, n_queries = 0.0, len(in_context.prompts.queries)
     batches, icl_updates = _batches(in_context.prompts), _IclUpdates(model, in_context)
     bar = progress_bar(total=n_queries, desc="ΔW_FT", show=progress, unit="query")
-    with torch.no_grad(), bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with torch.no_grad(), bar:
         for batch in batches:
             fixed_inputs = _FixedInputPass(model, in_context.prompts, batch)
             residual = max(residual, fixed_inputs.run_untuned(zero_shot))
-            compare = partial(_compare_layer, icl_updates, in_context, batch, rank)
-            layers = list(pool.map(compare, range(model.n_layers), fixed_inputs.run_tuned(delta), generators))
+            layers = [
+                _compare_layer(icl_updates.of(layer, batch), W_FT, in_context, layer, batch, rank, generator)
+                for layer, W_FT in enumerate(fixed_inputs.run_tuned(delta))
+            ]
             for name in layers[0]:
                 by_layer = torch.stack([layer[name] for layer in layers], dim=1)
                 batches_by_name.setdefault(name, []).append(by_layer)
@@ -255,15 +251,6 @@ def _demonstration_keys_values(model: Model, in_context: Capture) -> Demonstrati
     visible = [_visible_demonstrations(model, in_context.prompts, layer, queries) for layer in range(model.n_layers)]
     n_hidden = torch.stack([(~by_query).sum(-1) for by_query in visible], dim=1)
     return DemonstrationKeysValues(in_context.keys_values.demo_keys, in_context.keys_values.demo_values, n_hidden)
-
-
-class _KeysValues(NamedTuple):
-    """What ΔW_FT is formed from at one layer; the values of tokens that the layer hides are zero."""
-
-    k: Float[Tensor, "batch pos kv_head d_head"]
-    v: Float[Tensor, "batch pos kv_head d_head"]
-    tuned_k: Float[Tensor, "batch pos kv_head d_head"]
-    tuned_v: Float[Tensor, "batch pos kv_head d_head"]
 
 
 class _FixedInputPass:
@@ -313,9 +300,8 @@ class _FixedInputPass:
         self._run(on_attention=keep_attention, on_output=check_output, on_residual=keep_residual)
         return worst
 
-    def run_tuned(self, delta: WeightDelta) -> list[_KeysValues]:
-        """Return every layer's keys and values, untuned and tuned: the tuned projections run on X, the untuned residual
-        stream."""
+    def run_tuned(self, delta: WeightDelta) -> Iterator[Float[Tensor, "batch kv_head d_head d_head"]]:
+        """Yield ΔW_FT of every layer: the tuned projections run on X, the untuned residual stream."""
         tuned: list[Attention] = []
 
         def keep_attention(layer: int, attention: Attention) -> None:
@@ -326,12 +312,10 @@ class _FixedInputPass:
 
         with delta.applied(self.model):
             self._run(on_attention=keep_attention, on_residual=restore_untuned, skip_mlps=True)
-        by_layer: list[_KeysValues] = []
         for rule, before, after in zip(self.model.attention_rules, self.attention, tuned, strict=True):
             visible = rule.visible(self.positions[self.last][:, None], self.positions[None])[:, 0, :, None, None]
-            kept = before.k, before.v * visible, after.k, after.v * visible
-            by_layer.append(_KeysValues(*(tensor.cpu() for tensor in kept)))
-        return by_layer
+            keys_values = before.k, before.v * visible, after.k, after.v * visible
+            yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
     def _run(self, **options: Any) -> None:
         self.model.run(self.tokens, positions=self.positions, read=self.last[:, None], **options)
@@ -370,19 +354,18 @@ class _IclUpdates:
 
 
 def _compare_layer(
-    icl_updates: _IclUpdates,
+    icl_update: dual.Svd,
+    W_FT: Float[Tensor, "batch kv_head d_head d_head"],
     in_context: Capture,
+    layer: int,
     batch: Int[Tensor, " batch"],
     rank: int,
-    layer: int,
-    keys_values: _KeysValues,
     generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
-    """Return every number that compares ΔW_ICL with ΔW_FT at one layer, by its name."""
+    """Return every number that compares ΔW_ICL, decomposed, with ΔW_FT at one layer, by its name."""
     assert in_context.q_scored is not None
     q = in_context.q_scored[batch, layer].double()
-    W_FT = dual.delta_w_ft(*(tensor.double() for tensor in keys_values))
-    a, b = icl_updates.of(layer, batch), dual.Svd.of(W_FT)
+    a, b = icl_update, dual.Svd.of(W_FT)
     values_by_name = {
         "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
         "effective_rank_icl": dual.effective_rank(a.S).expand(len(batch), -1),
