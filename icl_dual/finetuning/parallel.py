@@ -269,10 +269,11 @@ class _Steps:
             gradients = [gradient / len(batch) for gradient in gradients]
         rates = lrs * self.rate_factors[self.n_steps]
         steps = self._directions(tensors, gradients, weights)
+        norms = torch.stack([torch.linalg.vector_norm(step, dim=tuple(range(1, step.ndim))) for step in steps])
         for tensor, step in zip(tensors, steps, strict=True):
             tensor.sub_(step * rates.view(-1, *[1] * (step.ndim - 1)))
         self.gradient_sums, self.n_read, self.n_steps = [], 0, self.n_steps + 1
-        return torch.stack([step.flatten(1).norm(dim=1) for step in steps]).norm(dim=0) * rates
+        return norms.norm(dim=0) * rates
 
     def _directions(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], weights: Sequence[Tensor] | None
@@ -372,7 +373,10 @@ class _ParallelRuns:
         and its steps so far; with adapters, which are added to it, the noise alone."""
         for name, by_layer in weights.items():
             matrices = [at_least_float32(weight.to_matrix(weight.parameter.detach())) for weight in by_layer]
-            self.offsets[name] = [matrix.new_zeros(len(self.runs), *matrix.shape) for matrix in matrices]
+            # Laid out in memory as their gradients are, [run d_in d_out]: a step then reads and writes in order.
+            self.offsets[name] = [
+                matrix.new_zeros(len(self.runs), *matrix.t().shape).transpose(1, -1) for matrix in matrices
+            ]
         self.drawn_noise: dict[tuple[int, float], dict[str, list[Tensor]]] = {}
         """On a GPU, by seed and size, the noise that runs start from: the host takes long to draw it."""
         for index, run in enumerate(self.runs):
