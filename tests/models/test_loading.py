@@ -195,16 +195,6 @@ def test_weights_that_run_code_are_refused_without_advice_to_run_it(
     assert not (tmp_path / "code_ran").exists()
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
-def test_quantised_weights_are_refused_before_they_are_read(tmp_path: Path, method: str) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "quantization_config": {"quant_method": method, "bits": 4}})
-    )
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
-    with pytest.raises(icl.UnsupportedModelError, match=f"quantised by {method}.*dequantize"):
-        icl.load_model(str(tmp_path))
-
-
 def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     n_weights = 10**6
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
