@@ -263,6 +263,7 @@ class _FixedInputPass:
         longest = max(map(len, rows))
         self.tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         self.last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+        self.predicting = self.last - len(prompts.appended_tokens)
         self.positions = torch.arange(longest, device=model.device)
         if model.rotary:
             first = int(batch[0])
@@ -318,7 +319,9 @@ class _FixedInputPass:
             yield dual.delta_w_ft(*(tensor.double().cpu() for tensor in keys_values))
 
     def _run(self, **options: Any) -> None:
-        self.model.run(self.tokens, positions=self.positions, read=self.last[:, None], **options)
+        self.model.run(
+            self.tokens, positions=self.positions, read=self.last[:, None], predicting=self.predicting, **options
+        )
 
 
 def _visible_demonstrations(

@@ -237,6 +237,16 @@ def test_batches_are_of_queries_of_similar_length(llama_runs: Runs, monkeypatch:
     assert order == sorted(order)
 
 
+def test_a_function_vector_is_added_where_captures_add_it(llama_runs: Runs, task: icl.Task) -> None:
+    """At the token that predicts each query's label, also where another query of the batch is longer."""
+    model, generator = llama_runs.model, torch.Generator().manual_seed(0)
+    assert len({len(row) for row in llama_runs.prompts.suffixes}) > 1
+    vector = icl.FunctionVector(model.name, model.fingerprint(), 0, torch.randn(model.d_model, generator=generator))
+    with vector.applied(model):
+        runs = make_runs(model, task)
+        assert runs.compare().residual < 1e-5
+
+
 def test_the_null_is_seeded_and_around_zero(llama_runs: Runs) -> None:
     one, again, other = (llama_runs.compare(seed=seed) for seed in (1, 1, 2))
     assert (one.cosine_random == again.cosine_random).all()
