@@ -184,17 +184,16 @@ def test_copies_of_a_capture() -> None:
 
 
 def bare_launches(n_layers: int, *, backward: bool) -> int:
-    """The operators by which a model computes the logits of tokens, and the gradients of keys' and values' weights."""
-    model = model_of(n_layers, there=True)
+    """The operators by which transformers alone computes the logits of tokens, and the gradients of keys' and values'
+    weights."""
+    hf_model: Any = LlamaForCausalLM(model_of(n_layers, there=False).wrapped.original_model.config).eval()
+    pretend_device.move(hf_model)
     with pretended_device() as counts, torch.set_grad_enabled(backward):
         tokens = torch.arange(20, device=pretend_device.DEVICE)[None]
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for kind in ("K", "V"):
-            for projection in model.projections(kind):
-                projection.W.parameter.requires_grad_(backward)
+        for name, parameter in hf_model.named_parameters():
+            parameter.requires_grad_(backward and ("k_proj" in name or "v_proj" in name))
         counts.clear()
-        logits = model.wrapped(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        logits = hf_model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
         if backward:
             logits.sum().backward()
         return counts["launches"]
@@ -213,9 +212,9 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_fused")
-@pytest.mark.parametrize("fields", [icl.METRIC_FIELDS, FIELDS])
-def test_a_capture_runs_at_most_half_as_many_operators_again_as_the_bare_model(fields: Any) -> None:
-    """By layer and batch; those that compute something: views are not launched."""
+@pytest.mark.parametrize(("fields", "ceiling"), [(icl.METRIC_FIELDS, 1.57), (FIELDS, 1.63)])
+def test_the_operators_of_a_capture(fields: Any, ceiling: float) -> None:
+    """By layer and batch, of those of the bare model; those that compute something: views are not launched."""
 
     def launches(n_layers: int, n_batches: int) -> int:
         model = model_of(n_layers, there=True)
@@ -228,7 +227,7 @@ def test_a_capture_runs_at_most_half_as_many_operators_again_as_the_bare_model(f
 
     n_forward = 3  # a batch of queries, and one with each of two label words
     bare = (bare_launches(4, backward=False) - bare_launches(2, backward=False)) / 2
-    assert by_layer_and_one_more(launches, 1, 6) / n_forward <= 1.5 * bare
+    assert by_layer_and_one_more(launches, 1, 6) / n_forward <= ceiling * bare
 
 
 def test_the_operators_of_a_finetuning_step() -> None:
@@ -241,7 +240,7 @@ def test_the_operators_of_a_finetuning_step() -> None:
             return counts["launches"]
 
     bare = (bare_launches(4, backward=True) - bare_launches(2, backward=True)) / 2
-    assert by_layer_and_one_more(launches, 4, 12) <= 1.15 * bare
+    assert by_layer_and_one_more(launches, 4, 12) <= 1.05 * bare
 
 
 def test_the_operators_of_a_decomposition() -> None:

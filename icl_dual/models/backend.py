@@ -334,6 +334,9 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
 
+    def quiet_norms(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
+        """Let norms skip what only their hooks would receive, where nobody has hooks there, until the block ends."""
+
     def skip_mlps(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
         """Let MLPs of plain projections return zeros without computing them, until the block ends."""
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import AttentionBridge, TransformerBridge
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -67,6 +68,9 @@ class BridgeBackend(Backend):
         self.architecture = str(self.wrapped.cfg.architecture)
         self.rope_scaling_threshold = rope_scaling_threshold(self.original.config)
         self.n_ctx = min(self.n_ctx, *_rule_lengths(self.original.config))
+        # Those that run the original model's norm, and compute the rest for their hooks alone.
+        norms: Iterator[Any] = (m for m in self.wrapped.modules() if isinstance(m, NormalizationBridge))
+        self.norms = [norm for norm in norms if norm.use_native_layernorm_autograd]
 
     def check_supported(self) -> None:
         """Check for processed weights, models that are not decoders, and attention that cannot be split."""
@@ -113,6 +117,13 @@ class BridgeBackend(Backend):
         """Let blocks run on copies of their weights in `arithmetic`, and on the model's device, one block at a time."""
         if self.arithmetic is not None or self.offloaded:
             run_copies([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic, self.device, undo)
+
+    def quiet_norms(self, undo: Undo) -> None:
+        """Let norms compute their output alone, without the scale and the vector that their hooks would receive."""
+        for norm in self.norms:
+            hooks: tuple[Any, ...] = norm.hook_scale, norm.hook_normalized
+            if not any(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks for hook in hooks):
+                _replace(norm, "_hf_autograd_forward_with_hooks", partial(_native_norm, norm.original_component), undo)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""
@@ -418,16 +429,25 @@ def _mlp_hook(layer: int, part: MlpPart, callback: OnMlp) -> Callable[..., Tenso
 def _skip(module: Any, undo: Undo) -> None:
     """Let a linear layer return zeros of its output's shape until the block ends."""
     d_out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-    own = module.__dict__.get("forward")  # of an instance that another library has wrapped
-    if own is None:
-        undo.push(module.__dict__.pop, "forward", None)
-    else:
-        undo.push(setattr, module, "forward", own)
 
     def zeros(x: Tensor) -> Tensor:
         return x.new_zeros(()).expand(*x.shape[:-1], d_out)
 
-    module.forward = zeros
+    _replace(module, "forward", zeros, undo)
+
+
+def _replace(module: Any, name: str, method: Callable[..., Any], undo: Undo) -> None:
+    """Replace a method of one module until the block ends."""
+    own = module.__dict__.get(name)  # of an instance that another library has wrapped
+    if own is None:
+        undo.push(module.__dict__.pop, name, None)
+    else:
+        undo.push(setattr, module, name, own)
+    setattr(module, name, method)
+
+
+def _native_norm(component: nn.Module, x: Tensor) -> Tensor:
+    return component(x).to(x.dtype)
 
 
 def _normalised(norm: Any, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:

@@ -383,6 +383,7 @@ class Model:
             _set_evaluation_mode(self.wrapped, undo)
             exact_float32(undo)
             backend.run_copies(undo)
+            backend.quiet_norms(undo)
             if skip_mlps:
                 backend.skip_mlps(undo)
             return backend.forward(tokens, positions)

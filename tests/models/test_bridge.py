@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from helpers import FullPrompts, boot
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -99,3 +100,26 @@ def test_norms_of_queries_and_keys_may_be_absent(
     torch.testing.assert_close(same.W_K, delta.W_K, atol=1e-6, rtol=1e-3)
     assert delta.training_q is not None
     assert delta.training_q.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_norms_compute_for_their_hooks_only_where_someone_has_a_hook(
+    make_model: Callable[..., icl.Model], architecture: str
+) -> None:
+    model, tokens, scales = make_model(architecture), torch.arange(12)[None], list[torch.Tensor]()
+    norms = [module for module in model.wrapped.modules() if isinstance(module, NormalizationBridge)]
+    before = [dict(vars(norm)) for norm in norms]
+    hook = model.wrapped.blocks[0].ln1.hook_scale
+    assert any(norm.use_native_layernorm_autograd for norm in norms)
+    with torch.no_grad():
+        plain = model.run(tokens)
+        handle = hook.register_forward_hook(lambda module, args, output: scales.append(output))
+        assert torch.equal(model.run(tokens), plain)
+        assert len(scales) == 1
+        handle.remove()
+        handle = hook.register_forward_hook(lambda module, args, output: 2 * output)
+        with pytest.warns(UserWarning, match="edited hook_scale"):
+            assert not torch.allclose(model.run(tokens), plain)
+        handle.remove()
+        assert torch.equal(model.wrapped(tokens, attention_mask=torch.ones_like(tokens), use_cache=False), plain)
+    assert [dict(vars(norm)) for norm in norms] == before
