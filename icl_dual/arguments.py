@@ -74,10 +74,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def of_type(value: object, kind: type) -> bool:
-    """Return whether a value is of the type that it is annotated with, where nothing has made sure of that.
+    """Return `isinstance(value, kind)`, for a value whose annotation nothing enforces.
 
-    Values that users' functions return, and fields of their objects, may be of any type; to a type checker,
-    `isinstance` looks superfluous there.
+    Such values are returned by users' functions, or are fields of users' objects. A type checker trusts the annotation
+    and reports a plain `isinstance` as unnecessary.
 
     Example:
         >>> of_type(2, int), of_type("2", int)

@@ -4,6 +4,7 @@ A cell's folder appears complete or not at all, so a study that was stopped cont
 """
 
 import platform
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -606,10 +607,11 @@ class _Kept:
 @contextmanager
 def _naming_lost_devices(cell: Cell) -> Generator[None]:
     """Raise a DeviceLostError where the device is lost within the block, whatever error that led to."""
+    handled = sys.exception()  # a GPU that was lost before, where the caller goes on with the CPU in an `except` block
     try:
         yield
     except Exception as error:
-        if (cause := lost_device(error)) is None:
+        if (cause := lost_device(error, handled=handled)) is None:
             raise
         raise DeviceLostError(
             f"{cell.name}: expected a device that computes until the end, got {first_line(cause)!r}, after which this "

@@ -20,6 +20,8 @@ _DEVICE_LOST_MESSAGES = (
     "illegal memory access",
     "illegal address",
     "illegal instruction",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
     "misaligned address",
     "device-side assert",
     "launch timed out",
@@ -27,6 +29,10 @@ _DEVICE_LOST_MESSAGES = (
     "uncorrectable nvlink",
     "hardware stack error",
     "devices are busy or unavailable",
+    "device(s) is/are busy or unavailable",
+    "cuda error: unknown error",
+    "cuda driver error: unknown error",
+    "hip error: unknown error",
     "device is lost",
     "device lost",
 )
@@ -37,23 +43,28 @@ class DeviceLostError(RuntimeError):
     """The accelerator was lost: this process cannot compute on it any more."""
 
 
-def lost_device(error: BaseException) -> BaseException | None:
+def lost_device(error: BaseException, *, handled: BaseException | None = None) -> BaseException | None:
     """Return the error by which an accelerator was lost, among an error and those that led to it; `None` for none.
+
+    Args:
+        error: the error.
+        handled: the error in whose `except` block the computation began. Python names it as the context of `error`,
+            but neither it nor what led to it counts.
 
     Example:
         >>> from icl_dual.torch_utils import lost_device
         >>> lost_device(RuntimeError("CUDA error: unspecified launch failure"))
         RuntimeError('CUDA error: unspecified launch failure')
     """
-    seen = set[int]()
-    found, current = None, error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    visited_ids = set[int]()
+    first_loss, current = None, error
+    while current is not None and current is not handled and id(current) not in visited_ids:
+        visited_ids.add(id(current))
         message = str(current).lower()
-        is_torch = isinstance(current, RuntimeError) and any(known in message for known in _DEVICE_LOST_MESSAGES)
-        found = current if is_torch else found
+        is_loss = isinstance(current, RuntimeError) and any(known in message for known in _DEVICE_LOST_MESSAGES)
+        first_loss = current if is_loss else first_loss
         current = current.__cause__ or current.__context__
-    return found
+    return first_loss
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,8 @@ import torch
 from grid_cells import TASK, content, grid_of
 
 import icl_dual as icl
-from icl_dual.grids import Grid, Outcome, Plan, Results, Worker, plan
+from icl_dual.grids import Grid, GridCell, Outcome, Plan, Results, Summary, Worker, plan
+from icl_dual.study import CellRunner
 
 
 def small_grid(model: str, n_seeds: int, **changes: Any) -> Grid:
@@ -19,6 +20,26 @@ def small_grid(model: str, n_seeds: int, **changes: Any) -> Grid:
 def worker_of(grid: Grid, folder: Path, kind: Callable[..., Worker] = Worker, **options: Any) -> Worker:
     """Return a worker for the results in a folder, with one thread, which gives the same bits everywhere."""
     return kind(grid, Results(folder), tasks=[TASK], threads=1, **options)
+
+
+class DeviceLosingWorker(Worker):
+    """A worker that loses its device in the first cell of the grid, every time."""
+
+    def _runner_of(self, cell: GridCell) -> CellRunner:
+        if cell.id == self.grid.cells()[0].id:
+            raise icl.DeviceLostError("expected a device") from RuntimeError("CUDA error: device-side assert triggered")
+        return super()._runner_of(cell)
+
+
+def check_device_losses(worker: Worker, summary: Summary) -> None:
+    """Check what came of a `DeviceLosingWorker`'s grid with `max_lost=2`."""
+    losing_id, *other_ids = [cell.id for cell in worker.grid.cells()]
+    assert set(summary.done) == set(other_ids)
+    assert set(summary.failed) == {losing_id}
+    error = summary.failed[losing_id].error
+    assert "got 2 workers lost in it, one after the other (CUDA error: device-side assert triggered)" in error
+    assert set(worker.results.failures()) == {losing_id}
+    assert worker.results.claims() == {}
 
 
 def plan_of(worker: Worker) -> Plan:

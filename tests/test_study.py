@@ -22,6 +22,7 @@ from icl_dual.finetuning.config import Method, Trained
 from icl_dual.models import Control
 from icl_dual.storage import load_tensors, save_tensors
 from icl_dual.tasks import Protocol
+from icl_dual.torch_utils import lost_device
 
 CELL = icl.Cell(model="llama", task="toy", k=3, seed=1, lr=0.05, n_queries=5, replicas=0)
 
@@ -152,6 +153,47 @@ def test_a_device_that_is_lost_within_a_call_that_names_other_causes_is_named(
     with pytest.raises(icl.DeviceLostError, match="got 'CUDA error: an illegal memory access was encountered'"):
         icl.run_study([CELL], tmp_path, progress=False)
     assert not (tmp_path / CELL.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "is_loss"),
+    [
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be …", True),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable", True),
+        ("CUDA error: unknown error", True),
+        ("CUDA driver error: unknown error", True),
+        ("HIP error: unknown error", True),
+        ("CUDA error: invalid program counter", True),
+        ("CUDA error: operation not supported on global/shared address space", True),
+        ("CUDA unknown error - this may be due to an incorrectly set up environment", False),
+        ("unknown error", False),
+        ("CUDA error: invalid argument", False),
+        ("CUDA error: operation not supported", False),
+    ],
+)
+def test_a_lost_device_is_told_by_its_message(message: str, is_loss: bool) -> None:
+    error = RuntimeError(message)
+    assert lost_device(error) is (error if is_loss else None)
+    assert lost_device(ValueError(message)) is None
+
+
+def test_a_device_that_was_lost_before_a_study_is_not_named_for_the_study_s_own_error(
+    known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: object, **options: object) -> None:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            raise icl.DivergedError("expected finite weights, got nan")  # noqa: B904 - the context is what is tested
+
+    monkeypatch.setattr(icl.Experiment, "compare", diverge)
+    try:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    except RuntimeError:
+        with pytest.raises(icl.DivergedError):  # the caller goes on with the CPU
+            icl.run_study([CELL], tmp_path, progress=False)
+        with pytest.raises(icl.DivergedError):
+            study.CellRunner(progress=False).run(CELL, tmp_path / "cell")
 
 
 def test_a_study_that_is_killed_loses_no_cell_and_ends_with_the_same_results(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 The claims of a cell are numbered. Each is created only where it does not exist yet, which every storage that grids use
 does for one writer alone; the highest number holds. Its owner rewrites it while it works. A worker that sees the same
 bytes in it for `ttl` seconds of its own clock, or the owner's where they are more, takes the cell over with the next
-number: no clocks are compared. Where the owner was a process of this machine that is gone, it does so at once.
+number: no clocks are compared. Where the owner was a process of this machine that is gone, or says that it lost its
+device, it does so at once.
 
 A worker that was taken over and comes back does no harm: results are complete and equal, and the first one stays.
 """
@@ -62,6 +63,11 @@ class ClaimInfo:
         return max(ttl, default) if isinstance(ttl, int | float) else default
 
     @property
+    def device_error(self) -> str | None:
+        """Return the error by which the owner lost its device, if it did."""
+        return self.owner.get("device_error")
+
+    @property
     def is_of_lost_process(self) -> bool:
         """Return whether the owner was a process of this machine that no longer runs."""
         owner = self.owner
@@ -96,8 +102,10 @@ class Claims:
         current = self.current(cell_id)
         if current is not None and not self._is_lost(cell_id, current):
             return None
-        number = 0 if current is None else current.number + 1
-        claim = Claim(self.files, cell_id, number, self.ttl)
+        if current is None:
+            claim = Claim(self.files, cell_id, 0, self.ttl)
+        else:
+            claim = Claim(self.files, cell_id, current.number + 1, self.ttl, current.device_error)
         return claim if claim.create() else None
 
     def current(self, cell_id: str) -> ClaimInfo | None:
@@ -111,7 +119,7 @@ class Claims:
         return latest
 
     def _is_lost(self, cell_id: str, info: ClaimInfo) -> bool:
-        if info.is_of_lost_process:
+        if info.device_error is not None or info.is_of_lost_process:
             return True
         now = time.monotonic()
         first, since = self._first_read.get(cell_id, (None, now))
@@ -147,8 +155,12 @@ def delete_claims(files: Files, cell_ids: Collection[str]) -> None:
 class Claim:
     """A claim of this worker, renewed by a thread of its own within a `with` block, and given up at its end."""
 
-    def __init__(self, files: Files, cell_id: str, number: int, ttl: float) -> None:
+    def __init__(
+        self, files: Files, cell_id: str, number: int, ttl: float, previous_device_error: str | None = None
+    ) -> None:
         self.files, self.cell_id, self.number, self.ttl = files, cell_id, number, ttl
+        self.previous_device_error = previous_device_error
+        """The error by which the worker that had the cell before lost its device, if it did."""
         self._owner = {
             "machine": machine(), "host": platform.node(), "pid": os.getpid(), "key": secrets.token_hex(8), "ttl": ttl,
         }  # fmt: skip
@@ -167,7 +179,14 @@ class Claim:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-        self.give_up()
+        if "device_error" in self._owner:
+            self._write()
+        else:
+            self.give_up()
+
+    def leave(self, device_error: str) -> None:
+        """Let the claim stay after the block: its worker has lost its device by this error, which counts as a loss."""
+        self._owner["device_error"] = device_error
 
     def give_up(self) -> None:
         """Delete the claim and those before it; storage that fails is left with a claim that will be taken over."""
@@ -178,8 +197,11 @@ class Claim:
     def _renew(self) -> None:
         while not self._ended.wait(self.ttl / 4):
             self._beat += 1
-            with suppress(Exception):  # the next beat may succeed; a claim that is lost does no harm
-                self.files.write(_path(self.cell_id, self.number), self._content())
+            self._write()
+
+    def _write(self) -> None:
+        with suppress(Exception):  # the next beat may succeed; a claim that is lost does no harm
+            self.files.write(_path(self.cell_id, self.number), self._content())
 
     def _content(self) -> bytes:
         return json.dumps({**self._owner, "beat": self._beat, "time": time.time()}).encode()

@@ -62,6 +62,8 @@ def run_grid(
             start.
         SettingsError: a finished cell has other settings than the cell of its id now, or was made with other versions.
         AssetError: the results are of another version, or the storage cannot be read or written.
+        DeviceLostError: the local engine with one process lost the accelerator; finished cells are kept, and a call in
+            a new process goes on.
     """
     passed = {task.name for task in tasks}
     registered = [registered_task(name) for name in sorted(grid.task_names - passed)]  # other processes lack them

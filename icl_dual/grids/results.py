@@ -239,7 +239,8 @@ class Results:
         ids = [cell.id for cell in cells]
         done = set(self.finished())
         failed = set(self.failed_ids()) - done
-        running = set(self.claims()) - done - failed
+        claimed_ids = {cell_id for cell_id, info in self.claims().items() if info.device_error is None}
+        running = claimed_ids - done - failed
         over = done | failed | running
         groups = (done, running, failed, set(ids) - over)
         return Status(*(tuple(name for name in ids if name in group) for group in groups))

@@ -21,7 +21,7 @@ from icl_dual.models import Model
 from icl_dual.storage import first_line
 from icl_dual.study import CellRunner
 from icl_dual.tasks import Task
-from icl_dual.torch_utils import DeviceLostError
+from icl_dual.torch_utils import DeviceLostError, lost_device
 
 State = Literal["done", "already done", "claimed", "failed"]
 """What came of a cell: computed now; finished before or by another worker; another worker computes it; failed."""
@@ -114,7 +114,8 @@ class Worker:
             What came of it. Errors of the cell are in it, and are recorded in the results; none is raised.
 
         Raises:
-            DeviceLostError: the accelerator was lost, and this process can run no cell any more. Nothing is recorded.
+            DeviceLostError: the accelerator was lost, and this process can run no cell any more. The cell's claim stays
+                as that of a lost worker, so any other worker takes the cell over at once.
         """
         started, cell = time.perf_counter(), self.grid.cell(cell_id)
         try:
@@ -146,7 +147,8 @@ class Worker:
             if claim.number >= self.max_lost:
                 raise GridError(
                     f"expected {cell.id} to run to its end, got {claim.number} workers lost in it, one after the other "
-                    "(killed, out of memory or time): give it more memory or time, and run `rerun --failed`"
+                    f"({claim.previous_device_error or 'killed, out of memory or time'}): give it more memory, more "
+                    "time or another device, and run `rerun --failed`"
                 )
             with tempfile.TemporaryDirectory(prefix="icl_dual-") as scratch:
                 folder = Path(scratch) / "cell"
@@ -155,7 +157,8 @@ class Worker:
                 seconds = round(time.perf_counter() - started, 3)
                 about = {"seconds": seconds, "peak_memory": peak_memory(), "worker": process_name()}
                 is_first = self.results.publish(cell, result, about)
-        except DeviceLostError:  # no error of the cell: another process can run it
+        except DeviceLostError as error:  # no error of the cell yet: another process may be able to run it
+            claim.leave(first_line(lost_device(error) or error))
             raise
         except Exception as error:
             return self._failed(cell.id, error, started, is_of_cell=True)

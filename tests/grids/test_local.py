@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import DeviceLosingWorker, Events, check_device_losses, plan_of, small_grid, worker_of
 from grid_cells import TASK, CopiedCells, content, grid_of, save_tiny
 
 import icl_dual as icl
 from icl_dual.grids import GridError, Outcome, Plan, Results, Summary, Worker, files, run_grid
 from icl_dual.grids.claims import Claim
 from icl_dual.grids.driver import Progress
+from icl_dual.grids.engines.local import run_local
 from icl_dual.models import tiny_model
 from icl_dual.paper_tasks import unregister_task
 
@@ -75,6 +77,12 @@ def test_processes_have_the_cells_of_one_and_a_killed_one_is_replaced(tmp_path: 
     cells = [cell.cell for cell in grid.cells()]
     for of_study in icl.run_study(cells, tmp_path / "study", tasks=[TASK], progress=False):
         assert content(results.load(of_study.cell.name)) == content(of_study)
+
+
+def test_processes_that_lose_their_device_are_replaced_and_a_cell_that_loses_it_each_time_fails(tmp_path: Path) -> None:
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=2)
+    worker = worker_of(grid, tmp_path / "results", DeviceLosingWorker, max_lost=2)
+    check_device_losses(worker, run_local(worker, plan_of(worker), Events(), processes=2, threads=1))
 
 
 def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine_runs import Events, contents, plan_of, run_here, small_grid, worker_of
+from engine_runs import (
+    DeviceLosingWorker,
+    Events,
+    check_device_losses,
+    contents,
+    plan_of,
+    run_here,
+    small_grid,
+    worker_of,
+)
 from grid_cells import grid_of, save_tiny
 
 from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results
@@ -44,6 +53,16 @@ def test_a_job_that_is_preempted_is_requeued_and_goes_on(tmp_path: Path) -> None
     assert states[0] == "already done", "the first cell was finished before the job was requeued"
     assert states[-1] == "done"
     assert "Requeued job" in next(log.glob("*_log.err")).read_text() + next(log.glob("*_log.out")).read_text()
+
+
+def test_a_job_that_loses_its_device_is_submitted_again_and_a_cell_that_loses_it_each_time_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)  # of the worker's module
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
+    worker = worker_of(grid, tmp_path / "slurm", DeviceLosingWorker, max_lost=2)
+    check_device_losses(worker, run_slurm(worker, plan_of(worker), Events(), cluster="local", logs=tmp_path / "logs"))
 
 
 def test_jobs_have_neighbours_of_one_model_and_equal_needs() -> None:

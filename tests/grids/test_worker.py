@@ -56,10 +56,10 @@ def test_a_cell_that_raises_is_recorded_and_the_rest_goes_on(results: Results, c
     assert worker.run(IDS[1]).state == "done"
 
 
-def test_a_lost_device_ends_the_run_and_no_cell_is_held_against_it(
+def test_a_lost_device_ends_the_run_and_another_goes_on_at_once(
     local_results: Results, copied: type[CopiedCells], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next cell is not tried in vain, and none counts as failed: another process runs them."""
+    """The next cell is not tried in vain, and none counts as failed or as running."""
     run = copied.run
 
     def lose(self: CopiedCells, cell: icl.Cell, folder: Any) -> Any:
@@ -72,12 +72,35 @@ def test_a_lost_device_ends_the_run_and_no_cell_is_held_against_it(
     with pytest.raises(icl.DeviceLostError, match="a device that computes"):
         run_grid(GRID, local_results, tasks=[TASK], models=[tiny_model()], progress=False)
     assert copied.runs == IDS[:2]
-    assert claimed(local_results.files) == {}
+    assert {cell_id: info.number for cell_id, info in claimed(local_results.files).items()} == {IDS[1]: 0}
     status = local_results.status(GRID.cells())
     assert (status.done, status.failed, status.remaining) == ((IDS[0],), (), tuple(IDS[1:]))
     summary = run_grid(GRID, local_results, tasks=[TASK], models=[tiny_model()], progress=False)
     assert {outcome.state for outcome in summary.outcomes} == {"done"}
     assert copied.runs.count(IDS[0]) == 1
+    assert claimed(local_results.files) == {}
+
+
+def test_a_cell_that_loses_the_device_each_time_fails_and_the_others_run(
+    local_results: Results, copied: type[CopiedCells], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied.run
+
+    def lose(self: CopiedCells, cell: icl.Cell, folder: Any) -> Any:
+        if cell.name == IDS[1]:
+            raise icl.DeviceLostError("expected a device") from RuntimeError("CUDA error: device-side assert triggered")
+        return run(self, cell, folder)
+
+    monkeypatch.setattr(copied, "run", lose)
+    options: dict[str, Any] = {"tasks": [TASK], "models": [tiny_model()], "progress": False, "max_lost": 2}
+    for _ in range(2):
+        with pytest.raises(icl.DeviceLostError):
+            run_grid(GRID, local_results, **options)
+    summary = run_grid(GRID, local_results, **options)
+    assert set(summary.done) == set(IDS[2:])
+    assert r"got 2 workers lost in it, one after the other (CUDA error: device-side" in summary.failed[IDS[1]].error
+    assert local_results.status(GRID.cells()).failed == (IDS[1],)
+    assert claimed(local_results.files) == {}
 
 
 def test_a_damaged_cell_is_made_again(results: Results, copied: type[CopiedCells]) -> None:

@@ -7,8 +7,9 @@ The contract. An engine is a module in this package with one public function:
 - `worker` (`icl_dual.grids.worker.Worker`) is a picklable description: the grid, the address of the results and the
   options of the workers. It opens nothing and loads nothing before it is used, so it can be sent to any process that
   reaches the storage. Its copy there runs cells by their ids: `worker.run(cell_id)` returns an `Outcome` and raises no
-  error of a cell. A `DeviceLostError` says that its process can run no more cells: it ends as one that is lost. It
-  keeps its model loaded while cells share it, so keep a copy for as long as the process lives.
+  error of a cell. A `DeviceLostError` says that its process can run no more cells: end the process and replace it, as
+  one that is lost, or let the error reach the caller where it is the caller's own. The copy keeps its model loaded
+  while cells share it, so keep it for as long as the process lives.
 - `plan` (`icl_dual.grids.planning.Plan`) holds the cells that remain, in an order in which neighbours share what they
   can (`plan.cells`, each with `id`, `cell`, `group` and `resources`). Cells of one `group` share a model. The engine
   may divide them as it likes: two workers that are given one cell do not both compute it, for `worker.run` claims it

@@ -1,7 +1,7 @@
 """The local engine: the cells in this process, or in processes of this machine with their share of the threads.
 
-Processes divide the cells by their claims. One that is killed is replaced, and its cell is computed again; all end
-with the driver.
+Processes divide the cells by their claims. One that is killed, or that ends as its device was lost, is replaced, and
+its cell is computed again; all end with the driver.
 """
 
 import multiprocessing
@@ -37,6 +37,7 @@ def run_local(
 
     Raises:
         GridError: a cell or all processes together need more than the machine has, or no process can start.
+        DeviceLostError: with one process, the accelerator was lost in a cell.
     """
     machine = Machine.here()
     machine.check_fits(plan.cells)

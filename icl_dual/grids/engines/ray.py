@@ -19,6 +19,7 @@ from icl_dual.grids.engines import Report, Summary
 from icl_dual.grids.grid import GridError
 from icl_dual.grids.planning import Machine, Plan, PlannedCell, Resources
 from icl_dual.grids.worker import Outcome, Worker
+from icl_dual.torch_utils import DeviceLostError
 
 CONNECTION_S = 3
 """The seconds in which the machine at an address must accept a connection."""
@@ -185,8 +186,11 @@ class CellActor:
         """Return once the process runs."""
 
     def run(self, cell_id: str, wait: bool) -> Outcome:
-        """Run a cell."""
-        return self.worker.run(cell_id, wait=wait)
+        """Run a cell, or end the process where it has lost its device."""
+        try:
+            return self.worker.run(cell_id, wait=wait)
+        except DeviceLostError:
+            os._exit(1)  # a raised error would leave the actor alive, and the driver would take it for a broken worker
 
 
 @dataclass(eq=False)
