@@ -371,7 +371,8 @@ def draw(cells: Sequence[Result], args: argparse.Namespace) -> None:
         }
         ax = icl.plots.source_tokens(TokenView(**view))
         heading = f"{TASKS[result.task][0]}: {view['title']} (blue: above 0; red and underlined: below)"
-        ax.set_title(icl.plots.literal(textwrap.fill(heading, 110)), fontsize=8, fontweight="normal")
+        heading = f"{textwrap.fill(heading, 110)}\n{model_title(args.model)}"
+        ax.set_title(icl.plots.literal(heading), fontsize=8, fontweight="normal")
         figure = ax.get_figure(root=True)
         assert figure is not None
         write_figure(figure, args.out / f"prompt_{result.task}", "png", "pdf")
