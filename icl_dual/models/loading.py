@@ -20,7 +20,7 @@ from icl_dual.arguments import NameOrPath, checked
 from icl_dual.models.adapters import check_no_adapter_files, merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
-from icl_dual.models.free_memory import free_memory
+from icl_dual.models.memory import free_memory
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map

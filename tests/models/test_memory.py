@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from icl_dual.models import free_memory as module
-from icl_dual.models.free_memory import free_in_control_group, free_memory
+from icl_dual.models import memory
+from icl_dual.models.memory import free_in_control_group, free_memory
 
 
 def test_free_memory_is_that_of_the_machine() -> None:
@@ -18,7 +18,7 @@ def test_free_memory_is_that_of_the_machine() -> None:
 
 
 def test_a_limit_is_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_in_control_group", lambda: 5)
+    monkeypatch.setattr(memory, "free_in_control_group", lambda: 5)
     assert free_memory(torch.device("cpu")) == 5
 
 
