@@ -16,14 +16,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import ArgumentError, NameOrPath, checked
 from icl_dual.models.adapters import check_no_adapter_files, merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
 from icl_dual.models.memory import free_memory
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
-from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map
+from icl_dual.models.placement import DISK, DeviceMap, mlp_matrices, place, plan_mlps, read_device_map
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
@@ -123,7 +123,7 @@ def load_model(
             "code when it is read: get the model's weights as safetensors"
         ) from None
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, AssetError | UnsupportedModelError | DeviceMapError):
+        if isinstance(error, AssetError | UnsupportedModelError | ArgumentError):
             raise
         if "trust_remote_code" in str(error):  # advises to run the code
             raise UnsupportedModelError(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from pretend_device import DEVICE, DeviceTensor, pretended_device
@@ -149,8 +150,18 @@ def test_layers_fill_devices_in_order() -> None:
     ],
 )
 def test_device_maps_that_are_refused(folder: Path, device_map: Mapping[str, str | int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load(folder, device_map=device_map)
+    assert caught.type in (ValueError, icl.ArgumentError), "an error that icl_dual exports"
+
+
+def test_a_gpu_is_the_same_by_all_its_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    hf_model: Any = LlamaForCausalLM.from_pretrained(folder)
+    device_map = {"": "cuda", "lm_head": 1, "model.norm": torch.device("cuda:1"), "model.layers.0": 0}
+    device, places_of = placement.read_device_map(device_map, hf_model)
+    assert device == torch.device("cuda:1")
+    assert places_of(boot("tiny", hf_model, tiny_model().tokenizer, "cpu", torch.float32)) == {0: "cuda:0", 1: "cuda:1"}
 
 
 def test_device_and_device_map_are_not_both_taken(folder: Path) -> None:
@@ -208,6 +219,14 @@ def test_a_model_that_accelerate_has_dispatched_is_refused(folder: Path) -> None
     # TransformerLens 3.9 refuses the disk itself.
     with pytest.raises(icl.UnsupportedModelError, match=r"accelerate has dispatched over cpu, disk|\['disk'\]"):
         boot("tiny", dispatched, tiny_model().tokenizer, "cpu", torch.float32)
+
+
+def test_a_model_that_accelerate_offloads_to_the_cpu_is_refused(folder: Path) -> None:
+    """Its parameters are on the device meta, and no device map says so."""
+    offloaded: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    accelerate.cpu_offload(offloaded, execution_device=CPU)
+    with pytest.raises(icl.UnsupportedModelError, match=r"got model\.embed_tokens\..*weight without numbers .*load it"):
+        boot("tiny", offloaded, tiny_model().tokenizer, "cpu", torch.float32)
 
 
 def test_weights_on_several_devices_by_hand_are_refused() -> None:
