@@ -10,11 +10,13 @@ import torch
 from pretend_device import DEVICE, DeviceTensor, pretended_device
 from test_devices import FIELDS, cell, prompts_of, tensors_of
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import icl_dual as icl
 from icl_dual.models import loading, placement, tiny_model
 from icl_dual.models.bridge import boot
+from icl_dual.models.changes import changed_projections
 
 CPU = torch.device("cpu")
 
@@ -76,6 +78,27 @@ def test_half_precision_with_mlps_elsewhere(arithmetic: torch.dtype | None) -> N
         expected = results(on_one)
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_keeps_no_copy_of_an_mlp_elsewhere_and_a_backward_pass_copies_it_once_more(dtype: torch.dtype) -> None:
+    copies: list[StorageWeakRef] = []
+    with pretended_device() as counts:
+        model = placed(dtype, torch.float32)
+
+        def read(layer: int, output: Tensor) -> None:
+            weights = placement.mlp_matrices(model.wrapped)[layer] if layer == 1 else []
+            copies.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+
+        change = torch.zeros(2, 16, 32, device=DEVICE, requires_grad=True)
+        tokens = torch.arange(12, device=DEVICE).view(2, 6)
+        with changed_projections(model, {"W_V": change}):
+            logits = model.run(tokens, on_output=read)
+        assert [copy.expired() for copy in copies] == [True, True, True]
+        before = counts["to device"]
+        (gradient,) = torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), [change])
+        assert counts["to device"] - before == 3
+        assert gradient.norm() > 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "phi3", "mixtral", "gemma3-window"])
