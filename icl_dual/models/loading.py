@@ -1,17 +1,18 @@
 """`load_model`: load a decoder by its name, folder, GGUF file or hub id."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ from icl_dual.models.placement import DISK, DeviceMap, mlp_matrices, place, plan
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
-from icl_dual.torch_utils import dtype_name
+from icl_dual.torch_utils import dtype_name, is_half, is_out_of_memory
 
 
 @merged_only
@@ -125,6 +126,12 @@ def load_model(
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
         if isinstance(error, AssetError | UnsupportedModelError | ArgumentError):
             raise
+        if is_out_of_memory(error):
+            smaller = "" if is_half(dtype) else "load it with dtype=torch.bfloat16, "
+            raise MemoryError(
+                f"{name}: expected enough free memory for the weights in {dtype_name(dtype)} and the copies that run, "
+                f"got: {error}: {smaller}free memory, or keep more MLPs elsewhere with device_map"
+            ) from error
         if "trust_remote_code" in str(error):  # advises to run the code
             raise UnsupportedModelError(
                 f"{name}: expected a model and a tokenizer of classes that transformers has, got {files.folder} with "
@@ -188,7 +195,7 @@ def _boot_by_map(
     device, places_of = read_device_map(device_map, hf_model)
     bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
     elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places_of(bridge).items()}
-    _check_room(name, bridge, device, elsewhere)
+    _check_room(name, bridge, device, elsewhere, arithmetic)
     place(bridge, device, elsewhere)
     return bridge
 
@@ -201,40 +208,57 @@ def _planned(
     arithmetic: torch.dtype | None,
 ) -> dict[int, torch.device]:
     """Return where `device_map="auto"` keeps each layer's MLP that is not on the first GPU."""
-    sizes, resident = _sizes(bridge)
-    blocks: Any = bridge.blocks
-    of_blocks = [_n_bytes(list(block.parameters())) for block in blocks]
-    widened = arithmetic is not None and arithmetic != dtype
-    copies = max(of_blocks) * arithmetic.itemsize // dtype.itemsize if arithmetic and widened else max(sizes)
+    sizes, resident, copies = _sizes(bridge, arithmetic)
     free = {gpu: free_memory(gpu) or 0 for gpu in gpus}
-    return plan_mlps(sizes, resident, copies, free, name)
+    return plan_mlps(sizes, resident, copies, free, name, dtype)
 
 
-def _check_room(name: str, bridge: TransformerBridge, device: torch.device, elsewhere: dict[int, torch.device]) -> None:
-    """Raise a MemoryError where what a map puts on a device is larger than the device's free memory."""
-    sizes, resident = _sizes(bridge)
-    needed = {device: resident}
+def _check_room(
+    name: str,
+    bridge: TransformerBridge,
+    device: torch.device,
+    elsewhere: dict[int, torch.device],
+    arithmetic: torch.dtype | None,
+) -> None:
+    """Raise a MemoryError where what a map puts on a device, with the copies that run, exceeds its free memory."""
+    sizes, resident, copies = _sizes(bridge, arithmetic)
+    needed = {device: resident + (copies if set(elsewhere.values()) - {device} else 0)}
     for layer, target in elsewhere.items():
         needed[target] = needed.get(target, 0) + sizes[layer]
     for target, n_bytes in needed.items():
         free = free_memory(target)
         if target.type != "cpu" and free is not None and n_bytes > free:  # what is on the CPU is there already
             raise MemoryError(
-                f"{name}: expected {_gib(n_bytes)} of free memory on {target} for what device_map puts there, got "
-                f"{_gib(free)}: map more layers elsewhere, or pass device_map='auto'"
+                f"{name}: expected {_gib(n_bytes)} of free memory on {target} for what device_map puts there and "
+                f"the copies of it that run, got {_gib(free)}: map more layers elsewhere, or pass device_map='auto'"
             )
 
 
-def _sizes(bridge: TransformerBridge) -> tuple[list[int], int]:
-    """Return the bytes of each layer's MLP, and those of all other weights."""
-    matrices = mlp_matrices(bridge)
-    unique = {id(p): p for root in (bridge, bridge.original_model) for p in root.parameters()}
-    sizes = [_n_bytes(of_layer) for of_layer in matrices]
-    return sizes, _n_bytes(list(unique.values())) - sum(sizes)
+def _sizes(bridge: TransformerBridge, arithmetic: torch.dtype | None) -> tuple[list[int], int, int]:
+    """Return the bytes of each layer's MLP, of all that is always on the device that runs, and of copies of one MLP.
+
+    In float32 arithmetic, copies of one block and of what is outside of blocks are always there, and the third is 0.
+    """
+    sizes = [_n_bytes(of_layer) for of_layer in mlp_matrices(bridge)]
+    layers: Any = bridge.blocks
+    blocks = [list(block.parameters()) for block in layers]
+    outside = {id(p): p for root in (bridge, bridge.original_model) for p in root.parameters()}
+    resident = _n_bytes(outside.values()) - sum(sizes)
+    for weight in itertools.chain(*blocks):
+        outside.pop(id(weight), None)
+    widened = 0
+    if arithmetic == torch.float32:
+        widened = _n_widened_bytes(outside.values()) + max(map(_n_widened_bytes, blocks))
+    return sizes, resident + widened, 0 if widened else max(sizes)
 
 
-def _n_bytes(weights: list[nn.Parameter]) -> int:
+def _n_bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.nbytes for weight in weights)
+
+
+def _n_widened_bytes(weights: Iterable[Tensor]) -> int:
+    """Return the bytes of float32 copies of the weights in half precision."""
+    return sum(4 * weight.numel() for weight in weights if is_half(weight.dtype))
 
 
 def _check_not_quantised(name: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from icl_dual.arguments import ArgumentError, near_misses
 from icl_dual.models.backend import UnsupportedModelError
+from icl_dual.torch_utils import is_half
 
 DeviceMap = Literal["auto"] | Mapping[str, str | int | torch.device]
 """`auto`, or a device by the name of a module as transformers names it; `""` stands for all. `disk` is a device."""
@@ -31,7 +32,7 @@ def device_of(place: str | int | torch.device) -> torch.device:
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     if device.type != "cuda":
         return torch.device(device.type)
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def mlp_matrices(bridge: Any) -> list[list[nn.Parameter]]:
@@ -102,23 +103,29 @@ def place(bridge: Any, device: torch.device, elsewhere: Mapping[int, torch.devic
 
 
 def plan_mlps(
-    sizes: Sequence[int], resident: int, copies: int, free: Mapping[torch.device, int], name: str
+    sizes: Sequence[int],
+    resident: int,
+    copies: int,
+    free: Mapping[torch.device, int],
+    name: str,
+    dtype: torch.dtype,
 ) -> dict[int, torch.device]:
     """Return which layers' MLPs are kept elsewhere, and where: on the other devices in order, then in host memory.
 
     Args:
         sizes: by layer, the bytes of its MLP's matrices.
-        resident: the bytes of all other weights.
-        copies: the bytes of the copies of the largest layer that exist while it runs.
+        resident: the bytes of all other weights, and of copies that exist wherever MLPs are kept.
+        copies: the bytes of the copies that exist only while a layer with its MLP elsewhere runs.
         free: the free bytes of each device, the model's own first.
         name: the model's name, for the message.
+        dtype: the dtype of the weights, for the message.
 
     Raises:
         MemoryError: the model's device has no room for all other weights and the copies.
 
     Example:
         >>> gpu, second = torch.device("cuda:0"), torch.device("cuda:1")
-        >>> plan_mlps([100] * 4, 200, 100, {gpu: 500, second: 150}, "mine")
+        >>> plan_mlps([100] * 4, 200, 100, {gpu: 500, second: 150}, "mine", torch.float32)
         {1: device(type='cuda', index=1), 2: device(type='cpu'), 3: device(type='cpu')}
     """
     device, *_ = free
@@ -127,10 +134,11 @@ def plan_mlps(
         return {}
     room[device] -= resident + copies
     if room[device] < 0:
+        smaller = "" if is_half(dtype) else "load it with dtype=torch.bfloat16, "
         raise MemoryError(
             f"{name}: expected {(resident + copies) / (1 - HEADROOM) / 2**30:.1f} GiB of free memory on {device} for "
-            f"attention, embeddings and the largest MLP, got {free[device] / 2**30:.1f} GiB: load it with "
-            "dtype=torch.bfloat16, free memory, or use a smaller model"
+            "attention, embeddings, the largest MLP, and the copies of weights that run, got "
+            f"{free[device] / 2**30:.1f} GiB: {smaller}free memory, or use a smaller model"
         )
     elsewhere: dict[int, torch.device] = {}
     order, host = list(room), torch.device("cpu")

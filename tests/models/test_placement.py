@@ -150,12 +150,65 @@ def test_a_finetuned_copy_of_a_placed_model_stays_on_the_cpu() -> None:
 
 def test_layers_fill_devices_in_order() -> None:
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    plan = placement.plan_mlps
-    assert plan([10] * 3, 50, 20, {first: 100}, "mine") == {}
-    assert plan([10] * 3, 59, 11, {first: 100}, "mine") == {1: CPU, 2: CPU}
-    assert plan([10] * 3, 59, 11, {first: 100, second: 15}, "mine") == {1: second, 2: CPU}
-    with pytest.raises(MemoryError, match=r"mine: expected .* on cuda:0 for attention, embeddings and the largest MLP"):
-        plan([10] * 3, 79, 11, {first: 100}, "mine")
+
+    def plan(
+        resident: int, copies: int, free: Mapping[torch.device, int], dtype: torch.dtype = torch.float32
+    ) -> dict[int, torch.device]:
+        return placement.plan_mlps([10] * 3, resident, copies, free, "mine", dtype)
+
+    assert plan(50, 20, {first: 100}) == {}
+    assert plan(59, 11, {first: 100}) == {1: CPU, 2: CPU}
+    assert plan(59, 11, {first: 100, second: 15}) == {1: second, 2: CPU}
+    too_large = r"mine: expected .* on cuda:0 for attention, embeddings, the largest MLP, .* got 0.0 GiB: "
+    with pytest.raises(MemoryError, match=too_large + r"load it with dtype=torch\.bfloat16, free"):
+        plan(79, 11, {first: 100})
+    with pytest.raises(MemoryError, match=too_large + "free memory"):
+        plan(79, 11, {first: 100}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("arithmetic", [None, torch.float32])
+def test_copies_of_weights_that_run_need_free_memory_too(
+    monkeypatch: pytest.MonkeyPatch, arithmetic: torch.dtype | None
+) -> None:
+    """Also where all weights fit: blocks run on float32 copies one at a time, and all other weights have theirs."""
+    bridge, gpu = tiny_model(dtype=torch.bfloat16).wrapped, torch.device("cuda:0")
+    blocks: list[int] = [sum(p.numel() for p in block.parameters()) for block in bridge.blocks]
+    mlp = sum(weight.numel() for weight in placement.mlp_matrices(bridge)[0])
+    n_weights = sum(p.numel() for p in bridge.original_model.parameters())
+    copied = n_weights - sum(blocks) + max(blocks) if arithmetic else 0
+    needed = 2 * n_weights + 4 * copied
+
+    def plan(free: float) -> dict[int, torch.device]:
+        monkeypatch.setattr(loading, "free_memory", lambda device: round(free / (1 - placement.HEADROOM)))
+        return loading._planned("tiny", bridge, [gpu], torch.bfloat16, arithmetic)
+
+    assert plan(needed + 2) == {}
+    of_one = 2 * mlp if arithmetic is None else 0
+    assert plan(needed - 2) == ({1: CPU} if arithmetic else {0: CPU, 1: CPU})
+    assert plan(needed - 4 * mlp + of_one + 2) == {0: CPU, 1: CPU}
+    with pytest.raises(MemoryError, match="copies of weights that run"):
+        plan(needed - 4 * mlp + of_one - 2)
+
+    everywhere = {0: gpu, 1: CPU}
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed - 2 * mlp + of_one)
+    loading._check_room("tiny", bridge, gpu, everywhere, arithmetic)
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed - 2 * mlp + of_one - 1)
+    with pytest.raises(MemoryError, match="for what device_map puts there and the copies of it that run"):
+        loading._check_room("tiny", bridge, gpu, everywhere, arithmetic)
+
+
+def test_memory_that_runs_out_while_weights_are_placed_is_no_unsupported_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loading, "place", fail)
+    message = r"expected enough free memory .* bfloat16 .* got: CUDA out of memory.*: free memory, .*device_map"
+    with pytest.raises(MemoryError, match=message):
+        load(folder, device_map={"": "cpu"}, dtype=torch.bfloat16)
+    with pytest.raises(MemoryError, match=r"float32 .*load it with dtype=torch\.bfloat16, free"):
+        load(folder, device_map={"": "cpu"})
 
 
 @pytest.mark.parametrize(
