@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def load_model(
         if device_map is None:
             bridge = boot(str(files.folder), hf_model.to(device or "cpu"), of_bridge, device or "cpu", dtype)
         else:
-            bridge = _boot_by_map(name, str(files.folder), hf_model, of_bridge, device_map, dtype, arithmetic)
+            bridge = _boot_by_map(name, files.folder, hf_model, of_bridge, device_map, dtype, arithmetic)
     except SafetensorError as error:
         raise AssetError(
             f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
@@ -178,7 +179,7 @@ def _check_device(device: str | torch.device) -> None:
 
 def _boot_by_map(
     name: str,
-    folder: str,
+    folder: Path,
     hf_model: Any,
     tokenizer: Any,
     device_map: DeviceMap,
@@ -187,14 +188,18 @@ def _boot_by_map(
 ) -> TransformerBridge:
     """Put hooks into a model on the CPU, and move its weights to where the map says."""
     if isinstance(device_map, str):
-        bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
+        bridge = boot(str(folder), hf_model, tokenizer, "cpu", dtype)
         if torch.cuda.is_available():
             gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
             place(bridge, gpus[0], _planned(name, bridge, gpus, dtype, arithmetic))
         return bridge
     device, places_of = read_device_map(device_map, hf_model)
-    bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
-    elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places_of(bridge).items()}
+    names = {id(weight): weight_name for weight_name, weight in hf_model.named_parameters()}
+    bridge = boot(str(folder), hf_model, tokenizer, "cpu", dtype)
+    places, matrices = places_of(bridge), mlp_matrices(bridge)
+    on_disk = (names.get(id(weight)) for layer, place in places.items() if place == DISK for weight in matrices[layer])
+    _check_mapped(name, folder, filter(None, on_disk), dtype)  # without parts of fused weights, which a bridge names
+    elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places.items()}
     _check_room(name, bridge, device, elsewhere, arithmetic)
     place(bridge, device, elsewhere)
     return bridge
@@ -294,6 +299,8 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
     )
     if device.type == "cuda":
         advice += ", load it with device_map='auto', which keeps part of it elsewhere"
+    elif stored := _main_dtype(folder):
+        advice += f", load it with dtype={stored}, device_map='auto', which reads weights from their file as they run"
     raise MemoryError(
         f"{name}: expected {_gib(needed)} of free memory on {device} for {n_weights / 1e9:.2f} billion weights in "
         f"{dtype_name(dtype)}, got {_gib(free)}: {advice}, or free memory"
@@ -303,19 +310,37 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
 def _check_fits_on_host(name: str, folder: Path, dtype: torch.dtype, device_map: DeviceMap | None) -> None:
     """Raise an error where the host has no memory for weights that are converted on their way to a device.
 
-    Weights in files of the asked dtype are mapped into memory, and read where they are used.
+    Weights in safetensors of the asked dtype are mapped into memory, and read where they are used.
     """
-    stored = _stored_weights(folder)
-    dtypes = {_SAFETENSORS_DTYPES.get(stored_dtype) for _, stored_dtype in stored.values()}
-    if dtypes <= {dtype}:
-        return
-    if isinstance(device_map, Mapping) and DISK in device_map.values():
+    stored = _stored_weights(folder).values()
+    dtypes = {_SAFETENSORS_DTYPES.get(stored_dtype) for _, stored_dtype in stored}
+    is_complete = stored or any(folder.glob("pytorch_model*.bin"))  # reading others says what they lack
+    if is_complete and dtype not in dtypes and isinstance(device_map, Mapping) and DISK in device_map.values():
         names = ", ".join(sorted(dtype_name(each) for each in dtypes if each is not None))
-        raise ValueError(
-            f"{name}: expected weights in {dtype_name(dtype)} in the files of {folder}, which weights on disk are "
-            f"mapped from, got {names}: load it in that dtype (dtype=), or map these layers to 'cpu'"
-        )
-    _check_fits(name, folder, torch.device("cpu"), dtype)
+        raise _not_mapped(name, folder, dtype, f"weights in {names}" if names else "no safetensors")
+    converted = sum(math.prod(shape) for shape, each in stored if _SAFETENSORS_DTYPES.get(each) != dtype)
+    free = free_memory(torch.device("cpu"))
+    if free is not None and converted * dtype.itemsize > free:
+        _check_fits(name, folder, torch.device("cpu"), dtype)
+
+
+def _check_mapped(name: str, folder: Path, weights: Iterable[str], dtype: torch.dtype) -> None:
+    """Raise a ValueError where a file has no tensor of a weight's name and dtype, which could be mapped as it is."""
+    stored = {f".{key}": _SAFETENSORS_DTYPES.get(each) for key, (_, each) in _stored_weights(folder).items()}
+    for weight in weights:
+        # The names in a file may have more or fewer prefixes, e.g. no "transformer." of GPT-2.
+        dtypes = {each for key, each in stored.items() if f".{weight}".endswith(key) or key.endswith(f".{weight}")}
+        if dtypes != {dtype}:
+            names = ", ".join(sorted(dtype_name(each) if each else "another dtype" for each in dtypes))
+            raise _not_mapped(name, folder, dtype, f"{weight} in {names}" if names else f"no {weight}")
+
+
+def _not_mapped(name: str, folder: Path, dtype: torch.dtype, given: str) -> ArgumentError:
+    return ArgumentError(
+        f"{name}: expected weights on disk as safetensors in {dtype_name(dtype)} in {folder}, which they are mapped "
+        f"from, got {given}: load them in the dtype of their files (dtype=), save the model with save_pretrained, or "
+        "map these layers to 'cpu'"
+    )
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -324,6 +349,14 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 def _n_weights(folder: Path) -> int:
     """Return the number of weights in the safetensors that transformers reads; 0 without any."""
     return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
+
+
+def _main_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of most weights in the safetensors that transformers reads; `None` without any."""
+    sizes = Counter[str]()
+    for shape, stored_dtype in _stored_weights(folder).values():
+        sizes[stored_dtype] += math.prod(shape)
+    return _SAFETENSORS_DTYPES.get(max(sizes, key=sizes.__getitem__, default=""))
 
 
 def _stored_weights(folder: Path) -> dict[str, tuple[list[int], str]]:

@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from pretend_device import DEVICE, DeviceTensor, pretended_device
+from safetensors.torch import load_file, save_file
 from test_devices import FIELDS, cell, prompts_of, tensors_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -276,13 +277,69 @@ def test_weights_on_disk_are_mapped_and_their_file_is_never_written(
     assert file.read_bytes() == before
 
 
+ON_DISK = {"": "cpu", "model.layers.1": "disk"}
+
+
 def test_weights_that_cannot_be_mapped_are_refused_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_disk = {"": "cpu", "model.layers.1": "disk"}
-    with pytest.raises(ValueError, match=r"expected weights in bfloat16 in the files .* got float32: load it in that"):
-        load(folder, device_map=on_disk, dtype=torch.bfloat16)
+    message = r"expected weights on disk as safetensors in bfloat16 .* got weights in float32: load them in the dtype"
+    with pytest.raises(ValueError, match=message):
+        load(folder, device_map=ON_DISK, dtype=torch.bfloat16)
     monkeypatch.setattr(loading, "free_memory", lambda device: 1)
     with pytest.raises(MemoryError, match="of free memory on cpu"):
         load(folder, device_map="auto", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_another_format_are_refused_on_disk(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"expected weights on disk as safetensors .* got no safetensors: .* 'cpu'"):
+        load(folder, device_map=ON_DISK, dtype=dtype)
+    assert load(folder, device_map="auto", dtype=dtype).storage_dtype == dtype
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.0.mlp.up_proj.weight"])
+def test_a_tensor_in_float32_beside_weights_on_disk_is_converted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It alone needs memory of the host."""
+    file = folder / "model.safetensors"
+    weights = {key: weight.bfloat16() for key, weight in load_file(file).items()}
+    weights[name] = weights.get(name, torch.ones(4)).float()
+    save_file(weights, file, metadata={"format": "pt"})
+    needed = 2 * weights[name].numel()
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed)
+    model = load(folder, device_map=ON_DISK, dtype=torch.bfloat16)
+    assert all(is_mapped(weight, file) for weight in placement.mlp_matrices(model.wrapped)[1])
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match="of free memory on cpu"):
+        load(folder, device_map=ON_DISK, dtype=torch.bfloat16)
+
+
+def test_layers_with_a_weight_that_is_converted_are_refused_on_disk(folder: Path) -> None:
+    file, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    save_file({**weights, name: weights[name].bfloat16()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"in float32 .* got {name} in bfloat16: load them"):
+        load(folder, device_map=ON_DISK)
+
+
+@pytest.mark.parametrize(("architecture", "layer"), [("gpt2", "transformer.h.1"), ("mixtral", "model.layers.1")])
+def test_on_disk_are_weights_that_are_as_in_the_file(
+    make_hf_model: Callable[..., Any], tmp_path: Path, architecture: str, layer: str
+) -> None:
+    """A file may have other prefixes; experts are stored one by one, and transformers puts them together."""
+    hf_model = make_hf_model(architecture)
+    (hf_model.transformer if architecture == "gpt2" else hf_model).save_pretrained(tmp_path)
+    hf_model.config.save_pretrained(tmp_path)
+    device_map = {"": "cpu", layer: "disk"}
+    if architecture == "gpt2":
+        assert load(tmp_path, device_map=device_map).offloaded == frozenset()
+    else:
+        with pytest.raises(ValueError, match=r"got no model\.layers\.1\.mlp\.\S+: .* map these layers to 'cpu'"):
+            load(tmp_path, device_map=device_map)
 
 
 def test_a_model_that_accelerate_has_dispatched_is_refused(folder: Path) -> None:
