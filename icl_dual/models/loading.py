@@ -59,7 +59,7 @@ def load_model(
             file where it has weights of this dtype. Or a device by the name of a module as transformers names it, `""`
             for all others: `{"": "cuda:0", "model.layers.20": "cuda:1", "model.layers.21.mlp": "cpu"}`. The device
             of the token embedding is the one that runs; the entry of a layer moves its MLP alone. `disk` is `cpu`, but
-            refused where the file cannot be mapped.
+            refused where the MLP's weights cannot be mapped: they must be stored as safetensors in this dtype.
         dtype: the dtype of the weights.
         arithmetic: the dtype of the computation, by default that of the weights. `torch.float32` with weights in
             bfloat16 or float16 is *half-precision storage with float32 arithmetic*: blocks run one at a time on float32
@@ -75,8 +75,8 @@ def load_model(
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
             quantised.
-        MemoryError: the weights are larger than the free memory of the device, or of the host on the way there; says
-            what would fit.
+        MemoryError: the weights, with the copies that run, are larger than the free memory of a device, or of the host
+            on the way there; says what would fit.
         ValueError: torch cannot use the device, arithmetic is another than float32 for weights in half precision, or
             device_map leaves weights out, names no module, or places weights elsewhere that are no MLP's.
 
