@@ -55,6 +55,10 @@ class DeviceTensor(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({self.held!r})"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the memory of the numbers, which views share as they do on a device."""
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {}, Counter())

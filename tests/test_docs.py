@@ -20,6 +20,7 @@ import icl_dual as icl
 from icl_dual import paper_tasks, pretraining
 from icl_dual.metrics import unregister_metric
 from icl_dual.metrics.catalogue import metrics
+from icl_dual.models import load_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -294,10 +295,15 @@ def test_the_guide_runs(run_page: Run) -> None:
     assert len(ran) == 10
 
 
-def test_the_page_on_precision_runs(run_page: Run) -> None:
-    (_, _, printed), *others = run_page("docs/precision.md")
+def test_the_page_on_precision_runs(
+    run_page_on_first_layers: Run, few_layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(icl, "load_model", lambda name, **options: load_model(few_layers, **options))
+    (_, _, printed), (heading, scope, of_auto) = run_page_on_first_layers("docs/precision.md")
     assert printed.splitlines() == ["bfloat16 storage, float32 arithmetic", "torch.float32"]
-    assert not others
+    assert heading == "Models larger than a GPU"
+    assert scope["model"].precision == "bfloat16 storage, float32 arithmetic"
+    assert of_auto == "frozenset()\n"
 
 
 def test_the_page_on_grids_runs(run_page_on_first_layers: Run) -> None:

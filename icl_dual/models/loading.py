@@ -1,29 +1,31 @@
 """`load_model`: load a decoder by its name, folder, GGUF file or hub id."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from icl_dual import assets
-from icl_dual.arguments import NameOrPath, checked
+from icl_dual.arguments import ArgumentError, NameOrPath, checked
 from icl_dual.models.adapters import check_no_adapter_files, merged_only
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.models.bridge import boot
-from icl_dual.models.free_memory import free_memory
+from icl_dual.models.memory import free_memory
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
-from icl_dual.models.placement import DISK, DeviceMap, DeviceMapError, mlp_matrices, place, plan_mlps, read_device_map
+from icl_dual.models.placement import DISK, DeviceMap, mlp_matrices, place, plan_mlps, read_device_map
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.models.quantised import (
     check_dequantisable,
@@ -34,7 +36,7 @@ from icl_dual.models.quantised import (
 )
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
-from icl_dual.torch_utils import dtype_name
+from icl_dual.torch_utils import dtype_name, is_half, is_out_of_memory
 
 
 @merged_only
@@ -65,7 +67,7 @@ def load_model(
             file where it has weights of this dtype. Or a device by the name of a module as transformers names it, `""`
             for all others: `{"": "cuda:0", "model.layers.20": "cuda:1", "model.layers.21.mlp": "cpu"}`. The device
             of the token embedding is the one that runs; the entry of a layer moves its MLP alone. `disk` is `cpu`, but
-            refused where the file cannot be mapped.
+            refused where the MLP's weights cannot be mapped: they must be stored as safetensors in this dtype.
         dtype: the dtype of the weights.
         arithmetic: the dtype of the computation, by default that of the weights. `torch.float32` with weights in
             bfloat16 or float16 is *half-precision storage with float32 arithmetic*: blocks run one at a time on float32
@@ -81,8 +83,8 @@ def load_model(
         AssetError: no model has this name, or its files cannot be fetched or are damaged.
         UnsupportedModelError: the model is not a decoder with attention that hooks can read, or its weights are
             quantised by a method other than bitsandbytes, or without that package.
-        MemoryError: the weights are larger than the free memory of the device, or of the host on the way there; says
-            what would fit.
+        MemoryError: the weights, with the copies that run, are larger than the free memory of a device, or of the host
+            on the way there; says what would fit.
         ValueError: torch cannot use the device, arithmetic is another than float32 for weights in half precision, or
             device_map leaves weights out, names no module, or places weights elsewhere that are no MLP's.
 
@@ -125,7 +127,7 @@ def load_model(
         if device_map is None:
             bridge = boot(str(files.folder), hf_model.to(device or "cpu"), of_bridge, device or "cpu", dtype)
         else:
-            bridge = _boot_by_map(name, str(files.folder), hf_model, of_bridge, device_map, dtype, arithmetic)
+            bridge = _boot_by_map(name, files.folder, hf_model, of_bridge, device_map, dtype, arithmetic)
     except SafetensorError as error:
         raise AssetError(
             f"{name}: expected complete weights in {files.folder}, got: {error}: download or save the model again"
@@ -136,8 +138,14 @@ def load_model(
             "code when it is read: get the model's weights as safetensors"
         ) from None
     except (ValueError, NotImplementedError, AttributeError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, AssetError | UnsupportedModelError | DeviceMapError):
+        if isinstance(error, AssetError | UnsupportedModelError | ArgumentError):
             raise
+        if is_out_of_memory(error):
+            smaller = "" if is_half(dtype) else "load it with dtype=torch.bfloat16, "
+            raise MemoryError(
+                f"{name}: expected enough free memory for the weights in {dtype_name(dtype)} and the copies that run, "
+                f"got: {error}: {smaller}free memory, or keep more MLPs elsewhere with device_map"
+            ) from error
         if "trust_remote_code" in str(error):  # advises to run the code
             raise UnsupportedModelError(
                 f"{name}: expected a model and a tokenizer of classes that transformers has, got {files.folder} with "
@@ -184,7 +192,7 @@ def _check_device(device: str | torch.device) -> None:
 
 def _boot_by_map(
     name: str,
-    folder: str,
+    folder: Path,
     hf_model: Any,
     tokenizer: Any,
     device_map: DeviceMap,
@@ -193,15 +201,19 @@ def _boot_by_map(
 ) -> TransformerBridge:
     """Put hooks into a model on the CPU, and move its weights to where the map says."""
     if isinstance(device_map, str):
-        bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
+        bridge = boot(str(folder), hf_model, tokenizer, "cpu", dtype)
         if torch.cuda.is_available():
             gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
             place(bridge, gpus[0], _planned(name, bridge, gpus, dtype, arithmetic))
         return bridge
     device, places_of = read_device_map(device_map, hf_model)
-    bridge = boot(folder, hf_model, tokenizer, "cpu", dtype)
-    elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places_of(bridge).items()}
-    _check_room(name, bridge, device, elsewhere)
+    names = {id(weight): weight_name for weight_name, weight in hf_model.named_parameters()}
+    bridge = boot(str(folder), hf_model, tokenizer, "cpu", dtype)
+    places, matrices = places_of(bridge), mlp_matrices(bridge)
+    on_disk = (names.get(id(weight)) for layer, place in places.items() if place == DISK for weight in matrices[layer])
+    _check_mapped(name, folder, filter(None, on_disk), dtype)  # without parts of fused weights, which a bridge names
+    elsewhere = {layer: torch.device("cpu" if at == DISK else at) for layer, at in places.items()}
+    _check_room(name, bridge, device, elsewhere, arithmetic)
     place(bridge, device, elsewhere)
     return bridge
 
@@ -214,40 +226,57 @@ def _planned(
     arithmetic: torch.dtype | None,
 ) -> dict[int, torch.device]:
     """Return where `device_map="auto"` keeps each layer's MLP that is not on the first GPU."""
-    sizes, resident = _sizes(bridge)
-    blocks: Any = bridge.blocks
-    of_blocks = [_n_bytes(list(block.parameters())) for block in blocks]
-    widened = arithmetic is not None and arithmetic != dtype
-    copies = max(of_blocks) * arithmetic.itemsize // dtype.itemsize if arithmetic and widened else max(sizes)
+    sizes, resident, copies = _sizes(bridge, arithmetic)
     free = {gpu: free_memory(gpu) or 0 for gpu in gpus}
-    return plan_mlps(sizes, resident, copies, free, name)
+    return plan_mlps(sizes, resident, copies, free, name, dtype)
 
 
-def _check_room(name: str, bridge: TransformerBridge, device: torch.device, elsewhere: dict[int, torch.device]) -> None:
-    """Raise a MemoryError where what a map puts on a device is larger than the device's free memory."""
-    sizes, resident = _sizes(bridge)
-    needed = {device: resident}
+def _check_room(
+    name: str,
+    bridge: TransformerBridge,
+    device: torch.device,
+    elsewhere: dict[int, torch.device],
+    arithmetic: torch.dtype | None,
+) -> None:
+    """Raise a MemoryError where what a map puts on a device, with the copies that run, exceeds its free memory."""
+    sizes, resident, copies = _sizes(bridge, arithmetic)
+    needed = {device: resident + (copies if set(elsewhere.values()) - {device} else 0)}
     for layer, target in elsewhere.items():
         needed[target] = needed.get(target, 0) + sizes[layer]
     for target, n_bytes in needed.items():
         free = free_memory(target)
         if target.type != "cpu" and free is not None and n_bytes > free:  # what is on the CPU is there already
             raise MemoryError(
-                f"{name}: expected {_gib(n_bytes)} of free memory on {target} for what device_map puts there, got "
-                f"{_gib(free)}: map more layers elsewhere, or pass device_map='auto'"
+                f"{name}: expected {_gib(n_bytes)} of free memory on {target} for what device_map puts there and "
+                f"the copies of it that run, got {_gib(free)}: map more layers elsewhere, or pass device_map='auto'"
             )
 
 
-def _sizes(bridge: TransformerBridge) -> tuple[list[int], int]:
-    """Return the bytes of each layer's MLP, and those of all other weights."""
-    matrices = mlp_matrices(bridge)
-    unique = {id(p): p for root in (bridge, bridge.original_model) for p in root.parameters()}
-    sizes = [_n_bytes(of_layer) for of_layer in matrices]
-    return sizes, _n_bytes(list(unique.values())) - sum(sizes)
+def _sizes(bridge: TransformerBridge, arithmetic: torch.dtype | None) -> tuple[list[int], int, int]:
+    """Return the bytes of each layer's MLP, of all that is always on the device that runs, and of copies of one MLP.
+
+    In float32 arithmetic, copies of one block and of what is outside of blocks are always there, and the third is 0.
+    """
+    sizes = [_n_bytes(of_layer) for of_layer in mlp_matrices(bridge)]
+    layers: Any = bridge.blocks
+    blocks = [list(block.parameters()) for block in layers]
+    outside = {id(p): p for root in (bridge, bridge.original_model) for p in root.parameters()}
+    resident = _n_bytes(outside.values()) - sum(sizes)
+    for weight in itertools.chain(*blocks):
+        outside.pop(id(weight), None)
+    widened = 0
+    if arithmetic == torch.float32:
+        widened = _n_widened_bytes(outside.values()) + max(map(_n_widened_bytes, blocks))
+    return sizes, resident + widened, 0 if widened else max(sizes)
 
 
-def _n_bytes(weights: list[nn.Parameter]) -> int:
+def _n_bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.nbytes for weight in weights)
+
+
+def _n_widened_bytes(weights: Iterable[Tensor]) -> int:
+    """Return the bytes of float32 copies of the weights in half precision."""
+    return sum(4 * weight.numel() for weight in weights if is_half(weight.dtype))
 
 
 def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -264,6 +293,8 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
     )
     if device.type == "cuda":
         advice += ", load it with device_map='auto', which keeps part of it elsewhere"
+    elif stored := _main_dtype(folder):
+        advice += f", load it with dtype={stored}, device_map='auto', which reads weights from their file as they run"
     raise MemoryError(
         f"{name}: expected {_gib(needed)} of free memory on {device} for {n_weights / 1e9:.2f} billion weights in "
         f"{dtype_name(dtype)}, got {_gib(free)}: {advice}, or free memory"
@@ -273,19 +304,39 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
 def _check_fits_on_host(name: str, folder: Path, dtype: torch.dtype, device_map: DeviceMap | None) -> None:
     """Raise an error where the host has no memory for weights that are converted on their way to a device.
 
-    Weights in files of the asked dtype are mapped into memory, and read where they are used.
+    Weights in safetensors of the asked dtype are mapped into memory, and read where they are used.
     """
-    stored = _stored_weights(folder)
-    dtypes = {_SAFETENSORS_DTYPES.get(stored_dtype) for _, stored_dtype in stored.values()}
-    if dtypes <= {dtype}:
-        return
-    if isinstance(device_map, Mapping) and DISK in device_map.values():
+    stored = _stored_weights(folder).values()
+    dtypes = {_SAFETENSORS_DTYPES.get(stored_dtype) for _, stored_dtype in stored}
+    is_complete = stored or any(folder.glob("pytorch_model*.bin"))  # reading others says what they lack
+    if is_complete and dtype not in dtypes and isinstance(device_map, Mapping) and DISK in device_map.values():
         names = ", ".join(sorted(dtype_name(each) for each in dtypes if each is not None))
-        raise ValueError(
-            f"{name}: expected weights in {dtype_name(dtype)} in the files of {folder}, which weights on disk are "
-            f"mapped from, got {names}: load it in that dtype (dtype=), or map these layers to 'cpu'"
-        )
-    _check_fits(name, folder, torch.device("cpu"), dtype)
+        raise _not_mapped(name, folder, dtype, f"weights in {names}" if names else "no safetensors")
+    converted = sum(math.prod(shape) for shape, each in stored if _SAFETENSORS_DTYPES.get(each) != dtype)
+    if quantisation_method(folder) is not None:
+        converted = _n_weights(folder)
+    free = free_memory(torch.device("cpu"))
+    if free is not None and converted * dtype.itemsize > free:
+        _check_fits(name, folder, torch.device("cpu"), dtype)
+
+
+def _check_mapped(name: str, folder: Path, weights: Iterable[str], dtype: torch.dtype) -> None:
+    """Raise a ValueError where a file has no tensor of a weight's name and dtype, which could be mapped as it is."""
+    stored = {f".{key}": _SAFETENSORS_DTYPES.get(each) for key, (_, each) in _stored_weights(folder).items()}
+    for weight in weights:
+        # The names in a file may have more or fewer prefixes, e.g. no "transformer." of GPT-2.
+        dtypes = {each for key, each in stored.items() if f".{weight}".endswith(key) or key.endswith(f".{weight}")}
+        if dtypes != {dtype}:
+            names = ", ".join(sorted(dtype_name(each) if each else "another dtype" for each in dtypes))
+            raise _not_mapped(name, folder, dtype, f"{weight} in {names}" if names else f"no {weight}")
+
+
+def _not_mapped(name: str, folder: Path, dtype: torch.dtype, given: str) -> ArgumentError:
+    return ArgumentError(
+        f"{name}: expected weights on disk as safetensors in {dtype_name(dtype)} in {folder}, which they are mapped "
+        f"from, got {given}: load them in the dtype of their files (dtype=), save the model with save_pretrained, or "
+        "map these layers to 'cpu'"
+    )
 
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -296,6 +347,14 @@ def _n_weights(folder: Path) -> int:
     if quantisation_method(folder) is not None:  # whose files hold several in one number
         return count_weights(folder)
     return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
+
+
+def _main_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of most weights in the safetensors that transformers reads; `None` without any."""
+    sizes = Counter[str]()
+    for shape, stored_dtype in _stored_weights(folder).values():
+        sizes[stored_dtype] += math.prod(shape)
+    return _SAFETENSORS_DTYPES.get(max(sizes, key=sizes.__getitem__, default=""))
 
 
 def _stored_weights(folder: Path) -> dict[str, tuple[list[int], str]]:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from icl_dual.arguments import near_misses
+from icl_dual.arguments import ArgumentError, near_misses
 from icl_dual.models.backend import UnsupportedModelError
+from icl_dual.torch_utils import is_half
 
 DeviceMap = Literal["auto"] | Mapping[str, str | int | torch.device]
 """`auto`, or a device by the name of a module as transformers names it; `""` stands for all. `disk` is a device."""
@@ -26,8 +27,12 @@ HEADROOM = 0.2
 """The part of a GPU's free memory that `auto` leaves for activations, what is captured, and changes of weights."""
 
 
-class DeviceMapError(ValueError):
-    """A device map does not suit the model."""
+def device_of(place: str | int | torch.device) -> torch.device:
+    """Return a device with its index, as its tensors name it: `cuda` is the current one, and a number is a GPU's."""
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    if device.type != "cuda":
+        return torch.device(device.type)
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def mlp_matrices(bridge: Any) -> list[list[nn.Parameter]]:
@@ -43,15 +48,23 @@ def check_placement(bridge: Any, architecture: str) -> frozenset[int]:
     """Return the layers whose MLP is kept on another device than the model's.
 
     Raises:
-        UnsupportedModelError: accelerate has dispatched the model, or weights other than MLPs' are on several devices.
+        UnsupportedModelError: accelerate has dispatched the model, weights have no numbers, or weights other than MLPs'
+            are on several devices.
     """
     advice = "load it with icl_dual.load_model(name, device_map=…), or on one device"
-    targets = set(map(str, getattr(bridge.original_model, "hf_device_map", {}).values()))
+    dispatched = getattr(bridge.original_model, "hf_device_map", {}).values()
+    targets = {DISK if target == DISK else str(device_of(target)) for target in dispatched}
     if len(targets) > 1 or DISK in targets:
         raise UnsupportedModelError(
             f"{architecture}: expected weights that can be read and changed, got a model that accelerate has "
             f"dispatched over {', '.join(sorted(targets))}, where some are there only while they run: {advice}"
         )
+    for name, parameter in bridge.original_model.named_parameters():
+        if parameter.is_meta and type(parameter) is nn.Parameter:  # subclasses may hold numbers elsewhere
+            raise UnsupportedModelError(
+                f"{architecture}: expected weights that can be read and changed, got {name} without numbers (on the "
+                f"device meta), as accelerate's cpu_offload and disk_offload leave them: {advice}"
+            )
     matrices = mlp_matrices(bridge)
     of_mlps = {id(parameter) for of_layer in matrices for parameter in of_layer}
     device = next(bridge.original_model.parameters()).device
@@ -90,23 +103,29 @@ def place(bridge: Any, device: torch.device, elsewhere: Mapping[int, torch.devic
 
 
 def plan_mlps(
-    sizes: Sequence[int], resident: int, copies: int, free: Mapping[torch.device, int], name: str
+    sizes: Sequence[int],
+    resident: int,
+    copies: int,
+    free: Mapping[torch.device, int],
+    name: str,
+    dtype: torch.dtype,
 ) -> dict[int, torch.device]:
     """Return which layers' MLPs are kept elsewhere, and where: on the other devices in order, then in host memory.
 
     Args:
         sizes: by layer, the bytes of its MLP's matrices.
-        resident: the bytes of all other weights.
-        copies: the bytes of the copies of the largest layer that exist while it runs.
+        resident: the bytes of all other weights, and of copies that exist wherever MLPs are kept.
+        copies: the bytes of the copies that exist only while a layer with its MLP elsewhere runs.
         free: the free bytes of each device, the model's own first.
         name: the model's name, for the message.
+        dtype: the dtype of the weights, for the message.
 
     Raises:
         MemoryError: the model's device has no room for all other weights and the copies.
 
     Example:
         >>> gpu, second = torch.device("cuda:0"), torch.device("cuda:1")
-        >>> plan_mlps([100] * 4, 200, 100, {gpu: 500, second: 150}, "mine")
+        >>> plan_mlps([100] * 4, 200, 100, {gpu: 500, second: 150}, "mine", torch.float32)
         {1: device(type='cuda', index=1), 2: device(type='cpu'), 3: device(type='cpu')}
     """
     device, *_ = free
@@ -115,10 +134,11 @@ def plan_mlps(
         return {}
     room[device] -= resident + copies
     if room[device] < 0:
+        smaller = "" if is_half(dtype) else "load it with dtype=torch.bfloat16, "
         raise MemoryError(
             f"{name}: expected {(resident + copies) / (1 - HEADROOM) / 2**30:.1f} GiB of free memory on {device} for "
-            f"attention, embeddings and the largest MLP, got {free[device] / 2**30:.1f} GiB: load it with "
-            "dtype=torch.bfloat16, free memory, or use a smaller model"
+            "attention, embeddings, the largest MLP, and the copies of weights that run, got "
+            f"{free[device] / 2**30:.1f} GiB: {smaller}free memory, or use a smaller model"
         )
     elsewhere: dict[int, torch.device] = {}
     order, host = list(room), torch.device("cpu")
@@ -144,20 +164,20 @@ def read_device_map(
         hf_model: the Hugging Face model that no bridge is around yet.
 
     Raises:
-        DeviceMapError: the map leaves weights out, or names no module of the model.
+        ArgumentError: the map leaves weights out, or names no module of the model.
     """
-    entries = {name: f"cuda:{place}" if isinstance(place, int) else str(place) for name, place in device_map.items()}
+    entries = {name: DISK if place == DISK else str(device_of(place)) for name, place in device_map.items()}
     names = {id(weight): name for name, weight in hf_model.named_parameters()}
     known = {name for name, _ in hf_model.named_modules()} | set(names.values())
     if unknown := sorted(entries.keys() - known):
-        raise DeviceMapError(
+        raise ArgumentError(
             f"expected device_map with names of the model's modules, got {unknown[0]!r}{near_misses(unknown[0], known)}"
             ": see [name for name, _ in hf_model.named_modules()]"
         )
     by_weight = {key: _entry(name, entries) for key, name in names.items()}
     embedding = by_weight[id(hf_model.get_input_embeddings().weight)]
     if entries[embedding] == DISK:
-        raise DeviceMapError(
+        raise ArgumentError(
             f"expected the token embedding on the device that the model runs on, got {embedding!r} on disk: map it to "
             "a device, e.g. 'cpu'"
         )
@@ -172,7 +192,7 @@ def _entry(name: str, entries: Mapping[str, str]) -> str:
     """Return the longest key of a device map that a weight's name begins with."""
     fitting = [key for key in entries if not key or name == key or name.startswith(f"{key}.")]
     if not fitting:
-        raise DeviceMapError(
+        raise ArgumentError(
             f"expected device_map to have a device for every weight, got none for {name!r}: add an entry for '' (all "
             "other modules)"
         )
@@ -188,7 +208,7 @@ def _places(
     for layer, of_layer in enumerate(matrices):
         used = {by_weight[id(weight)] for weight in of_layer if id(weight) in by_weight}
         if len(targets := {entries[entry] for entry in used}) > 1:
-            raise DeviceMapError(
+            raise ArgumentError(
                 f"expected one device for the MLP of layer {layer}, got {', '.join(sorted(targets))}: map the MLP, or "
                 "the layer, as a whole"
             )
@@ -197,7 +217,7 @@ def _places(
     inner = {id(weight) for of_layer in matrices for weight in of_layer}
     for key, entry in by_weight.items():
         if key not in inner and entry not in of_mlps and entries[entry] != entries[embedding]:
-            raise DeviceMapError(
+            raise ArgumentError(
                 f"expected all weights but those of MLPs on the device of the token embedding ({entries[embedding]}), "
                 f"where the model runs and its attention is read and changed, got {names[key]!r} on {entries[entry]}: "
                 "map layers or their MLPs elsewhere"

@@ -208,6 +208,8 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
     monkeypatch.setattr(loading, "free_memory", lambda device: 2 * n_weights - 1)
     with pytest.raises(MemoryError, match="use a model of at most"):
         icl.load_model(str(tmp_path), dtype=torch.bfloat16)
+    with pytest.raises(MemoryError, match=r"dtype=torch\.float(16|32), device_map='auto', which reads weights from"):
+        icl.load_model(str(tmp_path), dtype=torch.bfloat16)
     save_file({"the same": torch.zeros(n_weights)}, tmp_path / "consolidated.safetensors")
     assert loading._n_weights(tmp_path) == n_weights
 

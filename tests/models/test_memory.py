@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 
-from icl_dual.models import free_memory as module
-from icl_dual.models.free_memory import free_in_control_group, free_memory
+from icl_dual.models import memory
+from icl_dual.models.memory import free_in_control_group, free_memory
 
 
 def test_free_memory_is_that_of_the_machine() -> None:
@@ -18,7 +18,7 @@ def test_free_memory_is_that_of_the_machine() -> None:
 
 
 def test_a_limit_is_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_in_control_group", lambda: 5)
+    monkeypatch.setattr(memory, "free_in_control_group", lambda: 5)
     assert free_memory(torch.device("cpu")) == 5
 
 
@@ -48,6 +48,18 @@ def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
         memory__stat="inactive_file 1\ntotal_inactive_file 2",
     )
     assert free_in_control_group(root, process) == 12
+
+
+def test_files_in_memory_are_free_but_for_pages_that_are_locked_or_not_yet_written(tmp_path: Path) -> None:
+    process, root = tmp_path / "cgroup", tmp_path / "groups"
+    process.write_text("0::/\n")
+    statistics = "file 95\nshmem 20\ninactive_file 30\nactive_file 40\nunevictable 5\nfile_dirty 6\nfile_writeback 1"
+    write(root, memory__max=100, memory__current=98, memory__stat=statistics)
+    assert free_in_control_group(root, process) == 2 + 70 - 7
+    process.write_text("4:memory:/\n")
+    statistics = "active_file 1\ntotal_inactive_file 30\ntotal_active_file 40\ntotal_dirty 6\ntotal_writeback 80"
+    write(root / "memory", memory__limit_in_bytes=100, memory__usage_in_bytes=98, memory__stat=statistics)
+    assert free_in_control_group(root, process) == 2
 
 
 def test_no_limit_is_none(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def free_in_control_group(root: Path = Path("/sys/fs/cgroup"), process: Path = P
 
 
 def _left(folder: Path, limit_name: str, usage_name: str) -> list[int]:
-    """Return what a control group leaves, the files that it caches included; nothing without a limit."""
+    """Return what a control group leaves, with the files that it caches; nothing without a limit."""
     try:
         limit = (folder / limit_name).read_text().strip()
         usage = int((folder / usage_name).read_text())
@@ -56,5 +56,13 @@ def _left(folder: Path, limit_name: str, usage_name: str) -> list[int]:
         return []
     if not limit.isdecimal():  # max
         return []
-    cached = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-    return [max(0, int(limit) - usage + cached)]
+
+    def pages(name: str) -> int:
+        """Return a statistic of the group and those in it: the first version of control groups has it as a total."""
+        return int(statistics.get(f"total_{name}", statistics.get(name, 0)))
+
+    # The kernel reclaims pages of files from both of its lists, also those used lately ("active"), such as a model's
+    # mapped weights. Locked pages, tmpfs and shared memory are on other lists. Dirty pages must be written first.
+    cached = pages("inactive_file") + pages("active_file")
+    unwritten = sum(pages(name) for name in ("file_dirty", "file_writeback", "dirty", "writeback"))
+    return [max(0, int(limit) - usage + max(0, cached - unwritten))]
