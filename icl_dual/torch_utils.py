@@ -1,9 +1,16 @@
-"""Helpers for torch tensors that any module may use."""
+"""Helpers for torch tensors that any module may use.
 
-from collections.abc import Sequence
+Some are functions of torch with the types that torch leaves out: `vector_norm`, `to_list`, `unique`, `from_numpy`,
+`fork_rng` and `linalg`.
+"""
 
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 _OUT_OF_MEMORY_MESSAGES = (
@@ -91,6 +98,50 @@ def is_half(dtype: torch.dtype) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without torch's, e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+linalg: Any = torch.linalg
+"""`torch.linalg`, whose functions have no types."""
+
+
+def vector_norm(
+    x: Float[Tensor, "..."],
+    dim: int | Sequence[int] | None = None,
+    *,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "..."]:
+    """Return the Euclidean norm of all elements, or along axes; of a matrix's two axes, this is the Frobenius norm.
+
+    Example:
+        >>> vector_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), dim=-1)
+        tensor([5., 1.])
+    """
+    return linalg.vector_norm(x, dim=dim, keepdim=keepdim, dtype=dtype)
+
+
+def to_list(x: Shaped[Tensor, "..."]) -> list[Any]:
+    """Return a tensor's elements as numbers in lists, one level a dimension."""
+    return cast(Any, x).tolist()
+
+
+def unique(x: Shaped[Tensor, "..."]) -> tuple[Shaped[Tensor, " value"], Int[Tensor, "..."]]:
+    """Return a tensor's distinct values in ascending order, and for each element the index of its value."""
+    return cast(Any, x).unique(return_inverse=True)
+
+
+def from_numpy(array: Shaped[np.ndarray, "..."]) -> Shaped[Tensor, "..."]:
+    """Return a tensor that shares an array's memory."""
+    return cast(Any, torch).from_numpy(array)
+
+
+def fork_rng(devices: Iterable[torch.device] | None = None) -> AbstractContextManager[None]:
+    """Return a context after which torch's random numbers go on as before it.
+
+    Args:
+        devices: the accelerators whose random numbers do, besides the CPU's; all by default.
+    """
+    return cast(Any, torch.random).fork_rng(devices)
 
 
 def pad_right(

@@ -18,7 +18,7 @@ import icl_dual
 ROOT = Path(icl_dual.__file__).parent
 MODULES = ["icl_dual", *(info.name for info in pkgutil.walk_packages([str(ROOT)], "icl_dual."))]
 LAYERS = (
-    ("arguments", "results", "storage", "torch_utils", "progress", "field_docs", "html_tables"),
+    ("arguments", "results", "storage", "torch_utils", "type_guards", "progress", "field_docs", "html_tables"),
     ("dual", "momentum"),
     ("statistics",),
     ("assets",),
