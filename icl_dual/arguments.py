@@ -30,8 +30,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 import numpy as np
-from jaxtyping import AbstractArray, jaxtyped
+from jaxtyping import AbstractArray, jaxtyped  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
+
+from icl_dual.type_guards import is_array, is_dict, is_mapping, is_path_like
 
 Checked = TypeVar("Checked", bound=Callable[..., Any])
 
@@ -107,9 +109,10 @@ def checked(target: Checked) -> Checked:
     """
     if not isinstance(target, type):
         return _checked(target, target)
-    constructor = "__init__" if is_dataclass(target) else "__new__"
-    setattr(target, constructor, _checked(getattr(target, constructor), target))
     CHECKED_CLASSES.add(f"{target.__module__}.{target.__qualname__}")
+    cls = typing.cast(Any, target)
+    constructor = "__init__" if is_dataclass(cls) else "__new__"
+    setattr(cls, constructor, _checked(getattr(cls, constructor), cls))
     return typing.cast(Checked, target)
 
 
@@ -255,7 +258,7 @@ def _fit(value: Any, hint: Any) -> Any:
         return _fit_scalar(value, hint)
     if hint in (None, types.NoneType):
         is_fit = value is None
-    elif hint is Path and isinstance(value, str | PathLike):
+    elif hint is Path and (isinstance(value, str) or is_path_like(value)):
         return Path(value)
     elif _is_array(hint) or origin is None:
         is_fit = isinstance(value, hint)
@@ -272,7 +275,7 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _fit_constraints(value: Any, hint: Any) -> Any:
     inner, *constraints = get_args(hint)
-    if PathAllowed() in constraints and isinstance(value, PathLike):
+    if PathAllowed() in constraints and is_path_like(value):
         value = fspath(value)
     try:
         value = _fit(value, inner)
@@ -322,7 +325,9 @@ def _fit_literal(value: Any, hint: Any) -> Any:
 
 
 def _fit_scalar(value: Any, hint: Any) -> Any:
-    number = value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
+    number = value
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        number = typing.cast(Any, value).item()
     is_fit = isinstance(number, (float, int) if hint is float else hint)
     if not is_fit or (isinstance(number, bool) and hint is not bool):
         raise _UnfitError(value, hint)
@@ -334,13 +339,13 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
 
 def _fit_container(value: Any, hint: Any, origin: Any) -> Any:
     is_text = isinstance(value, str | bytes)
-    is_table = isinstance(value, Mapping) and not issubclass(origin, Mapping)
+    is_table = is_mapping(value) and not issubclass(origin, Mapping)
     if is_text or (is_table and origin is not Iterable) or not isinstance(value, origin):
         raise _UnfitError(value, hint)
     options = get_args(hint)
     if not options or is_table:  # annotated without its items, or a table where any iterable will do
         return value
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return _rebuilt(
             value, {_fit(name, options[0]): _fit_at(name, item, options[1]) for name, item in value.items()}
         )
@@ -371,7 +376,7 @@ def _fit_at(place: Any, value: Any, hint: Any) -> Any:
 
 def _rebuilt(container: Any, items: Any) -> Any:
     """Return a container itself, or one with new items where an item became another."""
-    olds, news = (container.values(), items.values()) if isinstance(items, dict) else (container, items)
+    olds, news = (container.values(), items.values()) if is_dict(items) else (container, items)
     if all(old is new for old, new in zip(olds, news, strict=True)):
         return container
     return tuple(items) if isinstance(container, tuple) else items
@@ -457,7 +462,7 @@ _short.maxstring = _short.maxother = 60
 def _given(value: Any) -> str:
     """Return a value and its type in a few words."""
     name = type(value).__name__
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor) or is_array(value):
         return f"{name} of {value.dtype} and shape {list(value.shape)}"
     return "None" if value is None else f"{_short.repr(value)} ({name})"
 
@@ -478,8 +483,9 @@ def _advice(error: _UnfitError) -> str | None:
     if any(_is_fit(error.value, hint) for hint in item_hints):
         return "pass a list of it"
     kind = "tuple" if all(get_origin(hint) is tuple for hint in hints if get_args(hint)) else "list"
-    is_sequence = isinstance(error.value, tuple) or type(error.value).__name__ == kind
-    is_items = isinstance(error.value, Iterable) and not isinstance(error.value, str | bytes | Mapping)
+    value = error.value
+    is_sequence = type(value).__name__ == kind or isinstance(value, tuple)
+    is_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
     return f"pass {kind}(…)" if is_items and not is_sequence else None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import platformdirs
 from filelock import FileLock
@@ -316,10 +316,9 @@ def _write_dequantised_model(gguf: Path, folder: Path) -> None:
 
     logger.info("unpacking %s", gguf.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
-        )
+        of_file: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = cast(Any, AutoTokenizer).from_pretrained(gguf.parent, **of_file)
+        quantised = cast(Any, AutoModelForCausalLM).from_pretrained(gguf.parent, dtype=torch.float32, **of_file)
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise AssetError(
             f"expected a complete GGUF model that transformers can read in {gguf}, got: {error}: download it again, or "
@@ -329,7 +328,7 @@ def _write_dequantised_model(gguf: Path, folder: Path) -> None:
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
-    dequantised = type(quantised)(type(quantised.config).from_dict(config))
+    dequantised = type(quantised)(cast(Any, type(quantised.config)).from_dict(config))
     dequantised.load_state_dict(quantised.state_dict())
     dequantised.tie_weights()
     dequantised.save_pretrained(folder)
@@ -337,7 +336,7 @@ def _write_dequantised_model(gguf: Path, folder: Path) -> None:
 
 
 def _hub_model(name: str, revision: str | None) -> ModelFiles:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

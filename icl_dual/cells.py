@@ -27,6 +27,7 @@ from icl_dual.scoring import Scoring
 from icl_dual.statistics.frames import html_table
 from icl_dual.storage import METADATA, TENSORS, load_tensors
 from icl_dual.tasks import Protocol, Split
+from icl_dual.type_guards import is_dict
 
 RECORDINGS = "recordings"
 """The folder of a cell's recordings inside the cell's own, where they were kept."""
@@ -213,7 +214,8 @@ class CellResult:
         return f"CellResult({self.folder.name!r}, {self.comparison!r})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self.folder.name)}</p>{self.comparison._repr_html_()}"
+        comparison = self.comparison._repr_html_()  # pyright: ignore[reportPrivateUsage]
+        return f"<p>{html.escape(self.folder.name)}</p>{comparison}"
 
     def recordings(self) -> Recordings:
         """Return what the metrics were computed from, for a cell that was run with `keep_recordings=True`.
@@ -275,7 +277,7 @@ def read_settings(folder: Path, metadata: Mapping[str, Any]) -> tuple[Cell, dict
     """
     try:
         settings, provenance = metadata["settings"], metadata["provenance"]
-        if not isinstance(provenance, dict):
+        if not is_dict(provenance):
             raise TypeError(f"provenance of type {type(provenance).__name__}")
         return Cell.from_settings(settings), provenance
     except (KeyError, TypeError, ValueError) as error:

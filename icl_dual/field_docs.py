@@ -11,7 +11,7 @@ import inspect
 import sys
 import textwrap
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 
@@ -65,7 +65,7 @@ def _attributes_section(cls: type) -> str:
     return "\n".join(("Attributes:", *entries)) if entries else ""
 
 
-def _field_names(cls: type) -> tuple[str, ...]:
+def _field_names(cls: Any) -> tuple[str, ...]:
     if dataclasses.is_dataclass(cls):
         return tuple(field.name for field in dataclasses.fields(cls))
     return getattr(cls, "_fields", ())

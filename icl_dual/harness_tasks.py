@@ -14,9 +14,8 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import yaml
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,6 +24,7 @@ from icl_dual import assets
 from icl_dual.arguments import checked
 from icl_dual.rows import Rows, TaskError, located_rows, note_file
 from icl_dual.tasks import Task
+from icl_dual.type_guards import is_array, is_dict, is_list, is_list_or_tuple, is_mapping, is_number
 
 TEXTS = {"description": "", "target_delimiter": " ", "fewshot_delimiter": "\n\n"}
 """The harness's defaults: the text before everything, before a label word, and after each demonstration."""
@@ -132,7 +132,7 @@ class _DocReader:
         if source.endswith(".csv"):
             _read_integers(docs)
         for where, doc in located:
-            if not isinstance(doc, Mapping):
+            if not is_mapping(doc):
                 raise TaskError(
                     f"{where}: expected a dictionary, got {type(doc).__name__}: pass each row as a dictionary of the "
                     "columns that the templates name"
@@ -167,7 +167,7 @@ class _DocReader:
 
     def _choices(self, doc: Mapping[str, Any], where: str) -> tuple[str, ...]:
         spec = self.config["doc_to_choice"]
-        if isinstance(spec, Mapping):
+        if is_mapping(spec):
             choices: Any = list(spec.values())
         elif not isinstance(spec, str):
             choices = spec
@@ -175,7 +175,7 @@ class _DocReader:
             choices = doc[spec]
         else:
             choices = _literal(_render(spec, doc, where), "doc_to_choice", where)
-        if not isinstance(choices, list | tuple | np.ndarray):
+        if not (is_list_or_tuple(choices) or is_array(choices)):
             raise TaskError(
                 f"{where}: expected a list of choices from doc_to_choice={spec!r}, got {choices!r}: correct the file"
             )
@@ -202,7 +202,7 @@ class _DocReader:
             target = int(target) if target.isdecimal() and len(target) < 10 else target
         if isinstance(target, str) and target in choices:
             return choices.index(target)
-        if isinstance(target, int | float | np.number) and target in range(len(choices)):
+        if is_number(target) and target in range(len(choices)):
             return int(target)
         raise TaskError(
             f"{where}: expected an index from 0 to {len(choices) - 1} or one of {list(choices)} from "
@@ -247,16 +247,16 @@ def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         raise TaskError(
             f"{path}: expected plain YAML, got {' '.join(str(error).split())}: correct it, and use no Python tags"
         ) from error
-    if not isinstance(config, dict):
+    if not is_dict(config):
         raise TaskError(f"{path}: expected keys such as doc_to_text, got {type(config).__name__}: correct the file")
     if others := [key for key in config if not isinstance(key, str)]:
         raise TaskError(
             f"{path}: expected keys as text, got {', '.join(map(reprlib.repr, others))}: write them in quotes, or "
             "remove them"
         )
-    names = config.pop("include", None) or []
+    names = config.pop("include", None) or list[str]()
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not is_list(names) or not all(isinstance(name, str) for name in names):
         raise TaskError(
             f"{path}: expected include as a file's path or a list of paths, got {reprlib.repr(names)}: correct it, or "
             "remove it"
@@ -270,7 +270,7 @@ def _config(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> Any:
     """Return what a file says; choices that YAML would change are refused."""
     note_file(path)
-    loader = _Loader(path.read_text(encoding="utf-8"))
+    loader: Any = _Loader(path.read_text(encoding="utf-8"))
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
@@ -282,11 +282,11 @@ def _read_yaml(path: Path) -> Any:
         loader.dispose()
 
 
-def _check_choices_as_written(path: Path, loader: _Loader, choices: yaml.Node) -> None:
+def _check_choices_as_written(path: Path, loader: Any, choices: yaml.Node) -> None:
     """Refuse choices without quotes that YAML reads as another text, such as `no` as `False`."""
     if not isinstance(choices, yaml.SequenceNode | yaml.MappingNode):
         return
-    nodes = [node[1] if isinstance(node, tuple) else node for node in choices.value]
+    nodes = [node for _, node in choices.value] if isinstance(choices, yaml.MappingNode) else choices.value
     scalars = [node for node in nodes if isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org")]
     read = {node.value: str(loader.construct_object(node)) for node in scalars}
     if changed := {written: text for written, text in read.items() if written.casefold() != text.casefold()}:
@@ -329,10 +329,11 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for key in NAMES:
         if not isinstance(config.get(key), str | int | float | None):
             raise TaskError(f"{path}: expected {key} as a name, got {reprlib.repr(config[key])}: correct it")
-    if isinstance(config["doc_to_target"], list | Mapping):
+    target = config["doc_to_target"]
+    if is_list(target) or is_mapping(target):
         raise TaskError(
             f"{path}: expected doc_to_target as an index, a column's name or a template, got "
-            f"{reprlib.repr(config['doc_to_target'])}: correct it"
+            f"{reprlib.repr(target)}: correct it"
         )
     for key in ("fewshot_config", "dataset_kwargs"):
         if not isinstance(config.get(key) or {}, Mapping) or not all(isinstance(k, str) for k in config.get(key) or ()):
@@ -340,7 +341,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
                 f"{path}: expected {key} as keys and values, got {reprlib.repr(config[key])}: correct it, or "
                 "leave it out"
             )
-    if unknown := sorted((config.get("fewshot_config") or {}).keys() - {"sampler"}):
+    fewshot: Mapping[str, Any] = config.get("fewshot_config") or {}
+    if unknown := sorted(fewshot.keys() - {"sampler"}):
         raise TaskError(
             f"{path}: expected fewshot_config with a sampler alone, got {', '.join(unknown)}: demonstrations are drawn "
             "from rows by a seed, so remove it"
@@ -351,9 +353,9 @@ def _functions(value: Any, visited: set[int]) -> Iterator[str]:
     """Yield the names of the functions in a value, which may contain itself by an alias."""
     if isinstance(value, _Function):
         yield value.name
-    elif isinstance(value, Mapping | list) and id(value) not in visited:
+    elif (is_mapping(value) or is_list(value)) and id(value) not in visited:
         visited.add(id(value))
-        for member in value.values() if isinstance(value, Mapping) else value:
+        for member in value.values() if is_mapping(value) else value:
             yield from _functions(member, visited)
 
 
@@ -386,9 +388,9 @@ def _split_rows(path: Path, config: Mapping[str, Any]) -> tuple[Rows, Rows | Non
 
 def _file_rows(path: Path, data_files: Any, split: str) -> list[Any]:
     """Return the rows of a split's files, which lie next to the YAML file."""
-    by_split = data_files if isinstance(data_files, Mapping) else {"train": data_files}
+    by_split = data_files if is_mapping(data_files) else {"train": data_files}
     files = by_split.get(split)
-    if not files or not isinstance(files, str | list) or not all(isinstance(name, str) for name in files):
+    if not files or not (isinstance(files, str) or is_list(files)) or not all(isinstance(name, str) for name in files):
         raise TaskError(
             f"{path}: expected dataset_kwargs: data_files with the split {split!r}, got {reprlib.repr(data_files)}: "
             "name its file"
@@ -414,8 +416,7 @@ def _read_integers(docs: Sequence[dict[str, Any]]) -> None:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    filters: dict[str, Any] = environment.filters
-    filters["regex_replace"] = _regex_replace
+    cast(Any, environment).filters["regex_replace"] = _regex_replace
     return environment
 
 

@@ -55,7 +55,7 @@ def sparkline(values: Sequence[float | int], along: str) -> str:
     def y(value: float | int) -> float:
         return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * ((value - low) / span if high > low else 0.5)
 
-    path, pen_is_down = [], False
+    path, pen_is_down = list[str](), False
     for at, value in enumerate(points):
         if math.isfinite(value):
             path.append(f"{'L' if pen_is_down else 'M'}{MARGIN + at * x_step:.1f} {y(value):.1f}")

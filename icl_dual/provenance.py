@@ -105,7 +105,8 @@ class LocalFiles:
 
         Bytes are read only where size or time of change of a file differ from those that were saved.
         """
-        cell, saved_files = saved.cell, saved.provenance.get("model_files") or {}
+        cell = saved.cell
+        saved_files: dict[str, Any] = saved.provenance.get("model_files") or {}
         files = self._of_model(cell.model) if saved_files else {}
         if not files or files == saved_files:
             return

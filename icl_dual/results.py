@@ -12,10 +12,12 @@ from functools import cache, reduce
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import AbstractArray, jaxtyped
+from jaxtyping import AbstractArray, jaxtyped  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from icl_dual.html_tables import Line, lines_table
+from icl_dual.torch_utils import to_list, vector_norm
+from icl_dual.type_guards import is_class, is_list_or_tuple, is_mapping
 
 Class = TypeVar("Class", bound=type)
 
@@ -37,12 +39,12 @@ def same_values(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and _same_tensors(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
+    if is_mapping(a) and is_mapping(b):
         return a.keys() == b.keys() and all(same_values(value, b[name]) for name, value in a.items())
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
         names = [field.name for field in dataclasses.fields(a) if field.compare]
         return type(a) is type(b) and all(same_values(getattr(a, name), getattr(b, name)) for name in names)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+    if is_list_or_tuple(a) and is_list_or_tuple(b):
         return type(a) is type(b) and len(a) == len(b) and all(map(same_values, a, b))
     return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
 
@@ -131,10 +133,10 @@ def tensor_line(name: str, axes: Sequence[str], tensor: Tensor) -> Line:
     vectors = [at for at, axis in enumerate(axes) if axis.startswith("d_") and axis != "d_vocab" and at != along]
     others = [at for at in range(len(axes)) if at != along and at not in vectors]
     values = tensor.detach().double()
-    values = values.norm(dim=vectors, keepdim=True) if vectors else values
+    values = vector_norm(values, dim=vectors, keepdim=True) if vectors else values
     values = values.masked_fill(values.isinf(), torch.nan)
     values = values.nanmean(dim=others, keepdim=True) if others else values
-    return Line(name, sizes, axes[along], values.flatten().tolist())
+    return Line(name, sizes, axes[along], to_list(values.flatten()))
 
 
 def check_axes(result: object, /, **lengths: tuple[str, int]) -> dict[str, int]:
@@ -265,7 +267,7 @@ def _annotated(hint: Any, value: Any, path: str) -> Iterator[tuple[str, Any, Any
         options = [option for option in get_args(hint) if option is not type(None)]
         if value is not None and len(options) == 1:
             yield from _annotated(options[0], value, path)
-    elif isinstance(hint, type) and issubclass(hint, AbstractArray):
+    elif is_class(hint) and issubclass(hint, AbstractArray):
         yield path, hint, value
     elif get_origin(hint) is dict:
         member = get_args(hint)[1]
@@ -278,10 +280,10 @@ def _annotated(hint: Any, value: Any, path: str) -> Iterator[tuple[str, Any, Any
 
 
 def _has_fields(hint: Any) -> bool:
-    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))
+    return is_class(hint) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))
 
 
-def _expected(value: Any, cls: type, path: str) -> Any:
+def _expected(value: Any, cls: Any, path: str) -> Any:
     if not isinstance(value, cls):
         raise ValueError(f"expected {path} as {cls.__name__}, got {type(value).__name__}: correct {path}")
     return value
@@ -303,7 +305,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the numbers in a value as tensors, wherever they are nested, each with its path."""
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+    elif is_list_or_tuple(value) and not hasattr(value, "_fields"):
         numbers = [item for item in value if isinstance(item, int | float)]
         yield path, torch.tensor(numbers)
         for item in value if len(numbers) < len(value) else ():
@@ -317,7 +319,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _members(value: Any) -> Mapping[str, Any]:
     """Return the named parts of a dictionary, dataclass or named tuple; nothing of other values."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return value
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -328,7 +330,7 @@ def _extremes(numbers: Tensor, without_nan: bool) -> list[float] | list[int]:
     """Return the least and the largest number; NaN where one is, unless these are left out."""
     if not numbers.numel():
         return []
-    extremes = torch.stack(numbers.aminmax()).tolist()
+    extremes = to_list(torch.stack(numbers.aminmax()))
     if without_nan and math.isnan(extremes[0]):
         return _extremes(numbers[~numbers.isnan()], without_nan)
     return extremes

@@ -13,8 +13,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+
+from icl_dual.type_guards import is_array, is_dict, is_float, is_iterable, is_list_or_tuple, is_mapping
 
 Rows = Iterable[Any] | str | PathLike[str]
 """Rows as dictionaries, a pandas frame, a `datasets.Dataset`, or the path of a JSONL, JSON or CSV file."""
@@ -100,9 +101,9 @@ def field_value(row: Mapping[Any, Any], name: str) -> Any:
         raise KeyError(name)
     value: Any = row
     for part in re.findall(r"[^.\[\]]+", name):
-        if isinstance(value, Mapping) and part in value:
+        if is_mapping(value) and part in value:
             value = value[part]
-        elif isinstance(value, list | tuple | np.ndarray) and part.isdecimal() and int(part) < len(value):
+        elif (is_list_or_tuple(value) or is_array(value)) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             raise KeyError(name)
@@ -112,13 +113,13 @@ def field_value(row: Mapping[Any, Any], name: str) -> Any:
 def class_names(rows: Any, column: str) -> tuple[str, ...]:
     """Return the names of the classes that a column of a `datasets.Dataset` has the indices of; none of other rows."""
     features = getattr(rows, "features", None)
-    feature = features.get(column) if isinstance(features, Mapping) else None
+    feature = features.get(column) if is_mapping(features) else None
     return tuple(map(str, getattr(feature, "names", None) or ()))
 
 
 def is_missing(value: Any) -> bool:
     """Return whether a value stands for none: `None`, NaN, or what pandas has for missing values."""
-    is_nan = isinstance(value, float | np.floating) and math.isnan(value)
+    is_nan = is_float(value) and math.isnan(value)
     return is_nan or value is None or value is pd.NA or value is pd.NaT
 
 
@@ -134,8 +135,8 @@ def _iterated(rows: Any, argument: str) -> Iterable[Any]:
         return rows.to_dict("records")
     if datasets is not None and isinstance(rows, datasets.Dataset):
         return rows.with_format(None)
-    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-        keys = f" with the keys {list(map(str, rows))[:5]}" if isinstance(rows, Mapping) else ""
+    if is_mapping(rows) or not is_iterable(rows):
+        keys = f" with the keys {list(map(str, rows))[:5]}" if is_mapping(rows) else ""
         raise TaskError(
             f"expected {argument} as dictionaries, one for each row, got {type(rows).__name__}{keys}: pass a list of "
             "them, a pandas frame, one split of a data set, or the path of a file"
@@ -177,7 +178,7 @@ def _read_jsonl(path: Path) -> tuple[str, NumberedRows]:
                     f"{path}, line {number}: expected one JSON object, got {_json_reason(error)}: write each row on a "
                     "line of its own"
                 ) from error
-            if not isinstance(row, dict):
+            if not is_dict(row):
                 raise TaskError(
                     f"{path}, line {number}: expected a JSON object, got {type(row).__name__}: write each row as "
                     '{"text": …, "label": …}'
@@ -192,7 +193,8 @@ def _read_json(path: Path) -> tuple[str, NumberedRows]:
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
     try:
-        return "row", list(enumerate(json.loads(text, object_pairs_hook=_row), start=1))
+        rows: list[Any] = json.loads(text, object_pairs_hook=_row)
+        return "row", list(enumerate(rows, start=1))
     except (ValueError, RecursionError) as error:
         raise TaskError(
             f"{path}: expected a JSON list of objects, got {_json_reason(error)}: correct the file"
@@ -220,7 +222,7 @@ def _read_csv(path: Path) -> tuple[str, NumberedRows]:
     with path.open(encoding="utf-8-sig", newline="") as lines, _long_fields():
         reader = csv.reader(lines, strict=True)
         try:
-            header = next((values for values in reader if values), [])
+            header = next((values for values in reader if values), list[str]())
             _check_header(f"{path}, line {reader.line_num}", header)
             number = reader.line_num + 1  # a quoted text may have several lines
             for values in reader:

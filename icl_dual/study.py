@@ -56,7 +56,7 @@ from icl_dual.storage import (
     writing,
 )
 from icl_dual.tasks import Example, Protocol, Task
-from icl_dual.torch_utils import DeviceLostError, lost_device
+from icl_dual.torch_utils import DeviceLostError, lost_device, to_list
 
 
 @checked
@@ -259,7 +259,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         **({"task_files": dict(draw.files)} if draw.files else {}),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": str(model.device),
-        **({} if model.momentum is None else {"momentum": model.momentum.tolist()}),
+        **({} if model.momentum is None else {"momentum": to_list(model.momentum)}),
         "attention_residual": max(capture.residual for capture in captures),
         "pass_residual": model.pass_residual,
         "seconds": seconds,
@@ -268,7 +268,7 @@ def _provenance(model: Model, draw: _Draw, experiment: Experiment, seconds: dict
         "k_in_context": len(in_context.demonstrations),
         "shared_texts": len(shared_texts([*draw.demonstrations, *draw.context], draw.queries)),
         "label_words": draw.task.label_words,
-        "losses": experiment.delta.losses.tolist(),
+        "losses": to_list(experiment.delta.losses),
         "replicas": list(experiment.replica_names),
         "diverged_replicas": list(experiment.diverged.values()),
         "massive_activations": experiment.massive_activations().overall(),
@@ -716,7 +716,7 @@ class _Runs:
     """The seconds of the current cell's stages."""
     demonstrated: Any = None
     """The model's name and the prompts with the task's own demonstrations, of the current cell."""
-    kept: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    kept: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict[str, list[tuple[Any, Any]]])
     """By stage: each kept result after everything that decides it."""
 
     def experiment(self, model: Model, cell: Cell, of_cell: _CellPrompts) -> Experiment:

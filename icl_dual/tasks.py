@@ -28,6 +28,7 @@ import numpy as np
 
 from icl_dual.arguments import Index, Seed, checked
 from icl_dual.rows import Rows, TaskError, class_names, field_value, is_missing, located_rows
+from icl_dual.type_guards import is_float, is_integer, is_mapping
 
 Split = Literal["selection", "evaluation"]
 """The pool that queries come from: `evaluation` for results, `selection` to choose learning rates on."""
@@ -245,7 +246,7 @@ class Task:
     @cached_property
     def tail(self) -> str:
         """Return the template's text after its last field, which the label separator and a label word follow."""
-        texts, last_field = [], -1
+        texts, last_field = list[str](), -1
         for index, (text, field, _, _) in enumerate(string.Formatter().parse(self.template)):
             texts.append(text)
             last_field = last_field if field is None else index
@@ -426,7 +427,7 @@ class Task:
             where: where it is.
             classes: the names of the classes that the row has the index of as its label; none where it has none.
         """
-        if not isinstance(row, Mapping):
+        if not is_mapping(row):
             raise TaskError(
                 f"{self.name}: {where}: expected a dictionary, got {type(row).__name__}: pass each row as "
                 f"{{{', '.join(f'{name!r}: …' for name in (*self.field_names, 'label'))}}}"
@@ -435,7 +436,7 @@ class Task:
         values = {name: row[name] if name in row else _nested(row, name, where, self.name) for name in names}
         fields = tuple((name, self._field_text(values[name], name, where)) for name in self.field_names)
         label = values["label"]
-        is_class = isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < len(classes)
+        is_class = is_integer(label) and not isinstance(label, bool) and 0 <= label < len(classes)
         example = Example(fields, self._label(classes[int(label)] if is_class else label, where))
         if not self._has_formats:
             return example
@@ -560,7 +561,7 @@ def _leading_number(text: str) -> Decimal | None:
 def _number_text(value: Any) -> str:
     """Return a number as Python writes it, or nothing for other values."""
     is_number = isinstance(value, int | np.integer | np.bool_)
-    return _written(value) if is_number or (isinstance(value, float | np.floating) and math.isfinite(value)) else ""
+    return _written(value) if is_number or (is_float(value) and math.isfinite(value)) else ""
 
 
 def _written(value: Any) -> str:
@@ -605,7 +606,7 @@ def _nested(row: Mapping[Any, Any], name: str, where: str, task: str) -> Any:
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
     """Return a template filled with a text for each field; unlike `str.format`, it reads no attributes."""
-    formatter, parts = string.Formatter(), []
+    formatter, parts = string.Formatter(), list[str]()
     for text, name, spec, conversion in formatter.parse(template):
         parts.append(text)
         if name is not None:

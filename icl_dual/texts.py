@@ -53,7 +53,7 @@ class Chat:
     demonstrations: ChatDemonstrations = "turns"
     """`turns`: each demonstration is a turn of the user, and its label the assistant's answer. `user turn`: all are
     plain text before the query, in one turn of the user."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More variables of the chat template, such as `{"enable_thinking": False}`."""
 
 

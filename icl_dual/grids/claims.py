@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_dual.grids.files import Files
+from icl_dual.type_guards import is_dict
 
 TTL_S = 60.0
 """The seconds after which a claim that is not renewed can be taken over."""
@@ -54,7 +55,7 @@ class ClaimInfo:
         """Return what the owner wrote about itself; nothing where the file was not complete."""
         with suppress(ValueError):
             owner = json.loads(self.content)
-            return owner if isinstance(owner, dict) else {}
+            return owner if is_dict(owner) else {}
         return {}
 
     def ttl(self, default: float) -> float:

@@ -181,7 +181,7 @@ def to_xarray(frame: pd.DataFrame) -> Any:
     if len(by_layer):
         names = {name: f"{name}_by_layer" for name in VALUES if name not in ("low", "high")}
         parts.append(_dataset(by_layer.astype({"layer": "int64"}), (*AXES, "layer"), names))
-    data = xarray.merge(parts, join="outer")
+    data = xarray.merge(parts, join="outer")  # pyright: ignore[reportUnknownMemberType]
     variations = frame.groupby("control")["variation"].unique()
     if variations.map(len).max() == 1:
         of_control = [variations[name][0] for name in data["control"].to_numpy()]

@@ -18,6 +18,7 @@ from icl_dual.finetuning.replicas import REPLICAS
 from icl_dual.paper_tasks import PAPER_K, check_task_name
 from icl_dual.scoring import Scoring
 from icl_dual.tasks import Protocol, Split, TaskError
+from icl_dual.type_guards import is_iterable, is_mapping
 
 Precision = Literal[
     "float32", "float64", "bfloat16", "float16", "bfloat16 storage, float32 arithmetic",
@@ -105,7 +106,7 @@ class Grid:
     """How rows are drawn and written, and the recorded position (`Cell.protocol`)."""
     precision: Precision | Sequence[Precision] = "float32"
     """The precisions."""
-    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    controls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """By name: the settings in which a control differs from the plain cell, fields of `Cell`. `finetuning` may be a
     table; `context_task` may be a table by task."""
     finetuning: FinetuneConfig = PAPER_FINETUNING
@@ -299,7 +300,7 @@ def finetuning_of(table: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Finet
         for name in settings
         if name not in known
     ]
-    if isinstance(lora, Mapping):
+    if is_mapping(lora):
         problems += [
             Problem((*key, "lora", name), f"expected a setting of lora, got {name!r}: {advise(name, of_lora)}")
             for name in lora
@@ -308,7 +309,7 @@ def finetuning_of(table: Mapping[str, Any], key: tuple[str, ...]) -> tuple[Finet
     if problems:
         return PAPER_FINETUNING, problems
     try:
-        if isinstance(lora, Mapping):
+        if is_mapping(lora):
             targets = lora.get("targets")
             fields: dict[str, Any] = {**lora, "targets": None if targets is None else tuple(targets)}
             settings["lora"] = Lora(**fields)
@@ -338,13 +339,13 @@ def _id(cell: Cell, precision: str) -> str:
 
 def _of_task(values: Any, task: str, default: Any) -> tuple[Any, ...]:
     """Return the values of an axis for a task, each once."""
-    if isinstance(values, Mapping):
+    if is_mapping(values):
         values = values.get(task)
     if values is None:
         values = default
     if values is None:
         return ()
-    return tuple(dict.fromkeys(values)) if isinstance(values, Iterable) else (values,)
+    return tuple(dict.fromkeys(values)) if is_iterable(values) else (values,)
 
 
 def _shared_ids(cells: Sequence[GridCell]) -> list[Problem]:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from icl_dual.arguments import ArgumentError, checked
 from icl_dual.grids.grid import Grid, GridError, Problem, advise, finetuning_of
+from icl_dual.type_guards import is_dict
 
 _WORDS: Mapping[str, str] = {"k": "paper", "n_queries": "all"}
 """The keys that may be `None` in Python, and the word for it in TOML, which has no null."""
@@ -59,7 +60,7 @@ def _grid(table: Mapping[str, Any]) -> tuple[Grid | None, list[Problem]]:
     values: dict[str, Any] = {}
     for key in (key for key in table if key in known):
         value = None if table[key] == _WORDS.get(key, ...) else table[key]
-        if key == "finetuning" and isinstance(value, dict):
+        if key == "finetuning" and is_dict(value):
             value, of_finetuning = finetuning_of(value, (key,))
             problems += of_finetuning
         try:
@@ -117,7 +118,7 @@ def _keys(text: str) -> Iterator[tuple[str, ...]]:
     except ValueError:
         return
     path: tuple[str, ...] = ()
-    while isinstance(value, dict):
+    while is_dict(value):
         ((name, value),) = value.items()
         path = (*path, name)
     yield path

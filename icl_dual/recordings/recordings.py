@@ -29,6 +29,8 @@ from icl_dual.paper_tasks import PAPER_LABELS
 from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.results import check_axes, check_count, check_names, check_values
 from icl_dual.storage import AssetError, Saved, load_tensors
+from icl_dual.torch_utils import to_list
+from icl_dual.type_guards import is_dict
 
 SETTINGS = ("ZSL", "ICL", "FT")
 """The three settings: zero-shot, in-context and finetuned, by their keys in tables and saved files."""
@@ -81,7 +83,7 @@ class Recordings(Saved):
     residual_norms: dict[str, Float[Tensor, "query layer query_token"]] | None = None
     """By setting: norms of the residual stream after each layer at the query's own tokens; zero past its end. The
     released code records none."""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
     """Settings and provenance of the cell that they come from."""
     skipped: tuple[str, ...] = ()
     """The damaged records that were left out, each with the reason."""
@@ -105,7 +107,7 @@ class Recordings(Saved):
         n_prefix = self.context_scores["ICL"].shape[-1]
         check_count("segments", axes["prefix_pos"], "scores in context_scores/ICL", n_prefix)
         if self.training_segments is not None:
-            in_context, in_training = (set(segments.tolist()) for segments in (self.segments, self.training_segments))
+            in_context, in_training = (set(to_list(segments)) for segments in (self.segments, self.training_segments))
             if unknown := sorted(step for step in in_context - in_training if step >= 0):
                 raise RecordingError(
                     f"expected segments of training steps that training_segments has, got {unknown[0]}: record again"
@@ -250,7 +252,7 @@ class Recordings(Saved):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 yield name, value
-            elif isinstance(value, dict):
+            elif is_dict(value):
                 yield from ((f"{name}/{key}", member) for key, member in value.items() if isinstance(member, Tensor))
 
 

@@ -36,6 +36,8 @@ from icl_dual.storage import (
     recover,
     to_json,
 )
+from icl_dual.torch_utils import from_numpy, to_list
+from icl_dual.type_guards import is_dict, is_list
 
 FOLDERS = {"ZSL": "zs", "ICL": "icl", "FT": "ftzs"}
 """The folder of each setting. A fourth folder, `ft`, holds the training steps."""
@@ -377,7 +379,7 @@ class _Reader:
             raise RecordingError(
                 f"expected at least one undamaged training step in {path}, got none: record the folder again"
             )
-        return torch.from_numpy(np.concatenate(queries, axis=1)), steps
+        return from_numpy(np.concatenate(queries, axis=1)), steps
 
     def _step(self, line: bytes, path: Path, number: int, ft_shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
         """Return the attention queries `[layer, train_token, d_q]` of a training step, and its number of tokens."""
@@ -386,7 +388,7 @@ class _Reader:
             q = _array(fields, "attn_q", "layer train_token d_q", path, number)
         except RecordingError as error:
             layers = fields.get("attn_q")
-            if not isinstance(layers, list) or not all(isinstance(layer, list) for layer in layers):
+            if not is_list(layers) or not all(isinstance(layer, list) for layer in layers):
                 raise
             lengths = {len(layer) for layer in layers}
             if len(lengths) != 1 or min(lengths) < 2:
@@ -420,7 +422,7 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             got = f"{len(line)} bytes of invalid JSON ({first_line(error)})"
             raise _bad(path, number, "a complete JSON object", got) from error
-    if not isinstance(fields, dict):
+    if not is_dict(fields):
         raise _bad(path, number, "a JSON object", type(fields).__name__)
     return fields
 
@@ -441,7 +443,7 @@ def _array(fields: dict[str, Any], key: str, axes: str, path: Path, number: int)
             raise TypeError(array.dtype)
         array = array.astype(np.float64)
     except (ValueError, TypeError, OverflowError):
-        lengths = sorted({len(part) for part in value if isinstance(part, list)}) if isinstance(value, list) else []
+        lengths = sorted({len(part) for part in value if is_list(part)}) if is_list(value) else []
         uneven = f"uneven lists: some have {lengths[0]} and some {lengths[-1]} entries" if len(lengths) > 1 else ""
         raise _bad(path, number, expected, uneven or "uneven lists, or entries that are not numbers") from None
     if array.ndim != len(axes.split()) or 0 in array.shape:
@@ -469,7 +471,7 @@ def _segments(steps: Sequence[_Step], n_tokens: int) -> Int[Tensor, " prefix_pos
 
 def _by_step(training_segments: Int[Tensor, " train_token"]) -> list[range]:
     """Return the positions of each step's demonstration among the training tokens, in order."""
-    sources = training_segments.tolist()
+    sources = to_list(training_segments)
     starts = [position for position, source in enumerate(sources) if source == START]
     return [range(start + 1, end) for start, end in itertools.pairwise([*starts, len(sources)])]
 
@@ -490,7 +492,7 @@ def _json_line(values: dict[str, Any], path: Path, number: int) -> bytes:
 
 
 def _stacked(examples: Sequence[_Example], setting: str, name: str) -> Tensor:
-    return torch.from_numpy(np.stack([getattr(example[setting], name) for example in examples]))
+    return from_numpy(np.stack([getattr(example[setting], name) for example in examples]))
 
 
 def _padded(maps: Sequence[np.ndarray]) -> Float[Tensor, "query layer head query_token"]:
@@ -500,4 +502,4 @@ def _padded(maps: Sequence[np.ndarray]) -> Float[Tensor, "query layer head query
     padded = np.zeros((len(maps), *maps[0].shape[:2], longest), dtype=dtype)
     for row, scores in zip(padded, maps, strict=True):
         row[..., : scores.shape[-1]] = scores
-    return torch.from_numpy(padded)
+    return from_numpy(padded)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from icl_dual.type_guards import is_path_like
+
 
 class AssetError(RuntimeError):
     """Files that are missing, damaged, not what they are said to be, or that cannot be written."""
@@ -57,7 +59,7 @@ def writing(path: str | PathLike[str], *, only_in: Path | None = None) -> Genera
 def _is_of_files_in(folder: Path, error: OSError | SafetensorError) -> bool:
     """Return whether an error is about files in a folder; without a file's name, whether it is one of disks."""
     names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
-    paths = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | PathLike)]
+    paths = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes) or is_path_like(name)]
     if not paths:
         return getattr(error, "errno", None) in _DISK_ERRORS
     return any(path.is_relative_to(folder) for path in paths)

@@ -1,15 +1,15 @@
 """JSON in files: UTF-8 whatever the locale, and one error for everything that is no JSON."""
 
 import json
-from collections.abc import Mapping
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
 from icl_dual.storage.errors import AssetError, first_line
+from icl_dual.type_guards import is_dict, is_list_or_tuple, is_mapping, is_path_like
 
 
 def to_json(value: Any, name: str = "value") -> str:
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"expected JSON in {path}, got {_reason(error)}: restore or delete the file") from error
-    if not isinstance(value, dict):
+    if not is_dict(value):
         raise AssetError(f"expected a JSON object in {path}, got {json_kind(value)}: restore or delete the file")
     return value
 
@@ -59,7 +59,7 @@ def json_kind(value: Any) -> str:
     if value is None:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a table"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    return kinds.get(cast(type[Any], type(value)), f"a {type(value).__name__}")
 
 
 def _reason(error: BaseException) -> str:
@@ -70,11 +70,12 @@ def _reason(error: BaseException) -> str:
 
 def _plain(value: Any) -> Any:
     """Return a scalar of numpy or torch as a number, a path as text."""
-    if isinstance(value, np.generic | Tensor | np.ndarray) and value.ndim == 0:
-        return value.item()
-    if isinstance(value, PathLike):
+    name = type(value).__name__
+    if is_path_like(value):
         return fspath(value)
-    raise TypeError(type(value).__name__)
+    if isinstance(value, np.generic | Tensor | np.ndarray) and value.ndim == 0:
+        return cast(Any, value).item()
+    raise TypeError(name)
 
 
 def _is_encodable(text: str) -> bool:
@@ -88,7 +89,7 @@ def _is_encodable(text: str) -> bool:
 
 def _unsaveable(value: Any, path: str, depth: int) -> tuple[str, Any]:
     """Return the path and value of the first innermost part that JSON cannot hold."""
-    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    parts = value.items() if is_mapping(value) else enumerate(value) if is_list_or_tuple(value) else ()
     for name, part in parts if depth < 100 else ():
         try:
             json.dumps({name: part}, default=_plain)

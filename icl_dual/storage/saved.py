@@ -18,6 +18,7 @@ from icl_dual.storage.errors import AssetError, FieldError, first_line, reading
 from icl_dual.storage.folders import CHECKSUMS, CLASS, METADATA
 from icl_dual.storage.json_files import json_kind, read_json
 from icl_dual.storage.tensors import load_tensors, save_tensors
+from icl_dual.type_guards import is_class, is_dict, is_list, is_list_or_tuple, is_mapping, is_tuple
 
 NOT_SAVED: Mapping[str, Any] = types.MappingProxyType({"saved": False})
 """The metadata of a dataclass field that `Saved` leaves out: `field(default=None, metadata=NOT_SAVED)`."""
@@ -135,11 +136,11 @@ def _moved(value: Any, device: torch.device) -> Any:
     """Return a value with its tensors on a device, wherever they are nested; not waiting for the copies."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=value.device.type == "cuda")
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {name: _moved(member, device) for name, member in value.items()}
     if hasattr(value, "_fields"):
         return type(value)(*(_moved(member, device) for member in value))
-    if isinstance(value, tuple | list):
+    if is_list_or_tuple(value):
         return type(value)(_moved(member, device) for member in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         moved = copy.copy(value)
@@ -164,11 +165,11 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def _members(value: Any) -> Mapping[str, Any] | None:
     """Return the named parts of a dictionary, dataclass or named tuple."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return value
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in _saved_fields(value)}
-    return cast(Any, value)._asdict() if isinstance(value, tuple) and hasattr(value, "_fields") else None
+    return cast(Any, value)._asdict() if is_tuple(value) and hasattr(value, "_fields") else None
 
 
 def _unflatten(cls: Any, path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Any:
@@ -223,7 +224,7 @@ def from_json(cls: type[Parsed], values: Any, source: str | os.PathLike[str]) ->
         Settings(k=3)
     """
     with reading(cls.__name__, source):
-        if not isinstance(values, dict):
+        if not is_dict(values):
             raise FieldError("", f"a table of {cls.__name__}", json_kind(values))
         if unknown := sorted(values.keys() - _fields(cls).keys()):
             raise KeyError(unknown[0])
@@ -266,7 +267,7 @@ def _plain_value(hint: Any, path: str, part: Any) -> Any:
     elif origin in (tuple, list, Sequence):
         return _sequence(hint, path, part)
     elif origin in (dict, Mapping) or _is_record(origin):
-        if not isinstance(part, dict):
+        if not is_dict(part):
             raise FieldError(path, _words(hint), json_kind(part))
         return _container(hint, path, {}, part, [])
     else:  # a tensor, which is never in JSON
@@ -278,7 +279,7 @@ def _plain_value(hint: Any, path: str, part: Any) -> Any:
 
 def _container(hint: Any, path: str, tensors: Mapping[str, Tensor], part: Any, nested: list[str]) -> Any:
     """Return a dataclass, named tuple or dictionary, of the tensors under a path and the JSON part."""
-    if part is not None and not isinstance(part, dict):
+    if part is not None and not is_dict(part):
         raise FieldError(path, _words(hint), json_kind(part))
     if _is_record(hint):
         return _unflatten(hint, path, tensors, part or {})
@@ -295,7 +296,7 @@ def _container(hint: Any, path: str, tensors: Mapping[str, Tensor], part: Any, n
 
 def _sequence(hint: Any, path: str, part: Any) -> Any:
     """Return a JSON list as the tuple or list that it was."""
-    if not isinstance(part, list):
+    if not is_list(part):
         raise FieldError(path, _words(hint), json_kind(part))
     origin, members = get_origin(hint) or hint, get_args(hint)
     if not members:
@@ -304,7 +305,7 @@ def _sequence(hint: Any, path: str, part: Any) -> Any:
         if len(part) != len(members):
             raise FieldError(path, _words(hint), f"a list of {len(part)}")
     elif members[0] in _JSON_TYPES and {*map(type, part)} <= {*_JSON_TYPES[members[0]]}:
-        return origin(part) if origin is tuple else part
+        return tuple(part) if origin is tuple else part
     else:
         members = (members[0],) * len(part)
     pairs = enumerate(zip(members, part, strict=True))
@@ -323,7 +324,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _is_record(hint: Any) -> bool:
-    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))
+    return is_class(hint) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))
 
 
 def _is_tensor(hint: Any) -> bool:
@@ -348,4 +349,4 @@ def _words(hint: Any) -> str:
 
 def _tuples(value: Any) -> Any:
     """Return JSON lists as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if is_list(value) else value

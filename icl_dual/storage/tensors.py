@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -86,7 +86,7 @@ def _load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         metadata = read_json(folder / METADATA)
         _check_sums(folder, metadata.pop(CHECKSUMS, {}), metadata)
-        with safe_open(folder / TENSORS, framework="pt") as file:
+        with cast(Any, safe_open)(folder / TENSORS, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except (OSError, AssetError, SafetensorError) as error:
         raise AssetError(

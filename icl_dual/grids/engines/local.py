@@ -107,7 +107,7 @@ class _Slot:
     """Where it tells of its cells."""
     n_lost: int = 0
     """The number of processes lost since the last outcome."""
-    over: set[str] = field(default_factory=set)
+    over: set[str] = field(default_factory=set[str])
     """The cells with a last outcome."""
 
 
