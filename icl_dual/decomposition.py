@@ -43,7 +43,7 @@ from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_valu
 from icl_dual.statistics import ranks
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import NOT_SAVED, Saved
-from icl_dual.torch_utils import checked_index
+from icl_dual.torch_utils import checked_index, to_list, vector_norm
 
 GROUPS = ("sink", "start", "query", "separators")
 """The groups of keys besides the demonstrations, each of which is a group of its own."""
@@ -280,7 +280,7 @@ class Decomposition(Saved):
         query = checked_index("query", query, self.mass.shape[0])
         layer = checked_index("layer", layer, self.mass.shape[1])
         head = checked_index("head", head, self.mass.shape[2])
-        suffix, segments = self.prompts.suffixes[query], self.prompts.segments.tolist()
+        suffix, segments = self.prompts.suffixes[query], to_list(self.prompts.segments)
         names = {START: "start", SEPARATOR: "separators"}
         names |= {n: f"demonstration {n + 1}" for n in range(len(self.prompts.demonstrations))}
         tokens = (*self.prompts.prefix, *suffix)
@@ -407,16 +407,16 @@ class Decomposition(Saved):
     def _share_of_realised(self, update: Float[Tensor, "query layer d_model"]) -> Float[Tensor, "query layer"]:
         realised = self.realised
         attn_out = _sum_through_W_O(self.z, self.W_O, self.b_O)
-        return _share(
-            (update * realised).sum(-1), realised.norm(dim=-1), attn_out.norm(dim=-1), self.residuals.realised
-        )
+        realised_norm, attn_norm = vector_norm(realised, dim=-1), vector_norm(attn_out, dim=-1)
+        return _share((update * realised).sum(-1), realised_norm, attn_norm, self.residuals.realised)
 
     @property
     def momentum_norm(self) -> Float[Tensor, "query layer head"]:
         """Return ‖momentum‖ / ‖z‖, the size of what momentum adds relative to the head's output; 0 without momentum."""
         if self.momentum is None:
             return torch.zeros_like(self.demonstration_mass)
-        return (self.momentum.start_and_query + self.momentum.demonstrations).norm(dim=-1) / self.z.norm(dim=-1)
+        momentum = self.momentum.start_and_query + self.momentum.demonstrations
+        return vector_norm(momentum, dim=-1) / vector_norm(self.z, dim=-1)
 
     @property
     def residual(self) -> float:
@@ -694,15 +694,15 @@ def _summarise(split: Decomposition, keep: Collection[Term]) -> dict[str, Tensor
         "mass": split.mass,
         "icl_share": split.icl_share,
         **split.relaxation._asdict(),
-        "delta_icl_norm": split.delta_icl.norm(dim=-1),
-        "z_0_norm": z_0.norm(dim=-1),
-        "z_norm": z.norm(dim=-1),
-        "direct_norm": direct.norm(dim=-1),
-        "inherited_norm": inherited.norm(dim=-1),
-        "realised_norm": realised.norm(dim=-1),
+        "delta_icl_norm": vector_norm(split.delta_icl, dim=-1),
+        "z_0_norm": vector_norm(z_0, dim=-1),
+        "z_norm": vector_norm(z, dim=-1),
+        "direct_norm": vector_norm(direct, dim=-1),
+        "inherited_norm": vector_norm(inherited, dim=-1),
+        "realised_norm": vector_norm(realised, dim=-1),
         "direct_inner": (direct * realised).sum(-1),
         "inherited_inner": (inherited * realised).sum(-1),
-        "attn_norm": _sum_through_W_O(z, split.W_O, split.b_O).norm(dim=-1),
+        "attn_norm": vector_norm(_sum_through_W_O(z, split.W_O, split.b_O), dim=-1),
         **({} if split.momentum is None else {"momentum_norm": split.momentum_norm}),
         **{name: kept[name] if name in kept else getattr(split, name) for name in keep},
     }
@@ -1035,7 +1035,7 @@ def _query_momentum(
 ) -> Float[Tensor, "query head d_head"]:
     """Return Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded position t."""
     decay_weights = decay_matrix(eta, positions.recorded[:, None], positions.query)[:, :, 0]
-    return (decay_weights.unflatten(1, (query_v.shape[2], -1)) @ query_v.transpose(1, 2)).flatten(1, 2)
+    return (torch.unflatten(decay_weights, 1, (query_v.shape[2], -1)) @ query_v.transpose(1, 2)).flatten(1, 2)
 
 
 def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Relaxation:
@@ -1050,9 +1050,9 @@ def _relax(layer: _LayerInputs, positions: _Positions, terms: _SplitTerms) -> Re
     logits = weights * rule.scale + rule.bias(positions.recorded[None], positions.demo[None])[0]
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),
-        update_error=(update - delta_icl).norm(dim=-1) / delta_icl.norm(dim=-1),
+        update_error=vector_norm(update - delta_icl, dim=-1) / vector_norm(delta_icl, dim=-1),
         output_cosine=dual.cosine(output, z),
-        output_error=(output - z).norm(dim=-1) / z.norm(dim=-1),
+        output_error=vector_norm(output - z, dim=-1) / vector_norm(z, dim=-1),
         rank_agreement=ranks.spearman(logits, weights.abs_(), demo_visible).T,
     )
 
@@ -1161,4 +1161,4 @@ def _relative(
     result: Float[Tensor, "query layer d_model"], expected: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, " layer"]:
     """Return ‖result − expected‖ / ‖expected‖, the largest over queries."""
-    return ((result - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(0)
+    return (vector_norm(result - expected, dim=-1) / vector_norm(expected, dim=-1)).amax(0)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from icl_dual.arguments import ArgumentError, Count, Finite, Index, Rate, checked
 from icl_dual.field_docs import document_fields
+from icl_dual.torch_utils import linalg, vector_norm
 
 FUSED = {
     device
@@ -291,7 +292,7 @@ def act(
     >>> act(W, q)[:, 0]
     tensor([1., 1., 2., 2.])
     """
-    heads = q.unflatten(-2, (W.shape[-3], _group(q.shape[-2], W.shape[-3])))
+    heads = torch.unflatten(q, -2, (W.shape[-3], _group(q.shape[-2], W.shape[-3])))
     return torch.einsum("...kij,...kgj->...kgi", W, heads).flatten(-3, -2)
 
 
@@ -319,7 +320,7 @@ def act_unformed(
     >>> torch.allclose(act_unformed(q, k, v), act(head_weights(k, v), q), atol=1e-5)
     True
     """
-    heads = q.unflatten(-2, (k.shape[-2], _group(q.shape[-2], k.shape[-2])))
+    heads = torch.unflatten(q, -2, (k.shape[-2], _group(q.shape[-2], k.shape[-2])))
     return linear_attention(heads, k.transpose(-3, -2), v.transpose(-3, -2)).flatten(-3, -2)
 
 
@@ -430,7 +431,7 @@ def summed_scores(
     if softcap is not None:
         return shared_scores(q, k, scale, softcap).sum(0)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_by_kv_head = q.to(dtype).unflatten(1, (k.shape[1], _group(q.shape[1], k.shape[1]))).sum(2) * scale
+    q_by_kv_head = torch.unflatten(q.to(dtype), 1, (k.shape[1], _group(q.shape[1], k.shape[1]))).sum(2) * scale
     return q_by_kv_head.flatten(1) @ k.to(dtype).flatten(1).T
 
 
@@ -520,7 +521,7 @@ def _no_keys(q: Float[Tensor, "batch pos head d_head"]) -> AttentionPart:
 
 def _is_batched(tensor: Tensor | None) -> bool:
     """Return whether `torch.func.vmap` runs over a tensor, also below another transform: no branch may read it."""
-    core: Any = torch._C
+    core: Any = torch._C  # pyright: ignore[reportPrivateUsage]
     functorch = core._functorch
     while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -539,7 +540,7 @@ def _can_fuse(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _are_scores_finite(q: Tensor, k: Tensor, scale: float) -> bool:
     """Return whether no score can be NaN or infinite: the fused kernel takes a row of such scores for a hidden one."""
-    norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in (q, k)]
+    norms = [float(vector_norm(tensor.detach())) for tensor in (q, k)]
     bound = math.prod(norms) * abs(scale)
     return bound < torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
 
@@ -610,7 +611,7 @@ def _by_group(
     bias: Float[Tensor, "_ head pos key"], n_kv_heads: int
 ) -> Float[Tensor, "_ kv_head_or_1 group_or_1 pos key"]:
     """Return a bias by key-value head and the query heads that share it; one for all heads stays one."""
-    return bias.unsqueeze(1) if bias.shape[1] == 1 else bias.unflatten(1, (n_kv_heads, -1))
+    return bias.unsqueeze(1) if bias.shape[1] == 1 else torch.unflatten(bias, 1, (n_kv_heads, -1))
 
 
 def _weighted(
@@ -618,7 +619,7 @@ def _weighted(
 ) -> Float[Tensor, "batch kv_head group_pos d_head"]:
     """Return the sum of the values that each row gives weights to."""
     values = v.to(weights.dtype).permute(0, 2, 1, 3).flatten(0, 1)
-    return torch.bmm(weights.flatten(0, 1), values).unflatten(0, weights.shape[:2])
+    return torch.unflatten(torch.bmm(weights.flatten(0, 1), values), 0, weights.shape[:2])
 
 
 def _by_head(z: Tensor, lse: Tensor, shape: torch.Size) -> AttentionPart:
@@ -646,7 +647,7 @@ def weighted_values(
     >>> weighted_values(weights, v).shape
     torch.Size([2, 4, 5])
     """
-    summed = weights.unflatten(0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
+    summed = torch.unflatten(weights, 0, (v.shape[1], -1)).flatten(1, 2) @ v.transpose(0, 1)
     return summed.view(*weights.shape[:2], -1).transpose(0, 1)
 
 
@@ -901,7 +902,7 @@ def cosine(a: Float[Tensor, "*#batch d"], b: Float[Tensor, "*#batch d"]) -> Floa
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]))
     tensor(0.6000)
     """
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    return (a * b).sum(-1) / (vector_norm(a, dim=-1) * vector_norm(b, dim=-1))
 
 
 @checked
@@ -926,12 +927,12 @@ class Svd(NamedTuple):
         """
         if not W.isfinite().all():
             raise ArgumentError("expected W as finite numbers, got NaN or infinities: such a matrix has no directions")
-        return cls(*torch.linalg.svd(W.double()))
+        return cls(*linalg.svd(W.double()))
 
     @checked
     def with_random_directions(self, generator: torch.Generator) -> "Svd":
         """Return a matrix with the same singular values and singular vectors drawn uniformly (Haar): the null."""
-        U, V = (torch.linalg.qr(_normal(self.U, generator)) for _ in range(2))
+        U, V = (linalg.qr(_normal(self.U, generator)) for _ in range(2))
         # Unless R's diagonal is made positive, the Q of a random matrix is not uniformly distributed.
         return Svd(_signed(*U), self.S, _signed(*V).mT)
 
@@ -984,7 +985,7 @@ def overlap(a: Svd, b: Svd, rank: Count) -> Overlap:
             "pass two updates of the same head, and a smaller rank"
         )
     inner = (_matrix(a) * _matrix(b)).sum((-2, -1))
-    norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
+    norms = vector_norm(a.S, dim=-1) * vector_norm(b.S, dim=-1)
     cosine = torch.where(norms > 0, inner / norms, torch.nan)
     in_a, in_b = (_has_direction(svd.S)[..., :rank] for svd in (a, b))
     in_both = in_a.unsqueeze(-1) & in_b.unsqueeze(-2)
@@ -1005,7 +1006,7 @@ def effective_rank(S: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     tensor([2., 1.])
     """
     p = S / S.sum(-1, keepdim=True)
-    return torch.exp(-torch.special.xlogy(p, p).sum(-1))
+    return torch.exp(-torch.xlogy(p, p).sum(-1))
 
 
 def _has_direction(S: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch d"]:
@@ -1014,7 +1015,7 @@ def _has_direction(S: Float[Tensor, "*batch d"]) -> Bool[Tensor, "*batch d"]:
 
 
 def _angles(cosines: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank"]:
-    return torch.rad2deg(torch.arccos(torch.linalg.svdvals(cosines).clamp(max=1.0)))
+    return torch.rad2deg(torch.arccos(linalg.svdvals(cosines).clamp(max=1.0)))
 
 
 def _matrix(svd: Svd) -> Float[Tensor, "*batch d d"]:

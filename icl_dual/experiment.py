@@ -31,6 +31,7 @@ from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
 from icl_dual.results import check_count, check_names, check_values
 from icl_dual.storage import NOT_SAVED, Saved
+from icl_dual.torch_utils import to_list, vector_norm
 from icl_dual.updates import UpdateComparison, compare_updates
 
 Setting = Literal["ZSL", "ICL", "FT"]
@@ -60,10 +61,10 @@ class Experiment(Saved):
     steps: tuple[int, ...] | None = None
     """For a control with other demonstrations in context than finetuning had: the training step that each demonstration
     in context corresponds to, −1 for none. `None` where both are the same."""
-    replicas: dict[str, Recordings] = field(default_factory=dict)
+    replicas: dict[str, Recordings] = field(default_factory=dict[str, Recordings])
     """By replica of the finetuning: what the metrics are computed from, for its first queries. Empty where the
     experiment finetuned once."""
-    diverged: dict[str, str] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict[str, str])
     """By replica of the finetuning that diverged: the error."""
     replica_names: tuple[str, ...] = ()
     """The names of all replicas in order, those that diverged included."""
@@ -214,11 +215,11 @@ class Experiment(Saved):
         lines: list[Line] = []
         for name in ("zero_shot", "in_context", "finetuned"):
             counts = getattr(self, name).predictions.bincount(minlength=len(self.in_context.prompts.labels))
-            lines.append(Line(f"predictions, {name}", f"label={len(counts)}", "label", counts.tolist()))
+            lines.append(Line(f"predictions, {name}", f"label={len(counts)}", "label", to_list(counts)))
         lines += [
-            Line("loss before each step", f"step={len(self.delta.losses)}", "step", self.delta.losses.tolist()),
+            Line("loss before each step", f"step={len(self.delta.losses)}", "step", to_list(self.delta.losses)),
             *(
-                Line(f"‖Δ{name}‖", f"layer={len(delta)}", "layer", delta.norm(dim=(1, 2)).tolist())
+                Line(f"‖Δ{name}‖", f"layer={len(delta)}", "layer", to_list(vector_norm(delta, dim=(1, 2))))
                 for name, delta in (("W_K", self.delta.W_K), ("W_V", self.delta.W_V))
             ),
         ]

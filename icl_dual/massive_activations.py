@@ -31,6 +31,7 @@ from icl_dual.prompts import Tokens
 from icl_dual.results import check_axes, check_count, check_names, check_values
 from icl_dual.statistics.frames import html_table
 from icl_dual.storage import Saved
+from icl_dual.torch_utils import from_numpy, to_list
 
 MASSIVE_RATIO = 10.0
 """A token is massive where its residual norm exceeds this many times the median of its layer and setting."""
@@ -51,7 +52,7 @@ def median_norms(
         lengths: the number of each query's tokens; what is past a query's end is left out.
     """
     by_token = norms.transpose(0, 1)[:, token_mask(lengths, norms.shape[-1])]
-    return torch.from_numpy(np.median(by_token.cpu().numpy(), axis=1)).to(norms)
+    return from_numpy(np.median(by_token.cpu().numpy(), axis=1)).to(norms)
 
 
 def norm_ratios(
@@ -208,7 +209,8 @@ class MassiveActivations(Saved):
     def _token_rows(self, setting: str) -> list[dict[str, Any]]:
         """Return the rows of `tokens` for one setting."""
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for query, layer, position in self.is_massive[setting].nonzero().tolist():
+        massive: list[tuple[int, int, int]] = to_list(self.is_massive[setting].nonzero())
+        for query, layer, position in massive:
             places.setdefault((position, self.queries[query][position]), []).append((query, layer))
         rows: list[dict[str, Any]] = []
         for (position, token), cells in places.items():
@@ -218,8 +220,8 @@ class MassiveActivations(Saved):
                     "setting": setting,
                     "position": position,
                     "token": token,
-                    "n_queries": len(queries.unique()),
-                    "layers": _spans(layers.unique().tolist()),
+                    "n_queries": len(set(to_list(queries))),
+                    "layers": _spans(sorted(set(to_list(layers)))),
                     "largest_norm": self.norms[setting][queries, layers, position].max().item(),
                     "ratio": self.ratios[setting][queries, layers, position].max().item(),
                 }

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from icl_dual.torch_utils import to_list
+
 BLOCK = 32
 """Positions in one decay matrix. Larger blocks take more arithmetic, smaller ones more steps."""
 NEGLIGIBLE = 1e-30
@@ -98,7 +100,7 @@ def decaying_sum_reference(
     summed = (position[:, None] > position).expand(len(v), -1, -1)
     if documents is not None:
         summed = torch.zeros_like(summed)
-        for batch, row in enumerate(documents.tolist()):
+        for batch, row in enumerate(to_list(documents)):
             for t, document in enumerate(row):
                 first = next((i + 1 for i in range(t - 1, -1, -1) if row[i] != document), 0)  # of this run of tokens
                 summed[batch, t, first:t] = document >= 0
@@ -191,7 +193,7 @@ def _decayed(
     size = n_pos if n_blocks == 1 else BLOCK
     if pad := n_blocks * size - n_pos:
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
-    blocks = x.unflatten(1, (n_blocks, size))
+    blocks = torch.unflatten(x, 1, (n_blocks, size))
     step = torch.arange(size, device=x.device)
     distance = step[:, None] - step
     powers = decay[:, None, None] ** (distance + offset).clamp_min(0)
@@ -200,7 +202,7 @@ def _decayed(
     sources = targets = ends = None
     if source is not None and target is not None:
         sources, targets = (
-            torch.nn.functional.pad(runs, (0, pad), mode="replicate").unflatten(1, (n_blocks, size))
+            torch.unflatten(torch.nn.functional.pad(runs, (0, pad), mode="replicate"), 1, (n_blocks, size))
             for runs in (source, target)
         )
         weights = weights * (targets[..., :, None] == sources[..., None, :])[:, :, None]
@@ -272,7 +274,7 @@ def describe_eta(eta: Float[Tensor, "layer head"]) -> str:
     value = low if low == high else f"{low} to {high}"
     if has_momentum.all():
         return f"η={value}"
-    layers: list[int] = has_momentum.nonzero().flatten().tolist()
+    layers: list[int] = to_list(has_momentum.nonzero().flatten())
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

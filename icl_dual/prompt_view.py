@@ -11,6 +11,7 @@ from icl_dual.arguments import checked
 from icl_dual.models import Model
 from icl_dual.models.tokenization import Tokens, decoded_pieces
 from icl_dual.prompts import SEPARATOR, START, PromptError, Prompts
+from icl_dual.torch_utils import to_list
 
 QUERY = "query"
 LABEL = "label"
@@ -84,7 +85,7 @@ class TokenView:
 
     def __str__(self) -> str:
         width = max(map(len, self.sources))
-        lines, first = [], 0
+        lines, first = list[str](), 0
         for source, run in itertools.groupby(self.sources):
             end = first + len(list(run))
             text = _visible("".join(self.texts[first:end]))
@@ -171,7 +172,7 @@ def show_prompt(
             f"expected label from 0 to {len(prompts.labels) - 1}, got {label}: pass the index of one of the labels"
         )
     runs = [*_runs(prompts), (QUERY, prompts.suffixes[query]), (LABEL, prompts.labels[label])]
-    segments, position = [], 0
+    segments, position = list[Segment](), 0
     for source, tokens in runs:
         spanning = {at - position for at in prompts.spanning}
         segments.append(_segment(tokenizer, source, tokens, spanning))
@@ -185,7 +186,7 @@ def show_prompt(
 def _runs(prompts: Prompts) -> Iterator[tuple[int, Tokens]]:
     """Yield each piece of the prefix after its source."""
     first = 0
-    sources = prompts.segments.tolist()
+    sources = to_list(prompts.segments)
     for at in range(1, len(sources) + 1):
         if at == len(sources) or sources[at] != sources[first]:
             yield sources[first], prompts.prefix[first:at]

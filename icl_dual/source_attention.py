@@ -41,7 +41,7 @@ from icl_dual.results import ROUNDING, check_axes, check_values
 from icl_dual.sourced_prompts import SourcedPrompt, source_index
 from icl_dual.storage import Saved
 from icl_dual.texts import PromptError
-from icl_dual.torch_utils import at_least_float32, checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index, linalg, to_list, vector_norm
 
 Quantity = Literal["mass", "norm", "share", "logit_effect"]
 """A field of `SourceAttention` with a number for each source."""
@@ -230,7 +230,7 @@ class SourceAttention(Saved):
         prompt = checked_index("prompt", prompt, len(self.tokens))
         position = checked_index("position", position, len(self.positions[prompt]))
         head = checked_index("head", head, values.shape[3])
-        by_source = values[prompt, position, self.layers.index(layer), head].tolist()
+        by_source = to_list(values[prompt, position, self.layers.index(layer), head])
         title, at = QUANTITY_TITLES[quantity], self.positions[prompt][position]
         return TokenView(
             f"{title} at layer {layer}, head {head}, for the token at position {at} of prompt {prompt}",
@@ -266,7 +266,7 @@ class SourceAttention(Saved):
 
     def __repr__(self) -> str:
         n_prompts, n_positions, n_layers, n_heads, n_sources = self.mass.shape
-        masses = self.mass.mean((0, 1, 2, 3)).tolist()
+        masses = to_list(self.mass.mean((0, 1, 2, 3)))
         largest = sorted(zip(masses, self.names, strict=True), reverse=True)[:4]
         shown = ", ".join(f"{name} {mass:.3f}" for mass, name in largest) + ", …" * (n_sources > 4)
         logits = f"{self.logit_effect.shape[-1]} logits, " if self.logit_effect is not None else ""
@@ -435,7 +435,7 @@ class _Recorder:
         index = torch.tensor(layers, device=W_O.device)
         self.W_O, self.b_O = at_least_float32(W_O[index]), None if b_O is None else at_least_float32(b_O[index])
         # ‖z W_O‖ = ‖z Rᵀ‖ with the triangular factor R of each head's W_Oᵀ = Q R.
-        self.R = torch.stack([torch.linalg.qr(W.double().mT, mode="r").R.to(self.dtype) for W in self.W_O])
+        self.R = torch.stack([linalg.qr(W.double().mT, mode="r").R.to(self.dtype) for W in self.W_O])
         self.paths = self._direct_paths()
         shape = (len(positions), len(positions[0]), len(layers), model.n_heads, len(names))
         self.fields = {name: torch.zeros(shape, dtype=self.dtype) for name in ("mass", "norm", "share")}
@@ -485,7 +485,7 @@ class _Recorder:
         n_keys = int(self.wanted[columns].max()) + 1
         keys = self.order[self.order < n_keys]
         k, v = k[keys].to(self.dtype), v[keys].to(self.dtype)
-        counts = torch.bincount(self.sources[keys], minlength=len(self.names)).tolist()
+        counts = to_list(torch.bincount(self.sources[keys], minlength=len(self.names)))
         step = max(1, WEIGHTS_AT_ONCE // (self.model.n_heads * n_keys))
         outputs: list[Tensor] = []
         for at in range(0, len(columns), step):
@@ -508,12 +508,12 @@ class _Recorder:
         """Record the split of some rows over keys in the order of their sources; return the sum of contributions."""
         rule, eta = self.model.attention_rules[layer], self.model.eta(layer)
         weights = rule.weights(q, k, rows, keys)
-        mass = torch.stack([part.sum(-1) for part in weights.split(counts, dim=-1)], dim=-1).transpose(0, 1)
+        mass = torch.stack([part.sum(-1) for part in torch.split(weights, counts, dim=-1)], dim=-1).transpose(0, 1)
         factors = weights if eta is None else weights + decay_matrix(eta.to(weights), rows, keys)
         z = torch.stack(
             [
                 dual.weighted_values(part, values)
-                for part, values in zip(factors.split(counts, dim=-1), v.split(counts), strict=True)
+                for part, values in zip(torch.split(factors, counts, dim=-1), torch.split(v, counts), strict=True)
             ],
             dim=2,
         )
@@ -524,7 +524,7 @@ class _Recorder:
         along = torch.einsum("rm,hdm->rhd", output, W_O)
         size = output.square().sum(-1)[:, None, None]
         self._record("mass", cell, mass)
-        self._record("norm", cell, torch.einsum("rhsd,hed->rhse", z, self.R[at]).norm(dim=-1))
+        self._record("norm", cell, vector_norm(torch.einsum("rhsd,hed->rhse", z, self.R[at]), dim=-1))
         self._record("share", cell, torch.einsum("rhsd,rhd->rhs", z, along) / size)
         self._record("sink_mass", cell, 1 - mass.sum(-1))
         self._record("z", cell, z)
@@ -543,7 +543,8 @@ class _Recorder:
             return
         expected = output[0, rows.to(output.device)].to(computed)
         at = self.layers.index(layer)
-        relative = ((computed - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max().item()
+        errors = vector_norm(computed - expected, dim=-1) / vector_norm(expected, dim=-1).clamp_min(1e-30)
+        relative = errors.max().item()
         if not relative <= (tolerance := LAYER_TOLERANCE[self.model.dtype]):
             raise UnsupportedModelError(
                 f"{self.model.name} ({self.model.architecture}), layer {layer}: expected contributions that sum to "

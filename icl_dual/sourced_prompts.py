@@ -24,7 +24,7 @@ from icl_dual.models.tokenization import (
 )
 from icl_dual.prompts import SEPARATOR, START, Prompts
 from icl_dual.texts import PromptError
-from icl_dual.torch_utils import checked_index
+from icl_dual.torch_utils import checked_index, to_list
 
 START_TOKEN = "start token"
 """The source of the tokens that the tokenizer's own template puts in front of a text: attention sinks."""
@@ -348,7 +348,7 @@ def prompt_from_query(prompts: Prompts, query: int = 0) -> SourcedPrompt:
     """
     suffix = prompts.suffixes[checked_index("query", query, len(prompts.queries))]
     names = {START: START_TOKEN, SEPARATOR: "separators"}
-    by_token = [names.get(segment, f"demonstration {segment + 1}") for segment in prompts.segments.tolist()]
+    by_token = [names.get(segment, f"demonstration {segment + 1}") for segment in to_list(prompts.segments)]
     by_token += ["query"] * len(suffix)
     order = (
         START_TOKEN,

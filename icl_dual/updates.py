@@ -44,7 +44,8 @@ from icl_dual.prompts import Prompts
 from icl_dual.results import ROUNDING, check_axes, check_range, check_values, compare_by_value
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import checked_index, is_half
+from icl_dual.torch_utils import checked_index, is_half, linalg, to_list, vector_norm
+from icl_dual.type_guards import is_list
 
 BATCH_SIZE = 16
 """How many queries run at once."""
@@ -239,8 +240,8 @@ def _batches(prompts: Prompts) -> list[Int[Tensor, " batch"]]:
     lengths = torch.tensor([len(row) for row in prompts.zero_shot().suffixes])
     shifts = torch.tensor([len(row) for row in prompts.suffixes]) - lengths
     by_length = lengths.argsort(stable=True)
-    by_shift = [by_length[shifts[by_length] == shift] for shift in shifts.unique()]
-    return [batch for queries in by_shift for batch in queries.split(BATCH_SIZE)]
+    by_shift = [by_length[shifts[by_length] == shift] for shift in sorted(set(to_list(shifts)))]
+    return [batch for queries in by_shift for batch in torch.split(queries, BATCH_SIZE)]
 
 
 def _demonstration_keys_values(model: Model, in_context: Capture) -> DemonstrationKeysValues:
@@ -259,7 +260,8 @@ class _FixedInputPass:
     def __init__(self, model: Model, prompts: Prompts, batch: Int[Tensor, " batch"]) -> None:
         self.model, self.batch = model, batch
         alone = prompts.zero_shot().suffixes
-        rows = [[*prompts.start, *alone[index]] for index in batch.tolist()]
+        queries: list[int] = to_list(batch)
+        rows = [[*prompts.start, *alone[query]] for query in queries]
         longest = max(map(len, rows))
         self.tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
         self.last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
@@ -289,7 +291,7 @@ class _FixedInputPass:
             expected = zero_shot.attn_out[self.batch, layer]
             rows = torch.arange(len(self.batch), device=self.last.device)
             difference = output[rows, self.last].to(expected) - expected
-            residual = (difference.norm(dim=-1) / expected.norm(dim=-1)).max().item()
+            residual = (vector_norm(difference, dim=-1) / vector_norm(expected, dim=-1)).max().item()
             if not residual <= tolerance:
                 raise UnsupportedModelError(
                     f"{self.model.name} ({self.model.architecture}), layer {layer}: expected zero-shot prompts at "
@@ -329,7 +331,8 @@ def _visible_demonstrations(
 ) -> Bool[Tensor, "batch demo_pos"]:
     """Return which of the demonstrations' tokens the layer's mask shows at each query's recorded position."""
     n_start, n_prefix = len(prompts.start), len(prompts.prefix)
-    recorded = torch.tensor([n_prefix + len(prompts.suffixes[index]) - 1 for index in batch.tolist()])
+    queries: list[int] = to_list(batch)
+    recorded = torch.tensor([n_prefix + len(prompts.suffixes[query]) - 1 for query in queries])
     return model.attention_rules[layer].visible(recorded[None], torch.arange(n_start, n_prefix)[None])[0]
 
 
@@ -370,11 +373,11 @@ def _compare_layer(
     q = in_context.q_scored[batch, layer].double()
     a, b = icl_update, dual.Svd.of(W_FT)
     values_by_name = {
-        "norm_ratio": torch.where(a.S[..., 0] > 0, b.S.norm(dim=-1) / a.S.norm(dim=-1), torch.nan),
+        "norm_ratio": torch.where(a.S[..., 0] > 0, vector_norm(b.S, dim=-1) / vector_norm(a.S, dim=-1), torch.nan),
         "effective_rank_icl": dual.effective_rank(a.S).expand(len(batch), -1),
         "effective_rank_ft": dual.effective_rank(b.S),
     }
-    by_group = q.unflatten(1, (W_FT.shape[1], -1))
+    by_group = torch.unflatten(q, 1, (W_FT.shape[1], -1))
     action = a.act(by_group)
     for suffix, other in (("", b), ("_random", b.with_random_directions(generator))):
         overlap = dual.overlap(a, other, rank)
@@ -425,7 +428,7 @@ class DeltaSummary(Saved):
             if values is None:
                 continue
             for layer, value in enumerate(values.tolist()):
-                by_demo = enumerate(value, 1) if isinstance(value, list) else [(None, value)]
+                by_demo = enumerate(value, 1) if is_list(value) else [(None, value)]
                 rows += [(field.name, layer, demo, number) for demo, number in by_demo]
         frame = pd.DataFrame(rows, columns=["metric", "layer", "demonstration", "value"])
         return frame.astype({"demonstration": "Int64"})
@@ -451,8 +454,8 @@ def summarise(delta: WeightDelta) -> DeltaSummary:
         errors = [e.double() for e in (factors.e_K, factors.e_V)]
         weights = [dual.outer_sum(factors.x.double(), e) for e in errors]
         shares = [_shares(e, factors, W) for e, W in zip(errors, weights, strict=True)]
-    spectra = [torch.linalg.svdvals(W) for W in weights]
-    return DeltaSummary(*(S.norm(dim=-1) for S in spectra), *(dual.effective_rank(S) for S in spectra), *shares)
+    spectra = [linalg.svdvals(W) for W in weights]
+    return DeltaSummary(*(vector_norm(S, dim=-1) for S in spectra), *(dual.effective_rank(S) for S in spectra), *shares)
 
 
 def _shares(

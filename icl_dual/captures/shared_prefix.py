@@ -41,7 +41,7 @@ from icl_dual.models.overflow import check_activations, is_finite
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
 from icl_dual.results import compare_by_value
-from icl_dual.torch_utils import is_out_of_memory, pad_right
+from icl_dual.torch_utils import is_out_of_memory, pad_right, to_list, vector_norm
 
 PREFIX_BLOCK = 256
 """How many prefix tokens run at once on a CPU: the memory of a model's own attention grows with their square."""
@@ -410,7 +410,7 @@ def run_queries(
         MemoryError: a single row does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    pending = deque(split_into_batches(list(map(len, rows)), limit.n, batch_overhead(model)))
+    pending: deque[list[int]] = deque(split_into_batches(list(map(len, rows)), limit.n, batch_overhead(model)))
     while pending:
         batch = pending.popleft()
         tokens = pad_right([rows[row] for row in batch], device=model.device)
@@ -575,7 +575,7 @@ def log_probs_of(logits: Tensor) -> Tensor:
 def norms_of(residual: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " *axes"]:
     """Return the norm of each token's residual stream, in float32 or wider: massive activations overflow float16."""
     dtype = torch.promote_types(residual.dtype, torch.float32)
-    return torch.linalg.vector_norm(residual, dim=-1, dtype=dtype)
+    return vector_norm(residual, dim=-1, dtype=dtype)
 
 
 def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:
@@ -693,7 +693,7 @@ def arbitrary_prompts(model: Model, start: Tokens) -> Prompts:
     n_query = min(6, max(1, n_available // 5))
     n_demo = min(24, n_available - n_query)
     generator = torch.Generator().manual_seed(0)
-    ids = tuple(torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=generator).tolist())
+    ids = tuple(to_list(torch.randint(0, model.d_vocab, (n_demo + 2 * n_query,), generator=generator)))
     return Prompts(
         start=start,
         demonstrations=(ids[:n_demo],),

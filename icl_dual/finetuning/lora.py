@@ -13,7 +13,7 @@ from icl_dual.finetuning.config import FinetuneConfig
 from icl_dual.models import Model, ProjectionName, UnsupportedModelError, Weight
 from icl_dual.models.adapters import import_peft
 from icl_dual.models.backend import ProjectionDelta
-from icl_dual.torch_utils import at_least_float32
+from icl_dual.torch_utils import at_least_float32, fork_rng
 
 ADAPTER = "default"
 """The name that peft gives an adapter."""
@@ -41,7 +41,7 @@ class Adapters:
         bases = [[_linear(weights[f"W_{kind}"][layer]) for kind in self.kinds] for layer in range(model.n_layers)]
         modules = nn.ModuleList(nn.ModuleDict(dict(zip(self.kinds, layer, strict=True))) for layer in bases)
         settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(self.kinds))
-        with torch.random.fork_rng(devices=[]):
+        with fork_rng(devices=[]):
             torch.default_generator.manual_seed(lora.seed)  # torch.manual_seed would reseed accelerators, too
             self.modules: Any = peft.inject_adapter_in_model(settings, modules)
         self.zeros = {

@@ -38,7 +38,7 @@ def rate_factors(config: FinetuneConfig, n_steps: int) -> list[float]:
     factors: list[float] = []
     for _ in range(n_steps):
         factors.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+        optimiser.step()  # pyright: ignore[reportUnknownMemberType]
         scheduler.step()
     return factors
 

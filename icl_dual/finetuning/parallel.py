@@ -46,7 +46,7 @@ from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts
-from icl_dual.torch_utils import at_least_float32, is_out_of_memory
+from icl_dual.torch_utils import at_least_float32, is_out_of_memory, to_list, vector_norm
 
 log = logging.getLogger(__name__)
 
@@ -191,13 +191,13 @@ class _Run:
     """The learning rate."""
     noise: Noise | None = None
     """The noise on the weights that it starts from; `None` without noise."""
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list[float])
     """The mean cross-entropy of each step's demonstration, in nats, up to the last look."""
     n_read: int = 0
     """How many demonstrations it has read."""
-    q: list[Tensor] = field(default_factory=list)
+    q: list[Tensor] = field(default_factory=list[Tensor])
     """By step, the queries of its tokens before rotation, `[layer pos head d_head]`."""
-    k: list[Tensor] = field(default_factory=list)
+    k: list[Tensor] = field(default_factory=list[Tensor])
     """By step, the keys of its tokens before rotation, `[layer pos kv_head d_head]`."""
     path_length: float = 0.0
     """The sum of the norms of all steps, in units of the weights' norm."""
@@ -269,11 +269,11 @@ class _Steps:
             gradients = [gradient / len(batch) for gradient in gradients]
         rates = lrs * self.rate_factors[self.n_steps]
         steps = self._directions(tensors, gradients, weights)
-        norms = torch.stack([torch.linalg.vector_norm(step, dim=tuple(range(1, step.ndim))) for step in steps])
+        norms = torch.stack([vector_norm(step, dim=tuple(range(1, step.ndim))) for step in steps])
         for tensor, step in zip(tensors, steps, strict=True):
             tensor.sub_(step * rates.view(-1, *[1] * (step.ndim - 1)))
         self.gradient_sums, self.n_read, self.n_steps = [], 0, self.n_steps + 1
-        return norms.norm(dim=0) * rates
+        return vector_norm(norms, dim=0) * rates
 
     def _directions(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], weights: Sequence[Tensor] | None
@@ -516,7 +516,7 @@ class _ParallelRuns:
 
     def _look(self) -> None:
         """Read the losses and norms of the steps since the last look."""
-        losses, norms = (torch.stack(steps, dim=1).tolist() for steps in zip(*self.unseen, strict=True))
+        losses, norms = (to_list(torch.stack(steps, dim=1)) for steps in zip(*self.unseen, strict=True))
         self.unseen.clear()
         for run, run_losses, run_norms in zip(self.active, losses, norms, strict=True):
             run.losses += run_losses

@@ -38,9 +38,9 @@ class Finetuned:
 
     delta: WeightDelta
     """The change of weights by the finetuning itself."""
-    replicas: Mapping[str, WeightDelta] = field(default_factory=dict)
+    replicas: Mapping[str, WeightDelta] = field(default_factory=dict[str, WeightDelta])
     """By replica: the change of weights."""
-    diverged: Mapping[str, str] = field(default_factory=dict)
+    diverged: Mapping[str, str] = field(default_factory=dict[str, str])
     """By replica that diverged: the error."""
     names: tuple[str, ...] = ()
     """The names of all replicas in order, those that diverged included."""

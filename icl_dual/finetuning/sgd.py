@@ -41,7 +41,7 @@ from icl_dual.models.overflow import check_activations
 from icl_dual.models.precision import exact_float32
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_prompts
-from icl_dual.torch_utils import at_least_float32, is_half, is_out_of_memory
+from icl_dual.torch_utils import at_least_float32, is_half, is_out_of_memory, to_list, vector_norm
 
 EXPLODED_LOSS = 3.0
 """The largest loss that is no explosion, in units of log(d_vocab), the loss of a uniform prediction; or of the first
@@ -212,7 +212,7 @@ def _finetune(
             descent.step()
             if step % look_every and step < total:
                 continue
-            losses += torch.stack(loss_tensors).tolist()
+            losses += to_list(torch.stack(loss_tensors))
             loss_tensors.clear()
             if (error := divergence(model, losses, descent.change(), total, lr)) is not None:
                 raise error
@@ -421,7 +421,7 @@ class _Descent:
         self.parameters = parameters
         # Half precision would round small steps to nothing: they are taken on float32 copies, as in mixed precision.
         self.is_rounded = any(is_half(parameter.dtype) for parameter in self.parameters)
-        self.stepped = (
+        self.stepped: list[nn.Parameter] = (
             [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
             if self.is_rounded
             else self.parameters
@@ -533,11 +533,12 @@ class _FactorRecorder:
                 parameter_gradient = weight.parameter.grad
                 assert parameter_gradient is not None
                 expected = -self.rate * at_least_float32(weight.to_matrix(parameter_gradient))
-                error = (dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - expected).norm()
-                if not error <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * expected.norm():
+                error = vector_norm(dual.outer_sum(self.x[layer][-1], self.errors[kind][layer][-1]) - expected)
+                norm = vector_norm(expected)
+                if not error <= 10 * math.sqrt(torch.finfo(self.model.dtype).eps) * norm:
                     raise UnsupportedModelError(
                         f"{self.model.name}, layer {layer}: expected the gradient of W_{kind} to be the sum of its "
-                        f"factors, got a difference of {error:.1e} at a norm of {expected.norm():.1e} in step {step}: "
+                        f"factors, got a difference of {error:.1e} at a norm of {norm:.1e} in step {step}: "
                         "its projections are used elsewhere too, or keys and values have different inputs. Use "
                         "factors=False"
                     )
@@ -549,8 +550,8 @@ class _FactorRecorder:
             for layers in (self.x, self.errors["K"], self.errors["V"])
         )
         steps = torch.arange(len(self.x[0])).repeat_interleave(torch.tensor(list(map(len, self.x[0])))).to(x.device)
-        errors = [(dual.outer_sum(x, e) - W).flatten(1).norm(dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
-        norms = [W.flatten(1).norm(dim=1) for W in (W_K, W_V)]
+        errors = [vector_norm((dual.outer_sum(x, e) - W).flatten(1), dim=1) for e, W in ((e_K, W_K), (e_V, W_V))]
+        norms = [vector_norm(W.flatten(1), dim=1) for W in (W_K, W_V)]
         return Factors(x, e_K, e_V, steps, (torch.stack(errors) / torch.stack(norms)).max().item())
 
 
@@ -601,7 +602,7 @@ def _backward(
     if layer_causal:
         _backward_by_layer(model, [residual[0, read] for residual in residuals], targets, logits[0])
     else:
-        loss.backward()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
     return loss.detach(), torch.stack(by_layer["q"]), torch.stack(by_layer["k"])
 
 
@@ -624,7 +625,7 @@ def _backward_by_layer(
         group = outputs[first : first + layers_at_once]
         layer_logits = at_least_float32(model.unembed(torch.stack(group)))
         loss = nn.functional.cross_entropy(layer_logits.flatten(0, 1), targets.repeat(len(group)), reduction="sum")
-        (loss / len(targets)).backward()
+        (loss / len(targets)).backward()  # pyright: ignore[reportUnknownMemberType]
     _check_readout(model, layer_logits[-1].detach(), logits)
 
 

@@ -27,7 +27,7 @@ from icl_dual.models.journal import Undo, exclusive
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.results import check_axes, check_count, check_values, compare_by_value
 from icl_dual.storage import CLASS, Saved
-from icl_dual.torch_utils import at_least_float32, is_half
+from icl_dual.torch_utils import at_least_float32, from_numpy, is_half, vector_norm
 
 
 @checked
@@ -385,10 +385,11 @@ class WeightDelta(Saved):
         rng = np.random.default_rng(seed)
         random_deltas: dict[str, Tensor] = {}
         for name in DELTA_FIELDS:
-            if (delta := getattr(self, name)) is not None:
-                direction = torch.from_numpy(rng.standard_normal(delta.shape)).flatten(1)
-                norm = delta.double().flatten(1).norm(dim=1, keepdim=True)
-                scaled = direction * (norm / direction.norm(dim=1, keepdim=True))
+            delta: Tensor | None = getattr(self, name)
+            if delta is not None:
+                direction = from_numpy(rng.standard_normal(delta.shape)).flatten(1)
+                norm = vector_norm(delta.double().flatten(1), dim=1, keepdim=True)
+                scaled = direction * (norm / vector_norm(direction, dim=1, keepdim=True))
                 random_deltas[name] = scaled.view(delta.shape).to(delta)
         return replace(self, **random_deltas, factors=None)
 
@@ -415,7 +416,7 @@ def trained_weights(model: Model, trained: Trained = "key-value") -> dict[str, l
 @exclusive
 def _apply(model: Model, delta: WeightDelta, undo: Undo) -> None:
     """Apply a delta to a model until the block ends."""
-    delta._check_applies(model)
+    delta._check_applies(model)  # pyright: ignore[reportPrivateUsage]
     weights = trained_weights(model, delta.trained)
     if is_half(model.storage_dtype) and model.supports_projection_deltas and not delta.rounded:
         add_changes(model, {name: getattr(delta, name) for name in weights}, undo)

@@ -54,7 +54,7 @@ class Batch:
     """How many of the batch's queries have their attention to the demonstrations compared."""
     seed: int = 0
     """The seed of the random baselines."""
-    streams: dict[str, np.random.Generator] = field(default_factory=dict)
+    streams: dict[str, np.random.Generator] = field(default_factory=dict[str, np.random.Generator])
     """The random baselines' generators by name, shared by all batches of a comparison."""
     leave_out_massive: bool = False
     """Whether `m_…` are zero, and `query_mask` False, at tokens with massive activations."""

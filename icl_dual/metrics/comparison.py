@@ -48,6 +48,7 @@ from icl_dual.statistics.intervals import (
     widened,
 )
 from icl_dual.storage import Saved
+from icl_dual.torch_utils import to_list
 
 KENDALL_QUERIES = 100
 """Attention to the demonstrations is compared on this many of the first queries, as the paper does."""
@@ -107,7 +108,7 @@ class Comparison(Saved):
     per_layer: dict[str, Float[Tensor, "_ layer"]]
     """By metric: its value for each query and layer, NaN where undefined. SimAM is averaged over heads; Kendall and
     recall have the first queries only, and are absent where the recordings lack what they need."""
-    per_query: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
+    per_query: dict[str, Float[Tensor, "_"]] = field(default_factory=dict[str, Tensor])
     """By registered metric with one value a query: its values, NaN where undefined. Those of predictions alone, such as
     accuracy, are not kept here: they follow from `predictions`."""
     stability: Stability | None = None
@@ -235,8 +236,8 @@ class Comparison(Saved):
         spreads = [np.nan] * values.shape[1]
         if self.stability is not None and metric in self.stability.layer_shifts:
             low, high = self.stability.layer_range(metric)
-            spreads = (high - low).tolist()
-        columns = zip(values.nanmean(0).tolist(), spreads, values.isfinite().sum(0).tolist(), strict=True)
+            spreads = to_list(high - low)
+        columns = zip(to_list(values.nanmean(0)), spreads, to_list(values.isfinite().sum(0)), strict=True)
         ends = {"low": np.nan, "high": np.nan}
         return [
             {"metric": metric, "layer": layer, "value": value, **ends, "spread": spread, "n": n}
@@ -278,7 +279,7 @@ class Comparison(Saved):
         for name, metric in metrics().items():
             if metric.released and name in self.per_layer:
                 values = self.per_layer[name]
-                scores[metric.released] = (values.nan_to_num() if metric.released_zeros else values).mean(0).tolist()
+                scores[metric.released] = to_list((values.nan_to_num() if metric.released_zeros else values).mean(0))
         return scores
 
     def __repr__(self) -> str:
@@ -290,7 +291,7 @@ class Comparison(Saved):
     def _repr_html_(self) -> str:
         headlines = [metric.name for metric in metrics().values() if metric.headline]
         lines = [
-            Line(name, f"query={len(values)} layer={values.shape[1]}", "layer", values.double().nanmean(0).tolist())
+            Line(name, f"query={len(values)} layer={values.shape[1]}", "layer", to_list(values.double().nanmean(0)))
             for name, values in self.per_layer.items()
             if name in headlines
         ]
@@ -456,7 +457,7 @@ def compare_recordings(
     computed = {name: m for name, m in metrics().items() if not m.from_predictions and not m.missing(recordings)}
     streams = random_streams(seed)
     values_by_name: dict[str, list[Tensor]] = {}
-    for queries in torch.arange(n_queries, device=recordings.gold.device).split(QUERIES_AT_ONCE):
+    for queries in torch.split(torch.arange(n_queries, device=recordings.gold.device), QUERIES_AT_ONCE):
         n_first = int((queries < kendall_queries).sum())
         batch = Batch.of(recordings, queries, n_first=n_first, seed=seed, streams=streams)
         for name, metric in computed.items():

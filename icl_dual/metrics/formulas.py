@@ -16,6 +16,7 @@ from torch import Tensor
 from icl_dual import dual
 from icl_dual.field_docs import document_fields
 from icl_dual.statistics.ranks import kendall
+from icl_dual.torch_utils import from_numpy, unique, vector_norm
 
 TOP_TOKENS, TOP_DEMONSTRATIONS = 100, 5
 """The numbers of most attended tokens and demonstrations over which the released code computes recall."""
@@ -171,7 +172,7 @@ def draw_directions(shape: Sequence[int], seed: Seed, draws: int = NULL_DRAWS) -
         draws: the number of directions for each update, along the second axis.
     """
     n, *axes = shape
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
+    return from_numpy(np.random.default_rng(seed).standard_normal((n, draws, *axes), dtype=np.float32))
 
 
 def as_long(
@@ -179,8 +180,8 @@ def as_long(
 ) -> Float[Tensor, "query draw *axes d"]:
     """Return directions as vectors that are as long as the updates; the directions are overwritten."""
     directions = directions.to(update.device)
-    size = update.norm(dim=-1, keepdim=True).unsqueeze(1).to(directions)
-    return directions.mul_(size / directions.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+    size = vector_norm(update, dim=-1, keepdim=True).unsqueeze(1).to(directions)
+    return directions.mul_(size / vector_norm(directions, dim=-1, keepdim=True).clamp_min(1e-20))
 
 
 def sim_am(
@@ -273,7 +274,7 @@ def query_by_kv_head(q: Float[Tensor, "query layer d_q"], n_heads: int, d_kv: in
         The summed queries, key-value heads side by side.
     """
     d_head = q.shape[-1] // n_heads
-    return q.unflatten(-1, (d_kv // d_head, -1, d_head)).sum(-2).flatten(-2)
+    return torch.unflatten(q, -1, (d_kv // d_head, -1, d_head)).sum(-2).flatten(-2)
 
 
 def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[Tensor, "query layer demo_token"]:
@@ -286,7 +287,7 @@ def demonstration_weights(m: Float[Tensor, "query layer demo_token"]) -> Float[T
         weights = (m - m.amax(-1, keepdim=True)).exp()
         return weights / weights.sum(-1, keepdim=True)
     shifted = np.exp((m - m.amax(-1, keepdim=True)).numpy())
-    return torch.from_numpy(shifted / shifted.sum(-1, keepdims=True))
+    return from_numpy(shifted / shifted.sum(-1, keepdims=True))
 
 
 def by_demonstration(
@@ -301,7 +302,7 @@ def by_demonstration(
     Returns:
         Attention to each demonstration that has tokens, in the order of the indices.
     """
-    demonstrations, index = owners.unique(return_inverse=True)
+    demonstrations, index = unique(owners)
     return weights.new_zeros(*weights.shape[:2], len(demonstrations)).index_add_(2, index, weights)
 
 
@@ -332,7 +333,7 @@ def top_recall(
     top_icl, top_ft = (np.argsort(-weights.numpy(), axis=-1)[..., :k] for weights in (icl, ft))
     is_top_ft = np.zeros(ft.shape, dtype=bool)
     np.put_along_axis(is_top_ft, top_ft, True, axis=-1)
-    return torch.from_numpy(np.take_along_axis(is_top_ft, top_icl, axis=-1).mean(-1))
+    return from_numpy(np.take_along_axis(is_top_ft, top_icl, axis=-1).mean(-1))
 
 
 def top_recall_random(recall: Float[Tensor, "query layer"], k: int, n_items: int) -> Float[Tensor, "query layer"]:
@@ -374,8 +375,8 @@ def changed(m: Tensor, other: Tensor, rounding: float) -> Tensor:
         The difference of each score, in the unit of the scores.
     """
     change = other - m
-    size = torch.maximum(m.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True))
-    return change.where(change.norm(dim=-1, keepdim=True) > rounding * size, 0.0)
+    size = torch.maximum(vector_norm(m, dim=-1, keepdim=True), vector_norm(other, dim=-1, keepdim=True))
+    return change.where(vector_norm(change, dim=-1, keepdim=True) > rounding * size, 0.0)
 
 
 def random_map_updates(
@@ -393,8 +394,8 @@ def random_map_updates(
     """
     is_token = (m_zsl != 0).any(-2, keepdim=True)  # past a query's end the scores of all heads are 0
     noise = np.random.default_rng(seed).standard_normal(tuple(change.shape), dtype=np.float32)
-    r = torch.from_numpy(noise).to(change) * is_token
-    return r * (change.norm(dim=-1, keepdim=True) / r.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+    r = from_numpy(noise).to(change) * is_token
+    return r * (vector_norm(change, dim=-1, keepdim=True) / vector_norm(r, dim=-1, keepdim=True).clamp_min(1e-20))
 
 
 def mean_over_heads(similarity: Float[Tensor, "query layer head"]) -> Float[Tensor, "query layer"]:
@@ -405,9 +406,9 @@ def mean_over_heads(similarity: Float[Tensor, "query layer head"]) -> Float[Tens
 
 def _unit(h: Tensor) -> Tensor:
     """Return ĥ = h/‖h‖; a zero vector stays zero, as in the released scripts."""
-    return h / h.norm(dim=-1, keepdim=True).clamp_min(1e-20)
+    return h / vector_norm(h, dim=-1, keepdim=True).clamp_min(1e-20)
 
 
 def _uniform(like: Tensor, seed: Seed) -> Tensor:
     """Return uniform numbers in [0, 1) from numpy's generator, which gives the same stream on every platform."""
-    return torch.from_numpy(np.random.default_rng(seed).random(tuple(like.shape))).to(like)
+    return from_numpy(np.random.default_rng(seed).random(tuple(like.shape))).to(like)

@@ -31,7 +31,7 @@ class Stability:
     shifts: dict[str, Float[Tensor, " replica"]]
     """By metric: the replica's value less the run's own on the same queries; NaN where one of the two is undefined,
     infinite where the replica diverged and the metric depends on finetuning."""
-    layer_shifts: dict[str, Float[Tensor, "replica layer"]] = field(default_factory=dict)
+    layer_shifts: dict[str, Float[Tensor, "replica layer"]] = field(default_factory=dict[str, Tensor])
     """By metric: the shifts at each layer."""
     diverged: tuple[str, ...] = ()
     """The errors of the replicas that diverged."""

@@ -40,7 +40,7 @@ from icl_dual.results import ROUNDING, check_axes, check_values
 from icl_dual.scoring import WITH_BASELINE
 from icl_dual.statistics.frames import summary_frame
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import at_least_float32, checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index, linalg, vector_norm
 
 EFFECT_FIELDS: tuple[Field, ...] = ("stream", "next_log_probs")
 """The fields of `capture` that `compare_effects` needs."""
@@ -76,7 +76,7 @@ class FunctionVector(Saved):
         check_values(self, "layer", low=0)
 
     def __repr__(self) -> str:
-        return f"FunctionVector({self.model!r}, layer {self.layer}, norm={self.vector.norm():.3g})"
+        return f"FunctionVector({self.model!r}, layer {self.layer}, norm={vector_norm(self.vector):.3g})"
 
     @checked
     @contextmanager
@@ -228,13 +228,13 @@ class _Directions(NamedTuple):
 
     @classmethod
     def of(cls, W: Float[Tensor, "*batch d_out d_in"]) -> "_Directions":
-        U, S, Vh = torch.linalg.svd(W.double().cpu(), full_matrices=False)
+        U, S, Vh = linalg.svd(W.double().cpu(), full_matrices=False)
         return cls(U, S, Vh.mT)
 
     @classmethod
     def of_low_rank(cls, change: LowRank) -> "_Directions":
         """Return that of ΔW from its factors: the matrix itself is never computed."""
-        (Q_left, R_left), (Q_right, R_right) = (torch.linalg.qr(factor.double().cpu()) for factor in change)
+        (Q_left, R_left), (Q_right, R_right) = (linalg.qr(factor.double().cpu()) for factor in change)
         inner = cls.of(R_left @ R_right.mT)
         return cls(Q_left @ inner.U, inner.S, Q_right @ inner.V)
 
@@ -253,7 +253,7 @@ class _Directions(NamedTuple):
 
 def _random_like(basis: Float[Tensor, "*batch d n"], generator: torch.Generator) -> Float[Tensor, "*batch d n"]:
     """Return orthonormal columns drawn uniformly."""
-    Q, R = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=basis.dtype))
+    Q, R = linalg.qr(torch.randn(basis.shape, generator=generator, dtype=basis.dtype))
     return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else they would not be uniform
 
 
@@ -262,7 +262,7 @@ def _angles(a: _Directions, b: _Directions, side: str, rank: int) -> Float[Tenso
     in_a, in_b = (directions.has_direction()[..., :rank] for directions in (a, b))
     of_a, of_b = (getattr(directions, side)[..., :rank] for directions in (a, b))
     overlap = (of_a.mT @ of_b) * (in_a.unsqueeze(-1) & in_b.unsqueeze(-2))
-    degrees = torch.linalg.svdvals(overlap).clamp(max=1).acos().rad2deg()
+    degrees = linalg.svdvals(overlap).clamp(max=1).acos().rad2deg()
     n_angles = torch.minimum(in_a.sum(-1), in_b.sum(-1)).unsqueeze(-1)
     known = torch.where(torch.arange(degrees.shape[-1]) < n_angles, degrees, torch.nan)
     return torch.nn.functional.pad(known, (0, rank - known.shape[-1]), value=torch.nan)
@@ -381,7 +381,7 @@ def compare_effects(
     written, of_reference = (_stream(captured) - base for captured in (changed, reference))
     a, b = (_Directions.of(effect.transpose(0, 1)) for effect in (written, of_reference))
     null = a.with_random_directions(generator)
-    sizes = [effect.norm(dim=-1) for effect in (written, of_reference)]
+    sizes = [vector_norm(effect, dim=-1) for effect in (written, of_reference)]
     return EffectComparison(
         model=zero_shot.model,
         rank=rank,
@@ -402,7 +402,7 @@ def _stream(captured: Capture) -> Float[Tensor, "query layer d_model"]:
 
 
 def _cosine(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    norms = vector_norm(a, dim=-1) * vector_norm(b, dim=-1)
     return torch.where(norms > 0, (a * b).sum(-1) / norms, torch.nan)
 
 
@@ -547,7 +547,7 @@ def compare_weights(
     fields: dict[str, dict[str, Tensor]] = {}
     for name in names:
         left, right = of_a[name], of_b[name]
-        sizes = [directions.S.norm(dim=-1) for directions in (left, right)]
+        sizes = [vector_norm(directions.S, dim=-1) for directions in (left, right)]
         fields.setdefault("norm_ratio", {})[name] = torch.where(sizes[0] > 0, sizes[1] / sizes[0], torch.nan)
         for suffix, other in (("", right), ("_random", right.with_random_directions(generator))):
             fields.setdefault("cosine" + suffix, {})[name] = _frobenius_cosine(left, other)
@@ -566,5 +566,5 @@ def _matrices(change: Patch | WeightDelta) -> dict[str, _Directions]:
 
 def _frobenius_cosine(a: _Directions, b: _Directions) -> Float[Tensor, " layer"]:
     inner = (a.S.unsqueeze(-1) * b.S.unsqueeze(-2) * (a.U.mT @ b.U) * (a.V.mT @ b.V)).sum((-2, -1))
-    norms = a.S.norm(dim=-1) * b.S.norm(dim=-1)
+    norms = vector_norm(a.S, dim=-1) * vector_norm(b.S, dim=-1)
     return torch.where(norms > 0, inner / norms, torch.nan)

@@ -54,7 +54,7 @@ from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.patch import Patch, check_tokens
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.results import check_values
-from icl_dual.torch_utils import at_least_float32, checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index, vector_norm
 
 
 @checked
@@ -225,7 +225,7 @@ def checked_input(model: Model, layer: int, part: MlpPart, x: Float[Tensor, " d_
         name = "the down projection" if part == "out" else "the MLP"
         raise ValueError(
             f"{model.name}, layer {layer}: expected an input of {name} other than zero, got one of norm "
-            f"{x.double().norm().item():.3g} at the recorded position: no change of weights acts on it, use another "
+            f"{vector_norm(x.double()):.3g} at the recorded position: no change of weights acts on it, use another "
             "query"
         )
     return x
@@ -250,7 +250,7 @@ def checked_ratio(
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
     """Return ‖got − expected‖ / ‖expected‖, computed in float64; 0 where both are zero."""
-    difference, norm = (got.double() - expected.double()).norm().item(), expected.double().norm().item()
+    difference, norm = vector_norm(got.double() - expected.double()).item(), vector_norm(expected.double()).item()
     return difference / norm if norm else difference
 
 
@@ -351,13 +351,15 @@ class _Patcher:
     """What the in-context pass left."""
     middle: Tensor = field(init=False)
     """u of the layer that runs."""
-    factors: dict[MlpPart, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    factors: dict[MlpPart, tuple[list[Tensor], list[Tensor]]] = field(
+        default_factory=dict[MlpPart, tuple[list[Tensor], list[Tensor]]]
+    )
     """By part, what its change writes and what it reads, by layer."""
-    bias: list[Tensor] = field(default_factory=list)
+    bias: list[Tensor] = field(default_factory=list[Tensor])
     """The change of the bias, by layer."""
-    scale: list[Tensor] = field(default_factory=list)
+    scale: list[Tensor] = field(default_factory=list[Tensor])
     """The change of the scale, by layer."""
-    residuals: list[float] = field(default_factory=list)
+    residuals: list[float] = field(default_factory=list[float])
     """The relative difference of the stream from the in-context one, by layer."""
 
     def on_middle(self, layer: int, middle: Tensor) -> None:

@@ -41,7 +41,7 @@ from icl_dual.patches.patch import check_tokens
 from icl_dual.prompts import PromptError, Prompts, check_prompts
 from icl_dual.results import check_axes, check_count, check_names, check_values
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import at_least_float32, checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index, vector_norm
 
 Form = Literal["naive", "stable", "beside", "cached", "unpatched"]
 """How the tokens are generated: by a patch in one of three forms, or by a control."""
@@ -215,8 +215,8 @@ class _Context:
 
     model: Model
     prompt: Tokens
-    recorders: dict[Tokens, Recorder] = field(default_factory=dict)
-    computed: dict[Tokens, Float[Tensor, " d_vocab"]] = field(default_factory=dict)
+    recorders: dict[Tokens, Recorder] = field(default_factory=dict[Tokens, Recorder])
+    computed: dict[Tokens, Float[Tensor, " d_vocab"]] = field(default_factory=dict[Tokens, Tensor])
     """The logits."""
 
     def recorder(self, generated: Tokens) -> Recorder:
@@ -241,8 +241,8 @@ class _Measured:
 
     generator: Logits
     context: _Context
-    errors: list[float] = field(default_factory=list)
-    largest: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list[float])
+    largest: list[float] = field(default_factory=list[float])
 
     def logits(self, generated: Tokens) -> Float[Tensor, " d_vocab"]:
         """Return logits and keep their errors; NaN where nothing was run in context."""
@@ -250,7 +250,7 @@ class _Measured:
         error = largest = torch.nan
         if generated in self.context.recorders:
             expected = self.context.logits(generated)
-            error = ((logits - expected).norm() / expected.norm()).item()
+            error = (vector_norm(logits - expected) / vector_norm(expected)).item()
             largest = (logits - expected).abs().max().item()
         self.errors.append(error)
         self.largest.append(largest)

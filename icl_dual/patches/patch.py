@@ -16,6 +16,7 @@ from icl_dual.models.mlp import MlpChanges, add_mlp_changes
 from icl_dual.models.precision import fingerprinted_precision
 from icl_dual.results import check_axes, check_count, check_values
 from icl_dual.storage import Saved
+from icl_dual.torch_utils import to_list, vector_norm
 
 CHANGED_PARTS: tuple[MlpPart, ...] = ("gate", "in", "out")
 """The parts of an MLP that have a matrix to change."""
@@ -67,14 +68,14 @@ class Patch(Saved):
     @property
     def norms(self) -> dict[str, Float[Tensor, " layer"]]:
         """The Frobenius norm of each change by layer: of `in`, `gate`, `out`, `bias` and `scale`, where they change."""
-        norms = {part: low_rank.singular_values().norm(dim=-1) for part, low_rank in self.factors.items()}
+        norms = {part: vector_norm(low_rank.singular_values(), dim=-1) for part, low_rank in self.factors.items()}
         vectors = {"bias": self.bias, "scale": self.scale}
-        return norms | {name: v.double().cpu().norm(dim=-1) for name, v in vectors.items() if v is not None}
+        return norms | {name: vector_norm(v.double().cpu(), dim=-1) for name, v in vectors.items() if v is not None}
 
     @property
     def norm(self) -> float:
         """The Frobenius norm of all changes of all layers together."""
-        return torch.cat([*self.norms.values(), torch.zeros(1, dtype=torch.float64)]).norm().item()
+        return vector_norm(torch.cat([*self.norms.values(), torch.zeros(1, dtype=torch.float64)])).item()
 
     @property
     def rank(self) -> int:
@@ -83,7 +84,7 @@ class Patch(Saved):
         for low_rank in self.factors.values():
             values = low_rank.singular_values()
             rounding = max(low_rank.left.shape[1], low_rank.right.shape[1]) * torch.finfo(low_rank.left.dtype).eps
-            ranks += (values > values[:, :1] * rounding).sum(dim=-1).tolist()
+            ranks += to_list((values > values[:, :1] * rounding).sum(dim=-1))
         return max(ranks)
 
     @checked

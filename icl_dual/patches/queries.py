@@ -29,7 +29,7 @@ from icl_dual.models import MlpForm, MlpPart, Model
 from icl_dual.models.tokenization import Tokens
 from icl_dual.patches.exact import check_parts, check_stream
 from icl_dual.prompts import Prompts
-from icl_dual.torch_utils import at_least_float32, pad_right
+from icl_dual.torch_utils import at_least_float32, pad_right, vector_norm
 
 STAY = 0.01
 """How much `closest_through_norm` prefers what the norm gives now, in units of the median of γ².
@@ -141,7 +141,7 @@ class _Reader:
             closest = closest_through_norm(in_context - self.middle, self.scale, normalised)
             target = (closest - normalised) * written.square().mean(dim=-1, keepdim=True).sqrt()
             written = scaled
-        errors = (self.middle + written - output).norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-30)
+        errors = vector_norm(self.middle + written - output, dim=-1) / vector_norm(output, dim=-1).clamp_min(1e-30)
         check_stream(self.model, layer, errors.max().item())
         self.layers.append(LayerRows(hidden, lack, target))
         self.parts = {}

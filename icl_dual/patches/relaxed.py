@@ -51,7 +51,7 @@ from icl_dual.models.journal import exclusive
 from icl_dual.prompts import PromptError, Prompts, check_prompts
 from icl_dual.results import check_axes, check_range, check_values
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import at_least_float32, checked_index, pad_right
+from icl_dual.torch_utils import at_least_float32, checked_index, pad_right, to_list, vector_norm
 
 Scale = Literal["raw", "fitted", "held-out", "in sequence"]
 """The factor of the relaxed heads' outputs: 1; the closest for the query itself; the closest for all other queries; or
@@ -127,7 +127,7 @@ class AttentionRun(Saved):
     def relative_error(self) -> Float[Tensor, " query"]:
         """The norm of the logits' difference, relative to those in context."""
         logits, expected = self.logits.double(), self.in_context_logits.double()
-        return (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+        return vector_norm(logits - expected, dim=-1) / vector_norm(expected, dim=-1)
 
     @property
     def agreement(self) -> Bool[Tensor, " query"]:
@@ -300,7 +300,7 @@ def run_inserted(
             if layer not in changed:
                 return attention.z
             z = at_least_float32(attention.z).clone()
-            for index, (row, end) in enumerate(zip(rows, last.tolist(), strict=True)):
+            for index, (row, end) in enumerate(zip(rows, to_list(last), strict=True)):
                 at = slice(0 if tokens == "query" else end, end + 1)
                 z[index, at] += delta_icl.by_query[row, layer][at]
             return z
@@ -367,7 +367,7 @@ class _DeltaIcl:
             if layer in layers:
                 z_0 = merge_cache(model, start, layer, attention, n_prefix).z
                 added = at_least_float32(attention.z) - at_least_float32(z_0)
-                for row, of_row, end in zip(rows.indices.tolist(), added, rows.last.tolist(), strict=True):
+                for row, of_row, end in zip(to_list(rows.indices), added, to_list(rows.last), strict=True):
                     self.by_query[row, layer] = of_row[: end + 1].clone()
 
         self.logits = _in_context_logits(model, prompts, cache, keep)
@@ -486,7 +486,7 @@ class _Context:
 
         def keep(layer: int, attention: Attention, rows: BatchRows) -> None:
             if layer in layers:
-                at = rows.indices.tolist()
+                at = to_list(rows.indices)
                 self.z[at, layer] = rows.at_last(attention.z).to(self.z)
                 relaxed = _relaxed(model, cache, layer, attention, rows.last)
                 self.inner[at, layer], self.square[at, layer] = _products(self.z[at, layer], relaxed)

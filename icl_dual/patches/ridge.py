@@ -15,6 +15,7 @@ from icl_dual.arguments import Count, Finite, checked
 from icl_dual.field_docs import document_fields
 from icl_dual.results import check_axes, check_range, check_values
 from icl_dual.storage import Saved
+from icl_dual.torch_utils import linalg
 
 WELL_CONDITIONED = 1e-7
 """From this λ on, in units of tr(HᵀH), a Cholesky factorisation of HᵀH + λI loses less than 9 digits in float64."""
@@ -125,8 +126,8 @@ class RidgeStatistics(Saved):
         if ridge > WELL_CONDITIONED * self.gram.trace():
             outputs = range_of(self.cross, self.n_rows)  # (HᵀH + λI)⁻¹ acts on the other side of TᵀH
             system = self.gram + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype)
-            return outputs, torch.cholesky_solve(self.cross.mT @ outputs, torch.linalg.cholesky(system))
-        values, vectors = torch.linalg.eigh(self.gram)
+            return outputs, torch.cholesky_solve(self.cross.mT @ outputs, linalg.cholesky(system))
+        values, vectors = linalg.eigh(self.gram)
         rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
         in_rows = values > rounding  # in other directions TᵀH is rounding alone, which a small λ would blow up
         if ridge == 0 and not in_rows.all():
@@ -159,7 +160,7 @@ def range_of(matrix: Float[Tensor, "d_out d_in"], rank: int) -> Float[Tensor, "d
     if rank + OVERSAMPLING >= d_out:
         return torch.eye(d_out, dtype=matrix.dtype)
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(matrix @ torch.randn(d_in, rank + OVERSAMPLING, dtype=matrix.dtype, generator=generator)).Q
+    return linalg.qr(matrix @ torch.randn(d_in, rank + OVERSAMPLING, dtype=matrix.dtype, generator=generator)).Q
 
 
 def by_singular_value(
@@ -172,7 +173,7 @@ def by_singular_value(
         right: the other one.
         rank: the largest number of directions to return, the leading ones.
     """
-    left_basis, left_rest = torch.linalg.qr(left)
-    right_basis, right_rest = torch.linalg.qr(right)
-    U, S, Vh = torch.linalg.svd(left_rest @ right_rest.mT, full_matrices=False)
+    left_basis, left_rest = linalg.qr(left)
+    right_basis, right_rest = linalg.qr(right)
+    U, S, Vh = linalg.svd(left_rest @ right_rest.mT, full_matrices=False)
     return (left_basis @ U * S)[:, :rank], (right_basis @ Vh.mT)[:, :rank]

@@ -48,6 +48,7 @@ from icl_dual.patches.ridge import RidgeStatistics, by_singular_value, check_sum
 from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.results import check_axes, check_values
 from icl_dual.storage import Saved
+from icl_dual.torch_utils import linalg, vector_norm
 
 RELATIVE_RIDGE = 1e-3
 """The default of λ in units of ‖HᵀH‖² / tr(HᵀH)."""
@@ -384,7 +385,7 @@ def draw_random_patch(patch: Patch, seed: Seed) -> SharedPatch:
     def redirected(low_rank: LowRank) -> LowRank:
         values = low_rank.singular_values()
         left, right = (
-            torch.linalg.qr(draw(len(values), factor.shape[1], values.shape[1])).Q.to(values) for factor in low_rank
+            linalg.qr(draw(len(values), factor.shape[1], values.shape[1])).Q.to(values) for factor in low_rank
         )
         return LowRank((left * values[:, None]).to(low_rank.left), right.to(low_rank.right))
 
@@ -392,7 +393,7 @@ def draw_random_patch(patch: Patch, seed: Seed) -> SharedPatch:
         if vectors is None:
             return None
         directions = torch.nn.functional.normalize(draw(*vectors.shape), dim=-1)
-        return (directions * vectors.double().cpu().norm(dim=-1, keepdim=True)).to(vectors)
+        return (directions * vector_norm(vectors.double().cpu(), dim=-1, keepdim=True)).to(vectors)
 
     return SharedPatch(
         model=patch.model,

@@ -41,7 +41,7 @@ from icl_dual.patches.relaxed import check_layers, checked_layers, delta_icl_at
 from icl_dual.prompts import Prompts
 from icl_dual.results import check_axes, check_count, check_range, check_values
 from icl_dual.storage import Saved
-from icl_dual.torch_utils import at_least_float32, checked_index
+from icl_dual.torch_utils import at_least_float32, checked_index, to_list, vector_norm
 
 Update = Literal["realised", "direct"]
 """What is added to the heads' outputs: all that they lack, or ΔICL alone."""
@@ -94,13 +94,13 @@ class ValuePatch(Saved):
         precision = fingerprinted_precision(self.fingerprint)
         return (
             f"ValuePatch({self.model!r}, {precision}, {self.update}, {len(self.layers)} layers, "
-            f"norm={self.norms.norm():.3g}, residual={self.residual:.1e})"
+            f"norm={vector_norm(self.norms):.3g}, residual={self.residual:.1e})"
         )
 
     @property
     def norms(self) -> Float[Tensor, " layer"]:
         """The Frobenius norm of ΔW_O by layer."""
-        return self.factors.singular_values().norm(dim=-1)
+        return vector_norm(self.factors.singular_values(), dim=-1)
 
     @checked
     @contextmanager
@@ -137,11 +137,11 @@ def _check_run(
         ValueError: it is of other tokens, at other positions, or of another model: momentum changes a model's name.
     """
     query = torch.tensor(patch.query, device=tokens.device)
-    fits = tokens.shape[1] == len(query) and bool((tokens == query).all()) and positions.tolist() == [*patch.positions]
+    fits = tokens.shape[1] == len(query) and bool((tokens == query).all()) and to_list(positions) == [*patch.positions]
     if not fits or model.name != patch.model:
         raise ValueError(
             f"expected the query that the patch of {patch.model!r} was built for, {list(patch.query)} at positions "
-            f"{list(patch.positions)}, got {tokens.tolist()} at positions {positions.tolist()} of {model.name!r}: pass "
+            f"{list(patch.positions)}, got {to_list(tokens)} at positions {to_list(positions)} of {model.name!r}: pass "
             "[patch.query] and positions=patch.positions to model.run, or build another patch"
         )
 
@@ -244,9 +244,9 @@ def _run(model: Model, tokens: tuple[int, ...], positions: Sequence[int], **call
 class _Context:
     """What the in-context pass leaves at the recorded token, by layer, in float32 at least."""
 
-    z: list[Float[Tensor, " d_z"]] = field(default_factory=list)
+    z: list[Float[Tensor, " d_z"]] = field(default_factory=list[Tensor])
     """The heads' outputs, side by side."""
-    outputs: list[Float[Tensor, " d_model"]] = field(default_factory=list)
+    outputs: list[Float[Tensor, " d_model"]] = field(default_factory=list[Tensor])
     """The attention output."""
 
     @classmethod

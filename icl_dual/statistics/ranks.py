@@ -5,6 +5,7 @@ many times faster than torch. On other devices torch compares all pairs, which i
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import scipy  # `scipy.stats` takes a third of a second, and is loaded on first use
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from icl_dual import dual
+from icl_dual.torch_utils import from_numpy
 
 AT_ONCE = 1 << 15
 """The number of elements that Kendall's τ ranks at once: few enough for all its passes to stay in a core's cache."""
@@ -50,14 +52,14 @@ def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) ->
     step = max(1, AT_ONCE // n)
     rows_a, rows_b = a.reshape(rows, n).numpy(), b.reshape(rows, n).numpy()
     blocks = [_kendall(rows_a[first : first + step], rows_b[first : first + step]) for first in range(0, rows, step)]
-    return torch.from_numpy(np.concatenate(blocks)).view(batch)
+    return from_numpy(np.concatenate(blocks)).view(batch)
 
 
 def _kendall_by_pairs(a: Float[Tensor, "row item"], b: Float[Tensor, "row item"]) -> Float[Tensor, " row"]:
     """Return `kendall` where the tensors are, without sorting them."""
     step = max(1, PAIRS_AT_ONCE // a.shape[1] ** 2)
     blocks: list[Tensor] = []
-    for rows in zip(a.split(step), b.split(step), strict=True):
+    for rows in zip(torch.split(a, step), torch.split(b, step), strict=True):
         order_a, order_b = ((x[:, :, None] > x[:, None]).float() - (x[:, :, None] < x[:, None]).float() for x in rows)
         products = (order_a * order_b, order_a.abs_(), order_b.abs_())  # each pair twice
         difference, untied_a, untied_b = (product.sum((1, 2), dtype=torch.float64) for product in products)
@@ -83,11 +85,12 @@ def _kendall(a: Rows, b: Rows) -> Shaped[np.ndarray, " row"]:
     return np.where(missing, np.nan, tau.clip(-1.0, 1.0))  # square roots may round beyond
 
 
-def _dense_ranks(rows: Rows, dtype: type) -> Rows:
+def _dense_ranks(rows: Rows, dtype: type[np.signedinteger[Any]]) -> Rows:
     """Return ranks 0, 1, … by size, the same for equal items."""
     order = rows.argsort(-1)
     in_order = np.take_along_axis(rows, order, -1)
-    sorted_ranks, ranks = np.zeros((2, *rows.shape), dtype)
+    shape: tuple[int, ...] = rows.shape
+    sorted_ranks, ranks = np.zeros(shape, dtype), np.zeros(shape, dtype)
     np.cumsum(in_order[:, 1:] != in_order[:, :-1], axis=-1, out=sorted_ranks[:, 1:])
     np.put_along_axis(ranks, order, sorted_ranks, -1)
     return ranks
@@ -95,7 +98,7 @@ def _dense_ranks(rows: Rows, dtype: type) -> Rows:
 
 def _tied_pairs(in_order: Rows) -> Shaped[np.ndarray, " row"]:
     """Return the number of pairs of equal items in sorted rows: each item with its equals before it."""
-    places = np.arange(in_order.shape[-1])
+    places = np.arange(int(in_order.shape[-1]))
     first = np.zeros(in_order.shape, places.dtype)
     np.copyto(first[:, 1:], places[1:], where=in_order[:, 1:] != in_order[:, :-1])
     return (places - np.maximum.accumulate(first, -1)).sum(-1)
@@ -135,11 +138,11 @@ def _centred_ranks(
         return ((begin + end + 1).to(x.dtype) / 2 - mean).where(known, 0.0)
     hidden = None if known.all() else ~known
     x = x if hidden is None else x.masked_fill(hidden, torch.nan)
-    order = torch.from_numpy(x.numpy().argsort(-1))  # NaNs come last
+    order = from_numpy(x.numpy().argsort(-1))  # NaNs come last
     ranks = torch.empty_like(x).scatter_(-1, order, torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype).expand_as(x))
     in_order = x.gather(-1, order)
     tied = (in_order[..., 1:] == in_order[..., :-1]).any(-1)
     if tied.any():
-        ranks[tied] = torch.from_numpy(scipy.stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit")).to(ranks)
+        ranks[tied] = from_numpy(scipy.stats.rankdata(x[tied].numpy(), axis=-1, nan_policy="omit")).to(ranks)
     ranks -= (known.sum(-1, keepdim=True) + 1) / 2
     return ranks if hidden is None else ranks.masked_fill_(hidden, 0.0)

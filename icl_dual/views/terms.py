@@ -15,7 +15,7 @@ from icl_dual.models.tokenization import Tokens, decoded_pieces
 from icl_dual.prompts import PromptError
 from icl_dual.source_attention import QUANTITY_TITLES, Quantity, SourceAttention
 from icl_dual.sourced_prompts import START_TOKEN, SourcedPrompt
-from icl_dual.torch_utils import checked_index
+from icl_dual.torch_utils import checked_index, vector_norm
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class ViewTerms:
     """Whether each piece has numbers, or each source only."""
     quantities: tuple[Numbers, ...]
     """The quantities to choose from."""
-    head_numbers: dict[str, Float[Tensor, "layer head"]] = field(default_factory=dict)
+    head_numbers: dict[str, Float[Tensor, "layer head"]] = field(default_factory=dict[str, Tensor])
     """Numbers of each head, by what they are."""
     panes: tuple[Pane, ...] = ()
     """The query without demonstrations, to read beside the prompt."""
@@ -280,7 +280,7 @@ def _head_numbers(decomposition: Decomposition, query: int) -> dict[str, Tensor]
         "direct, ‖ΔICL W_O‖": added,
         "inherited, ‖(z₀ − z_ZSL) W_O‖": z_0 - z_zsl,
     }
-    return {name: torch.einsum("lhd,lhdm->lhm", term, d.W_O).norm(dim=-1) for name, term in terms.items()}
+    return {name: vector_norm(torch.einsum("lhd,lhdm->lhm", term, d.W_O), dim=-1) for name, term in terms.items()}
 
 
 def _without_demonstrations(
