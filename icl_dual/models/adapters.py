@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from icl_dual.models.backend import UnsupportedModelError
 from icl_dual.storage import AssetError
+from icl_dual.torch_utils import fork_rng
+from icl_dual.type_guards import is_dict
 
 if TYPE_CHECKING:
     from icl_dual.models.model import Model
@@ -98,7 +100,7 @@ def adapter_layers(*models: nn.Module) -> Iterator[tuple[str, Any]]:
         return
     memo = set[nn.Module]()
     for model in models:
-        for name, module in model.named_modules(memo):
+        for name, module in cast(Any, model).named_modules(memo):
             if isinstance(module, tuners.BaseTunerLayer):
                 yield name, module
 
@@ -193,7 +195,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AssetError(f"expected JSON in {folder / CONFIG}, got: {error}: save the adapter again") from error
-    if not isinstance(settings, dict):
+    if not is_dict(settings):
         raise AssetError(f"expected a table in {folder / CONFIG}, got something else: save the adapter again")
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str | None):
@@ -243,10 +245,11 @@ def _check_base(model: "Model", folder: Path, saved: str | None, base: str | Non
 
 def _zero_twin(original: Any) -> Any:
     """Return a model of the same class and configuration with all weights zero, in float32 at least."""
-    config = type(original.config).from_dict(original.config.to_dict())
+    model_class = cast(Any, type(original))
+    config = cast(Any, type(original.config)).from_dict(original.config.to_dict())
     dtype = torch.promote_types(original.dtype, torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        zeros: Any = type(original)._from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    with fork_rng(devices=[]):
+        zeros = model_class._from_config(config, dtype=dtype, attn_implementation="eager").eval()
     for parameter in zeros.parameters():
         parameter.requires_grad_(False).zero_()
     return zeros

@@ -41,7 +41,7 @@ from icl_dual.models.backend import (
 from icl_dual.models.journal import Undo
 from icl_dual.models.placement import check_placement, mlp_matrices, place
 from icl_dual.models.precision import run_copies
-from icl_dual.torch_utils import is_half, is_out_of_memory
+from icl_dual.torch_utils import fork_rng, is_half, is_out_of_memory
 
 
 class BridgeBackend(Backend):
@@ -264,7 +264,8 @@ class BridgeBackend(Backend):
         """Return a hook on the linear layer that runs."""
 
         def hook_fn(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> None:
-            output.register_hook(partial(callback, layer, kind, args[0].detach()))
+            call_back = partial(callback, layer, kind, args[0].detach())
+            output.register_hook(call_back)  # pyright: ignore[reportUnknownMemberType]
 
         return [(self._linear(layer, kind), hook_fn)]
 
@@ -571,7 +572,9 @@ def _hides_rotation(bridge: TransformerBridge, architecture: str, layer: int) ->
     """Return whether a layer turns queries and keys inside of transformers, in a way that is not computed here."""
     attn: Any = getattr(bridge.blocks[layer], "attn", None)
     # Its hooks after rotation exist, but never fire: the bridge runs the forward pass of transformers.
-    if attn is None or type(attn).forward is not AttentionBridge.forward or architecture == "Llama4ForCausalLM":
+    if attn is None or architecture == "Llama4ForCausalLM":
+        return False
+    if cast(Any, type(attn)).forward is not AttentionBridge.forward:
         return False
     return "position_embeddings" in inspect.signature(attn.original_component.forward).parameters
 
@@ -603,7 +606,7 @@ def _rule_lengths(config: Any) -> list[int]:
 
 def rope_scaling_threshold(config: Any) -> int | None:
     """Return the sequence length past which dynamic NTK or LongRoPE scaling changes every rotation, else `None`."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "dynamic"):
         return None
     threshold = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
@@ -618,9 +621,10 @@ def _reinitialised(original: Any, seed: int) -> PreTrainedModel:
             f"expected a transformers model, which defines how its weights are initialised, got {name}: it has no "
             "untrained control"
         )
-    config = type(original.config).from_dict(original.config.to_dict())
-    with torch.random.fork_rng(devices=[]):
-        hf_model: Any = type(original)._from_config(config, dtype=original.dtype, attn_implementation="eager").eval()
+    model_class = cast(Any, type(original))
+    config = cast(Any, type(original.config)).from_dict(original.config.to_dict())
+    with fork_rng(devices=[]):
+        hf_model = model_class._from_config(config, dtype=original.dtype, attn_implementation="eager").eval()
         output = hf_model.get_output_embeddings()
         tied = output.weight is hf_model.get_input_embeddings().weight
         # Weights are initialised a second time, over NaN: one that the initialiser leaves out stays NaN.

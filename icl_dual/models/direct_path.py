@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_dual.models.backend import DirectPathParts, UnsupportedModelError
+from icl_dual.torch_utils import vector_norm
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 """Largest relative difference of norms and logits from their linear form: of float32 or wider, of half precision."""
@@ -129,7 +130,7 @@ def _measured(norm: nn.Module, d_model: int, where: str, tolerance: float) -> Fr
         eps = max(0.0, mean_square * SMALL**2 * (1 - ratio) / max(ratio - SMALL**2, 1e-30))
         measured = FrozenNorm(of_one * (mean_square + eps) ** 0.5, bias, eps, centred)
         expected = apply(sample)
-        if (measured(sample) - expected).norm() <= tolerance * expected.norm():
+        if vector_norm(measured(sample) - expected) <= tolerance * vector_norm(expected):
             return measured
     raise UnsupportedModelError(
         f"{where}: expected an RMS norm or a layer norm for direct effects on logits, got {type(norm).__name__}, which "

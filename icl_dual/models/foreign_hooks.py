@@ -11,15 +11,17 @@ import dis
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+from icl_dual.type_guards import is_array, is_dict, is_list, is_mapping
 
 DEPTH = 8
 """How many functions, objects and containers deep a hook's values are read."""
@@ -41,7 +43,7 @@ def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
     return [
         (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH, frozenset())).encode()).hexdigest())
         for module, name in _named_modules(wrapped).items()
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hooks in _hooks_of(module)
         for hook in map(_unwrapped, hooks.values())
         if not str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
     ]
@@ -49,19 +51,24 @@ def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Remove every forward hook that is a function, or that TransformerLens has put around it."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in _hooks_of(module):
         for handle_id in [key for key, value in hooks.items() if value is hook or _unwrapped(value) is hook]:
             hooks.pop(handle_id, None)
-            for options in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+            for options in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):  # pyright: ignore[reportPrivateUsage]
                 options.pop(handle_id, None)
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """Return a module's hooks before and after its forward pass, by handle; torch has no public name for them."""
+    return [cast(Any, module)._forward_pre_hooks, cast(Any, module)._forward_hooks]
 
 
 def _named_modules(wrapped: nn.Module) -> dict[nn.Module, str]:
     """Return the modules that a model runs, by name; a bridge's original model has some at its top that are not its."""
-    names = {module: name for name, module in wrapped.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in cast(Any, wrapped).named_modules()}
     original = getattr(wrapped, "original_model", None)
     if isinstance(original, nn.Module):
-        names = {module: name or "original_model" for name, module in original.named_modules()} | names
+        names = {module: name or "original_model" for name, module in cast(Any, original).named_modules()} | names
     return names
 
 
@@ -83,12 +90,12 @@ def _identity(value: Any, depth: int, written: frozenset[str]) -> Iterator[str]:
     if value is None or isinstance(
         value, bool | int | float | complex | str | bytes | slice | range | np.generic | torch.dtype
     ):
-        yield repr(value)
+        yield f"{value!r}"
     elif isinstance(value, torch.device):
         yield str(value)
     elif isinstance(value, Tensor):
         yield _hash_of(value)
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+    elif is_array(value) and not value.dtype.hasobject:
         yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif isinstance(value, ModuleType | type):
         yield value.__name__
@@ -100,15 +107,15 @@ def _identity(value: Any, depth: int, written: frozenset[str]) -> Iterator[str]:
             yield from _identity(constant, depth, written)
     elif depth == 0:
         yield _address(value)
-    elif isinstance(value, Mapping):
+    elif is_mapping(value):
         for key, member in value.items():
             yield from _identity(key, depth - 1, written)
             yield from _identity(member, depth - 1, written)
     elif isinstance(value, tuple | list | deque):
-        for member in value:
+        for member in cast(Iterable[Any], value):
             yield from _identity(member, depth - 1, written)
     elif isinstance(value, AbstractSet):
-        yield from sorted(" ".join(_identity(member, depth - 1, written)) for member in value)
+        yield from sorted(" ".join(_identity(member, depth - 1, written)) for member in cast(Iterable[Any], value))
     elif isinstance(value, FunctionType):
         yield from _function_identity(value, depth - 1)
     elif isinstance(value, MethodType):
@@ -120,7 +127,7 @@ def _identity(value: Any, depth: int, written: frozenset[str]) -> Iterator[str]:
         yield f"{value.__module__}.{value.__qualname__}"
         yield from _identity(value.__self__, depth - 1, written)
     else:
-        call = vars(type(value)).get("__call__")
+        call = vars(type(value)).get("__call__")  # pyright: ignore[reportUnknownArgumentType]
         if isinstance(call, FunctionType):
             yield from _identity(call, depth, written)
             written |= _written_by(call)
@@ -152,15 +159,15 @@ def _is_state(name: str, value: Any, written: frozenset[str]) -> bool:
     """Return whether a hook writes a variable or an attribute, or all members of a container."""
     if isinstance(value, list | dict | set | deque) and f"{name}()" in written:
         return True
-    is_array = isinstance(value, Tensor | np.ndarray)
-    return name in written or (is_array and any(place.startswith(f"{name}[") for place in written))
+    has_elements = isinstance(value, Tensor | np.ndarray)
+    return name in written or (has_elements and any(place.startswith(f"{name}[") for place in written))
 
 
 def _without_state(name: str, value: Any, written: frozenset[str]) -> Any:
     """Return a container without the members that a hook writes by a constant key; leave any other value unchanged."""
-    if not isinstance(value, list | dict) or not any(place.startswith(f"{name}[") for place in written):
+    if not (is_dict(value) or is_list(value)) or not any(place.startswith(f"{name}[") for place in written):
         return value
-    items = value.items() if isinstance(value, dict) else enumerate(value)
+    items = value.items() if is_dict(value) else enumerate(value)
     return {key: member for key, member in items if f"{name}[{key!r}]" not in written}
 
 
@@ -169,13 +176,14 @@ def _object_identity(value: Any, written: frozenset[str], depth: int) -> Iterato
     wrapped = getattr(value, "wrapped", None)
     if isinstance(wrapped, nn.Module):  # this library's model: its other attributes change as it runs
         value = wrapped
+    members: dict[str, Any]
     if isinstance(value, nn.Module) and any(isinstance(module, HookPoint) for module in value.modules()):
         members = dict(value.named_parameters())
     elif isinstance(value, nn.Module):
         members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
         members |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
     elif hasattr(value, "__dict__"):
-        members = vars(value)
+        members = cast(Any, value).__dict__
     else:
         yield _address(value)
         return
@@ -227,7 +235,7 @@ def _written_by(function: FunctionType) -> frozenset[str]:
 @functools.cache
 def _written_names(code: CodeType) -> frozenset[str]:
     assigned = [_names_of(code, operation) for operation in ("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL")]
-    return frozenset().union(*assigned, *map(_changed_containers, _codes(code)))
+    return frozenset[str]().union(*assigned, *map(_changed_containers, _codes(code)))
 
 
 def _changed_containers(code: CodeType) -> Iterable[str]:
@@ -248,11 +256,12 @@ def _changed_containers(code: CodeType) -> Iterable[str]:
             yield f"{stack[-2]}[{stack[-1][1:]}]" if stack[-1] and is_constant else stack[-2]
         if operation in ("EXTENDED_ARG", "CACHE", "PRECALL", "KW_NAMES", "RESUME", "NOP"):
             continue
+        depth = int(instruction.arg or 0)
         if operation == "COPY":
-            stack.append(stack[-instruction.argval] if len(stack) >= instruction.argval else None)
+            stack.append(stack[-depth] if len(stack) >= depth else None)
             continue
-        if operation == "SWAP" and len(stack) >= instruction.argval:
-            stack[-1], stack[-instruction.argval] = stack[-instruction.argval], stack[-1]
+        if operation == "SWAP" and len(stack) >= depth:
+            stack[-1], stack[-depth] = stack[-depth], stack[-1]
             continue
         effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
         loads = operation in ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR") or operation == "LOAD_FAST"

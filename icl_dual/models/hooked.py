@@ -13,7 +13,10 @@ import torch
 import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,  # pyright: ignore[reportPrivateUsage]
+)
 
 from icl_dual import dual
 from icl_dual.models.backend import (
@@ -32,6 +35,7 @@ from icl_dual.models.backend import (
     check_unsupported,
 )
 from icl_dual.models.journal import Undo, journal_of
+from icl_dual.torch_utils import fork_rng, to_list, vector_norm
 
 BIASED_PROJECTIONS: dict[str, str] = {
     "BloomForCausalLM": "QKVO",
@@ -148,7 +152,7 @@ class HookedBackend(Backend):
         """
         steps = torch.diff(positions, prepend=positions.new_tensor([-1]))
         if not (steps > 0).all():
-            raise ValueError(f"expected positions from 0 in strictly ascending order, got {positions.tolist()}")
+            raise ValueError(f"expected positions from 0 in strictly ascending order, got {to_list(positions)}")
         if self.wrapped.cfg.positional_embedding_type == "rotary":
             self._extend_rotary_tables(int(positions[-1]))
         hooks = (hook for point in self.hook_points.values() for hook in point.fwd_hooks)
@@ -179,7 +183,7 @@ class HookedBackend(Backend):
         model = self.wrapped
         cfg = copy.deepcopy(model.cfg)
         cfg.device, cfg.seed, cfg.tokenizer_name, cfg.init_weights = "cpu", None, None, True
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the user of such a model has seen it already
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators, too
             try:
@@ -242,7 +246,7 @@ class HookedBackend(Backend):
             def call_back(gradient: Tensor) -> None:
                 callback(layer, kind, x, self._summed_heads(gradient))
 
-            outputs.pop().register_hook(call_back)
+            outputs.pop().register_hook(call_back)  # pyright: ignore[reportUnknownMemberType]
 
         return [(self.hook_points[f"blocks.{layer}.attn.hook_{kind.lower()}"], keep), (self._attn(layer), attach)]
 
@@ -286,7 +290,7 @@ class HookedBackend(Backend):
 
     def _summed_heads(self, gradient: Tensor) -> Float[Tensor, "batch pos d_kv"]:
         """Sum the gradient at repeated keys or values over the copies of each key-value head."""
-        return gradient.unflatten(2, (self.n_key_value_heads, -1)).sum(3).flatten(2)
+        return torch.unflatten(gradient, 2, (self.n_key_value_heads, -1)).sum(3).flatten(2)
 
     def _extend_rotary_tables(self, position: int) -> None:
         """Extend every layer's table of angles to a position: the class extends it to the number of tokens only."""
@@ -319,7 +323,7 @@ def _skip_contiguous_copies(undo: Undo) -> None:
 def _leave_mode(mode: TorchFunctionMode) -> None:
     """Leave a mode that was entered last, if it was: an interrupt may have come before."""
     if _get_current_function_mode() is mode:
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # pyright: ignore[reportUnknownMemberType]
 
 
 CENTRED_TOLERANCE = 3e-4
@@ -347,7 +351,8 @@ def _detected_processing(model: Any) -> str | None:
 
 
 def _centred(weight: Tensor) -> bool:
-    return bool(weight.float().mean(-1).norm() <= CENTRED_TOLERANCE * weight.float().square().mean(-1).sqrt().norm())
+    means, sizes = weight.float().mean(-1), weight.float().square().mean(-1).sqrt()
+    return bool(vector_norm(means) <= CENTRED_TOLERANCE * vector_norm(sizes))
 
 
 def _refactored(attn: Any) -> bool:

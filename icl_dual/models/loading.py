@@ -6,7 +6,7 @@ import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -106,7 +106,7 @@ def load_model(
     _check_fits_on_host(name, files.folder, dtype, device_map)
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = cast(Any, AutoModelForCausalLM).from_pretrained(
             files.folder,
             dtype=dtype,
             attn_implementation="eager",
@@ -304,7 +304,7 @@ def _stored_weights(folder: Path) -> dict[str, tuple[list[int], str]]:
     try:
         # Other files of the folder may hold the same weights by other names.
         for file in assets.weight_shards(folder / "model.safetensors.index.json") or {"model.safetensors"}:
-            with safe_open(folder / file, "pt") as opened:
+            with cast(Any, safe_open)(folder / file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no dictionary
                     part = opened.get_slice(key)
                     weights[key] = part.get_shape(), part.get_dtype()
@@ -318,7 +318,7 @@ def _gib(n_bytes: int) -> str:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return cast(Any, AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
 
 
 def _custom_classes(folder: Path) -> str:
@@ -330,7 +330,7 @@ def _custom_classes(folder: Path) -> str:
 
 def _as_given(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer that TransformerLens does not load again from its files."""
-    copied = copy.deepcopy(tokenizer)  # TransformerLens gives it special tokens where it has none
+    copied = cast(Any, copy.deepcopy(tokenizer))  # TransformerLens gives it special tokens where it has none
     copied.init_kwargs |= {"name_or_path": "", "add_bos_token": True}  # else it is loaded again, to have this option
     return copied
 

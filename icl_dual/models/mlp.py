@@ -17,7 +17,7 @@ from icl_dual.models.backend import MlpPart
 from icl_dual.models.journal import Undo
 from icl_dual.models.tokenization import Tokens
 from icl_dual.results import compare_by_value
-from icl_dual.torch_utils import at_least_float32
+from icl_dual.torch_utils import at_least_float32, linalg, to_list
 
 if TYPE_CHECKING:
     from icl_dual.models.model import Model
@@ -49,8 +49,8 @@ class LowRank(NamedTuple):
             >>> change.singular_values()
             tensor([[10.]], dtype=torch.float64)
         """
-        left, right = (torch.linalg.qr(factor.double().cpu(), mode="r").R for factor in self)
-        return torch.linalg.svdvals(left @ right.mT)
+        left, right = (linalg.qr(factor.double().cpu(), mode="r").R for factor in self)
+        return linalg.svdvals(left @ right.mT)
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,17 @@ class MlpChanges:
         part = torch.tensor(self.query[first : last + 1], device=tokens.device)
         has_prefix = first == 0 or after_cache
         if not (
-            has_prefix and positions.tolist() == list(range(first, first + len(part))) and bool((tokens == part).all())
+            has_prefix and to_list(positions) == list(range(first, first + len(part))) and bool((tokens == part).all())
         ):
             raise ValueError(
                 f"expected the query that the patch was built for, {list(self.query)} at positions 0 to "
-                f"{len(self.query) - 1}, got {tokens.tolist()} at positions {positions.tolist()}: an exact patch is "
+                f"{len(self.query) - 1}, got {to_list(tokens)} at positions {to_list(positions)}: an exact patch is "
                 "for one query at one position, build another one for this query"
             )
         if self.scale is not None and (len(part) < len(self.query) or len(tokens) > 1):
             raise ValueError(
                 f"expected all {len(self.query)} tokens of the query in one run of one row, got {len(tokens)} at "
-                f"positions {positions.tolist()}: the patch changes norms' scales so much that it is exact in this run "
+                f"positions {to_list(positions)}: the patch changes norms' scales so much that it is exact in this run "
                 "alone, use model.run on [patch.query], or icl_dual.capture_each"
             )
 

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ from icl_dual.models.precision import exact_float32, precision_name
 from icl_dual.models.stream import StreamChange
 from icl_dual.models.tokenization import TokenisedText, template_start, tokenise
 from icl_dual.momentum import Eta, Momentum, decaying_sum, describe_eta, eta_by_layer_and_head
-from icl_dual.torch_utils import dtype_name
+from icl_dual.torch_utils import dtype_name, to_list
 
 if TYPE_CHECKING:
     from transformer_lens.model_protocol import TransformerLensModel
@@ -448,7 +448,7 @@ class Model:
         projections = self.projections("O")
         W = self._with_changes("W_O", torch.stack([projection.matrix for projection in projections]))
         b = self._with_changes("b_O", _stacked([projection.bias for projection in projections]))
-        return W.mT.unflatten(1, (self.n_heads, self.d_head)).contiguous(), b
+        return torch.unflatten(W.mT, 1, (self.n_heads, self.d_head)).contiguous(), b
 
     @exclusive
     def value_biases(self) -> Float[Tensor, "layer kv_head d_head"] | None:
@@ -522,7 +522,7 @@ def _momentum(
 def _check_no_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:
     if (positions.diff() != 1).any():
         raise ValueError(
-            f"expected positions one after another, got {positions.tolist()}: {name} has momentum, which sums over all "
+            f"expected positions one after another, got {to_list(positions)}: {name} has momentum, which sums over all "
             "preceding tokens. Run the left-out tokens first, and pass the states they leave as momentum_states"
         )
 
@@ -569,7 +569,8 @@ def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
     """Remove a hook, also where an interrupt came before its handle was returned."""
     remove_hook(module, hook_fn)
     if isinstance(module, HookPoint):
-        module.fwd_hooks = [handle for handle in module.fwd_hooks if handle.hook.id in module._forward_hooks]
+        forward_hooks = cast(Any, module)._forward_hooks
+        module.fwd_hooks = [handle for handle in module.fwd_hooks if handle.hook.id in forward_hooks]
 
 
 def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
@@ -582,7 +583,7 @@ def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
         if module is None or module in visited:
             continue
         visited.add(module)
-        pending += module._modules.values()
+        pending += module._modules.values()  # pyright: ignore[reportPrivateUsage]
         if module.training:
             undo.set(module, "training", False)
 

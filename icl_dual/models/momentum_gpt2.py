@@ -4,13 +4,16 @@ MoAttn(V, K, q_t) = Attn(V, K, q_t) + Σ_{i<t} η^{t−i} v_i, in every head of 
 head learns its own as the sigmoid of a parameter. With η = 0 the model is GPT-2, bit for bit.
 """
 
+# transformers' registers have types in part.
+# pyright: reportUnknownMemberType=false
+
 import math
-from typing import Any, ClassVar, no_type_check
+from typing import Any, ClassVar, cast, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -19,8 +22,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.integrations.sdpa_attention import (
+    sdpa_attention_forward,  # pyright: ignore[reportUnknownVariableType]
+)
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    sdpa_mask,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from icl_dual.momentum import check_eta, decay_matrix, decaying_sum
 
@@ -65,7 +73,7 @@ class MomentumForCausalLM(GPT2LMHeadModel):
     _no_split_modules: ClassVar[list[str]] = ["GPT2Block"]
 
     def __init__(self, config: MomentumConfig) -> None:
-        config._attn_implementation = _implementation(config)
+        config._attn_implementation = _implementation(config)  # pyright: ignore[reportPrivateUsage]
         super().__init__(config)
         self.register_forward_pre_hook(_check_momentum_applies, with_kwargs=True)
         for attention in self._attentions():
@@ -136,7 +144,8 @@ def momentum_attention_forward(
         momentum = _momentum_with_cache(value, eta, query.shape[2], visible)
     elif eta.requires_grad and torch.is_grad_enabled():
         # Recomputed in the backward pass: to keep the copy of the values that the gradient needs costs more memory.
-        momentum = checkpoint(_momentum_of_sequence, value, eta, visible, use_reentrant=False, preserve_rng_state=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        momentum = cast(Any, checkpoint)(_momentum_of_sequence, value, eta, visible, **options)
     else:
         momentum = _momentum_of_sequence(value, eta, visible)
     return attention + momentum.to(attention.dtype), None

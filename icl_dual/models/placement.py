@@ -32,7 +32,7 @@ class DeviceMapError(ValueError):
 
 def mlp_matrices(bridge: Any) -> list[list[nn.Parameter]]:
     """Return, by layer, the weights with two axes or more outside of attention."""
-    matrices = []
+    matrices: list[list[nn.Parameter]] = []
     for block in bridge.blocks:
         attention = {id(parameter) for parameter in getattr(block, "attn", nn.Module()).parameters()}
         matrices.append([p for p in block.parameters() if p.ndim > 1 and id(p) not in attention])

@@ -106,7 +106,7 @@ class _Copies:
         addresses: list[int] = []
         undo.push(self._restore, replaced, copies, addresses)
         for module in modules:
-            of_module: list[dict[str, Any]] = [module._parameters, module._buffers]
+            of_module: list[dict[str, Any]] = [module._parameters, module._buffers]  # pyright: ignore[reportPrivateUsage]
             for tensors in of_module:
                 for name, tensor in tensors.items():
                     if tensor is not None and self._needs_copy(tensor):

@@ -8,7 +8,7 @@ are read by transformers and dequantised here; those of other methods are refuse
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from icl_dual.models.backend import UnsupportedModelError
+from icl_dual.type_guards import is_dict
 
 BITSANDBYTES = "bitsandbytes"
 
@@ -27,10 +28,10 @@ def quantisation_method(folder: Path) -> str | None:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # transformers says what is wrong with it
-    quantisation = settings.get("quantization_config") if isinstance(settings, dict) else None
+    quantisation = settings.get("quantization_config") if is_dict(settings) else None
     if not quantisation:
         return None
-    return str(quantisation.get("quant_method", quantisation) if isinstance(quantisation, dict) else quantisation)
+    return str(quantisation.get("quant_method", quantisation) if is_dict(quantisation) else quantisation)
 
 
 def check_dequantisable(name: str, folder: Path) -> None:
@@ -64,7 +65,7 @@ def dequantised(name: str, hf_model: Any, dtype: torch.dtype) -> Any:
     """
     if not getattr(hf_model, "is_quantized", False):
         return hf_model
-    plain: Any = dict(_plain_model(hf_model.config).named_modules())
+    plain: Any = dict(cast(Any, _plain_model(hf_model.config)).named_modules())
     for path, layer in list(hf_model.named_modules()):
         if type(layer).__module__.startswith(BITSANDBYTES):
             matrix = _matrix(f"{name}, {path}", layer).to(dtype)
@@ -102,7 +103,7 @@ def _matrix(name: str, layer: Any) -> Float[Tensor, "d_out d_in"]:
 
 def count_weights(folder: Path) -> int:
     """Return the number of weights that a quantised folder's model has once it is dequantised."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False)
     delattr(config, "quantization_config")
     return sum(parameter.numel() for parameter in _plain_model(config).parameters())
 
@@ -110,4 +111,4 @@ def count_weights(folder: Path) -> int:
 def _plain_model(config: PretrainedConfig) -> nn.Module:
     """Return the model of a configuration without its numbers."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=False)

@@ -7,7 +7,7 @@ is counted as transformers builds it: tied embeddings, gated MLPs, experts, proj
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -160,7 +160,7 @@ def read_config(name: NameOrPath, revision: str | None = None) -> PreTrainedConf
     """
     source, options = assets.config_source(name, revision)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        return cast(Any, AutoConfig).from_pretrained(source, trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
@@ -177,7 +177,7 @@ def _without_weights(config: PreTrainedConfig) -> Any:
     """Return a configuration's model with shapes alone."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=False)
     except (ValueError, AttributeError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"expected the configuration of a decoder-only language model of transformers, got one of "

@@ -1,7 +1,7 @@
 """A tiny model with random weights, for examples and for trying code without a download."""
 
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_dual.arguments import Seed, checked
 from icl_dual.models.model import Model
+from icl_dual.torch_utils import fork_rng
 
 N_CTX = 512
 
@@ -36,7 +37,7 @@ def tiny_model(seed: Seed = 0, *, dtype: torch.dtype = torch.float32, arithmetic
         >>> model.n_layers, model.n_heads
         (2, 4)
     """
-    tokenizer = _byte_tokenizer()
+    tokenizer = cast(Any, _byte_tokenizer())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -51,15 +52,15 @@ def tiny_model(seed: Seed = 0, *, dtype: torch.dtype = torch.float32, arithmetic
         eos_token_id=0,
         pad_token_id=0,
     )
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
+    config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
+    with fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators, too
         hf_model: Any = LlamaForCausalLM(config).eval()
     for parameter in hf_model.parameters():  # not the buffers: transformers too loads rotary frequencies in float32
         parameter.data = parameter.data.to(dtype)
     with TemporaryDirectory() as folder:  # TransformerLens reloads the tokenizer from the folder it came from
         tokenizer.save_pretrained(folder)
-        saved = PreTrainedTokenizerFast.from_pretrained(folder)
+        saved = cast(Any, PreTrainedTokenizerFast).from_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(
             "tiny", hf_model=hf_model, tokenizer=saved, device="cpu", dtype=dtype, trust_remote_code=False
         )

@@ -5,6 +5,9 @@ transformers' `Trainer`. A training run that was stopped resumes from its last c
 bit. `perplexity` and `in_context_accuracy` are the measures of the paper's two tables on momentum attention.
 """
 
+# Methods of transformers and tqdm have types in part.
+# pyright: reportUnknownMemberType=false
+
 import json
 import math
 import os
@@ -41,6 +44,7 @@ from icl_dual.storage import (
     write_json,
     writing,
 )
+from icl_dual.torch_utils import fork_rng
 
 RANK = int(os.environ.get("RANK", "0"))
 """The rank of this process under `torchrun`; rank 0 writes files."""
@@ -353,7 +357,7 @@ class _Bar(TrainerCallback):
 def _random_states_kept() -> Generator[None]:
     """Restore the global random states of Python, numpy and torch after a block: the trainer seeds them all."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the trainer seeds this one
-    with torch.random.fork_rng():
+    with fork_rng():
         try:
             yield
         finally:
@@ -376,7 +380,7 @@ def perplexity(model: MomentumForCausalLM, sequences: Int[Tensor, "sequence pos"
         raise ValueError(f"expected sequences of at least two tokens, got shape {list(sequences.shape)}")
     total = 0.0
     with torch.no_grad():
-        for batch in sequences.split(batch_size):
+        for batch in torch.split(sequences, batch_size):
             batch = batch.to(model.device)
             log_probs = model(batch).logits[:, :-1].float().log_softmax(-1)
             total -= log_probs.gather(-1, batch[:, 1:, None]).double().sum().item()
@@ -397,7 +401,7 @@ def in_context_accuracy(
     sequences = task.training_sequences(task.length, n, seed)
     correct: list[Tensor] = []
     with torch.no_grad():
-        for batch in sequences.split(64):
+        for batch in torch.split(sequences, 64):
             logits = model(batch.to(model.device)).logits[:, 1:-1:2, 1 + task.n_x :]
             correct.append(logits.argmax(-1).cpu() == batch[:, 2::2] - 1 - task.n_x)
     return torch.cat(correct)
