@@ -40,8 +40,8 @@ def make_parser() -> ScriptParser:
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every command has, also to commands of a command."""
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in dict.fromkeys(action.choices.values()):
+        if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage]
+            for command in dict.fromkeys(vars(action)["choices"].values()):
                 _add_output_options(command)
             return
     group = parser.add_argument_group("output")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import constants
@@ -118,7 +118,7 @@ def devices() -> Iterator[Check]:
     """List the devices that torch can use."""
     yield Check("devices", "cpu", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
+        about = cast(Any, torch.cuda).get_device_properties(index)
         yield Check("devices", f"cuda:{index}", "ok", f"{about.name}, {about.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         yield Check("devices", "cuda", "absent", "no GPU, or a torch without CUDA")

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     task = load_task(args)
     if args.query >= (n_queries := task.pool_sizes["evaluation"]):
         raise icl.TaskError(f"expected --query from 0 to {n_queries - 1}, got {args.query}: choose another query")
-    demonstrations, query = task.demonstrations(args.k, args.seed), task.queries(args.query + 1)[args.query]
+    demonstrations, query = task.demonstrations(args.k, args.seed), task.queries(args.query + 1)[int(args.query)]
     model = icl.load_model(args.model, device=args.device, **precision(args))
     prompts = icl.build_prompts(model, task, demonstrations, [query])
     zero_shot = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS)

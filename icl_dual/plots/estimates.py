@@ -1,5 +1,8 @@
 """Estimates with intervals: rows of dots, curves, and shares of labels."""
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

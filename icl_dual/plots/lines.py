@@ -1,5 +1,8 @@
 """Quantities by layer: means with bands."""
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

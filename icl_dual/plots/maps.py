@@ -1,5 +1,8 @@
 """Maps of layers by heads, and of layers by demonstrations."""
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -9,6 +9,9 @@
 | `literal` | a name as a text of a figure that begins no formula |
 """
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 import re
 from collections.abc import Generator
 from contextlib import contextmanager

@@ -1,5 +1,8 @@
 """A prompt's text with each token on the colour of its number."""
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,7 +34,8 @@ def source_tokens(view: TokenView, *, width: Count = 108, ax: Axes | None = None
     Returns:
         The Axes drawn on.
     """
-    places, row, column = [], 0, 0
+    row, column = 0, 0
+    places: list[tuple[str, int, int, Any, bool]] = []
     largest = max(map(abs, view.values), default=0.0)
     for text, colour, value in zip(view.texts, view.colours(), view.values, strict=True):
         is_negative = value < -_MARKED * largest

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from transformers import AutoTokenizer
@@ -23,7 +23,8 @@ ORIGIN = ("fingerprint", "task", "queries", "demonstrations")
 
 def has_chat_template(model: str) -> bool:
     """Return whether a model's tokenizer has a chat template, without loading the model."""
-    return AutoTokenizer.from_pretrained(model_files(model).folder, trust_remote_code=False).chat_template is not None
+    tokenizer = cast(Any, AutoTokenizer).from_pretrained(model_files(model).folder, trust_remote_code=False)
+    return tokenizer.chat_template is not None
 
 
 def chat_captures(results: Sequence[icl.CellResult], folder: Path, **load: Any) -> dict[str, dict[str, icl.Capture]]:

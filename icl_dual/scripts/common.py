@@ -1,5 +1,8 @@
 """What scripts and commands share: how they run, options, tasks' titles and learning rates, and figures' layout."""
 
+# matplotlib's methods take keyword arguments without types.
+# pyright: reportUnknownMemberType=false
+
 import argparse
 import hashlib
 import io
@@ -26,6 +29,7 @@ from icl_dual.finetuning import REPLICAS, Loss, Method, Trained
 from icl_dual.models.precision import precision_name
 from icl_dual.scripts.outputs import one_line, write_figure
 from icl_dual.storage import check_writable, read_json
+from icl_dual.type_guards import is_list
 
 DATA = Path(__file__).parent / "data"
 """The folder of the paper's values, chosen learning rates, and texts of pages."""
@@ -129,7 +133,7 @@ def _typed(value: object) -> list[str]:
         return []
     if value is None:  # only `count_or_all` makes it of something typed
         return ["all"]
-    values = value if isinstance(value, list) else [value]
+    values = value if is_list(value) else [value]
     return [str(entry) if isinstance(entry, Path) else short(str(entry)) for entry in values]
 
 

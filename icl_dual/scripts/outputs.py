@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -32,7 +32,7 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
         AssetError: it cannot be read, or is damaged.
     """
     try:
-        return pd.read_csv(path, **options)
+        return cast(Any, pd).read_csv(path, **options)
     except (OSError, ValueError) as error:
         raise AssetError(
             f"expected a table in {path}, got {first_line(error)}: check the path, or delete the file and make it again"
@@ -45,7 +45,7 @@ def write_figure(fig: Figure, path: Path, *kinds: str, dpi: int = 150) -> None:
         for kind in kinds:
             metadata = {"CreationDate": None} if kind == "pdf" else None
             with atomic_file(path.with_name(f"{path.name}.{kind}")) as scratch:
-                fig.savefig(scratch, format=kind, dpi=dpi, metadata=metadata)
+                fig.savefig(scratch, format=kind, dpi=dpi, metadata=metadata)  # pyright: ignore[reportUnknownMemberType]
                 if kind == "png":
                     _reduce_colours(scratch)
     finally:
@@ -79,7 +79,7 @@ def _quantised(image: Image.Image, n_colours: int) -> Image.Image:
 def markdown(frame: pd.DataFrame, **options: Any) -> str:
     """Return a frame as a Markdown table; `options` are those of pandas and tabulate."""
     options.setdefault("index", False)
-    return with_texts(frame, markdown_text).to_markdown(**options)
+    return cast(Any, with_texts(frame, markdown_text)).to_markdown(**options)
 
 
 def with_texts(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:

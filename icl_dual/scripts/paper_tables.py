@@ -42,6 +42,7 @@ from icl_dual.scripts.common import (
 from icl_dual.scripts.outputs import markdown, one_line, with_texts, write_csv, write_text
 from icl_dual.statistics import MIN_QUERIES, UNSTABLE, Interval
 from icl_dual.storage import finished_folders, is_scratch
+from icl_dual.type_guards import is_list
 
 SETTING_ROWS = ("queries", "k", "seed", "lr")
 ACCURACY_ROWS = ("ZSL accuracy", "FT accuracy", "ICL accuracy")
@@ -369,7 +370,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
         print(f"skipped: {reason}", file=sys.stderr)
     seed = recordings.metadata.get("settings", {}).get("seed", 0) if args.seed is None else args.seed
     metrics_by_name = icl.compare_recordings(recordings, seed=seed, kendall_queries=args.kendall_queries).released()
-    overall = {name: np.mean(values) for name, values in metrics_by_name.items()}
+    overall = {name: float(np.asarray(values).mean()) for name, values in metrics_by_name.items()}
     formatted = {name: "undefined" if np.isnan(value) else f"{value:.4f}" for name, value in overall.items()}
     print(f"{recordings}\n\n{pd.Series(formatted, name='over layers').to_markdown(disable_numparse=True)}")
     return {**metrics_by_name, "skipped": len(recordings.skipped)}
@@ -377,7 +378,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """What is undefined is null: JSON has no NaN."""
-    if isinstance(value, list):
+    if is_list(value):
         return [plain(entry) for entry in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 

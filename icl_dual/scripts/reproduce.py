@@ -4,11 +4,14 @@ Runs one cell for each task and seed, then draws tables and figures from the sav
 not run again: a stopped run goes on where it was, and drawing alone needs no model.
 """
 
+# Methods of matplotlib and transformers have types in part.
+# pyright: reportUnknownMemberType=false
+
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -38,6 +41,7 @@ from icl_dual.scripts.common import (
 )
 from icl_dual.scripts.outputs import markdown, markdown_code, markdown_text, write_csv, write_text
 from icl_dual.storage import atomic_folder
+from icl_dual.torch_utils import fork_rng, to_list
 
 PAPER = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
 PRESETS = {model["preset"]: model for model in PAPER["models"].values()}
@@ -151,7 +155,8 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
     shape = PRESETS[preset]
     name = folder / f"random-{preset.removeprefix('paper-')}-{n_layers}-layers"
     if not name.exists():
-        tokenizer = AutoTokenizer.from_pretrained(model_files("smollm2-135m").folder, trust_remote_code=False)
+        source = model_files("smollm2-135m").folder
+        tokenizer = cast(Any, AutoTokenizer).from_pretrained(source, trust_remote_code=False)
         config = XGLMConfig(
             vocab_size=PAPER["d_vocab"],
             d_model=shape["d_model"],
@@ -161,7 +166,7 @@ def random_model(preset: str, n_layers: int, folder: Path) -> str:
             max_position_embeddings=2048,
             architectures=["XGLMForCausalLM"],
         )
-        with atomic_folder(name) as scratch, torch.random.fork_rng():
+        with atomic_folder(name) as scratch, fork_rng():
             torch.manual_seed(0)
             XGLMForCausalLM(config).save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
@@ -175,7 +180,7 @@ def label_counts(results: Results) -> pd.DataFrame:
         model, words = short(result.cell.model), result.provenance["label_words"]
         settings = {"gold": result.comparison.gold, **result.comparison.predictions}
         for setting, labels in settings.items():
-            counts = labels.bincount(minlength=len(words)).tolist()
+            counts = to_list(labels.bincount(minlength=len(words)))
             for word, number in zip(words, counts, strict=True):
                 rows.append([model, result.cell.task, result.cell.seed, setting, word, number])
     return pd.DataFrame(rows, columns=["model", "task", "seed", "setting", "label", "count"])
