@@ -447,7 +447,7 @@ def _replace(module: Any, name: str, method: Callable[..., Any], undo: Undo) -> 
     setattr(module, name, method)
 
 
-def _native_norm(component: nn.Module, x: Tensor) -> Tensor:
+def _native_norm(component: Any, x: Tensor) -> Tensor:
     return component(x).to(x.dtype)
 
 

@@ -183,7 +183,7 @@ def _object_identity(value: Any, written: frozenset[str], depth: int) -> Iterato
         members = {name: member for name, member in vars(value).items() if not name.startswith("_")}
         members |= {**dict(value.named_parameters()), **dict(value.named_buffers())}
     elif hasattr(value, "__dict__"):
-        members = cast(Any, value).__dict__
+        members = value.__dict__
     else:
         yield _address(value)
         return
