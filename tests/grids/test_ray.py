@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import ray
-from engine_runs import Events, contents, plan_of, run_here, small_grid, worker_of
+from engine_runs import (
+    DeviceLosingWorker,
+    Events,
+    check_device_losses,
+    contents,
+    plan_of,
+    run_here,
+    small_grid,
+    worker_of,
+)
 from grid_cells import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +76,19 @@ def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker
     n_done = sum(outcome.state == "done" for outcome in events.ended)
     assert len(expected) - 1 <= n_done <= len(expected), "each cell was computed once, but for one that may have been"
     assert len({worker.results.manifest(cell_id).worker for cell_id in summary.done}) <= 3
+
+
+def test_an_actor_that_loses_its_device_is_replaced_and_a_cell_that_loses_it_each_time_fails(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
+    worker = worker_of(grid, tmp_path / "ray", DeviceLosingWorker, max_lost=2)
+    module = sys.modules[DeviceLosingWorker.__module__]  # actors cannot import it
+    ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        check_device_losses(worker, run_ray(worker, plan_of(worker), Events()))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.mark.parametrize(
