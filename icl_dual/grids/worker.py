@@ -120,11 +120,11 @@ class Worker:
         started, cell = time.perf_counter(), self.grid.cell(cell_id)
         try:
             while True:
-                if (outcome := self._known(cell)) is not None:
+                if (outcome := self.known(cell_id)) is not None:
                     return outcome
                 if (claim := self._claims.take(cell_id)) is not None:
                     with claim:
-                        return self._known(cell) or self._run(cell, claim, started)
+                        return self.known(cell_id) or self._run(cell, claim, started)
                 if not wait:
                     return Outcome(cell_id, "claimed")
                 time.sleep(min(_POLL_S, self.ttl / 4))
@@ -133,8 +133,9 @@ class Worker:
         except Exception as error:
             return self._failed(cell_id, error, started, is_of_cell=False)
 
-    def _known(self, cell: GridCell) -> Outcome | None:
-        """Return the outcome of a cell that is finished, or that failed before."""
+    def known(self, cell_id: str) -> Outcome | None:
+        """Return the outcome of a cell that is finished, or that failed before; `None` for another."""
+        cell = self.grid.cell(cell_id)
         if self.results.has(cell.id):
             self.results.check_same(cell, self.results.manifest(cell.id))
             return Outcome(cell.id, "already done")

@@ -5,10 +5,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import pytest
+import submitit
 from engine_runs import (
     DeviceLosingWorker,
     Events,
@@ -21,8 +24,11 @@ from engine_runs import (
 )
 from grid_cells import grid_of, save_tiny
 
+import icl_dual as icl
 from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results
-from icl_dual.grids.engines.slurm import in_jobs, run_slurm
+from icl_dual.grids.engines.slurm import _Run, in_jobs, run_slurm
+from icl_dual.grids.worker import Outcome, Worker
+from icl_dual.study import CellRunner
 
 
 def signal_job(results: Results, n_cells: int, number: signal.Signals) -> threading.Thread:
@@ -63,6 +69,56 @@ def test_a_job_that_loses_its_device_is_submitted_again_and_a_cell_that_loses_it
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
     worker = worker_of(grid, tmp_path / "slurm", DeviceLosingWorker, max_lost=2)
     check_device_losses(worker, run_slurm(worker, plan_of(worker), Events(), cluster="local", logs=tmp_path / "logs"))
+
+
+class _JobHere:
+    """A job that runs when its result is asked for, and is lost with its device."""
+
+    job_id = "1"
+
+    def __init__(self, run: Callable[[list[str]], list[Outcome]], cell_ids: list[str]) -> None:
+        self.run, self.cell_ids = run, cell_ids
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> list[Outcome]:
+        try:
+            return self.run(self.cell_ids)
+        except icl.DeviceLostError as error:
+            raise submitit.core.utils.FailedJobError(str(error)) from error
+
+
+class _LosingWorker(Worker):
+    """A worker that loses its device in the first two cells of a grid, every time."""
+
+    def _runner_of(self, cell: GridCell) -> CellRunner:
+        if cell.id in [cell.id for cell in self.grid.cells()][:2]:
+            raise icl.DeviceLostError("expected a device") from RuntimeError("CUDA error: device-side assert triggered")
+        return super()._runner_of(cell)
+
+
+def test_cells_of_a_job_that_ended_are_not_run_again_and_their_losses_are_counted_by_cell(tmp_path: Path) -> None:
+    """More losses in all than the limit of one cell: each cell comes to its own end."""
+    grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=2)
+    worker, events, submitted = worker_of(grid, tmp_path / "results", _LosingWorker, max_lost=2), Events(), []
+
+    class Executor:
+        parameters: ClassVar[dict[str, int]] = {}
+
+        def map_array(self, run: Any, jobs: list[list[str]]) -> list[_JobHere]:
+            submitted.extend(jobs)
+            return [_JobHere(run, cell_ids) for cell_ids in jobs]
+
+    cell_ids = [cell.id for cell in grid.cells()]
+    run = _Run(submitit, worker, events, "slurm")
+    run.submit(Executor(), [cell_ids])
+    summary = run.outcomes()
+    assert set(summary.failed) == {*cell_ids[:2]}
+    assert all("got 2 workers lost in it" in failed.error for failed in summary.failed.values())
+    assert set(summary.done) == {*cell_ids[2:]}
+    assert sorted(outcome.id for outcome in events.ended) == sorted(cell_ids)
+    assert submitted == [cell_ids, cell_ids, cell_ids, cell_ids[1:], cell_ids[1:]]
 
 
 def test_jobs_have_neighbours_of_one_model_and_equal_needs() -> None:

@@ -127,7 +127,7 @@ class _Submitted(NamedTuple):
     cell_ids: list[str]
     """The cells that it runs."""
     losses: int
-    """How often a job of these cells was lost before."""
+    """How often a job of these cells was lost before, one after the other."""
 
 
 class _Run:
@@ -169,17 +169,21 @@ class _Run:
         return Summary.of(outcomes)
 
     def _collect(self, submitted: _Submitted) -> list[Outcome]:
-        """Return the outcomes of a job that ended; a job that was lost is submitted again, and has none yet."""
+        """Return the outcomes of a job's cells that ended; the others of a job that was lost are submitted again."""
         try:
             if self.is_local and not submitted.job.paths.result_pickle.exists():  # submitit waits for 15 s for it
                 raise self.errors[0](f"no result in {submitted.job.paths.stderr}")
             outcomes: list[Outcome] = submitted.job.result()
         except self.errors as error:
-            if submitted.losses < self.worker.max_lost:
-                self.submit(submitted.executor, [submitted.cell_ids], submitted.losses + 1)
-                return []
-            sentence = f"expected a job to run to its end, got {submitted.losses + 1} that were lost: see {error}"
-            outcomes = [Outcome(cell_id, "failed", error=sentence) for cell_id in submitted.cell_ids]
+            ended = {cell_id: self.worker.known(cell_id) for cell_id in submitted.cell_ids}
+            outcomes = [outcome for outcome in ended.values() if outcome is not None]
+            remaining = [cell_id for cell_id, outcome in ended.items() if outcome is None]
+            losses = 0 if outcomes else submitted.losses + 1  # jobs that get on may be lost in one cell after the other
+            if remaining and losses <= self.worker.max_lost:
+                self.submit(submitted.executor, [remaining], losses)
+            else:
+                sentence = f"expected a job to run to its end, got {losses} that were lost: see {error}"
+                outcomes += [Outcome(cell_id, "failed", error=sentence) for cell_id in remaining]
         for outcome in outcomes:
             self.report.end(outcome)
         return outcomes
