@@ -177,6 +177,29 @@ def test_a_lost_device_is_told_by_its_message(message: str, is_loss: bool) -> No
     assert lost_device(ValueError(message)) is None
 
 
+def test_the_first_loss_among_the_errors_that_led_to_one_is_named() -> None:
+    """Later computations on the device fail, too; whether Python was told the cause or noted the context."""
+    first, later = RuntimeError("CUDA error: device-side assert triggered"), RuntimeError("CUDA error: device is lost")
+    error = ValueError("expected a cell that ends")
+    error.__cause__, later.__context__ = later, first
+    assert lost_device(error) is first
+    assert lost_device(error, handled=first) is later
+    first.__context__ = error
+    assert lost_device(error) is first, "a circle ends"
+
+
+def test_a_runner_of_cells_names_a_lost_device(
+    known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*args: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(icl.Experiment, "compare", lose)
+    with pytest.raises(icl.DeviceLostError, match=f"{CELL.name}: expected a device that computes"):
+        study.CellRunner(progress=False).run(CELL, tmp_path / "cell")
+    assert not (tmp_path / "cell").exists()
+
+
 def test_a_device_that_was_lost_before_a_study_is_not_named_for_the_study_s_own_error(
     known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,3 +323,36 @@ def test_runs_of_other_lengths_go_one_by_one_where_steps_depend_on_it(
 ) -> None:
     model, config = make_model("gpt2", torch.float64), icl.FinetuneConfig(schedule="linear")
     equal_to_one_by_one(model, several(model, task), [LR] * 4, 0.0, config=config)
+
+
+def test_the_norm_of_a_step_is_that_of_what_it_changes() -> None:
+    """Over all tensors: the sum of the norms bounds the change, which is computed only where the bound is exceeded."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, gradients = ([torch.randn(2, *shape, generator=generator) for shape in ((3, 4), (5,))] for _ in range(2))
+    before, lrs = [tensor.clone() for tensor in tensors], torch.tensor([0.5, 2.0])
+    norms = parallel._Steps(icl.FinetuneConfig(), 1, tensors).take(tensors, gradients, lrs, None)
+    changes = [(tensor - old).flatten(1) for tensor, old in zip(tensors, before, strict=True)]
+    torch.testing.assert_close(norms, torch.cat(changes, dim=1).norm(dim=1))
+
+
+def test_noise_that_a_gpu_keeps_is_that_of_the_cpu_with_its_sign(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = parallel._ParallelRuns(llama, [prompts], [LR], icl.FinetuneConfig(), [None])
+    expected = {size: Noise(1, size).changes(runs.weights) for size in (0.1, -0.1)}
+    monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
+    for size, changes in expected.items():
+        got = runs._noise(parallel._Run(prompts, LR, Noise(1, size)))
+        for name, by_layer in changes.items():
+            assert all(map(torch.equal, got[name], by_layer))
+    assert len(runs.drawn_noise) == 1, "drawn once for both signs"
+
+
+def test_the_change_by_adapters_is_computed_and_not_bounded(llama: icl.Model, prompts: Prompts) -> None:
+    """It is a product of theirs, which may be larger than the sum of their steps."""
+    config = icl.FinetuneConfig(lora=icl.Lora(rank=2))
+    for settings, is_bounded in ((icl.FinetuneConfig(), True), (config, False)):
+        runs = parallel._ParallelRuns(llama, [prompts], [LR], settings, [None])
+        runs._step()
+        runs._look()
+        assert (runs.runs[0].path_length < float("inf")) == is_bounded

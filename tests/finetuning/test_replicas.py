@@ -46,7 +46,12 @@ def test_without_replicas_or_with_factors_the_finetuning_itself_is_finetunes(
     with_factors = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, factors=True, progress=False)
     assert torch.equal(with_factors.delta.W_K, by_itself.W_K)
     assert with_factors.delta.factors is not None
-    assert len(with_factors.replicas) == 2
+    without = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, progress=False)
+    assert with_factors.names == without.names == tuple(without.replicas)
+    for name, delta in without.replicas.items():
+        other = with_factors.replicas[name]
+        assert (other.lr, other.noise) == (delta.lr, delta.noise)
+        torch.testing.assert_close(other.W_K, delta.W_K, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, -1])
@@ -66,6 +71,7 @@ def test_a_replica_that_diverges_is_named(llama: icl.Model, prompts: Prompts, mo
     finetuned = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, progress=False)
     assert list(finetuned.replicas) == ["near"]
     assert list(finetuned.diverged) == ["far"]
+    assert finetuned.names == ("near", "far")
     assert "finetuning diverged at step" in finetuned.diverged["far"]
 
 

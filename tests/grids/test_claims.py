@@ -64,10 +64,12 @@ def test_a_cell_is_taken_over_again_and_again_by_one_each_time(results: Results)
 
 def test_an_owner_that_renews_its_claim_less_often_is_waited_for(results: Results) -> None:
     assert of_another_machine(Claim(results.files, "cell", 0, 60.0)).create()
-    hasty = Claims(results.files, 0.01)
-    assert hasty.take("cell") is None
+    assert of_another_machine(Claim(results.files, "other", 0, 0.01)).create()
+    hasty, patient = Claims(results.files, 0.01), Claims(results.files, 60.0)
+    assert hasty.take("cell") is patient.take("other") is None
     time.sleep(0.05)
     assert hasty.take("cell") is None
+    assert patient.take("other") is None, "a worker waits for no less than its own seconds"
 
 
 @pytest.mark.skipif(machine() is None, reason="processes of this machine cannot be told from others'")
@@ -84,6 +86,19 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_taken_over_at_once(res
     process.communicate()
     assert after is not None
     assert json.loads(claimed(results.files)["cell"].content)["pid"] == os.getpid()
+
+
+def test_the_claim_of_a_worker_that_lost_its_device_is_taken_over_at_once(results: Results) -> None:
+    claim, other = Claims(results.files).take("cell"), Claims(results.files)
+    assert claim is not None
+    with claim:
+        assert other.take("cell") is None
+        claim.leave("CUDA error: device-side assert triggered")
+    after = other.take("cell")
+    assert after is not None
+    assert (after.number, after.previous_device_error) == (1, "CUDA error: device-side assert triggered")
+    after.give_up()
+    assert claimed(results.files) == {}
 
 
 def test_a_claim_that_was_written_by_half_is_one_until_it_is_old(results: Results) -> None:

@@ -123,3 +123,14 @@ def test_norms_compute_for_their_hooks_only_where_someone_has_a_hook(
         handle.remove()
         assert torch.equal(model.wrapped(tokens, attention_mask=torch.ones_like(tokens), use_cache=False), plain)
     assert [dict(vars(norm)) for norm in norms] == before
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("name", ["hook_scale", "hook_normalized"])
+def test_hooks_of_both_kinds_on_a_norm_run(make_model: Callable[..., icl.Model], name: str, register: str) -> None:
+    model, seen = make_model("llama"), list[str]()
+    handle = getattr(getattr(model.wrapped.blocks[1].ln1, name), register)(lambda *_: seen.append(name))
+    with torch.no_grad():
+        model.run(torch.arange(6)[None])
+    handle.remove()
+    assert seen == [name]

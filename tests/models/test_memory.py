@@ -20,6 +20,17 @@ def test_free_memory_is_that_of_the_machine() -> None:
 def test_a_limit_is_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_in_control_group", lambda: 5)
     assert free_memory(torch.device("cpu")) == 5
+    monkeypatch.setattr(memory, "free_in_control_group", lambda: 2**60)
+    free = free_memory(torch.device("cpu"))
+    assert free is not None
+    assert free < psutil.virtual_memory().total, "a limit may be more than the machine has"
+
+
+def test_memory_that_torch_keeps_for_new_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda:0")) == 130
 
 
 def write(folder: Path, **files: object) -> None:
@@ -36,11 +47,14 @@ def test_the_least_that_any_group_leaves_counts(tmp_path: Path) -> None:
     assert free_in_control_group(root, process) == 350
     write(root, memory__max=800, memory__current=790, memory__stat="inactive_file 3")
     assert free_in_control_group(root, process) == 13
+    write(root, memory__max=800, memory__current=810, memory__stat="inactive_file 3")  # a limit that was lowered
+    assert free_in_control_group(root, process) == 0
 
 
-def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
+@pytest.mark.parametrize("controllers", ["memory", "cpuset,memory"])
+def test_the_first_version_of_control_groups(tmp_path: Path, controllers: str) -> None:
     process, root = tmp_path / "cgroup", tmp_path / "groups"
-    process.write_text("5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    process.write_text(f"5:cpu,cpuacct:/a\n4:{controllers}:/a\n0::/\n")
     write(
         root / "memory" / "a",
         memory__limit_in_bytes=100,

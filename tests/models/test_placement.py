@@ -196,6 +196,9 @@ def test_copies_of_weights_that_run_need_free_memory_too(
     monkeypatch.setattr(loading, "free_memory", lambda device: needed - 2 * mlp + of_one - 1)
     with pytest.raises(MemoryError, match="for what device_map puts there and the copies of it that run"):
         loading._check_room("tiny", bridge, gpu, everywhere, arithmetic)
+    sizes, resident, _ = loading._sizes(bridge, arithmetic)
+    monkeypatch.setattr(loading, "free_memory", lambda device: sum(sizes) + resident)
+    loading._check_room("tiny", bridge, gpu, {0: gpu, 1: gpu}, arithmetic)  # nothing is copied
 
 
 def test_memory_that_runs_out_while_weights_are_placed_is_no_unsupported_model(
@@ -239,6 +242,13 @@ def test_a_gpu_is_the_same_by_all_its_names(folder: Path, monkeypatch: pytest.Mo
     device, places_of = placement.read_device_map(device_map, hf_model)
     assert device == torch.device("cuda:1")
     assert places_of(boot("tiny", hf_model, tiny_model().tokenizer, "cpu", torch.float32)) == {0: "cuda:0", 1: "cuda:1"}
+
+
+def test_an_entry_of_a_layer_is_of_no_layer_whose_number_begins_alike() -> None:
+    entries = {"": "cpu", "model.layers.1": "cuda:0", "model.layers.1.mlp": "cuda:1"}
+    assert placement._entry("model.layers.10.mlp.up_proj.weight", entries) == ""
+    assert placement._entry("model.layers.1.mlp.up_proj.weight", entries) == "model.layers.1.mlp"
+    assert placement._entry("model.layers.1.input_layernorm.weight", entries) == "model.layers.1"
 
 
 def test_device_and_device_map_are_not_both_taken(folder: Path) -> None:

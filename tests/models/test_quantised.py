@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -26,15 +27,15 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def quantise(
     make_hf_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Callable[[str, str], Path]:
+) -> Callable[..., Path]:
     """Save a tiny random model, quantised."""
 
-    def save(architecture: str, quantisation: str) -> Path:
+    def save(architecture: str, quantisation: str, dtype: torch.dtype = torch.float32) -> Path:
         plain, folder = tmp_path / "plain", tmp_path / "quantised"
         make_hf_model(architecture).save_pretrained(plain)
         packed: Any = AutoModelForCausalLM.from_pretrained(
             plain,
-            dtype=torch.float32,
+            dtype=dtype,
             device_map={"": "cpu"},
             quantization_config=BitsAndBytesConfig(**QUANTISATIONS[quantisation]),
         )
@@ -117,8 +118,19 @@ def test_a_quantised_model_counts_the_weights_that_it_becomes(
     n_weights = make_hf_model("llama").num_parameters()
     assert loading._n_weights(folder) == n_weights
     monkeypatch.setattr(loading, "free_memory", lambda device: 4 * n_weights - 1)
-    with pytest.raises(MemoryError, match=r"weights in float32, got .*bfloat16"):
-        icl.load_model(str(folder))
+    for device_map in (None, "auto"):
+        with pytest.raises(MemoryError, match=r"weights in float32, got .*bfloat16"):
+            icl.load_model(str(folder), device_map=device_map)
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_a_quantised_model_is_dequantised_on_the_cpu_into_the_dtype_asked_for(
+    quantise: Callable[..., Path], quantisation: str
+) -> None:
+    folder = quantise("llama", quantisation, torch.bfloat16)
+    assert quantised.loading_options(folder) == {"device_map": {"": "cpu"}}, "transformers would take the first GPU"
+    model = icl.load_model(str(folder), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -151,3 +163,19 @@ def test_a_layer_of_an_unknown_kind_is_refused(quantise: Callable[..., Path], mo
 def _all_but_the_type(state: Any, name: str, value: Any) -> None:
     if name != "quant_type":
         object.__setattr__(state, name, value)
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "fp4"])
+def test_scales_that_are_quantised_have_scales_by_block(quantisation: str) -> None:
+    """A matrix of more than one block of scales, which those of the tiny models do not fill."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = torch.randn(128, 192) * torch.linspace(1, 3, 128)[:, None]
+    parameter = Params4bit(plain, requires_grad=False, compress_statistics=True, quant_type=quantisation)
+    layer = Linear4bit(192, 128, bias=False, compress_statistics=True, quant_type=quantisation)
+    layer.weight = parameter.to("cpu")
+    state = layer.weight.quant_state
+    assert len(state.state2.absmax) == 2
+    got = quantised._matrix("tiny", layer)
+    by_row = (got - plain).norm(dim=1) / plain.norm(dim=1)
+    assert by_row.max() < 0.2
