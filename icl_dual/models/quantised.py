@@ -74,6 +74,8 @@ def dequantised(name: str, hf_model: Any, dtype: torch.dtype) -> Any:
             plain[path].bias = layer.bias
             hf_model.set_submodule(path, plain[path])
     hf_model.hf_quantizer.remove_quantization_config(hf_model)
+    for parameter in hf_model.parameters():  # transformers leaves those that are not quantised as they are stored
+        parameter.data = parameter.data.to(dtype)
     return hf_model
 
 

@@ -124,13 +124,17 @@ def test_a_quantised_model_counts_the_weights_that_it_becomes(
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_quantised_model_is_dequantised_on_the_cpu_into_the_dtype_asked_for(
-    quantise: Callable[..., Path], quantisation: str
+    quantise: Callable[..., Path], quantisation: str, stored: torch.dtype
 ) -> None:
-    folder = quantise("llama", quantisation, torch.bfloat16)
+    """Also what is not quantised, which transformers leaves in the dtype that it is stored in."""
+    folder = quantise("llama", quantisation, stored)
     assert quantised.loading_options(folder) == {"device_map": {"": "cpu"}}, "transformers would take the first GPU"
-    model = icl.load_model(str(folder), dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = icl.load_model(str(folder), dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert model.run(torch.arange(9)[None]).isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
