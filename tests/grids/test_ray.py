@@ -24,6 +24,7 @@ from engine_runs import (
 from grid_cells import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from icl_dual.grids import GridError, Plan, Resources
@@ -84,11 +85,11 @@ def test_an_actor_that_loses_its_device_is_replaced_and_a_cell_that_loses_it_eac
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=1)
     worker = worker_of(grid, tmp_path / "ray", DeviceLosingWorker, max_lost=2)
     module = sys.modules[DeviceLosingWorker.__module__]  # actors cannot import it
-    ray.cloudpickle.register_pickle_by_value(module)
+    cloudpickle.register_pickle_by_value(module)
     try:
         check_device_losses(worker, run_ray(worker, plan_of(worker), Events()))
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(module)
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from engine_runs import (
     worker_of,
 )
 from grid_cells import grid_of, save_tiny
+from submitit.core.utils import FailedJobError
 
 import icl_dual as icl
 from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results
@@ -86,7 +87,7 @@ class _JobHere:
         try:
             return self.run(self.cell_ids)
         except icl.DeviceLostError as error:
-            raise submitit.core.utils.FailedJobError(str(error)) from error
+            raise FailedJobError(str(error)) from error
 
 
 class _LosingWorker(Worker):

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -175,8 +175,9 @@ def test_scales_that_are_quantised_have_scales_by_block(quantisation: str) -> No
     with torch.random.fork_rng():
         torch.manual_seed(0)
         plain = torch.randn(128, 192) * torch.linspace(1, 3, 128)[:, None]
-    parameter = Params4bit(plain, requires_grad=False, compress_statistics=True, quant_type=quantisation)
-    layer = Linear4bit(192, 128, bias=False, compress_statistics=True, quant_type=quantisation)
+    modules: Any = import_module("bitsandbytes.nn")
+    parameter = modules.Params4bit(plain, requires_grad=False, compress_statistics=True, quant_type=quantisation)
+    layer = modules.Linear4bit(192, 128, bias=False, compress_statistics=True, quant_type=quantisation)
     layer.weight = parameter.to("cpu")
     state = layer.weight.quant_state
     assert len(state.state2.absmax) == 2
