@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from grid_cells import TASK, content, grid_of
@@ -23,10 +23,12 @@ def worker_of(grid: Grid, folder: Path, kind: Callable[..., Worker] = Worker, **
 
 
 class DeviceLosingWorker(Worker):
-    """A worker that loses its device in the first cell of the grid, every time."""
+    """A worker that loses its device in the first cells of the grid, every time."""
+
+    n_losing: ClassVar[int] = 1
 
     def _runner_of(self, cell: GridCell) -> CellRunner:
-        if cell.id == self.grid.cells()[0].id:
+        if cell.id in [losing.id for losing in self.grid.cells()[: self.n_losing]]:
             raise icl.DeviceLostError("expected a device") from RuntimeError("CUDA error: device-side assert triggered")
         return super()._runner_of(cell)
 

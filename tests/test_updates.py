@@ -177,6 +177,7 @@ def test_demonstrations_out_of_sight_leave_nothing_to_compare(
     got = runs.compare()
     for undefined in (got.norm_ratio, got.cosine, got.left_angles, got.action_cosine, got.effective_rank_icl):
         assert undefined.isnan().all()
+    assert got.effective_rank_ft.isfinite().all()
 
 
 def test_queries_are_compared_in_batches_without_changing_a_number(

@@ -74,8 +74,13 @@ def dequantised(name: str, hf_model: Any, dtype: torch.dtype) -> Any:
             plain[path].bias = layer.bias
             hf_model.set_submodule(path, plain[path])
     hf_model.hf_quantizer.remove_quantization_config(hf_model)
-    for parameter in hf_model.parameters():  # transformers leaves those that are not quantised as they are stored
-        parameter.data = parameter.data.to(dtype)
+    for path, parameter in hf_model.named_parameters():
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{name}, {path}: expected quantised weights in linear layers alone, got others in {parameter.dtype}: "
+                "load the model it was made of"
+            )
+        parameter.data = parameter.data.to(dtype)  # transformers leaves what is not quantised as it is stored
     return hf_model
 
 

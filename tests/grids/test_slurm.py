@@ -28,8 +28,7 @@ from submitit.core.utils import FailedJobError
 import icl_dual as icl
 from icl_dual.grids import GridCell, GridError, Plan, PlannedCell, Resources, Results
 from icl_dual.grids.engines.slurm import _Run, in_jobs, run_slurm
-from icl_dual.grids.worker import Outcome, Worker
-from icl_dual.study import CellRunner
+from icl_dual.grids.worker import Outcome
 
 
 def signal_job(results: Results, n_cells: int, number: signal.Signals) -> threading.Thread:
@@ -73,7 +72,7 @@ def test_a_job_that_loses_its_device_is_submitted_again_and_a_cell_that_loses_it
 
 
 class _JobHere:
-    """A job that runs when its result is asked for, and is lost with its device."""
+    """A job that runs when its result is read, and is lost with its device."""
 
     job_id = "1"
 
@@ -90,19 +89,14 @@ class _JobHere:
             raise FailedJobError(str(error)) from error
 
 
-class _LosingWorker(Worker):
-    """A worker that loses its device in the first two cells of a grid, every time."""
-
-    def _runner_of(self, cell: GridCell) -> CellRunner:
-        if cell.id in [cell.id for cell in self.grid.cells()][:2]:
-            raise icl.DeviceLostError("expected a device") from RuntimeError("CUDA error: device-side assert triggered")
-        return super()._runner_of(cell)
+class _TwiceLosingWorker(DeviceLosingWorker):
+    n_losing = 2
 
 
 def test_cells_of_a_job_that_ended_are_not_run_again_and_their_losses_are_counted_by_cell(tmp_path: Path) -> None:
     """More losses in all than the limit of one cell: each cell comes to its own end."""
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=2)
-    worker, events, submitted = worker_of(grid, tmp_path / "results", _LosingWorker, max_lost=2), Events(), []
+    worker, events, submitted = worker_of(grid, tmp_path / "results", _TwiceLosingWorker, max_lost=2), Events(), []
 
     class Executor:
         parameters: ClassVar[dict[str, int]] = {}

@@ -169,6 +169,15 @@ def _all_but_the_type(state: Any, name: str, value: Any) -> None:
         object.__setattr__(state, name, value)
 
 
+def test_quantised_weights_outside_of_linear_layers_are_refused(quantise: Callable[..., Path]) -> None:
+    """Packed numbers would be read as weights."""
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(quantise("llama", "nf4"), device_map={"": "cpu"})
+    packed = torch.zeros(32, dtype=torch.uint8)
+    hf_model.model.norm.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(icl.UnsupportedModelError, match=r"model\.norm\.weight: expected .* got others in torch\.uint8"):
+        quantised.dequantised("tiny", hf_model, torch.float32)
+
+
 @pytest.mark.parametrize("quantisation", ["nf4", "fp4"])
 def test_scales_that_are_quantised_have_scales_by_block(quantisation: str) -> None:
     """A matrix of more than one block of scales, which those of the tiny models do not fill."""
