@@ -1,4 +1,4 @@
-"""Hooks on a model that neither this library nor TransformerLens has put there, and an identity of each.
+"""Hooks on a model that neither this library, TransformerLens nor transformers has put there; an identity of each.
 
 A hook's identity is its code and the values that it reads: constants, defaults, its closure, global names, attributes
 of objects, and what dicts, lists, sets and arrays hold. Variables, attributes and members of containers that its code
@@ -26,6 +26,9 @@ from icl_dual.type_guards import is_array, is_dict, is_list, is_mapping
 DEPTH = 8
 """How many functions, objects and containers deep a hook's values are read."""
 
+OWN_MODULES = "transformer_lens.", "transformers.utils.output_capturing"
+"""Whose hooks are part of a model as it is: they change nothing, and collect what a caller of the model requests."""
+
 MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"} | {
     "popleft",
     "remove",
@@ -38,14 +41,15 @@ MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "extend
 def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
     """Return an identity of each foreign hook: its module, its name, and a hash of its code and of what it reads.
 
-    Those that TransformerLens has put there for itself are left out.
+    Those that TransformerLens and transformers have put there for themselves are left out: transformers' stay for good
+    once a forward pass has returned attentions or hidden states, and TransformerLens's `run_with_cache` asks for these.
     """
     return [
         (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH, frozenset())).encode()).hexdigest())
         for module, name in _named_modules(wrapped).items()
         for hooks in _hooks_of(module)
         for hook in map(_unwrapped, hooks.values())
-        if not str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
+        if not str(getattr(hook, "__module__", "")).startswith(OWN_MODULES)
     ]
 
 

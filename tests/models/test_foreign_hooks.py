@@ -184,6 +184,28 @@ def test_hooks_of_torch_are_found_anywhere_in_the_model(llama: icl.Model) -> Non
         assert llama.foreign_hooks() == ""
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda wrapped, tokens: wrapped.run_with_cache(tokens, names_filter=["blocks.0.attn.hook_out"]),
+        lambda wrapped, tokens: wrapped.original_model(tokens, output_hidden_states=True, output_attentions=True),
+    ],
+    ids=["run_with_cache", "output_hidden_states"],
+)
+def test_captures_before_and_after_runs_that_return_activations_belong_together(
+    llama: icl.Model, prompts: icl.Prompts, run: Callable[[Any, torch.Tensor], object]
+) -> None:
+    """Such runs leave hooks of transformers on the model for good, which collect what is requested and change nothing."""
+    zero_shot = icl.capture(llama, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
+    with torch.no_grad():
+        run(llama.wrapped, torch.tensor([[0, 5, 9]]))
+    left = [hook for module in llama.wrapped.original_model.modules() for hook in module._forward_hooks.values()]
+    assert any("output_capturing" in hook.__module__ for hook in left)
+    assert llama.foreign_hooks() == ""
+    in_context = icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)
+    assert icl.decompose(llama, zero_shot=zero_shot, in_context=in_context).residuals.split.max() < 1e-5
+
+
 def test_captures_under_other_hooks_at_the_same_place_are_refused(llama: icl.Model, prompts: icl.Prompts) -> None:
     def captured(by: float, of: icl.Prompts) -> icl.Capture:
         with llama.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", scaled(by))]):
