@@ -195,7 +195,7 @@ def test_hooks_of_torch_are_found_anywhere_in_the_model(llama: icl.Model) -> Non
 def test_captures_before_and_after_runs_that_return_activations_belong_together(
     llama: icl.Model, prompts: icl.Prompts, run: Callable[[Any, torch.Tensor], object]
 ) -> None:
-    """Such runs leave hooks of transformers on the model for good, which collect what is requested and change nothing."""
+    """Such runs leave hooks of transformers on the model for good, which collect and change nothing."""
     zero_shot = icl.capture(llama, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS, progress=False)
     with torch.no_grad():
         run(llama.wrapped, torch.tensor([[0, 5, 9]]))
