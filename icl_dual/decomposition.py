@@ -944,8 +944,8 @@ def _looked_at_once(device: torch.device, compute: Callable[[list[Tensor] | None
 
     Args:
         device: where it is computed.
-        compute: takes the list `sums` of `AttentionRule.attend`. It is called once more, with `None`, where a sum is
-            not finite: hidden numbers may be the cause.
+        compute: takes a list that receives the sums of what is not looked at, or `None` to look at all. It is called
+            once more, with `None`, where a sum is not finite: hidden numbers may be the cause.
     """
     if device.type == "cpu":
         return compute(None)
@@ -960,7 +960,7 @@ def _split(
     W_O: Float[Tensor, "head d_head d_model"],
     sums: list[Tensor] | None,
 ) -> _SplitTerms:
-    """Return the exact split of one layer; `sums` as in `AttentionRule.attend`."""
+    """Return the exact split of one layer; `sums` as in `_looked_at_once`."""
     rule, q, demo_v, eta = layer.rule, layer.q, layer.demo_v, layer.eta
     n_start = positions.on_host.n_start
     start, query = (_attend(layer, positions.on_host, keys, sums) for keys in (slice(n_start), slice(n_start, None)))
@@ -993,8 +993,10 @@ def _attend(layer: _LayerInputs, positions: _Positions, keys: slice, sums: list[
         layer.query_v[:, keys],
         positions.recorded[:, None],
         positions.query[:, keys],
-        sums,
+        look=sums is None,
     )
+    if sums is not None:
+        sums.append(part.z.detach().sum())
     return dual.AttentionPart(part.z[:, 0], part.lse[:, 0])
 
 

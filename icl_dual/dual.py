@@ -768,7 +768,7 @@ class AttentionRule(NamedTuple):
         v: Float[Tensor, "batch key kv_head d_head"],
         rows: Int[Tensor, "#batch pos"],
         keys: Int[Tensor, "#batch key"],
-        sums: list[Tensor] | None = None,
+        look: bool = True,
     ) -> AttentionPart:
         """Return attention over one group of keys, without the sink.
 
@@ -778,8 +778,8 @@ class AttentionRule(NamedTuple):
             v: values.
             rows: the position of each query.
             keys: the position of each key.
-            sums: receives the sum of the output, which is then not looked at: on a GPU the host would wait
-                for it. Where a sum is not finite, attend again without this argument.
+            look: look for scores and values that are not finite, as `attend` does: on a GPU the host waits for that.
+                With `False` look at the output yourself, and where it is not finite, attend again.
 
         Raises:
             ValueError: the numbers of heads of queries, keys and ALiBi slopes do not fit each other.
@@ -797,11 +797,8 @@ class AttentionRule(NamedTuple):
             has_bias = not causal
         if has_bias:
             bias = self.bias(rows.to(q.device), keys.to(q.device)).to(torch.promote_types(q.dtype, torch.float32))
-        if sums is None:
-            return attend(q, k, v, self.scale, self.softcap, bias, causal)
-        part = _attend_unseen(q, k, v, self.scale, self.softcap, bias, causal)
-        sums.append(part.z.detach().sum())
-        return part
+        compute = attend if look else _attend_unseen
+        return compute(q, k, v, self.scale, self.softcap, bias, causal)
 
     @checked
     def weights(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from icl_dual import dual
@@ -24,6 +24,7 @@ from icl_dual.captures.shared_prefix import (
     BatchRows,
     FullPromptPass,
     PrefixCache,
+    QueryBatch,
     advise,
     arbitrary_prompts,
     batch_overhead,
@@ -282,9 +283,9 @@ def capture(
         if {"residual_norms", "stream"} & set(fields):
             callbacks["on_residual"] = recorder.on_residual
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
-            recorder.residual = max(recorder.residual, batch.residual)
-            next_log_probs = log_probs_of(batch.logits)[:, 0]
             index = torch.tensor(batch.rows, device=model.device)
+            recorder.record(batch, index)
+            next_log_probs = log_probs_of(batch.logits)[:, 0]
             log_probs[index[:, None], label_index] = next_log_probs[:, label_tokens]
             if "next_log_probs" in recorder.tensors:
                 recorder.tensors["next_log_probs"][index] = next_log_probs
@@ -351,8 +352,9 @@ class BatchedCapture:
             on_attention=recorder.on_attention,
             on_output=recorder.on_output,
         ):
-            recorder.residual = max(recorder.residual, batch.residual)
-            log_probs[batch.rows] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]]
+            index = torch.tensor(batch.rows, device=self.model.device)
+            recorder.record(batch, index)
+            log_probs[index] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]]
         return recorder.capture(log_probs, None, None)
 
 
@@ -447,6 +449,8 @@ class _Recorder:
             "stream": (n_queries, n_layers, model.d_model),
         }
         self.dtype = torch.promote_types(model.dtype, torch.float32)
+        self.at_last: dict[str, list[Tensor]] = {}
+        """By field, what each layer of the batch that runs has at the rows' last tokens."""
         self.tensors = {name: self.zeros(*shape) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
             self.tensors |= {name: self.zeros(*keys_shape) for name in ("query_keys", "query_values")}
@@ -464,7 +468,7 @@ class _Recorder:
         z = attention.output if "z" in tensors else attention.z
         for name, tensor in (("z", z), ("q", attention.q_pre_rotary), ("q_scored", attention.q)):
             if name in tensors:
-                tensors[name][index, layer] = rows.at_last(tensor).to(self.dtype)
+                self._keep(name, layer, rows.at_last(tensor))
         self._record_scores(layer, rows.at_last(attention.q), attention.k, rows)
         if "query_keys" in tensors:
             positions = slice(self.n_before_rows, self.n_before_rows + attention.k.shape[1])
@@ -483,7 +487,7 @@ class _Recorder:
         tensors, (scale, softcap, *_) = self.tensors, self.model.attention_rules[layer]
         keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
         if "context_scores" in tensors:
-            tensors["context_scores"][rows.indices, layer] = dual.summed_scores(q, keys[:n_prefix], scale, softcap)
+            self._keep("context_scores", layer, dual.summed_scores(q, keys[:n_prefix], scale, softcap))
         if "demo_scores" in tensors:
             demo_scores = dual.shared_scores(q, self.demo_keys[layer], scale, softcap)
             tensors["demo_scores"][rows.indices, layer] = demo_scores.transpose(0, 1)
@@ -497,17 +501,28 @@ class _Recorder:
     def on_output(self, layer: int, output: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record a layer's attention output."""
         if "attn_out" in self.tensors:
-            self.tensors["attn_out"][rows.indices, layer] = rows.at_last(output).to(self.dtype)
+            self._keep("attn_out", layer, rows.at_last(output))
 
     def on_residual(self, layer: int, stream: Float[Tensor, "batch pos d_model"], rows: BatchRows) -> None:
         """Record the residual stream after a layer, and its norms."""
         if "stream" in self.tensors:
-            self.tensors["stream"][rows.indices, layer] = rows.at_last(stream).to(self.dtype)
+            self._keep("stream", layer, rows.at_last(stream))
         if "residual_norms" not in self.tensors:
             return
         n_common, n_pos = self.n_before_rows - len(self.prompts.start), stream.shape[1]
         norms = norms_of(stream).masked_fill(rows.past_end, 0.0)
         self.tensors["residual_norms"][rows.indices, layer, n_common : n_common + n_pos] = norms
+
+    def _keep(self, name: str, layer: int, tensor: Shaped[Tensor, "batch *axes"]) -> None:
+        """Keep what a layer has at the rows' last tokens until the batch is done: one copy then serves all layers."""
+        self.at_last.setdefault(name, [])[layer:] = [tensor]  # from the layer on: the pass may run once more
+
+    def record(self, batch: QueryBatch, index: Int[Tensor, " batch"]) -> None:
+        """Record a batch that is done, at the queries of an index."""
+        self.residual = max(self.residual, batch.residual)
+        for name, layers in self.at_last.items():
+            self.tensors[name][index] = torch.stack(layers, dim=1).to(self.dtype)
+        self.at_last.clear()
 
     def capture(
         self,

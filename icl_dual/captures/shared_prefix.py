@@ -145,7 +145,7 @@ class PrefixCache:
         layer: int,
         q: Tensor,
         positions: Int[Tensor, "1 pos"],
-        sums: list[Tensor] | None = None,
+        look: bool = True,
     ) -> dual.AttentionPart:
         """Return a batch's attention over the cached tokens: the rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
@@ -155,7 +155,7 @@ class PrefixCache:
             self.values[layer][None],
             positions.repeat(1, batch),
             torch.arange(self.n_pos)[None],
-            sums,
+            look=look,
         )
         return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
@@ -325,19 +325,25 @@ def _run_after(
     """
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     extremes: list[Tensor] = []
-    sums: list[Tensor] | None = None if model.device.type == "cpu" else []
+    sums: list[Tensor] = []
+    look = model.device.type == "cpu"
 
     @trusted
     def merge_cache(layer: int, attention: Attention) -> Tensor | None:
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
-            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, sums))
+            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, look=look))
             extremes.extend(_extremes(last.z, z[:, -1:]))
             on_attention(layer, attention)
             return None
-        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, sums))
+        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, look=look))
         extremes.extend(_extremes(row_part.z, z))
-        z = row_part.z + dual.delta_icl(row_part, cache.attend(rule, layer, q, positions, sums))
+        cached = cache.attend(rule, layer, q, positions, look=look)
+        if not look:  # of the rows' own part, the extremes tell
+            sums.append(cached.z.detach().sum())
+        # `dual.merge` in fewer operators. Each row sees itself, so that its own part is never without keys.
+        share = torch.sigmoid(cached.lse - row_part.lse).unsqueeze(-1)
+        z = torch.lerp(row_part.z, cached.z, share)
         on_attention(layer, attention._replace(z=z))
         return z
 
@@ -352,8 +358,8 @@ def _run_after(
     )
     logits = run(on_output=on_output, on_residual=on_residual)
     residuals = _residuals(extremes)
-    if sums and not is_finite(torch.cat([torch.stack(sums), residuals])):  # hidden numbers may be the cause: look at
-        sums = None  # every layer
+    if not (look or is_finite(torch.cat([torch.stack(sums), residuals]) if sums else residuals)):
+        look = True  # at every layer: hidden numbers may be the cause
         extremes.clear()
         logits = run(on_output=on_output, on_residual=on_residual)
         residuals = _residuals(extremes)
