@@ -34,11 +34,11 @@ from icl_dual.scripts.common import (
     finish,
     label_outer,
     legend_beside,
+    loading,
     model_title,
     output_folder,
     panels,
     positive,
-    precision,
     run_script,
 )
 from icl_dual.scripts.outputs import markdown, markdown_text, write_csv, write_text
@@ -132,7 +132,7 @@ def run(rows: dict[str, dict[str, list[icl.Cell]]], args: argparse.Namespace) ->
     place = {cell: order[row] for row, by_task in rows.items() for of_task in by_task.values() for cell in of_task}
     models = ("untrained", "random-blocks", "trained")  # what may be refused comes first
     cells.sort(key=lambda cell: (models.index(cell.weights), cell.seed, args.tasks.index(cell.task), place[cell]))
-    finished = icl.run_study(cells, args.out / "cells", device=args.device, **precision(args))
+    finished = icl.run_study(cells, args.out / "cells", **loading(args))
     results = dict(zip(cells, finished, strict=True))
     return {
         row: {task: [results[cell] for cell in of_task] for task, of_task in by.items()} for row, by in rows.items()
@@ -156,7 +156,7 @@ def run_orders(claim: Mapping[str, Sequence[icl.CellResult]], args: argparse.Nam
             check_same_settings(folder, settings, saved)
         else:
             started = time.perf_counter()
-            model = model or icl.load_model(args.model, device=args.device, **precision(args))
+            model = model or icl.load_model(args.model, **loading(args))
             of = icl.load_task(task, cell.source, protocol=cell.protocol)
             demonstrations, queries = of.demonstrations(cell.k, cell.seed), of.queries(cell.n_queries)
             sensitivity = icl.measure_order_sensitivity(

@@ -31,11 +31,11 @@ from icl_dual.scripts.common import (
     default_lr,
     finish,
     label_outer,
+    loading,
     model_title,
     output_folder,
     panels,
     positive,
-    precision,
     precision_title,
     run_script,
     short,
@@ -160,7 +160,7 @@ def results(args: argparse.Namespace) -> Iterator[Result]:
             check_same_settings(folder, {"dtype": precision_title(args)}, metadata["about"])
             yield Result(name, tensors, metadata["about"])
             continue
-        model = model or icl.load_model(args.model, device=args.device, **precision(args))
+        model = model or icl.load_model(args.model, **loading(args))
         if args.rank > model.d_head:
             raise icl.StudyError(
                 f"expected --rank of at most {model.d_head}, the width of a head, got {args.rank}: pass a smaller one"

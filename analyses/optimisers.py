@@ -16,9 +16,9 @@ from icl_dual.scripts.common import (
     cell_parser,
     command_line,
     count,
+    loading,
     model_title,
     output_folder,
-    precision,
     run_script,
     short,
 )
@@ -97,7 +97,7 @@ def table(results: Sequence[icl.CellResult], names: Mapping[icl.Cell, str]) -> p
 def write(args: argparse.Namespace) -> None:
     """Run the cells that are not finished, and write the table and the page."""
     names = plan(args)
-    results = icl.run_study(list(names), args.out / "cells", device=args.device, **precision(args))
+    results = icl.run_study(list(names), args.out / "cells", **loading(args))
     frame = table(results, names)
     write_csv(args.out / "optimisers.csv", frame)
     provenance, accuracy = results[0].provenance, results[0].comparison.accuracy

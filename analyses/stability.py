@@ -22,10 +22,10 @@ from icl_dual.scripts.common import (
     count,
     finish,
     legend_beside,
+    loading,
     model_title,
     output_folder,
     positive,
-    precision,
     rate,
     run_script,
     short,
@@ -154,7 +154,7 @@ def norms(result: icl.CellResult) -> str:
 
 def write(args: argparse.Namespace) -> None:
     """Run the cells that are not finished, and write the table, the figure and the page."""
-    results = icl.run_study(plan(args), args.out / "cells", device=args.device, **precision(args))
+    results = icl.run_study(plan(args), args.out / "cells", **loading(args))
     by_replica = values_by_replica(results)
     write_csv(args.out / "replicas.csv", by_replica, float_format="%.6g")
     draw(results, f"Metrics along the learning rate, {describe(args)}", args.out / "rates")

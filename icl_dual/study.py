@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,8 @@ from icl_dual.contexts import matching_training_steps, relabel
 from icl_dual.experiment import Experiment, Setting, add_replicas, capture_replicas, capture_settings
 from icl_dual.finetuning.replicas import Finetuned, finetune_with_replicas
 from icl_dual.models import MOMENTUM_TAG, Model, control_model, load_model
+from icl_dual.models.loading import check_devices
+from icl_dual.models.placement import DeviceMap
 from icl_dual.models.precision import check_arithmetic
 from icl_dual.paper_tasks import load_task, registered_task
 from icl_dual.progress import progress_bar
@@ -285,7 +287,8 @@ def run_study(
     *,
     tasks: Sequence[Task] = (),
     models: Sequence[Model] = (),
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
     dtype: torch.dtype = torch.float32,
     arithmetic: torch.dtype | None = None,
     keep_recordings: bool = False,
@@ -304,7 +307,8 @@ def run_study(
             over a known task's.
         models: models of your own that cells name, with their own device and precision. A name given here takes
             precedence over what `load_model` would load.
-        device: the device to load models to.
+        device: the device to load models to; the CPU by default.
+        device_map: for models that do not fit on one device, instead of `device`, as in `load_model`.
         dtype: the dtype to load models in.
         arithmetic: the dtype of the computation, as in `load_model`; by default that of the weights.
         keep_recordings: also save what the metrics are computed from; a cell then is complete only with its recordings.
@@ -324,7 +328,8 @@ def run_study(
         PromptError: the prompts of a cell do not fit into its model's context.
         DivergedError: the finetuning of a cell diverged.
         DeviceLostError: the accelerator was lost in a cell; those finished before are saved.
-        ValueError: `arithmetic` does not fit `dtype`.
+        ValueError: `arithmetic` does not fit `dtype`, both `device` and `device_map` are given, or `load_model` refuses
+            one of them.
 
     Example:
         >>> import icl_dual, tempfile
@@ -338,8 +343,10 @@ def run_study(
         [1, 2]
     """
     check_arithmetic(dtype, arithmetic)
+    check_devices(device, device_map)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
-    results, kept = dict(plan.finished), _Kept(plan.models, device, dtype, arithmetic, progress)
+    load = partial(load_model, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
+    results, kept = dict(plan.finished), _Kept(plan.models, load, progress)
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
         for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
@@ -580,16 +587,8 @@ def _check_model(cell: Cell, models: Mapping[str, Model]) -> None:
 class _Kept:
     """The model of the last cell, and the runs that the next one may share with it."""
 
-    def __init__(
-        self,
-        models: Mapping[str, Model],
-        device: str | torch.device,
-        dtype: torch.dtype,
-        arithmetic: torch.dtype | None,
-        progress: bool,
-    ) -> None:
-        self.models, self.device, self.dtype, self.arithmetic = models, device, dtype, arithmetic
-        self.runs = _Runs(progress)
+    def __init__(self, models: Mapping[str, Model], load: Callable[[str], Model], progress: bool) -> None:
+        self.models, self.load, self.runs = models, load, _Runs(progress)
         self.current: dict[str, tuple[Model, dict[str, Any]]] = {}
 
     def model(self, cell: Cell, check: Callable[[Model, dict[str, Any]], None]) -> tuple[Model, dict[str, Any]]:
@@ -597,9 +596,7 @@ class _Kept:
         name = cell.model_name
         if name not in self.current:
             self.current.clear()
-            self.current[name] = _make_model(
-                cell, self.models.get(cell.model), self.device, self.dtype, self.arithmetic
-            )
+            self.current[name] = _make_model(cell, self.models.get(cell.model), self.load)
             check(*self.current[name])
         return self.current[name]
 
@@ -632,15 +629,18 @@ class CellRunner:
         *,
         tasks: Sequence[Task] = (),
         models: Sequence[Model] = (),
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
+        device_map: DeviceMap | None = None,
         dtype: torch.dtype = torch.float32,
         arithmetic: torch.dtype | None = None,
         keep_recordings: bool = False,
         progress: bool = True,
     ) -> None:
         check_arithmetic(dtype, arithmetic)
+        check_devices(device, device_map)
         self._tasks, self._models = _Tasks(tasks, LocalFiles()), {model.name: model for model in models}
-        self._kept = _Kept(self._models, device, dtype, arithmetic, progress)
+        load = partial(load_model, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
+        self._kept = _Kept(self._models, load, progress)
         self._keep_recordings = keep_recordings
 
     @checked
@@ -670,13 +670,7 @@ class CellRunner:
             return _run_cell(model, cell, draw, folder, self._kept.runs, self._keep_recordings, origin)
 
 
-def _make_model(
-    cell: Cell,
-    passed: Model | None,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    arithmetic: torch.dtype | None,
-) -> tuple[Model, dict[str, Any]]:
+def _make_model(cell: Cell, passed: Model | None, load: Callable[[str], Model]) -> tuple[Model, dict[str, Any]]:
     """Return a cell's model and its origin.
 
     The model is the one passed in or loaded by name, or a control of it, after which it can be freed.
@@ -684,7 +678,7 @@ def _make_model(
     files: dict[str, Any] = {}
     if passed is None:
         files = {"model_files": local_files(cell.model)}  # before they are read: a later change is seen
-        passed = load_model(cell.model, device=device, dtype=dtype, arithmetic=arithmetic)
+        passed = load(cell.model)
     model = passed if cell.weights == "trained" else control_model(passed, cell.weights, seed=cell.seed)
     return model, model_origin(model) | files
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import released
 import torch
+from grid_cells import save_tiny
 from helpers import make_rows, saved_metadata
 
 import icl_dual as icl
@@ -250,6 +251,29 @@ def test_cells_that_would_share_a_folder_are_refused(known: list[str], tmp_path:
     with pytest.raises(icl.StudyError, match="two that would share a folder"):
         icl.run_study([CELL, dataclasses.replace(CELL, balanced=True)], tmp_path, progress=False)
     assert len(icl.run_study([CELL, CELL], tmp_path, progress=False)) == 1
+
+
+def test_models_are_loaded_by_a_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: icl.Task) -> None:
+    cell, on_disk = dataclasses.replace(CELL, model=save_tiny(tmp_path / "tiny")), {"": "cpu", "model.layers.1": "disk"}
+    maps: list[Any] = []
+
+    def load(name: str, *, device_map: Any, **kwargs: Any) -> icl.Model:
+        maps.append(device_map)
+        return icl.load_model(name, device_map=device_map, **kwargs)
+
+    monkeypatch.setattr(study, "load_model", load)
+    tables = [
+        icl.run_study([cell], tmp_path / name, tasks=[task], device_map=device_map, progress=False)[0].to_frame()
+        for name, device_map in (("mapped", on_disk), ("plain", None))
+    ]
+    runner = study.CellRunner(tasks=[task], device_map=on_disk, progress=False)
+    tables.append(runner.run(cell, tmp_path / "alone").to_frame())
+    assert maps == [on_disk, None, on_disk]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+    with pytest.raises(ValueError, match="expected device or device_map"):
+        icl.run_study([cell], tmp_path / "both", tasks=[task], device="cpu", device_map="auto", progress=False)
+    assert not (tmp_path / "both").exists()
 
 
 def test_another_arithmetic_is_refused_and_cells_without_a_precision_computed_in_their_dtype(

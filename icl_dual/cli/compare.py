@@ -17,12 +17,12 @@ from icl_dual.scripts.common import (
     add_device_options,
     count,
     finish,
+    loading,
     model_name,
     model_title,
     output_folder,
     panels,
     positive,
-    precision,
     rate,
     replica_count,
     short,
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         icl.Cell(args.model, task.name, args.k, seed, args.lr, n_queries=n_queries, replicas=args.replicas)
         for seed in dict.fromkeys(args.seeds)
     ]
-    results = icl.run_study(cells, args.out / "cells", tasks=[task], device=args.device, **precision(args))
+    results = icl.run_study(cells, args.out / "cells", tasks=[task], **loading(args))
     write_tables(results, args.out)
     write_figure(results, args.out)
     write_page(results, task, args.out)

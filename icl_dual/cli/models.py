@@ -7,7 +7,7 @@ import icl_dual as icl
 from icl_dual.assets import PACKAGED_MODELS, cache_dir
 from icl_dual.cli.commands import add_command
 from icl_dual.cli.doctor import megabytes
-from icl_dual.scripts.common import add_device_options, model_name, precision
+from icl_dual.scripts.common import add_device_options, loading, model_name
 
 EXAMPLES = """
 icl-dual models
@@ -28,11 +28,7 @@ def add_commands(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """Print and return the packaged models, or the size of one model and the residual of its split."""
-    return (
-        packaged_models()
-        if args.model is None
-        else split(icl.load_model(args.model, device=args.device, **precision(args)))
-    )
+    return packaged_models() if args.model is None else split(icl.load_model(args.model, **loading(args)))
 
 
 def packaged_models() -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import icl_dual as icl
 from icl_dual.cli.commands import add_command, add_task_options, load_task
-from icl_dual.scripts.common import add_device_options, count, model_name, model_title, output_file, positive, precision
+from icl_dual.scripts.common import add_device_options, count, loading, model_name, model_title, output_file, positive
 from icl_dual.views.interactive import is_view
 
 EXAMPLES = """
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.query >= (n_queries := task.pool_sizes["evaluation"]):
         raise icl.TaskError(f"expected --query from 0 to {n_queries - 1}, got {args.query}: choose another query")
     demonstrations, query = task.demonstrations(args.k, args.seed), task.queries(args.query + 1)[int(args.query)]
-    model = icl.load_model(args.model, device=args.device, **precision(args))
+    model = icl.load_model(args.model, **loading(args))
     prompts = icl.build_prompts(model, task, demonstrations, [query])
     zero_shot = icl.capture(model, prompts.zero_shot(), fields=icl.DECOMPOSE_FIELDS)
     in_context = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from icl_dual.arguments import Count, NameOrPath, Rate, Seed, checked
+from icl_dual.arguments import Count, Index, NameOrPath, Rate, Seed, checked
 from icl_dual.assets import AssetError, check_model_name
 from icl_dual.cells import Cell, StudyError, folder_name
 from icl_dual.field_docs import document_fields
@@ -26,7 +26,7 @@ Precision = Literal[
 ]  # fmt: skip
 """The dtype of weights and computation, in the words in which cells save it."""
 
-DEVICES = ("cpu", "cuda", "mps")
+DEVICES = ("cpu", "cuda")
 """The kinds of devices that a grid may name."""
 
 PLAIN = "plain"
@@ -127,10 +127,15 @@ class Grid:
     """The rule by which predictions follow from log-probabilities (`icl_dual.scoring`)."""
     device: str = "cpu"
     """The device of the models, such as `cpu` or `cuda`."""
+    device_map: Literal["auto"] | Mapping[str, str] | None = None
+    """For models that do not fit on one device, instead of `device`, as in `load_model`."""
     keep_recordings: bool = False
     """Whether to save what the metrics are computed from; some megabytes a query for large models."""
     cpus: Count = 1
     """The number of CPUs that a cell is planned with."""
+    gpus: Index | None = None
+    """The number of GPUs that a cell is planned with; `None` for those that `device` or `device_map` names, of which
+    `auto` counts as one."""
     memory_gb: Rate | None = None
     """The memory that a cell is planned with, in GB; `None` for an estimate from the model's files."""
 
@@ -240,6 +245,12 @@ class Grid:
     def _problems_of_names(self) -> Iterator[Problem]:
         if self.device.partition(":")[0] not in DEVICES:
             yield Problem(("device",), f"expected device as one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.device_map is not None and self.device != "cpu":
+            yield Problem(
+                ("device_map",),
+                f"expected device or device_map, got device={self.device!r} and device_map={self.device_map!r}: leave "
+                "out device, the map says where models run",
+            )
         for model in self.models:
             if not model:
                 yield Problem(("models",), "expected the name of a model, got an empty string")

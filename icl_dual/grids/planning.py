@@ -14,6 +14,7 @@ from icl_dual.assets import PACKAGED_MODELS, local_files, model_files
 from icl_dual.field_docs import document_fields
 from icl_dual.grids.grid import Grid, GridCell, GridError, Precision, check_names
 from icl_dual.grids.results import Manifest, Results
+from icl_dual.type_guards import is_mapping
 
 PROCESS_BYTES = 1.2e9
 """The memory of a process with torch and transformers before it loads a model, in bytes, measured with `ps`."""
@@ -199,10 +200,17 @@ def _key(manifest: Manifest) -> tuple[str, str]:
 
 
 def _resources(grid: Grid, model: str, measured: int | None) -> Resources:
-    gpus = 0 if grid.device.startswith("cpu") else 1
+    gpus = _n_gpus(grid) if grid.gpus is None else grid.gpus
     if grid.memory_gb is not None:
         return Resources(grid.cpus, gpus, int(grid.memory_gb * 1e9))
     return Resources(grid.cpus, gpus, int(MARGIN * measured) if measured else _estimate(model))
+
+
+def _n_gpus(grid: Grid) -> int:
+    """Return the number of GPUs that a grid names."""
+    if is_mapping(grid.device_map):
+        return len({place for place in grid.device_map.values() if place.startswith("cuda")})
+    return 0 if grid.device_map is None and grid.device.startswith("cpu") else 1
 
 
 def _estimate(model: str) -> int | None:

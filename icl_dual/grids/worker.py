@@ -174,7 +174,8 @@ class Worker:
             runner = CellRunner(
                 tasks=self.tasks,
                 models=self.models,
-                device=self.grid.device,
+                device=self.grid.device if self.grid.device_map is None else None,
+                device_map=self.grid.device_map,
                 dtype=dtype,
                 arithmetic=arithmetic,
                 keep_recordings=self.grid.keep_recordings,

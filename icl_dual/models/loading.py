@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from icl_dual.models.memory import free_memory
 from icl_dual.models.model import Model
 from icl_dual.models.momentum_gpt2 import MomentumForCausalLM
 from icl_dual.models.placement import DISK, DeviceMap, mlp_matrices, place, plan_mlps, read_device_map
-from icl_dual.models.precision import check_arithmetic
+from icl_dual.models.precision import check_arithmetic, precision_name
 from icl_dual.models.quantised import (
     check_dequantisable,
     count_weights,
@@ -93,18 +94,12 @@ def load_model(
         call downloads the model.
     """
     check_arithmetic(dtype, arithmetic)
-    if device is not None and device_map is not None:
-        raise ValueError(
-            f"expected device or device_map, got device={str(device)!r} and device_map={device_map!r}: leave out "
-            "device, the map says where the model runs"
-        )
-    for each in _devices(device, device_map):
-        _check_device(each)
+    check_devices(device, device_map)
     files = assets.model_files(name, revision)
     check_no_adapter_files(name, files.folder)  # transformers would load them, and their model from the hub
     check_dequantisable(name, files.folder)
     if device_map is None:
-        _check_fits(name, files.folder, torch.device(device or "cpu"), dtype)
+        _check_fits(name, files.folder, torch.device(device or "cpu"), dtype, arithmetic)
     _check_fits_on_host(name, files.folder, dtype, device_map)
     try:
         of_bridge = _tokenizer(files.folder) if tokenizer is None else _as_given(tokenizer)
@@ -165,6 +160,21 @@ def load_model(
         arithmetic=arithmetic,
         tokenizer=tokenizer,
     )
+
+
+def check_devices(device: str | torch.device | None, device_map: DeviceMap | None) -> None:
+    """Check that at most one of the arguments is given, and that torch can use the devices that it names.
+
+    Raises:
+        ValueError: as in `load_model`.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError(
+            f"expected device or device_map, got device={str(device)!r} and device_map={device_map!r}: leave out "
+            "device, the map says where the model runs"
+        )
+    for each in _devices(device, device_map):
+        _check_device(each)
 
 
 def _devices(device: str | torch.device | None, device_map: DeviceMap | None) -> list[str | torch.device]:
@@ -279,13 +289,15 @@ def _n_widened_bytes(weights: Iterable[Tensor]) -> int:
     return sum(4 * weight.numel() for weight in weights if is_half(weight.dtype))
 
 
-def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise a MemoryError where the weights alone are larger than the free memory of the device."""
-    n_weights, free = _n_weights(folder), free_memory(device)
-    needed = n_weights * dtype.itemsize
+def _check_fits(
+    name: str, folder: Path, device: torch.device, dtype: torch.dtype, arithmetic: torch.dtype | None = None
+) -> None:
+    """Raise a MemoryError where the weights, with copies that run, are larger than the free memory of the device."""
+    n_weights, free, copies = _n_weights(folder), free_memory(device), 4 * _n_copied(folder)
+    needed = n_weights * dtype.itemsize + (copies if is_half(dtype) and arithmetic == torch.float32 else 0)
     if free is None or needed <= free:
         return
-    in_half = 2 * n_weights
+    in_half = 2 * n_weights + copies
     advice = (
         f"load it with dtype=torch.bfloat16, arithmetic=torch.float32, which takes {_gib(in_half)}"
         if in_half <= free
@@ -297,7 +309,7 @@ def _check_fits(name: str, folder: Path, device: torch.device, dtype: torch.dtyp
         advice += f", load it with dtype={stored}, device_map='auto', which reads weights from their file as they run"
     raise MemoryError(
         f"{name}: expected {_gib(needed)} of free memory on {device} for {n_weights / 1e9:.2f} billion weights in "
-        f"{dtype_name(dtype)}, got {_gib(free)}: {advice}, or free memory"
+        f"{precision_name(dtype, arithmetic or dtype)}, got {_gib(free)}: {advice}, or free memory"
     )
 
 
@@ -347,6 +359,18 @@ def _n_weights(folder: Path) -> int:
     if quantisation_method(folder) is not None:  # whose files hold several in one number
         return count_weights(folder)
     return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
+
+
+def _n_copied(folder: Path) -> int:
+    """Return how many weights run as float32 copies at a time: those outside of blocks, and those of the largest block.
+
+    The first number in a weight's name is its block's.
+    """
+    by_block = Counter[str]()
+    for name, (shape, _) in _stored_weights(folder).items():
+        block = re.search(r"\.\d+\.", f".{name}")
+        by_block["" if block is None else block.group()] += math.prod(shape)
+    return by_block.pop("", 0) + max(by_block.values(), default=0)
 
 
 def _main_dtype(folder: Path) -> torch.dtype | None:

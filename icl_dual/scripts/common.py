@@ -365,8 +365,13 @@ def add_cell_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the device and the precision."""
-    add = parser.add_argument
-    add("--device", type=device, default="cpu", help="(%(default)s)")
+    add, one_of = parser.add_argument, parser.add_mutually_exclusive_group()
+    one_of.add_argument("--device", type=device, default="cpu", help="(%(default)s)")
+    one_of.add_argument(
+        "--device-map",
+        choices=("auto",),
+        help="for models larger than a GPU: MLPs fill the GPUs, then the host's memory or their file",
+    )
     add(
         "--dtype",
         default="float32",
@@ -376,10 +381,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     add("--arithmetic", choices=("float32",), help="number format to compute in (that of the weights)")
 
 
-def precision(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the precision of a cell parser's options, as arguments of `load_model` and `run_study`."""
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the device and the precision of a parser's options, as arguments of `load_model` and `run_study`."""
+    place = {"device": args.device} if args.device_map is None else {"device_map": args.device_map}
     arithmetic = None if args.arithmetic is None else getattr(torch, args.arithmetic)
-    return {"dtype": getattr(torch, args.dtype), "arithmetic": arithmetic}
+    return {**place, "dtype": getattr(torch, args.dtype), "arithmetic": arithmetic}
 
 
 def precision_title(args: argparse.Namespace) -> str:

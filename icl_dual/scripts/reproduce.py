@@ -30,11 +30,11 @@ from icl_dual.scripts.common import (
     default_lr,
     finish,
     label_outer,
+    loading,
     model_title,
     output_folder,
     panels,
     positive,
-    precision,
     run_script,
     script_parser,
     short,
@@ -318,8 +318,7 @@ def write(args: argparse.Namespace) -> Results:
     results = icl.run_study(
         plan(args, model),
         args.out / "cells",
-        device=args.device,
-        **precision(args),
+        **loading(args),
         keep_recordings=args.export is not None,
     )
     if args.export:
@@ -331,7 +330,7 @@ def write(args: argparse.Namespace) -> Results:
     paper_tables.write(results, args.out)
     write_figures(results, args.out)
     if args.protocol == "answer" and not args.preset and chat_form.has_chat_template(model):
-        chat_form.write(results, args.out, device=args.device, **precision(args))
+        chat_form.write(results, args.out, **loading(args))
     write_readme(results, args, args.out)
     print(f"\nTables and figures are in {args.out}/; how each was made is in {args.out}/README.md")
     return results

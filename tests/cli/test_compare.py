@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 import icl_dual as icl
 from icl_dual import cli
+from icl_dual.models import load_model
 
 WORDS = ("bad", "good")
 ROWS = [(f"film number {number}, seen {'twice' if number % 3 else 'once'}", WORDS[number % 2]) for number in range(30)]
@@ -99,6 +101,26 @@ def test_drawing_again_needs_no_model_and_no_display(
     assert [cell["seed"] for cell in result["cells"]] == [1]
     assert str(out / "comparison.png") in result["files"]
     assert {metric["metric"] for metric in result["cells"][0]["metrics"]} >= {"SimAOU", "Kendall"}
+
+
+def test_a_model_is_loaded_by_a_device_map(
+    tiny_model: str, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Any]
+) -> None:
+    code, line = refused("compare", tiny_model, "--rows", str(films), "--device", "cpu", "--device-map", "auto")
+    assert code == 2
+    assert "not allowed with argument --device" in line
+    options: list[dict[str, Any]] = []
+
+    def load(name: str, **given: Any) -> icl.Model:
+        options.append(given)
+        return load_model(name, **given)
+
+    for place in ("icl_dual.load_model", "icl_dual.study.load_model"):
+        monkeypatch.setattr(place, load)
+    arguments = [tiny_model, "--rows", str(films), "--label-column", "kind", "--device-map", "auto"]
+    assert cli.main(["compare", *arguments, "--seeds", "1", *BUDGET, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["view", *arguments, "--k", "2", "--quiet", "--out", str(tmp_path / "view.html")]) == 0
+    assert [(given.get("device"), given["device_map"]) for given in options] == [(None, "auto")] * 2
 
 
 NOT_LABELLED = [("a film", "good"), ("another", "bad")]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grid_cells import TASK, CopiedCells, change_version, content, grid_of, without_model_files
+from grid_cells import TASK, CopiedCells, change_version, content, grid_of, save_tiny, without_model_files
 
 import icl_dual as icl
 from icl_dual import study as study_module
@@ -279,6 +279,43 @@ def test_a_cell_that_is_larger_than_the_machine_is_refused_before_any_runs(tmp_p
     cell = PlannedCell(GRID.cells()[0], Resources(3, 1, None))
     with pytest.raises(GridError, match=r"the gpus of a node \(0\)"):
         Machine(4, 0, None).check_fits([cell], "a node")
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus"),
+    [
+        ({}, 0),
+        ({"device": "cuda"}, 1),
+        ({"device": "cuda", "gpus": 2}, 2),
+        ({"device_map": "auto"}, 1),
+        ({"device_map": "auto", "gpus": 0}, 0),
+        ({"device_map": {"": "cuda:0", "model.layers.1": "cuda:1", "model.layers.2": "cuda:1"}}, 2),
+        ({"device_map": {"": "cpu", "model.layers.1": "disk"}}, 0),
+    ],
+)
+def test_a_cell_is_planned_with_the_gpus_that_its_model_is_loaded_to(
+    settings: dict[str, Any], gpus: int, tmp_path: Path
+) -> None:
+    planned = plan(grid_of(**settings), Results(tmp_path), models=["tiny"], tasks=["films"])
+    assert {cell.resources.gpus for cell in planned.cells} == {gpus}
+
+
+def test_a_device_and_a_map_are_not_both_taken() -> None:
+    with pytest.raises(GridError, match=r"expected device or device_map, got device='cuda' .*: leave out device"):
+        grid_of(device="cuda", device_map="auto")
+
+
+def test_a_worker_loads_models_by_the_grid_s_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk, maps = {"": "cpu", "model.layers.1": "disk"}, list[Any]()
+
+    def load(name: str, **options: Any) -> icl.Model:
+        maps.append((options["device"], options["device_map"]))
+        return icl.load_model(name, **options)
+
+    monkeypatch.setattr("icl_dual.study.load_model", load)
+    grid = grid_of(models=[save_tiny(tmp_path / "model")], seeds=[1], controls={}, device_map=on_disk)
+    assert Worker(grid, Results(tmp_path / "results"), tasks=[TASK]).run(grid.cells()[0].id).state == "done"
+    assert maps == [(None, on_disk)]
 
 
 def test_a_plan_says_what_remains_and_what_it_needs(local_results: Results, copied: type[CopiedCells]) -> None:

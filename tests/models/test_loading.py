@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +199,13 @@ def test_weights_that_run_code_are_refused_without_advice_to_run_it(
 def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     n_weights = 10**6
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    save_file(
-        {"a": torch.zeros(n_weights // 2 + 3, dtype=torch.float16), "b": torch.zeros(1000, 499), "c": torch.zeros(997)},
-        tmp_path / "model.safetensors",
-    )
+    blocks = [
+        torch.zeros(n_weights // 4 + 3, dtype=torch.float16),
+        torch.zeros(n_weights // 4, dtype=torch.float16),
+        torch.zeros(1000, 250),
+        torch.zeros(249_997),
+    ]
+    save_file({f"layers.{index}.w": block for index, block in enumerate(blocks)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(loading, "free_memory", lambda device: 4 * n_weights - 1)
     with pytest.raises(MemoryError, match=r"weights in float32, got .*bfloat16, arithmetic=torch\.float32"):
         icl.load_model(str(tmp_path))
@@ -212,6 +216,24 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
         icl.load_model(str(tmp_path), dtype=torch.bfloat16)
     save_file({"the same": torch.zeros(n_weights)}, tmp_path / "consolidated.safetensors")
     assert loading._n_weights(tmp_path) == n_weights
+
+
+def test_copies_that_run_count_where_half_precision_is_computed_in_float32(
+    few_layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of what is outside of blocks, and of the largest block: as many bytes as the loaded model's own weights."""
+    model, load = icl.load_model(few_layers), partial(icl.load_model, few_layers, dtype=torch.bfloat16)
+    n_weights, in_blocks = (
+        sum(weight.numel() for weight in module.parameters())
+        for module in (model.wrapped.original_model, model.wrapped.original_model.model.layers)
+    )
+    needed = 2 * n_weights + 4 * (n_weights - in_blocks + in_blocks // model.n_layers)
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed)
+    assert load(arithmetic=torch.float32).precision == "bfloat16 storage, float32 arithmetic"
+    monkeypatch.setattr(loading, "free_memory", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match="weights in bfloat16 storage, float32 arithmetic, got"):
+        load(arithmetic=torch.float32)
+    assert load().precision == "bfloat16"
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:-1"])
