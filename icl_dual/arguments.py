@@ -143,8 +143,8 @@ _trust = _Trust()
 
 
 def trusted(function: Checked) -> Checked:
-    """Leave out the checks of arguments in what a function of the library calls: it runs at every layer, on tensors
-    that the library has made.
+    """Leave out the checks of arguments in what a function of the library calls: it runs at every layer or row, on what
+    the library has made.
 
     Example:
         >>> @checked

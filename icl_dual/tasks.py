@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from icl_dual.arguments import Index, Seed, checked
+from icl_dual.arguments import Index, Seed, checked, trusted
 from icl_dual.rows import Rows, TaskError, class_names, field_value, is_missing, located_rows
 from icl_dual.type_guards import is_float, is_integer, is_mapping
 
@@ -419,6 +419,7 @@ class Task:
                 "words as labels"
             )
 
+    @trusted  # a task may have 100,000 rows, and what is made of each is checked here
     def _example(self, row: Any, where: str, classes: Sequence[str] = ()) -> Example:
         """Return a row as an example, or raise a TaskError that says where the row is.
 
