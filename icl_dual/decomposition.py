@@ -993,7 +993,7 @@ def _attend(layer: _LayerInputs, positions: _Positions, keys: slice, sums: list[
         layer.query_v[:, keys],
         positions.recorded[:, None],
         positions.query[:, keys],
-        look=sums is None,
+        check_finite=sums is None,
     )
     if sums is not None:
         sums.append(part.z.detach().sum())

@@ -768,7 +768,7 @@ class AttentionRule(NamedTuple):
         v: Float[Tensor, "batch key kv_head d_head"],
         rows: Int[Tensor, "#batch pos"],
         keys: Int[Tensor, "#batch key"],
-        look: bool = True,
+        check_finite: bool = True,
     ) -> AttentionPart:
         """Return attention over one group of keys, without the sink.
 
@@ -778,8 +778,8 @@ class AttentionRule(NamedTuple):
             v: values.
             rows: the position of each query.
             keys: the position of each key.
-            look: look for scores and values that are not finite, as `attend` does: on a GPU the host waits for that.
-                With `False` look at the output yourself, and where it is not finite, attend again.
+            check_finite: whether to check scores and values for NaN and infinity, as `attend` does: on a GPU the host
+                waits for that. With `False` the caller checks the output, and attends again where it is not finite.
 
         Raises:
             ValueError: the numbers of heads of queries, keys and ALiBi slopes do not fit each other.
@@ -797,7 +797,7 @@ class AttentionRule(NamedTuple):
             has_bias = not causal
         if has_bias:
             bias = self.bias(rows.to(q.device), keys.to(q.device)).to(torch.promote_types(q.dtype, torch.float32))
-        compute = attend if look else _attend_unseen
+        compute = attend if check_finite else _attend_unseen
         return compute(q, k, v, self.scale, self.softcap, bias, causal)
 
     @checked

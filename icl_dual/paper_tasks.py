@@ -211,7 +211,8 @@ def check_task_name(name: str) -> None:
     if name not in _registered and not name.endswith((".yaml", ".yml")):
         raise TaskError(
             f"expected a task out of {list(_registered)}, got {name!r}{near_misses(name, _registered)}: choose one of "
-            "these, or make your own with icl_dual.Task and pass it to run_study(tasks=[…]) or icl_dual.register_task"
+            "these, or make your own: with icl_dual.Task and run_study(tasks=[…]) or icl_dual.register_task, on the "
+            "command line from a file with --rows"
         )
 
 

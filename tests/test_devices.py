@@ -295,11 +295,11 @@ def test_hidden_infinities_are_looked_at_only_where_a_sum_is_not_finite(
     looks: list[bool] = []
     attend = icl.dual.AttentionRule.attend
 
-    def spoilt(rule: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, look: bool = True) -> Any:
-        looks.append(look)
-        part = attend(rule, q, k, v, rows, keys, look)
+    def spoilt(rule: Any, *tensors: Tensor, check_finite: bool = True) -> Any:
+        looks.append(check_finite)
+        part, (*_, rows, keys) = attend(rule, *tensors, check_finite=check_finite), tensors
         is_of_cache = bool(keys.max() < rows.min())
-        return part if look or is_of_cache != of_cache else part._replace(z=part.z * torch.nan)
+        return part if check_finite or is_of_cache != of_cache else part._replace(z=part.z * torch.nan)
 
     expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
     model = model_of(there=True)

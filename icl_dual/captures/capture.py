@@ -24,7 +24,6 @@ from icl_dual.captures.shared_prefix import (
     BatchRows,
     FullPromptPass,
     PrefixCache,
-    QueryBatch,
     advise,
     arbitrary_prompts,
     batch_overhead,
@@ -279,12 +278,16 @@ def capture(
         label_tokens = [prompts.labels[index][0] for index in single_token_labels]
         log_probs = recorder.zeros(len(prompts.queries), len(prompts.labels))
         label_index = torch.tensor(single_token_labels, dtype=torch.long, device=model.device)
-        callbacks: dict[str, Any] = {"on_attention": recorder.on_attention, "on_output": recorder.on_output}
+        callbacks: dict[str, Any] = {
+            "on_attention": recorder.on_attention,
+            "on_output": recorder.on_output,
+            "on_batch": recorder.on_batch,
+        }
         if {"residual_norms", "stream"} & set(fields):
             callbacks["on_residual"] = recorder.on_residual
         for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
+            recorder.residual = max(recorder.residual, batch.residual)
             index = torch.tensor(batch.rows, device=model.device)
-            recorder.record(batch, index)
             next_log_probs = log_probs_of(batch.logits)[:, 0]
             log_probs[index[:, None], label_index] = next_log_probs[:, label_tokens]
             if "next_log_probs" in recorder.tensors:
@@ -351,10 +354,10 @@ class BatchedCapture:
             n_after=len(prompts.appended_tokens),
             on_attention=recorder.on_attention,
             on_output=recorder.on_output,
+            on_batch=recorder.on_batch,
         ):
-            index = torch.tensor(batch.rows, device=self.model.device)
-            recorder.record(batch, index)
-            log_probs[index] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]]
+            recorder.residual = max(recorder.residual, batch.residual)
+            log_probs[batch.rows] = log_probs_of(batch.logits)[:, 0, [prompts.labels[0][0]]]
         return recorder.capture(log_probs, None, None)
 
 
@@ -450,7 +453,7 @@ class _Recorder:
         }
         self.dtype = torch.promote_types(model.dtype, torch.float32)
         self.at_last: dict[str, list[Tensor]] = {}
-        """By field, what each layer of the batch that runs has at the rows' last tokens."""
+        """By field, one tensor a layer: its value at the rows' last tokens, for the batch that is running."""
         self.tensors = {name: self.zeros(*shape) for name, shape in shapes.items() if name in fields}
         if "keys_values" in fields:
             self.tensors |= {name: self.zeros(*keys_shape) for name in ("query_keys", "query_values")}
@@ -517,12 +520,11 @@ class _Recorder:
         """Keep what a layer has at the rows' last tokens until the batch is done: one copy then serves all layers."""
         self.at_last.setdefault(name, [])[layer:] = [tensor]  # from the layer on: the pass may run once more
 
-    def record(self, batch: QueryBatch, index: Int[Tensor, " batch"]) -> None:
-        """Record a batch that is done, at the queries of an index."""
-        self.residual = max(self.residual, batch.residual)
-        for name, layers in self.at_last.items():
-            self.tensors[name][index] = torch.stack(layers, dim=1).to(self.dtype)
-        self.at_last.clear()
+    def on_batch(self, rows: BatchRows) -> None:
+        """Record what was kept of a batch."""
+        while self.at_last:
+            name, layers = self.at_last.popitem()
+            self.tensors[name][rows.indices] = torch.stack(layers, dim=1).to(self.dtype)
 
     def capture(
         self,

@@ -145,7 +145,7 @@ class PrefixCache:
         layer: int,
         q: Tensor,
         positions: Int[Tensor, "1 pos"],
-        look: bool = True,
+        check_finite: bool = True,
     ) -> dual.AttentionPart:
         """Return a batch's attention over the cached tokens: the rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
@@ -155,7 +155,7 @@ class PrefixCache:
             self.values[layer][None],
             positions.repeat(1, batch),
             torch.arange(self.n_pos)[None],
-            look=look,
+            check_finite=check_finite,
         )
         return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
 
@@ -326,20 +326,20 @@ def _run_after(
     positions = cache.n_pos + torch.arange(tokens.shape[1])[None]
     extremes: list[Tensor] = []
     sums: list[Tensor] = []
-    look = model.device.type == "cpu"
+    check_finite = model.device.type == "cpu"
 
     @trusted
     def merge_cache(layer: int, attention: Attention) -> Tensor | None:
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
-            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, look=look))
+            last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, check_finite=check_finite))
             extremes.extend(_extremes(last.z, z[:, -1:]))
             on_attention(layer, attention)
             return None
-        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, look=look))
+        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, check_finite=check_finite))
         extremes.extend(_extremes(row_part.z, z))
-        cached = cache.attend(rule, layer, q, positions, look=look)
-        if not look:  # of the rows' own part, the extremes tell
+        cached = cache.attend(rule, layer, q, positions, check_finite=check_finite)
+        if not check_finite:  # the rows' own part would make the extremes NaN or infinite
             sums.append(cached.z.detach().sum())
         # `dual.merge` in fewer operators. Each row sees itself, so that its own part is never without keys.
         share = torch.sigmoid(cached.lse - row_part.lse).unsqueeze(-1)
@@ -358,8 +358,8 @@ def _run_after(
     )
     logits = run(on_output=on_output, on_residual=on_residual)
     residuals = _residuals(extremes)
-    if not (look or is_finite(torch.cat([torch.stack(sums), residuals]) if sums else residuals)):
-        look = True  # at every layer: hidden numbers may be the cause
+    if not (check_finite or is_finite(torch.cat([*(total[None] for total in sums), residuals]))):
+        check_finite = True  # at every layer: hidden numbers may be the cause
         extremes.clear()
         logits = run(on_output=on_output, on_residual=on_residual)
         residuals = _residuals(extremes)
@@ -389,6 +389,7 @@ def run_queries(
     on_attention: OnBatchAttention | None = None,
     on_output: OnBatchOutput | None = None,
     on_residual: OnBatchOutput | None = None,
+    on_batch: Callable[[BatchRows], None] | None = None,
     n_after: int = 0,
 ) -> Iterator[QueryBatch]:
     """Run rows after the shared tokens, in batches padded on the right (causality keeps that exact).
@@ -407,6 +408,7 @@ def run_queries(
             positions.
         on_residual: called at every layer with the residual stream after it, the rows' indices and their last
             positions.
+        on_batch: called with the rows' indices and their last positions when a batch has run.
         n_after: how many tokens at the end of each row come after the positions of the logits.
 
     Yields:
@@ -441,6 +443,8 @@ def run_queries(
                 None if on_residual is None else with_rows(on_residual),
                 predicting=logit_positions[:, 0],
             )
+            if on_batch is not None:
+                on_batch(of_batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

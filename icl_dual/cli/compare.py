@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         icl.Cell(args.model, task.name, args.k, seed, args.lr, n_queries=n_queries, replicas=args.replicas)
         for seed in dict.fromkeys(args.seeds)
     ]
+    _check_same_settings(cells, args.out / "cells")
     results = icl.run_study(cells, args.out / "cells", tasks=[task], **loading(args))
     write_tables(results, args.out)
     write_figure(results, args.out)
     write_page(results, task, args.out)
     for result in results:
         print(f"\nseed {result.cell.seed}\n{result.comparison}")
+    print(f"\nThe learning rate {args.lr:g} was not chosen for this task: compare several, in folders of their own")
     print(f"\nTable and figure are in {args.out}/; {args.out}/README.md says how they were made")
     summaries = [{"seed": result.cell.seed, **_summary(result)} for result in results]
     return {"cells": summaries, "files": sorted(str(path) for path in args.out.iterdir() if path.is_file())}
+
+
+def _check_same_settings(cells: Sequence[icl.Cell], folder: Path) -> None:
+    """Refuse a folder with cells that differ in more than the seed: its table and figure would be replaced.
+
+    Raises:
+        StudyError: there is such a cell.
+    """
+    expected = {_without_seed(cell.folder_in(folder)) for cell in cells}
+    others = [path.name for path in sorted(folder.glob("*_seed*")) if _without_seed(path) not in expected]
+    if others:
+        raise icl.StudyError(
+            f"expected {folder} without cells of other settings than {min(expected)}, got {others[0]}, whose table and "
+            "figure would be replaced: choose another folder with --out, or delete this one"
+        )
+
+
+def _without_seed(path: Path) -> str:
+    """Return the name of a cell's folder for any seed."""
+    return re.sub(r"_seed\d+_", "_seed…_", path.name)
 
 
 def _summary(result: icl.CellResult) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from icl_dual.cells import Cell, StudyError, folder_name
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig, Lora
 from icl_dual.finetuning.replicas import REPLICAS
+from icl_dual.models.placement import DISK
 from icl_dual.paper_tasks import PAPER_K, check_task_name
 from icl_dual.scoring import Scoring
 from icl_dual.tasks import Protocol, Split, TaskError
@@ -128,14 +129,14 @@ class Grid:
     device: str = "cpu"
     """The device of the models, such as `cpu` or `cuda`."""
     device_map: Literal["auto"] | Mapping[str, str] | None = None
-    """For models that do not fit on one device, instead of `device`, as in `load_model`."""
+    """For models that do not fit on one device, instead of `device`, as in `load_model`; devices by name."""
     keep_recordings: bool = False
     """Whether to save what the metrics are computed from; some megabytes a query for large models."""
     cpus: Count = 1
     """The number of CPUs that a cell is planned with."""
     gpus: Index | None = None
-    """The number of GPUs that a cell is planned with; `None` for those that `device` or `device_map` names, of which
-    `auto` counts as one."""
+    """The number of GPUs that a cell is planned with; `None` for those that `device` or `device_map` names, where
+    `auto` counts as one: 0 runs it on a CPU."""
     memory_gb: Rate | None = None
     """The memory that a cell is planned with, in GB; `None` for an estimate from the model's files."""
 
@@ -251,6 +252,13 @@ class Grid:
                 f"expected device or device_map, got device={self.device!r} and device_map={self.device_map!r}: leave "
                 "out device, the map says where models run",
             )
+        if is_mapping(self.device_map):
+            if not self.device_map:
+                yield Problem(("device_map",), "expected device_map with at least one entry, got none: pass 'auto'")
+            for name, place in self.device_map.items():
+                if place.partition(":")[0] not in (*DEVICES, DISK):
+                    known = ", ".join((*DEVICES, DISK))
+                    yield Problem(("device_map", name), f"expected a device as one of {known}, got {place!r}")
         for model in self.models:
             if not model:
                 yield Problem(("models",), "expected the name of a model, got an empty string")

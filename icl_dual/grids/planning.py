@@ -182,7 +182,7 @@ class Machine(NamedTuple):
                     amounts = [f"{n / 1e9:.1f} GB" if what == "memory" else str(n) for n in (there, needed)]
                     raise GridError(
                         f"expected cells that need at most the {what} of {name} ({amounts[0]}), got {cell.id}, which "
-                        f"needs {amounts[1]}: use a larger machine, or correct memory_gb and cpus in the grid"
+                        f"needs {amounts[1]}: use a larger machine, or correct cpus, gpus and memory_gb in the grid"
                     )
 
 
@@ -209,7 +209,8 @@ def _resources(grid: Grid, model: str, measured: int | None) -> Resources:
 def _n_gpus(grid: Grid) -> int:
     """Return the number of GPUs that a grid names."""
     if is_mapping(grid.device_map):
-        return len({place for place in grid.device_map.values() if place.startswith("cuda")})
+        gpus = (place for place in grid.device_map.values() if place.startswith("cuda"))
+        return len({"cuda:0" if place == "cuda" else place for place in gpus})
     return 0 if grid.device_map is None and grid.device.startswith("cpu") else 1
 
 

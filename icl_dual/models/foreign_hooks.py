@@ -27,7 +27,7 @@ DEPTH = 8
 """How many functions, objects and containers deep a hook's values are read."""
 
 OWN_MODULES = "transformer_lens.", "transformers.utils.output_capturing"
-"""Whose hooks are part of a model as it is: they change nothing, and collect what a caller of the model requests."""
+"""Prefixes of modules whose hooks are not foreign: they collect what a caller requests, and change no activation."""
 
 MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem"} | {
     "popleft",

@@ -30,10 +30,10 @@ from icl_dual.models.placement import DISK, DeviceMap, mlp_matrices, place, plan
 from icl_dual.models.precision import check_arithmetic, precision_name
 from icl_dual.models.quantised import (
     check_dequantisable,
-    count_weights,
     dequantised,
     loading_options,
     quantisation_method,
+    weight_sizes,
 )
 from icl_dual.progress import transformers_bars
 from icl_dual.storage import AssetError
@@ -297,12 +297,13 @@ def _check_fits(
     needed = n_weights * dtype.itemsize + (copies if is_half(dtype) and arithmetic == torch.float32 else 0)
     if free is None or needed <= free:
         return
-    in_half = 2 * n_weights + copies
-    advice = (
-        f"load it with dtype=torch.bfloat16, arithmetic=torch.float32, which takes {_gib(in_half)}"
-        if in_half <= free
-        else f"use a model of at most {free // 2 / 1e9:.1f} billion weights in bfloat16"
-    )
+    half = "load it with dtype=torch.bfloat16"
+    if (with_copies := 2 * n_weights + copies) <= free:
+        advice = f"{half}, arithmetic=torch.float32, which takes {_gib(with_copies)}"
+    elif 2 * n_weights <= free:
+        advice = f"{half} and without arithmetic, which takes {_gib(2 * n_weights)}"
+    else:
+        advice = f"use a model of at most {free // 2 / 1e9:.1f} billion weights in bfloat16"
     if device.type == "cuda":
         advice += ", load it with device_map='auto', which keeps part of it elsewhere"
     elif stored := _main_dtype(folder):
@@ -356,20 +357,25 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 
 def _n_weights(folder: Path) -> int:
     """Return the number of weights in the safetensors that transformers reads; 0 without any."""
+    return sum(_weight_sizes(folder).values())
+
+
+def _weight_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of numbers in each weight of the safetensors that transformers reads; empty without any."""
     if quantisation_method(folder) is not None:  # whose files hold several in one number
-        return count_weights(folder)
-    return sum(math.prod(shape) for shape, _ in _stored_weights(folder).values())
+        return weight_sizes(folder)
+    return {name: math.prod(shape) for name, (shape, _) in _stored_weights(folder).items()}
 
 
 def _n_copied(folder: Path) -> int:
     """Return how many weights run as float32 copies at a time: those outside of blocks, and those of the largest block.
 
-    The first number in a weight's name is its block's.
+    A weight's name begins with that of its block, up to the first number.
     """
     by_block = Counter[str]()
-    for name, (shape, _) in _stored_weights(folder).items():
-        block = re.search(r"\.\d+\.", f".{name}")
-        by_block["" if block is None else block.group()] += math.prod(shape)
+    for name, size in _weight_sizes(folder).items():
+        block = re.match(r"(.*?\.)?\d+\.", name)
+        by_block["" if block is None else block.group()] += size
     return by_block.pop("", 0) + max(by_block.values(), default=0)
 
 

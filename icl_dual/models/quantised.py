@@ -108,11 +108,11 @@ def _matrix(name: str, layer: Any) -> Float[Tensor, "d_out d_in"]:
     )
 
 
-def count_weights(folder: Path) -> int:
-    """Return the number of weights that a quantised folder's model has once it is dequantised."""
+def weight_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of numbers in each weight of a quantised folder's model once it is dequantised."""
     config = cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False)
     delattr(config, "quantization_config")
-    return sum(parameter.numel() for parameter in _plain_model(config).parameters())
+    return {name: parameter.numel() for name, parameter in _plain_model(config).named_parameters()}
 
 
 def _plain_model(config: PretrainedConfig) -> nn.Module:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from toys import ARCHITECTURES
 
 import icl_dual as icl
+from icl_dual.captures import capture as capture_module
 from icl_dual.captures import shared_prefix
 from icl_dual.captures.capture import METRIC_FIELDS
 from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, split_into_batches
@@ -142,6 +143,26 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_once(
     torch.testing.assert_close(got.attn_out, expected.attn_out, rtol=1e-4, atol=1e-6)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "7 queries" in caplog.text
+
+
+def test_a_batch_whose_results_do_not_fit_is_halved(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, batch_size=7, progress=False)
+    record, sizes = capture_module._Recorder.on_batch, list[int]()
+
+    def fits_two(recorder: Any, rows: Any) -> None:
+        sizes.append(len(rows.indices))
+        if len(rows.indices) > 2:
+            raise OOM
+        record(recorder, rows)
+
+    monkeypatch.setattr(capture_module._Recorder, "on_batch", fits_two)
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    got = icl.capture(llama, prompts, fields=icl.DECOMPOSE_FIELDS, batch_size=7, progress=False)
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    for name in ("attn_out", "z", "q_scored"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_by_itself_is_an_error_with_its_size(

@@ -103,6 +103,20 @@ def test_drawing_again_needs_no_model_and_no_display(
     assert {metric["metric"] for metric in result["cells"][0]["metrics"]} >= {"SimAOU", "Kendall"}
 
 
+@pytest.mark.parametrize("changed", [("--lr", "0.02"), ("--k", "3")])
+def test_a_folder_of_other_settings_is_refused_and_keeps_its_figure(
+    changed: tuple[str, str], out: Path, tiny_model: str, films: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = (out / "comparison.png").read_bytes()
+    arguments = ["compare", tiny_model, "--rows", str(films), "--label-column", "kind", *BUDGET, *changed]
+    assert cli.main([*arguments, "--out", str(out)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "cells of other settings" in message
+    assert "_lr0.01_" in message
+    assert "--out" in message
+    assert (out / "comparison.png").read_bytes() == figure
+
+
 def test_a_model_is_loaded_by_a_device_map(
     tiny_model: str, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Any]
 ) -> None:

@@ -290,6 +290,7 @@ def test_a_cell_that_is_larger_than_the_machine_is_refused_before_any_runs(tmp_p
         ({"device_map": "auto"}, 1),
         ({"device_map": "auto", "gpus": 0}, 0),
         ({"device_map": {"": "cuda:0", "model.layers.1": "cuda:1", "model.layers.2": "cuda:1"}}, 2),
+        ({"device_map": {"": "cuda", "model.layers.1": "cuda:0"}}, 1),
         ({"device_map": {"": "cpu", "model.layers.1": "disk"}}, 0),
     ],
 )
@@ -300,9 +301,18 @@ def test_a_cell_is_planned_with_the_gpus_that_its_model_is_loaded_to(
     assert {cell.resources.gpus for cell in planned.cells} == {gpus}
 
 
-def test_a_device_and_a_map_are_not_both_taken() -> None:
+def test_maps_that_no_model_could_be_loaded_by_are_refused() -> None:
     with pytest.raises(GridError, match=r"expected device or device_map, got device='cuda' .*: leave out device"):
         grid_of(device="cuda", device_map="auto")
+    with pytest.raises(GridError, match="expected device_map with at least one entry"):
+        grid_of(device_map={})
+    with pytest.raises(GridError, match="expected a device as one of cpu, cuda, disk, got 'mps'"):
+        grid_of(device_map={"": "cpu", "model.layers.1": "mps"})
+
+
+def test_processes_do_not_fill_the_same_gpus(tmp_path: Path) -> None:
+    with pytest.raises(GridError, match="expected one process where device_map fills GPUs, got processes=2"):
+        run_grid(grid_of(device_map="auto"), Results(tmp_path), tasks=[TASK], models=[tiny_model()], processes=2)
 
 
 def test_a_worker_loads_models_by_the_grid_s_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

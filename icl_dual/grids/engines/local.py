@@ -36,9 +36,15 @@ def run_local(
         threads: the threads of torch of each process; by default an equal share of the CPUs.
 
     Raises:
-        GridError: a cell or all processes together need more than the machine has, or no process can start.
+        GridError: a cell or all processes together need more than the machine has, several processes would share the
+            GPUs of a `device_map`, or no process can start.
         DeviceLostError: with one process, the accelerator was lost in a cell.
     """
+    if processes > 1 and worker.grid.device_map is not None and any(cell.resources.gpus for cell in plan.cells):
+        raise GridError(
+            f"expected one process where device_map fills GPUs, got processes={processes}, which would fill the same "
+            "ones: use processes=1"
+        )
     machine = Machine.here()
     machine.check_fits(plan.cells)
     needed = max((cell.resources.memory or 0 for cell in plan.cells), default=0)

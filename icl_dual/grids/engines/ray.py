@@ -159,7 +159,7 @@ def check_fits(cells: Iterable[PlannedCell], nodes: Sequence[Machine]) -> None:
         if not any(n_workers(needs, node) for node in nodes):
             raise GridError(
                 f"expected cells that fit on a node of the cluster ({_kinds(nodes)}), got {cell.id}, which needs "
-                f"{_in_words(needs)}: add a larger node, or set cpus or memory_gb in the grid to what it needs"
+                f"{_in_words(needs)}: add a larger node, or set cpus, gpus or memory_gb in the grid to what it needs"
             )
 
 

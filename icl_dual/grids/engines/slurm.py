@@ -147,7 +147,7 @@ class _Run:
         except (*self.errors, RuntimeError) as error:
             raise GridError(
                 f"expected SLURM to take jobs with {dict(executor.parameters)}, got {error}: choose a partition whose "
-                "nodes have as much, or set cpus or memory_gb in the grid to what a cell needs"
+                "nodes have as much, or set cpus, gpus or memory_gb in the grid to what a cell needs"
             ) from error
         for job, cell_ids in zip(submitted, jobs, strict=True):
             self.jobs.append(_Submitted(job, executor, cell_ids, losses))
