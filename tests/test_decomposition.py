@@ -20,6 +20,7 @@ from toys import ARCHITECTURES
 
 import icl_dual as icl
 from icl_dual.captures import capture as capture_module
+from icl_dual.captures import shared_prefix
 from icl_dual.decomposition import GROUPS, Term
 from icl_dual.models import tiny_model
 from icl_dual.models.foreign_hooks import remove_hook
@@ -712,6 +713,27 @@ def test_batches_that_do_not_add_up_are_refused(
     monkeypatch.setattr(capture_module.BatchedCapture, "run", run_wrongly)
     with pytest.raises(icl.UnsupportedModelError, match=r"layer 0: expected terms that add up"):
         icl.decompose_prompts(llama, build(llama, task), batch_size=2, progress=False)
+
+
+def test_a_batch_of_a_summary_that_does_not_fit_is_halved(
+    llama: icl.Model, task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, run = build(llama, task, n=7), llama.run
+
+    def summary() -> icl.DecompositionSummary:
+        return icl.decompose_prompts(llama, prompts, keep=("z",), batch_size=7, progress=False)
+
+    def fits_two(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tokens, **options)
+
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    expected = summary()
+    monkeypatch.setattr(llama, "run", fits_two)
+    got = summary()
+    torch.testing.assert_close(got.z, expected.z, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(got.to_frame(), expected.to_frame(), rtol=1e-4, atol=1e-6)
 
 
 class LiveBytes(TorchDispatchMode):

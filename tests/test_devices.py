@@ -311,6 +311,29 @@ def test_hidden_infinities_are_looked_at_only_where_a_sum_is_not_finite(
         torch.testing.assert_close(tensor, tensors_of(expected)[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("spoilt_layer", [0, 1])
+def test_one_layer_s_hidden_infinities_before_the_rows_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, spoilt_layer: int
+) -> None:
+    """In the last layer, too, after which no attention follows that would not be finite."""
+    looks: list[tuple[int, bool]] = []
+    attend = shared_prefix.PrefixCache.attend
+
+    def spoilt(cache: Any, rule: Any, layer: int, q: Tensor, positions: Tensor, look: bool = True) -> Any:
+        looks.append((layer, look))
+        part = attend(cache, rule, layer, q, positions, look)
+        return part if look or layer != spoilt_layer else part._replace(z=part.z * torch.nan)
+
+    expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
+    model = model_of(there=True)
+    with pretended_device():
+        monkeypatch.setattr(shared_prefix.PrefixCache, "attend", spoilt)
+        got = icl.capture(model, prompts_of(model), fields=FIELDS, progress=False)
+    assert {(layer, look) for layer in range(2) for look in (True, False)} == set(looks)
+    for name, tensor in tensors_of(got).items():
+        torch.testing.assert_close(tensor, tensors_of(expected)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_batches_follow_the_cost_of_a_launch() -> None:
     lengths = [3, 200, 4, 190]
     assert len(shared_prefix.split_into_batches(lengths, 4)) == 2

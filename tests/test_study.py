@@ -276,6 +276,41 @@ def test_models_are_loaded_by_a_device_map(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "both").exists()
 
 
+def test_models_are_loaded_to_the_device_that_is_given(
+    known: list[str], llama: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def load(name: str, *, device: Any = None, **_: Any) -> icl.Model:
+        given.append(device)
+        return llama
+
+    monkeypatch.setattr(study, "load_model", load)
+    device = torch.device("cpu")
+    icl.run_study([CELL], tmp_path / "study", device=device, progress=False)
+    study.CellRunner(device=device, progress=False).run(CELL, tmp_path / "cell")
+    assert given == [device, device]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "expected device or device_map, got device='cpu' and device_map="),
+        ({"device": "cuda:99"}, "expected a device that torch can use here, got 'cuda:99'"),
+        ({"device_map": {"": "cpu", "model.layers.1": "cuda:99"}}, "expected a device that torch can use here, got"),
+    ],
+)
+def test_devices_are_refused_before_a_model_is_loaded(
+    known: list[str], tmp_path: Path, place: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        icl.run_study([CELL], tmp_path, progress=False, **place)
+    with pytest.raises(ValueError, match=message):
+        study.CellRunner(progress=False, **place)
+    assert known == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_arithmetic_is_refused_and_cells_without_a_precision_computed_in_their_dtype(
     known: list[str], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import control_tables
 import processes
 import pytest
+import torch
 
 import icl_dual as icl
 from icl_dual.scripts import common
@@ -164,6 +165,29 @@ def test_a_folder_without_a_model_is_one_line_before_anything_is_computed(
     assert len(lines) == 1
     assert str(tmp_path / "empty") in lines[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "script", [script for script in COMPUTING if any(a.dest == "device_map" for a in parser_of(script)._actions)]
+)
+def test_models_are_loaded_as_the_options_say(
+    script: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def load(*args: object, **options: Any) -> None:
+        given.append({name: options.get(name) for name in ("device", "device_map", "dtype", "arithmetic")})
+        raise icl.StudyError("expected nothing more, got a model to load: stop here")
+
+    monkeypatch.setattr(icl, "run_study", load)
+    monkeypatch.setattr(icl, "load_model", load)
+    arguments = ["--model", tiny_model, "--out", str(tmp_path), "--dtype", "bfloat16", "--arithmetic", "float32"]
+    arguments += ["--lr", "0.001"] * (script != "stability")
+    for place in (["--device", "cpu"], ["--device-map", "auto"]):
+        assert importlib.import_module(script).main([*arguments, *place]) == 1
+    precision = {"dtype": torch.bfloat16, "arithmetic": torch.float32}
+    on_cpu, mapped = {"device": "cpu", "device_map": None}, {"device": None, "device_map": "auto"}
+    assert given == [on_cpu | precision, mapped | precision]
 
 
 def test_headings_are_those_of_the_pages_that_scripts_write() -> None:

@@ -1,7 +1,7 @@
 """The shared-prefix pass against plain forward passes over full prompts."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -186,6 +186,21 @@ def test_what_does_not_fit_by_itself_is_an_error_with_its_size(
     fits = len(prompts.prefix)
     with pytest.raises(MemoryError, match=r"single query, \d+ tokens after \d+ tokens in Model.* allocate 8 bytes"):
         icl.capture(llama, prompts, progress=False)
+
+
+def test_a_capture_has_the_largest_residual_of_its_batches(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shared_prefix.run_queries
+
+    def run_with_residuals(*args: Any, **options: Any) -> Iterator[shared_prefix.QueryBatch]:
+        for batch, residual in zip(run(*args, **options), (0.25, 0.5, 0.125, 0.0), strict=False):
+            yield batch._replace(residual=residual)
+
+    monkeypatch.setattr(capture_module, "run_queries", run_with_residuals)
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    got = icl.capture(llama, prompts, fields=(), batch_size=2, progress=False)
+    assert got.residual == 0.5
 
 
 def test_a_prefix_block_that_does_not_fit_is_halved(

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import icl_dual as icl
@@ -67,3 +69,16 @@ def test_a_model_of_ones_own_is_split(tiny_model: str, capsys: pytest.CaptureFix
     model = icl.load_model(tiny_model)
     assert (result["n_layers"], result["n_heads"], result["d_model"]) == (model.n_layers, model.n_heads, model.d_model)
     assert 0 < result["residual"] < 1e-5
+
+
+def test_a_model_is_loaded_as_the_options_say(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[dict[str, Any]] = []
+    load = icl.load_model
+    monkeypatch.setattr(icl, "load_model", lambda name, **options: given.append(options) or load(name, **options))
+    for place in (["--device", "cpu"], ["--device-map", "auto"]):
+        options = [*place, "--dtype", "bfloat16", "--arithmetic", "float32", "--json", "--quiet"]
+        assert cli.main(["models", tiny_model, *options]) == 0
+    precision = {"dtype": torch.bfloat16, "arithmetic": torch.float32}
+    assert given == [{"device": "cpu", **precision}, {"device_map": "auto", **precision}]

@@ -79,6 +79,12 @@ def test_everything_impossible_is_reported_at_once() -> None:
         grid_of(finetuning=icl.FinetuneConfig(batch_size=3))
 
 
+def test_a_grid_names_a_device_that_models_can_be_loaded_to() -> None:
+    assert grid_of(device="cuda:1").device == "cuda:1"
+    with pytest.raises(GridError, match="expected device as one of cpu, cuda, got 'mps'"):
+        grid_of(device="mps")
+
+
 def test_another_task_in_context_may_be_given_by_task() -> None:
     grid = grid_of(tasks=["sst2", "mr"], controls={"other": {"context_task": {"sst2": "mr", "mr": "sst2"}}})
     others = {(cell.cell.task, cell.cell.context_task) for cell in grid.cells() if cell.control == "other"}

@@ -328,6 +328,13 @@ def test_a_worker_loads_models_by_the_grid_s_map(tmp_path: Path, monkeypatch: py
     assert maps == [(None, on_disk)]
 
 
+def test_a_worker_loads_models_to_the_grid_s_device(tmp_path: Path) -> None:
+    grid = grid_of(device="cuda:99")
+    outcome = Worker(grid, Results(tmp_path), tasks=[TASK], models=[tiny_model()]).run(grid.cells()[0].id)
+    assert outcome.state == "failed"
+    assert "expected a device that torch can use here, got 'cuda:99'" in outcome.error
+
+
 def test_a_plan_says_what_remains_and_what_it_needs(local_results: Results, copied: type[CopiedCells]) -> None:
     results = local_results
     Worker(GRID, results).run(IDS[0])

@@ -206,6 +206,24 @@ def test_captures_before_and_after_runs_that_return_activations_belong_together(
     assert icl.decompose(llama, zero_shot=zero_shot, in_context=in_context).residuals.split.max() < 1e-5
 
 
+@pytest.mark.parametrize("module", ["transformers.models.llama.modeling_llama", "torch.nn.utils.weight_norm"])
+def test_hooks_of_libraries_that_may_change_what_runs_are_foreign(
+    llama: icl.Model, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those by which transformers and TransformerLens collect what a caller requests are not."""
+
+    def doubled(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return 2 * output
+
+    monkeypatch.setattr(doubled, "__module__", module)
+    handle = llama.wrapped.original_model.model.norm.register_forward_hook(doubled)
+    try:
+        assert len(llama.foreign_hook_names()) == 1
+        assert llama.foreign_hooks() != ""
+    finally:
+        handle.remove()
+
+
 def test_captures_under_other_hooks_at_the_same_place_are_refused(llama: icl.Model, prompts: icl.Prompts) -> None:
     def captured(by: float, of: icl.Prompts) -> icl.Capture:
         with llama.wrapped.hooks(fwd_hooks=[("blocks.1.hook_out", scaled(by))]):

@@ -237,6 +237,27 @@ def test_copies_that_run_count_where_half_precision_is_computed_in_float32(
     assert load().precision == "bfloat16"
 
 
+def test_float32_weights_that_are_computed_with_as_they_are_need_no_copies(
+    few_layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_bytes = 4 * loading._n_weights(Path(few_layers))
+    monkeypatch.setattr(loading, "free_memory", lambda device: n_bytes)
+    assert icl.load_model(few_layers, arithmetic=torch.float32).precision == "float32"
+    monkeypatch.setattr(loading, "free_memory", lambda device: n_bytes - 1)
+    with pytest.raises(MemoryError, match="weights in float32, got"):
+        icl.load_model(few_layers, arithmetic=torch.float32)
+
+
+def test_half_precision_is_advised_where_it_fits_with_the_copies_that_run(
+    few_layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * loading._n_weights(Path(few_layers)) + 4 * loading._n_copied(Path(few_layers))
+    for free, advice in ((needed, "load it with dtype=torch.bfloat16"), (needed - 1, "use a model of at most")):
+        monkeypatch.setattr(loading, "free_memory", lambda device, free=free: free)
+        with pytest.raises(MemoryError, match=f"weights in float64, got .*: {advice}"):
+            icl.load_model(few_layers, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:-1"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
     with pytest.raises(ValueError, match="expected a device that torch can use here, got"):

@@ -3,10 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -294,3 +297,14 @@ def test_the_papers_tables_have_the_papers_means() -> None:
         for model, mean in zip(("GPT 1.3B", "GPT 2.7B"), expected, strict=True):
             values = models[model][row]
             assert sum(values) / len(values) == pytest.approx(mean, abs=0.0051 if row == "Rec2FTP" else 0.00101), row
+
+
+def test_prompts_run_as_chats_by_a_model_that_is_loaded_as_the_options_say(
+    out: Path, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    shutil.copytree(out / "cells", tmp_path / "out" / "cells")
+    monkeypatch.setattr(script.chat_form, "has_chat_template", lambda name: True)
+    monkeypatch.setattr(script.chat_form, "write", lambda results, out, **load: given.append(load))
+    assert script.main([*arguments, "--device-map", "auto", "--out", str(tmp_path / "out")]) == 0
+    assert given == [{"device_map": "auto", "dtype": torch.float32, "arithmetic": None}]
