@@ -343,8 +343,9 @@ def run_study(
         [1, 2]
     """
     check_arithmetic(dtype, arithmetic)
-    check_devices(device, device_map)
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
+    if any(cell.model not in plan.models for cell in plan.draws):  # finished cells and one's own models need no device
+        check_devices(device, device_map)
     load = partial(load_model, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
     results, kept = dict(plan.finished), _Kept(plan.models, load, progress)
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:

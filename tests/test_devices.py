@@ -319,17 +319,17 @@ def test_one_layer_s_hidden_infinities_before_the_rows_are_looked_at(
     looks: list[tuple[int, bool]] = []
     attend = shared_prefix.PrefixCache.attend
 
-    def spoilt(cache: Any, rule: Any, layer: int, q: Tensor, positions: Tensor, look: bool = True) -> Any:
-        looks.append((layer, look))
-        part = attend(cache, rule, layer, q, positions, look)
-        return part if look or layer != spoilt_layer else part._replace(z=part.z * torch.nan)
+    def spoilt(cache: Any, rule: Any, layer: int, *tensors: Tensor, check_finite: bool = True) -> Any:
+        looks.append((layer, check_finite))
+        part = attend(cache, rule, layer, *tensors, check_finite=check_finite)
+        return part if check_finite or layer != spoilt_layer else part._replace(z=part.z * torch.nan)
 
     expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
     model = model_of(there=True)
     with pretended_device():
         monkeypatch.setattr(shared_prefix.PrefixCache, "attend", spoilt)
         got = icl.capture(model, prompts_of(model), fields=FIELDS, progress=False)
-    assert {(layer, look) for layer in range(2) for look in (True, False)} == set(looks)
+    assert {(layer, check_finite) for layer in range(2) for check_finite in (True, False)} == set(looks)
     for name, tensor in tensors_of(got).items():
         torch.testing.assert_close(tensor, tensors_of(expected)[name], rtol=1e-4, atol=1e-5, msg=name)
 

@@ -429,14 +429,14 @@ def test_attention_is_the_groups_by_their_masses(seed, cuts, window, softcap, al
 
 
 @pytest.mark.parametrize("number", [math.inf, math.nan])
-def test_a_rule_looks_for_hidden_numbers_unless_it_is_told_not_to(number: float):
-    """What a window hides adds nothing, whatever its value is; without a look it reaches the output."""
+def test_a_rule_checks_hidden_numbers_unless_it_is_told_not_to(number: float):
+    """What a window hides adds nothing, whatever its value is; without the check it reaches the output."""
     rule, positions = dual.AttentionRule(0.7, None, 2), torch.arange(3)[None]
     q, k, v = draw(0, 1, 1, 2, 3), draw(1, 1, 3, 2, 3), draw(2, 1, 3, 2, 3)
     expected = rule.attend(q, k, v, positions[:, -1:], positions)
     v[:, 0] = number
     assert_exact(rule.attend(q, k, v, positions[:, -1:], positions).z, expected.z)
-    assert not rule.attend(q, k, v, positions[:, -1:], positions, look=False).z.isfinite().any()
+    assert not rule.attend(q, k, v, positions[:, -1:], positions, check_finite=False).z.isfinite().any()
 
 
 def test_tokens_in_any_order_see_those_up_to_their_position():

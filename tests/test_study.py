@@ -276,6 +276,12 @@ def test_models_are_loaded_by_a_device_map(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "both").exists()
 
 
+def test_finished_cells_need_no_device(known: list[str], tmp_path: Path) -> None:
+    (finished,) = icl.run_study([CELL], tmp_path, progress=False)
+    (again,) = icl.run_study([CELL], tmp_path, device="cuda:99", progress=False)
+    assert again.comparison == finished.comparison
+
+
 def test_models_are_loaded_to_the_device_that_is_given(
     known: list[str], llama: icl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,8 +251,14 @@ def test_float32_weights_that_are_computed_with_as_they_are_need_no_copies(
 def test_half_precision_is_advised_where_it_fits_with_the_copies_that_run(
     few_layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = 2 * loading._n_weights(Path(few_layers)) + 4 * loading._n_copied(Path(few_layers))
-    for free, advice in ((needed, "load it with dtype=torch.bfloat16"), (needed - 1, "use a model of at most")):
+    in_half, half = 2 * loading._n_weights(Path(few_layers)), "load it with dtype=torch.bfloat16"
+    with_copies = in_half + 4 * loading._n_copied(Path(few_layers))
+    for free, advice in (
+        (with_copies, f"{half}, arithmetic=torch.float32"),
+        (with_copies - 1, f"{half} and without arithmetic"),
+        (in_half, f"{half} and without arithmetic"),
+        (in_half - 1, "use a model of at most"),
+    ):
         monkeypatch.setattr(loading, "free_memory", lambda device, free=free: free)
         with pytest.raises(MemoryError, match=f"weights in float64, got .*: {advice}"):
             icl.load_model(few_layers, dtype=torch.float64)
