@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -346,8 +346,8 @@ def run_study(
     plan = _Plan.of(cells, Path(folder), tasks, models, dtype, arithmetic, keep_recordings)
     if any(cell.model not in plan.models for cell in plan.draws):  # finished cells and one's own models need no device
         check_devices(device, device_map)
-    load = partial(load_model, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
-    results, kept = dict(plan.finished), _Kept(plan.models, load, progress)
+    kept = _Kept(plan.models, _loader(device, device_map, dtype, arithmetic), progress)
+    results = dict(plan.finished)
     with progress_bar(initial=len(results), total=len(plan.folders), show=progress, leave=True, unit="cell") as bar:
         for cell, draw in plan.draws.items():
             bar.set_description(f"{cell.model_name} {cell.task} k={cell.k} seed={cell.seed} lr={cell.lr:g}")
@@ -640,8 +640,7 @@ class CellRunner:
         check_arithmetic(dtype, arithmetic)
         check_devices(device, device_map)
         self._tasks, self._models = _Tasks(tasks, LocalFiles()), {model.name: model for model in models}
-        load = partial(load_model, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
-        self._kept = _Kept(self._models, load, progress)
+        self._kept = _Kept(self._models, _loader(device, device_map, dtype, arithmetic), progress)
         self._keep_recordings = keep_recordings
 
     @checked
@@ -669,6 +668,13 @@ class CellRunner:
         with _naming_lost_devices(cell):
             model, origin = self._kept.model(cell, lambda model, origin: None)
             return _run_cell(model, cell, draw, folder, self._kept.runs, self._keep_recordings, origin)
+
+
+def _loader(
+    device: str | torch.device | None, device_map: DeviceMap | None, dtype: torch.dtype, arithmetic: torch.dtype | None
+) -> Callable[[str], Model]:
+    """Return what loads a model by its name."""
+    return lambda name: load_model(name, device=device, device_map=device_map, dtype=dtype, arithmetic=arithmetic)
 
 
 def _make_model(cell: Cell, passed: Model | None, load: Callable[[str], Model]) -> tuple[Model, dict[str, Any]]:
