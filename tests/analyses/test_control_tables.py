@@ -1,6 +1,7 @@
 """The control script on a tiny model and real rows, with a small budget, and what its tables say of made-up scores."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def test_the_same_again_needs_no_model(out: Path, tiny_model: str, monkeypatch: 
         as_saved_by_0_1(folder)
     assert script.main(["--model", tiny_model, *ARGUMENTS, "--orders", "2", "--out", str(out)]) == 0
     assert (out / "controls.csv").read_bytes() == before
+
+
+def test_orders_are_run_by_a_model_that_is_loaded_as_the_options_say(
+    out: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(out / "cells", tmp_path / "cells")
+    given: list[dict[str, Any]] = []
+    load = icl.load_model
+    monkeypatch.setattr(icl, "load_model", lambda name, **options: given.append(options) or load(name, **options))
+    monkeypatch.setitem(tables.CONTEXTS, "ICL on another task", {"context_task": "subj"})
+    arguments = ["--model", tiny_model, *ARGUMENTS, "--orders", "2", "--device-map", "auto", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    assert given == [{"device_map": "auto", "dtype": torch.float32, "arithmetic": None}]
 
 
 @pytest.mark.parametrize(

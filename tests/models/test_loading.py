@@ -12,6 +12,7 @@ import torch
 from helpers import some_eta
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -221,13 +222,14 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
 def test_copies_that_run_count_where_half_precision_is_computed_in_float32(
     few_layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of what is outside of blocks, and of the largest block: as many bytes as the loaded model's own weights."""
-    model, load = icl.load_model(few_layers), partial(icl.load_model, few_layers, dtype=torch.bfloat16)
-    n_weights, in_blocks = (
+    """Those of what is outside of blocks, and of the largest block, by transformers' own model."""
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(few_layers)
+    n_weights, in_blocks, in_block = (
         sum(weight.numel() for weight in module.parameters())
-        for module in (model.wrapped.original_model, model.wrapped.original_model.model.layers)
+        for module in (hf_model, hf_model.model.layers, hf_model.model.layers[0])
     )
-    needed = 2 * n_weights + 4 * (n_weights - in_blocks + in_blocks // model.n_layers)
+    needed = 2 * n_weights + 4 * (n_weights - in_blocks + in_block)
+    load = partial(icl.load_model, few_layers, dtype=torch.bfloat16)
     monkeypatch.setattr(loading, "free_memory", lambda device: needed)
     assert load(arithmetic=torch.float32).precision == "bfloat16 storage, float32 arithmetic"
     monkeypatch.setattr(loading, "free_memory", lambda device: needed - 1)
