@@ -126,13 +126,13 @@ def sgd(
     >>> torch.equal(W, W_0 + outer_sum(x, errors))
     True
     """
-    W, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
+    weights, errors = W_0, torch.zeros(len(inputs), len(W_0), dtype=W_0.dtype, device=W_0.device)
     velocity = torch.zeros_like(W_0)
     for step, x in enumerate(inputs):
-        errors[step] = -lr * gradient(W @ x, step)
+        errors[step] = -lr * gradient(weights @ x, step)
         velocity = momentum * velocity + torch.outer(errors[step], x)
-        W = W + velocity
-    return Sgd(W, errors)
+        weights = weights + velocity
+    return Sgd(weights, errors)
 
 
 @checked

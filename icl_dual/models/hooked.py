@@ -123,11 +123,10 @@ class HookedBackend(Backend):
         prefix = "_" if kind in ("K", "V") and hasattr(attn, "_W_K") else ""
         weight, bias = getattr(attn, f"{prefix}W_{kind}"), getattr(attn, f"{prefix}b_{kind}")
         if kind == "O":
-            W, b = Weight(weight, "head d_head d_out", "d_out (head d_head)"), Weight(bias, "d_out", "d_out")
+            of_weight, of_bias = ("head d_head d_out", "d_out (head d_head)"), ("d_out", "d_out")
         else:
-            W = Weight(weight, "head d_in d_head", "(head d_head) d_in")
-            b = Weight(bias, "head d_head", "(head d_head)")
-        return Projection(W, b if kind in self.biased else None)
+            of_weight, of_bias = ("head d_in d_head", "(head d_head) d_in"), ("head d_head", "(head d_head)")
+        return Projection(Weight(weight, *of_weight), Weight(bias, *of_bias) if kind in self.biased else None)
 
     def attention_rule(self, layer: int) -> dual.AttentionRule:
         """Return the rule that the configuration describes for this layer."""
