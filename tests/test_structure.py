@@ -27,6 +27,7 @@ LAYERS = (
     ("texts", "segments", "prompts", "sourced_prompts", "prompt_view", "contexts"),
     ("captures",),
     ("massive_activations",),
+    ("attention_split",),
     ("decomposition",),
     ("source_attention",),
     ("views",),

@@ -1,0 +1,346 @@
+"""The exact split of in-context attention, layer by layer, from a capture's queries, keys and values, in float64.
+
+The heads' outputs are the start token's term, the query's, and ΔICL, each computed from keys and values and not as a
+difference of outputs; with momentum, its two sums besides. Beside each layer's split stands the paper's linear
+relaxation of it. `icl_dual.decomposition` adds what follows from W_O and from the zero-shot run, and checks the sums.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from icl_dual import dual
+from icl_dual.arguments import trusted
+from icl_dual.captures.capture import Capture, Field
+from icl_dual.captures.shared_prefix import FullPromptPass
+from icl_dual.field_docs import document_fields
+from icl_dual.models import Model
+from icl_dual.models.overflow import is_finite
+from icl_dual.momentum import decay_matrix
+from icl_dual.prompts import SEPARATOR, Prompts
+from icl_dual.results import compare_by_value
+from icl_dual.statistics import ranks
+from icl_dual.torch_utils import vector_norm
+
+LAYERS_AT_ONCE = 2
+"""How many layers are decomposed in parallel; the memory of a layer's weights is needed for each."""
+
+
+@document_fields
+@compare_by_value
+class Relaxation(NamedTuple):
+    """The paper's linear relaxation compared with the exact split of softmax attention, both without momentum.
+
+    Values are NaN where the term of the split is zero.
+    """
+
+    update_cosine: Float[Tensor, "query layer head"]
+    """cos(ΔW_ICL q, ΔICL)."""
+    update_error: Float[Tensor, "query layer head"]
+    """‖ΔW_ICL q − ΔICL‖ / ‖ΔICL‖."""
+    output_cosine: Float[Tensor, "query layer head"]
+    """cos((W_ZSL + ΔW_ICL) q, z)."""
+    output_error: Float[Tensor, "query layer head"]
+    """‖(W_ZSL + ΔW_ICL) q − z‖ / ‖z‖."""
+    rank_agreement: Float[Tensor, "query layer head"]
+    """Spearman's ρ, over the demonstrations' tokens, between softmax weights and |kᵀq|, the sizes of the linear
+    weights. With its sign, kᵀq has the order of the softmax by construction."""
+
+
+class SplitTerms(NamedTuple):
+    """The exact split of one layer; stacked, of all."""
+
+    start: Float[Tensor, "query *layer head d_head"]
+    query: Float[Tensor, "query *layer head d_head"]
+    delta_icl: Float[Tensor, "query *layer head d_head"]
+    query_momentum: Float[Tensor, "query *layer head d_head"] | None
+    demo_momentum: Float[Tensor, "query *layer head d_head"] | None
+    mass: Float[Tensor, "query *layer head group"]
+    icl_share: Float[Tensor, "query *layer group"]
+
+    @property
+    def softmax_z(self) -> Float[Tensor, "query *layer head d_head"]:
+        """Softmax attention alone, without momentum."""
+        return self.start + self.query + self.delta_icl
+
+    @property
+    def z(self) -> Float[Tensor, "query *layer head d_head"]:
+        """The heads' outputs."""
+        momentum = (term for term in (self.query_momentum, self.demo_momentum) if term is not None)
+        return sum(momentum, start=self.softmax_z)
+
+
+def split_layers(
+    model: Model, in_context: Capture, W_O: Float[Tensor, "layer head d_head d_model"]
+) -> tuple[SplitTerms, Relaxation]:
+    """Return the split and the relaxation of every layer."""
+    positions = _PositionsTwice.of(in_context.prompts, W_O.device)
+
+    @trusted
+    def split_layer(index: int, sums: list[Tensor] | None) -> tuple[Tensor | None, ...]:
+        layer = _LayerInputs.of_capture(in_context, index, model)
+        terms = _split(layer, positions, W_O[index], sums)
+        return *terms, *_relax(layer, positions.on_device, terms)
+
+    def split_all(sums: list[Tensor] | None) -> list[Any]:
+        split = partial(split_layer, sums=sums)
+        if sums is not None:
+            return _stack_layers(map(split, range(model.n_layers)), model.n_layers)
+        # Ranking is numpy's, on one thread: the next layer uses the other.
+        with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+            return _stack_layers(pool.map(split, range(model.n_layers)), model.n_layers)
+
+    stacked = _looked_at_once(W_O.device, split_all)
+    n_terms = len(SplitTerms._fields)
+    return SplitTerms(*stacked[:n_terms]), Relaxation(*stacked[n_terms:])
+
+
+def full_prompt_z(
+    model: Model, prompts: Prompts, full_prompt: FullPromptPass, W_O: Float[Tensor, "layer head d_head d_model"]
+) -> Float[Tensor, "1 layer head d_head"]:
+    """Return the heads' outputs in the plain forward pass over the first query's full prompt, as the sum of its
+    terms."""
+    first = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
+    positions = _PositionsTwice.of(first, W_O.device)
+
+    @trusted
+    def z_of_layer(index: int, sums: list[Tensor] | None) -> Tensor:
+        layer = _LayerInputs.of_full_prompt(full_prompt, index, positions.on_device, model)
+        return _split(layer, positions, W_O[index], sums).z
+
+    def z_of_all(sums: list[Tensor] | None) -> Tensor:
+        return torch.stack([z_of_layer(index, sums) for index in range(model.n_layers)], dim=1)
+
+    return _looked_at_once(W_O.device, z_of_all)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions in the in-context prompt of each query's recorded row and of all keys."""
+
+    recorded: Int[Tensor, " query"]
+    """The recorded position."""
+    query: Int[Tensor, "query query_pos"]
+    """Positions of the start token and then of the query's own tokens, as `KeysValues.query_keys` has them."""
+    n_start: int
+    """How many of those are the start token's."""
+    demo: Int[Tensor, " demo_pos"]
+    """Positions of the demonstrations and their separators."""
+    demo_groups: Float[Tensor, "demo_pos group"]
+    """1 where a position belongs to the separators, or to a demonstration, else 0."""
+
+    def to(self, device: torch.device) -> "Positions":
+        """Return the positions on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> "Positions":
+        """Return the positions of prompts."""
+        n_start, n_prefix = len(prompts.start), len(prompts.prefix)
+        longest = max(map(len, prompts.suffixes))
+        query = torch.cat((torch.arange(n_start), n_prefix + torch.arange(longest)))
+        segments = torch.tensor((SEPARATOR, *range(len(prompts.demonstrations))))
+        return cls(
+            recorded=torch.tensor([n_prefix + len(suffix) - 1 for suffix in prompts.suffixes]),
+            query=query.expand(len(prompts.queries), -1),
+            n_start=n_start,
+            demo=torch.arange(n_start, n_prefix),
+            demo_groups=(prompts.segments[n_start:, None] == segments).double(),
+        )
+
+
+class _PositionsTwice(NamedTuple):
+    """The same positions twice: what depends on their values alone is looked up on the host, which need not wait."""
+
+    on_host: Positions
+    on_device: Positions
+
+    @classmethod
+    def of(cls, prompts: Prompts, device: torch.device) -> "_PositionsTwice":
+        """Return the positions of prompts."""
+        on_host = Positions.of(prompts)
+        return cls(on_host, on_host.to(device))
+
+
+class _LayerInputs(NamedTuple):
+    """One layer's queries at the recorded positions, and all their keys and values, in float64."""
+
+    rule: dual.AttentionRule
+    q: Float[Tensor, "query head d_head"]
+    query_k: Float[Tensor, "query query_pos kv_head d_head"]
+    query_v: Float[Tensor, "query query_pos kv_head d_head"]
+    demo_k: Float[Tensor, "demo_pos kv_head d_head"]
+    demo_v: Float[Tensor, "demo_pos kv_head d_head"]
+    eta: Float[Tensor, " head"] | None
+
+    @classmethod
+    def of_capture(cls, in_context: Capture, layer: int, model: Model) -> "_LayerInputs":
+        """Return a layer's inputs in a capture."""
+        keys_values = in_context.keys_values
+        assert keys_values is not None
+        # Each head's keys side by side in memory: otherwise every product over them copies them.
+        side_by_side: dict[str, Any] = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
+        by_query = (keys_values.query_keys, keys_values.query_values)
+        query_k, query_v = (t[:, layer].transpose(1, 2).to(**side_by_side).transpose(1, 2) for t in by_query)
+        demo_k, demo_v = (t[layer].double() for t in (keys_values.demo_keys, keys_values.demo_values))
+        q = field_of(in_context, "q_scored")[:, layer].double()
+        return cls(model.attention_rules[layer], q, query_k, query_v, demo_k, demo_v, _eta(model, layer, q.device))
+
+    @classmethod
+    def of_full_prompt(
+        cls, full_prompt: FullPromptPass, layer: int, positions: Positions, model: Model
+    ) -> "_LayerInputs":
+        """Return a layer's inputs in the plain forward pass over the first query's full prompt."""
+        q, k, v = (tensor[layer].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
+        query, demo = positions.query[0], positions.demo
+        rule, eta = model.attention_rules[layer], _eta(model, layer, q.device)
+        return cls(rule, q[None], k[None, query], v[None, query], k[demo], v[demo], eta)
+
+
+def _eta(model: Model, layer: int, device: torch.device) -> Float[Tensor, " head"] | None:
+    """Return a layer's η, zero or not, where the model has momentum: all its layers have the same terms."""
+    return None if model.momentum is None else model.momentum[layer].to(device)
+
+
+def _looked_at_once(device: torch.device, compute: Callable[[list[Tensor] | None], Any]) -> Any:
+    """Return what is computed of all layers; on a GPU, whether numbers are finite is looked at once for all of them.
+
+    Args:
+        device: where it is computed.
+        compute: takes a list that receives the sums of what is not looked at, or `None` to look at all. It is called
+            once more, with `None`, where a sum is not finite: hidden numbers may be the cause.
+    """
+    if device.type == "cpu":
+        return compute(None)
+    sums: list[Tensor] = []
+    computed = compute(sums)
+    return computed if is_finite(torch.stack(sums)) else compute(None)
+
+
+def _split(
+    layer: _LayerInputs,
+    positions: _PositionsTwice,
+    W_O: Float[Tensor, "head d_head d_model"],
+    sums: list[Tensor] | None,
+) -> SplitTerms:
+    """Return the exact split of one layer; `sums` as in `_looked_at_once`."""
+    rule, q, demo_v, eta = layer.rule, layer.q, layer.demo_v, layer.eta
+    n_start = positions.on_host.n_start
+    start, query = (_attend(layer, positions.on_host, keys, sums) for keys in (slice(n_start), slice(n_start, None)))
+    there = positions.on_device
+    sink = rule.with_sink(dual.AttentionPart(torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)))
+    z_0 = reduce(dual.merge, (sink, start, query))
+    weights, lse = _demo_weights(layer, there, z_0)
+    delta_icl = dual.weighted_values(weights, demo_v) - weights.sum(-1).T.unsqueeze(-1) * z_0.z
+    decay_weights = None if eta is None else decay_matrix(eta, there.recorded, there.demo)
+    demo_momentum = None if decay_weights is None else dual.weighted_values(decay_weights, demo_v)
+    added = delta_icl if demo_momentum is None else delta_icl + demo_momentum
+    share = _demo_shares(weights, decay_weights, demo_v, z_0.z, added, W_O, there.demo_groups)
+    mass = torch.stack([(part.lse - lse).exp() for part in (sink, start, query)], dim=-1)
+    return SplitTerms(
+        start=start.z * (start.lse - z_0.lse).exp().unsqueeze(-1),
+        query=query.z * (query.lse - z_0.lse).exp().unsqueeze(-1),
+        delta_icl=delta_icl,
+        query_momentum=None if eta is None else _query_momentum(eta, layer.query_v, there),
+        demo_momentum=demo_momentum,
+        mass=torch.cat((mass, (weights @ there.demo_groups).transpose(0, 1)), dim=-1),
+        icl_share=torch.cat((torch.zeros_like(mass[:, 0]), share), dim=-1),
+    )
+
+
+def _attend(layer: _LayerInputs, positions: Positions, keys: slice, sums: list[Tensor] | None) -> dual.AttentionPart:
+    """Return attention of the recorded rows over some of the start token's and the query's keys."""
+    part = layer.rule.attend(
+        layer.q[:, None],
+        layer.query_k[:, keys],
+        layer.query_v[:, keys],
+        positions.recorded[:, None],
+        positions.query[:, keys],
+        check_finite=sums is None,
+    )
+    if sums is not None:
+        sums.append(part.z.detach().sum())
+    return dual.AttentionPart(part.z[:, 0], part.lse[:, 0])
+
+
+def _demo_weights(
+    layer: _LayerInputs, positions: Positions, z_0: dual.AttentionPart
+) -> tuple[Float[Tensor, "head query demo_pos"], Float[Tensor, "query head"]]:
+    """Return each demonstration token's share of the whole softmax, and the log-sum-exp of all scores.
+
+    Groups are sums of these shares. Computed in place: there are many of them.
+    """
+    scores = dual.shared_scores(layer.q, layer.demo_k, layer.rule.scale, layer.rule.softcap)
+    scores += layer.rule.bias(positions.recorded[None], positions.demo[None])[0]
+    lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
+    return scores.sub_(lse.T.unsqueeze(-1)).exp_(), lse
+
+
+def _demo_shares(
+    weights: Float[Tensor, "head query demo_pos"],
+    decay_weights: Float[Tensor, "head query demo_pos"] | None,
+    demo_v: Float[Tensor, "demo_pos kv_head d_head"],
+    z_0: Float[Tensor, "query head d_head"],
+    added: Float[Tensor, "query head d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+    demo_groups: Float[Tensor, "demo_pos group"],
+) -> Float[Tensor, "query group"]:
+    """Return the share of the separators and of each demonstration in the direct update, along that update's
+    direction."""
+    direct = torch.einsum("qhd,hdm->qm", added, W_O)
+    along = torch.einsum("qm,hdm->qhd", direct, W_O)
+    value_products = dual.shared_scores(along, demo_v, 1.0)
+    from_momentum = 0.0 if decay_weights is None else (value_products * decay_weights).sum(0)
+    from_softmax = value_products.sub_((along * z_0).sum(-1).T.unsqueeze(-1)).mul_(weights).sum(0)
+    return (from_softmax + from_momentum) @ demo_groups / (direct * direct).sum(-1, keepdim=True)
+
+
+def _query_momentum(
+    eta: Float[Tensor, " head"], query_v: Float[Tensor, "query query_pos kv_head d_head"], positions: Positions
+) -> Float[Tensor, "query head d_head"]:
+    """Return Σ η^{t−i} v_i over the start token and each query's own tokens before its recorded position t."""
+    decay_weights = decay_matrix(eta, positions.recorded[:, None], positions.query)[:, :, 0]
+    return (torch.unflatten(decay_weights, 1, (query_v.shape[2], -1)) @ query_v.transpose(1, 2)).flatten(1, 2)
+
+
+def _relax(layer: _LayerInputs, positions: Positions, terms: SplitTerms) -> Relaxation:
+    """Return one layer's linear relaxation, over the keys that its mask shows, against ΔICL and softmax attention."""
+    rule, q, query_k, query_v, demo_k, demo_v, _ = layer
+    delta_icl, z = terms.delta_icl, terms.softmax_z
+    demo_visible = rule.visible(positions.recorded[None], positions.demo[None])
+    query_visible = rule.visible(positions.recorded[:, None], positions.query).unsqueeze(1)
+    weights = dual.shared_scores(q, demo_k, 1.0).mul_(demo_visible)
+    update = dual.weighted_values(weights, demo_v)
+    output = update + (dual.scores(q[:, None], query_k, 1.0) * query_visible @ query_v.transpose(1, 2)).flatten(1, 2)
+    logits = weights * rule.scale + rule.bias(positions.recorded[None], positions.demo[None])[0]
+    return Relaxation(
+        update_cosine=dual.cosine(update, delta_icl),
+        update_error=vector_norm(update - delta_icl, dim=-1) / vector_norm(delta_icl, dim=-1),
+        output_cosine=dual.cosine(output, z),
+        output_error=vector_norm(output - z, dim=-1) / vector_norm(z, dim=-1),
+        rank_agreement=ranks.spearman(logits, weights.abs_(), demo_visible).T,
+    )
+
+
+def _stack_layers(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:
+    """Return each of the layers' tensors with a layer axis: written as the layers come, so that none is held twice."""
+    stacked: list[Any] = []
+    for index, tensors in enumerate(layers):
+        if not index:
+            stacked = [None if t is None else t.new_empty(len(t), n_layers, *t.shape[1:]) for t in tensors]
+        for all_layers, tensor in zip(stacked, tensors, strict=True):
+            if all_layers is not None and tensor is not None:
+                all_layers[:, index] = tensor
+    return stacked
+
+
+def field_of(capture: Capture, name: Field) -> Tensor:
+    """Return a field of a capture that was checked to have it."""
+    return getattr(capture, name)
