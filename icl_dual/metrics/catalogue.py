@@ -109,7 +109,8 @@ class Metric:
     """Whether the function reads gold labels and predictions only. Such a metric, by `query`, is not saved: comparisons
     compute it from their predictions, also those saved before it was registered."""
     from_finetuning: bool = True
-    """Whether the value depends on the finetuned model: a replica of the finetuning that diverges then has none."""
+    """Whether the value depends on the finetuned model: replicas of the finetuning compute it anew, and one that
+    diverges has none. Other values stand still."""
     needs: tuple[Need, ...] = ()
     """Fields of `Recordings` that may be `None`; where one is, the metric is absent."""
     baselines: tuple[str, ...] = ()
@@ -212,6 +213,7 @@ def without_massive_tokens(metric: Metric, baselines: tuple[str, ...] = ()) -> M
         released=None,
         released_zeros=False,
         drawing=Drawing(),
+        from_finetuning=True,  # which tokens are massive depends on it
     )
 
 

@@ -10,7 +10,7 @@ that are as long as those observed.
 """
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -454,7 +454,15 @@ def compare_recordings(
         raise ValueError(
             f"expected kendall_queries of at least 1, got {kendall_queries}: pass a number of queries, or None for all"
         )
-    computed = {name: m for name, m in metrics().items() if not m.from_predictions and not m.missing(recordings)}
+    return _compare(recordings, metrics().values(), seed=seed, kendall_queries=kendall_queries)
+
+
+def _compare(
+    recordings: Recordings, chosen: Iterable[Metric], *, seed: int, kendall_queries: int = KENDALL_QUERIES
+) -> Comparison:
+    """Compare by some of the metrics, as far as the recordings have what each needs."""
+    n_queries = len(recordings.gold)
+    computed = {m.name: m for m in chosen if not m.from_predictions and not m.missing(recordings)}
     streams = random_streams(seed)
     values_by_name: dict[str, list[Tensor]] = {}
     for queries in torch.split(torch.arange(n_queries, device=recordings.gold.device), QUERIES_AT_ONCE):
@@ -495,20 +503,21 @@ def with_stability(comparison: Comparison, replicas: Mapping[str, Recordings | s
     """
     if not replicas:
         return comparison
-    n_queries = 0
+    n_queries, unaffected = 0, [metric.name for metric in metrics().values() if not metric.from_finetuning]
+    affected = [metric for metric in metrics().values() if metric.from_finetuning]
     values_by_replica: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]] | str] = {}
     for name, recordings in replicas.items():
         if isinstance(recordings, str):
             values_by_replica[name] = recordings
         else:
-            replica = compare_recordings(recordings, seed=seed)
+            replica = _compare(recordings, affected, seed=seed)
             n_queries, values_by_replica[name] = len(replica.gold), (replica.by_query(), replica.per_layer)
     stability = Stability.of(
         comparison.by_query(),
         comparison.per_layer,
         values_by_replica,
         n_queries=n_queries,
-        unaffected=[name for name, metric in metrics().items() if not metric.from_finetuning],
+        unaffected=unaffected,
     )
     return replace(comparison, stability=stability)
 

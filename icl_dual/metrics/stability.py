@@ -68,13 +68,14 @@ class Stability:
             by_layer: by metric, each query's value at each layer.
             replicas: by replica, the same two for its first `n_queries` queries; or, where it diverged, the error.
             n_queries: how many first queries the replicas have.
-            unaffected: the metrics that do not depend on finetuning: a replica that diverged does not move them.
+            unaffected: the metrics that do not depend on finetuning, which replicas need not have: none moves them.
         """
 
         def shift(name: str, values: Tensor, part: int, replica: Any) -> Tensor:
+            if name in unaffected:
+                return torch.zeros_like(values[0], dtype=torch.float64)
             if isinstance(replica, str):
-                lost = 0.0 if name in unaffected else torch.inf
-                return torch.full_like(values[0], lost, dtype=torch.float64)
+                return torch.full_like(values[0], torch.inf, dtype=torch.float64)
             of_replica = replica[part][name].double()
             return of_replica.nanmean(0) - values[: len(of_replica)].double().nanmean(0)
 

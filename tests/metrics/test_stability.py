@@ -1,6 +1,7 @@
 """The spread over replicas of the finetuning, against comparisons of each replica made by hand."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 import icl_dual as icl
 from icl_dual import experiment as experiment_module
 from icl_dual.finetuning import REPLICAS, Noise
-from icl_dual.finetuning.replicas import replica_settings
+from icl_dual.finetuning.replicas import finetune_with_replicas, replica_settings
 from icl_dual.metrics import catalogue
+from icl_dual.metrics.catalogue import Metric, metrics
 from icl_dual.metrics.comparison import with_stability
 from icl_dual.metrics.formulas import rec2ftp
 from icl_dual.metrics.stability import Stability
-from icl_dual.models import NonFiniteError
 from icl_dual.prompts import Prompts
 
 LR = 0.05
@@ -220,21 +221,49 @@ def test_a_diverged_replica_leaves_the_cell_unstable(experiment: icl.Experiment)
 
 
 def test_a_replica_that_overflows_when_it_is_captured_is_one_that_diverged(
-    precise: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture, n_runs = experiment_module.capture, []
-
-    def overflowing(model: icl.Model, of: Prompts, **options: Any) -> icl.Capture:
-        n_runs.append(of)
-        if len(n_runs) == 5:  # in context, zero-shot, finetuned, the first replica, and then the second
-            raise NonFiniteError("expected finite activations, got inf in layer 1")
-        return capture(model, of, **options)
-
-    monkeypatch.setattr(experiment_module, "capture", overflowing)
-    comparison = icl.run_experiment(precise, prompts, lr=LR, replicas=2, progress=False).compare()
+    finetuned = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, progress=False)
+    name = finetuned.names[1]
+    huge = replace(finetuned.replicas[name], W_V=finetuned.replicas[name].W_V * 1e38)
+    monkeypatch.setattr(
+        experiment_module,
+        "finetune_with_replicas",
+        lambda *args, **options: replace(finetuned, replicas={**finetuned.replicas, name: huge}),
+    )
+    experiment = icl.run_experiment(llama, prompts, lr=LR, replicas=2, progress=False)
+    assert list(experiment.replicas) == [finetuned.names[0]], "the other one is captured"
+    comparison = experiment.compare()
     assert comparison.stability is not None
-    assert comparison.stability.diverged == ("expected finite activations, got inf in layer 1",)
+    (error,) = comparison.stability.diverged
+    assert re.search("expected finite .*, got infinite .*, first .* layer 0", error)
     assert comparison.shifts("SimAOU")[0].isinf().tolist() == [False, True]
+
+
+def test_metrics_that_finetuning_does_not_move_are_not_computed_for_replicas(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, computed = icl.run_experiment(llama, prompts, lr=LR, replicas=2, progress=False), list[str]()
+    values = Metric.values
+
+    def counted(metric: Metric, batch: Any) -> Any:
+        computed.append(metric.name)
+        return values(metric, batch)
+
+    monkeypatch.setattr(Metric, "values", counted)
+    comparison = experiment.compare()
+    counts = {name: computed.count(name) for name, metric in metrics().items() if not metric.from_predictions}
+    still = {name for name, metric in metrics().items() if not metric.from_finetuning}
+    assert still >= {"SimAM before FT", "SimAM random", "SimAOU random", "Kendall random"}
+    assert counts == {name: 1 if name in still else 3 for name in counts}
+    for name in still:
+        assert (comparison.shifts(name) == 0).all(), name
+
+
+def test_which_tokens_are_massive_depends_on_finetuning() -> None:
+    """So that also the value before finetuning moves where it leaves these tokens out."""
+    assert metrics()["SimAM before FT without massive tokens"].from_finetuning
+    assert not metrics()["SimAM before FT"].from_finetuning
 
 
 def test_baselines_of_replicas_draw_the_runs_own_numbers(precise: icl.Model, task: icl.Task) -> None:
