@@ -5,12 +5,21 @@ saved as one object. The steps remain available one by one: `finetune`, `capture
 `compare_updates`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from icl_dual.arguments import Count, Seed, checked
-from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Capture, Field, capture, check_capture_arguments
+from icl_dual.captures.capture import (
+    DECOMPOSE_FIELDS,
+    METRIC_FIELDS,
+    Capture,
+    Field,
+    capture,
+    capture_changed,
+    check_capture_arguments,
+)
 from icl_dual.decomposition import Decomposition, decompose
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
@@ -21,7 +30,7 @@ from icl_dual.finetuning.replicas import (
     check_replicas,
     finetune_with_replicas,
 )
-from icl_dual.finetuning.weight_delta import WeightDelta
+from icl_dual.finetuning.weight_delta import WeightDelta, changes_of
 from icl_dual.html_tables import Line, lines_table
 from icl_dual.massive_activations import MASSIVE_RATIO, MassiveActivations, find_massive_activations
 from icl_dual.metrics.comparison import Comparison, compare, with_stability
@@ -33,6 +42,8 @@ from icl_dual.results import check_count, check_names, check_values
 from icl_dual.storage import NOT_SAVED, Saved
 from icl_dual.torch_utils import to_list, vector_norm
 from icl_dual.updates import UpdateComparison, compare_updates
+
+log = logging.getLogger(__name__)
 
 Setting = Literal["ZSL", "ICL", "FT"]
 """The three settings: zero-shot, in-context learning, finetuned."""
@@ -364,7 +375,7 @@ def capture_settings(
 def capture_replicas(
     model: Model, zero_shot: Prompts, deltas: Mapping[str, WeightDelta], *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Capture | NonFiniteError]:
-    """Capture the finetuned setting of each replica, on the first queries.
+    """Capture the finetuned setting of each replica, on the first queries: side by side where that can be.
 
     Args:
         model: the model to run; it comes back as it was.
@@ -377,6 +388,14 @@ def capture_replicas(
         By replica: its capture, or the error that says where its activations overflow.
     """
     prompts, captures = zero_shot.first(REPLICA_QUERIES), dict[str, Capture | NonFiniteError]()
+    if len(deltas) > 1 and _share_batches(model, deltas.values()):
+        changes = changes_of(model, deltas.values())
+        try:
+            captured = capture_changed(model, prompts, changes, batch_size=batch_size, progress=progress)
+        except NonFiniteError:
+            log.info("one by one: the activations of a replica of %s overflow", model.name)
+        else:
+            return dict(zip(deltas, captured, strict=True))
     for name, delta in deltas.items():
         with delta.applied(model):
             try:
@@ -384,6 +403,16 @@ def capture_replicas(
             except NonFiniteError as error:
                 captures[name] = error.with_traceback(None)
     return captures
+
+
+def _share_batches(model: Model, deltas: Iterable[WeightDelta]) -> bool:
+    """Return whether rows with different deltas can run in one batch of a model.
+
+    Hooks of others, and changes of MLPs, may depend on which rows run together.
+    """
+    depends_on_rows = model.mlp_changes or model.run_checks or model.foreign_hooks()
+    is_rounded = any(delta.rounded for delta in deltas)  # into weights, which all rows share
+    return model.supports_projection_deltas and not (depends_on_rows or is_rounded)
 
 
 def add_replicas(

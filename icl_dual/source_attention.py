@@ -481,7 +481,8 @@ class _Recorder:
         columns, rows = self._columns(first, attention.q.shape[1])
         if layer not in self.layers or not len(columns):
             return
-        k, v = torch.cat((cache.keys[layer], attention.k[0])), torch.cat((cache.values[layer], attention.v[0]))
+        k = torch.cat((cache.keys[layer][0], attention.k[0]))
+        v = torch.cat((cache.values[layer][0], attention.v[0]))
         n_keys = int(self.wanted[columns].max()) + 1
         keys = self.order[self.order < n_keys]
         k, v = k[keys].to(self.dtype), v[keys].to(self.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import hooked
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from icl_dual import experiment as module
 from icl_dual.captures.capture import Field
 from icl_dual.contexts import matching_training_steps
 from icl_dual.finetuning import Finetuned
+from icl_dual.finetuning.replicas import finetune_with_replicas
 from icl_dual.storage import load_tensors
 
 ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
@@ -81,27 +83,57 @@ def test_finetuning_comes_first_and_the_model_comes_back(
 ) -> None:
     before = llama.fingerprint()
     stages: list[str] = []
-    capture, finetune = module.capture, module.finetune_with_replicas
+    capture, capture_changed, finetune = module.capture, module.capture_changed, module.finetune_with_replicas
 
     def counted_capture(model: icl.Model, prompts: icl.Prompts, **options: Any) -> icl.Capture:
         stages.append(f"{len(prompts.demonstrations)} demonstrations {model.fingerprint() == before}")
         return capture(model, prompts, **options)
+
+    def counted_replicas(model: icl.Model, prompts: icl.Prompts, changes: Any, **options: Any) -> list[icl.Capture]:
+        stages.append(f"{len(changes)} replicas {model.fingerprint() == before}")
+        return capture_changed(model, prompts, changes, **options)
 
     def counted_finetune(*args: Any, **options: Any) -> Finetuned:
         stages.append("finetuning")
         return finetune(*args, **options)
 
     monkeypatch.setattr(module, "capture", counted_capture)
+    monkeypatch.setattr(module, "capture_changed", counted_replicas)
     monkeypatch.setattr(module, "finetune_with_replicas", counted_finetune)
     icl.run_experiment(llama, prompts, lr=LR, replicas=2, progress=False)
-    captures = ["4 demonstrations True", "0 demonstrations True", *["0 demonstrations False"] * 3]
-    assert stages == ["finetuning", *captures]
+    captures = ["4 demonstrations True", "0 demonstrations True", "0 demonstrations False"]
+    assert stages == ["finetuning", *captures, "2 replicas True"]
     assert llama.fingerprint() == before
     stages.clear()
     with pytest.raises(icl.DivergedError):
         icl.run_experiment(llama, prompts, lr=1e6, progress=False)
     assert stages == ["finetuning"], "nothing is captured"
     assert llama.fingerprint() == before
+
+
+@pytest.mark.parametrize("why", ["a hook of others", "rounded deltas", "HookedTransformer"])
+def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their_own(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "HookedTransformer" and not hooked.HookedTransformer:
+        pytest.skip("this TransformerLens has none")
+    model = make_model("hooked-gpt2" if why == "HookedTransformer" else "llama")
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(5))
+    deltas = dict(finetune_with_replicas(model, prompts, lr=LR, replicas=2, progress=False).replicas)
+    if why == "rounded deltas":
+        deltas = {name: dataclasses.replace(delta, rounded=True) for name, delta in deltas.items()}
+    monkeypatch.setattr(module, "capture_changed", lambda *args, **options: pytest.fail("rows shared a batch"))
+    handles: list[Any] = []
+    if why == "a hook of others":
+        (name, layer) = next((n, m) for n, m in model.wrapped.named_modules() if n.endswith("mlp"))
+        handles.append(layer.register_forward_hook(lambda *args: args[-1] * 1.0))
+        assert model.foreign_hooks(), name
+    captures = module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
+    for name, delta in deltas.items():
+        with delta.applied(model):
+            assert_same(captures[name], icl.capture(model, prompts.zero_shot(), progress=False), name)
+    for handle in handles:
+        handle.remove()
 
 
 def test_an_experiment_saves_and_loads_without_its_model(

@@ -9,7 +9,8 @@ compares it with the model's own, and a model's first capture compares the share
 over a full prompt. A model that fails either check is refused.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -20,10 +21,12 @@ from torch import Tensor
 from icl_dual import dual
 from icl_dual.arguments import Count, checked
 from icl_dual.captures.shared_prefix import (
+    ONE_RUN,
     BatchLimit,
     BatchRows,
     FullPromptPass,
     PrefixCache,
+    Runs,
     advise,
     arbitrary_prompts,
     batch_overhead,
@@ -38,8 +41,10 @@ from icl_dual.captures.shared_prefix import (
     split_into_batches,
 )
 from icl_dual.field_docs import document_fields
-from icl_dual.models import Attention, Model, UnsupportedModelError
+from icl_dual.models import Attention, Model, NonFiniteError, UnsupportedModelError
+from icl_dual.models.changes import WeightChanges, changed_projections, projection_deltas_of
 from icl_dual.models.journal import exclusive
+from icl_dual.models.overflow import is_finite
 from icl_dual.progress import progress_bar
 from icl_dual.prompts import Prompts, check_lengths, check_prompts
 from icl_dual.results import ROUNDING, check_axes, check_values, compare_by_value
@@ -264,39 +269,123 @@ def capture(
     """
     check_capture_arguments(fields, batch_size)
     check_prompts(model, prompts)
-    query_prefix = common_query_prefix(prompts)
-    check_rope_scaling(model, prompts, query_prefix)
     with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
         check_pass(model, prompts)
         bar.set_description(f"{len(prompts.demonstrations)} demonstrations")
-        rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
-        first_row = rows[0] if "full_prompt" in fields else None
-        context, full_prompt = run_prefix(model, prompts.prefix + query_prefix, first_row)
-        recorder = _Recorder(model, prompts, fields, context)
-        limit = BatchLimit(batch_size)
-        single_token_labels = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
-        label_tokens = [prompts.labels[index][0] for index in single_token_labels]
-        log_probs = recorder.zeros(len(prompts.queries), len(prompts.labels))
-        label_index = torch.tensor(single_token_labels, dtype=torch.long, device=model.device)
-        callbacks: dict[str, Any] = {
-            "on_attention": recorder.on_attention,
-            "on_output": recorder.on_output,
-            "on_batch": recorder.on_batch,
-        }
-        if {"residual_norms", "stream"} & set(fields):
-            callbacks["on_residual"] = recorder.on_residual
-        for batch in run_queries(model, rows, 1, context, limit, n_after=len(prompts.appended_tokens), **callbacks):
+        (captured,) = _capture_runs(model, prompts, fields, batch_size, (), bar.update)
+    return captured
+
+
+@exclusive
+@torch.inference_mode(False)
+def capture_changed(
+    model: Model,
+    prompts: Prompts,
+    changes: Sequence[WeightChanges],
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[Capture]:
+    """Capture a model under each of several changes of its projections, side by side: as rows of the same batches.
+
+    A short batch takes little longer than a single row. Each capture has `METRIC_FIELDS`, and is that within
+    `changed_projections`, up to rounding.
+
+    Args:
+        model: the model to run; one that `supports_projection_deltas`, without hooks of others.
+        prompts: queries with their demonstrations.
+        changes: by capture, the change of each projection; all of the same projections.
+        batch_size: the largest number of rows to run at once.
+        progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: activations overflow under one of the changes; which one is not known.
+        UnsupportedModelError, PromptError, MemoryError: as in `capture`.
+    """
+    check_prompts(model, prompts)
+    with torch.no_grad(), progress_bar(total=len(prompts.queries), show=progress, unit="query") as bar:
+        check_pass(model, prompts)
+        bar.set_description(f"{len(prompts.demonstrations)} demonstrations, {len(changes)} in parallel")
+        n_queries = max(1, batch_size // len(changes))
+        return _capture_runs(model, prompts, METRIC_FIELDS, n_queries, changes, bar.update)
+
+
+def _capture_runs(
+    model: Model,
+    prompts: Prompts,
+    fields: Collection[Field],
+    batch_size: int,
+    changes: Sequence[WeightChanges],
+    on_done: Callable[[int], object],
+) -> list[Capture]:
+    """Capture the model under each of some changes, or as it is where there are none; says how many queries are done.
+
+    The field `full_prompt` is for a model as it is.
+    """
+    query_prefix = common_query_prefix(prompts)
+    check_rope_scaling(model, prompts, query_prefix)
+    runs = Runs(len(changes), projection_deltas_of(_stacked(changes, model.device))) if changes else ONE_RUN
+    rows = [suffix[len(query_prefix) :] for suffix in prompts.suffixes]
+    first_row = rows[0] if "full_prompt" in fields else None
+    context, full_prompt = run_prefix(model, prompts.prefix + query_prefix, first_row, runs=runs)
+    recorders = [_Recorder(model, prompts, fields, context.of_run(run)) for run in range(runs.n)]
+    limit = BatchLimit(batch_size)
+    single_token_labels = [index for index, label in enumerate(prompts.labels) if len(label) == 1]
+    label_tokens = [prompts.labels[index][0] for index in single_token_labels]
+    log_probs = recorders[0].zeros(runs.n, len(prompts.queries), len(prompts.labels))
+    label_index = torch.tensor(single_token_labels, dtype=torch.long, device=model.device)
+    n_after, callbacks = len(prompts.appended_tokens), _callbacks(recorders)
+    for batch in run_queries(model, rows, 1, context, limit, n_after=n_after, runs=runs, **callbacks):
+        index = torch.tensor(batch.rows, device=model.device)
+        next_log_probs = torch.unflatten(log_probs_of(batch.logits)[:, 0], 0, (runs.n, -1))
+        log_probs[:, index[:, None], label_index] = next_log_probs[..., label_tokens]
+        for recorder, of_run in zip(recorders, next_log_probs, strict=True):
             recorder.residual = max(recorder.residual, batch.residual)
-            index = torch.tensor(batch.rows, device=model.device)
-            next_log_probs = log_probs_of(batch.logits)[:, 0]
-            log_probs[index[:, None], label_index] = next_log_probs[:, label_tokens]
             if "next_log_probs" in recorder.tensors:
-                recorder.tensors["next_log_probs"][index] = next_log_probs
-            bar.update(len(batch.rows))
-        query_rows = [query[len(query_prefix) :] for query in prompts.queries]
-        for label in set(range(len(prompts.labels))) - set(single_token_labels):
-            log_probs[:, label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit)
-    return recorder.capture(log_probs, full_prompt, _label_baselines(model, prompts, batch_size))
+                recorder.tensors["next_log_probs"][index] = of_run
+        on_done(len(batch.rows))
+    query_rows = [query[len(query_prefix) :] for query in prompts.queries]
+    for label in set(range(len(prompts.labels))) - set(single_token_labels):
+        log_probs[..., label] = label_word_log_probs(model, query_rows, prompts.labels[label], context, limit, runs)
+    captures: list[Capture] = []
+    for recorder, of_run, change in zip(recorders, log_probs, changes or (None,), strict=True):
+        with nullcontext() if change is None else changed_projections(model, change):
+            captures.append(recorder.capture(of_run, full_prompt, _label_baselines(model, prompts, batch_size)))
+    return captures
+
+
+def _stacked(changes: Sequence[WeightChanges], device: torch.device) -> dict[str, Float[Tensor, "layer run *axes"]]:
+    """Return several changes of the same projections as one, by run."""
+    return {name: torch.stack([change[name] for change in changes], dim=1).to(device) for name in changes[0]}
+
+
+def _callbacks(recorders: "Sequence[_Recorder]") -> dict[str, Any]:
+    """Return the callbacks for `run_queries` by which each recorder records its own run's rows."""
+    names = ["on_attention", "on_output"]
+    if {"residual_norms", "stream"} & set(recorders[0].fields):
+        names.append("on_residual")
+    if len(recorders) == 1:
+        return {name: getattr(recorders[0], name) for name in (*names, "on_batch")}
+
+    def by_run(name: str) -> Callable[[int, Any, BatchRows], None]:
+        def on_layer(layer: int, content: Any, rows: BatchRows) -> None:
+            for run, recorder in enumerate(recorders):
+                getattr(recorder, name)(layer, _of_run(content, run, len(recorders)), rows)
+
+        return on_layer
+
+    def on_batch(rows: BatchRows) -> None:
+        for recorder in recorders:
+            recorder.on_batch(rows)
+
+    return {name: by_run(name) for name in names} | {"on_batch": on_batch}
+
+
+def _of_run(content: Any, run: int, n_runs: int) -> Any:
+    """Return a run's rows of a tensor, or of each tensor in a tuple, that has as many rows of each run."""
+    if isinstance(content, Tensor):
+        return torch.unflatten(content, 0, (n_runs, -1))[run]
+    return None if content is None else type(content)(*(_of_run(part, run, n_runs) for part in content))
 
 
 class BatchedCapture:
@@ -435,7 +524,7 @@ class _Recorder:
         self.n_before_rows = len(prompts.start) + context.n_pos - n_prefix
         """How many tokens of the start token and the query come before the tokens that run in a row."""
         demo_positions = prompts.demonstration_positions.to(model.device)
-        self.demo_keys = [keys[demo_positions] for keys in context.keys] if "demo_scores" in fields else []
+        self.demo_keys = [keys[0, demo_positions] for keys in context.keys] if "demo_scores" in fields else []
         n_queries, n_layers, n_heads = len(prompts.queries), model.n_layers, model.n_heads
         longest = max(map(len, prompts.suffixes))
         keys_shape = (n_queries, n_layers, len(prompts.start) + longest, model.n_key_value_heads, model.d_head)
@@ -458,7 +547,7 @@ class _Recorder:
         if "keys_values" in fields:
             self.tensors |= {name: self.zeros(*keys_shape) for name in ("query_keys", "query_values")}
         if "residual_norms" in fields:
-            common_norms = torch.stack(context.norms)[:, n_prefix:]
+            common_norms = torch.stack(context.norms)[:, 0, n_prefix:]
             self.tensors["residual_norms"][..., : common_norms.shape[-1]] = common_norms.to(self.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
@@ -488,7 +577,7 @@ class _Recorder:
     ) -> None:
         """Record the scores of the last tokens over the context, and over the tokens of their rows."""
         tensors, (scale, softcap, *_) = self.tensors, self.model.attention_rules[layer]
-        keys, n_prefix = self.context.keys[layer], len(self.prompts.prefix)
+        keys, n_prefix = self.context.keys[layer][0], len(self.prompts.prefix)
         if "context_scores" in tensors:
             self._keep("context_scores", layer, dual.summed_scores(q, keys[:n_prefix], scale, softcap))
         if "demo_scores" in tensors:
@@ -532,8 +621,19 @@ class _Recorder:
         full_prompt: FullPromptPass | None,
         baselines: Float[Tensor, "query label"] | None,
     ) -> Capture:
-        """Return what was recorded."""
+        """Return what was recorded.
+
+        Raises:
+            NonFiniteError: the norm of the residual stream overflows, though each of its numbers does not.
+        """
         fields: dict[str, Any] = {name: self.tensors.get(name) for name in get_args(Field)}
+        norms: Tensor | None = fields["residual_norms"]
+        if norms is not None and not is_finite(norms):
+            layer = int((~norms.isfinite()).nonzero()[:, 1].min())
+            raise NonFiniteError(
+                f"{self.model.name} ({self.model.architecture}): expected finite norms of the residual stream, got "
+                f"infinite ones, first after layer {layer}: check its weights, which may be damaged"
+            )
         fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
         fields["full_prompt"] = full_prompt
         return Capture(
@@ -551,7 +651,7 @@ class _Recorder:
         n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)
         query_keys, query_values = self.tensors["query_keys"], self.tensors["query_values"]
         context = (self.context.keys, self.context.values)
-        keys, values = (torch.stack(by_layer).to(self.dtype) for by_layer in context)
+        keys, values = (torch.cat(by_layer).to(self.dtype) for by_layer in context)
         for shared, by_query in ((keys, query_keys), (values, query_values)):
             by_query[:, :, : self.n_before_rows] = torch.cat((shared[:, :n_start], shared[:, n_prefix:]), dim=1)
         demos = slice(n_start, n_prefix)

@@ -24,7 +24,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from icl_dual import dual
 from icl_dual.arguments import trusted
 from icl_dual.field_docs import document_fields
 from icl_dual.models import Attention, Model, OnTensor, UnsupportedModelError
+from icl_dual.models.backend import ProjectionDelta, ProjectionName
 from icl_dual.models.overflow import check_activations, is_finite
 from icl_dual.momentum import decaying_sum
 from icl_dual.prompts import Prompts, Tokens
@@ -121,23 +122,39 @@ class FullPromptPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys, values, momentum state and residual norms of the tokens that come before every row, by layer."""
+    """Keys, values, momentum state and residual norms of the tokens that come before every row, by layer.
 
-    keys: list[Float[Tensor, "pos kv_head d_head"]]
+    Several runs, each with weights of its own, can go on side by side: every batch then has as many rows of each run,
+    one run after the other.
+    """
+
+    keys: list[Float[Tensor, "run pos kv_head d_head"]]
     """Keys as scored, by layer."""
-    values: list[Float[Tensor, "pos kv_head d_head"]]
+    values: list[Float[Tensor, "run pos kv_head d_head"]]
     """Values, by layer."""
-    states: list[Float[Tensor, "head d_head"] | None]
+    states: list[Float[Tensor, "run head d_head"] | None]
     """`Momentum.state` after the last token, by layer; `None` where the layer has no momentum."""
-    norms: list[Float[Tensor, " pos"]]
+    norms: list[Float[Tensor, "run pos"]]
     """Norms of the residual stream after the layer, by layer."""
     residual: float
     """Largest relative difference between the recomputed attention and the model's own, over layers and blocks."""
 
     @property
+    def n_runs(self) -> int:
+        """Return the number of runs."""
+        return len(self.keys[0])
+
+    @property
     def n_pos(self) -> int:
         """Return the number of tokens."""
-        return len(self.keys[0])
+        return self.keys[0].shape[1]
+
+    def of_run(self, run: int) -> "PrefixCache":
+        """Return the cache of a single run."""
+        one = slice(run, run + 1)
+        keys, values, norms = ([t[one] for t in by_layer] for by_layer in (self.keys, self.values, self.norms))
+        states = [None if state is None else state[one] for state in self.states]
+        return PrefixCache(keys, values, states, norms, self.residual)
 
     def attend(
         self,
@@ -147,13 +164,14 @@ class PrefixCache:
         positions: Int[Tensor, "1 pos"],
         check_finite: bool = True,
     ) -> dual.AttentionPart:
-        """Return a batch's attention over the cached tokens: the rows are stacked and share one matrix product."""
+        """Return a batch's attention over the cached tokens: a run's rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
+        n_rows = batch // self.n_runs
         z, lse = rule.attend(
-            q.reshape(1, batch * n_pos, *q.shape[2:]),
-            self.keys[layer][None],
-            self.values[layer][None],
-            positions.repeat(1, batch),
+            q.reshape(self.n_runs, n_rows * n_pos, *q.shape[2:]),
+            self.keys[layer],
+            self.values[layer],
+            positions.repeat(1, n_rows),
             torch.arange(self.n_pos)[None],
             check_finite=check_finite,
         )
@@ -161,17 +179,31 @@ class PrefixCache:
 
     def with_block(self, block: "PrefixCache") -> "PrefixCache":
         """Return the cache extended by a block of tokens that ran after it."""
-        keys = [torch.cat(pair) for pair in zip(self.keys, block.keys, strict=True)]
-        values = [torch.cat(pair) for pair in zip(self.values, block.values, strict=True)]
-        norms = [torch.cat(pair) for pair in zip(self.norms, block.norms, strict=True)]
+        keys = [torch.cat(pair, dim=1) for pair in zip(self.keys, block.keys, strict=True)]
+        values = [torch.cat(pair, dim=1) for pair in zip(self.values, block.values, strict=True)]
+        norms = [torch.cat(pair, dim=1) for pair in zip(self.norms, block.norms, strict=True)]
         return PrefixCache(keys, values, block.states, norms, max(self.residual, block.residual))
 
 
-def empty_cache(model: Model) -> PrefixCache:
+def empty_cache(model: Model, n_runs: int = 1) -> PrefixCache:
     """Return a cache of no tokens."""
-    empty = torch.zeros(0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
-    n_layers, norms = model.n_layers, norms_of(empty.flatten(1))
+    empty = torch.zeros(n_runs, 0, model.n_key_value_heads, model.d_head, device=model.device, dtype=model.dtype)
+    n_layers, norms = model.n_layers, norms_of(empty.flatten(2))
     return PrefixCache([empty] * n_layers, [empty] * n_layers, [None] * n_layers, [norms] * n_layers, 0.0)
+
+
+class Runs(NamedTuple):
+    """How many runs go on side by side, and what tells them apart."""
+
+    n: int
+    """The number of runs."""
+    projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None
+    """What is added to projections' outputs, for `Model.run`: it receives the rows of all runs, one run after the
+    other."""
+
+
+ONE_RUN = Runs(1)
+"""A run of the model as it is."""
 
 
 @dataclass
@@ -206,7 +238,11 @@ class BlockCallbacks(NamedTuple):
 
 
 def run_prefix(
-    model: Model, prefix: Tokens, row: Tokens | None = None, callbacks: BlockCallbacks | None = None
+    model: Model,
+    prefix: Tokens,
+    row: Tokens | None = None,
+    callbacks: BlockCallbacks | None = None,
+    runs: Runs = ONE_RUN,
 ) -> tuple[PrefixCache, FullPromptPass | None]:
     """Run what the queries share once: in blocks that each run after the ones before, or whole with a row after it.
 
@@ -216,6 +252,7 @@ def run_prefix(
         row: the first query's own tokens, where its full-prompt pass is kept. Causality keeps them out of the prefix,
             so that one pass serves as cache and as full-prompt pass.
         callbacks: called at every layer of every block; not with a row.
+        runs: the runs that go on side by side; one where a row or callbacks are given.
 
     Returns:
         The cache of the prefix, and the full-prompt pass where a row was given.
@@ -224,16 +261,17 @@ def run_prefix(
         MemoryError: a single token, or the prompt that must run whole, does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    cache, block_size = empty_cache(model), PREFIX_BLOCK if model.device.type == "cpu" else LAUNCHED_BLOCK
+    cache = empty_cache(model, runs.n)
+    block_size = PREFIX_BLOCK if model.device.type == "cpu" else LAUNCHED_BLOCK
     if row is not None or (prefix and model.rope_scaling_threshold is not None):
         # Long-context scaling rotates keys by the length of what runs: there, the prefix must run whole.
         if callbacks is None:
-            return _run_whole(model, prefix, row, cache)
+            return _run_whole(model, prefix, row, cache, runs)
         block_size = len(prefix)
     while cache.n_pos < len(prefix):
-        tokens = torch.tensor([prefix[cache.n_pos : cache.n_pos + block_size]], device=model.device)
+        tokens = torch.tensor([prefix[cache.n_pos : cache.n_pos + block_size]] * runs.n, device=model.device)
         try:
-            block = _run_block(model, tokens, cache, callbacks)
+            block = _run_block(model, tokens, cache, callbacks, runs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -246,63 +284,65 @@ def run_prefix(
 
 
 def _run_block(
-    model: Model, tokens: Int[Tensor, "1 pos"], cache: PrefixCache, callbacks: BlockCallbacks | None = None
+    model: Model, tokens: Int[Tensor, "run pos"], cache: PrefixCache, callbacks: BlockCallbacks | None, runs: Runs
 ) -> PrefixCache:
     """Return the cache of one block of prefix tokens, run after the ones before."""
     block = PrefixCache([], [], [], [], 0.0)
 
     def on_attention(layer: int, attention: Attention) -> None:
         # From the layer on: the pass may run once more.
-        block.keys[layer:] = [attention.k[0]]
-        block.values[layer:] = [attention.v[0]]
-        block.states[layer:] = [None if attention.momentum is None else attention.momentum.state[0]]
+        block.keys[layer:] = [attention.k]
+        block.values[layer:] = [attention.v]
+        block.states[layer:] = [None if attention.momentum is None else attention.momentum.state]
         if callbacks is not None:
             callbacks.on_attention(cache, layer, attention)
 
     def on_residual(layer: int, residual: Tensor) -> None:
-        block.norms[layer:] = [norms_of(residual[0])]
+        block.norms[layer:] = [norms_of(residual)]
         if callbacks is not None:
             callbacks.on_residual(cache.n_pos, layer, residual)
 
     on_output = None if callbacks is None else partial(callbacks.on_output, cache.n_pos)
     logit_positions = torch.zeros_like(tokens[:, :1])
-    _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual)
+    _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual, runs=runs)
     return replace(block, residual=residual)
 
 
 def _run_whole(
-    model: Model, prefix: Tokens, row: Tokens | None, cache: PrefixCache
+    model: Model, prefix: Tokens, row: Tokens | None, cache: PrefixCache, runs: Runs
 ) -> tuple[PrefixCache, FullPromptPass | None]:
     """Run a prefix as one sequence, with a row after it where one is given."""
-    tokens, n = torch.tensor([prefix + (row or ())], device=model.device), len(prefix)
+    tokens, n = torch.tensor([prefix + (row or ())] * runs.n, device=model.device), len(prefix)
     q, k, v, attn_out, norms = (list[Tensor]() for _ in range(5))
     states: list[Tensor | None] = []
 
     def on_attention(layer: int, attention: Attention) -> None:
         # From the layer on: the pass may run once more.
         q[layer:] = [attention.q[0, -1].clone()]  # a view would keep all of q in memory
-        k[layer:] = [attention.k[0]]
-        v[layer:] = [attention.v[0]]
+        k[layer:] = [attention.k]
+        v[layer:] = [attention.v]
         eta = model.eta(layer)
-        states[layer:] = [None if eta is None else decaying_sum(attention.v[:, :n], eta).state[0]]
+        states[layer:] = [None if eta is None else decaying_sum(attention.v[:, :n], eta).state]
 
     def on_output(layer: int, output: Tensor) -> None:
         attn_out[layer:] = [output[0, -1].clone()]
 
     def on_residual(layer: int, residual: Tensor) -> None:
-        norms[layer:] = [norms_of(residual[0, :n])]
+        norms[layer:] = [norms_of(residual[:, :n])]
 
     logit_positions = torch.zeros_like(tokens[:, :1])
     try:
-        _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual)
+        _, residual = _run_after(cache, model, tokens, logit_positions, on_attention, on_output, on_residual, runs=runs)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise _memory_error(model, FULL_PROMPT if row else PREFIX_PART, tokens, cache, error) from error
         raise
-    prefix_cache = PrefixCache([keys[:n] for keys in k], [values[:n] for values in v], states, norms, residual)
+    keys, values = ([tensor[:, :n] for tensor in by_layer] for by_layer in (k, v))
+    prefix_cache = PrefixCache(keys, values, states, norms, residual)
     if row is None:
         return prefix_cache, None
     dtype = torch.promote_types(model.dtype, torch.float32)
+    k, v = ([tensor[0] for tensor in by_layer] for by_layer in (k, v))
     stacked = (torch.stack(by_layer).to(dtype) for by_layer in (q, k, v, attn_out))
     return prefix_cache, FullPromptPass(prefix + row, *stacked)
 
@@ -316,6 +356,7 @@ def _run_after(
     on_output: OnTensor | None = None,
     on_residual: OnTensor | None = None,
     predicting: Int[Tensor, " row"] | None = None,
+    runs: Runs = ONE_RUN,
 ) -> tuple[Float[Tensor, "batch n_read d_vocab"], float]:
     """Run rows after the cached tokens; `on_attention` receives each layer's attention with the z of the whole prompt.
 
@@ -354,6 +395,7 @@ def _run_after(
         read=logit_positions,
         on_attention=merge_cache,
         momentum_states=cache.states,
+        projection_deltas=runs.projection_deltas,
         predicting=tokens.new_zeros(0) if predicting is None else predicting,
     )
     logits = run(on_output=on_output, on_residual=on_residual)
@@ -374,7 +416,7 @@ class QueryBatch(NamedTuple):
     rows: list[int]
     """The rows' indices."""
     logits: Float[Tensor, "batch n_read d_vocab"]
-    """Logits at the positions requested."""
+    """Logits at the positions requested; of several runs one after the other."""
     residual: float
     """The largest relative difference between the recomputed attention and the model's own, over layers."""
 
@@ -391,6 +433,7 @@ def run_queries(
     on_residual: OnBatchOutput | None = None,
     on_batch: Callable[[BatchRows], None] | None = None,
     n_after: int = 0,
+    runs: Runs = ONE_RUN,
 ) -> Iterator[QueryBatch]:
     """Run rows after the shared tokens, in batches padded on the right (causality keeps that exact).
 
@@ -410,6 +453,8 @@ def run_queries(
             positions.
         on_batch: called with the rows' indices and their last positions when a batch has run.
         n_after: how many tokens at the end of each row come after the positions of the logits.
+        runs: the runs that go on side by side, those of the context: callbacks receive the rows of all runs, and the
+            rows' indices and last positions of one.
 
     Yields:
         Each batch, with the logits at its rows' last `n_read` positions before the last `n_after`.
@@ -418,13 +463,15 @@ def run_queries(
         MemoryError: a single row does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    pending: deque[list[int]] = deque(split_into_batches(list(map(len, rows)), limit.n, batch_overhead(model)))
+    # A row of several runs is that many times the work, and a batch of them as much besides its tokens as any.
+    overhead, n_runs = batch_overhead(model) // runs.n, runs.n
+    pending: deque[list[int]] = deque(split_into_batches(list(map(len, rows)), limit.n, overhead))
     while pending:
         batch = pending.popleft()
-        tokens = pad_right([rows[row] for row in batch], device=model.device)
+        tokens = pad_right([rows[row] for row in batch], device=model.device).repeat(n_runs, 1)
         of_batch = BatchRows.of(batch, [len(rows[row]) for row in batch], model.device)
         distance = torch.arange(n_read - 1, -1, -1, device=model.device)
-        logit_positions = of_batch.last[:, None] - n_after - distance
+        logit_positions = (of_batch.last[:, None] - n_after - distance).repeat(n_runs, 1)
 
         def with_rows(callback: Callable[[int, Any, BatchRows], None], of_batch: BatchRows = of_batch) -> Any:
             def on_layer(layer: int, content: Any) -> None:
@@ -442,6 +489,7 @@ def run_queries(
                 None if on_output is None else with_rows(on_output),
                 None if on_residual is None else with_rows(on_residual),
                 predicting=logit_positions[:, 0],
+                runs=runs,
             )
             if on_batch is not None:
                 on_batch(of_batch)
@@ -536,20 +584,20 @@ def _memory_error(
 
 
 def label_word_log_probs(
-    model: Model, queries: Sequence[Tokens], label: Tokens, context: PrefixCache, limit: BatchLimit
-) -> Float[Tensor, " query"]:
+    model: Model, queries: Sequence[Tokens], label: Tokens, context: PrefixCache, limit: BatchLimit, runs: Runs
+) -> Float[Tensor, "run query"]:
     """Return the mean log-probability per token, in nats, of a label word of several tokens after each query.
 
     Each token is read after the label's tokens before it.
     """
     rows = [query + label[:-1] for query in queries]
     dtype = torch.promote_types(model.dtype, torch.float32)
-    means = torch.zeros(len(rows), dtype=dtype, device=model.device)
+    means = torch.zeros(runs.n, len(rows), dtype=dtype, device=model.device)
     target = torch.tensor(label, device=model.device)
-    for batch in run_queries(model, rows, len(label), context, limit):
+    for batch in run_queries(model, rows, len(label), context, limit, runs=runs):
         log_probs = log_probs_of(batch.logits)
-        label_log_probs = log_probs.gather(-1, target.expand(len(batch.rows), -1)[..., None]).squeeze(-1)
-        means[batch.rows] = label_log_probs.mean(-1)
+        label_log_probs = log_probs.gather(-1, target.expand(len(log_probs), -1)[..., None]).squeeze(-1)
+        means[:, batch.rows] = torch.unflatten(label_log_probs.mean(-1), 0, (runs.n, -1))
     return means
 
 

@@ -5,7 +5,7 @@ whatever way the model stores them, in float32 at least. It can be applied to th
 block, saved, replaced by a random direction of the same norm, and taken between a model and any finetuned copy of it.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -331,7 +331,7 @@ class WeightDelta(Saved):
             _apply(model, self, undo)
             yield model
 
-    def _check_applies(self, model: Model) -> None:
+    def _check_applies(self, model: Model, fingerprint: str) -> None:
         shape = (model.n_layers, model.n_key_value_heads * model.d_head, model.d_model)
         if self.model != model.name or tuple(self.W_K.shape) != shape:
             raise ValueError(
@@ -344,7 +344,7 @@ class WeightDelta(Saved):
                 f"finetuned in {precision}: finetune again, or load the model in the delta's precision with dtype and "
                 "arithmetic of icl_dual.load_model"
             )
-        if self.fingerprint != (fingerprint := model.fingerprint()):
+        if self.fingerprint != fingerprint:
             raise ValueError(
                 f"expected a delta finetuned from these weights of {model.name!r} (fingerprint {fingerprint}), got one "
                 f"from {self.fingerprint}: is another delta applied, or was another model finetuned?"
@@ -414,16 +414,29 @@ def trained_weights(model: Model, trained: Trained = "key-value") -> dict[str, l
 
 
 @exclusive
+def changes_of(model: Model, deltas: Iterable[WeightDelta]) -> list[dict[str, Tensor]]:
+    """Return each delta's change of the weights and biases that the model has, by name.
+
+    Raises:
+        ValueError: as in `WeightDelta.applied`.
+    """
+    fingerprint, changes = model.fingerprint(), list[dict[str, Tensor]]()
+    for delta in deltas:
+        delta._check_applies(model, fingerprint)  # pyright: ignore[reportPrivateUsage]
+        changes.append({name: getattr(delta, name) for name in trained_weights(model, delta.trained)})
+    return changes
+
+
+@exclusive
 def _apply(model: Model, delta: WeightDelta, undo: Undo) -> None:
     """Apply a delta to a model until the block ends."""
-    delta._check_applies(model)  # pyright: ignore[reportPrivateUsage]
-    weights = trained_weights(model, delta.trained)
+    (changes,), weights = changes_of(model, [delta]), trained_weights(model, delta.trained)
     if is_half(model.storage_dtype) and model.supports_projection_deltas and not delta.rounded:
-        add_changes(model, {name: getattr(delta, name) for name in weights}, undo)
+        add_changes(model, changes, undo)
         return
     keep_values([weight.parameter for by_layer in weights.values() for weight in by_layer], undo)
     for name, by_layer in weights.items():
-        for weight, matrix in zip(by_layer, getattr(delta, name), strict=True):
+        for weight, matrix in zip(by_layer, changes[name], strict=True):
             parameter = weight.parameter.detach()
             change = weight.from_matrix(matrix).to(parameter.device)
             if is_half(parameter.dtype):  # rounded once: the sum, not the change

@@ -47,12 +47,17 @@ def projection_deltas_of(changes: Mapping[str, Tensor | Sequence[Tensor]]) -> di
     """Return the functions that compute ΔW x + Δb of each changed projection in float32 at least, for `Model.run`.
 
     Args:
-        changes: by name and by layer, ΔW `[d_out d_in]` and Δb `[d_out]`, or one for each row of a batch, `[batch d_out
-            d_in]` and `[batch d_out]`. They are read when the functions are called.
+        changes: by name and by layer, ΔW `[d_out d_in]` and Δb `[d_out]`; or those of several runs, `[run d_out d_in]`
+            and `[run d_out]`, of which a batch has as many rows each, one run after the other. They are read when the
+            functions are called.
     """
 
     def delta_of(layer: int, kind: ProjectionName, x: Tensor) -> Tensor:
-        output = at_least_float32(x) @ changes[f"W_{kind}"][layer].mT
-        return output + changes[f"b_{kind}"][layer].unsqueeze(-2) if f"b_{kind}" in changes else output
+        W = changes[f"W_{kind}"][layer]
+        by_run = at_least_float32(x) if W.ndim == 2 else at_least_float32(x).reshape(len(W), -1, x.shape[-1])
+        output = by_run @ W.mT
+        if f"b_{kind}" in changes:
+            output = output + changes[f"b_{kind}"][layer].unsqueeze(-2)
+        return output.view(*x.shape[:-1], -1)
 
     return {kind: delta_of for kind in get_args(ProjectionName) if f"W_{kind}" in changes}

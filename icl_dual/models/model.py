@@ -284,7 +284,7 @@ class Model:
         on_residual: OnResidual | None = None,
         on_gradient: OnGradient | None = None,
         projection_deltas: Mapping[ProjectionName, ProjectionDelta] | None = None,
-        momentum_states: Sequence[Float[Tensor, "head d_head"] | None] | None = None,
+        momentum_states: Sequence[Float[Tensor, "run head d_head"] | None] | None = None,
         add_momentum: bool = True,
         skip_mlps: bool = False,
         predicting: Int[Tensor, " row"] | None = None,
@@ -316,8 +316,8 @@ class Model:
             projection_deltas: by projection, a function that is called at every layer with the projection's input
                 `[batch pos d_in]`; its result `[batch pos d_out]` is added to the projection's output. Only where the
                 model `supports_projection_deltas`.
-            momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, shared by
-                all rows; no preceding tokens by default.
+            momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, one for
+                all rows, or one for each of as many rows one after the other; no preceding tokens by default.
             add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
             skip_mlps: let MLPs write zeros without computing them, where their parts allow it. For runs whose
                 `on_residual` returns every layer's residual stream, so that no layer reads what its MLP writes.
@@ -514,9 +514,10 @@ class Model:
 def _momentum(
     v: Float[Tensor, "batch pos kv_head d_head"],
     eta: Float[Tensor, " head"],
-    state: Float[Tensor, "head d_head"] | None,
+    state: Float[Tensor, "run head d_head"] | None,
 ) -> Momentum:
-    return decaying_sum(v, eta, state=None if state is None else state.expand(len(v), -1, -1))
+    by_row = None if state is None else state.repeat_interleave(len(v) // len(state), dim=0)
+    return decaying_sum(v, eta, state=by_row)
 
 
 def _check_no_gaps(name: str, positions: Int[Tensor, " pos"]) -> None:

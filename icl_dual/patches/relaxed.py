@@ -360,7 +360,7 @@ class _DeltaIcl:
         """By query and layer."""
         n_start, n_prefix = len(prompts.start), len(prompts.prefix)
         cache, _ = run_prefix(model, prompts.prefix)
-        first = {name: [tensor[:n_start] for tensor in getattr(cache, name)] for name in ("keys", "values", "norms")}
+        first = {name: [tensor[:, :n_start] for tensor in getattr(cache, name)] for name in ("keys", "values", "norms")}
         start = replace(cache, **first)
 
         def keep(layer: int, attention: Attention, rows: BatchRows) -> None:
@@ -447,7 +447,7 @@ def _relaxed(
     last_q = at_least_float32(q[index, last])
     before = torch.arange(cache.n_pos, device=q.device)[None]
     after = cache.n_pos + torch.arange(q.shape[1], device=q.device)[None]
-    parts = ((before, cache.keys[layer][None], cache.values[layer][None]), (after, k, v))
+    parts = ((before, cache.keys[layer], cache.values[layer]), (after, k, v))
     return sum(
         (
             dual.act_unformed(

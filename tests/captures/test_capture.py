@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 
 import icl_dual as icl
 from icl_dual.captures import shared_prefix
-from icl_dual.captures.capture import METRIC_FIELDS
+from icl_dual.captures.capture import METRIC_FIELDS, capture_changed
 from icl_dual.captures.shared_prefix import norms_of
+from icl_dual.models import NonFiniteError
+from icl_dual.models.backend import ProjectionName
+from icl_dual.models.changes import changed_projections
 from icl_dual.prompts import Prompts
 
 ALL_FIELDS = (*METRIC_FIELDS, "demo_scores", "keys_values")
@@ -307,3 +310,111 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         icl.capture(llama, prompts, progress=False, **arguments)
+
+
+def random_changes(model: icl.Model, seed: int, kinds: tuple[ProjectionName, ...] = ("Q", "K", "V", "O")) -> Any:
+    """A change of every weight and bias of some projections, of the size of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, torch.Tensor] = {}
+    for kind in kinds:
+        for name in ("matrix", "bias"):
+            parts = [getattr(projection, name) for projection in model.projections(kind)]
+            if parts[0] is not None:
+                stacked = torch.stack(parts)
+                noise = torch.randn(stacked.shape, generator=generator, dtype=stacked.dtype)
+                changes[f"{'W' if name == 'matrix' else 'b'}_{kind}"] = 0.3 * stacked.std() * noise
+    return changes
+
+
+def assert_each_is_that_of_its_change(model: icl.Model, prompts: Prompts, changes: list[Any], batch_size: int) -> None:
+    """Check captures side by side against one at a time, each within its own change."""
+    together = capture_changed(model, prompts, changes, batch_size=batch_size, progress=False)
+    assert len(together) == len(changes)
+    for got, change in zip(together, changes, strict=True):
+        with changed_projections(model, change):
+            expected = icl.capture(model, prompts, progress=False)
+        assert got.fingerprint == expected.fingerprint
+        assert got.prompts == expected.prompts
+        assert got.residual < 1e-5
+        for name in (*METRIC_FIELDS, "label_log_probs"):
+            assert relative_error(getattr(got, name), getattr(expected, name)) < 1e-5, name
+        assert (got.label_baselines is None) == (expected.label_baselines is None)
+        if got.label_baselines is not None and expected.label_baselines is not None:
+            assert relative_error(got.label_baselines, expected.label_baselines) < 1e-5
+    first, second = (captured.attn_out for captured in together[:2])
+    assert first is not None
+    assert second is not None
+    assert relative_error(first, second) > 1e-2, "changes that can be told apart"
+
+
+@pytest.mark.parametrize("architecture", BRIDGED)
+def test_captures_of_changes_side_by_side_are_those_of_each(
+    models_by_architecture: Callable[[str], icl.Model], reference_task: icl.Task, task: icl.Task, architecture: str
+) -> None:
+    """With queries of several lengths, label words of several tokens, and tokens after the query."""
+    model = models_by_architecture(architecture)
+    changes = [random_changes(model, seed) for seed in range(3)]
+    words = icl.Task("toy", task.template, ("no", "perhaps"), make_rows())
+    assert_each_is_that_of_its_change(model, build_prompts(model, words, k=3).zero_shot(), changes, batch_size=64)
+    assert_each_is_that_of_its_change(model, build_prompts(model, reference_task, k=3), changes[:2], batch_size=5)
+
+
+def test_captures_of_changes_also_share_prefix_blocks_momentum_and_baselines(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", torch.float64)
+    changes = [random_changes(model, seed, ("K", "V")) for seed in range(3)]
+    demonstrations, queries = task.demonstrations(4, seed=1), task.queries(7)
+    prompts = icl.build_prompts(model, task, demonstrations, queries, scoring="calibrated")
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", 16)
+    with icl.momentum_attention(model, 0.4):
+        for setting in (prompts, prompts.zero_shot()):
+            assert_each_is_that_of_its_change(model, setting, changes, batch_size=6)
+
+
+def test_a_batch_of_changes_that_does_not_fit_is_halved(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [random_changes(llama, seed) for seed in range(2)]
+    expected = capture_changed(llama, prompts, changes, progress=False)
+    run, sizes = llama.run, list[int]()
+
+    def fits_four(tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        if len(tokens) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(llama, "run", fits_four)
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)  # as few batches as may be
+    got = capture_changed(llama, prompts, changes, progress=False)
+    assert sizes[:7] == [2, 14, 8, 4, 4, 4, 2], "the prefix, and then rows of both changes"
+    for one, other in zip(got, expected, strict=True):
+        for name in (*METRIC_FIELDS, "label_log_probs"):
+            assert relative_error(getattr(one, name), getattr(other, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize(("batch_size", "largest"), [(64, 21), (7, 6), (2, 3)])
+def test_rows_of_changes_share_the_batch_size(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, batch_size: int, largest: int
+) -> None:
+    changes = [random_changes(llama, seed) for seed in range(3)]
+    run, sizes = llama.run, list[int]()
+
+    def counted(tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return run(tokens, **kwargs)
+
+    monkeypatch.setattr(llama, "run", counted)
+    monkeypatch.setattr(shared_prefix, "BATCH_OVERHEAD", 10_000)
+    capture_changed(llama, prompts, changes, batch_size=batch_size, progress=False)
+    assert max(sizes) == largest
+
+
+def test_a_norm_that_overflows_is_an_error_that_names_the_layer(llama: icl.Model, prompts: Prompts) -> None:
+    """Squares overflow before the numbers themselves do."""
+    changes = random_changes(llama, 0, ("V",))
+    changes["W_V"][1:] *= 1e30
+    overflow = r"expected finite norms of the residual stream, got infinite ones, first after layer 1: check"
+    with changed_projections(llama, changes), pytest.raises(NonFiniteError, match=overflow):
+        icl.capture(llama, prompts, progress=False)
