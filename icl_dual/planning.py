@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from icl_dual.arguments import Count, Index, NameOrPath, checked
 from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Field, check_capture_arguments
-from icl_dual.captures.shared_prefix import PREFIX_BLOCK, common_query_prefix, split_into_batches
+from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, PREFIX_BLOCK, common_query_prefix, split_into_batches
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, PROJECTIONS_TRAINED, FinetuneConfig
 from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS, check_replicas
@@ -305,6 +305,8 @@ class _Cell:
     batch_size: int
     dtype: torch.dtype
     arithmetic: torch.dtype
+    overhead: int = BATCH_OVERHEAD
+    """The cost of a batch besides its tokens, in tokens."""
 
     def stages(self) -> tuple[StageCost, ...]:
         """Return the stages that these fields have."""
@@ -398,21 +400,25 @@ class _Cell:
 
     def queries(self, name: str, n_context: int) -> StageCost:
         """Return the cost of a capture: in context without the pass over the prefix, which is a stage of its own."""
-        lengths, shape, size = self.lengths, self.shape, self.arithmetic.itemsize
-        cached = n_context + lengths.shared
+        before = [] if name == "in-context" else self._prefix_runs(n_context)
+        runs, after = self._capture_runs(n_context)
+        flops = sum(map(self._flops, [*before, *runs, *after])) + self._score_flops(runs, n_context)
+        cached, size = n_context + self.lengths.shared, self.arithmetic.itemsize
+        cache = 2 * self.shape.n_layers * self.shape.d_kv * cached * size
+        working = cache + max(map(self._working, [*before, *runs]))
+        return StageCost(name, flops, working, self._kept(len(self.lengths.queries), n_context, self.fields), True)
+
+    def _capture_runs(self, n_context: int) -> tuple[list[_Run], list[_Run]]:
+        """Return the passes over queries and label words, and those over queries without content."""
+        lengths, cached = self.lengths, n_context + self.lengths.shared
         runs = self._query_runs(lengths.rows, cached, 1)
         for n_label in (n for n in lengths.labels if n > 1):
             runs += self._query_runs([row + n_label - 1 for row in lengths.rows], cached, n_label)
-        before = [] if name == "in-context" else self._prefix_runs(n_context)
         baselines = [n - lengths.shared for n in lengths.baseline_queries if n > lengths.shared]
-        after = self._query_runs(baselines, cached, 1) if baselines else []
-        flops = sum(map(self._flops, [*before, *runs, *after])) + self._score_flops(runs, n_context)
-        cache = 2 * shape.n_layers * shape.d_kv * cached * size
-        working = cache + max(map(self._working, [*before, *runs]))
-        return StageCost(name, flops, working, self._kept(len(lengths.queries), n_context, self.fields), True)
+        return runs, self._query_runs(baselines, cached, 1) if baselines else []
 
     def replica_captures(self, n_replicas: int) -> StageCost:
-        """Return the cost of capturing each replica's finetuned setting on the first queries."""
+        """Return the cost of capturing each replica's finetuned setting on the first queries, side by side."""
         lengths = self.lengths
         few = PromptLengths(
             queries=lengths.queries[:REPLICA_QUERIES],
@@ -421,11 +427,17 @@ class _Cell:
             labels=lengths.labels,
             baseline_queries=lengths.baseline_queries,
         )
-        stage = replace(self, lengths=few, fields=frozenset(METRIC_FIELDS)).queries("replicas", lengths.start)
-        return stage._replace(flops=n_replicas * stage.flops, kept=n_replicas * stage.kept)
+        batch_size, overhead = max(1, self.batch_size // n_replicas), self.overhead // n_replicas
+        fields = frozenset(METRIC_FIELDS)
+        of_one = replace(self, lengths=few, fields=fields, batch_size=batch_size, overhead=overhead)
+        stage, (runs, after) = of_one.queries("replicas", lengths.start), of_one._capture_runs(lengths.start)
+        n_tokens = sum(run.n_rows * run.length for run in (*of_one._prefix_runs(lengths.start), *runs, *after))
+        beside = 2 * self.shape.projection_weights(PROJECTIONS_TRAINED[self.config.trained]) * n_tokens
+        of_all = (n_replicas * number for number in (stage.flops + beside, stage.working, stage.kept))
+        return StageCost(stage.stage, *of_all, runs_model=True)
 
     def _query_runs(self, rows: Sequence[int], cached: int, n_read: int) -> list[_Run]:
-        batches = split_into_batches(rows, self.batch_size)
+        batches = split_into_batches(rows, self.batch_size, self.overhead)
         return [_Run(len(batch), max(rows[row] for row in batch), cached, n_read) for batch in batches]
 
     def _flops(self, run: _Run) -> float | int:

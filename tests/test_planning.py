@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import icl_dual as icl
+from icl_dual.experiment import capture_replicas
+from icl_dual.finetuning.replicas import finetune_with_replicas
 from icl_dual.models import tiny_model
 from icl_dual.planning import CellPlan, PromptLengths, plan
 
@@ -49,12 +51,14 @@ def test_flops_are_those_that_torch_counts(
     planned = flops(plan(model, prompts, replicas=2))
     in_context = icl.capture(model, prompts, fields=ALL, progress=False)  # a model's first capture checks it, too
     zero_shot = icl.capture(model, prompts.zero_shot(), fields=ALL, progress=False)
+    replicas = finetune_with_replicas(model, prompts, lr=0.01, replicas=2, progress=False).replicas
     counted = {
         "in context": count(lambda: icl.capture(model, prompts, fields=ALL, progress=False)),
         "zero-shot": count(lambda: icl.capture(model, prompts.zero_shot(), fields=ALL, progress=False)),
         "finetuning": count(
             lambda: list(icl.finetune_many(model, [prompts] * 3, [0.01] * 3, progress=False)),
         ),
+        "replicas": count(lambda: capture_replicas(model, prompts.zero_shot(), replicas, progress=False)),
         "decomposition": count(lambda: icl.decompose(model, zero_shot=zero_shot, in_context=in_context)),
     }
     planned["in context"] = planned["prefix"] + planned["in-context"]

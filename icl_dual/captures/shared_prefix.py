@@ -463,7 +463,7 @@ def run_queries(
         MemoryError: a single row does not fit in memory.
         UnsupportedModelError: the model's attention cannot be recomputed from its hooks.
     """
-    # A row of several runs is that many times the work, and a batch of them as much besides its tokens as any.
+    # A row has as many times its tokens as there are runs; what a batch costs besides its tokens stays the same.
     overhead, n_runs = batch_overhead(model) // runs.n, runs.n
     pending: deque[list[int]] = deque(split_into_batches(list(map(len, rows)), limit.n, overhead))
     while pending:

@@ -316,8 +316,8 @@ class Model:
             projection_deltas: by projection, a function that is called at every layer with the projection's input
                 `[batch pos d_in]`; its result `[batch pos d_out]` is added to the projection's output. Only where the
                 model `supports_projection_deltas`.
-            momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, one for
-                all rows, or one for each of as many rows one after the other; no preceding tokens by default.
+            momentum_states: by layer, the state (`Momentum.state`) that the values of preceding tokens left, by run: a
+                batch has as many rows of each run, one run after the other. No preceding tokens by default.
             add_momentum: whether to add momentum; pass `False` where `on_attention` returns z with momentum.
             skip_mlps: let MLPs write zeros without computing them, where their parts allow it. For runs whose
                 `on_residual` returns every layer's residual stream, so that no layer reads what its MLP writes.
