@@ -136,6 +136,20 @@ def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their
         handle.remove()
 
 
+def test_replicas_of_other_weights_are_refused(
+    make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(5))
+    deltas = finetune_with_replicas(model, prompts, lr=LR, replicas=2, progress=False).replicas
+    monkeypatch.setattr(module, "capture", lambda *args, **options: pytest.fail("one of them ran by itself"))
+    captures = module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
+    assert list(captures) == list(deltas)
+    model.projections("V")[0].W.parameter.data.mul_(1.5)
+    with pytest.raises(ValueError, match="expected a delta finetuned from these weights"):
+        module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
+
+
 def test_an_experiment_saves_and_loads_without_its_model(
     llama: icl.Model, prompts: icl.Prompts, experiment: icl.Experiment, tmp_path: Path
 ) -> None:

@@ -66,6 +66,17 @@ def test_flops_are_those_that_torch_counts(
         assert planned[stage] == pytest.approx(n, rel=0.05), stage
 
 
+def test_replicas_take_their_number_times_the_memory(llama: icl.Model, prompts: icl.Prompts) -> None:
+    options: dict[str, Any] = {"fields": icl.METRIC_FIELDS, "batch_size": 256}
+    by_number = {
+        n: {stage.stage: stage for stage in plan(llama, prompts, replicas=n, **options).stages} for n in (2, 4)
+    }
+    two, four = (stages["replicas"] for stages in by_number.values())
+    finetuned = by_number[2]["finetuned"]
+    assert four.kept == 2 * two.kept == 4 * finetuned.kept, "all queries are among the first 25"
+    assert two.working < four.working <= 2 * two.working, "rows of all in one batch, cut into as many or more batches"
+
+
 @pytest.mark.parametrize(
     "config",
     [
