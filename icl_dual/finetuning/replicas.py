@@ -20,7 +20,7 @@ from icl_dual.models import Model
 from icl_dual.prompts import Prompts
 
 REPLICAS = 3
-"""The default number of replicas: together they take less than half of the rest of a cell (`analyses/benchmark.py`)."""
+"""The default number of replicas: together they take about two fifths of the time of the rest of a cell."""
 
 RATE_CHANGE = 1e-3
 """The relative change of the learning rate."""
