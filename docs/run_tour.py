@@ -79,4 +79,6 @@ if __name__ == "__main__":
         raise SystemExit(
             f"expected the tour to print {printed(before)}, got {printed(notebook)}: look why, or pass --new"
         )
-    nbformat.write(notebook, NOTEBOOK)
+    written = NOTEBOOK.with_suffix(".ipynb.new")  # whoever reads the notebook meanwhile sees all of one of both
+    nbformat.write(notebook, written)
+    written.replace(NOTEBOOK)

@@ -26,6 +26,7 @@ from icl_dual.finetuning.config import PAPER_FINETUNING, FinetuneConfig
 from icl_dual.finetuning.replicas import (
     REPLICA_QUERIES,
     REPLICAS,
+    REPLICAS_AT_ONCE,
     Finetuned,
     check_replicas,
     finetune_with_replicas,
@@ -40,7 +41,7 @@ from icl_dual.prompts import Prompts, check_prompts
 from icl_dual.recordings.recordings import REQUIRED_FIELDS, Recordings
 from icl_dual.results import check_count, check_names, check_values
 from icl_dual.storage import NOT_SAVED, Saved
-from icl_dual.torch_utils import to_list, vector_norm
+from icl_dual.torch_utils import is_out_of_memory, to_list, vector_norm
 from icl_dual.updates import UpdateComparison, compare_updates
 
 log = logging.getLogger(__name__)
@@ -387,22 +388,37 @@ def capture_replicas(
     Returns:
         By replica: its capture, or the error that says where its activations overflow.
     """
-    prompts, captures = zero_shot.first(REPLICA_QUERIES), dict[str, Capture | NonFiniteError]()
-    if len(deltas) > 1 and _share_batches(model, deltas.values()):
-        changes = changes_of(model, deltas.values())
-        try:
-            captured = capture_changed(model, prompts, changes, batch_size=batch_size, progress=progress)
-        except NonFiniteError:
-            log.info("one by one: the activations of a replica of %s overflow", model.name)
-        else:
-            return dict(zip(deltas, captured, strict=True))
-    for name, delta in deltas.items():
-        with delta.applied(model):
+    prompts, names, captures = zero_shot.first(REPLICA_QUERIES), list(deltas), dict[str, Capture | NonFiniteError]()
+    at_once = min(REPLICAS_AT_ONCE, batch_size) if _share_batches(model, deltas.values()) else 1
+    for first in range(0, len(names), at_once):
+        group = {name: deltas[name] for name in names[first : first + at_once]}
+        captures |= _captured_together(model, prompts, group, batch_size, progress) if len(group) > 1 else {}
+    for name in names:
+        if name in captures:
+            continue
+        with deltas[name].applied(model):
             try:
                 captures[name] = capture(model, prompts, batch_size=batch_size, progress=progress)
             except NonFiniteError as error:
                 captures[name] = error.with_traceback(None)
-    return captures
+    return {name: captures[name] for name in names}
+
+
+def _captured_together(
+    model: Model, prompts: Prompts, deltas: Mapping[str, WeightDelta], batch_size: int, progress: bool
+) -> dict[str, Capture]:
+    """Capture several deltas side by side; none where an activation overflows, or memory runs out."""
+    try:
+        changes = changes_of(model, deltas.values())
+        captured = capture_changed(model, prompts, changes, batch_size=batch_size, progress=progress)
+        return dict(zip(deltas, captured, strict=True))
+    except NonFiniteError:
+        log.info("capturing replicas one by one: activations of one of %s overflow", ", ".join(deltas))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("%d replicas do not fit in memory side by side: capturing them one by one", len(deltas))
+    return {}
 
 
 def _share_batches(model: Model, deltas: Iterable[WeightDelta]) -> bool:

@@ -22,7 +22,7 @@ from icl_dual.captures.capture import DECOMPOSE_FIELDS, METRIC_FIELDS, Field, ch
 from icl_dual.captures.shared_prefix import BATCH_OVERHEAD, PREFIX_BLOCK, common_query_prefix, split_into_batches
 from icl_dual.field_docs import document_fields
 from icl_dual.finetuning.config import PAPER_FINETUNING, PROJECTIONS_TRAINED, FinetuneConfig
-from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS, check_replicas
+from icl_dual.finetuning.replicas import REPLICA_QUERIES, REPLICAS, REPLICAS_AT_ONCE, check_replicas
 from icl_dual.html_tables import number
 from icl_dual.metrics import KENDALL_QUERIES
 from icl_dual.models import Model
@@ -427,14 +427,15 @@ class _Cell:
             labels=lengths.labels,
             baseline_queries=lengths.baseline_queries,
         )
-        batch_size, overhead = max(1, self.batch_size // n_replicas), self.overhead // n_replicas
+        at_once = min(n_replicas, REPLICAS_AT_ONCE, self.batch_size)
+        batch_size, overhead = self.batch_size // at_once, self.overhead // at_once
         fields = frozenset(METRIC_FIELDS)
         of_one = replace(self, lengths=few, fields=fields, batch_size=batch_size, overhead=overhead)
         stage, (runs, after) = of_one.queries("replicas", lengths.start), of_one._capture_runs(lengths.start)
         n_tokens = sum(run.n_rows * run.length for run in (*of_one._prefix_runs(lengths.start), *runs, *after))
-        beside = 2 * self.shape.projection_weights(PROJECTIONS_TRAINED[self.config.trained]) * n_tokens
-        of_all = (n_replicas * number for number in (stage.flops + beside, stage.working, stage.kept))
-        return StageCost(stage.stage, *of_all, runs_model=True)
+        n_weights = self.shape.projection_weights(PROJECTIONS_TRAINED[self.config.trained])
+        flops, kept = n_replicas * (stage.flops + 2 * n_weights * n_tokens), n_replicas * stage.kept
+        return StageCost(stage.stage, flops, at_once * (stage.working + 4 * n_weights), kept, runs_model=True)
 
     def _query_runs(self, rows: Sequence[int], cached: int, n_read: int) -> list[_Run]:
         batches = split_into_batches(rows, self.batch_size, self.overhead)

@@ -488,9 +488,9 @@ def test_a_run_that_is_not_a_plain_pass_over_the_prompt_is_refused(
     module = capture_module
     run_prefix = module.run_prefix
 
-    def rolled(*args):
-        prefix, plain = run_prefix(*args)
-        return dataclasses.replace(prefix, keys=[keys.roll(3, 0) for keys in prefix.keys]), plain
+    def rolled(*args: Any, **options: Any) -> Any:
+        prefix, plain = run_prefix(*args, **options)
+        return dataclasses.replace(prefix, keys=[keys.roll(3, 1) for keys in prefix.keys]), plain
 
     monkeypatch.setattr(module, "run_prefix", rolled)
     wrong = icl.capture(model, prompts, fields=icl.DECOMPOSE_FIELDS, progress=False)

@@ -111,7 +111,7 @@ def test_finetuning_comes_first_and_the_model_comes_back(
     assert llama.fingerprint() == before
 
 
-@pytest.mark.parametrize("why", ["a hook of others", "rounded deltas", "HookedTransformer"])
+@pytest.mark.parametrize("why", ["a hook of others", "a check of runs", "rounded deltas", "HookedTransformer"])
 def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their_own(
     make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -123,6 +123,8 @@ def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their
     if why == "rounded deltas":
         deltas = {name: dataclasses.replace(delta, rounded=True) for name, delta in deltas.items()}
     monkeypatch.setattr(module, "capture_changed", lambda *args, **options: pytest.fail("rows shared a batch"))
+    if why == "a check of runs":  # as exact patches for one query have
+        monkeypatch.setattr(model, "run_checks", (lambda tokens, positions: None,))
     handles: list[Any] = []
     if why == "a hook of others":
         (name, layer) = next((n, m) for n, m in model.wrapped.named_modules() if n.endswith("mlp"))
@@ -134,6 +136,55 @@ def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their
             assert_same(captures[name], icl.capture(model, prompts.zero_shot(), progress=False), name)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("n_fit", [2, 4])
+def test_replicas_that_do_not_fit_side_by_side_are_captured_one_by_one(
+    make_model: Callable[..., icl.Model],
+    task: icl.Task,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    n_fit: int,
+) -> None:
+    model = make_model("llama")
+    prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(5))
+    deltas = finetune_with_replicas(model, prompts, lr=LR, replicas=3, progress=False).replicas
+    expected = module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
+    run = model.run
+
+    def fits(tokens: Tensor, **options: Any) -> Tensor:
+        if len(tokens) > n_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(tokens, **options)
+
+    monkeypatch.setattr(model, "run", fits)
+    got = module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
+    assert list(got) == list(expected) == list(deltas)
+    for name in deltas:
+        one, other = got[name], expected[name]
+        assert isinstance(one, icl.Capture)
+        assert isinstance(other, icl.Capture)
+        torch.testing.assert_close(one.attn_out, other.attn_out, rtol=1e-4, atol=1e-5)
+    assert ("3 replicas do not fit in memory side by side" in caplog.text) == (n_fit == 2)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(64, [8, 2]), (3, [3, 3, 3]), (1, [])])
+def test_replicas_run_in_groups(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch, batch_size: int, expected: list[int]
+) -> None:
+    """Of 8, and of as many as there are rows in a batch; a group of one runs by itself."""
+    delta = finetune_with_replicas(llama, prompts, lr=LR, replicas=0, progress=False).delta
+    groups, capture_changed = list[int](), module.capture_changed
+
+    def counted(model: icl.Model, prompts: icl.Prompts, changes: Any, **options: Any) -> list[icl.Capture]:
+        groups.append(len(changes))
+        return capture_changed(model, prompts, changes, **options)
+
+    monkeypatch.setattr(module, "capture_changed", counted)
+    deltas = {str(index): delta for index in range(10)}
+    captures = module.capture_replicas(llama, prompts.zero_shot(), deltas, batch_size=batch_size, progress=False)
+    assert groups == expected
+    assert list(captures) == list(deltas)
 
 
 def test_replicas_of_other_weights_are_refused(

@@ -289,14 +289,17 @@ def capture_changed(
     """Capture a model under each of several changes of its projections, side by side: as rows of the same batches.
 
     A short batch takes little longer than a single row. Each capture has `METRIC_FIELDS`, and is that within
-    `changed_projections`, up to rounding.
+    `changed_projections`, up to rounding; its residual is the largest of all.
 
     Args:
         model: the model to run; one that `supports_projection_deltas`, without hooks of others.
         prompts: queries with their demonstrations.
-        changes: by capture, the change of each projection; all of the same projections.
-        batch_size: the largest number of rows to run at once.
+        changes: by capture, the change of each projection, at least one; all of the same projections.
+        batch_size: the largest number of rows to run at once; or as many as there are changes, where these are more.
         progress: show a progress bar.
+
+    Returns:
+        The captures, in the order of the changes.
 
     Raises:
         NonFiniteError: activations overflow under one of the changes; which one is not known.
@@ -627,25 +630,32 @@ class _Recorder:
             NonFiniteError: the norm of the residual stream overflows, though each of its numbers does not.
         """
         fields: dict[str, Any] = {name: self.tensors.get(name) for name in get_args(Field)}
-        norms: Tensor | None = fields["residual_norms"]
+        fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
+        fields["full_prompt"] = full_prompt
+        try:
+            return Capture(
+                model=self.model.name,
+                fingerprint=self.model.fingerprint(),
+                hooks=self.model.foreign_hooks(),
+                prompts=self.prompts,
+                label_log_probs=log_probs,
+                residual=self.residual,
+                label_baselines=baselines,
+                **fields,
+            )
+        except ValueError:
+            self._check_norms()
+            raise
+
+    def _check_norms(self) -> None:
+        """Raise a NonFiniteError where a norm of the residual stream is infinite; names the layer."""
+        norms = self.tensors.get("residual_norms")
         if norms is not None and not is_finite(norms):
             layer = int((~norms.isfinite()).nonzero()[:, 1].min())
             raise NonFiniteError(
                 f"{self.model.name} ({self.model.architecture}): expected finite norms of the residual stream, got "
                 f"infinite ones, first after layer {layer}: check its weights, which may be damaged"
             )
-        fields["keys_values"] = self._keys_values() if "keys_values" in self.fields else None
-        fields["full_prompt"] = full_prompt
-        return Capture(
-            model=self.model.name,
-            fingerprint=self.model.fingerprint(),
-            hooks=self.model.foreign_hooks(),
-            prompts=self.prompts,
-            label_log_probs=log_probs,
-            residual=self.residual,
-            label_baselines=baselines,
-            **fields,
-        )
 
     def _keys_values(self) -> KeysValues:
         n_start, n_prefix = len(self.prompts.start), len(self.prompts.prefix)

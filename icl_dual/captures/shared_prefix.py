@@ -374,11 +374,11 @@ def _run_after(
         rule, (q, k, v, z, *_) = model.attention_rules[layer], attention
         if not cache.n_pos:  # nothing to merge: the last row, which sees all tokens, is enough to check
             last = rule.with_sink(rule.attend(q[:, -1:], k, v, positions[:, -1:], positions, check_finite=check_finite))
-            extremes.extend(_extremes(last.z, z[:, -1:]))
+            extremes.extend(_extremes(last.z, z[:, -1:], runs.n))
             on_attention(layer, attention)
             return None
         row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, check_finite=check_finite))
-        extremes.extend(_extremes(row_part.z, z))
+        extremes.extend(_extremes(row_part.z, z, runs.n))
         cached = cache.attend(rule, layer, q, positions, check_finite=check_finite)
         if not check_finite:  # the rows' own part would make the extremes NaN or infinite
             sums.append(cached.z.detach().sum())
@@ -575,7 +575,7 @@ def split_into_batches(lengths: Sequence[int], batch_size: int, overhead: int = 
 
 
 def _memory_error(
-    model: Model, piece: str, tokens: Int[Tensor, "1 pos"], cache: PrefixCache, error: Exception
+    model: Model, piece: str, tokens: Int[Tensor, "run pos"], cache: PrefixCache, error: Exception
 ) -> MemoryError:
     return MemoryError(
         f"expected memory for a single {piece} {tokens.shape[1]} tokens after {cache.n_pos} tokens in {model!r}, "
@@ -640,19 +640,25 @@ def _residual(recomputed: Tensor, expected: Tensor) -> Tensor:
     return _residuals(_extremes(recomputed, expected))[0]
 
 
-def _extremes(recomputed: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
+def _extremes(recomputed: Tensor, expected: Tensor, n_runs: int = 1) -> tuple[Tensor, ...]:
     """Return the smallest and the largest difference and expected number, of which `_residuals` makes a residual.
 
-    Reads the tensors once. What can be computed for all layers at once is: on a GPU each operator takes its time.
+    Of several runs, those of each: large numbers of one would hide what differs in another. Reads the tensors once.
+    What can be computed for all layers at once is: on a GPU each operator takes its time.
     """
-    return (*(recomputed - expected).aminmax(), *expected.aminmax())
+    if n_runs == 1:
+        return (*(recomputed - expected).aminmax(), *expected.aminmax())
+    difference, expected = ((recomputed - expected).reshape(n_runs, -1), expected.reshape(n_runs, -1))
+    return (*difference.aminmax(dim=1), *expected.aminmax(dim=1))
 
 
 def _residuals(extremes: Sequence[Tensor]) -> Float[Tensor, " layer"]:
-    """Return the largest difference in units of the largest number, by layer; NaN where there is a NaN."""
-    low, high = torch.stack(list(extremes)).view(-1, 2, 2).unbind(-1)
-    difference, number = torch.maximum(-low, high).unbind(-1)
-    return difference / number.clamp_min(1e-30)
+    """Return the largest difference in units of its run's largest number, by layer; NaN where there is a NaN."""
+    stacked = torch.stack(list(extremes))
+    low, high = stacked.view(-1, 2, 2, *stacked.shape[1:]).unbind(2)
+    difference, number = torch.maximum(-low, high).unbind(1)
+    by_run = difference / number.clamp_min(1e-30)
+    return by_run.amax(1) if by_run.ndim == 2 else by_run
 
 
 def _check_residuals(model: Model, residuals: Float[Tensor, " layer"]) -> float:

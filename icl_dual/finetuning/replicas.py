@@ -20,7 +20,7 @@ from icl_dual.models import Model
 from icl_dual.prompts import Prompts
 
 REPLICAS = 3
-"""The default number of replicas: together they take about two fifths of the time of the rest of a cell."""
+"""The default number of replicas: on a CPU, about two fifths of the time of the rest of a small model's cell."""
 
 RATE_CHANGE = 1e-3
 """The relative change of the learning rate."""
@@ -30,6 +30,9 @@ NOISE = 2**-9
 
 REPLICA_QUERIES = 25
 """Replicas are captured on this many of the first queries."""
+
+REPLICAS_AT_ONCE = 8
+"""The most replicas to capture side by side: each needs memory for another copy of its delta."""
 
 
 @dataclass(frozen=True)

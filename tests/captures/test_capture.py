@@ -17,6 +17,7 @@ import icl_dual as icl
 from icl_dual.captures import shared_prefix
 from icl_dual.captures.capture import METRIC_FIELDS, capture_changed
 from icl_dual.captures.shared_prefix import norms_of
+from icl_dual.dual import AttentionRule
 from icl_dual.models import NonFiniteError
 from icl_dual.models.backend import ProjectionName
 from icl_dual.models.changes import changed_projections
@@ -418,3 +419,21 @@ def test_a_norm_that_overflows_is_an_error_that_names_the_layer(llama: icl.Model
     overflow = r"expected finite norms of the residual stream, got infinite ones, first after layer 1: check"
     with changed_projections(llama, changes), pytest.raises(NonFiniteError, match=overflow):
         icl.capture(llama, prompts, progress=False)
+
+
+def test_large_numbers_of_one_run_hide_no_residual_of_another(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [random_changes(llama, seed, ("V",)) for seed in range(2)]
+    changes[1]["W_V"] *= 1e4
+    assert capture_changed(llama, prompts, changes, progress=False)[0].residual < 1e-4
+    attend = AttentionRule.attend
+
+    def spoilt(rule: AttentionRule, q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        part = attend(rule, q, *args, **options)
+        is_own = len(q) > 2  # rows of both runs; attention over the cache stacks them
+        return part._replace(z=torch.cat((part.z[: len(q) // 2] * 1.01, part.z[len(q) // 2 :]))) if is_own else part
+
+    monkeypatch.setattr(AttentionRule, "attend", spoilt)
+    with pytest.raises(icl.UnsupportedModelError, match="expected attention recomputed from queries, keys and values"):
+        capture_changed(llama, prompts, changes, progress=False)

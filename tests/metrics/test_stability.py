@@ -256,6 +256,11 @@ def test_metrics_that_finetuning_does_not_move_are_not_computed_for_replicas(
     still = {name for name, metric in metrics().items() if not metric.from_finetuning}
     assert still >= {"SimAM before FT", "SimAM random", "SimAOU random", "Kendall random"}
     assert counts == {name: 1 if name in still else 3 for name in counts}
+    first = icl.compare_recordings(experiment.recordings(), seed=0)
+    for recordings in experiment.replicas.values():
+        replica = icl.compare_recordings(recordings, seed=0)
+        for name in still - {"ZSL accuracy", "ICL accuracy"}:
+            assert torch.equal(replica.per_layer[name], first.per_layer[name]), name
     for name in still:
         assert (comparison.shifts(name) == 0).all(), name
 
