@@ -260,7 +260,7 @@ def plan(
         >>> from icl_dual.planning import PromptLengths, plan
         >>> llama = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16)
         >>> plan(llama, PromptLengths(queries=(20,) * 100, demonstrations=(30,) * 32))
-        CellPlan('LlamaForCausalLM', 1.74e+03 M weights in float32, 100 queries after 32 demonstrations, 59.7 TFLOP, \
+        CellPlan('LlamaForCausalLM', 1.74e+03 M weights in float32, 100 queries after 32 demonstrations, 60.3 TFLOP, \
 22.97 GB)
     """
     check_arithmetic(dtype, arithmetic)

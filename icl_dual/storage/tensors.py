@@ -62,7 +62,7 @@ def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         identity = _identity(folder)
         try:
             result = _load(folder)
-        except AssetError:
+        except (AssetError, RuntimeError):  # torch's, where the file vanishes while it is opened
             is_missing = identity is None
             if _identity(folder) == identity and (not is_missing or attempt == _MISSING_ATTEMPTS):
                 raise

@@ -156,6 +156,35 @@ def test_a_folder_that_is_missing_for_an_instant_is_read(folder: Path, monkeypat
     assert load_tensors(folder)[0].keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("is_missing", [True, False], ids=["missing", "replaced"])
+def test_a_folder_that_is_replaced_while_its_file_is_opened_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_missing: bool
+) -> None:
+    """safetensors opens a file twice, once for its header and once, by torch, for its tensors."""
+    other = folder.with_name("other")
+    save_tensors(other, {"a": torch.full((20, 3), 7.0)}, {"is": "other"})
+    from_file, opened = torch.UntypedStorage.from_file, []
+
+    def replaced(*arguments: Any, **options: Any) -> torch.UntypedStorage:
+        opened.append(arguments)
+        if len(opened) > 1:
+            return from_file(*arguments, **options)
+        folder.rename(folder.with_name("aside"))
+        if is_missing:
+            try:
+                return from_file(*arguments, **options)
+            finally:
+                other.rename(folder)
+        other.rename(folder)
+        return from_file(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    tensors, metadata = load_tensors(folder)
+    assert len(opened) == 2
+    assert metadata == {"is": "other"}
+    assert torch.equal(tensors["a"], torch.full((20, 3), 7.0))
+
+
 def test_nothing_depends_on_the_locale(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a locale of ASCII: text that is opened without an encoding is read and written as ASCII."""
     for name in ("read_text", "write_text"):
