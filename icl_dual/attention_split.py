@@ -12,7 +12,7 @@ from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from icl_dual import dual
@@ -278,9 +278,17 @@ def _demo_weights(
     Groups are sums of these shares. Computed in place: there are many of them.
     """
     scores = dual.shared_scores(layer.q, layer.demo_k, layer.rule.scale, layer.rule.softcap)
-    scores += layer.rule.bias(positions.recorded[None], positions.demo[None])[0]
-    lse = torch.logaddexp(z_0.lse, scores.logsumexp(-1).T)
-    return scores.sub_(lse.T.unsqueeze(-1)).exp_(), lse
+    _add_bias(scores, layer.rule, positions)
+    lse_0 = z_0.lse.T.unsqueeze(-1)
+    largest = torch.maximum(scores.amax(-1, keepdim=True), lse_0) if scores.shape[-1] else lse_0
+    total = scores.sub_(largest).exp_().sum(-1, keepdim=True) + (lse_0 - largest).exp()
+    return scores.div_(total), (largest + total.log()).squeeze(-1).T
+
+
+def _add_bias(scores: Float[Tensor, "head query demo_pos"], rule: dual.AttentionRule, positions: Positions) -> None:
+    """Add what positions add to scores over the demonstrations, which come before all recorded rows."""
+    if rule.slopes is not None or rule.window is not None:
+        scores += rule.bias(positions.recorded[None], positions.demo[None])[0]
 
 
 def _demo_shares(
@@ -316,17 +324,32 @@ def _relax(layer: _LayerInputs, positions: Positions, terms: SplitTerms) -> Rela
     delta_icl, z = terms.delta_icl, terms.softmax_z
     demo_visible = rule.visible(positions.recorded[None], positions.demo[None])
     query_visible = rule.visible(positions.recorded[:, None], positions.query).unsqueeze(1)
-    weights = dual.shared_scores(q, demo_k, 1.0).mul_(demo_visible)
+    weights = dual.shared_scores(q, demo_k, 1.0)
+    if rule.window is not None:
+        weights *= demo_visible
     update = dual.weighted_values(weights, demo_v)
     output = update + (dual.scores(q[:, None], query_k, 1.0) * query_visible @ query_v.transpose(1, 2)).flatten(1, 2)
-    logits = weights * rule.scale + rule.bias(positions.recorded[None], positions.demo[None])[0]
     return Relaxation(
         update_cosine=dual.cosine(update, delta_icl),
         update_error=vector_norm(update - delta_icl, dim=-1) / vector_norm(delta_icl, dim=-1),
         output_cosine=dual.cosine(output, z),
         output_error=vector_norm(output - z, dim=-1) / vector_norm(z, dim=-1),
-        rank_agreement=ranks.spearman(logits, weights.abs_(), demo_visible).T,
+        rank_agreement=_rank_agreement(weights, rule, positions, demo_visible).T,
     )
+
+
+def _rank_agreement(
+    weights: Float[Tensor, "head query demo_pos"],
+    rule: dual.AttentionRule,
+    positions: Positions,
+    visible: Bool[Tensor, "1 query demo_pos"],
+) -> Float[Tensor, "head query"]:
+    """Return Spearman's ρ between the softmax's logits and the sizes of the linear weights kᵀq."""
+    if rule.slopes is None:  # logits have the order of the linear weights themselves
+        return ranks.spearman_with_sizes(weights, visible)
+    logits = weights * rule.scale
+    _add_bias(logits, rule, positions)
+    return ranks.spearman(logits, weights.abs_(), visible)
 
 
 def _stack_layers(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:

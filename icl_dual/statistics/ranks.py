@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy  # `scipy.stats` takes a third of a second, and is loaded on first use
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from icl_dual import dual
@@ -30,6 +30,35 @@ def spearman(
 ) -> Float[Tensor, "*batch"]:
     """Return Spearman's ρ over the last axis, of the known items only; NaN where nothing varies."""
     return dual.cosine(_centred_ranks(a, known), _centred_ranks(b, known))
+
+
+def spearman_with_sizes(
+    x: Float64[Tensor, "*batch item"], known: Bool[Tensor, "*#batch item"]
+) -> Float64[Tensor, "*batch"]:
+    """Return Spearman's ρ between items and their sizes, x and |x|; NaN where nothing varies.
+
+    On a CPU and where all items are known, one sort does for both ranks: in order of size, the negative items come in
+    reverse order, and the others in order after all of them.
+
+    Example:
+        >>> spearman_with_sizes(torch.tensor([[3.0, -1.0, 2.0]]).double(), torch.ones(1, 3, dtype=torch.bool))
+        tensor([1.], dtype=torch.float64)
+    """
+    if x.device.type != "cpu" or not known.all():
+        return spearman(x, x.abs(), known)
+    n = x.shape[-1]
+    bits = x.contiguous().numpy().view(np.uint64)
+    # Numbers of which the size is larger have larger bits. The sign, their first bit, is put last, to be kept.
+    in_order = np.sort((bits << np.uint64(1)) | (bits >> np.uint64(63)), -1)
+    negative = (in_order & np.uint64(1)).astype(np.int64)
+    n_negative = negative.cumsum(-1)
+    difference = (n_negative - n_negative[..., -1:] + negative * np.arange(n)).astype(np.float64)  # of the two ranks
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho = from_numpy(1 - 6 * np.einsum("...i,...i->...", difference, difference) / np.float64(n * (n**2 - 1)))
+    tied = from_numpy(((in_order[..., 1:] ^ in_order[..., :-1]) <= 1).any(-1))  # of one size, of any sign
+    if tied.any():
+        rho[tied] = spearman(x[tied], x[tied].abs(), torch.ones_like(x[tied], dtype=torch.bool))
+    return rho
 
 
 def kendall(a: Float[Tensor, "*batch item"], b: Float[Tensor, "*batch item"]) -> Float[Tensor, "*batch"]:

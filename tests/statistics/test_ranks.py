@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from icl_dual.statistics.ranks import kendall, spearman
+from icl_dual.statistics.ranks import kendall, spearman, spearman_with_sizes
 
 
 def drawn(seed: int, n: int, distinct: int, rows: int = 6) -> torch.Tensor:
@@ -96,3 +96,35 @@ def test_spearman_equals_scipys_over_what_is_known(seed: int, n: int, distinct: 
             assert got.item() == pytest.approx(found.statistic, abs=1e-12)
         else:
             assert got.isnan()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    n=st.integers(3, 40),
+    distinct=st.sampled_from([3, 9, 10**6]),
+    hidden=st.sampled_from([0.0, 0.3]),
+    shift=st.sampled_from([-10.0, -0.5, 0.0, 0.5]),
+)
+def test_spearman_with_sizes_equals_scipys(seed: int, n: int, distinct: int, hidden: float, shift: float) -> None:
+    x = drawn(seed, n, distinct).double() + shift
+    known = torch.from_numpy(np.random.default_rng(seed).random((6, n)) >= hidden)
+    for got, row, seen in zip(spearman_with_sizes(x, known), x.numpy(), known.numpy(), strict=True):
+        if len({*row[seen]}) > 1 and len({*np.abs(row[seen])}) > 1:
+            found: Any = stats.spearmanr(row[seen], np.abs(row[seen]))
+            assert got.item() == pytest.approx(found.statistic, abs=1e-12)
+        else:
+            assert got.isnan()
+
+
+def test_spearman_with_sizes_tells_neighbouring_numbers_apart() -> None:
+    """The largest and the smallest differences of floating-point numbers, and zeros of both signs."""
+    just_above = np.nextafter(1.0, 2.0)
+    rows = [[1.0, -just_above, 3.0], [-1.0, just_above, -3.0], [5e-324, -1e-323, 1e308], [0.0, -0.0, 1.0], [0.0, -1, 2]]
+    x = torch.tensor(rows, dtype=torch.float64)
+    got = spearman_with_sizes(x.expand(2, -1, -1), torch.ones(1, 1, 3, dtype=torch.bool))
+    expected: list[Any] = [stats.spearmanr(row, np.abs(row)) for row in rows]
+    assert got.shape == (2, 5)
+    assert got.tolist() == [pytest.approx([found.statistic for found in expected])] * 2
+    for n in (0, 1):
+        assert spearman_with_sizes(x[:, :n], torch.ones(1, n, dtype=torch.bool)).isnan().all()
