@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from icl_dual.arguments import near_misses
 from icl_dual.type_guards import is_array, is_dict, is_float, is_iterable, is_list_or_tuple, is_mapping
 
 Rows = Iterable[Any] | str | PathLike[str]
@@ -159,6 +160,11 @@ def _read_file(path: Path) -> tuple[str, NumberedRows]:
     note_file(path)
     try:
         return readers[path.suffix](path)
+    except FileNotFoundError as error:
+        there = [other.name for other in path.parent.glob("*")]
+        raise TaskError(
+            f"expected a file of rows, got {path}, which does not exist{near_misses(path.name, there)}: check the path"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(
             f"expected a readable UTF-8 file of rows at {path}, got {error}: check the path and the file's encoding"

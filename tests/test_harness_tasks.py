@@ -304,7 +304,7 @@ def test_other_python_tags_are_refused(tag: str, tmp_path: Path) -> None:
         ),
         (
             {"dataset_path": "json", "test_split": "train", "dataset_kwargs": {"data_files": "none.jsonl"}},
-            r"expected a readable UTF-8 file of rows at .*none\.jsonl",
+            r"expected a file of rows, got .*none\.jsonl, which does not exist",
         ),
     ],
 )

@@ -391,8 +391,12 @@ def every_picture(comparison: icl.Comparison, captured: icl.SourceAttention) -> 
     norms = {name: 1 + draw(at, 4, 3, 5).abs() for at, name in enumerate(("ZSL", "ICL", "FT"))}
     massive = icl.MassiveActivations(model="toy", queries=((1, 2, 3, 4, 5),) * 4, norms=norms, ratio=20)
     values = draw(0, 4, 3, 2)
-    for figure in icl.plots.LAYERWISE:
-        yield figure, icl.plots.layers([comparison, comparison], figure)
+    leads = {"SimAOU": "SimAOU", "SimAM": "SimAM after FT", "Kendall": "Kendall"}
+    shifts, by_layer = ({name: torch.zeros(2, *axes).double() for name in leads.values()} for axes in ((), (3,)))
+    stability = Stability(replicas=("a", "b"), n_queries=5, shifts=shifts, layer_shifts=by_layer)
+    moved = dataclasses.replace(comparison, stability=stability)
+    for figure, several in itertools.product(icl.plots.LAYERWISE, ([comparison, comparison], [comparison], [moved])):
+        yield f"{figure} of {len(several)}", icl.plots.layers(several, figure)
     yield "by_layer", icl.plots.by_layer({name: draw(at, 4, 3) for at, name in enumerate(names)}, ylabel="share")
     yield "against_null", icl.plots.against_null(values, values - 1, ylabel="cosine")
     yield "massive_activations", icl.plots.massive_activations(massive)

@@ -168,8 +168,13 @@ def test_unreadable_files_say_where(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", \n')
     with pytest.raises(icl.TaskError, match=r"rows\.jsonl, line 2: expected one JSON object, got .* line of its own"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.jsonl")
-    with pytest.raises(icl.TaskError, match="expected a readable UTF-8 file of rows"):
-        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "missing.csv")
+    with pytest.raises(icl.TaskError, match=r"got .*row\.jsonl, which does not exist \(did you mean 'rows\.jsonl'\?\)"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "row.jsonl")
+    with pytest.raises(icl.TaskError, match=r"got .*rows\.csv, which does not exist"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "none" / "rows.csv")
+    (tmp_path / "latin.csv").write_bytes("text,label\nschön,0\n".encode("latin-1"))
+    with pytest.raises(icl.TaskError, match=r"expected a readable UTF-8 file of rows at .*latin\.csv"):
+        icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "latin.csv")
     with pytest.raises(icl.TaskError, match=r"expected a \.jsonl, \.json or \.csv file"):
         icl.Task("t", TEMPLATE, ("no", "yes"), tmp_path / "rows.txt")
 

@@ -45,7 +45,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
                 _add_output_options(command)
             return
     group = parser.add_argument_group("output")
-    group.add_argument("--quiet", action="store_true", help="show no progress and no messages")
+    group.add_argument("--quiet", action="store_true", help="show no progress bars, log or warnings")
     group.add_argument("--json", action="store_true", help="print the result as JSON, and everything else to stderr")
     group.add_argument("--debug", action="store_true", help="show an error's traceback")
 

@@ -91,7 +91,8 @@ def load_task(args: argparse.Namespace) -> icl.Task:
     if label_column not in columns:
         raise icl.TaskError(
             f"expected a column {label_column!r} with the label of each row in {args.rows}, got the columns "
-            f"{', '.join(map(repr, columns))}{near_misses(label_column, columns)}: name it with --label-column"
+            f"{', '.join(map(repr, columns))}{near_misses(label_column, columns)}: name it with --label-column. "
+            "The first line of a .csv file has the names of its columns"
         )
     # A file's own path keeps the lines in errors; rows of another label column are numbered.
     source: Rows = args.rows if label_column == "label" else [{**row, "label": row[label_column]} for row in rows]

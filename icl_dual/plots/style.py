@@ -46,6 +46,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 """The markers of series, in order. Their number and those of colours and line styles have no common factor: series
 repeat none of their pairs for long."""
 
+_LEGEND_HEIGHT = 0.5
+"""The height of a legend, in inches, that figures have room for; they are higher for others."""
+
 BAND_ALPHA = 0.2
 """The opacity of bands."""
 
@@ -100,23 +103,31 @@ def drawing(ax: Axes | None) -> Generator[Axes]:
         yield ax
         return
     with plt.style.context(STYLE):
-        ax = plt.figure().subplots()
+        figure = plt.figure()
+        ax = figure.subplots()
         yield ax
         ax.tick_params(labelsize=plt.rcParams["xtick.labelsize"])  # ticks that are made later, outside of the style
         legend_below(ax)
+        if (legend := ax.get_legend()) is not None:
+            height = legend.get_window_extent().height / figure.dpi
+            figure.set_figheight(figure.get_figheight() + max(0.0, height - _LEGEND_HEIGHT))
 
 
 @checked
 def legend_below(ax: Axes, ncols: Count = 2) -> None:
-    """Put the legend of Axes below them, where no data is; none where nothing has a label."""
+    """Put the legend of Axes below them, where no data is; none where nothing has a label.
+
+    Args:
+        ax: the Axes.
+        ncols: the largest number of columns. There are fewer where the figure is not wide enough.
+    """
     handles, labels = ax.get_legend_handles_labels()
-    if not labels:
-        return
     below = ax.transAxes + ScaledTranslation(0, -32 / 72, ax.figure.dpi_scale_trans)  # below tick labels and title
-    ncols = 1 if max(map(len, labels)) > 34 else min(ncols, len(labels))
-    ax.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=ncols, frameon=False
-    )
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    for n in range(min(ncols, len(labels)), 0, -1):
+        legend = ax.legend(handles, labels, ncols=n, frameon=False, **place)
+        if legend.get_window_extent().width <= ax.figure.bbox.width:
+            break
 
 
 @checked
