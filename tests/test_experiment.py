@@ -18,6 +18,8 @@ from icl_dual.captures.capture import Field
 from icl_dual.contexts import matching_training_steps
 from icl_dual.finetuning import Finetuned
 from icl_dual.finetuning.replicas import finetune_with_replicas
+from icl_dual.models import NonFiniteError
+from icl_dual.models.mlp import MlpChanges
 from icl_dual.storage import load_tensors
 
 ALL = icl.METRIC_FIELDS + icl.DECOMPOSE_FIELDS
@@ -111,17 +113,22 @@ def test_finetuning_comes_first_and_the_model_comes_back(
     assert llama.fingerprint() == before
 
 
-@pytest.mark.parametrize("why", ["a hook of others", "a check of runs", "rounded deltas", "HookedTransformer"])
+@pytest.mark.parametrize(
+    "why", ["a hook of others", "a check of runs", "a change of MLPs", "a rounded delta", "HookedTransformer"]
+)
 def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their_own(
     make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     if why == "HookedTransformer" and not hooked.HookedTransformer:
         pytest.skip("this TransformerLens has none")
     model = make_model("hooked-gpt2" if why == "HookedTransformer" else "llama")
+    if why == "a change of MLPs":
+        bias = torch.full((model.n_layers, model.d_model), 0.01)
+        monkeypatch.setattr(model, "mlp_changes", (MlpChanges({}, bias=bias),))
     prompts = icl.build_prompts(model, task, task.demonstrations(3, seed=1), task.queries(5))
     deltas = dict(finetune_with_replicas(model, prompts, lr=LR, replicas=2, progress=False).replicas)
-    if why == "rounded deltas":
-        deltas = {name: dataclasses.replace(delta, rounded=True) for name, delta in deltas.items()}
+    if why == "a rounded delta":
+        deltas |= {name: dataclasses.replace(delta, rounded=True) for name, delta in list(deltas.items())[:1]}
     monkeypatch.setattr(module, "capture_changed", lambda *args, **options: pytest.fail("rows shared a batch"))
     if why == "a check of runs":  # as exact patches for one query have
         monkeypatch.setattr(model, "run_checks", (lambda tokens, positions: None,))
@@ -174,17 +181,58 @@ def test_replicas_run_in_groups(
 ) -> None:
     """Of 8, and of as many as there are rows in a batch; a group of one runs by itself."""
     delta = finetune_with_replicas(llama, prompts, lr=LR, replicas=0, progress=False).delta
-    groups, capture_changed = list[int](), module.capture_changed
+    groups, alone = list[int](), list[int]()
+    capture, capture_changed = module.capture, module.capture_changed
 
     def counted(model: icl.Model, prompts: icl.Prompts, changes: Any, **options: Any) -> list[icl.Capture]:
         groups.append(len(changes))
+        assert options["batch_size"] == batch_size
         return capture_changed(model, prompts, changes, **options)
 
+    def counted_alone(model: icl.Model, prompts: icl.Prompts, **options: Any) -> icl.Capture:
+        alone.append(options["batch_size"])
+        return capture(model, prompts, **options)
+
     monkeypatch.setattr(module, "capture_changed", counted)
+    monkeypatch.setattr(module, "capture", counted_alone)
     deltas = {str(index): delta for index in range(10)}
     captures = module.capture_replicas(llama, prompts.zero_shot(), deltas, batch_size=batch_size, progress=False)
     assert groups == expected
+    assert alone == [batch_size] * (10 - sum(expected))
     assert list(captures) == list(deltas)
+
+
+def test_a_replica_that_overflows_leaves_other_groups_side_by_side(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltas = dict(finetune_with_replicas(llama, prompts, lr=LR, replicas=4, progress=False).replicas)
+    first, *others = deltas
+    deltas[first] = dataclasses.replace(deltas[first], W_V=deltas[first].W_V * 1e38)
+    alone, capture = list[icl.Prompts](), module.capture
+
+    def counted(model: icl.Model, prompts: icl.Prompts, **options: Any) -> icl.Capture:
+        alone.append(prompts)
+        return capture(model, prompts, **options)
+
+    monkeypatch.setattr(module, "capture", counted)
+    monkeypatch.setattr(module, "REPLICAS_AT_ONCE", 2)
+    captures = module.capture_replicas(llama, prompts.zero_shot(), deltas, progress=False)
+    assert len(alone) == 2, "those of its own group"
+    assert list(captures) == [first, *others]
+    assert isinstance(captures[first], NonFiniteError)
+    assert all(isinstance(captures[name], icl.Capture) for name in others)
+
+
+def test_other_errors_of_replicas_side_by_side_are_passed_on(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> list[icl.Capture]:
+        raise RuntimeError("broken")
+
+    deltas = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, progress=False).replicas
+    monkeypatch.setattr(module, "capture_changed", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        module.capture_replicas(llama, prompts.zero_shot(), deltas, progress=False)
 
 
 def test_replicas_of_other_weights_are_refused(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import icl_dual as icl
+from icl_dual import planning
+from icl_dual.captures import shared_prefix
+from icl_dual.captures.shared_prefix import split_into_batches
 from icl_dual.experiment import capture_replicas
 from icl_dual.finetuning.replicas import finetune_with_replicas
 from icl_dual.models import tiny_model
@@ -75,6 +78,71 @@ def test_replicas_take_their_number_times_the_memory(llama: icl.Model, prompts: 
     finetuned = by_number[2]["finetuned"]
     assert four.kept == 2 * two.kept == 4 * finetuned.kept, "all queries are among the first 25"
     assert two.working < four.working <= 2 * two.working, "rows of all in one batch, cut into as many or more batches"
+
+
+def replica_stage(model: icl.Model, prompts: icl.Prompts, replicas: int, **options: Any) -> Any:
+    (stage,) = (
+        stage for stage in plan(model, prompts, replicas=replicas, **options).stages if stage.stage == "replicas"
+    )
+    return stage
+
+
+def test_no_more_replicas_run_side_by_side_than_fit_in_a_batch(llama: icl.Model, prompts: icl.Prompts) -> None:
+    at_once = {n: replica_stage(llama, prompts, n, batch_size=256).working for n in (4, 8, 16)}
+    assert at_once[4] < at_once[8] == at_once[16]
+    few = [replica_stage(llama, prompts, n, batch_size=2).working for n in (2, 16)]
+    assert few[0] == few[1]
+
+
+def test_replicas_take_the_memory_and_the_products_of_their_deltas(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, attention = (
+        replica_stage(llama, prompts, 3, config=icl.FinetuneConfig(trained=trained))
+        for trained in ("value", "attention")
+    )
+    weights = sum(layer.W.parameter.numel() for kind in ("Q", "K", "O") for layer in llama.projections(kind))
+    assert attention.working - values.working == pytest.approx(3 * 4 * weights)
+    replicas = finetune_with_replicas(llama, prompts, lr=0.01, replicas=3, progress=False).replicas
+    icl.capture(llama, prompts, progress=False)  # a model's first capture checks it, too
+    run, n_tokens = llama.run, list[int]()
+
+    def counted(tokens: Tensor, **options: Any) -> Tensor:
+        n_tokens.append(tokens.numel())
+        return run(tokens, **options)
+
+    monkeypatch.setattr(llama, "run", counted)
+    capture_replicas(llama, prompts.zero_shot(), replicas, progress=False)
+    assert attention.flops - values.flops == pytest.approx(2 * weights * sum(n_tokens))
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_replicas_are_planned_in_the_batches_in_which_they_run(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    planned, run = list[Any](), list[Any]()
+    for module, batches in ((planning, planned), (shared_prefix, run)):
+
+        def recorded(lengths: Sequence[int], *options: int, batches: list[Any] = batches) -> list[list[int]]:
+            batches.append((sorted(lengths), *options))
+            return split_into_batches(lengths, *options)
+
+        monkeypatch.setattr(module, "split_into_batches", recorded)
+    replicas = finetune_with_replicas(llama, prompts, lr=0.01, replicas=3, progress=False).replicas
+    capture_replicas(llama, prompts.zero_shot(), replicas, batch_size=batch_size, progress=False)
+    replica_stage(llama, prompts, 3, batch_size=batch_size)
+    assert run
+    assert all(batches in planned for batches in run)
+
+
+def test_queries_without_content_take_their_own_passes(llama: icl.Model, task: icl.Task) -> None:
+    demonstrations, queries = task.demonstrations(4, seed=1), task.queries(7)
+    plain, calibrated = (
+        flops(plan(llama, icl.build_prompts(llama, task, demonstrations, queries, scoring=scoring)))
+        for scoring in ("mean", "calibrated")
+    )
+    for stage in ("in-context", "zero-shot", "finetuned", "replicas"):
+        assert calibrated[stage] > plain[stage], stage
 
 
 @pytest.mark.parametrize(

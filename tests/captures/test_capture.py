@@ -14,6 +14,7 @@ from toys import ARCHITECTURES, BRIDGED
 from transformers import PreTrainedModel
 
 import icl_dual as icl
+from icl_dual.captures import capture as capture_module
 from icl_dual.captures import shared_prefix
 from icl_dual.captures.capture import METRIC_FIELDS, capture_changed
 from icl_dual.captures.shared_prefix import norms_of
@@ -21,6 +22,7 @@ from icl_dual.dual import AttentionRule
 from icl_dual.models import NonFiniteError
 from icl_dual.models.backend import ProjectionName
 from icl_dual.models.changes import changed_projections
+from icl_dual.models.stream import StreamChange
 from icl_dual.prompts import Prompts
 
 ALL_FIELDS = (*METRIC_FIELDS, "demo_scores", "keys_values")
@@ -421,19 +423,68 @@ def test_a_norm_that_overflows_is_an_error_that_names_the_layer(llama: icl.Model
         icl.capture(llama, prompts, progress=False)
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("part", ["prefix", "rows"])
 def test_large_numbers_of_one_run_hide_no_residual_of_another(
-    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, wrong: int, part: str
 ) -> None:
     changes = [random_changes(llama, seed, ("V",)) for seed in range(2)]
-    changes[1]["W_V"] *= 1e4
+    changes[1 - wrong]["W_V"] *= 1e4
     assert capture_changed(llama, prompts, changes, progress=False)[0].residual < 1e-4
     attend = AttentionRule.attend
 
     def spoilt(rule: AttentionRule, q: torch.Tensor, *args: Any, **options: Any) -> Any:
-        part = attend(rule, q, *args, **options)
-        is_own = len(q) > 2  # rows of both runs; attention over the cache stacks them
-        return part._replace(z=torch.cat((part.z[: len(q) // 2] * 1.01, part.z[len(q) // 2 :]))) if is_own else part
+        attended = attend(rule, q, *args, **options)
+        # Rows of both runs, which attention over the cache stacks; or the prefix's last token, of both.
+        if len(q) > 2 if part == "rows" else q.shape[:2] == (2, 1):
+            attended.z.chunk(2)[wrong].mul_(1.01)
+        return attended
 
     monkeypatch.setattr(AttentionRule, "attend", spoilt)
     with pytest.raises(icl.UnsupportedModelError, match="expected attention recomputed from queries, keys and values"):
         capture_changed(llama, prompts, changes, progress=False)
+
+
+def test_captures_of_changes_are_checked_as_others_are(make_model: Callable[..., icl.Model], prompts: Prompts) -> None:
+    model = make_model("llama")
+    changes = [random_changes(model, seed) for seed in range(2)]
+    with pytest.raises(icl.PromptError, match="expected"):
+        capture_changed(model, dataclasses.replace(prompts, queries=((10**6,), *prompts.queries[1:])), changes)
+    capture_changed(model, prompts, changes, progress=False)
+    assert model.pass_residual is not None, "the pass is compared with a plain one the first time"
+    assert 0 < model.pass_residual < 1e-5
+
+
+def test_captures_of_changes_side_by_side_add_a_vector_to_the_rows_of_each(
+    make_model: Callable[..., icl.Model], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the stream, at each row's token that predicts the label."""
+    model = make_model("llama")
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model, "stream_changes", (StreamChange(1, vector),))
+    changes = [random_changes(model, seed) for seed in range(2)]
+    assert_each_is_that_of_its_change(model, prompts, changes, batch_size=64)
+
+
+def test_captures_of_changes_side_by_side_run_long_prefixes_whole(
+    make_model: Callable[..., icl.Model], prompts: Prompts
+) -> None:
+    """Long-context scaling rotates keys by the length of what runs."""
+    model = make_model("llama")
+    model.rope_scaling_threshold = 10_000
+    changes = [random_changes(model, seed) for seed in range(2)]
+    assert_each_is_that_of_its_change(model, prompts, changes, batch_size=64)
+
+
+def test_progress_of_captures_side_by_side_counts_queries(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars, progress_bar = list[Any](), capture_module.progress_bar
+
+    def kept(**options: Any) -> Any:
+        bars.append(progress_bar(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(capture_module, "progress_bar", kept)
+    capture_changed(llama, prompts, [random_changes(llama, seed) for seed in range(3)])
+    assert (bars[0].n, bars[0].total) == (7, 7)

@@ -185,6 +185,19 @@ def test_a_folder_that_is_replaced_while_its_file_is_opened_is_read_again(
     assert torch.equal(tensors["a"], torch.full((20, 3), 7.0))
 
 
+def test_an_error_of_torchs_in_a_folder_that_stays_is_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[Any]()
+
+    def broken(*arguments: Any, **options: Any) -> torch.UntypedStorage:
+        opened.append(arguments)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        load_tensors(folder)
+    assert len(opened) == 1
+
+
 def test_nothing_depends_on_the_locale(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a locale of ASCII: text that is opened without an encoding is read and written as ASCII."""
     for name in ("read_text", "write_text"):
