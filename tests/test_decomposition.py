@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import some_eta
+from helpers import make_rows, some_eta
 from scipy import stats
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -251,6 +251,22 @@ def test_without_demonstrations_nothing_is_added(llama: icl.Model, llama_runs: t
     for undefined in (got.icl_share[..., -1], got.relaxation.update_cosine, got.relaxation.rank_agreement):
         assert undefined.isnan().all()
     assert "0 demonstrations" in repr(got)
+
+
+def test_demonstrations_before_the_window_add_nothing(
+    models_by_architecture: Callable[[str], icl.Model], task: icl.Task
+) -> None:
+    model = models_by_architecture("mistral-window")
+    rows = [{**row, "text": f"{row['text']} " * 20 + "."} for row in make_rows()]
+    long = icl.Task("long", task.template, ("no", "perhaps"), rows)
+    prompts = icl.build_prompts(model, task, task.demonstrations(2, seed=1), long.queries(2))
+    windows = [rule.window for rule in model.attention_rules]
+    assert all(window is not None and len(suffix) > window for suffix in prompts.suffixes for window in windows)
+    got = decomposed(model, prompts)
+    assert got.residual <= EXACT
+    for nothing in (got.delta_icl, got.direct, got.demonstration_mass):
+        assert (nothing == 0).all()
+    torch.testing.assert_close(got.mass.sum(-1), torch.ones_like(got.mass[..., 0]))
 
 
 def test_groups_are_named_in_order(split: icl.Decomposition) -> None:
@@ -610,7 +626,7 @@ def test_momentum_is_split_by_whose_values_it_sums(
         outs = np.zeros((len(plain.groups), model.d_model))
         for head in range(model.n_heads):
             at = 2, layer, head
-            _, weights, sink, v, _, _ = plain.head(layer, head)
+            scores, weights, sink, v, q, k = plain.head(layer, head)
             t, decay = len(v) - 1, eta[layer, head].item()
             decays = np.array([decay ** (t - i) if i < t else 0.0 for i in range(len(v))])
             z_0 = weights[plain.others] @ v[plain.others] / (1 - weights[plain.demonstrations].sum())
@@ -621,6 +637,9 @@ def test_momentum_is_split_by_whose_values_it_sums(
             assert close(got.delta_icl[at], weights @ v - z_0, scale)
             assert close(got.z_0[at], z_0 + own, scale)
             assert close(got.z[at], weights @ v + decays @ v, scale)
+            relaxed, softmax_z = np.where(np.isinf(scores), 0.0, k @ q) @ v, weights @ v
+            error = np.linalg.norm(relaxed - softmax_z) / np.linalg.norm(softmax_z)
+            assert got.relaxation.output_error[at].item() == pytest.approx(error, rel=1e-3)
             norm = np.linalg.norm(decays @ v) / np.linalg.norm(weights @ v + decays @ v)
             assert got.momentum_norm[at].item() == pytest.approx(norm, rel=1e-4)
             if got.b_V is not None:

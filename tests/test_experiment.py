@@ -114,7 +114,15 @@ def test_finetuning_comes_first_and_the_model_comes_back(
 
 
 @pytest.mark.parametrize(
-    "why", ["a hook of others", "a check of runs", "a change of MLPs", "a rounded delta", "HookedTransformer"]
+    "why",
+    [
+        "a hook of others",
+        "a check of runs",
+        "a change of MLPs",
+        "a rounded delta",
+        "no projections of its own",
+        "HookedTransformer",
+    ],
 )
 def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their_own(
     make_model: Callable[..., icl.Model], task: icl.Task, monkeypatch: pytest.MonkeyPatch, why: str
@@ -132,6 +140,8 @@ def test_replicas_are_captured_one_by_one_where_rows_cannot_have_deltas_of_their
     monkeypatch.setattr(module, "capture_changed", lambda *args, **options: pytest.fail("rows shared a batch"))
     if why == "a check of runs":  # as exact patches for one query have
         monkeypatch.setattr(model, "run_checks", (lambda tokens, positions: None,))
+    if why == "no projections of its own":
+        monkeypatch.setattr(model, "supports_projection_deltas", False)
     handles: list[Any] = []
     if why == "a hook of others":
         (name, layer) = next((n, m) for n, m in model.wrapped.named_modules() if n.endswith("mlp"))

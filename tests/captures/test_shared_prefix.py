@@ -203,6 +203,21 @@ def test_a_capture_has_the_largest_residual_of_its_batches(
     assert got.residual == 0.5
 
 
+def test_a_capture_has_the_largest_residual_of_its_prefix_blocks(
+    llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    icl.capture(llama, prompts, fields=(), progress=False)  # a model's first capture checks it, too
+    run_after, residuals = shared_prefix._run_after, iter((0.25, 0.5, 0.125))
+
+    def run_with_residuals(*args: Any, **options: Any) -> tuple[torch.Tensor, float]:
+        logits, _ = run_after(*args, **options)
+        return logits, next(residuals, 0.0)
+
+    monkeypatch.setattr(shared_prefix, "_run_after", run_with_residuals)
+    monkeypatch.setattr(shared_prefix, "PREFIX_BLOCK", len(prompts.prefix) // 3)
+    assert icl.capture(llama, prompts, fields=(), progress=False).residual == 0.5
+
+
 def test_a_prefix_block_that_does_not_fit_is_halved(
     llama: icl.Model, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
