@@ -185,6 +185,18 @@ def test_replicas_that_do_not_fit_side_by_side_are_captured_one_by_one(
     assert ("3 replicas do not fit in memory side by side" in caplog.text) == (n_fit == 2)
 
 
+def test_replicas_whose_deltas_do_not_fit_side_by_side_are_captured_one_by_one(
+    llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stacked(*args: Any) -> list[dict[str, Tensor]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    deltas = finetune_with_replicas(llama, prompts, lr=LR, replicas=2, progress=False).replicas
+    monkeypatch.setattr(module, "changes_of", stacked)
+    captures = module.capture_replicas(llama, prompts.zero_shot(), deltas, progress=False)
+    assert all(isinstance(captures[name], icl.Capture) for name in deltas)
+
+
 @pytest.mark.parametrize(("batch_size", "expected"), [(64, [8, 2]), (3, [3, 3, 3]), (1, [])])
 def test_replicas_run_in_groups(
     llama: icl.Model, prompts: icl.Prompts, monkeypatch: pytest.MonkeyPatch, batch_size: int, expected: list[int]
@@ -254,6 +266,10 @@ def test_replicas_of_other_weights_are_refused(
     monkeypatch.setattr(module, "capture", lambda *args, **options: pytest.fail("one of them ran by itself"))
     captures = module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
     assert list(captures) == list(deltas)
+    *_, last = deltas
+    mixed = {**deltas, last: dataclasses.replace(deltas[last], fingerprint="another")}
+    with pytest.raises(ValueError, match=r"expected a delta finetuned from these weights .* got one from another"):
+        module.capture_replicas(model, prompts.zero_shot(), mixed, progress=False)
     model.projections("V")[0].W.parameter.data.mul_(1.5)
     with pytest.raises(ValueError, match="expected a delta finetuned from these weights"):
         module.capture_replicas(model, prompts.zero_shot(), deltas, progress=False)
