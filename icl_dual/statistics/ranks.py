@@ -55,7 +55,7 @@ def spearman_with_sizes(
     difference = (n_negative - n_negative[..., -1:] + negative * np.arange(n)).astype(np.float64)  # of the two ranks
     with np.errstate(invalid="ignore", divide="ignore"):
         rho = from_numpy(1 - 6 * np.einsum("...i,...i->...", difference, difference) / np.float64(n * (n**2 - 1)))
-    tied = from_numpy(((in_order[..., 1:] ^ in_order[..., :-1]) <= 1).any(-1))  # of one size, of any sign
+    tied = from_numpy((in_order[..., 1:] ^ in_order[..., :-1]) <= 1).any(-1)  # of one size, of any sign
     if tied.any():
         rho[tied] = spearman(x[tied], x[tied].abs(), torch.ones_like(x[tied], dtype=torch.bool))
     return rho
