@@ -204,8 +204,9 @@ function mount(data, el, selection) {
     return [Number(state.grid)];
   }
   const firstTitle = () => {
-    const groups = quantities[state.quantity].grid;
-    return groups.length === 1 ? data.groups[groups[0]] : "all demonstrations";
+    const names = quantities[state.quantity].grid.map((g) => data.groups[g]);
+    if (names.length === 1) return names[0];
+    return names.includes("separators") ? "all demonstrations with separators" : "all demonstrations";
   };
   function drawGridOptions() {
     const options = [["first", firstTitle()], ...data.groups.map((name, g) => [String(g), name]).filter(([g]) => groupPresent[g]), ["all", "sum of all sources"]];
@@ -318,10 +319,9 @@ function mount(data, el, selection) {
 
   function drawStatus() {
     const q = quantities[state.quantity], at = cell();
-    const groups = q.grid.length === 1 ? data.groups[q.grid[0]] : "all demonstrations";
     const order = tokenElements.map((_, i) => i).sort((a, b) => Math.abs(unitValue(q, at, data.pieces.unit[b]) || 0) - Math.abs(unitValue(q, at, data.pieces.unit[a]) || 0));
     const top = data.byPiece ? `; largest token “${spoken(data.pieces.text[order[0]])}” ${format(unitValue(q, at, data.pieces.unit[order[0]]), q.signed)}` : "";
-    status.textContent = `Layer ${data.layers[state.row]}, head ${state.head}: ${q.title} of ${groups} ${format(sum(q.grid.map((g) => groupValue(q, at, g))), q.signed)}${top}.`;
+    status.textContent = `Layer ${data.layers[state.row]}, head ${state.head}: ${q.title} of ${firstTitle()} ${format(sum(q.grid.map((g) => groupValue(q, at, g))), q.signed)}${top}.`;
   }
 
   function draw() {

@@ -140,7 +140,7 @@ def test_every_control_changes_what_is_shown(
         assert amount == pytest.approx(100 * (largest[group] / largest.max()).item(), abs=0.06)
     page.get_by_label("Quantity").select_option("attention weight")
     for name, masses in {
-        "all demonstrations": decomposition.demonstration_mass[QUERY],
+        "all demonstrations with separators": decomposition.demonstration_mass[QUERY],
         "start": decomposition.mass[QUERY, ..., decomposition.groups.index("start")],
         "sum of all sources": torch.ones(decomposition.mass.shape[1:3]),
     }.items():
