@@ -1,5 +1,6 @@
 """Runs of tiny grids by engines, and the run in one process that they are held against."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,14 @@ def small_grid(model: str, n_seeds: int, **changes: Any) -> Grid:
 def worker_of(grid: Grid, folder: Path, kind: Callable[..., Worker] = Worker, **options: Any) -> Worker:
     """Return a worker for the results in a folder, with one thread, which gives the same bits everywhere."""
     return kind(grid, Results(folder), tasks=[TASK], threads=1, **options)
+
+
+class SlowWorker(Worker):
+    """A worker that takes two seconds for a cell at least: long enough for a node to be lost meanwhile."""
+
+    def _runner_of(self, cell: GridCell) -> CellRunner:
+        time.sleep(2)
+        return super()._runner_of(cell)
 
 
 class DeviceLosingWorker(Worker):

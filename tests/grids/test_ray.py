@@ -14,6 +14,7 @@ import ray
 from engine_runs import (
     DeviceLosingWorker,
     Events,
+    SlowWorker,
     check_device_losses,
     contents,
     plan_of,
@@ -52,7 +53,7 @@ def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker
 ) -> None:
     grid = small_grid(save_tiny(tmp_path / "model"), n_seeds=3)
     expected = run_here(grid, tmp_path / "here")
-    worker = worker_of(grid, tmp_path / "ray")
+    worker = worker_of(grid, tmp_path / "ray", SlowWorker)
     node = cluster.add_node(**{**NODE, "num_cpus": 1})
     claim = worker._claims.take(grid.cells()[2].id)
     assert claim is not None
@@ -68,8 +69,13 @@ def test_a_grid_is_complete_and_the_same_where_a_node_is_lost_and_another_worker
             claim.__exit__(None, None, None)
 
     events = Events(on_end, on_begin)
-    with claim:
-        summary = run_ray(worker, plan_of(worker), events)
+    module = sys.modules[SlowWorker.__module__]  # actors cannot import it
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        with claim:
+            summary = run_ray(worker, plan_of(worker), events)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
     assert set(summary.done) == {cell.id for cell in grid.cells()}
     assert contents(worker.results) == expected
     assert lost
