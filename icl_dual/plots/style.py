@@ -47,7 +47,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 repeat none of their pairs for long."""
 
 _LEGEND_HEIGHT = 0.5
-"""The height of a legend, in inches, that figures have room for; they are higher for others."""
+"""The height of a legend, in inches, that a figure of the style has room for. A figure grows by what is above it."""
 
 BAND_ALPHA = 0.2
 """The opacity of bands."""
