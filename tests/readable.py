@@ -100,8 +100,9 @@ def covered(fig: Figure) -> Iterator[str]:
         if extent.x0 < whole.x0 or extent.x1 > whole.x1 or extent.y0 < whole.y0 or extent.y1 > whole.y1:
             yield "a legend beyond the figure's edge"
     for ax in panels(fig):
-        if ax.get_window_extent(renderer).height < 0.3 * fig.bbox.height and len(panels(fig)) == 1:
-            yield "less than a third of the figure's height for its data"
+        height = ax.get_window_extent(renderer).height / fig.dpi
+        if len(panels(fig)) == 1 and ax.get_legend() and height < 1.5:
+            yield f"only {height:.2f} in of height for data, above a legend"
 
 
 def overlapping_titles(fig: Figure) -> Iterator[str]:
