@@ -552,11 +552,11 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
     side_by_side = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in side_by_side)
     if q.device.type == "cpu":
-        z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, scale=scale)
     else:
         group = q.shape[1] // k.shape[1]
         k, v = (tensor if group == 1 else tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention.default
         z, lse, *_ = kernel(q, k, v, None, True, 0.0, causal, scale=scale)
         lse = lse[..., : q.shape[2]]  # the kernel pads the rows
     return AttentionPart(z.transpose(1, 2), lse.transpose(1, 2))
@@ -746,6 +746,17 @@ def _check_same_rows(a: AttentionPart, b: AttentionPart) -> None:
 
 @checked
 @document_fields
+class Mask(NamedTuple):
+    """What positions do to the scores of a group of rows over a group of keys: the same for layers of one window."""
+
+    bias: Float[Tensor, "_ _ pos key"] | None
+    """What is added to the scores (`AttentionRule.bias`); `None` where nothing is."""
+    causal: bool
+    """Whether the rows are the tokens of the keys, in order, and see no token after themselves."""
+
+
+@checked
+@document_fields
 class AttentionRule(NamedTuple):
     """How a layer turns qᵀk into attention weights."""
 
@@ -789,16 +800,46 @@ class AttentionRule(NamedTuple):
                 f"expected q with as many heads as slopes, {len(self.slopes)}, got {q.shape[2]}: pass one slope for "
                 "each query head"
             )
-        bias, causal = None, False
-        has_bias = self.slopes is not None or self._hides(rows, keys)
-        if not has_bias and k.shape[1] and bool(keys.max() > rows.min()):
-            # Tokens that attend to themselves, in order, are causal attention: no mask has to be built.
-            causal = torch.equal(rows, keys) and bool((rows.diff() > 0).all())
-            has_bias = not causal
-        if has_bias:
-            bias = self.bias(rows.to(q.device), keys.to(q.device)).to(torch.promote_types(q.dtype, torch.float32))
+        return self.attend_masked(q, k, v, self.mask(rows, keys, q.device), check_finite=check_finite)
+
+    @checked
+    def attend_masked(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        mask: Mask,
+        check_finite: bool = True,
+    ) -> AttentionPart:
+        """Return `attend` by a mask that was made before: layers of one window have the same.
+
+        Args:
+            q: queries as scored.
+            k: keys as scored.
+            v: values.
+            mask: what `mask` returned for the positions of queries and keys.
+            check_finite: as for `attend`.
+        """
+        bias = None if mask.bias is None else mask.bias.to(torch.promote_types(q.dtype, torch.float32))
         compute = attend if check_finite else _attend_unseen
-        return compute(q, k, v, self.scale, self.softcap, bias, causal)
+        return compute(q, k, v, self.scale, self.softcap, bias, mask.causal)
+
+    @checked
+    def mask(self, rows: Int[Tensor, "#batch pos"], keys: Int[Tensor, "#batch key"], device: torch.device) -> Mask:
+        """Return what positions do to the scores of rows over keys.
+
+        Args:
+            rows: the position of each query.
+            keys: the position of each key.
+            device: the device of queries and keys.
+        """
+        has_bias = self.slopes is not None or self._hides(rows, keys)
+        if not has_bias and bool(keys.numel()) and bool(keys.max() > rows.min()):
+            # Tokens that attend to themselves, in order, are causal attention: no mask has to be built.
+            if torch.equal(rows, keys) and bool((rows.diff() > 0).all()):
+                return Mask(None, causal=True)
+            has_bias = True
+        return Mask(self.bias(rows.to(device), keys.to(device)) if has_bias else None, causal=False)
 
     @checked
     def weights(

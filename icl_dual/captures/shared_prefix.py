@@ -163,19 +163,25 @@ class PrefixCache:
         q: Tensor,
         positions: Int[Tensor, "1 pos"],
         check_finite: bool = True,
+        mask: dual.Mask | None = None,
     ) -> dual.AttentionPart:
         """Return a batch's attention over the cached tokens: a run's rows are stacked and share one matrix product."""
         batch, n_pos = q.shape[:2]
         n_rows = batch // self.n_runs
-        z, lse = rule.attend(
+        z, lse = rule.attend_masked(
             q.reshape(self.n_runs, n_rows * n_pos, *q.shape[2:]),
             self.keys[layer],
             self.values[layer],
-            positions.repeat(1, n_rows),
-            torch.arange(self.n_pos)[None],
+            self.mask(rule, positions, n_rows, q.device) if mask is None else mask,
             check_finite=check_finite,
         )
         return dual.AttentionPart(z.reshape(q.shape), lse.reshape(q.shape[:-1]))
+
+    def mask(
+        self, rule: dual.AttentionRule, positions: Int[Tensor, "1 pos"], n_rows: int, device: torch.device
+    ) -> dual.Mask:
+        """Return what a run's rows, stacked, see of the cached tokens."""
+        return rule.mask(positions.repeat(1, n_rows), torch.arange(self.n_pos)[None], device)
 
     def with_block(self, block: "PrefixCache") -> "PrefixCache":
         """Return the cache extended by a block of tokens that ran after it."""
@@ -368,6 +374,7 @@ def _run_after(
     extremes: list[Tensor] = []
     sums: list[Tensor] = []
     check_finite = model.device.type == "cpu"
+    masks = _Masks(cache, positions, len(tokens) // runs.n, model.device)
 
     @trusted
     def merge_cache(layer: int, attention: Attention) -> Tensor | None:
@@ -377,9 +384,10 @@ def _run_after(
             extremes.extend(_extremes(last.z, z[:, -1:], runs.n))
             on_attention(layer, attention)
             return None
-        row_part = rule.with_sink(rule.attend(q, k, v, positions, positions, check_finite=check_finite))
+        of_rows, of_cache = masks.of(rule)
+        row_part = rule.with_sink(rule.attend_masked(q, k, v, of_rows, check_finite=check_finite))
         extremes.extend(_extremes(row_part.z, z, runs.n))
-        cached = cache.attend(rule, layer, q, positions, check_finite=check_finite)
+        cached = cache.attend(rule, layer, q, positions, check_finite=check_finite, mask=of_cache)
         if not check_finite:  # the rows' own part would make the extremes NaN or infinite
             sums.append(cached.z.detach().sum())
         # `dual.merge` in fewer operators. Each row sees itself, so that its own part is never without keys.
@@ -408,6 +416,24 @@ def _run_after(
     if not (is_finite(logits.amax()) and is_finite(residuals)):
         check_activations(model, run)
     return logits, _check_residuals(model, residuals)
+
+
+class _Masks:
+    """What the rows of a batch see of their own tokens and of the cache: made once for all layers of a window."""
+
+    def __init__(self, cache: PrefixCache, positions: Int[Tensor, "1 pos"], n_rows: int, device: torch.device) -> None:
+        self.cache, self.positions, self.n_rows, self.device = cache, positions, n_rows, device
+        self.by_window: dict[int | None, tuple[dual.Mask, dual.Mask]] = {}
+
+    def of(self, rule: dual.AttentionRule) -> tuple[dual.Mask, dual.Mask]:
+        """Return both masks of a layer."""
+        if rule.window in self.by_window:
+            return self.by_window[rule.window]
+        of_rows = rule.mask(self.positions, self.positions, self.device)
+        masks = of_rows, self.cache.mask(rule, self.positions, self.n_rows, self.device)
+        if rule.slopes is None:  # ALiBi's differ by head: they would take much memory
+            self.by_window[rule.window] = masks
+        return masks
 
 
 class QueryBatch(NamedTuple):

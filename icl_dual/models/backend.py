@@ -5,7 +5,7 @@ how they take positions; `bridge` and `hooked` implement this interface for one 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -270,6 +270,10 @@ class Backend(ABC):
     def reinitialised(self, seed: int) -> "Backend":
         """Return a model of the same class, configuration and dtype with weights from its own initialiser."""
 
+    def attention_hook_names(self, layer: int) -> Collection[str]:
+        """Return the short names of the hooks that `attention_inputs` may need of a layer."""
+        return self.HOOK_NAMES
+
     @abstractmethod
     def attention_inputs(
         self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
@@ -278,7 +282,7 @@ class Backend(ABC):
 
         Args:
             layer: the layer.
-            activations: what the layer's `HOOK_NAMES` held, by short name.
+            activations: what the hooks of `attention_hook_names` held, by short name.
             positions: the tokens' positions.
 
         Returns:
@@ -334,8 +338,8 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"expected a backend with hooks in MLPs, got {type(self).__name__}: use a bridge")
 
-    def quiet_norms(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
-        """Let norms skip what only their hooks would receive, where nobody has hooks there, until the block ends."""
+    def skip_unhooked(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
+        """Let the model skip what only its hooks would receive, where nobody has any, until the block ends."""
 
     def skip_mlps(self, undo: Undo) -> None:  # noqa: B027 - most classes have no way to
         """Let MLPs of plain projections return zeros without computing them, until the block ends."""
@@ -391,8 +395,8 @@ class Backend(ABC):
                 replacement = (by_head if replacement is None else replacement) + momentum.z
             return None if replacement is None else replacement.to(z.dtype).reshape(z.shape)
 
-        hook_names = self.HOOK_NAMES if on_attention is not None else {"v": self.HOOK_NAMES["v"]}
-        points = {name: self.hook_points.get(f"blocks.{layer}.attn.{hook}") for name, hook in hook_names.items()}
+        names = ["v"] if on_attention is None else self.attention_hook_names(layer)
+        points = {name: self.hook_points.get(f"blocks.{layer}.attn.{self.HOOK_NAMES[name]}") for name in names}
         keeping: list[Hook] = [(point, keep(name)) for name, point in points.items() if point is not None]
         return [*keeping, (self.hook_points[f"blocks.{layer}.attn.hook_z"], call_back)]
 

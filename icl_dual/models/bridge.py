@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import AttentionBridge, TransformerBridge
-from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+)
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +42,7 @@ from icl_dual.models.backend import (
     check_direct_path,
     check_unsupported,
 )
+from icl_dual.models.bypass import bypass_unhooked, bypasses, has_hooks
 from icl_dual.models.journal import Undo
 from icl_dual.models.placement import check_placement, mlp_matrices, place
 from icl_dual.models.precision import run_copies
@@ -71,6 +76,8 @@ class BridgeBackend(Backend):
         # Those that run the original model's norm, and compute the rest for their hooks alone.
         norms: Iterator[Any] = (m for m in self.wrapped.modules() if isinstance(m, NormalizationBridge))
         self.norms = [norm for norm in norms if norm.use_native_layernorm_autograd]
+        self.bypasses = bypasses(self.original)
+        self.open_blocks = [block for block in self.wrapped.blocks if _takes_all_kwargs(block)]
 
     def check_supported(self) -> None:
         """Check for processed weights, models that are not decoders, and attention that cannot be split."""
@@ -118,12 +125,19 @@ class BridgeBackend(Backend):
         if self.arithmetic is not None or self.offloaded:
             run_copies([self.wrapped, self.original], list(self.wrapped.blocks), self.arithmetic, self.device, undo)
 
-    def quiet_norms(self, undo: Undo) -> None:
-        """Let norms compute their output alone, without the scale and the vector that their hooks would receive."""
+    def skip_unhooked(self, undo: Undo) -> None:
+        """Run modules without the components around them that have no hooks, and norms without what only hooks receive.
+
+        Such norms compute their output alone, without the scale and the normalised vector. Blocks that take all
+        arguments do not read their signature at each pass, which takes as long as a norm.
+        """
+        bypassed = bypass_unhooked(self.wrapped, self.bypasses, undo)
         for norm in self.norms:
             hooks: tuple[Any, ...] = norm.hook_scale, norm.hook_normalized
-            if not any(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks for hook in hooks):
+            if norm not in bypassed and not any(map(has_hooks, hooks)):
                 _replace(norm, "_hf_autograd_forward_with_hooks", partial(_native_norm, norm.original_component), undo)
+        for block in self.open_blocks:
+            _replace(block, "_filter_kwargs_for_forward", _same_kwargs, undo)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""
@@ -224,29 +238,41 @@ class BridgeBackend(Backend):
             place(bridge, self.device, {layer: matrices[layer][0].device for layer in self.offloaded})
         return BridgeBackend(bridge, self.arithmetic)
 
+    def attention_hook_names(self, layer: int) -> Collection[str]:
+        """Return the hooks for queries before and after rotation, rotated keys, and values, where all of them fire."""
+        if type(self._attn(layer)).forward is not PositionEmbeddingsAttentionBridge.forward:
+            return self.HOOK_NAMES
+        normed = self._norms(layer)
+        scored = ("q_normed", "k_normed") if normed == "after rotation" else ("rot_q", "rot_k")
+        return ("q_normed" if normed == "before rotation" else "q", *scored, "v")
+
     def attention_inputs(
         self, layer: int, activations: dict[str, Tensor], positions: Int[Tensor, " pos"]
     ) -> tuple[Tensor, ...]:
         """Return the attention inputs; rotary embedding is computed here where no hook holds its result."""
         normed = self._norms(layer)
-        q, k = (
-            self._by_head(activations[name + "_normed" * (normed == "before rotation")], n_heads, normed is not None)
-            for name, n_heads in (("q", self.n_heads), ("k", self.n_key_value_heads))
-        )
+        suffix = "_normed" if normed == "before rotation" else ""
+
+        def pre_rotary(name: Literal["q", "k"]) -> Tensor:
+            n_heads = self.n_heads if name == "q" else self.n_key_value_heads
+            return self._by_head(activations[name + suffix], n_heads, normed is not None)
+
+        q = pre_rotary("q")
         if normed == "after rotation":
             scored_q, scored_k = (activations[name].transpose(1, 2) for name in ("q_normed", "k_normed"))
         elif "rot_q" in activations:
             scored_q, scored_k = activations["rot_q"], activations["rot_k"]
         elif "cos" in activations:  # fused rotary attention (GPT-NeoX) has these hooks but fires only its angles
-            scored_q, scored_k = (_rotate(x, activations["cos"], activations["sin"]) for x in (q, k))
+            cos, sin = activations["cos"], activations["sin"]
+            scored_q, scored_k = (_rotate(x, cos, sin) for x in (q, pre_rotary("k")))
         elif self.architecture in ("GPTJForCausalLM", "CodeGenForCausalLM"):  # their angles are a table by position
             angles = self._attn(layer).original_component.embed_positions[positions].to(q)
             sin, cos = angles.repeat_interleave(2, dim=-1)[None].chunk(2, dim=-1)
-            scored_q, scored_k = (_rotate(x, cos, sin, pairs=True) for x in (q, k))
+            scored_q, scored_k = (_rotate(x, cos, sin, pairs=True) for x in (q, pre_rotary("k")))
         elif self.architecture == "Llama4ForCausalLM":
-            scored_q, scored_k = self._llama4_scored(layer, q, k, positions)
+            scored_q, scored_k = self._llama4_scored(layer, q, pre_rotary("k"), positions)
         else:
-            scored_q, scored_k = q, k
+            scored_q, scored_k = q, pre_rotary("k")
         return scored_q, scored_k, self.values_by_head(activations["v"]), q
 
     def pre_rotary_hooks(self, layer: int, kind: Literal["Q", "K"], callback: OnTensor) -> list[Hook]:
@@ -445,6 +471,18 @@ def _replace(module: Any, name: str, method: Callable[..., Any], undo: Undo) -> 
     else:
         undo.push(setattr, module, name, own)
     setattr(module, name, method)
+
+
+def _takes_all_kwargs(block: Any) -> bool:
+    """Return whether a block passes all keyword arguments on to its layer, whose forward pass takes any."""
+    if type(block)._filter_kwargs_for_forward is not BlockBridge._filter_kwargs_for_forward:  # pyright: ignore[reportPrivateUsage]
+        return False
+    parameters = inspect.signature(block.original_component.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _same_kwargs(kwargs: dict[str, Any], n_positional: int = 0) -> dict[str, Any]:
+    return kwargs
 
 
 def _native_norm(component: Any, x: Tensor) -> Tensor:

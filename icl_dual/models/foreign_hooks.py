@@ -44,13 +44,42 @@ def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
     Those that TransformerLens and transformers have put there for themselves are left out: transformers' stay for good
     once a forward pass has returned attentions or hidden states, and TransformerLens's `run_with_cache` asks for these.
     """
+    # Making names takes longer than a layer runs, and mostly there are no hooks.
+    if not any(map(_foreign, modules_of(wrapped))):
+        return []
     return [
         (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH, frozenset())).encode()).hexdigest())
         for module, name in _named_modules(wrapped).items()
-        for hooks in _hooks_of(module)
-        for hook in map(_unwrapped, hooks.values())
-        if not str(getattr(hook, "__module__", "")).startswith(OWN_MODULES)
+        for hook in _foreign(module)
     ]
+
+
+def modules_of(wrapped: nn.Module, leave_out: type[nn.Module] | None = None) -> Iterator[nn.Module]:
+    """Yield each module that a model runs once, those of a bridge's original model included, without their names.
+
+    Args:
+        wrapped: the model.
+        leave_out: a class of which no module is yielded.
+    """
+    pending: list[nn.Module | None] = [wrapped, getattr(wrapped, "original_model", None)]
+    visited = set[nn.Module]()
+    while pending:
+        module = pending.pop()
+        if module is None or module in visited:
+            continue
+        visited.add(module)
+        yield module
+        children: Iterable[nn.Module | None] = cast(Any, module)._modules.values()
+        pending += children if leave_out is None else [child for child in children if type(child) is not leave_out]
+
+
+def _foreign(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return a module's foreign hooks."""
+    before, after = _hooks_of(module)
+    if not (before or after):
+        return []
+    hooks = map(_unwrapped, (*before.values(), *after.values()))
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(OWN_MODULES)]
 
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:

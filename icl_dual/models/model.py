@@ -33,7 +33,7 @@ from icl_dual.models.backend import (
 from icl_dual.models.bridge import BridgeBackend
 from icl_dual.models.changes import WeightChanges, projection_deltas_of
 from icl_dual.models.direct_path import DirectPath, direct_path
-from icl_dual.models.foreign_hooks import foreign_hooks, remove_hook
+from icl_dual.models.foreign_hooks import foreign_hooks, modules_of, remove_hook
 from icl_dual.models.hooked import HookedBackend, is_hooked_transformer
 from icl_dual.models.journal import Undo, exclusive, journal_of
 from icl_dual.models.mlp import MlpChanges
@@ -383,7 +383,7 @@ class Model:
             _set_evaluation_mode(self.wrapped, undo)
             exact_float32(undo)
             backend.run_copies(undo)
-            backend.quiet_norms(undo)
+            backend.skip_unhooked(undo)
             if skip_mlps:
                 backend.skip_mlps(undo)
             return backend.forward(tokens, positions)
@@ -483,13 +483,10 @@ class Model:
         changes = [tensor for changes in self.weight_changes for tensor in changes.values()]
         changes += [tensor for changes in self.mlp_changes for tensor in changes.tensors()]
         changes += [change.vector for change in self.stream_changes]
-        parts: list[Tensor] = []
-        for parameter in (*self.backend.forward_weights(), *changes):
-            flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
-            stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)
-            while stride > 1 and math.gcd(stride, n_columns) > 1:  # else it would read some columns only
-                stride -= 1
-            parts.append(flat[::stride].contiguous().view(torch.uint8))
+        parameters = [*self.backend.forward_weights(), *changes]  # those of attention twice, of most models
+        part_of = {id(parameter): parameter for parameter in parameters}
+        parts_by_id = {key: _evenly_spread(parameter) for key, parameter in part_of.items()}
+        parts = [parts_by_id[id(parameter)] for parameter in parameters]
         for _, on_device in itertools.groupby(parts, key=lambda part: part.device):  # each device is read once
             digest.update(torch.cat(list(on_device)).cpu().numpy().tobytes())
         if self.momentum is not None:
@@ -509,6 +506,15 @@ class Model:
     def foreign_hook_names(self) -> list[str]:
         """Return the place and the function of each hook of others on the model, e.g. `blocks.1.hook_out: add`."""
         return [f"{module}: {hook}" for module, hook, _ in foreign_hooks(self.wrapped)]
+
+
+def _evenly_spread(parameter: Tensor) -> Tensor:
+    """Return the bytes of some elements of a parameter, at a stride that reaches every column."""
+    flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
+    stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)
+    while stride > 1 and math.gcd(stride, n_columns) > 1:  # else it would read some columns only
+        stride -= 1
+    return flat[::stride].contiguous().view(torch.uint8)
 
 
 def _momentum(
@@ -576,15 +582,7 @@ def _detach(module: nn.Module, hook_fn: Callable[..., Any]) -> None:
 
 def _set_evaluation_mode(wrapped: nn.Module, undo: Undo) -> None:
     """Switch dropout off."""
-    # A bridge runs the modules of the original model, whose own top is not among its modules.
-    pending: list[nn.Module | None] = [wrapped, getattr(wrapped, "original_model", None)]
-    visited = set[nn.Module]()
-    while pending:  # torch's own walk makes a name for each module, which takes longer than a layer
-        module = pending.pop()
-        if module is None or module in visited:
-            continue
-        visited.add(module)
-        pending += module._modules.values()  # pyright: ignore[reportPrivateUsage]
+    for module in modules_of(wrapped, leave_out=HookPoint):  # which do the same in both modes
         if module.training:
             undo.set(module, "training", False)
 
