@@ -37,7 +37,7 @@ COMPONENTS = "transformer_lens.model_bridge."
 
 @dataclass(frozen=True)
 class Bypass:
-    """A place in the Hugging Face model where a component of the bridge runs, and the module that can run instead."""
+    """A place in the Hugging Face model where a component of the bridge runs, and its module can run instead."""
 
     modules: dict[str, nn.Module | None]
     """The submodules of the parent."""
@@ -45,8 +45,6 @@ class Bypass:
     """The component's name in the parent."""
     component: nn.Module
     """The component of the bridge."""
-    original: nn.Module
-    """The module that it calls."""
     listening: tuple[nn.Module, ...]
     """The component, its hook points, and the components within it."""
 
@@ -65,7 +63,7 @@ def bypasses(original_model: nn.Module) -> list[Bypass]:
         if not isinstance(module, GeneralizedComponent | HookPoint) and module not in attention
     )
     return [
-        Bypass(parent._modules, name, child, cast(Any, child).original_component, tuple(_listening(child)))  # pyright: ignore[reportPrivateUsage]
+        Bypass(parent._modules, name, child, tuple(_listening(child)))  # pyright: ignore[reportPrivateUsage]
         for parent in parents
         for name, child in parent.named_children()
         if _passes_on(child)
@@ -90,7 +88,7 @@ def bypass_unhooked(wrapped: Any, places: Sequence[Bypass], undo: Undo) -> set[n
         is_current = place.modules.get(place.name) is place.component
         if is_current and not any(has_hooks(module, count_own=forks) for module in place.listening):
             bypassed.append(place)
-            place.modules[place.name] = place.original
+            place.modules[place.name] = cast(Any, place.component).original_component  # peft may have replaced it
     return {place.component for place in bypassed}
 
 

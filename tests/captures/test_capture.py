@@ -431,7 +431,7 @@ def test_large_numbers_of_one_run_hide_no_residual_of_another(
     changes = [random_changes(llama, seed, ("V",)) for seed in range(2)]
     changes[1 - wrong]["W_V"] *= 1e4
     assert capture_changed(llama, prompts, changes, progress=False)[0].residual < 1e-4
-    attend = AttentionRule.attend
+    attend = AttentionRule.attend_masked
 
     def spoilt(rule: AttentionRule, q: torch.Tensor, *args: Any, **options: Any) -> Any:
         attended = attend(rule, q, *args, **options)
@@ -440,7 +440,7 @@ def test_large_numbers_of_one_run_hide_no_residual_of_another(
             attended.z.chunk(2)[wrong].mul_(1.01)
         return attended
 
-    monkeypatch.setattr(AttentionRule, "attend", spoilt)
+    monkeypatch.setattr(AttentionRule, "attend_masked", spoilt)
     with pytest.raises(icl.UnsupportedModelError, match="expected attention recomputed from queries, keys and values"):
         capture_changed(llama, prompts, changes, progress=False)
 
