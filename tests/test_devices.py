@@ -293,18 +293,18 @@ def test_hidden_infinities_are_looked_at_only_where_a_sum_is_not_finite(
     """An attention that is computed without a look is computed once more, with one, where it may be wrong: over the
     rows' own tokens or over those before them."""
     looks: list[bool] = []
-    attend = icl.dual.AttentionRule.attend
+    attend = icl.dual.AttentionRule.attend_masked
 
-    def spoilt(rule: Any, *tensors: Tensor, check_finite: bool = True) -> Any:
+    def spoilt(rule: Any, q: Any, k: Any, v: Any, mask: icl.dual.Mask, check_finite: bool = True) -> Any:
         looks.append(check_finite)
-        part, (*_, rows, keys) = attend(rule, *tensors, check_finite=check_finite), tensors
-        is_of_cache = bool(keys.max() < rows.min())
+        part = attend(rule, q, k, v, mask, check_finite=check_finite)
+        is_of_cache = not mask.causal
         return part if check_finite or is_of_cache != of_cache else part._replace(z=part.z * torch.nan)
 
     expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
     model = model_of(there=True)
     with pretended_device():
-        monkeypatch.setattr(icl.dual.AttentionRule, "attend", spoilt)
+        monkeypatch.setattr(icl.dual.AttentionRule, "attend_masked", spoilt)
         got = icl.capture(model, prompts_of(model), fields=FIELDS, progress=False)
     assert {True, False} == set(looks)
     for name, tensor in tensors_of(got).items():
@@ -319,9 +319,9 @@ def test_one_layer_s_hidden_infinities_before_the_rows_are_looked_at(
     looks: list[tuple[int, bool]] = []
     attend = shared_prefix.PrefixCache.attend
 
-    def spoilt(cache: Any, rule: Any, layer: int, *tensors: Tensor, check_finite: bool = True) -> Any:
+    def spoilt(cache: Any, rule: Any, layer: int, *inputs: Any, check_finite: bool, mask: icl.dual.Mask) -> Any:
         looks.append((layer, check_finite))
-        part = attend(cache, rule, layer, *tensors, check_finite=check_finite)
+        part = attend(cache, rule, layer, *inputs, check_finite=check_finite, mask=mask)
         return part if check_finite or layer != spoilt_layer else part._replace(z=part.z * torch.nan)
 
     expected = icl.capture(model_of(there=False), prompts_of(model_of(there=False)), fields=FIELDS, progress=False)
