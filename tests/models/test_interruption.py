@@ -101,10 +101,11 @@ def state_of(model: icl.Model) -> list[Any]:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     ]
+    children = [[*module._modules.values()] for module in modules]
     values = [parameter.detach().view(torch.uint8).sum().item() for parameter in model.backend.forward_weights()]
     named = model.name, model.description, model.momentum is None, model.weight_changes
     modes = torch.is_grad_enabled(), torch.backends.cuda.matmul.fp32_precision, packs()
-    return [hooks, handles, [module.training for module in modules], weights, values, named, modes]
+    return [hooks, handles, children, [module.training for module in modules], weights, values, named, modes]
 
 
 def packs() -> bool:
