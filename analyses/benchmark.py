@@ -77,6 +77,11 @@ RATIOS = {
 }
 
 
+RANDOM_WIDTHS = {"random-1.3b": 2048, "random-narrow": 64}
+"""The widths of models with random weights. A pass of the narrow one takes what it takes besides arithmetic: Python and
+the launches of operators, which is what a large model's takes where a GPU waits for them."""
+
+
 def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
     """Return how far what contenders capture is from ours, relatively; raise where that is more than rounding."""
     race = race.subset(list(range(min(4, len(race.prompts.queries)))))
@@ -198,13 +203,13 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     return megabytes
 
 
-def random_model(folder: Path) -> str:
-    """Save a Llama of the 1.3B shape with random weights and a tokenizer: 24 layers, 2048 wide, 16 heads."""
+def random_model(width: int, folder: Path) -> str:
+    """Save a Llama with random weights and a tokenizer, of the 1.3B shape but for its width: 24 layers, 16 heads."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=2048,
-        intermediate_size=8192,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=24,
         num_attention_heads=16,
         max_position_embeddings=2048,
@@ -291,8 +296,8 @@ def draw(result: dict, path: Path) -> None:
 
 
 def model_or_random(text: str) -> str:
-    """Return the name of a model, or of a random one of the 1.3B shape."""
-    return text if text == "random-1.3b" else model_name(text)
+    """Return the name of a model, or of a random one."""
+    return text if text in RANDOM_WIDTHS else model_name(text)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -302,7 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model",
         type=model_or_random,
         default="smollm2-135m",
-        help="packaged model, hub id, folder, or random-1.3b (%(default)s)",
+        help=f"packaged model, hub id, folder, {' or '.join(RANDOM_WIDTHS)} (%(default)s)",
     )
     add("--task", default="sst2", choices=icl.TASKS)
     add("--k", type=positive, default=32, help="demonstrations (%(default)s)")
@@ -322,7 +327,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        race(args, random_model(Path(folder)) if args.model == "random-1.3b" else args.model)
+        width = RANDOM_WIDTHS.get(args.model)
+        race(args, args.model if width is None else random_model(width, Path(folder)))
 
 
 def race(args: argparse.Namespace, model: str) -> None:

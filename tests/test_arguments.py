@@ -424,6 +424,9 @@ def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:
         icl.ArgumentError, match=r"icl_dual\.Cell: expected lr as .*, got '0\.1' \(str\): leave out the"
     ):
         icl.Cell(model="m", task="t", k=1, seed=1, lr=text)
+    loaded: Any = tiny_model()
+    with pytest.raises(icl.ArgumentError, match=r"expected model as text .*, got Model\(.*: pass its name, 'tiny'"):
+        icl.Cell(model=loaded, task="t", k=1, seed=1, lr=0.1)
     with pytest.raises(TypeError, match=r"missing .*'lr'"):
         icl.Cell(model="m", task="t", k=1, seed=1)  # pyright: ignore[reportCallIssue]
 

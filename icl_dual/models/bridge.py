@@ -240,7 +240,8 @@ class BridgeBackend(Backend):
 
     def attention_hook_names(self, layer: int) -> Collection[str]:
         """Return the hooks for queries before and after rotation, rotated keys, and values, where all of them fire."""
-        if type(self._attn(layer)).forward is not PositionEmbeddingsAttentionBridge.forward:
+        rotary: Any = PositionEmbeddingsAttentionBridge
+        if getattr(self._attn(layer).forward, "__func__", None) is not rotary.forward:
             return self.HOOK_NAMES
         normed = self._norms(layer)
         scored = ("q_normed", "k_normed") if normed == "after rotation" else ("rot_q", "rot_k")
@@ -475,7 +476,8 @@ def _replace(module: Any, name: str, method: Callable[..., Any], undo: Undo) -> 
 
 def _takes_all_kwargs(block: Any) -> bool:
     """Return whether a block passes all keyword arguments on to its layer, whose forward pass takes any."""
-    if type(block)._filter_kwargs_for_forward is not BlockBridge._filter_kwargs_for_forward:  # pyright: ignore[reportPrivateUsage]
+    own: Any = BlockBridge
+    if getattr(block._filter_kwargs_for_forward, "__func__", None) is not own._filter_kwargs_for_forward:
         return False
     parameters = inspect.signature(block.original_component.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -22,9 +22,9 @@ from transformer_lens.model_bridge.generalized_components.conv1d import Conv1DBr
 
 from icl_dual.models.journal import Undo
 
-PASSING_ON: set[Callable[..., Any]] = {
-    component.forward for component in (Conv1DBridge, GatedMLPBridge, LinearBridge, MLPBridge, NormalizationBridge)
-}
+_COMPONENTS: tuple[Any, ...] = (Conv1DBridge, GatedMLPBridge, LinearBridge, MLPBridge, NormalizationBridge)
+
+PASSING_ON: set[Callable[..., Any]] = {component.forward for component in _COMPONENTS}
 """The forward passes that only call the component's module, with hook points before and after it."""
 
 FORKS = "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"

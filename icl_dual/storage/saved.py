@@ -64,7 +64,7 @@ class Saved(BaseResult):
         """Write the result into a folder, as safetensors and JSON.
 
         Args:
-            folder: a new folder, or one that holds such a result already.
+            folder: a new folder, or one that holds such a result already: the new result replaces it.
             about: more JSON values to keep with it, such as settings and provenance; `load` does not return them.
 
         Raises:

@@ -94,7 +94,7 @@ def test_a_hook_on_gradients_runs(make_model: Callable[..., icl.Model], architec
     for name, point in points.items():
         gradients: list[list[torch.Tensor]] = [[], []]
         for run, fired in zip((bridge_logits, lambda model: model.run(TOKENS)), gradients, strict=True):
-            point.add_hook(lambda gradient, hook, fired=fired: fired.append(gradient.clone()), dir="bwd")
+            point.add_hook(lambda tensor, *, hook, fired=fired: fired.append(tensor.clone()), dir="bwd")
             run(model).square().sum().backward()
             point.remove_hooks("bwd")
             model.wrapped.original_model.zero_grad()
