@@ -5,7 +5,8 @@ difference of outputs; with momentum, its two sums besides. Beside each layer's 
 relaxation of it. `icl_dual.decomposition` adds what follows from W_O and from the zero-shot run, and checks the sums.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -29,7 +30,10 @@ from icl_dual.statistics import ranks
 from icl_dual.torch_utils import vector_norm
 
 LAYERS_AT_ONCE = 2
-"""How many layers are decomposed in parallel; the memory of a layer's weights is needed for each."""
+"""How many layers a CPU decomposes in parallel; the memory of a layer's weights is needed for each."""
+
+SCORES_AT_ONCE = 1 << 23
+"""How many scores another device computes at once: launching operators takes as long for many layers as for one."""
 
 
 @document_fields
@@ -82,21 +86,13 @@ def split_layers(
     """Return the split and the relaxation of every layer."""
     positions = _PositionsTwice.of(in_context.prompts, W_O.device)
 
-    @trusted
-    def split_layer(index: int, sums: list[Tensor] | None) -> tuple[Tensor | None, ...]:
-        layer = _LayerInputs.of_capture(in_context, index, model)
-        terms = _split(layer, positions, W_O[index], sums)
+    def compute(
+        layer: _LayerInputs, W: Float[Tensor, "head d_head d_model"], sums: list[Tensor] | None
+    ) -> tuple[Tensor | None, ...]:
+        terms = _split(layer, positions, W, sums)
         return *terms, *_relax(layer, positions.on_device, terms)
 
-    def split_all(sums: list[Tensor] | None) -> list[Any]:
-        split = partial(split_layer, sums=sums)
-        if sums is not None:
-            return _stack_layers(map(split, range(model.n_layers)), model.n_layers)
-        # Ranking is numpy's, on one thread: the next layer uses the other.
-        with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-            return _stack_layers(pool.map(split, range(model.n_layers)), model.n_layers)
-
-    stacked = _looked_at_once(W_O.device, split_all)
+    stacked = _of_all_layers(model, partial(_LayerInputs.of_capture, in_context, model), W_O, compute)
     n_terms = len(SplitTerms._fields)
     return SplitTerms(*stacked[:n_terms]), Relaxation(*stacked[n_terms:])
 
@@ -108,16 +104,9 @@ def full_prompt_z(
     terms."""
     first = replace(prompts, queries=prompts.queries[:1], gold=prompts.gold[:1])
     positions = _PositionsTwice.of(first, W_O.device)
-
-    @trusted
-    def z_of_layer(index: int, sums: list[Tensor] | None) -> Tensor:
-        layer = _LayerInputs.of_full_prompt(full_prompt, index, positions.on_device, model)
-        return _split(layer, positions, W_O[index], sums).z
-
-    def z_of_all(sums: list[Tensor] | None) -> Tensor:
-        return torch.stack([z_of_layer(index, sums) for index in range(model.n_layers)], dim=1)
-
-    return _looked_at_once(W_O.device, z_of_all)
+    inputs_of = partial(_LayerInputs.of_full_prompt, full_prompt, positions.on_device, model)
+    (z,) = _of_all_layers(model, inputs_of, W_O, lambda layer, W, sums: (_split(layer, positions, W, sums).z,))
+    return z
 
 
 @dataclass(frozen=True)
@@ -170,43 +159,119 @@ class _PositionsTwice(NamedTuple):
 
 
 class _LayerInputs(NamedTuple):
-    """One layer's queries at the recorded positions, and all their keys and values, in float64."""
+    """One layer's queries at the recorded positions, and all their keys and values, in float64.
+
+    Those of several layers of one rule have an axis for layers in front.
+    """
 
     rule: dual.AttentionRule
-    q: Float[Tensor, "query head d_head"]
-    query_k: Float[Tensor, "query query_pos kv_head d_head"]
-    query_v: Float[Tensor, "query query_pos kv_head d_head"]
-    demo_k: Float[Tensor, "demo_pos kv_head d_head"]
-    demo_v: Float[Tensor, "demo_pos kv_head d_head"]
-    eta: Float[Tensor, " head"] | None
+    q: Float[Tensor, "*layer query head d_head"]
+    query_k: Float[Tensor, "*layer query query_pos kv_head d_head"]
+    query_v: Float[Tensor, "*layer query query_pos kv_head d_head"]
+    demo_k: Float[Tensor, "*layer demo_pos kv_head d_head"]
+    demo_v: Float[Tensor, "*layer demo_pos kv_head d_head"]
+    eta: Float[Tensor, "*layer head"] | None
 
     @classmethod
-    def of_capture(cls, in_context: Capture, layer: int, model: Model) -> "_LayerInputs":
-        """Return a layer's inputs in a capture."""
-        keys_values = in_context.keys_values
+    def of_capture(cls, in_context: Capture, model: Model, layers: Sequence[int]) -> "_LayerInputs":
+        """Return the inputs of layers in a capture."""
+        keys_values, at = in_context.keys_values, _indices(layers)
         assert keys_values is not None
         # Each head's keys side by side in memory: otherwise every product over them copies them.
         side_by_side: dict[str, Any] = {"dtype": torch.float64, "memory_format": torch.contiguous_format}
         by_query = (keys_values.query_keys, keys_values.query_values)
-        query_k, query_v = (t[:, layer].transpose(1, 2).to(**side_by_side).transpose(1, 2) for t in by_query)
-        demo_k, demo_v = (t[layer].double() for t in (keys_values.demo_keys, keys_values.demo_values))
-        q = field_of(in_context, "q_scored")[:, layer].double()
-        return cls(model.attention_rules[layer], q, query_k, query_v, demo_k, demo_v, _eta(model, layer, q.device))
+        query_k, query_v = (t[:, at].movedim(1, 0).transpose(2, 3).to(**side_by_side).transpose(2, 3) for t in by_query)
+        demo_k, demo_v = (t[at].double() for t in (keys_values.demo_keys, keys_values.demo_values))
+        q = field_of(in_context, "q_scored")[:, at].movedim(1, 0).double()
+        return cls(model.attention_rules[layers[0]], q, query_k, query_v, demo_k, demo_v, _eta(model, at, q.device))
 
     @classmethod
     def of_full_prompt(
-        cls, full_prompt: FullPromptPass, layer: int, positions: Positions, model: Model
+        cls, full_prompt: FullPromptPass, positions: Positions, model: Model, layers: Sequence[int]
     ) -> "_LayerInputs":
-        """Return a layer's inputs in the plain forward pass over the first query's full prompt."""
-        q, k, v = (tensor[layer].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
-        query, demo = positions.query[0], positions.demo
-        rule, eta = model.attention_rules[layer], _eta(model, layer, q.device)
-        return cls(rule, q[None], k[None, query], v[None, query], k[demo], v[demo], eta)
+        """Return the inputs of layers in the plain forward pass over the first query's full prompt."""
+        at, query, demo = _indices(layers), positions.query[0], positions.demo
+        q, k, v = (tensor[at].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
+        of_query = (tensor[:, None, query] for tensor in (k, v))
+        of_demos = (tensor[:, demo] for tensor in (k, v))
+        return cls(model.attention_rules[layers[0]], q[:, None], *of_query, *of_demos, _eta(model, at, q.device))
+
+    @property
+    def n_scores(self) -> int:
+        """Return the number of scores."""
+        return self.q[..., 0].numel() * (self.query_k.shape[-3] + self.demo_k.shape[-3])
+
+    def first(self) -> "_LayerInputs":
+        """Return the inputs of the first of several layers, without their axis."""
+        return _LayerInputs(self.rule, *(None if tensor is None else tensor[0] for tensor in self[1:]))  # pyright: ignore[reportArgumentType]
 
 
-def _eta(model: Model, layer: int, device: torch.device) -> Float[Tensor, " head"] | None:
-    """Return a layer's η, zero or not, where the model has momentum: all its layers have the same terms."""
-    return None if model.momentum is None else model.momentum[layer].to(device)
+_Part = tuple[Sequence[int], Sequence[Tensor | None]]
+"""Indices of layers, and tensors of them `[query layer …]`."""
+
+
+def _indices(layers: Sequence[int]) -> slice | list[int]:
+    """Return what indexes layers, as views where they follow each other."""
+    is_range = [*layers] == [*range(layers[0], layers[0] + len(layers))]
+    return slice(layers[0], layers[0] + len(layers)) if is_range else [*layers]
+
+
+def _of_all_layers(
+    model: Model,
+    inputs_of: Callable[[Sequence[int]], _LayerInputs],
+    W_O: Float[Tensor, "layer head d_head d_model"],
+    compute: Callable[[_LayerInputs, Tensor, list[Tensor] | None], tuple[Tensor | None, ...]],
+) -> list[Any]:
+    """Return what is computed of each layer, `[query layer …]`.
+
+    On a CPU layers run one by one, two at once. Elsewhere those of one rule run as a batch of every operator, but for
+    momentum, and for sinks and ALiBi, which are tensors of a layer's own.
+
+    Args:
+        model: the model.
+        inputs_of: returns the inputs of some layers of one rule.
+        W_O: the output projections.
+        compute: takes a layer's inputs, its W_O and the sums of `_looked_at_once`; returns tensors `[query …]`.
+    """
+    rules, n_layers, compute = model.attention_rules, model.n_layers, trusted(compute)
+    has_own = model.momentum is not None or any(rule.slopes is not None or rule.sink is not None for rule in rules)
+
+    def of_layer(index: int, sums: list[Tensor] | None) -> _Part:
+        computed = compute(inputs_of([index]).first(), W_O[index], sums)
+        return [index], [None if tensor is None else tensor.unsqueeze(1) for tensor in computed]
+
+    def of_rule(rule: dual.AttentionRule, sums: list[Tensor]) -> Iterator[_Part]:
+        def of_one(*tensors: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+            *inputs, W = tensors
+            own_sums: list[Tensor] = []
+            computed = enumerate(compute(_LayerInputs(rule, *inputs, eta=None), W, own_sums))
+            return {place: tensor for place, tensor in computed if tensor is not None}, torch.stack(own_sums).sum()
+
+        layers = [layer for layer in range(n_layers) if rules[layer] == rule]
+        n_at_once = max(1, SCORES_AT_ONCE // inputs_of(layers[:1]).n_scores)
+        for first in range(0, len(layers), n_at_once):
+            some = layers[first : first + n_at_once]
+            _, *inputs, _ = inputs_of(some)
+            computed, total = torch.func.vmap(of_one, out_dims=(1, 0))(*inputs, W_O[_indices(some)])
+            sums.append(total.sum())
+            yield some, [computed.get(place) for place in range(max(computed) + 1)]
+
+    def of_all(sums: list[Tensor] | None) -> list[Any]:
+        if sums is None:
+            # Ranking is numpy's, on one thread: the next layer uses the other.
+            with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
+                return _stack_layers(pool.map(partial(of_layer, sums=None), range(n_layers)), n_layers)
+        if has_own:
+            return _stack_layers((of_layer(index, sums) for index in range(n_layers)), n_layers)
+        by_rule = (of_rule(rule, sums) for rule in dict.fromkeys(rules))
+        return _stack_layers(itertools.chain.from_iterable(by_rule), n_layers)
+
+    return _looked_at_once(W_O.device, of_all)
+
+
+def _eta(model: Model, at: slice | list[int], device: torch.device) -> Float[Tensor, "layer head"] | None:
+    """Return layers' η, zero or not, where the model has momentum: all its layers have the same terms."""
+    return None if model.momentum is None else model.momentum[at].to(device)
 
 
 def _looked_at_once(device: torch.device, compute: Callable[[list[Tensor] | None], Any]) -> Any:
@@ -352,15 +417,20 @@ def _rank_agreement(
     return ranks.spearman(logits, weights.abs_(), visible)
 
 
-def _stack_layers(layers: Iterable[tuple[Tensor | None, ...]], n_layers: int) -> list[Any]:
-    """Return each of the layers' tensors with a layer axis: written as the layers come, so that none is held twice."""
+def _stack_layers(parts: Iterable[_Part], n_layers: int) -> list[Any]:
+    """Return the tensors of some layers after others as those of all: written as they come, so that none is held twice.
+
+    Args:
+        parts: the layers, in any order.
+        n_layers: the number of layers.
+    """
     stacked: list[Any] = []
-    for index, tensors in enumerate(layers):
-        if not index:
-            stacked = [None if t is None else t.new_empty(len(t), n_layers, *t.shape[1:]) for t in tensors]
+    for layers, tensors in parts:
+        if not stacked:
+            stacked = [None if t is None else t.new_empty(len(t), n_layers, *t.shape[2:]) for t in tensors]
         for all_layers, tensor in zip(stacked, tensors, strict=True):
             if all_layers is not None and tensor is not None:
-                all_layers[:, index] = tensor
+                all_layers[:, _indices(layers)] = tensor
     return stacked
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import icl_dual as icl
+from icl_dual import attention_split
 from icl_dual.captures import shared_prefix
 from icl_dual.models import tiny_model
 from icl_dual.models.bridge import boot
@@ -243,10 +244,36 @@ def test_the_operators_of_a_finetuning_step() -> None:
     assert by_layer_and_one_more(launches, 4, 12) <= 1.05 * bare
 
 
-def test_the_operators_of_a_decomposition() -> None:
-    """By layer: two captures' attentions over groups of keys, their sums through W_O, and the residuals."""
+def test_the_operators_of_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one rule share them: two captures' attentions over groups of keys, and their sums through W_O."""
     few, many = decompose_counts(2), decompose_counts(4)
-    assert (many["launches"] - few["launches"]) / 2 <= 310  # 303
+    assert many["launches"] == few["launches"] <= 480  # 466
+    monkeypatch.setattr(attention_split, "SCORES_AT_ONCE", 1)
+    assert (decompose_counts(4)["launches"] - decompose_counts(2)["launches"]) / 2 <= 310
+
+
+@pytest.mark.parametrize("architecture", ["gemma3-window", "mistral-window", "gptoss-window", "bloom", "gpt2"])
+@pytest.mark.parametrize("scores_at_once", [1, 700, 1 << 23])
+def test_layers_of_one_rule_are_split_together(
+    make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch, architecture: str, scores_at_once: int
+) -> None:
+    """Of windows, sinks and ALiBi, and with as many layers as fit, the terms are those of each layer by itself."""
+    monkeypatch.setattr(attention_split, "SCORES_AT_ONCE", scores_at_once)
+    model = make_model(architecture)
+    prompts = prompts_of(model)
+    captures = {
+        name: icl.capture(model, each, fields=FIELDS, progress=False)
+        for name, each in (("zero_shot", prompts.zero_shot()), ("in_context", prompts))
+    }
+    expected = tensors_of(icl.decompose(model, **captures))
+    pretend_device.move(model.wrapped)
+    pretend_device.move(model.wrapped.original_model)
+    with pretended_device():
+        moved = {name: capture.to(pretend_device.DEVICE) for name, capture in captures.items()}
+        got = tensors_of(icl.decompose(icl.Model(model.wrapped, name=model.name), **moved))
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
 
 
 def test_a_finetuning_looks_at_its_losses_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,10 @@ _TENSOR = object()
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Return a value with its tensors on a device, wherever they are nested; not waiting for the copies."""
+    """Return a value with its tensors on a device, wherever they are nested; not waiting for the copies.
+
+    A dataclass whose fields hold no tensors, such as prompts, stays as it is, with what was computed from them.
+    """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=value.device.type == "cuda")
     if is_mapping(value):
@@ -142,12 +145,23 @@ def _moved(value: Any, device: torch.device) -> Any:
         return type(value)(*(_moved(member, device) for member in value))
     if is_list_or_tuple(value):
         return type(value)(_moved(member, device) for member in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and _holds_tensors(value):
         moved = copy.copy(value)
         for name, member in vars(value).items():  # with what was computed from the fields and kept
             object.__setattr__(moved, name, _moved(member, device))
         return moved
     return value
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is a tensor, or has one in its items or fields."""
+    if is_mapping(value):
+        return any(map(_holds_tensors, value.values()))
+    if is_list_or_tuple(value):
+        return any(map(_holds_tensors, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_tensors(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return isinstance(value, Tensor)
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
