@@ -203,7 +203,7 @@ class _LayerInputs(NamedTuple):
 
     def first(self) -> "_LayerInputs":
         """Return the inputs of the first of several layers, without their axis."""
-        return _LayerInputs(self.rule, *(None if tensor is None else tensor[0] for tensor in self[1:]))  # pyright: ignore[reportArgumentType]
+        return self._make((self.rule, *(None if tensor is None else tensor[0] for tensor in self[1:])))
 
 
 _Part = tuple[Sequence[int], Sequence[Tensor | None]]
