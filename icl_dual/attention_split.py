@@ -192,9 +192,8 @@ class _LayerInputs(NamedTuple):
         """Return the inputs of layers in the plain forward pass over the first query's full prompt."""
         at, query, demo = _indices(layers), positions.query[0], positions.demo
         q, k, v = (tensor[at].double() for tensor in (full_prompt.q, full_prompt.k, full_prompt.v))
-        of_query = (tensor[:, None, query] for tensor in (k, v))
-        of_demos = (tensor[:, demo] for tensor in (k, v))
-        return cls(model.attention_rules[layers[0]], q[:, None], *of_query, *of_demos, _eta(model, at, q.device))
+        rule, eta = model.attention_rules[layers[0]], _eta(model, at, q.device)
+        return cls(rule, q[:, None], k[:, None, query], v[:, None, query], k[:, demo], v[:, demo], eta)
 
     @property
     def n_scores(self) -> int:
