@@ -115,6 +115,7 @@ def make_examples(folder: Path) -> dict[type, Any]:
         dual.Sgd(W, W),
         dual.LinearSelfAttention(W, W, W, W),
         dual.AttentionRule(1.0, None, None),
+        dual.Mask(None, causal=True),
         dual.Svd.of(W),
         dual.overlap(dual.Svd.of(W), dual.Svd.of(W), 2),
     ]

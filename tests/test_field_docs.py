@@ -29,6 +29,7 @@ DOCUMENTED = (
     DemonstrationKeysValues,
     icl.DeltaSummary,
     dual.AttentionRule,
+    dual.Mask,
     dual.AttentionPart,
 )
 
