@@ -77,9 +77,9 @@ RATIOS = {
 }
 
 
-RANDOM_WIDTHS = {"random-1.3b": 2048, "random-narrow": 64}
-"""The widths of models with random weights. A pass of the narrow one takes what it takes besides arithmetic: Python and
-the launches of operators, which is what a large model's takes where a GPU waits for them."""
+RANDOM_SHAPES = {"random-1.3b": (2048, 16), "random-narrow": (64, 2)}
+"""Width and heads of models with random weights and 24 layers. A pass of the narrow one takes what it takes besides
+arithmetic: Python and the launches of operators. Where a GPU waits for these, a large model's pass takes that, too."""
 
 
 def check_equal(race: Race, names: list[str]) -> dict[str, dict[str, float]]:
@@ -203,15 +203,15 @@ def peaks(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     return megabytes
 
 
-def random_model(width: int, folder: Path) -> str:
-    """Save a Llama with random weights and a tokenizer, of the 1.3B shape but for its width: 24 layers, 16 heads."""
+def random_model(width: int, n_heads: int, folder: Path) -> str:
+    """Save a Llama of 24 layers with random weights, and a tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model_files("smollm2-135m", None).folder, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=24,
-        num_attention_heads=16,
+        num_attention_heads=n_heads,
         max_position_embeddings=2048,
         architectures=["LlamaForCausalLM"],
     )
@@ -297,7 +297,7 @@ def draw(result: dict, path: Path) -> None:
 
 def model_or_random(text: str) -> str:
     """Return the name of a model, or of a random one."""
-    return text if text in RANDOM_WIDTHS else model_name(text)
+    return text if text in RANDOM_SHAPES else model_name(text)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model",
         type=model_or_random,
         default="smollm2-135m",
-        help=f"packaged model, hub id, folder, {' or '.join(RANDOM_WIDTHS)} (%(default)s)",
+        help=f"packaged model, hub id, folder, {' or '.join(RANDOM_SHAPES)} (%(default)s)",
     )
     add("--task", default="sst2", choices=icl.TASKS)
     add("--k", type=positive, default=32, help="demonstrations (%(default)s)")
@@ -327,8 +327,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        width = RANDOM_WIDTHS.get(args.model)
-        race(args, args.model if width is None else random_model(width, Path(folder)))
+        shape = RANDOM_SHAPES.get(args.model)
+        race(args, args.model if shape is None else random_model(*shape, Path(folder)))
 
 
 def race(args: argparse.Namespace, model: str) -> None:

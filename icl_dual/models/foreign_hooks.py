@@ -45,7 +45,7 @@ def foreign_hooks(wrapped: nn.Module) -> list[tuple[str, str, str]]:
     once a forward pass has returned attentions or hidden states, and TransformerLens's `run_with_cache` asks for these.
     """
     # Making names takes longer than a layer runs, and mostly there are no hooks.
-    if not any(map(_foreign, modules_of(wrapped))):
+    if not any(_foreign(module) for module in modules_of(wrapped) if any(_hooks_of(module))):
         return []
     return [
         (name, _name(hook), hashlib.sha256("\n".join(_identity(hook, DEPTH, frozenset())).encode()).hexdigest())
@@ -75,10 +75,7 @@ def modules_of(wrapped: nn.Module, leave_out: type[nn.Module] | None = None) -> 
 
 def _foreign(module: nn.Module) -> list[Callable[..., Any]]:
     """Return a module's foreign hooks."""
-    before, after = _hooks_of(module)
-    if not (before or after):
-        return []
-    hooks = map(_unwrapped, (*before.values(), *after.values()))
+    hooks = [_unwrapped(hook) for hooks in _hooks_of(module) for hook in hooks.values()]
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(OWN_MODULES)]
 
 
