@@ -215,11 +215,15 @@ def _indices(layers: Sequence[int]) -> slice | list[int]:
     return slice(layers[0], layers[0] + len(layers)) if is_range else [*layers]
 
 
+_Compute = Callable[[_LayerInputs, Tensor, list[Tensor] | None], Sequence[Tensor | None]]
+"""Takes a layer's inputs, its W_O and the sums of `_looked_at_once`; returns tensors `[query …]`."""
+
+
 def _of_all_layers(
     model: Model,
     inputs_of: Callable[[Sequence[int]], _LayerInputs],
     W_O: Float[Tensor, "layer head d_head d_model"],
-    compute: Callable[[_LayerInputs, Tensor, list[Tensor] | None], tuple[Tensor | None, ...]],
+    compute: _Compute,
 ) -> list[Any]:
     """Return what is computed of each layer, `[query layer …]`.
 
@@ -230,42 +234,52 @@ def _of_all_layers(
         model: the model.
         inputs_of: returns the inputs of some layers of one rule.
         W_O: the output projections.
-        compute: takes a layer's inputs, its W_O and the sums of `_looked_at_once`; returns tensors `[query …]`.
+        compute: computes one layer.
     """
     rules, n_layers, compute = model.attention_rules, model.n_layers, trusted(compute)
     has_own = model.momentum is not None or any(rule.slopes is not None or rule.sink is not None for rule in rules)
 
-    def of_layer(index: int, sums: list[Tensor] | None) -> _Part:
+    def of_one(index: int, sums: list[Tensor] | None) -> _Part:
         computed = compute(inputs_of([index]).first(), W_O[index], sums)
         return [index], [None if tensor is None else tensor.unsqueeze(1) for tensor in computed]
 
     def of_rule(rule: dual.AttentionRule, sums: list[Tensor]) -> Iterator[_Part]:
-        def of_one(*tensors: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-            *inputs, W = tensors
-            own_sums: list[Tensor] = []
-            computed = enumerate(compute(_LayerInputs(rule, *inputs, eta=None), W, own_sums))
-            return {place: tensor for place, tensor in computed if tensor is not None}, torch.stack(own_sums).sum()
-
         layers = [layer for layer in range(n_layers) if rules[layer] == rule]
         n_at_once = max(1, SCORES_AT_ONCE // inputs_of(layers[:1]).n_scores)
         for first in range(0, len(layers), n_at_once):
             some = layers[first : first + n_at_once]
-            _, *inputs, _ = inputs_of(some)
-            computed, total = torch.func.vmap(of_one, out_dims=(1, 0))(*inputs, W_O[_indices(some)])
-            sums.append(total.sum())
-            yield some, [computed.get(place) for place in range(max(computed) + 1)]
+            yield some, _of_several(inputs_of(some), W_O[_indices(some)], compute, sums)
 
     def of_all(sums: list[Tensor] | None) -> list[Any]:
         if sums is None:
             # Ranking is numpy's, on one thread: the next layer uses the other.
             with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
-                return _stack_layers(pool.map(partial(of_layer, sums=None), range(n_layers)), n_layers)
+                return _stack_layers(pool.map(partial(of_one, sums=None), range(n_layers)), n_layers)
         if has_own:
-            return _stack_layers((of_layer(index, sums) for index in range(n_layers)), n_layers)
+            return _stack_layers((of_one(index, sums) for index in range(n_layers)), n_layers)
         by_rule = (of_rule(rule, sums) for rule in dict.fromkeys(rules))
         return _stack_layers(itertools.chain.from_iterable(by_rule), n_layers)
 
     return _looked_at_once(W_O.device, of_all)
+
+
+def _of_several(
+    layers: _LayerInputs, W_O: Float[Tensor, "layer head d_head d_model"], compute: _Compute, sums: list[Tensor]
+) -> list[Tensor | None]:
+    """Return what is computed of several layers, each by the same operators, `[query layer …]`."""
+    rule, *inputs, _ = layers
+
+    def of_one(*tensors: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        *inputs, W = tensors
+        own_sums: list[Tensor] = []
+        computed = compute(_LayerInputs(rule, *inputs, eta=None), W, own_sums)
+        # vmap returns tensors alone.
+        present = {place: tensor for place, tensor in enumerate(computed) if tensor is not None}
+        return present, torch.stack(own_sums).sum()
+
+    computed, by_layer = torch.func.vmap(of_one, out_dims=(1, 0))(*inputs, W_O)
+    sums.append(by_layer.sum())
+    return [computed.get(place) for place in range(max(computed) + 1)]
 
 
 def _eta(model: Model, at: slice | list[int], device: torch.device) -> Float[Tensor, "layer head"] | None:
