@@ -474,7 +474,8 @@ def _advice(error: _UnfitError) -> str | None:
     hints = _options(error.hint)
     item_hints = [get_args(hint)[0] for hint in hints if get_origin(hint) in (Sequence, Collection, tuple, list)]
     if not item_hints:
-        if str in hints and isinstance(getattr(error.value, "name", None), str):  # a model or a task
+        is_of_library = type(error.value).__module__.startswith("icl_dual.")
+        if str in hints and is_of_library and isinstance(getattr(error.value, "name", None), str):  # a model or a task
             return f"pass its name, {error.value.name!r}"
         is_quoted = isinstance(error.value, str) and error.value.replace(".", "", 1).isdecimal()
         return "leave out the quotes" if is_quoted and (int in hints or float in hints) else None

@@ -27,13 +27,14 @@ from icl_dual.momentum import decay_matrix
 from icl_dual.prompts import SEPARATOR, Prompts
 from icl_dual.results import compare_by_value
 from icl_dual.statistics import ranks
-from icl_dual.torch_utils import vector_norm
+from icl_dual.torch_utils import is_out_of_memory, vector_norm
 
 LAYERS_AT_ONCE = 2
 """How many layers a CPU decomposes in parallel; the memory of a layer's weights is needed for each."""
 
-SCORES_AT_ONCE = 1 << 23
-"""How many scores another device computes at once: launching operators takes as long for many layers as for one."""
+NUMBERS_AT_ONCE = 1 << 26
+"""How many queries, keys, values and scores another device computes with at once: launching operators takes as long for
+many layers as for one."""
 
 
 @document_fields
@@ -196,9 +197,10 @@ class _LayerInputs(NamedTuple):
         return cls(rule, q[:, None], k[:, None, query], v[:, None, query], k[:, demo], v[:, demo], eta)
 
     @property
-    def n_scores(self) -> int:
-        """Return the number of scores."""
-        return self.q[..., 0].numel() * (self.query_k.shape[-3] + self.demo_k.shape[-3])
+    def n_numbers(self) -> int:
+        """Return how many numbers these are, and seven tensors of scores."""
+        n_scores = self.q[..., 0].numel() * (self.query_k.shape[-3] + self.demo_k.shape[-3])
+        return sum(tensor.numel() for tensor in self[1:] if tensor is not None) + 7 * n_scores
 
     def first(self) -> "_LayerInputs":
         """Return the inputs of the first of several layers, without their axis."""
@@ -227,8 +229,8 @@ def _of_all_layers(
 ) -> list[Any]:
     """Return what is computed of each layer, `[query layer …]`.
 
-    On a CPU layers run one by one, two at once. Elsewhere those of one rule run as a batch of every operator, but for
-    momentum, and for sinks and ALiBi, which are tensors of a layer's own.
+    On a CPU two layers are computed in parallel. On other devices, each operator computes several layers of one rule.
+    With momentum, sinks or ALiBi, which are tensors by layer, layers are computed one by one.
 
     Args:
         model: the model.
@@ -237,25 +239,33 @@ def _of_all_layers(
         compute: computes one layer.
     """
     rules, n_layers, compute = model.attention_rules, model.n_layers, trusted(compute)
-    has_own = model.momentum is not None or any(rule.slopes is not None or rule.sink is not None for rule in rules)
+    has_tensors = model.momentum is not None or any(rule.slopes is not None or rule.sink is not None for rule in rules)
 
     def of_one(index: int, sums: list[Tensor] | None) -> _Part:
         computed = compute(inputs_of([index]).first(), W_O[index], sums)
         return [index], [None if tensor is None else tensor.unsqueeze(1) for tensor in computed]
 
     def of_rule(rule: dual.AttentionRule, sums: list[Tensor]) -> Iterator[_Part]:
-        layers = [layer for layer in range(n_layers) if rules[layer] == rule]
-        n_at_once = max(1, SCORES_AT_ONCE // inputs_of(layers[:1]).n_scores)
-        for first in range(0, len(layers), n_at_once):
-            some = layers[first : first + n_at_once]
-            yield some, _of_several(inputs_of(some), W_O[_indices(some)], compute, sums)
+        pending = [layer for layer in range(n_layers) if rules[layer] == rule]
+        n_at_once = max(1, NUMBERS_AT_ONCE // inputs_of(pending[:1]).n_numbers)
+        while pending:
+            layers = pending[:n_at_once]
+            try:
+                computed = _of_several(inputs_of(layers), W_O[_indices(layers)], compute, sums)
+            except (RuntimeError, MemoryError) as error:
+                if len(layers) == 1 or not is_out_of_memory(error):
+                    raise
+                n_at_once = len(layers) // 2
+                continue
+            yield layers, computed
+            del pending[:n_at_once]
 
     def of_all(sums: list[Tensor] | None) -> list[Any]:
         if sums is None:
             # Ranking is numpy's, on one thread: the next layer uses the other.
             with ThreadPoolExecutor(LAYERS_AT_ONCE) as pool:
                 return _stack_layers(pool.map(partial(of_one, sums=None), range(n_layers)), n_layers)
-        if has_own:
+        if has_tensors:
             return _stack_layers((of_one(index, sums) for index in range(n_layers)), n_layers)
         by_rule = (of_rule(rule, sums) for rule in dict.fromkeys(rules))
         return _stack_layers(itertools.chain.from_iterable(by_rule), n_layers)
@@ -271,11 +281,11 @@ def _of_several(
 
     def of_one(*tensors: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         *inputs, W = tensors
-        own_sums: list[Tensor] = []
-        computed = compute(_LayerInputs(rule, *inputs, eta=None), W, own_sums)
+        layer_sums: list[Tensor] = []
+        computed = compute(_LayerInputs(rule, *inputs, eta=None), W, layer_sums)
         # vmap returns tensors alone.
         present = {place: tensor for place, tensor in enumerate(computed) if tensor is not None}
-        return present, torch.stack(own_sums).sum()
+        return present, torch.stack(layer_sums).sum()
 
     computed, by_layer = torch.func.vmap(of_one, out_dims=(1, 0))(*inputs, W_O)
     sums.append(by_layer.sum())
@@ -431,7 +441,7 @@ def _rank_agreement(
 
 
 def _stack_layers(parts: Iterable[_Part], n_layers: int) -> list[Any]:
-    """Return the tensors of some layers after others as those of all: written as they come, so that none is held twice.
+    """Return the tensors of all layers, written as the layers come, so that none is held twice.
 
     Args:
         parts: the layers, in any order.

@@ -819,7 +819,17 @@ class AttentionRule(NamedTuple):
             v: values.
             mask: what `mask` returned for the positions of queries and keys.
             check_finite: as for `attend`.
+
+        Raises:
+            ValueError: the mask is of other rows, keys or heads, or lacks the biases of ALiBi.
         """
+        expected = (1 if self.slopes is None else len(self.slopes), q.shape[1], k.shape[1])
+        given = None if mask.bias is None else tuple(mask.bias.shape[1:])
+        if given != expected and not (given is None and self.slopes is None):
+            raise ArgumentError(
+                f"expected a mask with a bias of heads, rows and keys {expected}, got {given}: pass what this rule's "
+                "mask() has returned for these positions"
+            )
         bias = None if mask.bias is None else mask.bias.to(torch.promote_types(q.dtype, torch.float32))
         compute = attend if check_finite else _attend_unseen
         return compute(q, k, v, self.scale, self.softcap, bias, mask.causal)

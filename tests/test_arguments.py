@@ -428,6 +428,9 @@ def test_errors_name_the_function_the_parameter_and_what_to_do() -> None:
     loaded: Any = tiny_model()
     with pytest.raises(icl.ArgumentError, match=r"expected model as text .*, got Model\(.*: pass its name, 'tiny'"):
         icl.Cell(model=loaded, task="t", k=1, seed=1, lr=0.1)
+    series: Any = pd.Series([1.0], name="col")
+    with pytest.raises(icl.ArgumentError, match=r"(?s)expected model as text .*: see help\("):
+        icl.Cell(model=series, task="t", k=1, seed=1, lr=0.1)
     with pytest.raises(TypeError, match=r"missing .*'lr'"):
         icl.Cell(model="m", task="t", k=1, seed=1)  # pyright: ignore[reportCallIssue]
 

@@ -248,17 +248,17 @@ def test_the_operators_of_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> No
     """Layers of one rule share them: two captures' attentions over groups of keys, and their sums through W_O."""
     few, many = decompose_counts(2), decompose_counts(4)
     assert many["launches"] == few["launches"] <= 480  # 466
-    monkeypatch.setattr(attention_split, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(attention_split, "NUMBERS_AT_ONCE", 1)
     assert (decompose_counts(4)["launches"] - decompose_counts(2)["launches"]) / 2 <= 310
 
 
 @pytest.mark.parametrize("architecture", ["gemma3-window", "mistral-window", "gptoss-window", "bloom", "gpt2"])
-@pytest.mark.parametrize("scores_at_once", [1, 700, 1 << 23])
+@pytest.mark.parametrize("numbers_at_once", [1, 30_000, 1 << 26])
 def test_layers_of_one_rule_are_split_together(
-    make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch, architecture: str, scores_at_once: int
+    make_model: Callable[..., icl.Model], monkeypatch: pytest.MonkeyPatch, architecture: str, numbers_at_once: int
 ) -> None:
     """Of windows, sinks and ALiBi, and with as many layers as fit, the terms are those of each layer by itself."""
-    monkeypatch.setattr(attention_split, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(attention_split, "NUMBERS_AT_ONCE", numbers_at_once)
     model = make_model(architecture)
     prompts = prompts_of(model)
     captures = {
@@ -274,6 +274,23 @@ def test_layers_of_one_rule_are_split_together(
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+
+
+def test_layers_that_do_not_fit_in_memory_together_are_split_in_smaller_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_several, sizes = attention_split._of_several, list[int]()
+
+    def little_memory(layers: Any, *args: Any) -> Any:
+        sizes.append(len(layers.q))
+        if len(layers.q) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of_several(layers, *args)
+
+    expected = decompose_counts(4)
+    monkeypatch.setattr(attention_split, "_of_several", little_memory)
+    assert decompose_counts(4)["launches"] > expected["launches"]
+    assert sizes == 2 * [4, 2, 1, 1, 1, 1], "of the first query's full prompt, and of all queries"
 
 
 def test_a_finetuning_looks_at_its_losses_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -541,3 +541,21 @@ def test_random_directions_keep_the_spectrum_and_are_uniform():
 def test_an_svd_acts_as_its_matrix(seed):
     W, q = draw(seed, 2, 4, 4), draw(seed + 1, 2, 3, 4)
     torch.testing.assert_close(dual.Svd.of(W).act(q), q @ W.mT)
+
+
+def test_a_mask_of_other_rows_or_without_alibi_is_refused() -> None:
+    rule, alibi = dual.AttentionRule(1.0, None, 2), dual.AttentionRule(1.0, None, 2, torch.tensor([0.5, 0.25]))
+    q = k = v = torch.randn(1, 3, 2, 4)
+    positions = torch.arange(3)[None]
+    of_rule, of_alibi = (each.mask(positions, positions, q.device) for each in (rule, alibi))
+    torch.testing.assert_close(rule.attend_masked(q, k, v, of_rule), rule.attend(q, k, v, positions, positions))
+    torch.testing.assert_close(alibi.attend_masked(q, k, v, of_alibi), alibi.attend(q, k, v, positions, positions))
+    wrong = [
+        (rule, rule.mask(positions[:, :1], positions, q.device)),
+        (rule, of_alibi),
+        (alibi, of_rule),
+        (alibi, dual.Mask(None, causal=True)),
+    ]
+    for each, mask in wrong:
+        with pytest.raises(ArgumentError, match=r"expected a mask with a bias of heads, rows and keys \("):
+            each.attend_masked(q, k, v, mask)

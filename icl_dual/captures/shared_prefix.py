@@ -384,7 +384,7 @@ def _run_after(
             extremes.extend(_extremes(last.z, z[:, -1:], runs.n))
             on_attention(layer, attention)
             return None
-        of_rows, of_cache = masks.of(rule)
+        of_rows, of_cache = masks.of_rule(rule)
         row_part = rule.with_sink(rule.attend_masked(q, k, v, of_rows, check_finite=check_finite))
         extremes.extend(_extremes(row_part.z, z, runs.n))
         cached = cache.attend(rule, layer, q, positions, check_finite=check_finite, mask=of_cache)
@@ -425,9 +425,9 @@ class _Masks:
         self.cache, self.positions, self.n_rows, self.device = cache, positions, n_rows, device
         self.by_window: dict[int | None, tuple[dual.Mask, dual.Mask]] = {}
 
-    def of(self, rule: dual.AttentionRule) -> tuple[dual.Mask, dual.Mask]:
+    def of_rule(self, rule: dual.AttentionRule) -> tuple[dual.Mask, dual.Mask]:
         """Return both masks of a layer."""
-        if rule.window in self.by_window:
+        if rule.slopes is None and rule.window in self.by_window:
             return self.by_window[rule.window]
         of_rows = rule.mask(self.positions, self.positions, self.device)
         masks = of_rows, self.cache.mask(rule, self.positions, self.n_rows, self.device)

@@ -77,7 +77,9 @@ class BridgeBackend(Backend):
         norms: Iterator[Any] = (m for m in self.wrapped.modules() if isinstance(m, NormalizationBridge))
         self.norms = [norm for norm in norms if norm.use_native_layernorm_autograd]
         self.bypasses = bypasses(self.original)
-        self.open_blocks = [block for block in self.wrapped.blocks if _takes_all_kwargs(block)]
+        self.forwards_with_kwargs = {
+            block: block.original_component.forward for block in self.wrapped.blocks if _takes_all_kwargs(block)
+        }
 
     def check_supported(self) -> None:
         """Check for processed weights, models that are not decoders, and attention that cannot be split."""
@@ -136,8 +138,9 @@ class BridgeBackend(Backend):
             hooks: tuple[Any, ...] = norm.hook_scale, norm.hook_normalized
             if norm not in bypassed and not any(map(has_hooks, hooks)):
                 _replace(norm, "_hf_autograd_forward_with_hooks", partial(_native_norm, norm.original_component), undo)
-        for block in self.open_blocks:
-            _replace(block, "_filter_kwargs_for_forward", _same_kwargs, undo)
+        for block, forward in self.forwards_with_kwargs.items():
+            if block.original_component.forward == forward:  # nobody has replaced it
+                _replace(block, "_filter_kwargs_for_forward", _same_kwargs, undo)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the Hugging Face model's parameters."""
@@ -256,7 +259,7 @@ class BridgeBackend(Backend):
 
         def pre_rotary(name: Literal["q", "k"]) -> Tensor:
             n_heads = self.n_heads if name == "q" else self.n_key_value_heads
-            return self._by_head(activations[name + suffix], n_heads, normed is not None)
+            return self._by_head(activations[name + suffix], n_heads, normed == "before rotation")
 
         q = pre_rotary("q")
         if normed == "after rotation":
@@ -476,8 +479,8 @@ def _replace(module: Any, name: str, method: Callable[..., Any], undo: Undo) -> 
 
 def _takes_all_kwargs(block: Any) -> bool:
     """Return whether a block passes all keyword arguments on to its layer, whose forward pass takes any."""
-    own: Any = BlockBridge
-    if getattr(block._filter_kwargs_for_forward, "__func__", None) is not own._filter_kwargs_for_forward:
+    block_bridge: Any = BlockBridge
+    if getattr(block._filter_kwargs_for_forward, "__func__", None) is not block_bridge._filter_kwargs_for_forward:
         return False
     parameters = inspect.signature(block.original_component.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

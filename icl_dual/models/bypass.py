@@ -1,13 +1,15 @@
-"""Bridge components that nobody listens to step aside: the Hugging Face model then runs its own modules.
+"""Runs Hugging Face modules without the bridge components around them, where these have no hooks.
 
 TransformerLens puts a component around each norm, MLP and projection: hook points, and the module between them. Calling
 these takes Python longer than the module itself where a model is small, or where a GPU waits for its next operator.
+Whether a component has hooks is looked at when a run starts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import AttentionBridge
@@ -24,18 +26,18 @@ from icl_dual.models.journal import Undo
 
 _COMPONENTS: tuple[Any, ...] = (Conv1DBridge, GatedMLPBridge, LinearBridge, MLPBridge, NormalizationBridge)
 
-PASSING_ON: set[Callable[..., Any]] = {component.forward for component in _COMPONENTS}
+WRAPPING_FORWARDS: set[Callable[..., Any]] = {component.forward for component in _COMPONENTS}
 """The forward passes that only call the component's module, with hook points before and after it."""
 
-FORKS = "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"
-"""The bridge's options for hooks on copies of what enters attention and MLP. Without them, the hooks that collect it
-on norms do nothing."""
+INPUT_OPTIONS = "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"
+"""The bridge's options for hook points on copies of what enters attention and MLP. Without them, the hooks of its own
+that collect these inputs on norms do nothing."""
 
-COMPONENTS = "transformer_lens.model_bridge."
-"""The prefix of the modules whose hooks these are."""
+BRIDGE_MODULES = "transformer_lens.model_bridge."
+"""The prefix of the Python modules that register such hooks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bypass:
     """A place in the Hugging Face model where a component of the bridge runs, and its module can run instead."""
 
@@ -45,7 +47,7 @@ class Bypass:
     """The component's name in the parent."""
     component: nn.Module
     """The component of the bridge."""
-    listening: tuple[nn.Module, ...]
+    hookable: tuple[nn.Module, ...]
     """The component, its hook points, and the components within it."""
 
 
@@ -63,10 +65,10 @@ def bypasses(original_model: nn.Module) -> list[Bypass]:
         if not isinstance(module, GeneralizedComponent | HookPoint) and module not in attention
     )
     return [
-        Bypass(parent._modules, name, child, tuple(_listening(child)))  # pyright: ignore[reportPrivateUsage]
+        Bypass(parent._modules, name, child, tuple(_hookable(child)))  # pyright: ignore[reportPrivateUsage]
         for parent in parents
         for name, child in parent.named_children()
-        if _passes_on(child)
+        if isinstance(child, GeneralizedComponent) and _only_wraps(child)
     ]
 
 
@@ -81,14 +83,23 @@ def bypass_unhooked(wrapped: Any, places: Sequence[Bypass], undo: Undo) -> set[n
     Returns:
         The components that do not run.
     """
-    forks = any(getattr(wrapped.cfg, option, False) for option in FORKS)
-    bypassed: list[Bypass] = []
+    # A block registers its own hooks in its first pass; torch's global hooks may be for any module.
+    is_ready = all(getattr(block, "_capture_hooks_wired", True) for block in wrapped.blocks)
+    if not is_ready or cast(Any, nn.modules.module)._has_any_global_hook():
+        return set()
+    count_own, dtype = _has_input_option(wrapped), next(wrapped.original_model.parameters()).dtype
+    bypassed: dict[Bypass, nn.Module] = {}
     undo.push(_restore, bypassed)
     for place in places:
-        is_current = place.modules.get(place.name) is place.component
-        if is_current and not any(has_hooks(module, count_own=forks) for module in place.listening):
-            bypassed.append(place)
-            place.modules[place.name] = cast(Any, place.component).original_component  # peft may have replaced it
+        component: Any = place.component
+        if (
+            place.modules.get(place.name) is component
+            and _only_wraps(component)
+            and _keeps_dtype(component, dtype)
+            and not any(has_hooks(module, count_own=count_own) for module in place.hookable)
+        ):
+            bypassed[place] = component.original_component
+            place.modules[place.name] = component.original_component
     return {place.component for place in bypassed}
 
 
@@ -103,22 +114,45 @@ def has_hooks(module: Any, *, count_own: bool = True) -> bool:
         return True
     before = module._forward_pre_hooks
     if before and not count_own:
-        before = [hook for hook in before.values() if not str(getattr(hook, "__module__", "")).startswith(COMPONENTS)]
+        before = [
+            hook for hook in before.values() if not str(getattr(hook, "__module__", "")).startswith(BRIDGE_MODULES)
+        ]
     return bool(before or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _restore(bypassed: Sequence[Bypass]) -> None:
-    for place in bypassed:
-        place.modules[place.name] = place.component
+def _restore(bypassed: dict[Bypass, nn.Module]) -> None:
+    for place, original in bypassed.items():
+        if place.modules.get(place.name) is original:  # nobody has replaced it in between
+            place.modules[place.name] = place.component
 
 
-def _passes_on(module: Any) -> bool:
-    if not isinstance(module, GeneralizedComponent) or type(module).forward not in PASSING_ON:
+def _has_input_option(wrapped: Any) -> bool:
+    """Return whether one of `INPUT_OPTIONS` is set, of the bridge or of one of its blocks."""
+    configs = [wrapped.cfg]
+    for block in wrapped.blocks:
+        if getattr(block, "_use_hook_mlp_in", False):
+            return True
+        configs += [block.config, getattr(getattr(block, "attn", None), "config", None)]
+    return any(getattr(config, option, False) for config in configs for option in INPUT_OPTIONS)
+
+
+def _only_wraps(component: Any) -> bool:
+    """Return whether a component only calls its module."""
+    component_class: Any = type(component)
+    if component_class.forward not in WRAPPING_FORWARDS or component._compiled_call_impl is not None:
         return False
-    if isinstance(module, NormalizationBridge) and not module.use_native_layernorm_autograd:
+    if isinstance(component, NormalizationBridge) and not component.use_native_layernorm_autograd:
         return False  # computes the norm itself
-    return module.name is not None and isinstance(module.original_component, nn.Module)
+    return component.name is not None and isinstance(component.original_component, nn.Module)
 
 
-def _listening(component: nn.Module) -> Iterator[nn.Module]:
+def _keeps_dtype(component: Any, dtype: torch.dtype) -> bool:
+    """Return whether a norm's weights are in the model's dtype: the bridge casts the outputs of others to it."""
+    if not isinstance(component, NormalizationBridge):
+        return True
+    norm: Any = component.original_component
+    return all(weight.dtype == dtype for weight in norm.parameters(recurse=False))
+
+
+def _hookable(component: nn.Module) -> Iterator[nn.Module]:
     return (module for module in component.modules() if isinstance(module, GeneralizedComponent | HookPoint))

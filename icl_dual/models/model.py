@@ -484,8 +484,8 @@ class Model:
         changes += [tensor for changes in self.mlp_changes for tensor in changes.tensors()]
         changes += [change.vector for change in self.stream_changes]
         parameters = [*self.backend.forward_weights(), *changes]  # those of attention twice, of most models
-        part_of = {id(parameter): parameter for parameter in parameters}
-        parts_by_id = {key: _evenly_spread(parameter) for key, parameter in part_of.items()}
+        by_id = {id(parameter): parameter for parameter in parameters}
+        parts_by_id = {key: _sampled_bytes(parameter) for key, parameter in by_id.items()}
         parts = [parts_by_id[id(parameter)] for parameter in parameters]
         for _, on_device in itertools.groupby(parts, key=lambda part: part.device):  # each device is read once
             digest.update(torch.cat(list(on_device)).cpu().numpy().tobytes())
@@ -508,7 +508,7 @@ class Model:
         return [f"{module}: {hook}" for module, hook, _ in foreign_hooks(self.wrapped)]
 
 
-def _evenly_spread(parameter: Tensor) -> Tensor:
+def _sampled_bytes(parameter: Tensor) -> Tensor:
     """Return the bytes of some elements of a parameter, at a stride that reaches every column."""
     flat, n_columns = parameter.detach().reshape(-1), parameter.shape[-1]
     stride = min(1 + len(flat) // FINGERPRINT_ELEMENTS, n_columns)

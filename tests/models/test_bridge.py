@@ -134,3 +134,13 @@ def test_hooks_of_both_kinds_on_a_norm_run(make_model: Callable[..., icl.Model],
         model.run(torch.arange(6)[None])
     handle.remove()
     assert seen == [name]
+
+
+def test_queries_that_are_normed_after_rotation_are_recorded_by_position_and_head(
+    make_model: Callable[..., icl.Model], prompts: icl.Prompts
+) -> None:
+    model, shapes = make_model("hunyuan"), list[torch.Size]()
+    with torch.no_grad():
+        model.run(torch.arange(12)[None], on_attention=lambda _, attention: shapes.append(attention.q_pre_rotary.shape))
+    assert {*shapes} == {(1, 12, model.n_heads, model.d_head)}
+    assert icl.capture(model, prompts, fields=("q",), progress=False).q is not None
