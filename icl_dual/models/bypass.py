@@ -138,8 +138,7 @@ def _has_input_option(wrapped: Any) -> bool:
 
 def _only_wraps(component: Any) -> bool:
     """Return whether a component only calls its module."""
-    component_class: Any = type(component)
-    if component_class.forward not in WRAPPING_FORWARDS or component._compiled_call_impl is not None:
+    if cast(Any, type(component)).forward not in WRAPPING_FORWARDS or component._compiled_call_impl is not None:
         return False
     if isinstance(component, NormalizationBridge) and not component.use_native_layernorm_autograd:
         return False  # computes the norm itself
