@@ -137,7 +137,7 @@ class StageCost(NamedTuple):
     kept: float | int
     """The memory in bytes of what the stage leaves for those after it."""
     runs_model: bool
-    """Whether the stage runs the model: its working memory is on the model's device, what is kept is on the CPU."""
+    """Whether the stage runs the model."""
 
 
 @checked
@@ -182,8 +182,15 @@ class CellPlan:
 
     @property
     def device_memory(self) -> float:
-        """Return the most memory of a GPU that holds the model and runs its stages, in bytes."""
-        return self.weight_memory + max(stage.working for stage in self.stages if stage.runs_model)
+        """Return the most memory of a GPU that holds the model, runs the cell and keeps its results, in bytes.
+
+        A decomposition counts two layers at once, as on a CPU; a GPU takes as many as have 2²⁶ numbers, where it can.
+        """
+        kept, peak = 0.0, 0.0
+        for stage in self.stages:
+            kept += stage.kept
+            peak = max(peak, kept + stage.working)
+        return self.weight_memory + peak
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row for each stage: its FLOPs, and its working and kept memory in bytes."""

@@ -180,6 +180,16 @@ def test_what_stages_keep_is_the_size_of_their_results(llama: icl.Model, prompts
         assert kept[stage] == pytest.approx(size, rel=0.05), stage
 
 
+def test_a_gpu_holds_the_results_of_all_stages_and_what_each_needs_beside_those_before_it(
+    llama: icl.Model, prompts: icl.Prompts
+) -> None:
+    planned = plan(llama, prompts, replicas=0)
+    on_device, last = planned.device_memory - planned.weight_memory, planned.stages[-1]
+    assert on_device >= sum(stage.kept for stage in planned.stages) + last.working
+    assert all(on_device >= stage.working + stage.kept for stage in planned.stages)
+    assert on_device <= planned.peak_memory - planned.process_memory - planned.weight_memory
+
+
 def test_lengths_of_prompts_give_the_plan_of_the_prompts() -> None:
     model = tiny_model()
     prompts = icl.Prompts(
