@@ -47,7 +47,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 repeat none of their pairs for long."""
 
 _LEGEND_HEIGHT = 0.5
-"""The height of a legend, in inches, that a figure of the style has room for. A figure grows by what is above it."""
+"""The height of a legend, in inches, that fits below the Axes of this style. With a higher one, the figure is higher."""
 
 BAND_ALPHA = 0.2
 """The opacity of bands."""
