@@ -47,7 +47,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 repeat none of their pairs for long."""
 
 _LEGEND_HEIGHT = 0.5
-"""The height of a legend, in inches, that fits below the Axes of this style. With a higher one, the figure is higher."""
+"""The height of a legend, in inches, that fits below the Axes of this style. With a higher one, the figure grows."""
 
 BAND_ALPHA = 0.2
 """The opacity of bands."""
